@@ -1,0 +1,55 @@
+# Two commands are the whole set-up: `make demo` and `make test`. Each creates the virtual environment when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Spinning threads starve their neighbours; one thread per test worker is fastest.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-slow lint bench coldstart clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/foveate demo
+
+test: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/group_packing.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/logprobs_memory.py
+
+# Makes the weights that are shipped as the demo's cold start again: about an hour and a half on one idle core. The two
+# last stages repeat the two before them, for longer: after the first time the relation words were only half learned.
+coldstart: $(VENV)/ready
+	$(BIN)/foveate prepare tiny runs/coldstart-tiny
+	$(BIN)/foveate prepare shapes runs/coldstart-data --train 100000 --kinds single,attribute,pair --shortcut 0.4
+	$(BIN)/foveate prepare shapes runs/coldstart-relations-data --train 32000 --kinds pair --seed 3
+	$(BIN)/foveate prepare shapes runs/coldstart-shortcut-data --train 10000 --kinds pair --seed 2 --shortcut 0.4
+	$(BIN)/foveate sft shapes_coldstart
+	$(BIN)/foveate sft shapes_coldstart_relations
+	$(BIN)/foveate sft shapes_coldstart_shortcut
+	$(BIN)/foveate prepare shapes runs/coldstart-relations-data-2 --train 100000 --kinds pair --seed 3
+	$(BIN)/foveate sft shapes_coldstart_relations run=runs/coldstart-relations-2 model.path=runs/coldstart-shortcut/final \
+		'data.train=[runs/coldstart-relations-data-2/train.parquet]' train.steps=2000
+	$(BIN)/foveate sft shapes_coldstart_shortcut run=runs/coldstart-shortcut-2 model.path=runs/coldstart-relations-2/final
+
+clean:
+	rm -rf $(VENV) .ruff_cache

@@ -1,0 +1,123 @@
+"""The native engine against transformers' `generate` on n copies of the prompt: same model, prompt and lengths.
+
+python benchmarks/generation.py [--pairs 5]
+
+Both sample at temperature 1 in float32 on one thread, with the stop token out of the way so that every answer has the
+full length. The two run alternately, and the ratio is that of each neighbouring pair. Seconds are of processor time,
+so that other programs on the machine disturb little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image as Picture
+from transformers import InternVLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from foveate.encoding.encode import Encoder
+from foveate.model.load import Policy, load_policy
+from foveate.model.tiny import TinySize, build_tiny
+from foveate.records import Image, Message, Prompt, SamplingParams, Task
+from foveate.rollout.base import Request
+from foveate.rollout.native import NativeEngine
+
+SIZE = TinySize(
+    tile=224, vision_width=128, width=256, layers=6, heads=8, kv_heads=4, head_dim=32, ffn=768, max_tiles=15
+)
+VOCABULARY = 32_768
+SAMPLES, NEW_TOKENS = 16, 64
+
+
+def image_prompt(policy: Policy) -> Prompt:
+    """A picture of 5 x 3 tiles and a thumbnail, 64 tokens each, and a question."""
+    file = BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (672, 1120, 3), dtype=np.uint8)
+    Picture.fromarray(noise).save(file, "PNG")
+    image = Image(None, file.getvalue(), 1120, 672)
+    return _encode(policy, "<image>\nWhat is shown?", (image,))
+
+
+def text_prompt(policy: Policy) -> Prompt:
+    """A prompt of text alone, about as long."""
+    return _encode(policy, "the small red circle left of the big blue square " * 98, ())
+
+
+def _encode(policy: Policy, text: str, images: tuple[Image, ...]) -> Prompt:
+    encoder = Encoder(policy.tokenizer, policy.family, SIZE.max_tiles, 4096)
+    return encoder(Task("0", "benchmark", (Message("user", text),), images, None))
+
+
+def native(policy: Policy, prompt: Prompt) -> Callable[[], int]:
+    engine = NativeEngine(policy, lambda _: "")
+    sampling = SamplingParams(samples=SAMPLES, max_tokens=NEW_TOKENS)
+
+    def run() -> int:
+        (answers,) = engine.generate([Request(prompt, seed=0)], sampling)
+        return sum(len(answer.token_ids) for answer in answers)
+
+    return run
+
+
+def copies(policy: Policy, prompt: Prompt) -> Callable[[], int]:
+    model = InternVLForConditionalGeneration.from_pretrained(policy.folder, dtype=torch.float32).eval()
+    token_ids = torch.tensor([prompt.token_ids]).repeat(SAMPLES, 1)
+    inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+    if prompt.pixels is not None:
+        inputs["pixel_values"] = prompt.pixels.repeat(SAMPLES, 1, 1, 1)
+
+    def run() -> int:
+        with torch.inference_mode():
+            out = model.generate(
+                **inputs, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=0
+            )
+        return out[:, len(prompt) :].numel()
+
+    return run
+
+
+def seconds(run: Callable[[], int]) -> float:
+    started = time.process_time()
+    tokens = run()
+    assert tokens == SAMPLES * NEW_TOKENS, tokens
+    return time.process_time() - started
+
+
+def compare(name: str, policy: Policy, prompt: Prompt, pairs: int) -> None:
+    """Print medians, the ratio of each pair and their spread."""
+    ours, theirs = native(policy, prompt), copies(policy, prompt)
+    ours(), theirs()
+    times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
+    ratios = [copied / shared for shared, copied in times]
+    print(f"{name}: {len(prompt)} prompt tokens, {SAMPLES} answers of {NEW_TOKENS} tokens")
+    print(f"  native engine            {statistics.median(shared for shared, _ in times):8.2f} s (median of {pairs})")
+    print(f"  transformers, {SAMPLES} copies  {statistics.median(copied for _, copied in times):8.2f} s")
+    print(f"  ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5, help="measured pairs per prompt (default 5)")
+    pairs = parser.parse_args().pairs
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = load_policy(str(build_tiny(Path(folder), SIZE, padded_vocabulary=VOCABULARY)))
+        policy = replace(policy, family=replace(policy.family, stop_ids=(VOCABULARY,)))
+        for name, prompt in (("image", image_prompt(policy)), ("text", text_prompt(policy))):
+            compare(name, policy, prompt, pairs)
+
+
+if __name__ == "__main__":
+    main()

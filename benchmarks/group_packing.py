@@ -1,0 +1,149 @@
+"""One packed forest against n padded copies: forward and backward of two groups of answers on one thread.
+
+The copies go through plain transformers with SDPA attention, as systems do that know nothing of groups: prompt, image
+placeholders and pixel values repeated for each answer, one group after the other (up to 10 GB of memory). Both ways
+compute the same loss; the benchmark checks that too.
+
+    python benchmarks/group_packing.py [--size wide-head]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from foveate.model.families import PARTS
+from foveate.model.forward import token_logprobs
+from foveate.model.load import Policy, load_policy
+from foveate.model.quiet import quiet_transformers
+from foveate.model.tiny import TinySize, build_tiny
+from foveate.parallel.packing import Tree, pack
+from foveate.records import ImageSlot, Prompt
+
+TILE = 112
+_TEXT = {"width": 256, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768}
+SIZES = {
+    "like-1b": (
+        TinySize(tile=TILE, patch=14, vision_width=192, vision_layers=4, vision_heads=4, vision_ffn=768, **_TEXT),
+        4_096,
+    ),
+    "wide-head": (
+        TinySize(tile=TILE, patch=14, vision_width=128, vision_layers=3, vision_heads=4, vision_ffn=384, **_TEXT),
+        32_768,
+    ),
+}
+"""Widths and vocabulary. `like-1b` divides the work nearly as InternVL3.5-1B does: an image tile costs the vision tower
+2.3 times what it costs the language model (there 2.8), and the head has 0.33 times the parameters of the layers below
+it (there 0.35). In `wide-head` these are 0.8 and 2.7: the answers' logits, which no packing can share and which the
+packed way computes once more in backward, are then most of its work."""
+GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS = 2, 16, 1024, 60, 64
+
+
+def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> list[Tree]:
+    """Groups of random tokens: an image of `TILES` tiles with text around it, and `ANSWERS` answers."""
+
+    def words(count: int) -> list[int]:
+        return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
+
+    image_tokens = TILES * policy.family.tokens_per_tile
+    trees = []
+    for _ in range(GROUPS):
+        before = words(8)
+        after = words(PROMPT_TOKENS - image_tokens - len(before))
+        ids = (*before, *[policy.family.image_token_id] * image_tokens, *after)
+        pixels = torch.randn(TILES, 3, TILE, TILE, generator=generator)
+        prompt = Prompt(ids, (ImageSlot(len(before), image_tokens, TILES),), pixels, ids)
+        trees.append(Tree(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
+    return trees
+
+
+def packed_step(policy: Policy, trees: list[Tree]) -> float:
+    """Loss of one packed row, after its backward pass."""
+    logp_M, _ = token_logprobs(policy, pack(trees))
+    loss = -logp_M.mean()
+    loss.backward()
+    return loss.item()
+
+
+def padded_step(model: InternVLForConditionalGeneration, trees: list[Tree]) -> float:
+    """Loss of all copies, a group at a time to spare memory, after its backward pass."""
+    total = 0.0
+    for tree in trees:
+        assert tree.prompt.pixels is not None
+        input_ids = torch.tensor([(*tree.prompt.token_ids, *answer) for answer in tree.answers])
+        out = model(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            pixel_values=tree.prompt.pixels.repeat(len(tree.answers), 1, 1, 1),
+            logits_to_keep=ANSWER_TOKENS + 1,
+            use_cache=False,
+        )
+        logp = torch.log_softmax(out.logits[:, :-1].float(), -1)
+        loss = -logp.gather(2, input_ids[:, -ANSWER_TOKENS:, None]).mean() / len(trees)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def timed(step: Callable[[], float], model: torch.nn.Module) -> tuple[float, float]:
+    """CPU seconds (the wall time of an idle core) and loss of one forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    begin = time.process_time()
+    loss = step()
+    return time.process_time() - begin, loss
+
+
+def gradient_norm(model: torch.nn.Module) -> float:
+    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="like-1b", help="widths of the model")
+    parser.add_argument("--repeats", type=int, default=3, help="pairs of timed runs")
+    parser.add_argument("--packed-only", action="store_true", help="skip the copies: for work on the packed way")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    size, vocabulary = SIZES[arguments.size]
+    with tempfile.TemporaryDirectory() as name:
+        folder = build_tiny(Path(name), size, padded_vocabulary=vocabulary)
+        policy = load_policy(str(folder))
+        with quiet_transformers():
+            plain = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    trees = make_groups(policy, vocabulary, generator)
+    counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in PARTS}
+    print("parameters:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
+
+    packed_s: list[float] = []
+    padded_s: list[float] = []
+    timed(lambda: packed_step(policy, trees), policy.model)
+    for _ in range(arguments.repeats):
+        seconds, packed_loss = timed(lambda: packed_step(policy, trees), policy.model)
+        packed_s.append(seconds)
+        if arguments.packed_only:
+            continue
+        seconds, padded_loss = timed(lambda: padded_step(plain, trees), plain)
+        padded_s.append(seconds)
+        print(f"loss {packed_loss:.7f} packed, {padded_loss:.7f} copies; gradient norm", end=" ")
+        print(f"{gradient_norm(policy.model):.7f} packed, {gradient_norm(plain):.7f} copies")
+    print(f"packed forest: median {statistics.median(packed_s):.2f} s ({min(packed_s):.2f} .. {max(packed_s):.2f})")
+    if arguments.packed_only:
+        return
+    ratios = [slow / fast for slow, fast in zip(padded_s, packed_s, strict=True)]
+    ideal = ANSWERS * (PROMPT_TOKENS + ANSWER_TOKENS) / (PROMPT_TOKENS + ANSWERS * ANSWER_TOKENS)
+    print(f"padded copies: median {statistics.median(padded_s):.2f} s ({min(padded_s):.2f} .. {max(padded_s):.2f})")
+    print(f"ratio: {statistics.median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f})")
+    print(f"ideal by language tokens: n(P+R)/(P+nR) = {ideal:.1f}; by image tiles: n = {ANSWERS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What every system of the comparison does, in any environment that has torch: the shapes of work, and the loop that
+runs one measured step at a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+TILE, PATCH, TOKENS_PER_TILE = 112, 14, 16
+CLIP = 0.2
+"""All systems compute the GRPO loss (mean over answers of the mean over tokens) with this clip range."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One update: `groups` prompts of `prompt` tokens, `tiles` x 16 of them for each entry of `images`, and `answers`
+    answers of `answer` tokens to each."""
+
+    groups: int
+    prompt: int
+    images: tuple[int, ...]
+    answer: int
+    answers: int
+
+    @property
+    def tokens(self) -> int:
+        """Trained tokens."""
+        return self.groups * self.answers * self.answer
+
+
+WORKS = {
+    "check": Work(groups=2, prompt=96, images=(2, 1), answer=8, answers=4),
+    "grounding-short": Work(groups=2, prompt=1024, images=(60,), answer=64, answers=16),
+    "grounding-reasoning": Work(groups=1, prompt=1792, images=(108,), answer=256, answers=16),
+    "reasoning": Work(groups=1, prompt=512, images=(28,), answer=1024, answers=8),
+    "text": Work(groups=2, prompt=128, images=(), answer=512, answers=8),
+    "several-images": Work(groups=1, prompt=1024, images=(15, 15, 15, 15), answer=64, answers=16),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a step gives: its loss and the norm of its gradient, to be compared, and a count of its tokens."""
+
+    loss: float
+    grad_norm: float
+
+
+def serve(step: Callable[[], Done]) -> None:
+    """Run a step for each line on standard input; answer with one JSON line: loss, gradient norm, seconds by wall
+    clock, seconds of processor time and the memory that the step needed on top of what was there (MB)."""
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        before = reset_peak()
+        wall, cpu = time.perf_counter(), time.process_time()
+        done = step()
+        record = {
+            "loss": done.loss,
+            "grad_norm": done.grad_norm,
+            "wall": time.perf_counter() - wall,
+            "cpu": time.process_time() - cpu,
+            "peak_mb": peak() - before,
+        }
+        print(json.dumps(record), flush=True)
+
+
+def reset_peak() -> float:
+    """Set the peak of this process' memory back to what it holds now, and return that in MB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    """Largest resident memory since `reset_peak`, in MB."""
+    return _status("VmHWM") / 1024
+
+
+def _status(key: str) -> float:
+    lines: Iterable[str] = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(key)))

@@ -1,0 +1,40 @@
+"""Metrics as (value, weight) pairs that micro-batches, ranks and steps can add up without bias.
+
+A name that ends in `_max` or `_min` holds the extreme of the values it covers; any other name holds a sum, whose mean
+is the sum of the values over the sum of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Metrics = Mapping[str, tuple[float, float]]
+
+
+def to_metrics(values: Mapping[str, tuple[Tensor, float]]) -> dict[str, tuple[float, float]]:
+    """Scalar tensors with their weights as plain floats, fetched from the device in one transfer."""
+    numbers = torch.stack([value.detach().double() for value, _ in values.values()]).tolist()
+    return {name: (number, weight) for number, (name, (_, weight)) in zip(numbers, values.items(), strict=True)}
+
+
+def reduce_metrics(parts: Iterable[Metrics]) -> dict[str, float]:
+    """One number per name over all `parts` (micro-batches, ranks, updates): the maximum of names that end in `_max`,
+    the minimum of names that end in `_min`, and for all others the weighted mean. A part may lack a name; a name whose
+    weights add up to 0 is left out."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for part in parts:
+        for name, pair in part.items():
+            if pair[1] > 0:
+                pairs.setdefault(name, []).append(pair)
+    return {name: _reduce(name, values) for name, values in pairs.items()}
+
+
+def _reduce(name: str, values: list[tuple[float, float]]) -> float:
+    if name.endswith("_max"):
+        return max(value for value, _ in values)
+    if name.endswith("_min"):
+        return min(value for value, _ in values)
+    return sum(value for value, _ in values) / sum(weight for _, weight in values)

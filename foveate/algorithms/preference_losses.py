@@ -1,0 +1,173 @@
+"""Preference losses: pure functions of the log-probs of pairs of answers to the same prompt.
+
+The samples of a batch alternate: chosen, rejected. With the reward of an answer y, r(y) = beta (log pi(y) - log
+ref(y)), log-probs summed over the tokens of y, each term is a mean over the pairs:
+
+- dpo: -log sigmoid(r(chosen) - r(rejected))  (arXiv 2305.18290, eq. 7)
+- ipo: (m - 1 / (2 beta))^2, where m is the difference of the log ratios *per token*  (arXiv 2310.12036, eq. 17; the
+  average over tokens, which keeps long answers from dominating, is the form that its authors confirmed for TRL)
+- bco: -log sigmoid(r(chosen) - shift) - log sigmoid(-(r(rejected) - shift))  (arXiv 2404.04656, in the paired form of
+  MPO); the shift is the mean of the rewards of all steps before
+- sft: minus the mean log-prob of the chosen answers' tokens; needs no reference
+- mpo: preference * dpo + quality * bco + generation * sft  (arXiv 2411.10442, section 3; 0.8, 0.2 and 1)
+
+`totals` counts the whole optimizer step: `groups` are pairs, `tokens` those of the chosen answers alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.algorithms.metrics import to_metrics
+from foveate.records import Batch, LossOut, PairTargets, Totals, require, sum_by_sample
+
+Terms = dict[str, tuple[float, Tensor]]
+"""Name -> (weight, the sum of the term over the pairs or tokens of this micro-batch)."""
+
+
+def dpo(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
+    """Direct preference optimisation with the sigmoid loss."""
+    pairs = _pairs(logp_M, batch, targets, beta)
+    return _combine({"dpo": (1.0, _dpo(pairs).sum())}, pairs, totals)
+
+
+def ipo(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
+    """Identity preference optimisation, with log ratios per token."""
+    pairs = _pairs(logp_M, batch, targets, beta)
+    chosen_P, rejected_P = _split(pairs.reward_S / beta / pairs.length_S)
+    return _combine({"ipo": (1.0, (chosen_P - rejected_P - 1 / (2 * beta)).square().sum())}, pairs, totals)
+
+
+def bco(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
+    """Binary classifier optimisation: each answer against the shift by itself."""
+    pairs = _pairs(logp_M, batch, targets, beta)
+    return _combine({"bco": (1.0, _bco(pairs, targets.shift).sum())}, pairs, totals)
+
+
+def sft(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals) -> LossOut:
+    """Imitate the chosen answers."""
+    pairs = _pairs(logp_M, batch, targets, 1.0, needs_reference=False)
+    return _combine({"sft": (1.0, -pairs.chosen_logp)}, pairs, totals)
+
+
+def mpo(
+    logp_M: Tensor,
+    batch: Batch,
+    targets: PairTargets,
+    totals: Totals,
+    *,
+    beta: float = 0.1,
+    preference: float = 0.8,
+    quality: float = 0.2,
+    generation: float = 1.0,
+) -> LossOut:
+    """Mixed preference optimisation: which answer is better, whether each is good, and how to write the better one."""
+    weights = {"preference": preference, "quality": quality, "generation": generation}
+    for name, weight in weights.items():
+        require(weight >= 0, f"setting {name}: is {weight}, a weight must be at least 0")
+    require(any(weights.values()), "settings preference, quality, generation: all are 0, so there is nothing to learn")
+    pairs = _pairs(logp_M, batch, targets, beta)
+    terms: Terms = {
+        "dpo": (preference, _dpo(pairs).sum()),
+        "bco": (quality, _bco(pairs, targets.shift).sum()),
+        "sft": (generation, -pairs.chosen_logp),
+    }
+    return _combine(terms, pairs, totals)
+
+
+@dataclass(slots=True)
+class RewardShift:
+    """BCO's shift: the mean of the rewards of both answers of all pairs so far, over all ranks.
+
+    It moves between steps only, so that it is the same for every micro-batch and rank of a step.
+    """
+
+    mean: float = 0.0
+    count: int = 0
+
+    def add(self, chosen: float, rejected: float, pairs: int) -> None:
+        """Count in a step with these mean rewards of its `pairs` pairs."""
+        self.count += 2 * pairs
+        self.mean += ((chosen + rejected) / 2 - self.mean) * 2 * pairs / self.count
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.mean, self.count = state["mean"], state["count"]
+
+
+# ------------------------------------------------------------------------------------------------------- the terms
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What the terms share: lengths and rewards of the answers, (S,), the rewards meaningless without a reference; and
+    the sums of the log-probs of all chosen and of all rejected answers."""
+
+    length_S: Tensor
+    reward_S: Tensor
+    has_reference: bool
+    chosen_logp: Tensor
+    rejected_logp: Tensor
+
+
+def _pairs(logp_M: Tensor, batch: Batch, targets: PairTargets, beta: float, *, needs_reference: bool = True) -> _Pairs:
+    require(beta > 0, f"setting beta: is {beta}, must be above 0")
+    require(targets.ref_S is not None or not needs_reference, "this preference loss needs the log-probs of a reference")
+    length_S = sum_by_sample(torch.ones_like(logp_M), batch.sample_M, batch.samples)
+    logp_S = sum_by_sample(logp_M.double(), batch.sample_M, batch.samples)
+    chosen_P, rejected_P = _split(logp_S)
+    reward_S = logp_S if targets.ref_S is None else beta * (logp_S - targets.ref_S)
+    return _Pairs(length_S, reward_S, targets.ref_S is not None, chosen_P.sum(), rejected_P.detach().sum())
+
+
+def _split(values_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(S,) as chosen (P,) and rejected (P,)."""
+    chosen_P, rejected_P = values_S.view(-1, 2).unbind(1)
+    return chosen_P, rejected_P
+
+
+def _dpo(pairs: _Pairs) -> Tensor:
+    chosen_P, rejected_P = _split(pairs.reward_S)
+    return -F.logsigmoid(chosen_P - rejected_P)
+
+
+def _bco(pairs: _Pairs, shift: float) -> Tensor:
+    chosen_P, rejected_P = _split(pairs.reward_S)
+    return -F.logsigmoid(chosen_P - shift) - F.logsigmoid(shift - rejected_P)
+
+
+def _combine(terms: Terms, pairs: _Pairs, totals: Totals) -> LossOut:
+    """The weighted sum of the terms, each a mean over the whole step, with metrics.
+
+    Metrics: loss (its reduction over the step is that of the whole step), loss/NAME for each term, logp/chosen and
+    logp/rejected per token; and with a reference, means over pairs: reward/chosen, reward/rejected, reward/margin, and
+    reward/preferred, the share of pairs whose chosen answer has the larger reward.
+    """
+    chosen_length_P, rejected_length_P = _split(pairs.length_S)
+    tokens, count = float(chosen_length_P.sum()), float(len(chosen_length_P))
+    weighted = [
+        weight * term / (totals.tokens if name == "sft" else totals.groups) for name, (weight, term) in terms.items()
+    ]
+    loss = torch.stack(weighted).sum()
+    values = {
+        "loss": (loss, count / totals.groups),
+        **{f"loss/{name}": (term, tokens if name == "sft" else count) for name, (_, term) in terms.items()},
+        "logp/chosen": (pairs.chosen_logp, tokens),
+        "logp/rejected": (pairs.rejected_logp, float(rejected_length_P.sum())),
+    }
+    if pairs.has_reference:
+        chosen_P, rejected_P = _split(pairs.reward_S.detach())
+        values |= {
+            "reward/chosen": (chosen_P.sum(), count),
+            "reward/rejected": (rejected_P.sum(), count),
+            "reward/margin": ((chosen_P - rejected_P).sum(), count),
+            "reward/preferred": ((chosen_P > rejected_P).sum(), count),
+        }
+    return LossOut(loss, to_metrics(values))

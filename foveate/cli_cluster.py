@@ -1,0 +1,66 @@
+"""The commands of a cluster: `foveate cluster up`, `foveate cluster join`, `foveate submit`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from foveate.cli_options import Overrides
+
+cluster = typer.Typer(help="Machines that train together.", no_args_is_help=True)
+
+Host = Annotated[str, typer.Option(help="This machine's address that the others reach; without it, only itself.")]
+Count = Annotated[int | None, typer.Option(min=0, help="How many the cluster may use here; by default all.")]
+Block = Annotated[bool, typer.Option(help="Stay, and end the node when this command ends.")]
+
+
+@cluster.command("up")
+def up_command(
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port that the others join at.")] = 6379,
+    dashboard: Annotated[int, typer.Option(help="Port of the dashboard and of `foveate submit`.")] = 8265,
+    cpus: Count = None,
+    gpus: Count = None,
+    block: Block = False,
+) -> None:
+    """Start the head of a cluster on this machine. Those alone get in that have its token (~/.ray/auth_token)."""
+    from foveate.cluster.commands import start_node
+    from foveate.log import say
+
+    say(f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS; stop by: ray stop")
+    start_node(head=None, host=host, port=port, cpus=cpus, gpus=gpus, dashboard=dashboard, block=block)
+
+
+@cluster.command("join")
+def join_command(
+    address: Annotated[str, typer.Argument(help="HOST:PORT of the head.")],
+    host: Host = "127.0.0.1",
+    cpus: Count = None,
+    gpus: Count = None,
+    block: Block = False,
+) -> None:
+    """Let this machine join a cluster."""
+    from foveate.cluster.commands import start_node
+
+    start_node(head=address, host=host, port=0, cpus=cpus, gpus=gpus, dashboard=0, block=block)
+
+
+def submit(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    head: Annotated[str, typer.Option(help="Where the dashboard of the cluster is.")] = "http://127.0.0.1:8265",
+) -> None:
+    """Run `foveate rl` on a cluster and follow its log. Ctrl-C stops the run; the same command continues it."""
+    from foveate.cluster.base import REMOTE
+    from foveate.cluster.commands import job_command, use_token
+    from foveate.config import RLSettings
+    from foveate.errors import ConfigError
+    from foveate.recipe import load_recipe
+    from foveate.resolve import resolve
+
+    load_recipe(recipe, overrides or [], RLSettings)  # what is wrong with it is said here and now
+    use_token()
+    status = resolve(REMOTE, "job", "cluster")(head, job_command(recipe, overrides or []))
+    if status != "SUCCEEDED":
+        raise ConfigError(f"the run ended as {status}; its log is above")

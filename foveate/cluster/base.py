@@ -1,0 +1,66 @@
+"""The cluster seam: workers on one or more ranks, called by the name of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from foveate.cluster.local import LocalWorkers
+from foveate.config_cluster import ClusterSettings
+from foveate.parallel.balance import deal
+from foveate.resolve import resolve
+
+T = TypeVar("T")
+REMOTE = {"ray": "foveate.cluster.ray:RayWorkers", "job": "foveate.cluster.ray:follow_job"}
+"""What needs ray, which is imported only where it is asked for."""
+
+
+class WorkerGroup(Protocol):
+    """Workers, one per rank. `row`: how many neighbouring ranks share each row of tokens, and so their arguments."""
+
+    size: int
+    row: int
+
+    def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Run `method` on every rank with its own arguments; results in the order of ranks."""
+        ...
+
+
+@contextmanager
+def start_workers(cluster: ClusterSettings, build: Callable[[], Any]) -> Iterator[WorkerGroup]:
+    """The workers of a run, each made by `build` in its own place: in this process where there is one rank."""
+    if cluster.ranks == 1:
+        yield LocalWorkers(build())
+        return
+    with resolve(REMOTE, "ray", "cluster")(cluster, build) as workers:
+        yield workers
+
+
+def everywhere(workers: WorkerGroup, method: str, *arguments: Any) -> list[Any]:
+    """The same call on every rank."""
+    return workers.call(method, [arguments] * workers.size)
+
+
+def spread(
+    workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
+) -> Iterator[tuple[list[int], Any]]:
+    """Call `method` with `items` dealt out by their costs, and with `rest`. Yields, for each share, the indices of its
+    items and the result. `row` neighbouring ranks get the same share (None: those that share a row of tokens)."""
+    row = workers.row if row is None else row
+    shares = deal(costs, workers.size // row)
+    arguments = [([items[i] for i in share], *rest) for share in shares]
+    results = workers.call(method, [own for own in arguments for _ in range(row)])
+    yield from zip(shares, results[::row], strict=True)
+
+
+def spread_each(
+    workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
+) -> list[Any]:
+    """`spread` where a result has one entry per item: the entries in the order of the items."""
+    found = {
+        i: one
+        for share, own in spread(workers, method, items, costs, *rest, row=row)
+        for i, one in zip(share, own, strict=True)
+    }
+    return [found[i] for i in range(len(items))]

@@ -1,0 +1,55 @@
+"""What the commands of a cluster do: Ray's own command line and job server, with its ports closed to other machines."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from foveate.errors import ConfigError
+
+
+def start_node(
+    *, head: str | None, host: str, port: int, cpus: int | None, gpus: int | None, dashboard: int, block: bool
+) -> None:
+    """Start the head of a cluster on `host`, or join the one whose `head` is at HOST:PORT.
+
+    Raises ConfigError where ray is not installed, or does not start.
+    """
+    use_token()
+    if head is None and "RAY_AUTH_TOKEN" not in os.environ:
+        subprocess.run([*_ray(), "get-auth-token", "--generate"], check=False, capture_output=True)
+    command = [*_ray(), "start", f"--node-ip-address={host}", "--disable-usage-stats"]
+    if head is None:
+        command += ["--head", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}"]
+    else:
+        command += [f"--address={head}"]
+    command += [f"--num-cpus={cpus}"] if cpus is not None else []
+    command += [f"--num-gpus={gpus}"] if gpus is not None else []
+    command += ["--block"] if block else []
+    ended = subprocess.run(command, check=False, stdout=None if block else subprocess.PIPE, text=True)
+    if ended.returncode:
+        raise ConfigError(f"ray did not start (exit code {ended.returncode}): {' '.join((ended.stdout or '').split())}")
+
+
+def use_token() -> None:
+    """Let a cluster ask for a token, which Ray keeps in ~/.ray/auth_token or takes from RAY_AUTH_TOKEN, unless
+    RAY_AUTH_MODE says otherwise."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def job_command(recipe: str, overrides: list[str]) -> str:
+    """The command line of a run, in this folder: the nodes see the same files."""
+    words = [sys.executable, "-c", "from foveate.cli import main; main()", "rl", recipe, *overrides]
+    return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"
+
+
+def _ray() -> list[str]:
+    beside = Path(sys.executable).with_name("ray")
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("ray")
+    if found is None:
+        raise ConfigError("a cluster needs ray; install it by: pip install 'foveate[ray]'")
+    return [found]

@@ -1,0 +1,42 @@
+"""The engines of all workers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from foveate.cluster.base import WorkerGroup, everywhere, spread_each
+from foveate.config_parts import RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.records import Completion, SamplingParams
+from foveate.rollout.base import Request
+
+
+class GroupEngine:
+    """Deals out requests to the workers' engines. Answers do not depend on who gives them."""
+
+    def __init__(self, workers: WorkerGroup) -> None:
+        self.version = -1
+        self._workers = workers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None or self._workers.size == 1:  # several ranks end with their processes, which may be gone already
+            everywhere(self._workers, "close_engine")
+
+    def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
+        """Each worker makes its engine by `new_engine` and proves that it has the weights of `version`."""
+        everywhere(self._workers, "start_engine", new_engine, encoder, rollout, version)
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
+        return spread_each(self._workers, "generate", requests, costs, sampling, row=1)
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
+        checked = everywhere(self._workers, "publish", version)[0]
+        self.version = version
+        return checked

@@ -1,0 +1,205 @@
+"""Every setting of a run. What is not here cannot be set, and what is here acts.
+
+Models are frozen, refuse unknown keys and take types literally. `foveate.recipe` reads them from YAML. Paths are
+relative to the current directory. A step is one round of generating answers and learning from them (RL), or one
+optimizer update (SFT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
+
+from foveate.config_base import Settings, refuse
+from foveate.config_cluster import ClusterSettings
+from foveate.config_parts import (
+    AlgorithmSettings,
+    DataSettings,
+    EvalSettings,
+    LogSettings,
+    ModelSettings,
+    MPOTrainSettings,
+    OptimSettings,
+    PreferenceSettings,
+    RewardSettings,
+    RLDataSettings,
+    RLTrainSettings,
+    RolloutSettings,
+    SFTTrainSettings,
+    TrainSettings,
+)
+
+# The algorithms whose baseline is not the mean of the other answers to the same prompt.
+_WITHOUT_GROUPS = ("ppo", "reinforce_plus_plus", "remax")
+
+
+class RLSettings(Settings):
+    """A run of online reinforcement learning."""
+
+    run: str = Field(min_length=1, description="Folder of the run; the same folder again continues it.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
+    model: ModelSettings
+    data: RLDataSettings
+    rollout: RolloutSettings = RolloutSettings()
+    algorithm: AlgorithmSettings = AlgorithmSettings()
+    reward: RewardSettings = RewardSettings()
+    optim: OptimSettings
+    train: RLTrainSettings
+    cluster: ClusterSettings = ClusterSettings()
+    log: LogSettings = LogSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        _check_modules(self.model)
+        _check_warmup(self.optim, self.train)
+        _check_weights(self.data)
+        _check_system(self.data)
+        self._check_batch()
+        self._check_evaluation()
+        return self
+
+    def _check_batch(self) -> None:
+        rollout, train = self.rollout, self.train
+        if train.prompts_per_step % train.updates_per_step:
+            divisors = [n for n in range(1, train.prompts_per_step + 1) if train.prompts_per_step % n == 0]
+            refuse(
+                "train.updates_per_step",
+                f"is {train.updates_per_step} but must divide train.prompts_per_step={train.prompts_per_step}; "
+                f"use one of {', '.join(map(str, divisors))}",
+            )
+        if rollout.samples == 1:
+            self._check_single_answers()
+        if rollout.temperature == 0:
+            refuse(
+                "rollout.temperature",
+                "is 0, which gives equal answers and nothing to learn from; use a value above 0 (1.0 is usual)",
+            )
+        longest = self.data.max_prompt_tokens + rollout.max_tokens
+        split = self.cluster.sequence_parallel
+        if train.tokens_per_micro_batch * split < longest:
+            ranks = f" on {split} devices" if split > 1 else ""
+            refuse(
+                "train.tokens_per_micro_batch",
+                f"is {train.tokens_per_micro_batch}{ranks}, less than one longest prompt and answer: "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}; "
+                f"use {-(-longest // split)} or more, or lower those",
+            )
+
+    def _check_single_answers(self) -> None:
+        name = self.algorithm.name
+        if name not in _WITHOUT_GROUPS and ":" not in name:
+            refuse(
+                "rollout.samples",
+                f"is 1, but algorithm {name} compares answers to the same prompt; use 2 or more (8 is usual)",
+            )
+
+    def _check_evaluation(self) -> None:
+        if self.eval.every and not self.data.test:
+            refuse(
+                "eval.every",
+                f"is {self.eval.every}, but data.test is empty; name held-out files in data.test, or set eval.every=0 "
+                "for a run without evaluation",
+            )
+        if self.eval.prompts is not None and self.eval.gallery > self.eval.prompts:
+            refuse(
+                "eval.gallery",
+                f"is {self.eval.gallery}, more than eval.prompts={self.eval.prompts}; use {self.eval.prompts} or less",
+            )
+
+
+class SFTSettings(Settings):
+    """A run of supervised fine-tuning."""
+
+    run: str = Field(min_length=1, description="Folder of the run; the same folder again continues it.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
+    model: ModelSettings
+    data: DataSettings
+    optim: OptimSettings
+    train: SFTTrainSettings
+    cluster: ClusterSettings = ClusterSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        _check_modules(self.model)
+        _check_warmup(self.optim, self.train)
+        _check_weights(self.data)
+        _check_system(self.data)
+        _check_budget(self.data, self.train, self.cluster)
+        return self
+
+
+class MPOSettings(Settings):
+    """A run of preference optimisation."""
+
+    run: str = Field(min_length=1, description="Folder of the run; the same folder again continues it.")
+    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
+    model: ModelSettings
+    data: DataSettings
+    loss: PreferenceSettings = PreferenceSettings()
+    optim: OptimSettings
+    train: MPOTrainSettings
+    cluster: ClusterSettings = ClusterSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        _check_modules(self.model)
+        _check_warmup(self.optim, self.train)
+        _check_weights(self.data)
+        _check_system(self.data)
+        _check_budget(self.data, self.train, self.cluster)
+        return self
+
+
+def walk(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting with its dotted path (`train.steps`), in order; a group (`train`) comes before its members."""
+    for name, field in cls.model_fields.items():
+        yield prefix + name, field
+        if is_group(field):
+            yield from walk(field.annotation, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+
+
+def is_group(field: FieldInfo, of: type[Settings] = Settings) -> bool:
+    """Whether a field holds a group of settings (of the given kind) rather than a value."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, of)
+
+
+def _check_modules(model: ModelSettings) -> None:
+    if len(set(model.train)) < len(model.train):
+        refuse("model.train", f"names a part twice: {', '.join(model.train)}; name each once")
+
+
+def _check_weights(data: DataSettings) -> None:
+    if data.weights and (len(data.weights) != len(data.train) or not sum(data.weights)):
+        refuse(
+            "data.weights",
+            f"has {len(data.weights)} entries that add up to {sum(data.weights):g} for {len(data.train)} files in "
+            "data.train; give one per file, at least one of them above 0",
+        )
+
+
+def _check_system(data: DataSettings) -> None:
+    if data.thinking and data.system is not None:
+        refuse("data.thinking", "is true and data.system is set, but a conversation has one system prompt; choose one")
+
+
+def _check_budget(data: DataSettings, train: TrainSettings, cluster: ClusterSettings) -> None:
+    if train.tokens_per_micro_batch * cluster.sequence_parallel < data.max_prompt_tokens:
+        refuse(
+            "train.tokens_per_micro_batch",
+            f"is {train.tokens_per_micro_batch}, less than data.max_prompt_tokens={data.max_prompt_tokens}; raise it, "
+            "or lower data.max_prompt_tokens",
+        )
+
+
+def _check_warmup(optim: OptimSettings, train: TrainSettings) -> None:
+    if optim.warmup_steps > train.steps:
+        refuse(
+            "optim.warmup_steps",
+            f"is {optim.warmup_steps}, more than train.steps={train.steps}; use a few percent of the steps, or 0",
+        )

@@ -1,0 +1,30 @@
+"""What every group of settings is made of."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+
+class Settings(BaseModel):
+    """The base of all settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+class Named(Settings):
+    """Something chosen by name. A bare string stands for the name with default settings: `algorithm: gspo`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def refuse(path: str, text: str) -> NoReturn:
+    """Raise for settings that do not fit together; `foveate.recipe` finds the line of `path`."""
+    raise PydanticCustomError("together", "{path} {text}", {"path": path, "text": text})

@@ -1,0 +1,68 @@
+"""On which machines a run is spread, and how."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from foveate.config_base import Settings, refuse
+
+
+class ClusterSettings(Settings):
+    nodes: int = Field(default=1, ge=1, description="Machines.")
+    gpus_per_node: int = Field(default=1, ge=1, description="Training processes on each machine, one per GPU.")
+    shard: Literal["full", "hybrid", "none"] = Field(
+        default="full",
+        description="Weights, gradients and optimizer state are cut over all GPUs (full), over those of a machine "
+        "with a copy on each (hybrid), or stand whole on every GPU (none).",
+    )
+    sequence_parallel: int = Field(
+        default=1, ge=1, description="Neighbouring GPUs that share one packed row, each holding a part of its tokens."
+    )
+    offload: bool = Field(
+        default=False, description="Weights, gradients and optimizer state rest in host memory between their uses."
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None,
+        description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type.",
+    )
+    engine_tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the engine's model.")
+    engine_memory: float = Field(
+        default=0.8, gt=0, lt=1, description="Share of a GPU's memory that the engine may fill while it generates."
+    )
+
+    device: Literal["cpu", "cuda"] | None = Field(
+        default=None, description="Where ranks compute; null: cuda where there are several, the cpu for one."
+    )
+    timeout: float = Field(
+        default=1800, gt=0, description="Seconds after which a rank that does not answer is given up for hung."
+    )
+    retries: int = Field(
+        default=3, ge=0, description="Times that a run goes on from its last checkpoint after it has lost a process."
+    )
+
+    @property
+    def kind(self) -> str:
+        return self.device or ("cuda" if self.ranks > 1 else "cpu")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which one copy of the weights is cut."""
+        return {"full": self.ranks, "hybrid": self.gpus_per_node, "none": 1}[self.shard]
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        for name in ("sequence_parallel", "engine_tensor_parallel"):
+            value = self.model_dump()[name]
+            if self.gpus_per_node % value:
+                refuse(
+                    f"cluster.{name}",
+                    f"is {value} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs talk in every "
+                    "layer and have to be on one machine",
+                )
+        return self

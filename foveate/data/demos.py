@@ -1,0 +1,37 @@
+"""Tasks with the answers that supervised training imitates, or that preference learning compares."""
+
+from __future__ import annotations
+
+from foveate.records import Demo, Pair, Task
+
+RESPONSE = "response"
+CHOSEN, REJECTED = "chosen", "rejected"
+
+
+def demo_of(task: Task) -> Demo:
+    """The demonstration of a row: `extra_info.response`. Use `check_response` before."""
+    return Demo(task, task.meta[RESPONSE])
+
+
+def pair_of(task: Task) -> Pair:
+    """The preference pair of a row: `extra_info.chosen` and `extra_info.rejected`. Use `check_pair` before."""
+    return Pair(task, task.meta[CHOSEN], task.meta[REJECTED])
+
+
+def check_response(task: Task) -> list[tuple[str, str]]:
+    """The faults of a row as a demonstration, as (field, what is wrong)."""
+    return _check_text(task, RESPONSE, "supervised training needs the answer as text")
+
+
+def check_pair(task: Task) -> list[tuple[str, str]]:
+    """The faults of a row as a preference pair, as (field, what is wrong)."""
+    need = "a preference pair needs both answers as text"
+    faults = _check_text(task, CHOSEN, need) + _check_text(task, REJECTED, need)
+    if not faults and task.meta[CHOSEN] == task.meta[REJECTED]:
+        return [(f"extra_info.{REJECTED}", "is the chosen answer; there is nothing to prefer")]
+    return faults
+
+
+def _check_text(task: Task, name: str, need: str) -> list[tuple[str, str]]:
+    answer = task.meta.get(name)
+    return [] if isinstance(answer, str) and answer.strip() else [(f"extra_info.{name}", f"is {answer!r:.80}; {need}")]

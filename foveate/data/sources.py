@@ -1,0 +1,285 @@
+"""Files of rows, read by index: parquet, JSONL, and the Arrow files that `datasets` saves.
+
+A source is plain to pickle: worker processes open the files again.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from foveate.records import DataError
+
+SUFFIXES = (".parquet", ".jsonl", ".arrow")
+BLOCK_ROWS = 64
+
+Raw = dict[str, Any] | DataError
+"""The fields of a row, or why it cannot be read."""
+
+
+class Source(Protocol):
+    """The rows of one file."""
+
+    path: Path
+    names: list[str] | None
+    """Its columns; None for JSONL, where every row may have others."""
+
+    def __len__(self) -> int: ...
+
+    def block(self, first: int, count: int) -> Iterator[Raw]:
+        """`count` rows from row `first` on; they must exist."""
+        ...
+
+    def line(self, row: int) -> int | None:
+        """The line of a row in a text file, from 1; None for other files."""
+        ...
+
+    def only(self, columns: Sequence[str]) -> None:
+        """Read no other columns from now on, where the format can save that."""
+        ...
+
+    def values(self, path: Sequence[str]) -> list[Any]:
+        """One value of every row: column, then fields of it; None where a row lacks it."""
+        ...
+
+
+def expand(path: Path) -> list[Path]:
+    """The files of a path in order: itself, or for a folder what `datasets.save_to_disk` wrote into it, or else the
+    parquet files below it. Raises DataError where there is nothing that can be read."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file; give a file ({', '.join(SUFFIXES)}) or a folder of a dataset")
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+        return [path]
+    if (path / "dataset_dict.json").is_file():
+        return [file for split in _listed(path / "dataset_dict.json", "splits") for file in expand(path / str(split))]
+    if (path / "state.json").is_file():
+        return [path / str(entry["filename"]) for entry in _listed(path / "state.json", "_data_files")]
+    files = sorted(path.rglob("*.parquet"))
+    if not files:
+        raise DataError(
+            f"{path}: a folder without parquet files and without the state.json or dataset_dict.json of "
+            "datasets.save_to_disk; name the files"
+        )
+    return files
+
+
+def split_of(file: Path) -> str:
+    """The split that a file of a dataset belongs to: the start of its name (`train-00000-of-00002.parquet`) or, for
+    what save_to_disk wrote, the name of its folder."""
+    return file.parent.name if file.suffix == ".arrow" else file.stem.split("-")[0]
+
+
+def open_source(path: Path, cache: RowGroups) -> Source:
+    """Open one file by its suffix. Raises DataError if it cannot be read."""
+    if path.suffix == ".jsonl":
+        return JsonlRows(path)
+    return ArrowRows(path) if path.suffix == ".arrow" else ParquetRows(path, cache)
+
+
+def _listed(file: Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(file.read_bytes())[key])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not written by datasets.save_to_disk ({_one_line(error)})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------- parquet
+
+
+class RowGroups:
+    """The parquet row groups read last, up to a number of bytes, over all files of a table."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.held = 0
+        self.tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroups, (self.budget,)
+
+    def read(self, path: Path, file: pq.ParquetFile, group: int, columns: list[str]) -> pa.Table:
+        key = (path, group)
+        if key not in self.tables:
+            try:
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"row group {group} cannot be read ({_one_line(error)})") from error
+            self.tables[key] = table
+            self.held += table.nbytes
+            while len(self.tables) > 1 and self.held > self.budget:
+                self.held -= self.tables.popitem(last=False)[1].nbytes
+        self.tables.move_to_end(key)
+        return self.tables[key]
+
+
+class ParquetRows:
+    """The rows of a parquet file."""
+
+    def __init__(self, path: Path, cache: RowGroups, columns: Sequence[str] | None = None) -> None:
+        self.path, self.cache = path, cache
+        try:
+            self.file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
+        self.names: list[str] | None = self.file.schema_arrow.names
+        self.columns = list(self.file.schema_arrow.names if columns is None else columns)
+        metadata = self.file.metadata
+        self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ParquetRows, (self.path, self.cache, self.columns)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def line(self, row: int) -> None:  # noqa: ARG002 - parquet has no lines
+        return None
+
+    def only(self, columns: Sequence[str]) -> None:
+        assert self.names is not None
+        self.columns = [name for name in self.names if name in columns]
+
+    def block(self, first: int, count: int) -> Iterator[Raw]:
+        end = first + count
+        while first < end:
+            group = bisect_right(self.ends, first)
+            start = self.ends[group - 1] if group else 0
+            take = min(end, self.ends[group], first + BLOCK_ROWS) - first
+            try:
+                table = self.cache.read(self.path, self.file, group, self.columns)
+                yield from table.slice(first - start, take).to_pylist()
+            except DataError as error:
+                yield from [error] * take
+            first += take
+
+    def values(self, path: Sequence[str]) -> list[Any]:
+        assert self.names is not None
+        if path[0] not in self.names:
+            return [None] * len(self)
+        found: list[Any] = []
+        for group in range(len(self.ends)):
+            table = self.file.read_row_group(group, columns=[".".join(path)], use_threads=False)
+            if table.num_columns == 0:  # the struct has no such field
+                return [None] * len(self)
+            found.extend(dig(value, path[1:]) for value in table.column(0).to_pylist())
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------------ arrow
+
+
+class ArrowRows:
+    """The rows of an Arrow file in the stream or the file format, mapped into memory and not read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.table = _mapped(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path}: cannot be read as Arrow ({_one_line(error)})") from error
+        self.names: list[str] | None = self.table.column_names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrowRows, (self.path,)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def line(self, row: int) -> None:  # noqa: ARG002 - Arrow has no lines
+        return None
+
+    def only(self, columns: Sequence[str]) -> None:
+        self.table = self.table.select([name for name in self.table.column_names if name in columns])
+
+    def block(self, first: int, count: int) -> Iterator[Raw]:
+        for begin in range(first, first + count, BLOCK_ROWS):
+            yield from self.table.slice(begin, min(BLOCK_ROWS, first + count - begin)).to_pylist()
+
+    def values(self, path: Sequence[str]) -> list[Any]:
+        if path[0] not in self.table.column_names:
+            return [None] * len(self)
+        return [dig(value, path[1:]) for value in self.table.column(path[0]).to_pylist()]
+
+
+def _mapped(path: Path) -> pa.Table:
+    file = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_stream(file).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(file).read_all()
+
+
+# ------------------------------------------------------------------------------------------------------------ jsonl
+
+
+class JsonlRows:
+    """The rows of a JSONL file; only the places of its lines are kept. Blank lines are no rows."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: list[str] | None = None
+        offsets, lines, offset = [], [], 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        offsets.append(offset)
+                        lines.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        self.offsets, self.lines = np.array(offsets, dtype=np.int64), np.array(lines, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def line(self, row: int) -> int | None:
+        return int(self.lines[row])
+
+    def only(self, columns: Sequence[str]) -> None:
+        """Nothing is saved: a line is parsed as a whole."""
+
+    def block(self, first: int, count: int) -> Iterator[Raw]:
+        with self.path.open("rb") as file:
+            for row in range(first, first + count):
+                file.seek(int(self.offsets[row]))
+                yield _parsed(file.readline())
+
+    def values(self, path: Sequence[str]) -> list[Any]:
+        return [dig(raw, path) if isinstance(raw, dict) else None for raw in self.block(0, len(self))]
+
+
+def _parsed(line: bytes) -> Raw:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return DataError(f"is not valid JSON ({error})")
+    except RecursionError:
+        return DataError("is not usable JSON (it is nested too deeply)")
+    except ValueError as error:  # a whole number of thousands of digits
+        return DataError(f"is not usable JSON ({_one_line(error)})")
+    return value if isinstance(value, dict) else DataError(f"must hold one JSON object, not {type(value).__name__}")
+
+
+def dig(value: Any, path: Sequence[str]) -> Any:
+    """A field of a field of a value; None where there is none."""
+    for name in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,219 @@
+"""Datasets on disk: the field's parquet schema written atomically, and tasks read row by row on demand.
+
+The schema: data_source, prompt [{role, content}], images [{bytes, path}], ability, reward_model {style, ground_truth},
+extra_info {...}. JSONL and Arrow files hold rows of the same schema or RefCOCO-style rows (`rows.parse_referring`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from foveate.data.parsers import MappedRows, Parser, SchemaRows
+from foveate.data.rows import Place, Problem
+from foveate.data.sources import Raw, RowGroups, Source, expand, open_source
+from foveate.files import atomic_path
+from foveate.records import DataError, Task
+
+BOX = pa.list_(pa.float64())
+# A row group is read as a whole, and each takes memory as long as its file is open: small ones make access to shuffled
+# rows fast, few ones keep a file of a million rows small.
+GROUP_ROWS = 512
+GROUP_BYTES = 2**20  # of embedded pictures
+CACHE_BYTES = 64 * 2**20
+
+
+# ------------------------------------------------------------------------------------------------------------ write
+
+
+def row_schema(ground_truth: pa.DataType, extra_info: Mapping[str, pa.DataType]) -> pa.Schema:
+    """The parquet schema with this type of `reward_model.ground_truth` and these fields of `extra_info`."""
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema(
+        [
+            ("data_source", pa.string()),
+            ("prompt", pa.list_(message)),
+            ("images", pa.list_(image)),
+            ("ability", pa.string()),
+            ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", ground_truth)])),
+            ("extra_info", pa.struct(list(extra_info.items()))),
+        ]
+    )
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Write rows of the parquet schema and return how many there were.
+
+    `rows` is consumed group by group, so it may be larger than memory. An image is a path, bytes or {bytes, path}. The
+    file appears under its name only when it is complete: after an error, a kill or a full disk an older file of that
+    name is still there, whole. The same rows give the same bytes. Raises DataError for a row that does not fit
+    `schema`, and DiskError where the file cannot be written.
+    """
+    count = 0
+    options = {"compression": "zstd", "write_statistics": False}
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
+        for group in _groups(rows):
+            writer.write_table(_table(path, group, count, schema))
+            count += len(group)
+    return count
+
+
+def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += sum(_embedded(image) for image in row["images"])
+        if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _embedded(image: Any) -> int:
+    data = image.get("bytes") if isinstance(image, Mapping) else image
+    return len(data) if isinstance(data, bytes) else 0
+
+
+def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schema) -> pa.Table:
+    fields = set(schema.names)
+    extra = {field.name for field in schema.field("extra_info").type}
+    for offset, row in enumerate(group):
+        if set(row) != fields or not set(row["extra_info"]) <= extra:
+            odd = sorted((set(row) ^ fields) | (set(row.get("extra_info", ())) - extra))
+            raise DataError(f"{path}, row {first + offset}: fields {', '.join(odd)} do not fit the schema of the file")
+    ready = [{**row, "images": [_image_entry(image) for image in row["images"]]} for row in group]
+    try:
+        return pa.Table.from_pylist(ready, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {' '.join(str(error).split())}") from error
+
+
+def _image_entry(image: Any) -> dict[str, Any]:
+    if isinstance(image, Mapping):
+        return {"bytes": image.get("bytes"), "path": image.get("path")}
+    return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": str(image)}
+
+
+# ------------------------------------------------------------------------------------------------------------- read
+
+
+class TaskTable:
+    """Tasks of one or several files by index, read when asked for. `len(table)`, `table[i]`.
+
+    `table[i]` raises DataError with the first problem of that row; `inspect(i)` returns all of them. Made by
+    `open_tasks` or `validate.read_tasks`. A table can be pickled; the files are opened again where it arrives.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Source],
+        paths: list[int],
+        image_root: Path | None,
+        parser: Parser,
+        kept: np.ndarray,
+    ) -> None:
+        self._files, self._paths, self._image_root, self._parser, self._kept = files, paths, image_root, parser, kept
+        self._ends = np.cumsum([len(file) for file in files])
+
+    @property
+    def names(self) -> str:
+        """The files of the table, for messages."""
+        return ", ".join(str(file.path) for file in self._files)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of the table."""
+        return [file.path for file in self._files]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The first file of each path that `open_tasks` was given."""
+        return [self._files[self._paths.index(number)].path for number in sorted(set(self._paths))]
+
+    @property
+    def path_of(self) -> np.ndarray:
+        """For each row the index of its path among those that `open_tasks` was given, int64 (rows,)."""
+        return np.array(self._paths, dtype=np.int64)[np.searchsorted(self._ends, self._kept, side="right")]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __iter__(self) -> Iterator[Task]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Task:
+        task, problems = self.inspect(index)
+        if task is None:
+            raise DataError(str(problems[0]))
+        return task
+
+    def inspect(self, index: int) -> tuple[Task | None, list[Problem]]:
+        """The task at `index` and no problem, or None and every problem of its row."""
+        return next(self.inspect_range(range(len(self))[index], 1))
+
+    def inspect_range(self, first: int, count: int) -> Iterator[tuple[Task | None, list[Problem]]]:
+        """`inspect` for `count` rows from `first` on; rows that lie together in a file are read together."""
+        rows = self._kept[first : first + count]
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        breaks = np.flatnonzero((np.diff(rows) != 1) | (np.diff(numbers) != 0)) + 1
+        for run in np.split(np.arange(len(rows)), breaks):
+            number = int(numbers[run[0]])
+            begin = int(rows[run[0]] - (self._ends[number - 1] if number else 0))
+            for offset, raw in enumerate(self._files[number].block(begin, len(run))):
+                yield self._parsed(self._files[number], begin + offset, raw)
+
+    def values(self, field: str) -> list[Any]:
+        """One field of the schema (`extra_info.accuracy`) of every row, None where a row lacks it, without looking at
+        anything else."""
+        everything = [value for file in self._files for value in file.values(self._parser.column_of(field))]
+        return [everything[row] for row in self._kept]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> TaskTable:
+        """The same files with only these rows, in this order."""
+        kept = self._kept[np.asarray(indices, dtype=np.int64)]
+        return TaskTable(self._files, self._paths, self._image_root, self._parser, kept)
+
+    def _parsed(self, file: Source, row: int, raw: Raw) -> tuple[Task | None, list[Problem]]:
+        place = Place(file.path, row, file.line(row), self._image_root)
+        return (None, [Problem(str(place), "", str(raw))]) if isinstance(raw, DataError) else self._parser(raw, place)
+
+
+def open_tasks(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    image_root: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    parser: Parser | None = None,
+) -> TaskTable:
+    """Open parquet, JSONL and Arrow files, and folders of datasets, as one table, without looking at the rows.
+
+    image_root: where relative image paths are looked up first; then the folder of the file, then the working directory.
+    columns: for files with columns of other names, see `parsers.MappedRows`. parser: what else reads the rows.
+    Raises DataError for a file that is missing, unreadable or without a needed column, and if there are no rows at all.
+    """
+    parser = parser or (MappedRows(columns) if columns else SchemaRows())
+    cache = RowGroups(CACHE_BYTES)
+    files: list[Source] = []
+    numbers: list[int] = []
+    for number, path in enumerate([paths] if isinstance(paths, str | Path) else paths):
+        for file in expand(Path(path)):
+            source = open_source(file, cache)
+            if source.names is not None:
+                try:
+                    source.only(parser.columns(source.names))
+                except DataError as error:
+                    raise DataError(f"{file}: {error}") from None
+            files.append(source)
+            numbers.append(number)
+    rows = sum(map(len, files))
+    if rows == 0:
+        raise DataError(f"{', '.join(str(file.path) for file in files) or 'no file given'}: the dataset has no rows")
+    return TaskTable(files, numbers, image_root, parser, np.arange(rows))

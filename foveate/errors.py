@@ -1,0 +1,27 @@
+"""What a user can mend, as exceptions: the command line prints their message as one line and exits with code 1."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The base: a one-line message that says what was found, where, what is allowed and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting that must be mended."""
+
+
+class DataError(UserError, ValueError):
+    """Input that must be mended: the message names file, row and field."""
+
+
+class RankLost(UserError, RuntimeError):
+    """A process of a run died, or answers no more. The run can go on from its last checkpoint."""
+
+
+class DiskError(UserError, OSError):
+    """A file that could not be written: the message names its path, the reason and the space left."""
+
+
+class EngineError(UserError, RuntimeError):
+    """A rollout engine that cannot go on: the message says what it did and where its log is."""

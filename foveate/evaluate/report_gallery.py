@@ -1,0 +1,145 @@
+"""The report's gallery: held-out pictures with the true box and what was predicted at several steps.
+
+A picture is embedded once; boxes are vectors over it, so that steps are switched without another copy.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from foveate.evaluate.draw import encode_jpeg
+from foveate.evaluate.predictions import Box, Evaluation, Prediction, thumbnail_path
+
+PICTURE_BUDGET = 2_300_000
+"""Bytes of all embedded pictures together, before base64 makes four of three."""
+TEXT_BUDGET, PIECE_BUDGET = 700_000, 20_000
+"""Characters of all questions and answers together, and tokens whose probability is shown."""
+MAX_SIDE, MIN_SIDE = 400, 96
+GALLERY_STEPS, MOST_FRAMES = 8, 1600
+TEXT_LIMIT, LEAST_TEXT = 6000, 120
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One row of the gallery at one step: `prediction` is None when that evaluation did not hold the row. `thought` is
+    what stands in `<think>` tags, `said` the rest, both cut to what the page has room for; `pieces` are [text, p]."""
+
+    step: int
+    thought: str
+    said: str
+    pieces: tuple[tuple[str, float], ...]
+    prediction: Prediction | None
+    outcome: str
+    box: tuple[float, float, float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths."""
+
+    row: Prediction
+    picture: str
+    width: int
+    height: int
+    true_box: tuple[float, float, float, float] | None
+    frames: tuple[Frame, ...]
+
+    @property
+    def outcomes(self) -> str:
+        return "".join(frame.outcome for frame in self.frames)
+
+
+def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Evaluation]) -> tuple[Card, ...]:
+    """The rows named by `ids`, in that order, as far as an evaluation holds them."""
+    shown = spread(evaluations, max(2, min(GALLERY_STEPS, MOST_FRAMES // max(1, len(ids)))))
+    by_step = [{row.id: row for row in evaluation.predictions} for evaluation in shown]
+    known: dict[str, Prediction] = {}
+    for rows in by_step:
+        known |= {row_id: rows[row_id] for row_id in ids if row_id in rows}
+    share = PICTURE_BUDGET // max(1, len(known))
+    frames_in_all = max(1, len(known) * len(shown))
+    room = min(TEXT_LIMIT, max(LEAST_TEXT, TEXT_BUDGET // frames_in_all)), PIECE_BUDGET // frames_in_all
+    cards = []
+    for row_id in ids:
+        if row_id not in known:
+            continue
+        row = known[row_id]
+        picture, width, height = embed_picture(thumbnail_path(run_folder, row_id), share)
+        frames = tuple(
+            _frame(evaluation, rows.get(row_id), *room) for evaluation, rows in zip(shown, by_step, strict=True)
+        )
+        cards.append(Card(row, picture, width, height, rectangle(true_box(row)), frames))
+    return tuple(cards)
+
+
+def _frame(evaluation: Evaluation, prediction: Prediction | None, text_room: int, piece_room: int) -> Frame:
+    """Outcome "h" is a hit, "m" a miss, "n" neither: right and wrong are not defined, or the row was not asked."""
+    if prediction is None:
+        return Frame(evaluation.step, "", "", (), None, "n", None)
+    outcome = {True: "h", False: "m", None: "n"}[prediction.hit]
+    thought, said = split_thinking(prediction.text)
+    pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in prediction.pieces[:piece_room])
+    said, thought = shorten(said, text_room), shorten(thought, text_room)
+    return Frame(evaluation.step, thought, said, pieces, prediction, outcome, rectangle(prediction.box))
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """What stands in the first `<think>` section, one without an end included, and everything else."""
+    before, opening, rest = text.partition("<think>")
+    thought, _, after = rest.partition("</think>")
+    return (thought.strip(), f"{before}{after}".strip()) if opening else ("", text)
+
+
+def spread(evaluations: Sequence[Evaluation], count: int) -> tuple[Evaluation, ...]:
+    """The first, the last, and evenly between them, `count` evaluations at most."""
+    if len(evaluations) <= count:
+        return tuple(evaluations)
+    return tuple(evaluations[round(index * (len(evaluations) - 1) / (count - 1))] for index in range(count))
+
+
+def true_box(row: Prediction) -> Box | None:
+    """The ground truth of a grounding row; None for any other task."""
+    if row.iou is None:
+        return None
+    left, top, right, bottom = row.answer
+    return (left, top, right, bottom)
+
+
+def rectangle(box: Box | None) -> tuple[float, float, float, float] | None:
+    """A box by its corners, in any order, as x, y, width, height."""
+    if box is None:
+        return None
+    (left, right), (top, bottom) = sorted((box[0], box[2])), sorted((box[1], box[3]))
+    return (left, top, right - left, bottom - top)
+
+
+def embed_picture(path: Path, limit: int) -> tuple[str, int, int]:
+    """A thumbnail as data URI, with its width and height: no longer than `MAX_SIDE` pixels, and made smaller until it
+    takes at most `limit` bytes or would be shorter than `MIN_SIDE`. Without a file: an empty URI and a square."""
+    if not path.exists():
+        return "", 1, 1
+    data = path.read_bytes()
+    with Image.open(path) as image:
+        width, height = image.size
+        side = max(image.size)
+        if side > MAX_SIDE:
+            side, data = MAX_SIDE, encode_jpeg(image, MAX_SIDE, quality=85)
+        while len(data) > limit and side > MIN_SIDE:
+            # The bytes of a JPEG grow about with its pixels, so that mostly the first guess fits.
+            side = max(MIN_SIDE, round(side * min(0.9, 0.97 * math.sqrt(limit / len(data)))))
+            data = encode_jpeg(image, side, quality=75)
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}", width, height
+
+
+def shorten(text: str, room: int = 1200) -> str:
+    """Text for the page: the marks of images removed, long answers cut with a count of what is missing."""
+    plain = text.replace("<image>", "").strip()
+    if len(plain) <= room:
+        return plain
+    return f"{plain[:room]} … ({len(plain) - room} more characters)"

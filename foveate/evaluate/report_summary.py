@@ -1,0 +1,222 @@
+"""What a run achieved, in numbers and plain sentences: the comparison of its first and last evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.evaluate.predictions import Evaluation, row_value, summarise
+from foveate.rewards.boxes import HIT_IOU
+
+FIGURES = (("greedy", "accuracy"), ("greedy", "mean_iou"), ("sampled", "accuracy"), ("sampled", "mean_iou"))
+MAX_TAG_VALUES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One figure of the table: before and after, None where it was not measured. `percent` says how to show it."""
+
+    label: str
+    rows: int
+    before: float | None
+    after: float | None
+    percent: bool
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.before is None or self.after is None else self.after - self.before
+
+
+@dataclass(frozen=True, slots=True)
+class TagTable:
+    """The accuracies of the rows of each value of one tag, greedy and sampled."""
+
+    tag: str
+    greedy: tuple[Change, ...]
+    sampled: tuple[Change, ...]
+    left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The rows that both evaluations hold: how many turned from wrong to right and back, and the mean difference of
+    their correctness with its 95 % interval, mean +- 1.96 s / sqrt(n) over the paired differences."""
+
+    rows: int
+    gained: int
+    lost: int
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def unchanged(self) -> int:
+        return self.rows - self.gained - self.lost
+
+    @property
+    def is_noise(self) -> bool:
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Before and after. With a single evaluation `paired` is None and every `after` is None."""
+
+    measure: str
+    percent: bool
+    before_step: int
+    after_step: int | None
+    before_name: str
+    after_name: str
+    rows: int
+    samples: int
+    overall: tuple[Change, ...]
+    by_tag: tuple[TagTable, ...]
+    paired: Paired | None
+    sentences: tuple[str, ...]
+
+
+def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
+    """The first evaluation against the last one, None without any that holds a row."""
+    filled = [evaluation for evaluation in evaluations if evaluation.predictions]
+    if not filled:
+        return None
+    before, after = filled[0], filled[-1] if len(filled) > 1 else None
+    first = summarise(before.predictions, before.step)
+    last = summarise(after.predictions, after.step) if after else None
+    measure, percent = _measure(before)
+    paired = _paired(before, after) if after else None
+    overall = _overall(first, last, measure, percent)
+    return Comparison(
+        measure=measure,
+        percent=percent,
+        before_step=before.step,
+        after_step=after.step if after else None,
+        before_name=before.name,
+        after_name=after.name if after else "",
+        rows=(last or first)["rows"],
+        samples=(last or first)["sampled"]["samples"],
+        overall=overall,
+        by_tag=_by_tag(first, last, percent),
+        paired=paired,
+        sentences=_sentences(filled, overall[0], paired, percent),
+    )
+
+
+def format_figure(value: float | None, percent: bool) -> str:
+    """`41.0 %` or `0.410`; an en dash for what was not measured."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+
+
+def format_difference(value: float | None, percent: bool) -> str:
+    """The same with its sign, in percentage points: `+26.2`; a true minus sign."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:+.1f}" if percent else f"{value:+.3f}"
+    return text.replace("-", "−")
+
+
+def _measure(evaluation: Evaluation) -> tuple[str, bool]:
+    """What the accuracy of these rows is called, and whether it is a share."""
+    decided = [row for row in evaluation.predictions if row.hit is not None]
+    if not decided:
+        return "mean score", False
+    return (f"accuracy at IoU {HIT_IOU:g}" if all(row.iou is not None for row in decided) else "accuracy"), True
+
+
+def _overall(first: dict[str, Any], last: dict[str, Any] | None, measure: str, percent: bool) -> tuple[Change, ...]:
+    changes = []
+    for way, figure in FIGURES:
+        label = f"{way.capitalize()} {measure if figure == 'accuracy' else 'mean IoU'}"
+        before, after = first[way][figure], last[way][figure] if last else None
+        if before is not None or after is not None:
+            rows = (last or first)["rows"]
+            changes.append(Change(label, rows, before, after, percent and figure == "accuracy"))
+    return tuple(changes)
+
+
+def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -> tuple[TagTable, ...]:
+    nothing = {"rows": 0, "greedy_accuracy": None, "sampled_accuracy": None}
+    tables = []
+    for tag, values in (last or first)["by_tag"].items():
+        shown = sorted(values, key=lambda value: (-values[value]["rows"], value))[:MAX_TAG_VALUES]
+        columns: dict[str, list[Change]] = {"greedy_accuracy": [], "sampled_accuracy": []}
+        for value in shown:
+            old = first["by_tag"].get(tag, {}).get(value, nothing)
+            new = values[value] if last else nothing
+            for figure, changes in columns.items():
+                changes.append(Change(value, values[value]["rows"], old[figure], new[figure], percent))
+        greedy, sampled = (tuple(changes) for changes in columns.values())
+        tables.append(TagTable(tag, greedy, sampled, len(values) - len(shown)))
+    return tuple(tables)
+
+
+def _paired(before: Evaluation, after: Evaluation) -> Paired | None:
+    old = {row.id: row for row in before.predictions}
+    pairs = [(old[row.id], row) for row in after.predictions if row.id in old]
+    if not pairs:
+        return None
+    differences = [row_value(new) - row_value(previous) for previous, new in pairs]
+    count = len(differences)
+    average = sum(differences) / count
+    variance = sum((value - average) ** 2 for value in differences) / max(1, count - 1)
+    reach = 1.96 * math.sqrt(variance / count)
+    return Paired(
+        rows=count,
+        gained=sum(value > 0 for value in differences),
+        lost=sum(value < 0 for value in differences),
+        difference=average,
+        low=average - reach,
+        high=average + reach,
+    )
+
+
+def _sentences(
+    evaluations: Sequence[Evaluation], headline: Change, paired: Paired | None, percent: bool
+) -> tuple[str, ...]:
+    """The result in words: what happened, how sure that is, and whether an earlier step was better."""
+    first, last = evaluations[0], evaluations[-1]
+    before, after = format_figure(headline.before, percent), format_figure(headline.after, percent)
+    rows = f"{len(last.predictions)} held-out question{'s' if len(last.predictions) != 1 else ''}"
+    what = headline.label
+    if headline.difference is None:
+        moment = "" if first.step == 0 or first.label else f" after {_steps(first.step)}"
+        return (f"{what} is {before} on {rows}{moment}.",)
+    if last.label:
+        figures = "; ".join(f"{one.label} {format_figure(_greedy(one), percent)}" for one in evaluations)
+        certainty = (_certainty(paired, percent),) if paired is not None else ()
+        return (f"{what} on {rows}: {figures}.", *certainty)
+    span = f"after {_steps(last.step)}" if first.step == 0 else f"from step {first.step} to step {last.step}"
+    if before == after:
+        sentences = [f"{what} stayed at {before} on {rows} {span}."]
+    else:
+        verb = "rose" if headline.difference > 0 else "fell"
+        sentences = [f"{what} {verb} from {before} to {after} on {rows} {span}."]
+    if paired is not None:
+        sentences.append(_certainty(paired, percent))
+    best = max(evaluations, key=lambda evaluation: _greedy(evaluation))
+    if best is not last and best is not first and format_figure(_greedy(best), percent) != after:
+        sentences.append(f"The best evaluation was {format_figure(_greedy(best), percent)} at step {best.step}.")
+    return tuple(sentences)
+
+
+def _certainty(paired: Paired, percent: bool) -> str:
+    unit = " points" if percent else ""
+    low, high = format_difference(paired.low, percent), format_difference(paired.high, percent)
+    turned = f"{paired.gained} turned from wrong to right, {paired.lost} from right to wrong"
+    if not percent:
+        turned = f"{paired.gained} scored higher, {paired.lost} lower"
+    verdict = "so chance alone could explain it" if paired.is_noise else "so chance alone does not explain it"
+    return f"{turned}; the 95 % interval of the difference is {low} to {high}{unit}, {verdict}."
+
+
+def _greedy(evaluation: Evaluation) -> float:
+    return sum(map(row_value, evaluation.predictions)) / len(evaluation.predictions)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"

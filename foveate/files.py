@@ -1,0 +1,143 @@
+"""Whole files or none: everything that foveate writes is written beside its place, synced, and renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from foveate.errors import ConfigError, DiskError
+
+LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to write a file or a folder to; the folder above is made as needed.
+
+    When the block ends well, it is synced to disk and takes the place of `path`; otherwise it is removed and `path`
+    stays as it was. (A folder that replaces a folder leaves a moment without either.)
+
+    Raises:
+        DiskError: the disk is full, or the path cannot be written. Errors about other files pass through.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        yield temporary
+        for entry in (temporary, *temporary.rglob("*")):
+            _sync(entry)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except DiskError:
+        raise
+    except Exception as error:
+        if _is_about(error, temporary):
+            raise disk_error(path, error) from error
+        raise
+    finally:
+        remove(temporary)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a whole file or nothing; see `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write a whole UTF-8 file or nothing; see `atomic_path`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def held(folder: Path, other: str) -> Iterator[None]:
+    """Make a folder and hold it alone until the block ends; the system releases it when the process ends, however it
+    ends. Raises ConfigError that proposes `other` where another process holds it, and DiskError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise disk_error(folder / LOCK, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{folder} is in use by process {lock.read().strip()}; wait for its end, or choose {other}"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder; nothing there is fine."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:  # below a file there is nothing
+            return
+
+
+def disk_error(path: Path, error: Exception) -> DiskError:
+    """What a user reads when `path` could not be written because of `error`."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[-300:]
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free / 2**20
+    return DiskError(
+        f"cannot write {path}: {reason} ({free:,.0f} MiB free in {existing}); nothing was left half-written; make room "
+        "or allow writing there, then run the same command again"
+    )
+
+
+def _is_about(error: Exception, temporary: Path) -> bool:
+    """Whether writing below `temporary`, or making its folder, failed. An error without a name is about the file that
+    is open; a copy names two. Libraries in other languages report a full disk by errors of their own."""
+    if not isinstance(error, OSError):
+        return any(os.strerror(number) in str(error) for number in _FULL)
+    if error.errno in _FULL:
+        return True
+    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    ours = (name.is_relative_to(temporary) or temporary.is_relative_to(name) for name in names)
+    return error.errno is not None and (not names or any(ours))
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What processes that were killed while they wrote `path` could not remove."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
+        if owner.isdecimal() and not _is_alive(int(owner)):
+            remove(leftover)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

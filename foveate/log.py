@@ -1,0 +1,183 @@
+"""What a run says while it works: log lines, progress bars and metrics.jsonl.
+
+Bars and lines share one console on standard error, so that they never tear each other apart; standard output is left to
+results.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from foveate.errors import ConfigError
+from foveate.files import atomic_write_text, disk_error
+from foveate.trackers import Tracker, open_trackers
+
+console = Console(stderr=True)
+_results = Console()
+logger = logging.getLogger(__name__)
+
+Metric = float | int | str | None
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send foveate's log lines to standard error: with colours in a terminal, plain with date and time elsewhere.
+
+    Call it once per process, from the command line; a second call replaces the first.
+    """
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, log_time_format="[%X]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    package = logging.getLogger("foveate")
+    for former in list(package.handlers):
+        package.removeHandler(former)
+    package.addHandler(handler)
+    package.setLevel(level)
+
+
+def say(result: RenderableType) -> None:
+    """Print a result on standard output: text as it is, never wrapped or read as markup."""
+    if isinstance(result, str):
+        _results.print(Text(result), soft_wrap=True)
+    else:
+        _results.print(result)
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricsWriter:
+    """Appends one JSON object per step to a file; each line is on its way to disk when `write` returns.
+
+    Attributes:
+        nonfinite: values written so far that were NaN or infinite.
+    """
+
+    def __init__(self, path: Path, to: Sequence[str] = ()) -> None:
+        """`to`: the trackers (`foveate.trackers`) that get the finite numbers of each line too."""
+        self.path = path
+        self.nonfinite = 0
+        self._names = to
+        self._trackers: list[Tracker] | None = None
+
+    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Append `{"step": step, **metrics}`. JSON knows no NaN and no infinity: these become null, and the line lists
+        their names under `nonfinite`.
+
+        Raises:
+            DiskError: the line could not be written.
+        """
+        bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        record = {"step": step, **metrics, **dict.fromkeys(bad)} | ({"nonfinite": bad} if bad else {})
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, whole)
+            raise disk_error(self.path, error) from error
+        self.nonfinite += len(bad)
+        if self._trackers is None:
+            self._trackers = open_trackers(self._names, self.path.parent, step - 1)
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for track in self._trackers:
+            track(step, {name: value for name, value in numbers.items() if name not in bad})
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines up to and including `step`, the one that a run continues from; -1 keeps none. A last line that
+        was only half written goes too. The file is replaced atomically."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if self.path.exists() else []
+        atomic_write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file in the order written, without a last line that was only half written.
+
+    Raises:
+        ConfigError: any other line is not an object with a step.
+    """
+    lines = path.read_bytes().split(b"\n")
+    # What follows the last newline is a torn line, or nothing.
+    whole = lines[:-1]
+    records = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}; delete this line to go on"
+            ) from None
+    return records
+
+
+# -------------------------------------------------------------------------------------------------------- progress
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed) if task.speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress(description: str, total: int, interval: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """Show how far a long piece of work is, with its rate and the time left.
+
+    In a terminal this is a bar that vanishes when the work is done; bars may be nested. Elsewhere it is a log line at
+    most every `interval` seconds, so that short work is silent.
+
+    Args:
+        description: what is being done ("evaluating").
+        total: units of work in all.
+        interval: seconds between log lines where there is no terminal.
+
+    Yields:
+        advance: call it with the units just done.
+    """
+    if not console.is_terminal:
+        yield _line_progress(description, total, interval)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda units: bar.advance(task, units)
+
+
+def _line_progress(description: str, total: int, interval: float) -> Callable[[int], None]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(units: int) -> None:
+        nonlocal done, last
+        done += units
+        now = time.monotonic()
+        if now - last >= interval:
+            last = now
+            rate = done / max(now - start, 1e-9)
+            pace = f", {_rate(rate)}, {(total - done) / rate:.0f} s left" if rate else ""
+            logger.info("%s: %d of %d%s", description, done, total, pace)
+
+    return advance
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"

@@ -1,0 +1,203 @@
+"""Which tokens of a forest attend to which, as the calls of a kernel: runs of tokens, batched by like size.
+
+Every segment against itself, and the descendants of a segment, which stand together in the row, against it. With a
+sliding window, segments are cut into chunks of a window's length: each against itself, and against what lies before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from foveate.records import Layout
+
+
+def path_positions(layout: Layout) -> Tensor:
+    """How many tokens each token has before it on its path from the root, int64 (T,)."""
+    begin = _path_begins(layout)
+    return torch.cat([torch.arange(b, b + n) for b, n in zip(begin, layout.length, strict=True)])
+
+
+def _path_begins(layout: Layout) -> list[int]:
+    """The path position of each segment's first token."""
+    begin: list[int] = []
+    for parent in layout.parent:
+        begin.append(0 if parent < 0 else begin[parent] + layout.length[parent])
+    return begin
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """B runs of tokens, as a (B, L) batch for the flash kernel.
+
+    Runs of equal length that stand back to back are one slice of the row, taken without a copy. Others are taken by
+    index, the shorter ones filled up with copies of their last token, whose scores and log-sum-exp are finite."""
+
+    batch: int
+    length: int
+    tokens: slice | Tensor  # the true tokens, n of them
+    filled: Tensor | None  # index (B * L,), None for a slice
+    real: Tensor | None  # (B * L,) marks the true tokens, None where all are true
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Rows (T, H, ...) of these runs, as (B, H, L, ...)."""
+        taken = rows[self.tokens] if self.filled is None else rows.index_select(0, self.filled)
+        return taken.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+
+    def flat(self, values: Tensor) -> Tensor:
+        """The values (B, H, L, ...) of the true tokens, as (n, H, ...)."""
+        rows = values.transpose(1, 2).flatten(0, 1)
+        return rows if self.real is None else rows[self.real]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One call of the flash kernel: B runs of queries, each against one of B runs of keys.
+
+    `bias` (B, 1, 1 or L_q, L_k) is -inf at the copies that fill up shorter runs of keys, and outside of the window;
+    None where nothing is masked. `shared` says that several runs of queries may have the same keys."""
+
+    query: Runs
+    key: Runs
+    causal: bool
+    bias: Tensor | None
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Tokens `q` .. `q + q_length` attending to tokens `k` .. `k + k_length`. The first query stands `distance` tokens
+    behind the first key on its path (0: not needed, there is no window)."""
+
+    q: int
+    q_length: int
+    k: int
+    k_length: int
+    distance: int = 0
+
+
+def _runs(layout: Layout) -> tuple[list[_Run], list[list[_Run]]]:
+    """Each segment against itself, and the descendants of each inner segment against it: these by depth, because the
+    queries of nested segments overlap and may not share a call."""
+    own = [_Run(s, n, s, n) for s, n in zip(layout.start, layout.length, strict=True)]
+    depth: list[int] = []
+    for parent in layout.parent:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+    end = [s + n for s, n in zip(layout.start, layout.length, strict=True)]
+    below = list(end)
+    for k in range(len(own) - 1, -1, -1):
+        parent = layout.parent[k]
+        if parent >= 0:
+            below[parent] = max(below[parent], below[k])
+    inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
+    for k, run in enumerate(own):
+        if below[k] > end[k]:
+            inner[depth[k]].append(_Run(end[k], below[k] - end[k], run.q, run.q_length))
+    return own, inner
+
+
+def _window_runs(layout: Layout, window: int) -> list[list[_Run]]:
+    """Chunks of each segment against themselves, then against the nearest piece before them, the one before that, ...:
+    pieces are chunks of the same path, cut where segments end, as far as the window reaches."""
+    levels: list[list[_Run]] = [[]]
+    begin = _path_begins(layout)
+    for k, length in enumerate(layout.length):
+        for first in range(0, length, window):
+            query, size = layout.start[k] + first, min(window, length - first)
+            levels[0].append(_Run(query, size, query, size))
+            for level, (key, keys, distance) in enumerate(_before(layout, begin, k, first, window), 1):
+                if level == len(levels):
+                    levels.append([])
+                seeing = min(size, keys - 1 + window - distance)  # queries further on see nothing of this piece
+                levels[level].append(_Run(query, seeing, key, keys, distance))
+    return levels
+
+
+def _before(layout: Layout, begin: list[int], k: int, first: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """The pieces that token `first` of segment `k` sees before it on its path, nearest first, each as its first token,
+    its length, and how far back its first token is."""
+    where, segment, end = begin[k] + first, k, first
+    while segment >= 0:
+        reach = max(0, where - window + 1 - begin[segment])
+        if reach < end:
+            yield layout.start[segment] + reach, end - reach, where - begin[segment] - reach
+        if reach > 0:
+            return
+        segment = layout.parent[segment]
+        end = layout.length[segment]
+
+
+def _buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
+    """Runs of like size together, so that padding wastes at most about a third of the work of a call."""
+    bucket: list[_Run] = []
+    work = 0
+    for run in sorted(runs, key=lambda r: (r.q_length, r.k_length), reverse=True):
+        queries = max([run.q_length, *(r.q_length for r in bucket[:1])])
+        keys = max([run.k_length, *(r.k_length for r in bucket)])
+        work += run.q_length * run.k_length
+        if bucket and queries * keys * (len(bucket) + 1) > 1.5 * work + 4096:
+            yield bucket
+            bucket, work = [], run.q_length * run.k_length
+        bucket.append(run)
+    if bucket:
+        yield bucket
+
+
+def _as_batch(starts: list[int], lengths: list[int], device: torch.device) -> Runs:
+    batch, longest = len(starts), max(lengths)
+    if starts == [starts[0] + i * longest for i in range(batch)] and min(lengths) == longest:
+        return Runs(batch, longest, slice(starts[0], starts[0] + batch * longest), None, None)
+    offsets, length = torch.arange(longest), torch.tensor(lengths)[:, None]
+    filled = (torch.tensor(starts)[:, None] + offsets.minimum(length - 1)).flatten()
+    real = (offsets < length).flatten()
+    if bool(real.all()):
+        filled = filled.to(device)
+        return Runs(batch, longest, filled, filled, None)
+    return Runs(batch, longest, filled[real].to(device), filled.to(device), real.to(device))
+
+
+def _part(bucket: list[_Run], causal: bool, device: torch.device, window: int | None) -> Part:
+    bucket = sorted(bucket, key=lambda run: run.q)
+    query = _as_batch([run.q for run in bucket], [run.q_length for run in bucket], device)
+    key = _as_batch([run.k for run in bucket], [run.k_length for run in bucket], device)
+    bias = None
+    if causal:  # the copies stand after every true query
+        return Part(query, key, causal, None)
+    if key.real is not None:
+        bias = torch.zeros(key.real.shape, device=device).masked_fill(~key.real, float("-inf"))
+        bias = bias.view(key.batch, 1, 1, key.length)
+    if window is not None:
+        band = _band(bucket, query.length, key.length, window).to(device)
+        bias = band if bias is None else band + bias
+    return Part(query, key, causal, bias, shared=window is not None)
+
+
+def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
+    """Bias (B, 1, L_q, L_k): -inf where a key is `window` tokens or more behind on the path. Copies that fill up a run
+    of queries see what its last query sees, so that no row is without keys."""
+    last = torch.tensor([run.q_length - 1 for run in bucket])[:, None]
+    distance = torch.tensor([run.distance for run in bucket])[:, None]
+    offset = torch.arange(queries).minimum(last) + distance
+    hidden = offset[:, :, None] - torch.arange(keys) >= window
+    return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
+
+
+def parts(layout: Layout, device: torch.device, window: int | None = None) -> tuple[Part, ...]:
+    """The kernel calls for a layout. The causal calls come first and cover every token exactly once."""
+    if window is not None:
+        longest = max(begin + length for begin, length in zip(_path_begins(layout), layout.length, strict=True))
+        window = window if window < longest else None
+    return _parts(layout, device, window)
+
+
+@lru_cache(maxsize=64)
+def _parts(layout: Layout, device: torch.device, window: int | None) -> tuple[Part, ...]:
+    own, inner = _runs(layout)
+    levels = [own, *inner] if window is None else _window_runs(layout, window)
+    return tuple(
+        _part(bucket, level == 0, device, window) for level, runs in enumerate(levels) for bucket in _buckets(runs)
+    )

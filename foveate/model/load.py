@@ -1,0 +1,148 @@
+"""Checkpoint folders in and out: a Policy is a model with everything that turns tasks into its tokens and back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+from foveate.errors import DataError
+from foveate.model.attention import KERNELS
+from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, unreadable
+from foveate.model.configs import with_dtype
+from foveate.model.convert import write_hf_weights_as, write_json, write_other_files
+from foveate.model.families import Family, InternVL
+from foveate.model.names import Layout
+from foveate.model.quiet import quiet_transformers
+from foveate.model.recognise import Checkpoint, recognise
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for folders that are damaged or contradict themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A model on one device, its tokenizer, its family, the folder that it came from, and the layout of that folder."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    folder: Path
+    format: Layout
+
+    def part(self, name: str) -> nn.Module:
+        """The submodule `vision`, `projector`, `language` or `head`."""
+        return self.model.get_submodule(self.family.parts[name][0])
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", device: str = "cpu") -> Policy:
+    """Load a model folder of any family and layout, in evaluation mode.
+
+    Raises DataError for anything that is not one, or not whole; what can be told from the small files and from the
+    headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
+    """
+    found = recognise(path)
+    kernels: Any = KERNELS[attention]
+    if found.family.unit:
+        kernels = {"text_config": kernels, "vision_config": "sdpa"}
+    options = {
+        "config": found.config,
+        "dtype": DTYPES[dtype],
+        "attn_implementation": kernels,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    try:
+        with quiet_transformers():
+            model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+    except _UNREADABLE as error:
+        raise error if isinstance(error, DataError) else unreadable(found.folder, error) from error
+    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
+    hf_tensors(found.folder, found.format, found.config)
+    in_memory = found.format == "chat"
+    return InternVLForConditionalGeneration.from_pretrained(
+        None if in_memory else found.folder,
+        state_dict=hf_state_dict(found.folder, found.format) if in_memory else None,
+        **options,
+    )
+
+
+def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
+    """A model whose layouts transformers knows itself."""
+    auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
+    model, report = auto.from_pretrained(
+        found.folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+    )
+    for name, there, wanted in sorted(report["mismatched_keys"]):
+        raise DataError(f"{found.folder}: {name} has shape {tuple(there)}, config.json asks for {tuple(wanted)}")
+    for problem, names in (("lack", report["missing_keys"]), ("also hold", report["unexpected_keys"])):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise DataError(f"{found.folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
+    return model
+
+
+def parameters_by_part(policy: Policy) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each part of the model by name; one that lies in a part of a part belongs to the inner one."""
+    found: dict[str, dict[str, nn.Parameter]] = {part: {} for part in policy.family.parts}
+    for name, parameter in policy.model.named_parameters():
+        found[part_of(policy.family, name)][name] = parameter
+    return found
+
+
+def part_of(family: Family, name: str) -> str:
+    """The part that a parameter or a submodule belongs to, by its name."""
+    places = {place: part for part, modules in family.parts.items() for place in modules}
+    inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
+    return places[max(inside, key=len)]
+
+
+def freeze_except(policy: Policy, modules: Sequence[str]) -> None:
+    """Let only the named modules train: `vision`, `projector`, `language`; `language` includes the head."""
+    parts = parameters_by_part(policy)
+    unknown = [name for name in modules if name not in parts]
+    if unknown:
+        raise DataError(f"cannot train {unknown[0]!r}: the parts of {policy.family.name} are {', '.join(parts)}")
+    trained = {*modules, *(["head"] if "language" in modules else [])}
+    for part, parameters in parts.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(part in trained)
+
+
+def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the model in the layout that it came in, with the weights `state` in place of its own where given.
+    Everything beside the weights (tokenizer, template, image preprocessing, the Python files of the GitHub format) is
+    that of the folder that the policy was loaded from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = policy.model
+    if policy.format == "chat":
+        with tempfile.TemporaryDirectory(prefix=".hf-", dir=folder) as hf, quiet_transformers():
+            model.save_pretrained(hf, state_dict=state)
+            write_hf_weights_as(Path(hf), model.config, folder, "chat")
+    else:
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)  # in the layout that transformers has read
+    write_other_files(policy.folder, folder, policy.format, policy.format)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", with_dtype(read_config(folder), dtype))

@@ -1,0 +1,90 @@
+"""The published sizes of InternVL3.5, as configurations: for counting parameters and for planning memory.
+
+Dimensions: InternVL3.5 (arXiv 2508.18265), table 1, and the configurations of Qwen3, GPT-OSS and InternViT. Every size
+has untied embeddings, unlike the small Qwen3 models that they were made from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+_VISION_300M = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "attention_bias": True, "use_qk_norm": False, "norm_type": "layer_norm",
+}  # fmt: skip
+_VISION_6B = {
+    "hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800,
+    "attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm",
+}  # fmt: skip
+
+IMAGE_TOKEN_ID = 151671
+"""<IMG_CONTEXT> of the Qwen3 models of InternVL3.5; GPT-OSS has another vocabulary, and its own id."""
+
+
+def _qwen3(hidden: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": ffn, **_QWEN3,
+    }  # fmt: skip
+
+
+def _qwen3_moe(hidden: int, layers: int, heads: int, ffn: int, expert_ffn: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": ffn, "moe_intermediate_size": expert_ffn,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, **_QWEN3,
+    }  # fmt: skip
+
+
+_QWEN3 = {
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643,
+}  # fmt: skip
+_GPT_OSS_20B = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 2880, "num_local_experts": 32,
+    "num_experts_per_tok": 4, "vocab_size": 201088, "sliding_window": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "1B": (_VISION_300M, _qwen3(1024, 28, 16, 3072)),
+    "2B": (_VISION_300M, _qwen3(2048, 28, 16, 6144)),
+    "4B": (_VISION_300M, _qwen3(2560, 36, 32, 9728)),
+    "8B": (_VISION_300M, _qwen3(4096, 36, 32, 12288)),
+    "14B": (_VISION_300M, _qwen3(5120, 40, 40, 17408)),
+    "38B": (_VISION_6B, _qwen3(5120, 64, 64, 25600)),
+    "20B-A4B": (_VISION_300M, _GPT_OSS_20B),
+    "30B-A3B": (_VISION_300M, _qwen3_moe(2048, 48, 32, 6144, 768)),
+    "241B-A28B": (_VISION_6B, _qwen3_moe(4096, 94, 64, 12288, 1536)),
+}
+"""By the name after `InternVL3_5-`: vision_config and text_config."""
+
+
+def published_config(size: str) -> InternVLConfig:
+    """The configuration of a published size, a key of `SIZES`."""
+    vision, text = SIZES[size]
+    return InternVLConfig(
+        vision_config=dict(vision), text_config=dict(text), image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
+    )
+
+
+def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:
+    """The modules of a model with shapes but no memory, on the meta device."""
+    with torch.device("meta"):
+        return InternVLForConditionalGeneration(config)
+
+
+def parameter_counts(config: InternVLConfig) -> dict[str, int]:
+    """Parameters of `vision`, `projector` and `language` (the head is part of the language model)."""
+    model: Any = meta_model(config)
+
+    def count(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    counts = {"vision": count(model.model.vision_tower), "projector": count(model.model.multi_modal_projector)}
+    return {**counts, "language": count(model) - sum(counts.values())}

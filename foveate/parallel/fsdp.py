@@ -1,0 +1,98 @@
+"""One model over many ranks with PyTorch's FSDP2, applied from outside to a model that knows nothing of it.
+
+Every rank runs the same blocks in the same order, so a rank must not skip the vision tower while others run it: a batch
+without images beside others with them needs a blank (`foveate.parallel.packing.in_step`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from foveate.config_cluster import ClusterSettings
+from foveate.model.forward import token_logprobs
+from foveate.model.load import DTYPES, Policy
+from foveate.parallel.ulysses import token_logprobs_split
+from foveate.records import Batch
+
+
+class LogProbs(nn.Module):
+    """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
+    those that belong to no block (the head, whose logits are never whole, and the embedding)."""
+
+    def __init__(self, policy: Policy, sequence: ProcessGroup | None = None) -> None:
+        """`sequence`: the ranks that share each row with this one."""
+        super().__init__()
+        self.model = policy.model
+        self.policy = policy
+        self.sequence = sequence
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (M,) of the trained tokens of this rank's batch."""
+        if self.sequence is not None:
+            return token_logprobs_split(self.policy, batch, temperature, self.sequence)
+        return token_logprobs(self.policy, batch, temperature)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of the vision tower and of the language model, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:
+    """All ranks; where a copy of the weights is on fewer than all, as (copies, ranks of a copy)."""
+    copies = cluster.ranks // cluster.shards
+    shape, names = ((copies, cluster.shards), ("copy", "shard")) if copies > 1 else ((cluster.ranks,), ("shard",))
+    return init_device_mesh(device, shape, mesh_dim_names=names)
+
+
+def shard(
+    policy: Policy,
+    mesh: DeviceMesh,
+    cluster: ClusterSettings,
+    *,
+    checkpointing: bool,
+    sequence: ProcessGroup | None = None,
+) -> LogProbs:
+    """Cut the weights of a policy over the ranks of `mesh`, in place, and return what computes its log-probs.
+
+    Each block is gathered for its forward and again for its backward, and freed in between; what is in no block stays
+    gathered from forward to backward. Gradients are added over ranks, in float32, and not averaged: a loss divides by
+    the totals of the whole step. With `checkpointing`, blocks keep nothing but their inputs. The weights may be on the
+    meta device, then nothing is allocated. Called once, before an optimizer is made.
+    """
+    root = LogProbs(policy, sequence)
+    if checkpointing:
+        model: Any = policy.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; the models have no dropout
+    precision = MixedPrecisionPolicy(DTYPES[cluster.dtype] if cluster.dtype else None, reduce_dtype=torch.float32)
+    rest = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cluster.offload else OffloadPolicy()
+    cut = partial(_cut, cluster.shards)
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": rest, "shard_placement_fn": cut}
+    for module in (*blocks(policy.model), root):
+        whole = fully_shard(module, **settings)
+        assert isinstance(whole, FSDPModule)
+        whole.set_gradient_divide_factor(1.0)
+        whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
+    return root
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of one that is cut over ranks, which call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _cut(ranks: int, weight: nn.Parameter) -> Shard | None:
+    """The dimension along which a weight is cut: its first, unless only another can be cut evenly. There are fewer
+    experts than ranks in a large run, and cut by experts half the ranks would hold twice their share."""
+    even = [dim for dim, size in enumerate(weight.shape) if size % ranks == 0]
+    return Shard(even[0]) if even else None

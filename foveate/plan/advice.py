@@ -1,0 +1,111 @@
+"""A plan: memory and time of a recipe, the largest micro-batch, what to change where it does not fit, and whether the
+sharding really builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from foveate.config_cluster import ClusterSettings
+from foveate.model.families import InternVL
+from foveate.model.load import Policy
+from foveate.model.sizes import meta_model
+from foveate.parallel.fsdp import mesh_of, shard
+from foveate.plan.hardware import Machines
+from foveate.plan.memory import Memory, memory_of
+from foveate.plan.time import Seconds, seconds_of
+from foveate.plan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`largest`: tokens per device that still fit, 0 if none do. `better`: the fastest neighbouring settings that fit,
+    None if these fit or none do. `rank_share`: the largest part of the weights on a rank over the mean."""
+
+    work: Workload
+    machines: Machines
+    memory: Memory
+    seconds: Seconds
+    largest: int
+    better: Workload | None
+    rank_share: float
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds.step * self.work.steps * self.machines.count / 3600
+
+
+def plan(work: Workload, machines: Machines) -> Plan:
+    """The plan of a recipe on `machines`, which stand in the place of those that it names."""
+    work = replace(work, cluster=on_machines(work.cluster, machines))
+    memory = memory_of(work)
+    better = None if memory.fits(machines) else next(_better(work, machines), None)
+    return Plan(
+        work, machines, memory, seconds_of(work, machines, memory), _largest(work, machines, memory), better,
+        built_share(work),
+    )  # fmt: skip
+
+
+def on_machines(cluster: ClusterSettings, machines: Machines) -> ClusterSettings:
+    values = {**cluster.model_dump(), "nodes": machines.nodes, "gpus_per_node": machines.per_node}
+    for name in ("sequence_parallel", "engine_tensor_parallel"):
+        values[name] = next(n for n in range(values[name], 0, -1) if machines.per_node % n == 0)
+    return ClusterSettings.model_validate(values)
+
+
+def _largest(work: Workload, machines: Machines, memory: Memory) -> int:
+    """On the line through the memory of this micro-batch and of one half as long."""
+    half = memory_of(replace(work, budget=max(2, work.budget // 2)))
+    slope = (memory.learning - half.learning) / max(1, work.budget - work.budget // 2)
+    room = machines.usable - memory.learning
+    if slope <= 0:
+        return work.budget if room >= 0 else 0
+    return max(0, int(work.budget + room / slope))
+
+
+def _better(work: Workload, machines: Machines) -> Iterator[Workload]:
+    """Settings that fit, the fastest first. A micro-batch keeps the length that its longest row needs."""
+    per_node = machines.per_node
+    split = [n for n in (1, 2, 4, 8, 16) if per_node % n == 0]
+    shards = ("full", "hybrid") if machines.nodes > 1 else ("full",)
+    found = []
+    row = work.budget * work.cluster.sequence_parallel
+    for shard_over, again, offload, parts, tensor in product(shards, (False, True), (False, True), split, split):
+        if tensor < work.cluster.engine_tensor_parallel:
+            continue
+        changed = {
+            "shard": shard_over,
+            "offload": offload,
+            "sequence_parallel": parts,
+            "engine_tensor_parallel": tensor,
+        }
+        cluster = ClusterSettings.model_validate({**work.cluster.model_dump(), **changed})
+        other = replace(work, cluster=cluster, checkpointing=again, budget=-(-row // parts))
+        memory = memory_of(other)
+        if memory.fits(machines):
+            found.append((seconds_of(other, machines, memory).step, len(found), other))
+    yield from (other for *_, other in sorted(found, key=lambda item: item[:2]))
+
+
+def built_share(work: Workload) -> float:
+    """Builds the sharded model for all ranks on the meta device, over a process group that only counts. Returns the
+    weights of the first rank over the mean; above 1 where something does not divide evenly."""
+    if work.cluster.ranks == 1:
+        return 1.0
+    model: Any = meta_model(work.config)
+    tokenizer: Any = None
+    family = InternVL(0, (), (), 0, 0, 0, (), ())
+    dist.init_process_group("fake", rank=0, world_size=work.cluster.ranks, store=FakeStore())
+    try:
+        policy = Policy(model, tokenizer, family, Path(), "hf")
+        shard(policy, mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
+        own = sum(parameter.to_local().numel() for parameter in model.parameters())
+        return own * work.cluster.shards / sum(parameter.numel() for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,131 @@
+"""Seconds of a step by phase, from counts of arithmetic and of bytes. Prompt and images are computed once per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, HOST_BANDWIDTH, Machines
+from foveate.plan.memory import ENGINE_BYTES, Memory, key_value_bytes, sizes_of
+from foveate.plan.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one step. Reading data and grading are not estimated."""
+
+    generate: float
+    forward: float
+    update: float
+    publish: float
+
+    @property
+    def step(self) -> float:
+        return self.generate + self.forward + self.update + self.publish
+
+
+def active_parameters(config: Any) -> int:
+    """Weights of the language model's blocks that one token is multiplied with; of the experts, the chosen ones."""
+    text = config.text_config
+    width, heads, kept = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_key_value_heads
+    attention = width * (2 * heads + 2 * kept * text.head_dim)
+    if "moe" in text.model_type:
+        mlp = 3 * width * text.moe_intermediate_size * text.num_experts_per_tok + width * text.num_experts
+    else:
+        mlp = 3 * width * text.intermediate_size
+    return text.num_hidden_layers * (attention + mlp)
+
+
+def language_flops(config: Any, prompt: int, answer: int, answers: int) -> float:
+    """A forward pass of one group: the prompt once, each answer after it, logits of the answers alone."""
+    text = config.text_config
+    pairs = prompt**2 / 2 + answers * (answer * prompt + answer**2 / 2)
+    attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
+    head = 2 * text.vocab_size * text.hidden_size * answers * answer
+    return 2 * active_parameters(config) * (prompt + answers * answer) + attention + head
+
+
+def vision_flops(config: Any, tiles: int) -> float:
+    """A forward pass of the vision tower and the projector."""
+    vision, text = config.vision_config, config.text_config
+    width, tokens = vision.hidden_size, (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
+    block = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * tokens**2
+    projector = 2 * config.image_seq_length * (4 * width * text.hidden_size + text.hidden_size**2)
+    return tiles * (vision.num_hidden_layers * block + projector)
+
+
+def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
+    """Time of each phase. Communication overlaps with arithmetic, and the longer of both counts; what a group that is
+    split over micro-batches repeats is counted."""
+    row, group = work.budget * work.cluster.sequence_parallel, work.answers * work.answer
+    pieces = max(1, -(-group // max(1, row - work.prompt)))
+    language = language_flops(work.config, work.prompt, work.answer, work.answers)
+    language += (pieces - 1) * language_flops(work.config, work.prompt, 0, 0)
+    vision = pieces * vision_flops(work.config, work.tiles)
+    # backward is twice a forward; a checkpointed block is computed once more
+    again = 3 + work.checkpointing
+    learned = again * language + (again if "vision" in work.train else 1) * vision
+    ranks = work.cluster.ranks
+    rate = machines.gpu.flops * FLOPS_SHARE * ranks / work.groups
+    batches = max(
+        work.updates, work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel)
+    )
+    gather = _gather(work, machines)
+    return Seconds(
+        generate=_generate(work, machines, memory) if work.generates else 0.0,
+        forward=work.forwards * max((language + vision) / rate, batches * gather),
+        update=max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
+        publish=_publish(work, machines),
+    )
+
+
+def _gather(work: Workload, machines: Machines) -> float:
+    """All weights brought together once on every rank."""
+    shards = work.cluster.shards
+    total = sizes_of(work.config, work.train).total * work.compute_dtype.itemsize
+    host = total / shards / (machines.gpu.host * BANDWIDTH_SHARE) if work.cluster.offload else 0.0
+    return total * (shards - 1) / shards / machines.reach(shards) + host
+
+
+def _optimizer(work: Workload, machines: Machines) -> float:
+    """Weights, gradients and both moments read, three of them written, in each update of a step."""
+    moved = 7 * sizes_of(work.config, work.train).trained * work.dtype.itemsize / work.cluster.shards
+    speed = HOST_BANDWIDTH if work.cluster.offload else machines.gpu.bandwidth * BANDWIDTH_SHARE
+    return work.updates * moved / speed
+
+
+def _publish(work: Workload, machines: Machines) -> float:
+    if not work.generates or work.cluster.ranks == 1:
+        return 0.0
+    return sizes_of(work.config, work.train).total * ENGINE_BYTES / machines.reach(work.cluster.ranks)
+
+
+def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
+    """Answers of mean length that the keys and values of one engine hold at a time, its prompts once per group."""
+    parallel = work.cluster.engine_tensor_parallel
+    pool = min(work.cluster.engine_memory * machines.usable, machines.usable - memory.weights - memory.optimizer)
+    token = key_value_bytes(work.config, ENGINE_BYTES) / parallel
+    return max(1, int((pool - memory.engine) / token / (work.prompt / work.answers + work.answer)))
+
+
+def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
+    """Prompts are read in, then answers grow a token at a time at the speed of memory or of arithmetic; a few run on to
+    the longest length when the others are done."""
+    cluster, gpu = work.cluster, machines.gpu
+    parallel = cluster.engine_tensor_parallel
+    engines = max(1, cluster.ranks // parallel)
+    queue = work.groups * work.answers / engines
+    live = min(queue, in_flight(work, machines, memory))
+    flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel
+    head = work.config.text_config.vocab_size * work.config.text_config.hidden_size
+    active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.train).total
+    context = (work.prompt + work.answer / 2) * key_value_bytes(work.config, ENGINE_BYTES)
+    read = min(weights, active * live) * ENGINE_BYTES
+    token = max((read + live * context) / speed, 2 * active * live / flops)
+    alone = (active * ENGINE_BYTES + (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES)) / speed
+    prefill = language_flops(work.config, work.prompt, 0, 0) + vision_flops(work.config, work.tiles)
+    return (
+        queue / live * work.answer * token
+        + (work.longest - work.answer) * alone
+        + (work.groups / engines * prefill / flops)
+    )

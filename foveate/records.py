@@ -1,0 +1,295 @@
+"""The records that flow through foveate, one frozen dataclass per stage: a record is complete when it exists.
+
+Suffixes name the axes of a tensor: T packed tokens, M trained tokens, S samples (answers), K segments, N image tiles,
+G members of a group, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import DataError
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels read from the header.
+
+    The size is that of the picture as it is shown: after the EXIF rotation, which every reader of pixels applies.
+    """
+
+    path: Path | None
+    data: bytes | None
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `<image>` in the content marks where the next image of the task stands."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt with its images and its ground truth. `where` names file and row for error messages."""
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+    images: tuple[Image, ...]
+    answer: Any
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """A task and the answer that supervised training imitates."""
+
+    task: Task
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A task with a better and a worse answer, for preference learning."""
+
+    task: Task
+    chosen: str
+    rejected: str
+
+
+# ------------------------------------------------------------------------------------------------------ encoding
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
+
+    `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
+    `grid` (rows, columns) is how the tokens lie in the picture, for families with 3-D positions; None elsewhere."""
+
+    position: int
+    count: int
+    tiles: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A task as token ids. `token_ids` holds every image expanded to its placeholder tokens, `engine_ids` one
+    placeholder per image (the form that served engines expand themselves). `pixels` is the (N, 3, H, W) float32
+    tiles, or patches, of all images in order, or None for a prompt without images."""
+
+    token_ids: tuple[int, ...]
+    slots: tuple[ImageSlot, ...]
+    pixels: Tensor | None
+    engine_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token, int64 (P,); (3, P) for time, row and column where an image has a `grid`: its
+        tokens share the time at which it begins, and what follows goes on behind its longer side (M-RoPE, Qwen2-VL,
+        arXiv 2409.12191, section 2.1)."""
+        if all(slot.grid is None for slot in self.slots):
+            return torch.arange(len(self))
+        pieces: list[Tensor] = []
+        begin = place = 0
+        for slot in self.slots:
+            assert slot.grid is not None
+            rows, columns = slot.grid
+            pieces.append((torch.arange(slot.position - begin) + place).expand(3, -1))
+            place += slot.position - begin
+            row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+            pieces.append(torch.stack([torch.zeros_like(row), row, column]) + place)
+            begin, place = slot.position + slot.count, place + max(rows, columns)
+        pieces.append((torch.arange(len(self) - begin) + place).expand(3, -1))
+        return torch.cat(pieces, 1)
+
+    @property
+    def end(self) -> int:
+        """The position of the first token of an answer: one more than the largest of the prompt."""
+        return int(self.positions.max()) + 1
+
+
+# ------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How answers are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    samples: int = 1
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer. `logprobs` are of the sampled tokens, stop token included, under softmax(logits /
+    temperature) over the whole vocabulary (temperature 1 where greedy): the trainer's own, whatever top-k, top-p and
+    bans did to the draw. `finish` is "stop" or "length"; `version` counts the weights that sampled it."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A reward: the value that is trained on, named parts for the metrics, and a note where a grader gave nothing."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All answers to one prompt: the unit of GRPO and GSPO. `baseline`: the score of the greedy answer, for ReMax."""
+
+    task: Task
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+    baseline: Score | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A forest of token segments packed into one row of T tokens.
+
+    Segment k covers tokens `start[k] : start[k] + length[k]`; `parent[k]` is the segment it continues, or -1 for a
+    root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
+    stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
+    group is one root (the prompt) with n children (the answers).
+    """
+
+    start: tuple[int, ...]
+    length: tuple[int, ...]
+    parent: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.start[-1] + self.length[-1] if self.start else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a model eats, the same for SFT, MPO and RL: one packed row.
+
+    token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
+    pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
+    grids: rows and columns of the tokens of each image, in order, for families that need them; blank: whether the last
+    image has no slots and is there for its own sake (`Family.blank`).
+    target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
+    sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
+    """
+
+    token_ids_T: Tensor
+    position_T: Tensor
+    layout: Layout
+    pixels: Tensor | None
+    slot_index: Tensor
+    target_M: Tensor
+    source_M: Tensor
+    sample_M: Tensor
+    samples: int
+    grids: tuple[tuple[int, int], ...] = ()
+    blank: bool = False
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        return replace(
+            self,
+            token_ids_T=self.token_ids_T.to(device),
+            position_T=self.position_T.to(device),
+            pixels=None if self.pixels is None else self.pixels.to(device),
+            slot_index=self.slot_index.to(device),
+            target_M=self.target_M.to(device),
+            source_M=self.source_M.to(device),
+            sample_M=self.sample_M.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTargets:
+    """What a policy loss eats beside the current log-probs: float tensors over the M trained tokens.
+
+    old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
+    frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
+    mark_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None.
+    """
+
+    old_M: Tensor
+    engine_M: Tensor
+    advantage_M: Tensor
+    ref_M: Tensor | None = None
+    mark_M: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairTargets:
+    """What a preference loss eats beside the current log-probs. The samples of its batch are pairs: chosen, rejected,
+    chosen, rejected, ...
+
+    ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
+    loss that needs none; shift: BCO's reward shift.
+    """
+
+    ref_S: Tensor | None
+    shift: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The denominators of a loss: counts over the whole optimizer step, over all micro-batches and ranks."""
+
+    tokens: int
+    samples: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossOut:
+    """A scalar to differentiate, and detached sums for the metrics: name -> (sum, weight)."""
+
+    loss: Tensor
+    metrics: Mapping[str, tuple[float, float]]
+
+
+def sum_by_sample(values_M: Tensor, sample_M: Tensor, samples: int) -> Tensor:
+    """Sums of `values_M` per sample, shape (S,)."""
+    return torch.zeros(samples, dtype=values_M.dtype, device=values_M.device).index_add(0, sample_M, values_M)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise DataError with `message` unless `condition` holds."""
+    if not condition:
+        raise DataError(message)
+
+
+def join_where(parts: Sequence[str]) -> str:
+    """The place of a problem for an error message: `file, row 3, field images`."""
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,170 @@
+"""From a name in a recipe to the function it stands for, and from its settings to a call that is known to be valid.
+
+A name is looked up in a table `name -> "module:object"`. Whoever brings code of their own writes an import path in its
+place: `my_package.rewards:strict_iou`, or a file, `experiments/rewards.py:strict_iou`. A function's keyword-only
+arguments are the schema of its settings, so a setting that nothing reads is refused before a run starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from foveate.errors import ConfigError
+
+FILE_MODULES = "foveate_file_"
+"""What the names of modules begin with that were loaded from a file, and are known to this process alone."""
+
+
+def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    """The object that `name` stands for.
+
+    Args:
+        table: the known names, each with its import path `"module:object"`, or with the object itself.
+        name: a name of the table, or an import path: `module:object` or `path/to/file.py:object`.
+        kind: what is looked up ("reward", "algorithm"), for messages.
+
+    Raises:
+        ConfigError: the name is not known, or nothing can be imported from its path.
+    """
+    path = table.get(name, name)
+    if not isinstance(path, str):
+        return path
+    module_name, colon, attribute = path.rpartition(":")
+    if not colon:
+        raise ConfigError(
+            f"unknown {kind} {name!r}{suggestion(name, table)}; known: {', '.join(sorted(table))}; "
+            "one of your own is written as path/to/file.py:object or module:object"
+        )
+    is_file = module_name.endswith(".py")
+    module = _load_file(module_name, path, kind) if is_file else _import_module(module_name, path, kind)
+    members = vars(module)
+    if attribute not in members:
+        public = [member for member in members if not member.startswith("_")]
+        raise ConfigError(f"{kind} {path!r}: {module_name} has no {attribute!r}{suggestion(attribute, public)}")
+    return members[attribute]
+
+
+def bind(function: Callable[..., Any], settings: Mapping[str, Any], kind: str) -> partial[Any]:
+    """`function` with its settings filled in, after a check of every one against the keyword-only arguments.
+
+    Types are taken literally, as a recipe writes them: a string is never read as a number; a whole number is a float.
+
+    Args:
+        function: positional arguments are data, keyword-only arguments are settings.
+        settings: name -> value; arguments with a default may be left out.
+        kind: whose settings these are ("reward grounding"), for messages.
+
+    Raises:
+        ConfigError: not a function, an unknown setting, a missing one, or a value of the wrong type.
+    """
+    if not inspect.isfunction(function):
+        raise ConfigError(f"{kind} must be a function, found {_shown(function)}")
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    allowed = f"its settings: {', '.join(keywords)}" if keywords else "it has no settings"
+    for key in settings:
+        if key not in keywords:
+            raise ConfigError(f"{kind}: unknown setting {key!r}{suggestion(key, keywords)}; {allowed}")
+    for key, parameter in keywords.items():
+        if parameter.default is inspect.Parameter.empty and key not in settings:
+            raise ConfigError(f"{kind}: setting {key!r} is missing and has no default; {allowed}")
+    hints = _type_hints(function, keywords)
+    return partial(function, **{key: _checked(value, hints[key], f"{kind}: {key}") for key, value in settings.items()})
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?` for the nearest known name, or nothing when none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(problem: Mapping[str, Any]) -> str:
+    """What one entry of pydantic's `ValidationError.errors()` says, as the rest of a sentence: "must be a number, found
+    'fast'". The caller puts the name of the setting before it."""
+    context = problem.get("ctx", {})
+    phrases = {
+        "missing": "is missing",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_type": "must be a number",
+        "finite_number": "must be a finite number",
+        "bool_type": "must be true or false",
+        "string_type": "must be a string",
+        "string_too_short": "must not be empty",
+        "tuple_type": "must be a list, such as [a, b]",
+        "list_type": "must be a list, such as [a, b]",
+        "dict_type": "must be a mapping",
+        "mapping_type": "must be a mapping",
+        "model_type": "must be a mapping of settings",
+        "literal_error": f"must be {context.get('expected')}",
+        "greater_than": f"must be greater than {context.get('gt')}",
+        "greater_than_equal": f"must be at least {context.get('ge')}",
+        "less_than": f"must be less than {context.get('lt')}",
+        "less_than_equal": f"must be at most {context.get('le')}",
+        "too_short": f"must have at least {context.get('min_length')} entries",
+        "too_long": f"must have at most {context.get('max_length')} entries",
+    }
+    text = phrases.get(problem["type"]) or str(problem["msg"])
+    return text if problem["type"] == "missing" else f"{text}, found {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        said = {explain(problem): None for problem in error.errors()}
+        raise ConfigError(f"{where} {', or '.join(said)}") from None
+
+
+def _type_hints(function: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
+    """The types of the named arguments; the others may be annotated with names that only a type checker imports."""
+    annotations = inspect.get_annotations(function)
+    chosen = SimpleNamespace(__annotations__={name: annotations.get(name, Any) for name in names})
+    return typing.get_type_hints(chosen, globalns=vars(sys.modules[function.__module__]))
+
+
+def _import_module(name: str, path: str, kind: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{kind} {path!r}: cannot import {name} ({error}); code outside an installed package is named by its file, "
+            "path/to/file.py:object"
+        ) from error
+
+
+def _load_file(file: str, path: str, kind: str) -> ModuleType:
+    """The module of a Python file, run once per process however often it is named."""
+    location = Path(file).resolve()
+    name = f"{FILE_MODULES}{location.stem}_{hashlib.sha256(bytes(location)).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, location)
+    if not location.is_file() or spec is None or spec.loader is None:
+        raise ConfigError(f"{kind} {path!r}: no such file {file} (relative to {Path.cwd()})")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

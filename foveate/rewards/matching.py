@@ -1,0 +1,156 @@
+"""The reward of answers with several boxes: boxes are paired with the ground truth before they are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from foveate.records import DataError, Score, Task
+from foveate.rewards.boxes import (
+    TRUTH,
+    AnswerFrame,
+    Box,
+    Frame,
+    answer_in_pixels,
+    box_fault,
+    four_numbers,
+    iou,
+    parse_boxes,
+    picture_size,
+    size_faults,
+    to_pixels,
+)
+
+MOST_BOXES = 200
+"""Boxes of an answer that are looked at; what follows counts as wrong without being compared."""
+
+
+def best_pairs(value: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """The pairs (row, column) that use no row and no column twice and have the greatest total value, by row.
+
+    The Hungarian method with potentials and shortest augmenting paths (Jonker and Volgenant 1987): min(R, C) pairs of
+    an (R, C) matrix of finite numbers in O(min(R, C)^2 max(R, C)).
+    """
+    gain_RC = np.asarray(value, dtype=np.float64)
+    if gain_RC.size == 0:
+        return []
+    if gain_RC.shape[0] > gain_RC.shape[1]:
+        return sorted((row, column) for column, row in best_pairs(gain_RC.T.tolist()))
+    cost_RC = gain_RC.max() - gain_RC
+    rows, columns = cost_RC.shape
+    row_of = np.full(columns, -1)
+    u_R, v_C = np.zeros(rows), np.zeros(columns)
+    for row in range(rows):
+        _assign(row, cost_RC, row_of, u_R, v_C)
+    return sorted((int(row), column) for column, row in enumerate(row_of) if row >= 0)
+
+
+def _assign(start: int, cost_RC: np.ndarray, row_of: np.ndarray, u_R: np.ndarray, v_C: np.ndarray) -> None:
+    """Give a column to row `start` along the cheapest path of reassignments; updates the column owners `row_of` and the
+    potentials of rows and columns in place."""
+    columns = cost_RC.shape[1]
+    distance_C = np.full(columns, np.inf)
+    before_C = np.full(columns, start)
+    done_C = np.zeros(columns, dtype=bool)
+    row, reached = start, 0.0
+    while True:
+        through_C = reached + cost_RC[row] - u_R[row] - v_C
+        closer_C = ~done_C & (through_C < distance_C)
+        distance_C[closer_C] = through_C[closer_C]
+        before_C[closer_C] = row
+        column = int(np.argmin(np.where(done_C, np.inf, distance_C)))
+        reached = distance_C[column]
+        done_C[column] = True
+        if row_of[column] < 0:
+            break
+        row = int(row_of[column])
+    u_R[start] += reached
+    for visited in np.flatnonzero(done_C):
+        if row_of[visited] >= 0:
+            u_R[row_of[visited]] += reached - distance_C[visited]
+        v_C[visited] -= reached - distance_C[visited]
+    while column >= 0:
+        row = int(before_C[column])
+        taken = np.flatnonzero(row_of == row)
+        row_of[column] = row
+        column = int(taken[0]) if row != start else -1
+
+
+def boxes_reward(
+    text: str,
+    task: Task,
+    *,
+    alpha: float = 0.5,
+    threshold: float = 0.5,
+    answer_frame: AnswerFrame = "thousandths",
+    truth_frame: Frame = "thousandths",
+) -> Score:
+    """Score all boxes of an answer against all boxes of the ground truth.
+
+    Boxes are paired so that the total IoU is greatest (`best_pairs`). With p boxes in the answer, k in the ground truth
+    and t the threshold, f1 is 2 [pairs with IoU >= t] / (p + k), soft_f1 is 2 (sum of the IoU of the pairs) / (p + k),
+    and the value is alpha f1 + (1 - alpha) soft_f1. For one box on each side that is the "mix" of the grounding reward.
+    Both are 1 where nothing is to be found and the answer gives no box.
+
+    Parts: f1, soft_f1, precision, recall, boxes (p), parsed (1 if p > 0). Raises DataError for a ground truth that is
+    no list of boxes and for a task without a size.
+    """
+    width, height = picture_size(task)
+    truth = [to_pixels(box, width, height, truth_frame) for box in truth_boxes(task)]
+    answer = parse_boxes(text)
+    given = [answer_in_pixels(box, task, answer_frame) for box in answer[:MOST_BOXES]]
+    iou_PK = [[iou(a, b) for b in truth] for a in given]
+    overlaps = [iou_PK[i][j] for i, j in best_pairs(iou_PK)]
+    hits = sum(overlap >= threshold for overlap in overlaps)
+    total = len(answer) + len(truth)
+    f1 = 2 * hits / total if total else 1.0
+    soft = 2 * sum(overlaps) / total if total else 1.0
+    parts = {
+        "f1": f1,
+        "soft_f1": soft,
+        "precision": hits / len(answer) if answer else float(not truth),
+        "recall": hits / len(truth) if truth else float(not answer),
+        "boxes": float(len(answer)),
+        "parsed": float(bool(answer)),
+    }
+    note = "no box in the answer" if truth and not answer else ""
+    return Score(alpha * f1 + (1.0 - alpha) * soft, parts, note)
+
+
+def truth_boxes(task: Task) -> list[Box]:
+    """The ground truth of a task with any number of boxes: a list of boxes (also as a NumPy array or JSON text), or one
+    box. Raises DataError for anything else."""
+    boxes = _boxes(task.answer)
+    if boxes is None:
+        raise DataError(f"{task.where}, field {TRUTH}: {_not_boxes(task.answer)}")
+    return boxes
+
+
+def check_truth(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
+    """The faults of a task with several boxes, as (field, what is wrong)."""
+    boxes = _boxes(task.answer)
+    if boxes is None:
+        return [(TRUTH, _not_boxes(task.answer)), *size_faults(task)]
+    faults = [(f"{TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
+    return [(field, fault) for field, fault in faults if fault] + size_faults(task)
+
+
+def _boxes(value: Any) -> list[Box] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return None
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return None
+    boxes = [four_numbers(value)] if four_numbers(value) else [four_numbers(box) for box in value]
+    return [box for box in boxes if box] if all(boxes) else None
+
+
+def _not_boxes(value: Any) -> str:
+    return f"{value!r:.80} is no list of boxes: it must be [[x1, y1, x2, y2], ...] of finite numbers"

@@ -1,0 +1,85 @@
+"""The engine seam: prompts in, sampled answers with log-probs out, weights published by version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from foveate.records import Completion, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to answer. The answers depend on `seed`, the prompt, the weights and the sampling parameters alone:
+    not on what else is in the batch, nor on any state of the engine. (Served engines keep this up to the rounding of
+    their kernels, which may differ with the batch.)"""
+
+    prompt: Prompt
+    seed: int
+
+
+class Answering(Protocol):
+    """What answers prompts: an engine, or all engines of a cluster."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """As `Engine.generate`."""
+        ...
+
+
+class Engine(Protocol):
+    """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
+    tokenizer does not have. Every engine passes `tests/test_engine_conformance.py`."""
+
+    version: int
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """`sampling.samples` answers per request, in order, each with the version of the weights that sampled it."""
+        ...
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
+        what is unfinished."""
+        ...
+
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the named weights; answers sampled from now on carry `version`. The tensors must keep their values
+        until the next `publish`: a server that dies before that gets them again."""
+        ...
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids that the engine's model reads for a prompt, images expanded."""
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory of weights and caches, as far as the engine can. The weights are void until the next
+        `publish`."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory again; `publish` comes next."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether the engine can answer."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since the engine was made, and what it is doing now, by name."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs for the engine. It cannot be used afterwards; closing it again does nothing."""
+        ...
+
+
+def in_order(
+    groups: Iterable[tuple[int, tuple[Completion, ...]]], requests: Sequence[Request]
+) -> list[tuple[Completion, ...]]:
+    """A whole stream as a list in the order of the requests."""
+    found = dict(groups)
+    return [found[index] for index in range(len(requests))]

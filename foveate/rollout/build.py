@@ -1,0 +1,52 @@
+"""The engine of a run from its settings, and the proof that it has the trainer's weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from foveate.config import RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.model.load import Policy
+from foveate.resolve import bind, resolve
+from foveate.rollout import ENGINES
+from foveate.rollout.base import Engine
+from foveate.rollout.native import NativeEngine
+from foveate.rollout.parity import check_engine
+
+
+def choose_engine(rollout: RolloutSettings, max_prompt_tokens: int) -> Callable[..., Any]:
+    """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
+    keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
+    prompt with its answer. Raises ConfigError for whatever does not fit; nothing is started yet."""
+    make: Any = resolve(ENGINES, rollout.engine, "engine")
+    function = make.__init__ if inspect.isclass(make) else make
+    keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
+    if "longest" in inspect.signature(function).parameters:
+        keywords = {"longest": max_prompt_tokens + rollout.max_tokens, **keywords}
+    return partial(make, **keywords)
+
+
+class Proof:
+    """Compares an engine with the trainer when it is made, and after every `rollout.check_every` publishes; a
+    difference ends the run. The native engine computes with the trainer's own tensors and needs none."""
+
+    def __init__(self, engine: Engine, policy: Policy, encoder: Encoder, rollout: RolloutSettings) -> None:
+        self._engine, self._policy, self._encoder = engine, policy, encoder
+        self._temperature = rollout.temperature
+        self._every = 0 if isinstance(engine, NativeEngine) else rollout.check_every
+        self._published = 0
+        if self._every:
+            self._check()
+
+    def after_publish(self) -> dict[str, float]:
+        """Metrics of the check, where one is due."""
+        self._published += 1
+        if not self._every or self._published % self._every:
+            return {}
+        return {"engine_check": self._check()}
+
+    def _check(self) -> float:
+        return check_engine(self._engine, self._policy, self._encoder, self._temperature, self._engine.version)

@@ -1,0 +1,170 @@
+"""Keys and values of groups while they are sampled: those of a prompt once, those of an answer once per answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.model.attention import PLAIN, Extras
+from foveate.records import Layout
+
+_HIDDEN = -1e30
+"""The bias of a key that is out of sight."""
+
+
+class GroupCache:
+    """The key-value cache of a wave: G prompts, each with `samples` answers of at most `capacity` cached tokens.
+
+    It is used in two phases. During the prefill the row holds the packed prompts: their keys and values are kept, and
+    forest attention computes the output. After `branch` the row holds one token of each of B live answers, the
+    answers of a group side by side at first, and `attend` computes the output in two parts, whose softmaxes are merged
+    by their log-sum-exp: all answers of a group against their one prompt in one product, and each answer against
+    itself. `advance` ends a step; `keep` lets finished answers leave.
+
+    prompt: keys and values (G, H_kv, P, d) per layer, shorter prompts padded and masked by a bias of -inf.
+    own: keys and values (B, H_kv, capacity, d) per layer, filled up to `step`.
+    """
+
+    def __init__(self, layout: Layout, samples: int, capacity: int, device: torch.device) -> None:
+        """`layout` is that of the packed prompts: roots without children."""
+        self.step = 0
+        self._capacity = capacity
+        self._lengths = list(layout.length)
+        self._groups = [group for group in range(len(layout.length)) for _ in range(samples)]
+        self._branched = False
+        self._device = device
+        self._prompt: list[tuple[Tensor, Tensor]] = []
+        self._own: list[tuple[Tensor, Tensor]] = []
+        offsets = torch.arange(max(layout.length))
+        ends = torch.tensor(layout.length)[:, None] - 1
+        self._index = (torch.tensor(layout.start)[:, None] + offsets.minimum(ends)).to(device)
+
+    def branch(self) -> None:
+        """From the prompts to the answers: make room for the keys and values of all answers."""
+        self._branched = True
+        for key, _ in self._prompt:
+            shape = (len(self._groups), key.shape[1], self._capacity, key.shape[3])
+            self._own.append((key.new_empty(shape), key.new_empty(shape)))
+        self._arrange()
+
+    def advance(self) -> None:
+        """The row that went through all layers is now part of the answers."""
+        self.step += 1
+
+    def keep(self, live: Sequence[int]) -> list[int]:
+        """Only the answers in the rows `live` (rising) go on. Returns the former row of each of the rows that are left.
+
+        Rows from the end fill the gaps, so that one row is copied per finished answer. The prompts of finished groups
+        leave when they are at least half of all, so that copying the rest costs little per group."""
+        count = len(live)
+        gaps = sorted(set(range(count)).difference(live))
+        movers = list(live[count - len(gaps) :])
+        order = list(range(count))
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap] = mover
+        for pair in self._own if gaps else ():
+            for own in pair:
+                own[gaps, :, : self.step] = own[movers, :, : self.step]
+        self._groups = [self._groups[row] for row in order]
+        groups = sorted(set(self._groups))
+        if 2 * len(groups) <= len(self._lengths):
+            self._keep_groups(groups)
+        self._arrange()
+        return order
+
+    def _keep_groups(self, groups: list[int]) -> None:
+        self._lengths = [self._lengths[group] for group in groups]
+        longest, index = max(self._lengths), torch.tensor(groups, device=self._device)
+        self._prompt = [(key[index, :, :longest], value[index, :, :longest]) for key, value in self._prompt]
+        renamed = {group: number for number, group in enumerate(groups)}
+        self._groups = [renamed[group] for group in self._groups]
+
+    def _arrange(self) -> None:
+        """Where the rows stand in the grid of groups x places that meets the prompts. `_grid` (G, n) holds the row at
+        each place, any row where the place is empty; `_place` holds group and place of each row, two (B,) tensors."""
+        filled: list[list[int]] = [[] for _ in self._lengths]
+        places = []
+        for row, group in enumerate(self._groups):
+            places.append(len(filled[group]))
+            filled[group].append(row)
+        width = max(map(len, filled))
+        self._grid = torch.tensor([rows + [0] * (width - len(rows)) for rows in filled], device=self._device)
+        self._place = torch.tensor(self._groups, device=self._device), torch.tensor(places, device=self._device)
+        lengths = torch.tensor(self._lengths)
+        outside = torch.arange(max(self._lengths)) >= lengths[:, None]
+        bias = torch.zeros(outside.shape).masked_fill(outside, float("-inf"))[:, None, None]
+        self._bias = bias.to(self._device) if bool(outside.any()) else None
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras = PLAIN
+    ) -> Tensor | None:
+        """The door of `foveate.model.attention.KeyValueCache`: query (H, T, d), key and value (H_kv, T, d). Layers come
+        in order. Returns None during the prefill, else the output (H, B, d)."""
+        key = key.to(value.dtype)
+        if not self._branched:
+            assert layer == len(self._prompt), "layers attend in order, once each"
+            keys, values = (t.transpose(0, 1)[self._index].transpose(1, 2).contiguous() for t in (key, value))
+            self._prompt.append((keys, values))
+            return None
+        heads, rows, width = query.shape
+        rows_query = query.to(value.dtype).transpose(0, 1).reshape(rows, key.shape[0], -1, width)
+        prompt, prompt_lse = self._attend_prompt(layer, rows_query, scale, extras.window)
+        own, own_lse = self._attend_own(layer, rows_query, key, value, scale, extras.window)
+        share = torch.sigmoid(prompt_lse - own_lse)[..., None]
+        out = torch.lerp(own.float(), prompt.float(), share)
+        if extras.sinks is not None:
+            lse = torch.logaddexp(prompt_lse, own_lse)
+            out *= torch.sigmoid(lse - extras.sinks.float().view(lse.shape[1:]))[..., None]
+        return out.to(value.dtype).view(rows, heads, width).transpose(0, 1)
+
+    def _attend_prompt(self, layer: int, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+        """Query (B, H_kv, H / H_kv, d) against the prompts; the queries of a group meet its keys in one product."""
+        groups, places = self._grid.shape
+        _, kv_heads, repeat, width = query.shape
+        grid = query[self._grid].transpose(1, 2).reshape(groups, kv_heads, places * repeat, width)
+        out, lse = partial_attention(grid, *self._prompt[layer], scale, self._prompt_bias(window))
+        group, place = self._place
+        return (
+            out.view(groups, kv_heads, places, repeat, width)[group, :, place],
+            lse.view(groups, kv_heads, places, repeat)[group, :, place],
+        )
+
+    def _prompt_bias(self, window: int | None) -> Tensor | None:
+        """What the answers' current tokens do not see of the prompts (G, 1, 1, L): padding, and what the window has
+        left behind. That may be all; a finite bias then gives a log-sum-exp that counts for nothing."""
+        if window is None:
+            return self._bias
+        lengths = torch.tensor(self._lengths, device=self._device)[:, None]
+        places = torch.arange(max(self._lengths), device=self._device)
+        hidden = (places >= lengths) | (lengths + self.step - places >= window)
+        return torch.zeros(hidden.shape, device=self._device).masked_fill(hidden, _HIDDEN)[:, None, None]
+
+    def _attend_own(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Query (B, H_kv, H / H_kv, d) against the tokens of its own answer, the row's own token included."""
+        own_key, own_value = (own[: len(query)] for own in self._own[layer])
+        own_key[:, :, self.step] = key.transpose(0, 1)
+        own_value[:, :, self.step] = value.transpose(0, 1)
+        end = self.step + 1
+        begin = 0 if window is None else max(0, end - window)
+        return partial_attention(query, own_key[:, :, begin:end], own_value[:, :, begin:end], scale, None)
+
+
+def partial_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over a part of the keys, with what is needed to merge it with other parts.
+
+    query (..., Q, d), key and value (..., L, d), bias broadcast to (..., Q, L) or None; returns the output (..., Q, d)
+    and the log-sum-exp of the scores (..., Q) in float32. The log-sum-exp comes from the largest probability p of a
+    row, which is exp(largest score - log-sum-exp) and at least 1 / L: no second pass of exponentials.
+    """
+    scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
+    if bias is not None:
+        scores += bias
+    probs = scores.softmax(-1)
+    lse = scores.amax(-1) - probs.amax(-1).log()
+    return probs.to(value.dtype) @ value, lse

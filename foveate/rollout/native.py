@@ -1,0 +1,225 @@
+"""The native engine: batched sampling with the policy's own modules, every prompt computed once for all its answers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.model.forward import evaluating, hidden_states
+from foveate.model.load import Policy
+from foveate.parallel.packing import Tree, pack
+from foveate.records import Completion, DataError, Prompt, SamplingParams
+from foveate.rollout.base import Request, in_order
+from foveate.rollout.kvcache import GroupCache
+from foveate.rollout.sampling import draw, uniforms
+
+_LOGITS = 1 << 24
+"""Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine computed since it was made. `prefills` and `prefill_tokens` count prompts and their tokens;
+    `decode_steps` counts forward passes over live answers, `decode_tokens` the answer tokens that went through them
+    (the last token of an answer is never fed back)."""
+
+    prefills: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+
+
+class NativeEngine:
+    """Samples with a policy's model in this process (the `Engine` seam of `foveate.rollout.base`).
+
+    Requests are answered in waves. The prompts of a wave go through the model as one packed row, each once, images
+    included; then every step takes one token of each live answer through it, and finished answers leave. The reported
+    log-probs are those of `foveate.rollout.sampling.draw`: over the whole vocabulary, comparable with the trainer's.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        token_budget: int = 32_768,
+        own_weights: bool = False,
+    ) -> None:
+        """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
+        cache, prompts and longest possible answers together; a prompt whose answers alone exceed it is a wave of its
+        own. With `own_weights` the model belongs to the engine and `publish` copies into it; without, whoever trains
+        the policy changes the very tensors that the engine reads."""
+        self.policy = policy
+        self.version = version
+        self.stats = Stats()
+        self._decode = decode
+        self._token_budget = token_budget
+        self._own_weights = own_weights
+        weight = policy.part("head").weight
+        assert isinstance(weight, Tensor)
+        self._banned = torch.arange(len(weight), device=policy.device) >= len(policy.tokenizer)
+        self._banned[list(policy.family.placeholder_ids)] = True
+        self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
+
+    @classmethod
+    def copy_of(
+        cls, policy: Policy, decode: Callable[[tuple[int, ...]], str], *, version: int = 0, token_budget: int = 32_768
+    ) -> NativeEngine:
+        """An engine with its own copy of the policy's weights, which changes by `publish` alone."""
+        own = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+        return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """`sampling.samples` answers per request, in the order of the requests. An answer ends with a stop token, which
+        it includes (finish "stop"), or after `sampling.max_tokens` tokens (finish "length")."""
+        return in_order(self.stream(requests, sampling), requests)
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """Groups as their waves finish; a wave that nobody asks for is not computed."""
+        for wave in plan_waves([len(r.prompt) for r in requests], sampling, self._token_budget):
+            with torch.inference_mode(), evaluating(self.policy.model):
+                groups = self._wave([requests[i] for i in wave], sampling)
+            yield from zip(wave, groups, strict=True)
+
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
+        in the model's state dict; raises DataError, with nothing changed, where a name is unknown or missing or a shape
+        differs. An engine that shares the policy's weights has them already and looks at none."""
+        if self._own_weights:
+            _copy_weights(self.policy.model, dict(weights))
+        self.version = version
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's own: nothing is expanded here."""
+        return prompt.token_ids
+
+    def sleep(self) -> None:
+        """Nothing to give back: the weights are the trainer's, and the cache of a wave goes with it."""
+
+    def wake(self) -> None:
+        """Nothing to take."""
+
+    def healthy(self) -> bool:
+        return True
+
+    def statistics(self) -> dict[str, float]:
+        return {name: float(count) for name, count in asdict(self.stats).items()}
+
+    def close(self) -> None:
+        """Nothing runs outside of a call."""
+
+    def _wave(self, requests: list[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """All answers of some requests. A row of the batch is a live answer; `answers` says which of the S it is."""
+        samples, limit, device = sampling.samples, sampling.max_tokens, self.policy.device
+        uniform = torch.stack([uniforms(r.seed, i, limit) for r in requests for i in range(samples)]).to(device)
+        token_ids = torch.zeros(uniform.shape, dtype=torch.int64, device=device)
+        logprobs = torch.zeros(uniform.shape, device=device)
+        lengths = [limit] * len(uniform)
+        answers = list(range(len(uniform)))
+        answer_B = torch.arange(len(uniform), device=device)
+        position_B = torch.tensor([r.prompt.end for r in requests for _ in range(samples)], device=device)
+        hidden, cache = self._prefill([r.prompt for r in requests], samples, limit - 1)
+        hidden = hidden.repeat_interleave(samples, 0)
+        for step in range(limit):
+            token_B, logprob_B = self._sample(hidden, uniform[answer_B, step], sampling)
+            token_ids[answer_B, step], logprobs[answer_B, step] = token_B, logprob_B
+            live = []
+            for row, stopped in enumerate(torch.isin(token_B, self._stop).tolist()):
+                if stopped:
+                    lengths[answers[row]] = step + 1
+                else:
+                    live.append(row)
+            if not live or step + 1 == limit:
+                break
+            if len(live) < len(answers):
+                order = cache.keep(live)
+                answers = [answers[row] for row in order]
+                answer_B, position_B, token_B = answer_B[order], position_B[order], token_B[order]
+            hidden = self._decode_step(token_B, position_B + step, cache)
+        finished = self._completions(token_ids.tolist(), logprobs.tolist(), lengths)
+        return [tuple(finished[i : i + samples]) for i in range(0, len(finished), samples)]
+
+    def _prefill(self, prompts: list[Prompt], samples: int, capacity: int) -> tuple[Tensor, GroupCache]:
+        """The last hidden state of each prompt, (G, D), and the cache with the prompts' keys and values."""
+        device = self.policy.device
+        batch = pack([Tree(prompt, ()) for prompt in prompts]).to(device)
+        cache = GroupCache(batch.layout, samples, capacity, device)
+        hidden = hidden_states(self.policy, batch, cache)
+        cache.branch()
+        self.stats.prefills += len(prompts)
+        self.stats.prefill_tokens += batch.layout.tokens
+        ends = torch.tensor(batch.layout.start) + torch.tensor(batch.layout.length) - 1
+        return hidden[ends.to(device)], cache
+
+    def _decode_step(self, token_B: Tensor, position_B: Tensor, cache: GroupCache) -> Tensor:
+        """One token of each live answer through the language model: the hidden states (B, D)."""
+        language: Any = self.policy.part("language")
+        out = language(
+            inputs_embeds=language.get_input_embeddings()(token_B)[None],
+            position_ids=position_B[None],
+            cache=cache,
+            use_cache=False,
+        )
+        cache.advance()
+        self.stats.decode_steps += 1
+        self.stats.decode_tokens += len(token_B)
+        return out.last_hidden_state[0]
+
+    def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
+        head = self.policy.part("head")
+        rows = max(1, _LOGITS // len(self._banned))
+        drawn = [
+            draw(head(some).float(), uniform, sampling, self._banned)
+            for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
+        ]
+        return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
+
+    def _completions(
+        self, token_ids: list[list[int]], logprobs: list[list[float]], lengths: list[int]
+    ) -> list[Completion]:
+        completions = []
+        for ids, values, length in zip(token_ids, logprobs, lengths, strict=True):
+            answer = tuple(ids[:length])
+            finish = "stop" if answer[-1] in self.policy.family.stop_ids else "length"
+            completions.append(Completion(answer, tuple(values[:length]), self._decode(answer), finish, self.version))
+        return completions
+
+
+def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
+    """Indices of the prompts of each wave, prompts of like length together, so that little of the cache is padding.
+
+    A prompt takes as many cache tokens as the longest of its wave, plus `max_tokens` for each of its answers.
+    """
+    waves: list[list[int]] = []
+    for index in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
+        tokens = prompt_lengths[index] + sampling.samples * sampling.max_tokens
+        if not waves or (len(waves[-1]) + 1) * tokens > token_budget:
+            waves.append([])
+        waves[-1].append(index)
+    return waves
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    known = model.state_dict()
+    missing = sorted({name for name, _ in model.named_parameters()} - weights.keys())
+    unknown = sorted(weights.keys() - known.keys())
+    if missing or unknown:
+        what, names = ("lack", missing) if missing else ("hold an unknown", unknown)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise DataError(f"published weights {what} {names[0]}{more}; publish the whole state dict of the same model")
+    for name, tensor in weights.items():
+        if tensor.shape != known[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(known[name].shape)
+            raise DataError(f"published weights: {name} has shape {found}, the engine's model has {wanted}")
+    for name, tensor in weights.items():
+        known[name].copy_(tensor)

@@ -1,0 +1,297 @@
+"""An engine that is one or several server processes: routing, streaming, publishing, and starting them again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from torch import Tensor
+
+from foveate.errors import EngineError
+from foveate.model.load import Policy
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.base import Request, in_order
+from foveate.rollout.replica import Replica, ReplicaLostError
+
+logger = logging.getLogger(__name__)
+
+_PER_REPLICA = 256
+"""Requests under way at one server; it queues what it cannot compute at once."""
+_RESTARTS = 2
+"""Starts of one replica without a single finished group in between, after which the run ends."""
+TRANSFER_S = 600.0
+"""Patience of both ends of a transfer of weights, in seconds; a server that dies breaks it off at once."""
+BAN = -100.0
+"""Added to the logits of tokens that may not be sampled: e**-100 of their probability is left."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the engine was made."""
+
+    groups: int = 0
+    tokens: int = 0
+    regenerated: int = 0
+    restarts: int = 0
+    publishes: int = 0
+    publish_seconds: float = 0.0
+
+
+class ServedEngine(ABC):
+    """Groups go to replicas over HTTP, a whole group to one, equal prompts to the same one, unless it is far busier.
+
+    A replica that dies, or that has work and makes no token for `stall_s`, is killed and started again, gets the
+    weights of the last `publish`, and answers again what it had not finished: a group counts when all of it has arrived
+    in one response. What differs between kinds of servers is in the abstract methods.
+    """
+
+    def __init__(self, replicas: int, *, start_s: float, stall_s: float) -> None:
+        self.version = -1
+        self.counts = Counts()
+        self._start_s, self._stall_s = start_s, stall_s
+        self._folder = tempfile.TemporaryDirectory(prefix="foveate-engine-")
+        self.folder = Path(self._folder.name)
+        self._weights: list[tuple[str, Tensor]] = []
+        self._pool = ThreadPoolExecutor(max_workers=_PER_REPLICA * replicas, thread_name_prefix="engine")
+        self.replicas = [self.new_replica(number) for number in range(replicas)]
+        self._fails = [0] * replicas
+        self._close = weakref.finalize(self, _end, self.replicas, self._pool, self._folder)
+
+    # ---------------------------------------------------------------------------------- what kinds of servers differ in
+
+    @abstractmethod
+    def new_replica(self, number: int) -> Replica:
+        """A server of this kind, not started yet."""
+
+    @abstractmethod
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        """All answers to one request, each stamped with the version that the server says. Raises ReplicaLostError where
+        an answer is not whole."""
+
+    @abstractmethod
+    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache."""
+
+    @abstractmethod
+    def connect(self, replica: Replica) -> None:
+        """What a server needs once after its start."""
+
+    @abstractmethod
+    def abort(self, replica: Replica) -> None:
+        """Drop whatever the server is generating."""
+
+    @abstractmethod
+    def tokens_made(self, replica: Replica) -> float:
+        """The server's own count of tokens so far, which grows while it works."""
+
+    # -------------------------------------------------------------------------------------------------- the engine seam
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        return in_order(self.stream(requests, sampling), requests)
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]] = {}
+        progress = [(time.monotonic(), -1.0)] * len(self.replicas)
+        look = time.monotonic() + self._stall_s / 4
+
+        def submit(index: int, number: int) -> None:
+            replica = self.replicas[number]
+            future = self._pool.submit(self.ask, replica, requests[index], sampling)
+            pending[future] = index, number, replica.incarnation
+
+        try:
+            for index, number in enumerate(self._routes([request.prompt for request in requests])):
+                submit(index, number)
+            while pending:
+                done, _ = wait(pending, timeout=self._stall_s / 4, return_when=FIRST_COMPLETED)
+                if time.monotonic() > look:
+                    self._kill_stalled({number for _, number, _ in pending.values()}, progress)
+                    look = time.monotonic() + self._stall_s / 4
+                for future in done:
+                    index, number, incarnation = pending.pop(future)
+                    try:
+                        group = future.result()
+                    except ReplicaLostError as error:
+                        self._revive(number, incarnation, error)
+                        progress[number] = time.monotonic(), -1.0
+                        self.counts.regenerated += 1
+                        submit(index, number)
+                        continue
+                    self._fails[number] = 0
+                    self.counts.groups += 1
+                    self.counts.tokens += sum(len(completion.token_ids) for completion in group)
+                    yield index, group
+        finally:
+            self._drop(pending)
+
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        started = time.monotonic()
+        self._weights, self.version = list(weights), version
+        self._each(self._publish_one)
+        self.counts.publishes += 1
+        self.counts.publish_seconds += time.monotonic() - started
+
+    def healthy(self) -> bool:
+        return all(replica.healthy() for replica in self.replicas)
+
+    def statistics(self) -> dict[str, float]:
+        made = 0.0
+        for replica in self.replicas:
+            made += self.tokens_made(replica)
+        return {**asdict(self.counts), "server_tokens": made}
+
+    def close(self) -> None:
+        self._close()
+
+    # --------------------------------------------------------------------------------------------------------- replicas
+
+    def start(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Start every replica with these weights."""
+        self._weights, self.version = list(weights), version
+        self._each(self._start_one)
+
+    def _each(self, action: Callable[[int], None]) -> None:
+        """Do something to all replicas at once; the first error is raised when all are done."""
+        errors: list[BaseException] = []
+
+        def guarded(number: int) -> None:
+            try:
+                action(number)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(number,)) for number in range(len(self.replicas))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _start_one(self, number: int) -> None:
+        replica = self.replicas[number]
+        replica.start(self._start_s)
+        self.connect(replica)
+        self.send(replica, self.version, self._weights)
+
+    def _publish_one(self, number: int) -> None:
+        replica = self.replicas[number]
+        incarnation = replica.incarnation
+        try:
+            self.send(replica, self.version, self._weights)
+        except ReplicaLostError as error:
+            self._revive(number, incarnation, error)
+
+    def _revive(self, number: int, incarnation: int, error: Exception) -> None:
+        """Start a replica again that was lost in the given incarnation, unless that has happened meanwhile."""
+        replica = self.replicas[number]
+        while replica.incarnation == incarnation:
+            self._fails[number] += 1
+            if self._fails[number] > _RESTARTS:
+                raise EngineError(
+                    f"the server was lost {self._fails[number]} times without a finished group between ({error}); the "
+                    f"end of {replica.log}:\n{replica.last_words()}"
+                ) from error
+            logger.warning("engine server %d is lost (%s); starting it again", number, error)
+            self.counts.restarts += 1
+            try:
+                self._start_one(number)
+            except ReplicaLostError as again:
+                error, incarnation = again, replica.incarnation
+
+    def _kill_stalled(self, numbers: set[int], progress: list[tuple[float, float]]) -> None:
+        """Kill replicas that have work and whose own count of tokens has not grown for `stall_s`; the requests that
+        wait for them end with an error, as if they had died. `progress` holds (when it grew, count) per replica."""
+        for number in numbers:
+            replica = self.replicas[number]
+            try:
+                made = self.tokens_made(replica)
+            except (ReplicaLostError, EngineError):
+                made = progress[number][1]
+            if made != progress[number][1]:
+                progress[number] = time.monotonic(), made
+            elif time.monotonic() - progress[number][0] > self._stall_s:
+                logger.warning("engine server %d has made no token for %g s", number, self._stall_s)
+                replica.kill()
+
+    def _routes(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The replica of each prompt: always the same for the same prompt, whose prefix it has cached, unless that one
+        already has a quarter more than its share of the tokens."""
+        load = [0] * len(self.replicas)
+        share = 1.25 * sum(map(len, prompts)) / len(load)
+        routes = []
+        for prompt in prompts:
+            home = crc32(_some_pixels(prompt), crc32(repr(prompt.token_ids).encode())) % len(load)
+            number = home if load[home] + len(prompt) <= share else load.index(min(load))
+            load[number] += len(prompt)
+            routes.append(number)
+        return routes
+
+    def _drop(self, pending: dict[Future[Any], tuple[int, int, int]]) -> None:
+        """Abort what is under way, and wait until nothing is. A request may still be on its way to the server when that
+        aborts the others, so that it is told again."""
+        for future in pending:
+            future.cancel()
+        left = {future: number for future, (_, number, _) in pending.items() if not future.done()}
+        while left:
+            for number in set(left.values()):
+                try:
+                    self.abort(self.replicas[number])
+                except (ReplicaLostError, EngineError) as error:
+                    logger.warning("engine server %d could not be told to stop (%s)", number, error)
+                    self.replicas[number].kill()
+            wait(left, timeout=0.5)
+            left = {future: number for future, number in left.items() if not future.done()}
+
+
+def banned_ids(policy: Policy) -> list[int]:
+    """Tokens that no server may sample: placeholders of images, and rows of the vocabulary without a token."""
+    head = policy.part("head").weight
+    assert isinstance(head, Tensor)
+    return sorted({*policy.family.placeholder_ids, *range(len(policy.tokenizer), len(head))})
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def write_plugin(folder: Path, file: str, group: str) -> None:
+    """A folder that, on the path of a server's Python, is an installed package with one entry point of `group`: the
+    function `register` of `file`, which stands beside this one."""
+    module = f"foveate_{Path(file).stem}"
+    info = folder / f"{module}-0.dist-info"
+    info.mkdir(parents=True)
+    shutil.copyfile(Path(__file__).with_name(file), folder / f"{module}.py")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\nfoveate = {module}:register\n")
+
+
+def python_path(folder: Path) -> str:
+    """PYTHONPATH with a folder in front."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _some_pixels(prompt: Prompt) -> bytes:
+    """Enough of the pictures to tell prompts of equal text apart."""
+    return b"" if prompt.pixels is None else prompt.pixels[:, 0, ::16, ::16].contiguous().numpy().tobytes()
+
+
+def _end(replicas: list[Replica], pool: ThreadPoolExecutor, folder: tempfile.TemporaryDirectory[str]) -> None:
+    for replica in replicas:
+        replica.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
+    folder.cleanup()

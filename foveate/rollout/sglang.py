@@ -1,0 +1,218 @@
+"""Rollouts from SGLang: `sglang.launch_server` processes in an environment of their own, driven over HTTP.
+
+SGLang knows InternVL in the GitHub layout only, and cuts images into other tiles than InternVL's own processor; so the
+model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import ConfigError, EngineError
+from foveate.model.convert import write_json, write_other_files
+from foveate.model.families import read_json
+from foveate.model.load import Policy
+from foveate.model.names import from_hf
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.base import Request
+from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
+from foveate.rollout.sync import Sender, plan_buckets, served_weights
+
+_GROUP = "weights"
+_ON_CPU = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
+    *("--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph"),
+)
+
+
+class SGLangEngine(ServedEngine):
+    """The `Engine` seam on SGLang servers that start with random weights and get the trainer's by `publish`.
+
+    The seeds of requests are not followed: SGLang's seeded sampling excludes top-p and top-k, and needs its kernels."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        program: str = "python",
+        longest: int | None = None,
+        replicas: int = 1,
+        tensor_parallel: int = 1,
+        memory_fraction: float = 0.8,
+        cache_tokens: int | None = None,
+        bucket_mb: int = 512,
+        start_s: float = 600.0,
+        stall_s: float = 120.0,
+        logs: str | None = None,
+        arguments: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`program` is the Python of SGLang's environment; `longest` the tokens of prompt and answer together (None: as
+        the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
+        cache, `cache_tokens` the size of that cache in tokens (None: as fits); the others are those of
+        `foveate.rollout.vllm.VLLMEngine`."""
+        if policy.family.name != "internvl":
+            raise ConfigError(f"engine sglang: knows how to hand over images of internvl, not of {policy.family.name}")
+        if shutil.which(program) is None:
+            raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
+        self._policy, self._decode = policy, decode
+        self._bucket, self._workers = bucket_mb << 20, tensor_parallel
+        self._logs = Path(logs) if logs else None
+        self._senders: dict[Replica, Sender] = {}
+        self._banned = banned_ids(policy)
+        on_cpu = policy.device.type == "cpu"
+        self._environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
+        self._environment |= environment or {}
+        self._options = [
+            *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters())), "--trust-remote-code"),
+            *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
+            *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
+            *(_ON_CPU if on_cpu else ()),
+            *(("--context-length", str(longest)) if longest else ()),
+            *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
+            *(arguments or ()),
+        ]
+        self._program = str(shutil.which(program))
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s)
+        self.start(version, served_weights(policy.model))
+
+    # --------------------------------------------------------------------------------------------------- the server
+
+    def new_replica(self, number: int) -> Replica:
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        if not model.exists():
+            _write_model(self._policy, model)
+            write_plugin(plugin, "sglang_plugin.py", "sglang.srt.plugins")
+        command = [self._program, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
+        log = (self._logs or self.folder) / f"sglang-{number}.log"
+        environment = {**self._environment, "PYTHONPATH": python_path(plugin)}
+        return Replica([*command, "--port", PORT, *self._options], environment, log, "/health")
+
+    def connect(self, replica: Replica) -> None:
+        if replica in self._senders:
+            self._senders.pop(replica).close()
+        device = self._policy.device
+        sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
+        with meanwhile(replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": backend}):
+            sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
+        self._senders[replica] = sender
+
+    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        replica.call("POST", "/abort_request", {"abort_all": True})
+        _succeed(replica.call("POST", "/begin_weight_update", {}))
+        for bucket in plan_buckets(chat_weights(weights), self._bucket):
+            tensors = [tensor for _, tensor, _ in bucket.tensors]
+            update = {
+                "names": [name for name, _, _ in bucket.tensors],
+                "dtypes": [dtype_name(tensor) for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+                "group_name": _GROUP,
+                "weight_version": str(version),
+            }
+            with meanwhile(replica, "/update_weights_from_distributed", update):
+                self._senders[replica].send_each(tensors)
+        _succeed(replica.call("POST", "/end_weight_update", {}))
+        replica.call("POST", "/flush_cache")
+
+    def abort(self, replica: Replica) -> None:
+        replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
+
+    def tokens_made(self, replica: Replica) -> float:
+        # SGLang counts tokens in its metrics only, which need a second library; its own view of the work does as well
+        return float(hash(str(replica.call("GET", "/get_load", timeout_s=10))) % 2**40)
+
+    def sleep(self) -> None:
+        for replica in self.replicas:
+            replica.call("POST", "/release_memory_occupation", {})
+
+    def wake(self) -> None:
+        for replica in self.replicas:
+            replica.call("POST", "/resume_memory_occupation", {})
+
+    # ------------------------------------------------------------------------------------------------- the requests
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """What was sent, if the server counts as many tokens: it does not show their ids."""
+        sampling = SamplingParams(max_tokens=1)
+        found = self._generate(self.replicas[0], Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
+        return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]
+
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        answers = self._generate(replica, request, sampling)
+        if any(answer["meta_info"]["finish_reason"]["type"] not in ("stop", "length") for answer in answers):
+            raise ReplicaLostError("an answer was cut off")
+        return tuple(map(self._completion, answers))
+
+    def _completion(self, answer: dict[str, Any]) -> Completion:
+        token_ids, about = tuple(answer["output_ids"]), answer["meta_info"]
+        logprobs = tuple(entry[0] for entry in about["output_token_logprobs"])
+        version = int(about["weight_version"])
+        return Completion(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
+
+    def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
+        params = {
+            "n": sampling.samples,
+            "max_new_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "logit_bias": {str(token): BAN for token in self._banned},
+            "stop_token_ids": list(self._policy.family.stop_ids),
+            "skip_special_tokens": False,
+        }
+        version = str(self.version)
+        body: dict[str, Any] = {
+            "input_ids": list(request.prompt.token_ids),
+            "sampling_params": params,
+            "return_logprob": True,
+            "extra_key": version,
+        }
+        if request.prompt.pixels is not None:
+            body["image_data"] = [self._images(request.prompt.pixels, version)]
+        answers = replica.call("POST", "/generate", body)
+        return answers if isinstance(answers, list) else [answers]
+
+    def _images(self, pixels: Tensor, version: str) -> str:
+        """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
+        version are never taken from a cache."""
+        tiles = pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
+        data = tiles.flatten().view(torch.uint8).numpy().tobytes()
+        name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
+        about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
+        return json.dumps({**about, "data": b64encode(data).decode()})
+
+
+def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Weights by their names in transformers -> by those of the GitHub layout, fused where that fuses them."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in weights:
+        target, part, _ = from_hf(name, "chat")
+        parts.setdefault(target, {})[part] = tensor.detach()
+    return [(name, torch.cat([found[i] for i in sorted(found)])) for name, found in parts.items()]
+
+
+def _succeed(answer: Any) -> None:
+    if not answer["success"]:
+        raise EngineError(f"the server refused new weights: {answer['message']}")
+
+
+def _write_model(policy: Policy, folder: Path) -> None:
+    """The small files of the model in the GitHub layout; without the names of processors that SGLang would build."""
+    folder.mkdir()
+    write_other_files(policy.folder, folder, policy.format, "chat")
+    path = folder / "tokenizer_config.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "processor_class"})

@@ -1,0 +1,59 @@
+"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, and the trainer's log-probs.
+
+This file is copied beside each server (see `foveate.rollout.sglang`), runs in SGLang's own environment, and imports
+nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the start of
+a run finds out where another version differs.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode
+from typing import Any
+
+import torch
+from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
+from sglang.srt.multimodal.processors.internvl import InternVLProcessor
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def register() -> None:
+    """The entry point `sglang.srt.plugins`, called once in every process of a server."""
+    _take_tiles()
+    _report_trainers_logprobs()
+
+
+def _take_tiles() -> None:
+    """The image tiles of a prompt come as base64 in text: over HTTP, SGLang takes pictures as text only."""
+    plain = InternVLProcessor.process_mm_data_async
+
+    async def process(self: Any, image_data: Any, *args: Any, **kwargs: Any) -> Any:
+        images = [_decoded(json.loads(text)) for text in image_data or ()]
+        return await plain(self, images or image_data, *args, **kwargs)
+
+    InternVLProcessor.process_mm_data_async = process
+
+
+def _decoded(item: dict[str, Any]) -> dict[str, Any]:
+    flat = torch.frombuffer(bytearray(b64decode(item["data"])), dtype=DTYPES[item["dtype"]])
+    return {"format": "processor_output", "hash": item["hash"], "pixel_values": flat.view(item["shape"])}
+
+
+def _report_trainers_logprobs() -> None:
+    """Log-probs under softmax(logits / temperature) over the whole vocabulary, as a trainer computes them, where SGLang
+    reports those after the bias that bans tokens. The logits are seen before it."""
+    plain_bias, plain_report = SamplingBatchInfo.apply_logits_bias, OutputLogprobProcessor.compute_logprobs
+    seen: list[torch.Tensor] = []
+
+    def bias(self: Any, logits: torch.Tensor) -> None:
+        seen[:] = [torch.log_softmax(logits.float() / self.temperatures, -1)]
+        plain_bias(self, logits)
+
+    def report(self: Any, logprobs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain_report(self, seen[0] if seen else logprobs, *args, **kwargs)
+
+    SamplingBatchInfo.apply_logits_bias = bias
+    OutputLogprobProcessor.compute_logprobs = report

@@ -1,0 +1,253 @@
+"""Rollouts from vLLM: `vllm serve` processes in an environment of their own, driven over HTTP.
+
+Prompts go in as token ids with every image expanded, and images as the tiles that the trainer sees: vLLM neither
+tokenises nor resizes anything. The endpoint is vLLM's own for tokens in and tokens out, the weights come by its own
+weight-transfer API; foveate adds a small plug-in (`vllm_plugin.py`), and nothing of vLLM is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec import msgpack
+from torch import Tensor
+
+from foveate.errors import ConfigError
+from foveate.model.convert import write_json, write_other_files
+from foveate.model.families import read_json
+from foveate.model.load import Policy
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.base import Request
+from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
+from foveate.rollout.sync import Bucket, Sender, checksum, filled, plan_buckets, served_weights
+
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plug-in's log-probs are those of the other one
+    "HF_HUB_OFFLINE": "1",
+}
+_ON_CPU = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or every server takes the first core
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
+    "TORCH_COMPILE_DISABLE": "1",
+}
+_GENERATE = "/inference/v1/generate"
+_FINISHES = ("stop", "length")
+_RAW = 3
+"""vLLM's MessagePack extension type for the bytes of a tensor."""
+
+
+class VLLMEngine(ServedEngine):
+    """The `Engine` seam on vLLM servers that start with random weights and get the trainer's by `publish`.
+
+    The model is always served in the Hugging Face layout, whatever layout the policy came in: only its small files are
+    written for the server, and the published names are those of the module in memory, which vLLM knows.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        program: str = "vllm",
+        longest: int | None = None,
+        replicas: int = 1,
+        tensor_parallel: int = 1,
+        memory_mb: int | None = None,
+        bucket_mb: int = 512,
+        start_s: float = 600.0,
+        stall_s: float = 120.0,
+        logs: str | None = None,
+        arguments: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
+        as the model's configuration says); `memory_mb` the key-value cache of one worker (None: vLLM's choice);
+        `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
+        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
+        goes with the engine)."""
+        if policy.family.name != "internvl":
+            raise ConfigError(f"engine vllm: knows how to hand over images of internvl, not of {policy.family.name}")
+        if shutil.which(program) is None:
+            raise ConfigError(
+                f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
+                "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
+            )
+        self._policy, self._decode = policy, decode
+        self._bucket = bucket_mb << 19  # two of them are in memory at a time
+        self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
+        self._senders: dict[Replica, Sender] = {}
+        self._banned = banned_ids(policy)
+        self._environment = {**_ENVIRONMENT, **(_ON_CPU if policy.device.type == "cpu" else {}), **(environment or {})}
+        self._options = [
+            *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
+            *("--tensor-parallel-size", str(tensor_parallel)),
+            *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
+            *("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})),
+            *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
+            *(("--max-model-len", str(longest)) if longest else ()),
+            *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
+            *(arguments or ()),
+        ]
+        self._program = str(shutil.which(program))
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s)
+        self.start(version, served_weights(policy.model))
+
+    # ------------------------------------------------------------------------------------------------------- the server
+
+    def new_replica(self, number: int) -> Replica:
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        if not model.exists():
+            _write_model(self._policy, model)
+            write_plugin(plugin, "vllm_plugin.py", "vllm.general_plugins")
+        command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
+        log = (self._logs or self.folder) / f"vllm-{number}.log"
+        return Replica(command, {**self._environment, "PYTHONPATH": python_path(plugin)}, log, "/health")
+
+    def connect(self, replica: Replica) -> None:
+        if replica in self._senders:
+            self._senders.pop(replica).close()
+        sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
+        where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
+        init = {"init_info": {**where, "timeout_s": TRANSFER_S}}
+        with meanwhile(replica, "/init_weight_transfer_engine", init):
+            sender.connect("weights")
+        self._senders[replica] = sender
+
+    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
+        buckets = plan_buckets(weights, self._bucket)
+        replica.call("POST", "/pause?mode=abort&clear_cache=true")
+        replica.call("POST", "/start_weight_update")
+        with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
+            self._senders[replica].send(buckets)
+        replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        for cache in ("prefix", "mm", "encoder"):
+            replica.call("POST", f"/reset_{cache}_cache")
+        replica.call("POST", "/resume")
+
+    def abort(self, replica: Replica) -> None:
+        replica.call("POST", "/abort_requests", {}, timeout_s=10)
+
+    def tokens_made(self, replica: Replica) -> float:
+        text = replica.call("GET", "/metrics", timeout_s=10)
+        counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
+        return sum(map(float, counts))
+
+    def sleep(self) -> None:
+        for replica in self.replicas:
+            replica.call("POST", "/sleep?level=2")
+
+    def wake(self) -> None:
+        for replica in self.replicas:
+            replica.call("POST", "/wake_up")
+
+    # ----------------------------------------------------------------------------------------------------- the requests
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        body = self._body(Request(prompt, 0), SamplingParams(max_tokens=1))
+        answer = self.replicas[0].call("POST", _GENERATE, {**body, "return_token_ids": True})
+        return tuple(answer["prompt_token_ids"])
+
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
+        body = self._body(request, replace(sampling, samples=sampling.samples // alike))
+        choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
+        if len(choices) != sampling.samples or any(choice["finish_reason"] not in _FINISHES for choice in choices):
+            raise ReplicaLostError("an answer was cut off")
+        return tuple(map(self._completion, choices))
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        token_ids = tuple(choice["token_ids"])
+        logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
+        versions = {int(span["version"]) for span in choice["weight_versions"]}
+        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], min(versions))
+
+    def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
+        version = str(self.version)
+        params = {
+            "n": sampling.samples,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": request.seed,
+            "logprobs": 0,
+            "logit_bias": dict.fromkeys(self._banned, BAN),
+            "ignore_eos": True,  # answers end where the family says
+            "stop_token_ids": list(self._policy.family.stop_ids),
+            "detokenize": False,
+        }
+        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, "cache_salt": version}
+        if request.prompt.pixels is not None:
+            body["features"] = self._features(request.prompt, version)
+        return body
+
+    def _features(self, prompt: Prompt, version: str) -> dict[str, Any]:
+        """The images as the model eats them. Their hashes name the weights, too: features of another version are never
+        taken from a cache."""
+        assert prompt.pixels is not None
+        dtype = next(self._policy.model.parameters()).dtype
+        images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
+        places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
+        items = [_image_item(image, self._policy.family.image_token_id) for image in images]
+        hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
+        data = [b64encode(item).decode() for item in items]
+        return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+
+def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
+    """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
+    generators of CPUs cannot do."""
+    text: Any = policy.model.config
+    tokens = longest or text.text_config.max_position_embeddings
+    return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
+
+
+def _image_item(tiles: Tensor, image_token_id: int) -> bytes:
+    """One image (N, 3, H, W) as vLLM's MessagePack of a `MultiModalKwargsItem` for InternVL: values by name, each with
+    how the values of several images are joined."""
+    count = torch.tensor(len(tiles))
+    flat = ["flat", {"slices": [[0, len(tiles), None]], "dim": 0, "keep_on_cpu": False}]
+    shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
+    return msgpack.encode(
+        {
+            "pixel_values": {"data": _raw(tiles), "field": flat},
+            "image_num_patches": {"data": _raw(count), "field": ["batched", {"keep_on_cpu": True}]},
+            "image_token_id": {"data": _raw(torch.tensor(image_token_id)), "field": shared},
+        }
+    )
+
+
+def _raw(tensor: Tensor) -> list[Any]:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return [dtype_name(tensor), list(tensor.shape), msgpack.Ext(_RAW, data)]
+
+
+def _announced(bucket: Bucket) -> tuple[int, int, list[tuple[str, str, list[int], int]]]:
+    tensors = [(name, dtype_name(tensor), list(tensor.shape), offset) for name, tensor, offset in bucket.tensors]
+    return bucket.size, checksum(filled(bucket)), tensors
+
+
+def _write_model(policy: Policy, folder: Path) -> None:
+    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds at its start
+    and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end token."""
+    folder.mkdir()
+    write_other_files(policy.folder, folder, policy.format, "hf")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    extra = settings.get("extra_special_tokens") or {}
+    if "video_token" not in settings and "video_token" not in extra:
+        write_json(path, {**settings, "video_token": policy.tokenizer.eos_token})

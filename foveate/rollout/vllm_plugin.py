@@ -1,0 +1,116 @@
+"""What foveate adds to the vLLM processes that it starts: weights by broadcast, and log-probs at the temperature.
+
+This file is copied beside each server (see `foveate.rollout.vllm`), runs in vLLM's own environment, and imports nothing
+of foveate. It is the only one that imports vLLM. Written for vLLM 0.32; the parity check at the start of a run finds
+out where another version differs.
+"""
+
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.sample.sampler import Sampler
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def register() -> None:
+    """The entry point `vllm.general_plugins`, called once in every process of a server."""
+    WeightTransferEngineFactory.register_engine("foveate", Receiver)
+    _report_trainers_logprobs()
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where the trainer, rank 0, waits; `rank_offset` is the rank of the server's first worker."""
+
+    host: str
+    port: int
+    world_size: int
+    rank_offset: int
+    timeout_s: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What comes: one (bytes, checksum, tensors as (name, dtype, shape, offset)) per bucket, in order."""
+
+    buckets: list[tuple[int, int, list[tuple[str, str, list[int], int]]]]
+
+
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """The worker's end of `foveate.rollout.sync.Sender`: buckets of whole tensors, each checked before it is loaded."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    group: Any = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        timeout = timedelta(seconds=init_info.timeout_s)
+        store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
+        prefixed = PrefixStore("weights", store)
+        if self.device.type == "cuda":
+            from torch.distributed import ProcessGroupNCCL
+
+            self.group = ProcessGroupNCCL(prefixed, rank, init_info.world_size, ProcessGroupNCCL.Options())
+        else:
+            self.group = ProcessGroupGloo(prefixed, rank, init_info.world_size, timeout)
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        for size, checksum, tensors in update_info.buckets:
+            flat = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self.group.broadcast(flat, 0).wait()
+            found = int(flat.view(torch.int64).sum())
+            if found != checksum:
+                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived with checksum {found}, not {checksum}")
+            self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+def _tensor(flat: torch.Tensor, dtype_name: str, shape: list[int], offset: int) -> torch.Tensor:
+    dtype = DTYPES[dtype_name]
+    size = dtype.itemsize * int(torch.Size(shape).numel())
+    return flat[offset : offset + size].view(dtype).view(shape)
+
+
+def _report_trainers_logprobs() -> None:
+    """Log-probs under softmax(logits / temperature) over the whole vocabulary, as a trainer computes them. vLLM has
+    either the raw ones, which know no temperature, or the processed ones, in which bans, top-k and top-p have cut the
+    vocabulary. The raw ones are taken, with the temperature (1 where greedy) put in."""
+    plain = Sampler.forward
+
+    def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        temperature = sampling_metadata.temperature
+        if temperature is None or self.logprobs_mode != "raw_logprobs":
+            return plain(self, logits, sampling_metadata, *args, **kwargs)
+        divisor = torch.where(temperature < 1e-5, torch.ones_like(temperature), temperature)[:, None]
+        self.compute_logprobs = lambda raw: Sampler.compute_logprobs(raw.float() / divisor)  # type: ignore[method-assign]
+        try:
+            return plain(self, logits, sampling_metadata, *args, **kwargs)
+        finally:
+            del self.compute_logprobs
+
+    Sampler.forward = forward  # type: ignore[method-assign]

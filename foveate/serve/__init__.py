@@ -1,0 +1,1 @@
+"""`foveate serve`: a model behind the HTTP interface that OpenAI's clients speak."""

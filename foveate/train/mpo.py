@@ -1,0 +1,140 @@
+"""Mixed preference optimisation: learn from pairs of a better and a worse answer, before any online step.
+
+`run_mpo` reads like the algorithm: reference log-probs once, then take pairs, update, move the reward shift, save, log.
+The loss is MPO's mixture, or one of its terms alone (`foveate.algorithms.preference_losses`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from foveate.algorithms import PREFERENCE_LOSSES
+from foveate.algorithms.checks import dry_run_pairs
+from foveate.algorithms.preference_losses import RewardShift
+from foveate.cluster.local import LocalWorkers
+from foveate.config import MPOSettings
+from foveate.config_parts import PreferenceSettings
+from foveate.data.demos import check_pair, pair_of
+from foveate.data.store import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.predictions import write_skipped
+from foveate.log import MetricsWriter, progress
+from foveate.model.recognise import resolve_folder
+from foveate.parallel.packing import Tree
+from foveate.records import Pair, Prompt, Task, Totals
+from foveate.resolve import bind, resolve
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.clock import Clock
+from foveate.train.optim import learning_rate
+from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
+from foveate.train.setup import Leaving, require_one_process, resume, save_is_due, use_threads
+from foveate.train.worker import Worker
+
+WITHOUT_REFERENCE = ("sft",)
+
+
+def run_mpo(settings: MPOSettings) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    require_one_process(settings.cluster)
+    use_threads(settings.train.threads)
+    loss = build_preference_loss(settings.loss)
+    with open_run(settings.run, settings) as run, Leaving() as leaving:
+        worker = Worker(settings.model, settings.optim, settings.train.tokens_per_micro_batch)
+        workers = LocalWorkers(worker)
+        encoder = build_encoder(worker.policy.tokenizer, worker.policy.family, settings.model, settings.data)
+        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
+        write_skipped(run.path, [str(problem) for problem in left_out])
+        stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
+        reference = _reference(run, settings, table, encoder, workers)  # before the start's weights are replaced
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
+        others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
+        step = resume(run, workers, stream, metrics, others)
+
+        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        with reader, progress("training", settings.train.steps) as advance:
+            advance(step)
+            while step < settings.train.steps:
+                step += 1
+                clock = Clock()
+                with clock.phase("encode"):
+                    pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
+                with clock.phase("update"):
+                    rate = learning_rate(step, settings.train.steps, settings.optim)
+                    [learned] = workers.call("update_preference", [(pairs, loss, _totals(pairs), shift.mean, rate)])
+                record = {**learned, "reward/shift": shift.mean, "lr": rate, "epoch": stream.epoch}
+                if reference is not None and step == 1:
+                    record["seconds/reference"] = reference.seconds
+                _move(shift, learned, len(pairs))
+                metrics.write(step, record | clock.metrics(update=sum(pair.tree.tokens for pair in pairs)))
+                if save_is_due(step, settings.train, leaving):
+                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                    worker.save(run.checkpoints, step, state, settings.train.keep_checkpoints)
+                advance(1)
+                leaving.check()
+        worker.export(run.final)
+    return run
+
+
+def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
+    """A loss with its settings filled in. Raises ConfigError or DataError for whatever it refuses, before a run."""
+    function = resolve(PREFERENCE_LOSSES, settings.name, "preference loss")
+    loss = bind(function, settings.settings, f"preference loss {settings.name}")
+    dry_run_pairs(function, settings.settings, reference=settings.name not in WITHOUT_REFERENCE)
+    return loss
+
+
+# --------------------------------------------------------------------------------------------------- the reference
+
+
+def _reference(
+    run: RunFolder, settings: MPOSettings, table: TaskTable, encoder: Encoder, workers: LocalWorkers
+) -> Reference | None:
+    """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none."""
+    if settings.loss.name in WITHOUT_REFERENCE:
+        return None
+    cache = settings.train.reference_cache
+    also = {
+        "rows": len(table),
+        "columns": settings.data.columns,
+        "system": settings.data.system,
+        "budget": encoder.budget,
+        "dtype": settings.model.dtype,
+        "attention": settings.model.attention,
+    }
+    key = reference_key(resolve_folder(settings.model.path), table.files, also)
+    reference = Reference(run.path / "reference" if cache is None else Path(cache), key)
+    reference.complete(
+        len(table),
+        settings.train.pairs_per_step,
+        encode=lambda row: _tree(encoder, pair_of(table[row]), encoder(table[row])),
+        logprobs=lambda trees: workers.call("logprobs", [(trees,)])[0],
+    )
+    return reference
+
+
+# ------------------------------------------------------------------------------------------------------- the pairs
+
+
+def _train_pair(task: Task, prompt: Prompt, encoder: Encoder, reference: Reference | None) -> TrainPair:
+    tree = _tree(encoder, pair_of(task), prompt)
+    return TrainPair(tree, None if reference is None else reference(tree, task.where))
+
+
+def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> Tree:
+    """Both answers as children of one prompt, which is computed once, with its images."""
+    return Tree(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
+
+
+def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
+    """Count a step into the shift. One that was skipped moves nothing: its rewards may not be finite."""
+    if not learned["update_skipped"] and "reward/chosen" in learned:
+        shift.add(learned["reward/chosen"], learned["reward/rejected"], pairs)
+
+
+def _totals(pairs: Sequence[TrainPair]) -> Totals:
+    """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
+    chosen_tokens = sum(len(pair.tree.answers[0]) for pair in pairs)
+    return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

@@ -1,0 +1,167 @@
+"""Online reinforcement learning: sample a group of answers per prompt, score them, learn from the differences.
+
+`run_rl` reads like the algorithm: take tasks, generate, score, advantages, update, publish, evaluate, log, save.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from foveate.cluster.base import everywhere, start_workers
+from foveate.cluster.engine import GroupEngine
+from foveate.config import RLSettings
+from foveate.config_parts import RewardSettings, RolloutSettings
+from foveate.data.store import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.predictions import write_skipped
+from foveate.evaluate.run import Evaluator
+from foveate.log import MetricsWriter, progress
+from foveate.model.recognise import recognise
+from foveate.parallel.balance import Costs
+from foveate.records import SamplingParams
+from foveate.rewards.grade import truth_check
+from foveate.rewards.pool import Graders
+from foveate.rollout.build import choose_engine
+from foveate.rollout.seeds import seed_of
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.clock import Clock
+from foveate.train.groups import Sampler
+from foveate.train.method import Method, build_method, check_run
+from foveate.train.optim import learning_rate
+from foveate.train.rollouts import rollout_metrics, write_rollouts
+from foveate.train.setup import Leaving, check_cluster, resume, save_is_due, surviving, use_threads
+from foveate.train.update import prepare, update
+from foveate.train.worker import Worker
+
+
+def run_rl(settings: RLSettings) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    return surviving(settings.cluster.retries, partial(_run, settings))
+
+
+def _run(settings: RLSettings) -> RunFolder:
+    check_cluster(settings)
+    use_threads(settings.train.threads)
+    method = build_method(settings.algorithm)
+    check_run(method, settings)
+    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
+    sampling, updates = _sampling(settings.rollout), settings.train.updates_per_step
+    model = recognise(settings.model.path)
+    costs = Costs.of(model.config)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    with (
+        build_graders(settings.reward) as graders,
+        open_run(settings.run, settings) as run,
+        start_workers(settings.cluster, _worker(settings, method)) as workers,
+        GroupEngine(workers) as engine,
+        Leaving() as leaving,
+    ):
+        table, held_out = _read_data(run, settings, encoder)
+        stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
+        others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
+        step = resume(run, workers, stream, metrics, others)
+        engine.start(new_engine, encoder, settings.rollout, step)
+        evaluator = _evaluator(run, settings, held_out, encoder, graders)
+        if step == 0 and evaluator.is_due(step):
+            evaluator.evaluate(engine, step)
+
+        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline)
+        with reader, progress("training", settings.train.steps) as advance:
+            advance(step)
+            while step < settings.train.steps:
+                step += 1
+                clock = Clock()
+                groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.refills, clock)
+                with clock.phase("logprobs"):
+                    examples, said = prepare(workers, groups, method, updates, costs)
+                with clock.phase("update"):
+                    rates = _rates(step, settings)
+                    seed = seed_of("choice", settings.seed, step)
+                    learned = update(workers, examples, method, updates, rates, costs, seed=seed)
+                with clock.phase("publish"):
+                    checked = engine.publish(step)
+
+                record = {**rollout_metrics(drawn), **said, **learned, **checked, **rates, "epoch": stream.epoch}
+                record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
+                write_rollouts(run.rollouts, step, groups, examples)
+                if evaluator.is_due(step):
+                    record |= evaluator.evaluate(engine, step)
+                metrics.write(step, record)
+                if save_is_due(step, settings.train, leaving):
+                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                    state["score"] = record.get("eval/greedy_score")
+                    everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                advance(1)
+                leaving.check()
+        everywhere(workers, "export", run.final)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- around the step
+
+
+def _sampling(rollout: RolloutSettings) -> SamplingParams:
+    return SamplingParams(rollout.samples, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
+
+def _worker(settings: RLSettings, method: Method) -> partial[Worker]:
+    return partial(
+        Worker,
+        settings.model,
+        settings.optim,
+        settings.train.tokens_per_micro_batch,
+        temperature=settings.rollout.temperature,
+        reference=method.needs_reference,
+        critic=method.critic,
+        cluster=settings.cluster,
+    )
+
+
+def _rates(step: int, settings: RLSettings) -> dict[str, float]:
+    """The learning rates of a step: lr of the policy, 0 while the critic warms up, and critic/lr where there is one."""
+    rate, critic = learning_rate(step, settings.train.steps, settings.optim), settings.algorithm.critic
+    if critic is None:
+        return {"lr": rate}
+    return {"lr": rate * (step > critic.warmup_steps), "critic/lr": rate / settings.optim.lr * critic.lr}
+
+
+def build_graders(reward: RewardSettings) -> Graders:
+    """The graders of a run with its limits."""
+    return Graders(
+        reward.name,
+        reward.settings,
+        workers=reward.workers,
+        time_limit=reward.time_limit,
+        memory_limit=reward.memory_limit,
+    )
+
+
+def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[TaskTable, TaskTable | None]:
+    """The tasks to learn from and those held out, every row checked; what is left out is listed in the folder."""
+    truth = truth_check(settings.reward.name, settings.reward.settings)
+    table, left_out = read_checked(settings.data.train, settings.data, encoder, truth)
+    held_out = None
+    if settings.eval.every:
+        held_out, more = read_checked(settings.data.test, settings.data, encoder, truth)
+        left_out += more
+    write_skipped(run.path, [str(problem) for problem in left_out])
+    return table, held_out
+
+
+def _evaluator(
+    run: RunFolder, settings: RLSettings, held_out: TaskTable | None, encoder: Encoder, graders: Graders
+) -> Evaluator:
+    return Evaluator(
+        run.path,
+        settings.eval,
+        held_out,
+        encoder,
+        graders,
+        seed=settings.seed,
+        max_tokens=settings.rollout.max_tokens,
+        last_step=settings.train.steps,
+    )

@@ -1,0 +1,91 @@
+"""What a step says about its answers: metrics for the curves, and the answers themselves for reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import repeat
+from pathlib import Path
+
+import torch
+
+from foveate.files import atomic_write_text
+from foveate.records import Group, Score
+from foveate.rewards.grade import FAILED
+from foveate.train.worker import TrainGroup
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Means over the answers of a step: reward, its parts, length, and how many were cut or could not be graded; with
+    several sources of tasks also the reward, length and number of answers of each."""
+    scores: list[Score] = [score for group in groups for score in group.scores]
+    answers = [completion for group in groups for completion in group.completions]
+    values = torch.tensor([score.value for score in scores], dtype=torch.float64)
+    lengths = torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.float64)
+    names = sorted({name for score in scores for name in score.parts})
+    parts = {f"reward/{name}": _mean([score.parts[name] for score in scores if name in score.parts]) for name in names}
+    return {
+        "reward/mean": values.mean().item(),
+        "reward/std": values.std(correction=0).item(),
+        **parts,
+        "reward/failed": float(sum(score.note.startswith(FAILED) for score in scores)),
+        "answer/length": lengths.mean().item(),
+        "answer/length_max": lengths.max().item(),
+        "tokens/generate": lengths.sum().item(),
+        "groups": float(len(groups)),
+        "answer/cut": _mean([float(answer.finish == "length") for answer in answers]),
+        **_by_source(groups),
+    }
+
+
+def _by_source(groups: Sequence[Group]) -> dict[str, float]:
+    sources = sorted({group.task.source for group in groups})
+    metrics: dict[str, float] = {}
+    for source in sources if len(sources) > 1 else ():
+        members = [group for group in groups if group.task.source == source]
+        lengths = [float(len(answer.token_ids)) for group in members for answer in group.completions]
+        metrics[f"source/{source}/reward"] = _mean([score.value for group in members for score in group.scores])
+        metrics[f"source/{source}/length"] = _mean(lengths)
+        metrics[f"source/{source}/answers"] = float(len(lengths))
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _advantages(examples: Sequence[TrainGroup]) -> list[float]:
+    """The advantage of each answer, the mean of those of its tokens."""
+    means: list[float] = []
+    for example in examples:
+        assert example.advantage is not None
+        lengths = [len(answer) for answer in example.tree.answers]
+        means.extend(part.double().mean().item() for part in example.advantage.split(lengths))
+    return means
+
+
+def write_rollouts(
+    folder: Path, step: int, groups: Sequence[Group], examples: Sequence[TrainGroup] | None = None
+) -> None:
+    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images."""
+    advantages = repeat(None) if examples is None else iter(_advantages(examples))
+    lines = []
+    for group in groups:
+        answers = [
+            {
+                "text": completion.text,
+                "tokens": len(completion.token_ids),
+                "finish": completion.finish,
+                "version": completion.version,
+                "score": score.value,
+                "parts": dict(score.parts),
+                "note": score.note,
+                "advantage": next(advantages),
+            }
+            for completion, score in zip(group.completions, group.scores, strict=True)
+        ]
+        images = [str(image.path) if image.path else None for image in group.task.images]
+        messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
+        row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / f"step_{step:06d}.jsonl", "".join(lines))

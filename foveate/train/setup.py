@@ -1,0 +1,126 @@
+"""What the pages share: what they cannot do yet, threads, the place to continue from, and when to save."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+
+from foveate.cluster.base import WorkerGroup, everywhere
+from foveate.config import RLSettings
+from foveate.config_cluster import ClusterSettings
+from foveate.config_parts import TrainSettings
+from foveate.data.stream import Stream
+from foveate.errors import ConfigError, RankLost
+from foveate.log import MetricsWriter
+from foveate.run_folder import RunFolder
+from foveate.train.checkpoint import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+Result = TypeVar("Result")
+
+
+def surviving(retries: int, run: Callable[[], Result]) -> Result:
+    """What `run` returns. Where it has lost a process it is run again, which continues from its last checkpoint, at
+    most `retries` times."""
+    for left in range(retries, 0, -1):
+        try:
+            return run()
+        except RankLost as error:
+            logger.warning("%s; going on from the last checkpoint, %d more tries", error, left - 1)
+    return run()
+
+
+class Leaving:
+    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former)
+
+    def _ask(self, number: int, _: object) -> None:
+        self.is_asked = True
+        signal.signal(number, self._former)
+        logger.warning("SIGTERM: saving after this step, then leaving; the same command continues the run")
+
+    def check(self) -> None:
+        """Leave, with the exit code of SIGTERM, if asked to."""
+        if self.is_asked:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def require_one_process(cluster: ClusterSettings) -> None:
+    """Refuse settings of a cluster where they would not act."""
+    differing = [f"cluster.{name}={value}" for name, value in cluster.model_dump(exclude_defaults=True).items()]
+    if differing:
+        raise ConfigError(
+            f"{', '.join(differing)}: foveate sft and runs of one rank compute in one process on the CPU, where no "
+            "setting of a cluster acts; leave them out, or set cluster.gpus_per_node for foveate rl"
+        )
+
+
+def check_cluster(settings: RLSettings) -> None:
+    """Raise ConfigError for what a run on several ranks cannot do yet, and for settings that would not act."""
+    cluster = settings.cluster
+    if cluster.ranks == 1:
+        require_one_process(cluster)
+        return
+    if settings.rollout.engine != "native":
+        raise ConfigError(f"rollout.engine={settings.rollout.engine}: several ranks answer by the native engine so far")
+    for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
+        value = cluster.model_dump()[name]
+        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
+    for name, value in (("model.lora", settings.model.lora), ("algorithm.critic", settings.algorithm.critic)):
+        if value is not None:
+            raise ConfigError(
+                f"{name} is set, which learns on one rank so far; leave it out, or cluster.* but one rank"
+            )
+
+
+def use_threads(threads: int | None) -> None:
+    """Bound the CPU threads of torch; None leaves its own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+class Stateful(Protocol):
+    """What goes on where its `state()` was taken."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def resume(
+    run: RunFolder, workers: WorkerGroup, stream: Stream, metrics: MetricsWriter, others: Mapping[str, Stateful] = {}
+) -> int:
+    """Restore weights, optimizer, data position and `others` from the newest checkpoint, and cut the metrics back to
+    its step. Returns that step, 0 for a run that begins."""
+    found = checkpoints(run.checkpoints)
+    state: dict[str, Any] = {"step": 0}
+    if found:
+        state = everywhere(workers, "restore", found[-1][1])[0]
+        for name, thing in {"stream": stream, **others}.items():
+            thing.restore(state[name])
+        logger.info("continuing %s after step %d", run.path, state["step"])
+    metrics.truncate_after(state["step"])
+    return state["step"]
+
+
+def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:
+    """Every `train.save_every` steps, after the last one, and before the run leaves."""
+    return leaving.is_asked or step == train.steps or (train.save_every > 0 and step % train.save_every == 0)

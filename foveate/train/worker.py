@@ -1,0 +1,359 @@
+"""One rank of training: a policy with its optimizer, and what the pages ask of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.algorithms.kl import kl
+from foveate.algorithms.metrics import Metrics, reduce_metrics
+from foveate.config_cluster import ClusterSettings
+from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings, RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.files import atomic_path
+from foveate.model.forward import evaluating
+from foveate.model.load import Policy, freeze_except, load_policy, save_policy
+from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
+from foveate.parallel.fsdp import LogProbs, shard, whole
+from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, split
+from foveate.parallel.ranks import Ranks
+from foveate.parallel.ulysses import check_heads
+from foveate.records import Batch, Completion, LossOut, PolicyTargets, SamplingParams, Totals, sum_by_sample
+from foveate.rollout.base import Engine, Request
+from foveate.rollout.build import Proof
+from foveate.rollout.native import NativeEngine
+from foveate.rollout.sync import served_weights
+from foveate.train.checkpoint import Trained, load_checkpoint, save_checkpoint
+from foveate.train.critic import Critic
+from foveate.train.optim import apply_gradients, build_optimizer
+from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainGroup:
+    """A group as the update eats it: one vector over all answer tokens in order of each.
+
+    engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
+    the frozen reference (None: there is none); advantage; value, returns: what the critic expected and what it learns;
+    mark: bool, the tokens that the loss treats apart.
+    """
+
+    tree: Tree
+    engine: Tensor
+    advantage: Tensor | None = None
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    value: Tensor | None = None
+    returns: Tensor | None = None
+    mark: Tensor | None = None
+
+    @property
+    def has_advantage(self) -> bool:
+        """Whether any token has an advantage other than 0."""
+        return self.advantage is not None and bool(self.advantage.any())
+
+    def part(self, tree: Tree, tokens: slice) -> TrainGroup:
+        """The group of some of the answers: `tree`, whose tokens are `tokens`."""
+        rest = (self.advantage, self.old, self.ref, self.value, self.returns, self.mark)
+        return TrainGroup(tree, self.engine[tokens], *(None if vector is None else vector[tokens] for vector in rest))
+
+
+PolicyLoss = Callable[..., LossOut]
+
+
+class Worker:
+    """Holds the model of one rank. Methods take what they need and keep nothing but weights and optimizer state."""
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        optim: OptimSettings,
+        token_budget: int,
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
+        critic: CriticSettings | None = None,
+        cluster: ClusterSettings | None = None,
+    ) -> None:
+        self.policy = load_policy(model.path, attention=model.attention, dtype=model.dtype)
+        self.device = torch.device("cpu" if cluster is None else cluster.kind)
+        self._path, self._attention, self._dtype = model.path, model.attention, model.dtype
+        freeze_except(self.policy, model.train)
+        if model.lora is not None:
+            add_adapters(self.policy, model.lora, model.train)
+        self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
+        if model.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
+            self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
+        self.reference = _frozen_copy(self.policy) if reference else None
+        self._blank = self.policy.family.blank if self.ranks is not None else None
+        self._logprobs = self._sharded(self.policy)
+        self._reference_logprobs = None
+        if self.reference is not None:
+            is_own = self.reference is self.policy
+            self._reference_logprobs = self._logprobs if is_own else self._sharded(self.reference)
+        self.critic = Critic(self.policy, critic, optim) if critic is not None else None
+        self.optimizer = build_optimizer(self.policy.model, optim)
+        self.max_grad_norm = optim.max_grad_norm
+        self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
+        self.temperature = temperature
+        self.engine: Engine | None = None
+        self.proof: Proof | None = None
+
+    def _sharded(self, policy: Policy) -> LogProbs:
+        """What computes the log-probs of a policy, whose weights are cut over the ranks where there are several."""
+        if self.ranks is None:
+            return LogProbs(policy)
+        check_heads(policy, self.ranks.cluster.sequence_parallel)
+        return shard(policy, self.ranks.mesh, self.ranks.cluster, checkpointing=False, sequence=self.ranks.sequence)
+
+    # ---------------------------------------------------------------------------------------------------- sampling
+
+    def start_engine(
+        self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int
+    ) -> None:
+        """Make the engine of this rank. One that is alone may read the very weights that are trained."""
+        if self.ranks is None:
+            self.engine = engine = new_engine(self.policy, encoder.decode, version=version)
+            self.proof = Proof(engine, self.policy, encoder, rollout)
+            return
+        own = load_policy(self._path, attention=self._attention, dtype=self._dtype, device=self.ranks.cluster.kind)
+        own.model.requires_grad_(False)
+        self.engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
+        self.publish(version)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        assert self.engine is not None
+        return self.engine.generate(requests, sampling) if requests else []
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
+        assert self.engine is not None
+        if self.ranks is None:
+            self.engine.publish(version, served_weights(self.policy.model))
+            return self.proof.after_publish() if self.proof is not None else {}
+        self.engine.publish(version, ((name, whole(p)) for name, p in self.policy.model.named_parameters()))
+        return {}
+
+    def close_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+    # ------------------------------------------------------------------------------------------------- log-probs
+
+    @torch.no_grad()
+    def logprobs(self, trees: Sequence[Tree], reference: bool = False) -> list[Tensor]:
+        """Log-probs of all answer tokens, one vector per tree, under the policy or the frozen reference."""
+        policy = self.reference if reference else self.policy
+        compute = self._reference_logprobs if reference else self._logprobs
+        assert policy is not None
+        assert compute is not None
+        as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
+        found: list[Tensor] = []
+        with evaluating(policy.model), as_it_was:
+            for batch, members in self._batches(trees):
+                logp_M, _ = compute(batch, self.temperature)
+                found.extend(logp_M.cpu().split([trees[i].answer_tokens for i in members]))
+        return found
+
+    @torch.no_grad()
+    def values(self, trees: Sequence[Tree]) -> list[Tensor]:
+        """What the critic expects before each answer token, one vector per tree."""
+        assert self.critic is not None
+        found: list[Tensor] = []
+        with evaluating(self.critic.model):
+            for batch, members in self._batches(trees):
+                found.extend(self.critic.values(batch).split([trees[i].answer_tokens for i in members]))
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- updates
+
+    def update_policy(
+        self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
+        return self._step(self.optimizer, self.policy_gradients(groups, loss, totals), lr)
+
+    def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
+        """Add up the gradients of a policy loss over micro-batches; their metrics."""
+        parts = [part for group in groups for part in _split_group(group, self.token_budget)]
+        losses: list[Metrics] = []
+        for batch, members in self._batches([group.tree for group in parts]):
+            logp_M, entropy_M = self._logprobs(batch, self.temperature)
+            if not members:
+                (logp_M.sum() + entropy_M.sum()).backward()
+                continue
+            targets = _policy_targets([parts[i] for i in members], logp_M)
+            out = loss(logp_M, entropy_M, batch, targets, totals)
+            out.loss.backward()
+            losses.append({**out.metrics, **_mismatch(targets)})
+        return losses
+
+    def update_critic(self, groups: Sequence[TrainGroup], totals: Totals, lr: float) -> dict[str, float]:
+        """One optimizer step of the critic towards the returns of all `groups`."""
+        assert self.critic is not None
+        record = self._step(self.critic.optimizer, self.critic_gradients(groups, totals), lr)
+        return {name if name.startswith("critic/") else f"critic/{name}": value for name, value in record.items()}
+
+    def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
+        """Add up the gradients of the value loss over micro-batches; their metrics."""
+        assert self.critic is not None
+        parts = [part for group in groups for part in _split_group(group, self.token_budget)]
+        losses: list[Metrics] = []
+        for batch, members in self._batches([group.tree for group in parts]):
+            chosen = [parts[i] for i in members]
+            out = self.critic.loss(batch, [p.value for p in chosen], [p.returns for p in chosen], totals)
+            out.loss.backward()
+            losses.append(out.metrics)
+        return losses
+
+    def update_sft(self, trees: Sequence[Tree], weighting: str, lr: float) -> dict[str, float]:
+        """One optimizer step of supervised training on the answers of `trees`."""
+        lengths = torch.tensor([len(answer) for tree in trees for answer in tree.answers], dtype=torch.float64)
+        total = float((lengths ** (1 - _SFT_EXPONENT[weighting])).sum())
+        losses = []
+        for batch, _ in self._batches(trees):
+            logp_M, entropy_M = self._logprobs(batch)
+            loss = -(sft_weights(batch, weighting) * logp_M).sum() / total
+            loss.backward()
+            tokens = float(len(logp_M))
+            losses.append(
+                {
+                    "loss": (loss.item(), tokens / float(lengths.sum())),
+                    "nll": (-logp_M.detach().sum().item(), tokens),
+                    "entropy": (entropy_M.detach().sum().item(), tokens),
+                }
+            )
+        return self._step(self.optimizer, losses, lr)
+
+    def update_preference(
+        self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
+        losses = []
+        for batch, members in self._batches([pair.tree for pair in pairs]):
+            logp_M, entropy_M = self._logprobs(batch)
+            out = loss(logp_M, batch, pair_targets([pairs[i] for i in members], shift), totals)
+            out.loss.backward()
+            entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
+            losses.append({**out.metrics, "entropy": entropy})
+        return self._step(self.optimizer, losses, lr)
+
+    def _step(self, optimizer: torch.optim.AdamW, losses: Sequence[Metrics], lr: float) -> dict[str, float]:
+        if self.ranks is not None:
+            rows = self.ranks.gather(losses)[:: self.ranks.cluster.sequence_parallel]
+            losses = [record for own in rows for record in own]
+        norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm)
+        if not taken:
+            logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
+        return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
+
+    def _batches(self, trees: Sequence[Tree]) -> Any:
+        """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
+        rows of others are empty."""
+        rows = micro_batches(trees, self.token_budget)
+        if self.ranks is not None:
+            rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
+        for members in rows:
+            batch = pack([trees[i] for i in members]) if members else empty(self._blank)
+            yield in_step(batch, self._blank).to(self.device), members
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
+        return save_checkpoint(folder, step, self._trained(), state, keep, self.ranks)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        return load_checkpoint(path, self._trained(), self.ranks)
+
+    def _trained(self) -> dict[str, Trained]:
+        critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
+        return {"": (self.policy.model, self.optimizer), **critic}
+
+    def export(self, folder: Path) -> None:
+        """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
+        first one gathers the weights, tensor by tensor, and writes."""
+        is_first = self.ranks is None or self.ranks.is_first
+        state: dict[str, Tensor] = {}
+        for name, tensor in merged_state(self.policy.model).items():
+            gathered = whole(tensor)
+            if is_first:
+                state[name] = gathered.cpu()
+        if is_first:
+            with atomic_path(folder) as temporary:
+                save_policy(self.policy, temporary, state)
+        if self.ranks is not None:
+            self.ranks.gather(None)
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
+    if learns_by_adapters_alone(policy.model):
+        return policy
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return replace(policy, model=model)
+
+
+def _split_group(group: TrainGroup, budget: int) -> list[TrainGroup]:
+    """The group, cut by answers into parts that fit the token budget where the whole does not."""
+    cuts = split(group.tree, budget)
+    if len(cuts) == 1:
+        return [group]
+    ends = list(accumulate(tree.answer_tokens for tree in cuts))
+    return [group.part(tree, slice(end - tree.answer_tokens, end)) for tree, end in zip(cuts, ends, strict=True)]
+
+
+def _policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTargets:
+    """Targets of one micro-batch. Without an old-policy pass the current log-probs are the old ones."""
+
+    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else torch.cat([v for v in values if v is not None]).to(logp_M)
+
+    engine_M, advantage_M = joined([group.engine for group in groups]), joined([group.advantage for group in groups])
+    assert engine_M is not None
+    assert advantage_M is not None
+    marks = [group.mark for group in groups if group.mark is not None]
+    old_M = joined([group.old for group in groups])
+    return PolicyTargets(
+        old_M=logp_M.detach() if old_M is None else old_M,
+        engine_M=engine_M,
+        advantage_M=advantage_M,
+        ref_M=joined([group.ref for group in groups]),
+        mark_M=torch.cat(marks).to(logp_M.device) if marks else None,
+    )
+
+
+def _mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
+    """How far the sampler's log-probs are from the trainer's, for the same weights: absolute differences, and
+    KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token."""
+    difference = (targets.old_M - targets.engine_M).abs()
+    tokens = float(len(difference))
+    return {
+        "engine_kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum().item(), tokens),
+        "engine_kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
+        "engine_logprob_difference": (difference.sum().item(), tokens),
+        "engine_logprob_difference_max": (difference.max().item(), tokens),
+    }
+
+
+_SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
+
+
+def sft_weights(batch: Batch, weighting: str) -> Tensor:
+    """Weight of each trained token in an answer of n tokens: 1 (token), 1/n (sample) or 1/n**0.5 (square averaging,
+    InternVL3.5, arXiv 2508.18265, section 2)."""
+    ones = torch.ones(len(batch.sample_M), device=batch.sample_M.device)
+    lengths = sum_by_sample(ones, batch.sample_M, batch.samples)
+    return lengths[batch.sample_M] ** -_SFT_EXPONENT[weighting]

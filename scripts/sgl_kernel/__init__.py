@@ -1,0 +1,56 @@
+"""Stands in for SGLang's kernel package where there is none: every name can be imported, and calling one raises."""
+
+import importlib.abc
+import importlib.machinery
+import sys
+
+__version__ = "0.4.10"
+
+
+class _Absent:
+    """A kernel, or a constant of the package, by its dotted name."""
+
+    def __init__(self, name):
+        self.__name__ = name
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{self.__name__}.{name}")
+
+    def __call__(self, *_args, **_settings):
+        raise NotImplementedError(f"{self.__name__}: no kernels for CPUs here")
+
+    def __hash__(self):
+        return hash(self.__name__)
+
+    def __eq__(self, other):
+        return isinstance(other, _Absent) and other.__name__ == self.__name__
+
+
+def _attribute_of(module):
+    def find(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent(f"{module}.{name}")
+
+    return find
+
+
+class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Every `sgl_kernel.x` is a module like this one."""
+
+    def find_spec(self, name, _path=None, _target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name.startswith(f"{__name__}.") else None
+
+    def create_module(self, spec):
+        module = type(sys)(spec.name)
+        module.__getattr__ = _attribute_of(spec.name)
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+sys.meta_path.insert(0, _Submodules())
+__getattr__ = _attribute_of(__name__)

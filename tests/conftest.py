@@ -1,0 +1,75 @@
+"""What several test files share: a random tiny InternVL, its policy, and pictures."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from foveate.encoding.encode import Encoder
+from foveate.model.load import load_policy, save_policy
+from foveate.model.tiny import TinySize, build_tiny
+from foveate.records import Image, Message, Task
+
+torch.set_num_threads(1)
+
+TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
+
+
+def build_sharp(folder, size):
+    """A random model whose attention is far from uniform and whose next token is neither flat nor certain, with more
+    rows in its embedding than the tokenizer has tokens. A fresh model would hide wrong masks: it attends evenly."""
+    policy = load_policy(str(build_tiny(folder / "fresh", size, padded_vocabulary=700)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if name.endswith("norm.weight") or "layernorm" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.6, generator=generator))
+            else:
+                parameter.mul_(4 if "embed_tokens" in name or "lm_head" in name else 2)
+    save_policy(policy, folder / "sharp")
+    return folder / "sharp"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The folder of a sharp tiny model: 56-pixel tiles of 4 image tokens. Copy it before changing anything."""
+    return build_sharp(tmp_path_factory.mktemp("tiny"), TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_folder):
+    """The policy of `tiny_folder`, shared: tests that change weights, modes or gradients load their own."""
+    return load_policy(str(tiny_folder))
+
+
+@pytest.fixture
+def encode(tiny_policy):
+    """An encoder with six tiles for a prompt and 1,024 tokens."""
+    return Encoder(tiny_policy.tokenizer, tiny_policy.family, 6, 1024)
+
+
+@pytest.fixture(scope="session")
+def make_image():
+    """make_image(width, height, seed) -> the record of a picture of noise, as PNG bytes."""
+
+    def make(width, height, seed=0):
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(pixels).save(buffer, "PNG")
+        return Image(None, buffer.getvalue(), width, height)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_task():
+    """make_task(text, *images) -> a task of one user message."""
+
+    def make(text, *images):
+        return Task("id", "test", (Message("user", text),), tuple(images), None, where="rows.parquet, row 3")
+
+    return make

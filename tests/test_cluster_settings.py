@@ -1,0 +1,63 @@
+"""Settings of a cluster fit together, and a run that cannot honour them says so before it starts."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from toy import rl_settings, sft_settings
+
+from foveate.config_cluster import ClusterSettings
+from foveate.errors import ConfigError
+from foveate.train.rl import run_rl
+from foveate.train.setup import require_one_process
+from foveate.train.sft import run_sft
+
+
+@pytest.mark.parametrize(("shard", "shards"), [("full", 16), ("hybrid", 8), ("none", 1)])
+def test_a_copy_of_the_weights_is_cut_over_all_ranks_a_machine_or_none(shard, shards):
+    cluster = ClusterSettings(nodes=2, gpus_per_node=8, shard=shard)
+    assert (cluster.ranks, cluster.shards) == (16, shards)
+
+
+@pytest.mark.parametrize("name", ["sequence_parallel", "engine_tensor_parallel"])
+def test_ranks_that_talk_in_every_layer_fit_on_a_machine(name):
+    with pytest.raises(ValidationError, match=rf"cluster.{name} is 3 but must divide cluster.gpus_per_node=8"):
+        ClusterSettings(gpus_per_node=8, **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "changes", "message"),
+    [
+        (run_sft, sft_settings, {"cluster": {"gpus_per_node": 2}}, "cluster.gpus_per_node=2: foveate sft and runs of"),
+        (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: foveate sft and runs of one rank"),
+        (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2}, "model": {"lora": {"rank": 2}}}, "model.lora is set"),
+        (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2, "engine_memory": 0.5}}, "cluster.engine_memory=0.5"),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"gpus_per_node": 2}, "algorithm": {"name": "ppo", "critic": {"lr": 1e-5}}},
+            "algorithm.critic is set",
+        ),
+    ],
+)
+def test_a_run_that_cannot_honour_a_cluster_refuses_before_it_reads_anything(tmp_path, run, settings, changes, message):
+    asked = settings(tmp_path / "run", tmp_path / "no-model", tmp_path, **changes)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        run(asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_one_process_is_not_refused():
+    require_one_process(ClusterSettings())
+    require_one_process(ClusterSettings(nodes=1, shard="full"))
+
+
+def test_tokens_of_a_row_are_counted_over_the_devices_that_share_it(tmp_path):
+    train = {"steps": 1, "tokens_per_micro_batch": 68}
+    rl_settings(tmp_path, tmp_path, tmp_path, train=train, cluster={"gpus_per_node": 2, "sequence_parallel": 2})
+    with pytest.raises(ValidationError, match=r"is 67 on 2 devices, less than .* use 68 or more"):
+        rl_settings(
+            tmp_path, tmp_path, tmp_path,
+            train={**train, "tokens_per_micro_batch": 67},
+            cluster={"gpus_per_node": 2, "sequence_parallel": 2},
+        )  # fmt: skip

@@ -1,0 +1,222 @@
+"""What holds for engines in server processes of any kind: nothing is lost or doubled when one dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveate.errors import EngineError
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.base import Request
+from foveate.rollout.replica import PORT, Replica, ReplicaLostError
+from foveate.rollout.served import ServedEngine
+
+HERE = Path(__file__).parent
+
+
+class FakeEngine(ServedEngine):
+    """Answers come from `fake_server.py`, later ones for larger seeds; `published` lists what was sent."""
+
+    def __init__(self, replicas=1, *, seconds=0.1, stall_s=5.0, command=None):
+        self.seconds, self.command = seconds, command or [sys.executable, str(HERE / "fake_server.py"), PORT]
+        self.published = []
+        super().__init__(replicas, start_s=60, stall_s=stall_s)
+        self.start(7, [("w", torch.ones(2))])
+
+    def new_replica(self, number):
+        return Replica(self.command, {}, self.folder / f"{number}.log", "/health")
+
+    def connect(self, replica):
+        pass
+
+    def send(self, replica, version, weights):
+        self.published.append((version, [name for name, _ in weights]))
+        replica.call("POST", "/publish", {"version": version})
+
+    def ask(self, replica, request, sampling):
+        seconds = self.seconds * (1 + request.seed)
+        answer = replica.call("POST", "/generate", {"seconds": seconds, "seed": request.seed})
+        if answer["finish"] != "stop":
+            raise ReplicaLostError("cut")
+        completion = Completion((request.seed,), (0.0,), "", "stop", answer["version"])
+        return (completion,) * sampling.samples
+
+    def abort(self, replica):
+        replica.call("POST", "/abort", {})
+
+    def tokens_made(self, replica):
+        return replica.call("GET", "/state", timeout_s=1)["tokens"]
+
+    def state(self, number=0):
+        return self.replicas[number].call("GET", "/state")
+
+    def prompt_ids(self, prompt):
+        return prompt.token_ids
+
+    def sleep(self):
+        pass
+
+    def wake(self):
+        pass
+
+
+@pytest.fixture
+def engine_of():
+    engines = []
+
+    def make(*args, **settings):
+        engines.append(FakeEngine(*args, **settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def requests_of(count):
+    return [Request(Prompt((i, i), (), None, (i, i)), seed=i) for i in range(count)]
+
+
+def ends(pid):
+    """Whether a process is gone soon, or waits for a parent to ask how it ended."""
+    for _ in range(400):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def seeds_of(groups):
+    return [group[0].token_ids[0] for group in groups]
+
+
+def test_every_group_comes_once_and_in_order(engine_of):
+    groups = engine_of(2).generate(requests_of(20), SamplingParams(3))
+    assert seeds_of(groups) == list(range(20))
+    assert {len(group) for group in groups} == {3}
+    assert {completion.version for group in groups for completion in group} == {7}
+
+
+@pytest.mark.parametrize("moment", [0, 1, 4, 9])
+def test_a_server_that_is_killed_is_started_again_and_no_group_is_lost_or_doubled(engine_of, moment):
+    engine = engine_of(2)
+    engine.publish(8, [("w", torch.ones(2))])
+    requests = requests_of(12)
+    last = engine._routes([request.prompt for request in requests])[11]
+    server = engine.state(last)["pid"]
+    found = []
+    if moment == 0:
+        os.kill(server, signal.SIGKILL)
+    for index, group in engine.stream(requests, SamplingParams()):
+        found.append((index, group[0].token_ids[0], group[0].version))
+        if len(found) == moment:
+            os.kill(server, signal.SIGKILL)
+    assert sorted(found) == [(i, i, 8) for i in range(12)]
+    assert engine.healthy()
+    assert engine.counts.restarts == 1
+    assert engine.published[-1] == (8, ["w"])
+
+
+def test_a_server_that_hangs_is_killed_and_started_again(engine_of):
+    engine = engine_of(seconds=0.3, stall_s=1.0)
+    engine.replicas[0].call("POST", "/hang", {})
+    assert seeds_of(engine.generate(requests_of(3), SamplingParams())) == [0, 1, 2]
+    assert engine.counts.restarts == 1
+
+
+def test_a_server_that_is_stopped_by_the_system_is_killed_and_started_again(engine_of):
+    engine = engine_of(seconds=0.3, stall_s=1.0)
+    os.kill(engine.state()["pid"], signal.SIGSTOP)
+    assert seeds_of(engine.generate(requests_of(2), SamplingParams())) == [0, 1]
+    assert engine.counts.restarts == 1
+
+
+def test_slow_answers_are_no_reason_to_kill_while_tokens_are_made(engine_of):
+    engine = engine_of(seconds=2.5, stall_s=0.8)
+    assert seeds_of(engine.generate(requests_of(1), SamplingParams())) == [0]
+    assert engine.counts.restarts == 0
+
+
+def test_a_server_that_dies_while_weights_are_published_gets_them_at_its_start(engine_of):
+    engine = engine_of()
+    os.kill(engine.state()["pid"], signal.SIGKILL)
+    engine.publish(9, [("w", torch.ones(2))])
+    assert engine.state()["version"] == 9
+    assert engine.generate(requests_of(1), SamplingParams())[0][0].version == 9
+
+
+def test_closing_the_stream_aborts_what_is_unfinished(engine_of):
+    engine = engine_of(seconds=0.1)
+    stream = engine.stream(requests_of(2), SamplingParams())
+    next(stream)
+    engine.seconds = 60
+    stream.close()
+    started = time.monotonic()
+    slow = engine.stream(requests_of(1), SamplingParams())
+    engine._pool.submit(time.sleep, 0).result()
+    slow.close()
+    assert time.monotonic() - started < 30
+    engine.seconds = 0.01
+    assert seeds_of(engine.generate(requests_of(3), SamplingParams())) == [0, 1, 2]
+
+
+def test_a_server_that_never_answers_ends_the_run_with_its_log(engine_of):
+    with pytest.raises(EngineError, match=r"(?s)the server ended while it started; the end of .*\.log:\nno model here"):
+        engine_of(command=[sys.executable, "-c", "raise SystemExit('no model here')"])
+
+
+def test_a_server_that_dies_again_and_again_ends_the_run(engine_of):
+    engine = engine_of()
+    engine.ask = lambda *_: (_ for _ in ()).throw(ReplicaLostError("broken"))
+    with pytest.raises(EngineError, match="lost 3 times without a finished group between"):
+        engine.generate(requests_of(1), SamplingParams())
+
+
+def test_a_refused_request_ends_the_run_and_nothing_is_started_again(engine_of):
+    engine = engine_of()
+    engine.ask = lambda *_: (_ for _ in ()).throw(EngineError("the server refused /generate (status 400): too long"))
+    with pytest.raises(EngineError, match="too long"):
+        engine.generate(requests_of(1), SamplingParams())
+    assert engine.counts.restarts == 0
+
+
+def test_equal_prompts_go_to_the_same_replica_and_no_replica_gets_much_more_than_its_share(engine_of):
+    engine = engine_of(2)
+    prompts = [Prompt(tuple(range(i, i + 50)), (), None, ()) for i in range(40)]
+    routes = engine._routes(prompts)
+    assert abs(sum(routes) - 20) <= 6
+    assert engine._routes(prompts[:1] * 2)[0] == engine._routes(prompts[:1])[0]
+    assert max(engine._routes(prompts[:1] * 9).count(number) for number in (0, 1)) <= 7
+
+
+def test_closing_ends_the_servers_and_may_be_done_twice(engine_of):
+    engine = engine_of()
+    pid = engine.state()["pid"]
+    engine.close()
+    engine.close()
+    assert ends(pid)
+    assert not engine.folder.exists()
+
+
+def test_a_trainer_that_is_killed_leaves_no_server_behind():
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(HERE)!r})
+from test_served import FakeEngine
+engine = FakeEngine()
+print(engine.state()["pid"], flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        server = int(trainer.stdout.readline())
+        trainer.kill()
+    assert ends(server)
