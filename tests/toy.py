@@ -12,7 +12,6 @@ from torch import Tensor
 
 from foveate.algorithms import Algorithm
 from foveate.algorithms.policy_losses import gspo
-from foveate.algorithms.preference_losses import dpo
 from foveate.config import MPOSettings, RLSettings, SFTSettings
 from foveate.config_stages import CascadeSettings
 from foveate.data.prepared import infer_schema, task_row
@@ -136,18 +135,6 @@ def not_finite(logp_M: Tensor, _entropy_M: Tensor, _batch: Any, _targets: Any, t
     """Sound on the two answers of a dry run, and infinite in training."""
     factor = 1.0 if totals.samples == 2 else float("inf")
     return LossOut(logp_M.sum() * factor, {"policy_loss": (0.0, 1.0)})
-
-
-def breaks_at_the_second_step(logp_M: Tensor, batch: Any, targets: Any, totals: Any) -> LossOut:
-    """DPO, but infinite where BCO's shift has moved for the first time."""
-    out = dpo(logp_M, batch, targets, totals)
-    broken = targets.shift != 0 and not BROKEN
-    if broken:
-        BROKEN.append(True)
-    return replace(out, loss=out.loss * (float("inf") if broken else 1.0))
-
-
-BROKEN: list[bool] = []
 
 
 def half_gspo(logp_M: Tensor, entropy_M: Tensor, batch: Any, targets: Any, totals: Any, *, share: float) -> LossOut:

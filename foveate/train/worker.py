@@ -21,7 +21,7 @@ from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings, R
 from foveate.encoding.encode import Encoder
 from foveate.files import atomic_path
 from foveate.model.forward import evaluating
-from foveate.model.load import Policy, freeze_except, load_policy, save_policy
+from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
 from foveate.parallel.fsdp import LogProbs, shard, whole
 from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, split
@@ -184,7 +184,8 @@ class Worker:
         self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals, lr: float
     ) -> dict[str, float]:
         """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
-        return self._step(self.optimizer, self.policy_gradients(groups, loss, totals), lr)
+        losses = self.policy_gradients(groups, loss, totals)
+        return self._step(self.optimizer, losses, lr, [group.tree for group in groups])
 
     def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
@@ -204,7 +205,8 @@ class Worker:
     def update_critic(self, groups: Sequence[TrainGroup], totals: Totals, lr: float) -> dict[str, float]:
         """One optimizer step of the critic towards the returns of all `groups`."""
         assert self.critic is not None
-        record = self._step(self.critic.optimizer, self.critic_gradients(groups, totals), lr)
+        losses = self.critic_gradients(groups, totals)
+        record = self._step(self.critic.optimizer, losses, lr, [group.tree for group in groups])
         return {name if name.startswith("critic/") else f"critic/{name}": value for name, value in record.items()}
 
     def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
@@ -236,7 +238,7 @@ class Worker:
                     "entropy": (entropy_M.detach().sum().item(), tokens),
                 }
             )
-        return self._step(self.optimizer, losses, lr)
+        return self._step(self.optimizer, losses, lr, trees)
 
     def update_preference(
         self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
@@ -249,16 +251,29 @@ class Worker:
             out.loss.backward()
             entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
             losses.append({**out.metrics, "entropy": entropy})
-        return self._step(self.optimizer, losses, lr)
+        return self._step(self.optimizer, losses, lr, [pair.tree for pair in pairs])
 
-    def _step(self, optimizer: torch.optim.AdamW, losses: Sequence[Metrics], lr: float) -> dict[str, float]:
+    def _step(
+        self, optimizer: torch.optim.AdamW, losses: Sequence[Metrics], lr: float, trees: Sequence[Tree]
+    ) -> dict[str, float]:
         if self.ranks is not None:
-            rows = self.ranks.gather(losses)[:: self.ranks.cluster.sequence_parallel]
-            losses = [record for own in rows for record in own]
+            pictures = any(tree.prompt.pixels is not None for tree in trees)
+            rows = self.ranks.gather((losses, pictures))[:: self.ranks.cluster.sequence_parallel]
+            losses = [record for own, _ in rows for record in own]
+            if not any(has_pictures for _, has_pictures in rows):
+                self._forget_blanks()
         norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm)
         if not taken:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
+
+    def _forget_blanks(self) -> None:
+        """After a step in which no rank had a picture: what blank pictures left is no gradient, as in one process, where
+        the optimizer leaves alone what was not used. A gradient of zero would go on with the momentum of before."""
+        parts = parameters_by_part(self.policy)
+        for part in parts.keys() - {"language", "head"}:
+            for parameter in parts[part].values():
+                parameter.grad = None
 
     def _batches(self, trees: Sequence[Tree]) -> Any:
         """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
