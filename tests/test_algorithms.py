@@ -18,7 +18,9 @@ from foveate.algorithms.kl import KLPenalty
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.policy_losses import grpo, gspo
 from foveate.algorithms.values import gae, value_loss
-from foveate.records import DataError, LossOut, PolicyTargets, SamplingParams, Totals
+from foveate.config_parts import AlgorithmSettings
+from foveate.records import DataError, LossOut, PolicyTargets, Totals
+from foveate.train.method import build_method
 
 
 def load(path: str):
@@ -37,7 +39,8 @@ def test_every_algorithm_runs_with_its_own_settings(name):
     loss, advantage = load(row.loss), load(row.advantage)
     assert set(row.loss_settings) <= settings_of(loss)
     assert set(row.advantage_settings) <= settings_of(advantage)
-    dry_run(loss, row.loss_settings, reference=False)
+    method = build_method(AlgorithmSettings(name=name, critic={"lr": 1e-5} if name == "ppo" else None), 24)
+    dry_run(method.loss, {}, reference=False)
     available = {
         "rewards_S": double([0, 1, 0.5, 0.25]),
         "group_S": torch.tensor([0, 0, 1, 1]),
@@ -75,8 +78,11 @@ def test_gspo_has_the_clip_range_of_its_paper_in_the_table_and_by_default():
     assert (defaults["clip_low"].default, defaults["clip_high"].default) == (3e-4, 4e-4)
 
 
-def test_dr_grpo_divides_by_the_default_answer_budget():
-    assert ALGORITHMS["dr_grpo"].loss_settings["norm_length"] == SamplingParams().max_tokens
+@pytest.mark.parametrize(("loss", "length"), [({}, 24), ({"norm_length": 100}, 100)])
+def test_dr_grpo_divides_by_the_answer_budget_of_the_run_unless_told_otherwise(loss, length):
+    method = build_method(AlgorithmSettings(name="dr_grpo", loss=loss), 24)
+    assert method.loss.keywords["norm_length"] == length
+    assert "norm_length" not in build_method(AlgorithmSettings(name="grpo"), 24).loss.keywords
 
 
 def test_a_loss_that_needs_a_reference_is_refused_before_the_start():

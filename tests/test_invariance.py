@@ -38,7 +38,7 @@ def method_of(name: str) -> Method:
         "reward_kl": {"coefficient": 0.01},
         "correction": {"mode": "sequence-truncate", "high": 1.5},
     }
-    return build_method(AlgorithmSettings.model_validate(settings))
+    return build_method(AlgorithmSettings.model_validate(settings), 16)
 
 
 def worker_of(folder: Path) -> Worker:

@@ -148,3 +148,16 @@ def test_an_answer_may_earn_a_bonus_for_its_form(tmp_path, tiny_folder, data):
     reward = {"name": "weighted_sum", "settings": bonus}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=reward, **changes))
     assert "reward/format_tags" in metrics_of(run)[0]
+
+
+def test_a_second_pass_learns_from_the_same_answers_once_more(tmp_path, tiny_folder, data):
+    """Its ratios are to the weights before the first one, so that they have left 1."""
+    train = {"steps": 1, "updates_per_step": 2}
+    one, two = (
+        metrics_of(run_rl(rl_settings(tmp_path / str(n), tiny_folder, data, train={**train, "passes": n})))[0]
+        for n in (1, 2)
+    )
+    assert (one["updates"], two["updates"]) == (2, 4)
+    assert two["tokens/update"] == 2 * one["tokens/update"]
+    assert two["reward/mean"] == one["reward/mean"]
+    assert two["ratio_max"] > one["ratio_max"] > 1

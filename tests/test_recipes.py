@@ -36,7 +36,7 @@ def test_a_shipped_recipe_loads_and_what_it_names_takes_its_settings(name):
         assert build_preference_loss(settings.mpo.loss)
         settings = settings.stage("rl", "model")
     if isinstance(settings, RLSettings):
-        assert build_method(settings.algorithm).name == settings.algorithm.name
+        assert build_method(settings.algorithm, 1).name == settings.algorithm.name
         build_reward(settings.reward.name, settings.reward.settings)
         resolve(ENGINES, settings.rollout.engine, "engine")
 

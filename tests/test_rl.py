@@ -336,7 +336,7 @@ def change(worker: Worker, folder: Path) -> torch.Tensor:
 
 
 def method_of(name: str, **loss: Any) -> Method:
-    return build_method(AlgorithmSettings(name=name, loss=loss))
+    return build_method(AlgorithmSettings(name=name, loss=loss), 16)
 
 
 @pytest.mark.parametrize("name", ["gspo", "grpo", "dapo", "dr_grpo"])

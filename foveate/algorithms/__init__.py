@@ -88,18 +88,12 @@ ALGORITHMS: dict[str, Algorithm] = {
         source="2402.03300",
         loss_settings={"clip_low": 0.2, "clip_high": 0.2, "aggregate": "seq-mean-token-mean"},
     ),
-    # 256 tokens are the default answer budget; set norm_length to the budget of the run.
     "dr_grpo": Algorithm(
         advantage=ADVANTAGES["grpo"],
         loss=POLICY_LOSSES["grpo"],
         source="2503.20783",
         advantage_settings={"normalise": "none"},
-        loss_settings={
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "aggregate": "seq-mean-token-sum-norm",
-            "norm_length": 256,
-        },
+        loss_settings={"clip_low": 0.2, "clip_high": 0.2, "aggregate": "seq-mean-token-sum-norm"},
     ),
     "dapo": Algorithm(
         advantage=ADVANTAGES["grpo"],

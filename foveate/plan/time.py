@@ -68,13 +68,14 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
     ranks = work.cluster.ranks
     rate = machines.gpu.flops * FLOPS_SHARE * ranks / work.groups
     batches = max(
-        work.updates, work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel)
+        work.updates / work.passes,
+        work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel),
     )
     gather = _gather(work, machines)
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
         forward=work.forwards * max((language + vision) / rate, batches * gather),
-        update=max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
+        update=work.passes * max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
         publish=_publish(work, machines),
     )
 

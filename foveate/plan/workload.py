@@ -26,7 +26,8 @@ class Workload:
     """`prompt` (image tokens included), `answer` and `tiles` are means of one prompt; `longest` bounds the answer.
 
     A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
-    `budget` tokens per device. `forwards` counts the passes beside the update: old and reference log-probs.
+    `budget` tokens per device, which go `passes` times over the answers. `forwards` counts the passes beside the
+    update: old and reference log-probs.
     """
 
     config: Any
@@ -46,6 +47,7 @@ class Workload:
     generates: bool
     forwards: int
     reference: bool
+    passes: int = 1
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -87,10 +89,11 @@ def workload_of(
             **common, groups=groups, answers=2 if pairs else 1, updates=1, answer=answer or longest // 8 or 1,
             longest=longest, generates=False, forwards=0, reference=False,
         )  # fmt: skip
-    updates, reference = settings.train.updates_per_step, build_method(settings.algorithm).needs_reference
-    longest = settings.rollout.max_tokens
+    longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.passes
+    reference = build_method(settings.algorithm, longest).needs_reference
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
+        passes=settings.train.passes,
         answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + reference,
         reference=reference,
     )  # fmt: skip

@@ -79,7 +79,7 @@ def _check(settings: CascadeSettings) -> None:
     """Refuse what a later stage would refuse, before the first one starts."""
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)
-    check_run(build_method(rl.algorithm), rl)
+    check_run(build_method(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
     choose_engine(settings.rollout, settings.data.max_prompt_tokens)

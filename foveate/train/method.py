@@ -55,9 +55,9 @@ class Method:
         return self.reward_kl is not None or self.critic is not None
 
 
-def build_method(settings: AlgorithmSettings) -> Method:
-    """An algorithm with its settings filled in. Raises ConfigError or DataError for whatever it refuses, before a run
-    starts."""
+def build_method(settings: AlgorithmSettings, max_tokens: int) -> Method:
+    """An algorithm with its settings filled in. max_tokens: the budget of an answer, by which a loss divides that asks
+    for a constant and names none. Raises ConfigError or DataError for whatever it refuses, before a run starts."""
     row = resolve(ALGORITHMS, settings.name, "algorithm")
     if not isinstance(row, Algorithm):
         raise ConfigError(f"algorithm {settings.name} is a {type(row).__name__}, not a foveate.algorithms.Algorithm")
@@ -66,6 +66,8 @@ def build_method(settings: AlgorithmSettings) -> Method:
     loss = resolve(POLICY_LOSSES, row.loss, "policy loss")
     advantage_settings = {**row.advantage_settings, **settings.advantage}
     loss_settings = {**row.loss_settings, **settings.loss}
+    if {**_defaults(loss), **loss_settings}.get("aggregate") == "seq-mean-token-sum-norm":
+        loss_settings.setdefault("norm_length", max_tokens)
     bound_advantage = bind(advantage, advantage_settings, f"{where}, advantage")
     bound_loss = bind(loss, loss_settings, f"{where}, loss")
     in_force = {**_defaults(loss), **loss_settings}

@@ -44,10 +44,10 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
-    method = build_method(settings.algorithm)
+    method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
-    sampling, updates = _sampling(settings.rollout), settings.train.updates_per_step
+    sampling, updates, passes = _sampling(settings.rollout), settings.train.updates_per_step, settings.train.passes
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
@@ -77,11 +77,11 @@ def _run(settings: RLSettings) -> RunFolder:
                 clock = Clock()
                 groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.refills, clock)
                 with clock.phase("logprobs"):
-                    examples, said = prepare(workers, groups, method, updates, costs)
+                    examples, said = prepare(workers, groups, method, updates * passes, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, seed=seed)
+                    learned = update(workers, examples, method, updates, rates, costs, passes=passes, seed=seed)
                 with clock.phase("publish"):
                     checked = engine.publish(step)
 

@@ -52,9 +52,10 @@ def update(
     rates: Mapping[str, float],
     costs: Costs,
     *,
+    passes: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Learn in `updates` optimizer steps, each on its share of the prompts, in order.
+    """Learn in `updates` optimizer steps, each on its share of the prompts, in order; all of it `passes` times.
 
     Groups that were left out by `prepare` still count in the denominators, so that leaving them out changes no result.
     An update whose groups are all like that is not taken. rates: the learning rates "lr", of the policy, and
@@ -65,7 +66,7 @@ def update(
     records: list[dict[str, float]] = []
     critic_records: list[dict[str, float]] = []
     tokens = 0
-    for first in range(0, len(examples), share):
+    for first in [*range(0, len(examples), share)] * passes:
         members = examples[first : first + share]
         chosen = [example for example in members if learns_from(method, example)]
         if not chosen:
@@ -75,7 +76,7 @@ def update(
         if method.critic is not None:
             critic_records.append(_learn(workers, "update_critic", chosen, costs, totals, rates["critic/lr"]))
         if rates["lr"]:
-            chosen = _marked(workers, chosen, method, generator, costs, is_fresh=first == 0)
+            chosen = _marked(workers, chosen, method, generator, costs, is_fresh=not records)
             records.append(_learn(workers, "update_policy", chosen, costs, method.loss, totals, rates["lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
