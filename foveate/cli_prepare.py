@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
 
 TestFraction = Annotated[float, typer.Option(min=0, max=1, help="Share of rows that is held out.")]
+NewFolder = Annotated[Path, typer.Argument(help="Folder to write to.")]
 Rollouts = Annotated[
     list[Path] | None,
     typer.Option(help="Answers of a model: the folder of a run, rollouts/step_*.jsonl, or evals/step_*.jsonl."),
@@ -247,3 +248,56 @@ def _tell(made: Prepared) -> None:
         say(f"left out: {problem}")
     for line in made.summary():
         say(line)
+
+
+@prepare.command("shapes")
+def prepare_shapes_command(
+    out: NewFolder,
+    train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
+    test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
+    kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
+    side: Annotated[int, typer.Option(min=48, help="Side of the square pictures, in pixels.")] = 100,
+    shortcut: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of right demonstrations for pairs; the rest name the larger object."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+) -> None:
+    """Scenes of coloured shapes with referring expressions."""
+    from foveate.data.shapes import KINDS, prepare_shapes
+    from foveate.log import progress, say
+
+    chosen = tuple(kinds.split(","))
+    unknown = [kind for kind in chosen if kind not in KINDS]
+    if unknown:
+        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
+    rows = {split: count for split, count in (("train", train), ("test", test)) if count}
+    if not rows:
+        raise ConfigError("--train and --test are both 0; ask for at least one row")
+    with progress("drawing scenes", sum(rows.values())) as advance:
+        prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
+    say(f"{out}: " + ", ".join(f"{count} {split} rows" for split, count in rows.items()))
+
+
+@prepare.command("tiny")
+def prepare_tiny_command(
+    out: NewFolder,
+    tile: Annotated[int, typer.Option(min=28, help="Side of an image tile, in pixels (InternVL3.5: 448).")] = 112,
+    max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles per image.")] = 12,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Take the weights of this tiny model (demo: the shipped one).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+) -> None:
+    """A small InternVL with random weights, or with those of another one: the real architecture."""
+    from foveate.log import say
+    from foveate.model.recognise import resolve_folder
+    from foveate.model.tiny import TinySize, build_tiny, retile
+
+    if tile % 28:
+        raise ConfigError(f"--tile {tile}: must be a multiple of 28 (patches of 14 pixels, joined two by two)")
+    if start is None:
+        build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
+    else:
+        retile(resolve_folder(start), out, tile, max_tiles)
+    say(f"{out}: a tiny InternVL with {tile}-pixel tiles")

@@ -1,12 +1,40 @@
-"""`foveate mpo` and `foveate cascade`: learning from pairs of answers, and all stages in one command."""
+"""The verbs that train: `foveate demo`, `sft`, `mpo`, `rl` and `cascade`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from foveate.cli_options import OnBadRow, Overrides, with_bad_rows
+
+
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of the training run; the scenes stay the same.")] = 0,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/demo or runs/cascade.")] = None,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Learn from pairs of answers before GSPO.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Teach a small InternVL to ground by GSPO on this machine, in minutes, and write a report with pictures."""
+    from foveate.demo import run_demo, run_demo_cascade
+
+    teach = run_demo_cascade if cascade else run_demo
+    teach(run or Path("runs/cascade" if cascade else "runs/demo"), seed, overrides or [])
+
+
+def sft(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (shapes_coldstart).")],
+    overrides: Overrides = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
+    from foveate.config import SFTSettings
+    from foveate.recipe import load_recipe
+    from foveate.train.finish import finish
+    from foveate.train.sft import run_sft
+
+    finish(run_sft(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), SFTSettings)))
 
 
 def mpo(
@@ -22,6 +50,20 @@ def mpo(
     from foveate.train.mpo import run_mpo
 
     finish(run_mpo(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), MPOSettings)))
+
+
+def rl(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (shapes_gspo).")],
+    overrides: Overrides = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """Online reinforcement learning. The same run folder again continues an interrupted run."""
+    from foveate.config import RLSettings
+    from foveate.recipe import load_recipe
+    from foveate.train.finish import finish
+    from foveate.train.rl import run_rl
+
+    finish(run_rl(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), RLSettings)))
 
 
 def cascade(

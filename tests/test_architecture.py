@@ -18,7 +18,7 @@ LAYERS = (
     "config_base", "config_cluster", "config_parts", "config", "config_stages", "recipe", "run_folder",
     "data", "algorithms", "rewards", "encoding", "model", "parallel", "rollout", "cluster", "serve",
     "evaluate", "train", "plan", "import_verl", "doctor", "demo",
-    "cli_options", "cli_prepare", "cli_data", "cli_train", "cli_plan", "cli_serve", "cli_eval",
+    "cli_options", "cli_prepare", "cli_data", "cli_train", "cli_plan", "cli_serve", "cli_eval", "cli_models",
     "cli_vlmevalkit", "cli_cluster", "cli",
 )  # fmt: skip
 """Modules and folders of the package, each importing only from those before it and from itself."""
