@@ -162,6 +162,10 @@ class Score:
     note: str = ""
 
 
+FAILED = "grader failed"
+"""How the note of an answer begins that could not be graded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """All answers to one prompt: the unit of GRPO and GSPO. `baseline`: the score of the greedy answer, for ReMax."""

@@ -314,7 +314,7 @@ def test_what_a_qwen_folder_lacks_is_named(folders, tmp_path):
     processor = folder / "preprocessor_config.json"
     content = json.loads(processor.read_text())
     for change, said in (
-        ({"size": {}}, "says neither size nor min_pixels and max_pixels"),
+        ({"size": {}}, "says neither min_pixels and max_pixels nor a size"),
         ({"patch_size": 14}, "patch_size of the image processor is 14, the vision tower's is 16"),
         ({"resample": 2}, "resample is 2; only 3 is known"),
     ):

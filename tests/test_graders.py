@@ -9,6 +9,7 @@ import pytest
 
 from foveate.records import DataError, Task
 from foveate.resolve import ConfigError
+from foveate.rewards import pool
 from foveate.rewards.pool import Graders
 
 GRADER = """
@@ -81,12 +82,64 @@ def test_a_bad_answer_scores_0_and_the_others_are_graded(grader, bad, reason, no
             assert dict(graders.failures) == {reason: rounds}
 
 
-def test_a_grader_that_sleeps_for_ever_delays_a_batch_by_its_limit(grader):
-    with Graders(grader, {}, workers=2, time_limit=1.0) as graders:
-        graders("1", TASKS[0])
+SLOW_TO_IMPORT = 2.5
+SLOW_GRADER = f"import time\ntime.sleep({SLOW_TO_IMPORT})\n{GRADER}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_grader_that_sleeps_for_ever_delays_a_batch_by_no_more_than_its_limit(workers, tmp_path):
+    """What a new worker needs to start does not come on top: one that began at the limit would end later than this. Nor
+    do the limits of several: as many hang as there are workers."""
+    file = tmp_path / "grader.py"
+    file.write_text(SLOW_GRADER)
+    limit = 2.5 * SLOW_TO_IMPORT
+    with Graders(f"{file}:score", {}, workers=workers, time_limit=limit) as graders:
+        graders.grade_many([("1", TASKS[0])] * 20 * workers)
+        texts = [*["sleep"] * workers, *"0123456789"]
         begin = time.monotonic()
-        graders.grade_many([(text, TASKS[0]) for text in ("sleep", *"0123456789")])
-        assert 1.0 <= time.monotonic() - begin < 1.0 + 2.0  # the rest is room for a busy machine
+        scores = graders.grade_many([(text, TASKS[0]) for text in texts])
+        assert limit <= time.monotonic() - begin < limit + 0.9 * SLOW_TO_IMPORT
+        assert [score.value for score in scores] == [0.0] * workers + [float(i) for i in range(10)]
+        assert dict(graders.failures) == {"timed_out": workers}
+
+
+@pytest.mark.slow
+def test_the_answers_behind_one_that_sleeps_are_graded_before_its_limit(tmp_path):
+    """By a second worker, for which nobody waits until the first one is ended."""
+    file = tmp_path / "grader.py"
+    log = tmp_path / "log"
+    file.write_text(
+        f"{GRADER}\n\ndef logged(text, task):\n"
+        f"    open({str(log)!r}, 'a').write(text + '\\n')\n    return score(text, task)\n"
+    )
+    with Graders(f"{file}:logged", {}, workers=1, time_limit=4.0) as graders:
+        seen = []
+        give_up = pool._Worker.give_up
+
+        def noted(worker):
+            seen.append(log.read_text().split())
+            return give_up(worker)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool._Worker, "give_up", noted)
+            graders.grade_many([(text, TASKS[0]) for text in ("1", "sleep", "2", "3")])
+    assert seen == [["1", "sleep", "2", "3"]]
+
+
+@pytest.mark.slow
+def test_an_answer_that_takes_more_than_half_of_its_limit_counts(tmp_path):
+    file = tmp_path / "grader.py"
+    file.write_text(
+        "import time\nfrom foveate.records import Score\n\n"
+        "def score(text, task):\n    time.sleep(float(text))\n    return Score(float(text))\n"
+    )
+    with Graders(f"{file}:score", {}, workers=1, time_limit=3.0) as graders:
+        for _ in range(2):
+            assert [s.value for s in graders.grade_many([(t, TASKS[0]) for t in ("1.6", "0", "0.1")])] == [1.6, 0, 0.1]
+            assert len(graders._workers) == 1
+            assert not graders._late
+        assert not graders.failures
 
 
 def test_a_worker_that_was_killed_while_idle_costs_no_answer(grader):

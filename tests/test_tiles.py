@@ -10,7 +10,7 @@ import torch
 from transformers import GotOcr2ImageProcessorPil
 
 from foveate.encoding.tiles import cut_tiles, tile_budget, tile_count, tile_grid
-from foveate.model.tiny import IMAGENET_MEAN, IMAGENET_STD
+from foveate.model.configs import IMAGENET_MEAN, IMAGENET_STD
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "tiling.json").read_text())["tiling"]
 SIZES = [

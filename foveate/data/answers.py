@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.store import TaskTable
-from foveate.records import DataError
+from foveate.records import FAILED, DataError
 
-FAILED = "grader failed"  # how the note of an answer begins that could not be graded
 RIGHT_PARTS = ("accuracy", "hit")
 
 

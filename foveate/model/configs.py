@@ -211,11 +211,13 @@ def hf_preprocessor(config: Mapping[str, Any]) -> Json:
         _require("use_thumbnail", config.get("use_thumbnail", False), True, "the Hugging Face form")
     vision = config.get("vision_config") or {}
     tile = config.get("force_image_size") or vision.get("image_size", 224)
-    return tile_preprocessor(
-        tile,
-        config.get("max_dynamic_patch", 6) if dynamic else 1,
-        config.get("min_dynamic_patch", 1) if dynamic else 1,
-    )
+    least, most = (config.get("min_dynamic_patch", 1), config.get("max_dynamic_patch", 6)) if dynamic else (1, 1)
+    if not isinstance(least, int) or not isinstance(most, int) or not 1 <= least <= most:
+        raise DataError(
+            f"min_dynamic_patch is {least!r} and max_dynamic_patch {most!r}; they must be whole numbers above 0, the "
+            "smaller one first"
+        )
+    return tile_preprocessor(tile, most, least)
 
 
 def tile_preprocessor(tile: int, max_tiles: int, min_tiles: int = 1) -> Json:

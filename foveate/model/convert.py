@@ -37,7 +37,7 @@ from foveate.model.configs import (
     hf_to_chat,
     patched,
 )
-from foveate.model.families import read_json
+from foveate.model.families import is_count, read_json
 from foveate.model.names import Layout, from_hf
 from foveate.model.safetensors_io import Stored, write_weights
 
@@ -236,7 +236,11 @@ def max_tiles(folder: Path) -> int:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             content = read_json(folder / name)
-            return int(content.get("image_processor", content).get("max_patches", _DEFAULT_TILES))
+            inner = content.get("image_processor", content)
+            tiles = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
+            if not is_count(tiles):
+                raise DataError(f"{folder / name}: max_patches is {tiles!r}; it must be a whole number above 0")
+            return tiles
     return _DEFAULT_TILES
 
 

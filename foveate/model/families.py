@@ -6,6 +6,7 @@ Qwen-VL is in `foveate.model.qwen_vl`, models without images are in `foveate.mod
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,11 @@ def internvl_family(
     tile = config.vision_config.image_size[0]
     side = int(tile // config.vision_config.patch_size[0] * config.downsample_ratio)
     processor = processor or _tile_settings(folder, tile)
+    budget = processor.get("max_patches", 12)
+    if not is_count(budget):
+        raise DataError(
+            f"{folder}: max_patches of the image processor is {budget!r}; it must be a whole number above 0"
+        )
     banned = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
     return InternVL(
         image_token_id=image_token_id,
@@ -148,7 +154,7 @@ def internvl_family(
         stop_ids=stop_ids(folder, tokenizer),
         tile=tile,
         tokens_per_tile=side * side,
-        budget=int(processor.get("max_patches", 12)),
+        budget=budget,
         mean=tuple(processor["image_mean"]),
         std=tuple(processor["image_std"]),
     )
@@ -176,19 +182,29 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...
 def read_preprocessor(folder: Path, needed: Sequence[str]) -> dict[str, Any]:
     """The settings of transformers' image processor, refused where they lack something or ask for what is not built:
     another resize than the bicubic one, or pixels that are not in 0..1 and normalised."""
-    paths = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
+    path, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    if not content and joint.is_file():
+        path, content = joint, read_json(joint).get("image_processor")
+    if not isinstance(content, dict) or not path.is_file():
         raise DataError(f"{folder}: no preprocessor_config.json; images cannot be prepared as the model expects")
-    content = read_json(path)
-    content = content.get("image_processor", content)
     absent = [key for key in (*needed, "image_mean", "image_std") if key not in content]
     if absent:
         raise DataError(f"{path}: lacks {', '.join(absent)}; images cannot be prepared as the model expects")
     for key, only in _ONLY.items():
         if content.get(key, only) != only:
             raise DataError(f"{path}: {key} is {content[key]}; only {only} is known")
+    for key, above in (("image_mean", -math.inf), ("image_std", 0.0)):
+        value = content[key]
+        numbers = [v for v in value if isinstance(v, int | float) and v > above] if isinstance(value, list) else []
+        if len(numbers) != 3 or len(value) != 3:
+            raise DataError(f"{path}: {key} is {value!r}; it must be three numbers{' above 0' if above == 0 else ''}")
     return content
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _tile_settings(folder: Path, tile: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from foveate.model.families import Family, InternVL
 from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
 from foveate.model.recognise import Checkpoint, recognise
+from foveate.model.safetensors_io import read_headers, weight_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
@@ -90,6 +91,7 @@ def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
 
 def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
     """A model whose layouts transformers knows itself."""
+    read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
     auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
     model, report = auto.from_pretrained(
         found.folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options

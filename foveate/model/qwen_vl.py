@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from foveate.encoding.family import ImageShape
-from foveate.model.families import PER_MILLE, Blank, Features, check_vocabulary, read_preprocessor, stop_ids
+from foveate.model.families import PER_MILLE, Blank, Features, check_vocabulary, is_count, read_preprocessor, stop_ids
 from foveate.records import DataError
 
 WORDS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -134,11 +134,7 @@ def qwen_family(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -
             raise DataError(
                 f"{folder}: {key} of the image processor is {processor[key]}, the vision tower's is {value}"
             )
-    size = processor.get("size") or {}
-    least = processor.get("min_pixels") or size.get("shortest_edge")
-    most = processor.get("max_pixels") or size.get("longest_edge")
-    if least is None or most is None:
-        raise DataError(f"{folder}: the image processor says neither size nor min_pixels and max_pixels")
+    least, most = _pixel_limits(folder, processor)
     return QwenVL(
         name=config.model_type,
         image_token_id=config.image_token_id,
@@ -153,3 +149,22 @@ def qwen_family(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -
         std=tuple(processor["image_std"]),
         relative_boxes=config.model_type != "qwen2_5_vl",
     )
+
+
+def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]:
+    """The fewest and the most pixels of a resized picture, as the image processor says them."""
+    size = processor.get("size") or {}
+    edges = size if isinstance(size, dict) else {}
+    least = processor.get("min_pixels") or edges.get("shortest_edge")
+    most = processor.get("max_pixels") or edges.get("longest_edge")
+    if least is None or most is None:
+        raise DataError(
+            f"{folder}: the image processor says neither min_pixels and max_pixels nor a size with shortest_edge and "
+            "longest_edge"
+        )
+    if not is_count(least) or not is_count(most) or least > most:
+        raise DataError(
+            f"{folder}: the image processor takes pictures of {least!r} to {most!r} pixels; these must be whole "
+            "numbers above 0, the smaller one first"
+        )
+    return least, most

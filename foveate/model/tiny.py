@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,15 @@ from transformers import (
 
 from foveate.data.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
 from foveate.encoding.chat import CORRECTED_TEMPLATE
+from foveate.model.configs import tile_preprocessor
+from foveate.model.convert import write_json
 from foveate.model.quiet import quiet_transformers
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PREPROCESSOR = "preprocessor_config.json"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -149,7 +150,7 @@ def build_tiny(folder: Path, size: TinySize | None = None, *, seed: int = 0, pad
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    write_preprocessor(folder, size.tile, size.max_tiles)
+    write_json(folder / PREPROCESSOR, tile_preprocessor(size.tile, size.max_tiles))
     return folder
 
 
@@ -170,7 +171,7 @@ def retile(source: Path, folder: Path, tile: int, max_tiles: int) -> Path:
         model.generation_config = old.generation_config
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    write_preprocessor(folder, tile, max_tiles)
+    write_json(folder / PREPROCESSOR, tile_preprocessor(tile, max_tiles))
     return folder
 
 
@@ -191,23 +192,3 @@ def position_waves(side: int, width: int) -> torch.Tensor:
     waves = 0.5 * torch.cat([angle.sin(), angle.cos()], -1)
     rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
     return torch.cat([rows, columns], -1).reshape(side * side, width)
-
-
-def write_preprocessor(folder: Path, tile: int, max_tiles: int) -> None:
-    """`preprocessor_config.json` of InternVL: square tiles, bicubic, ImageNet mean and deviation."""
-    content = {
-        "image_processor_type": "GotOcr2ImageProcessorFast",
-        "crop_to_patches": True,
-        "min_patches": 1,
-        "max_patches": max_tiles,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-        "rescale_factor": 1 / 255,
-        "resample": 3,
-        "size": {"height": tile, "width": tile},
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")

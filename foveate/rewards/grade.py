@@ -8,13 +8,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from foveate.records import DataError, Score, Task
+from foveate.records import FAILED, DataError, Score, Task
 from foveate.rewards.build import Check, Reward, make_check, make_reward
 
 logger = logging.getLogger(__name__)
-
-FAILED = "grader failed"
-"""How the note of an answer begins that could not be graded."""
 
 
 def build_reward(name: str, settings: Mapping[str, Any]) -> Reward:

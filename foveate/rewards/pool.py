@@ -2,7 +2,8 @@
 
 Answers to mathematics are graded by programs that can run for ever, take all memory or crash, on text that a model
 wrote. `Graders` keeps such a program in processes of its own. An answer whose grader raises, hangs, dies or returns NaN
-scores 0, with the reason as a note and a count; a process that was lost is replaced, and the run goes on.
+scores 0, with the reason as a note and a count; a process that was lost is replaced, and the run goes on. One that is
+half through its limit gets a successor at once, so that what a new process needs to start is not added to the limit.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from multiprocessing import connection
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.records import DataError, Score, Task
+from foveate.records import FAILED, DataError, Score, Task
 from foveate.resolve import ConfigError
 from foveate.rewards import QUICK
-from foveate.rewards.grade import FAILED, build_reward
+from foveate.rewards.grade import build_reward
 from foveate.rewards.worker import Failure, Job, serve
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Graders:
     """A reward behind a pool of worker processes, and itself a reward: `graders(text, task)`.
 
     Workers are started once, from a fork server that has imported what they need (seconds, once; a replacement takes
-    tens of milliseconds), and end with `close`, with the `with` block, or with the process that owns them.
+    tens of milliseconds, and what a reward of one's own imports), and end with `close`, with the `with` block, or with
+    the process that owns them. Late ones included there are at most twice as many as `workers`.
 
     Args:
         name, settings: the reward, as in `build_reward`. They are checked here, in the calling process.
@@ -75,6 +77,8 @@ class Graders:
         usual = 0 if name in QUICK else min(os.cpu_count() or 1, MOST_WORKERS)
         self._count = usual if workers is None else workers
         self._workers = [_Worker(self._job) for _ in range(self._count)]
+        self._late: list[_Worker] = []
+        """Workers beyond half of their limit, whose places successors have taken."""
 
     def __call__(self, text: str, task: Task) -> Score:
         """The score of one answer."""
@@ -93,9 +97,9 @@ class Graders:
 
     def close(self) -> None:
         """End the worker processes. Grading again would start new ones."""
-        for worker in self._workers:
+        for worker in self._workers + self._late:
             worker.kill()
-        self._workers = []
+        self._workers, self._late = [], []
 
     def __enter__(self) -> Self:
         return self
@@ -129,18 +133,23 @@ class Graders:
                 worker.send(index, *answers[index])
 
     def _collect(self) -> dict[int, Score]:
-        """Wait for the next result or the next end of a time limit; replace the workers that are lost."""
-        busy = [worker for worker in self._workers if not worker.is_idle]
-        remaining = min(worker.deadline for worker in busy) - time.monotonic()
-        ready = set(connection.wait([worker.pipe for worker in busy], max(remaining, 0.0)))
+        """Wait for the next result, the next end of a time limit or of half of one; replace workers that are late or
+        lost."""
+        busy = [worker for worker in self._workers + self._late if not worker.is_idle]
+        events = [worker.deadline if worker in self._late else worker.halfway for worker in busy]
+        ready = set(connection.wait([worker.pipe for worker in busy], max(min(events) - time.monotonic(), 0.0)))
         scores: dict[int, Score] = {}
         for worker in busy:
             if worker.pipe in ready:
                 scores.update(worker.receive())
             elif time.monotonic() >= worker.deadline:
                 scores.update(worker.give_up())
-            if not worker.is_alive:
+            if worker in self._late and (worker.is_idle or not worker.is_alive):
+                worker.kill()
+                self._late.remove(worker)
+            elif worker in self._workers and (worker.is_late or not worker.is_alive):
                 self._workers[self._workers.index(worker)] = _Worker(self._job)
+                self._late += [worker] if worker.is_alive else []
         return scores
 
 
@@ -156,7 +165,7 @@ class _Worker:
         self._limit = job.time_limit
         self._starting = True
         self._task: Task | None = None
-        self.deadline = time.monotonic() + STARTING_LIMIT
+        self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
         self._process = processes.Process(target=serve, args=(job, theirs), daemon=True, name="grader")
         self._process.start()
         theirs.close()
@@ -165,10 +174,16 @@ class _Worker:
     def is_idle(self) -> bool:
         return self.answer is None and not self._starting
 
+    @property
+    def is_late(self) -> bool:
+        """Whether half of its time for an answer is over."""
+        return self.answer is not None and time.monotonic() >= self.halfway
+
     def send(self, index: int, text: str, task: Task) -> None:
         """Have an answer graded. A worker that is gone is noticed by the `receive` that follows."""
         self.answer = index
-        self.deadline = time.monotonic() + self._limit
+        now = time.monotonic()
+        self.halfway, self.deadline = now + self._limit / 2, now + self._limit
         try:
             self.pipe.send((text, None if task is self._task else task))
         except OSError:
@@ -193,7 +208,7 @@ class _Worker:
     def kill(self) -> None:
         """End the process, whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
         self.pipe.close()
         self.is_alive = False
 

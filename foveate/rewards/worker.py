@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from foveate.records import DataError, Score, Task
-from foveate.rewards.grade import FAILED, build_reward
+from foveate.records import FAILED, DataError, Score, Task
+from foveate.rewards.grade import build_reward
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from foveate.files import atomic_write_text
-from foveate.records import Group, Score
-from foveate.rewards.grade import FAILED
+from foveate.records import FAILED, Group, Score
 from foveate.train.worker import TrainGroup
 
 
