@@ -10,12 +10,15 @@ timed. Ratios are of processor seconds, which neighbours on the machine disturb 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,24 +29,26 @@ from work import WORKS  # noqa: E402
 
 SYSTEMS = ("foveate", "trl", "verl")
 TOLERANCE = 1e-4
+Steps = dict[str, list[dict[str, Any]]]
 
 
 class System:
-    """A process that runs one step for each `step()`."""
+    """A process that runs one step each time it is asked."""
 
-    def __init__(self, name: str, python: str, model: Path, batch: Path, threads: int) -> None:
+    def __init__(self, name: str, python: str, script: str, arguments: Sequence[str], threads: int) -> None:
         self.name = name
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
-            [python, str(PEERS / f"{name}_step.py"), "run", str(model), str(batch), str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [python, str(PEERS / script), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
         )  # fmt: skip
         self._read("ready")
 
-    def step(self) -> dict[str, Any]:
-        """Loss, gradient norm, wall and processor seconds and memory of one step."""
+    def ask(self, what: str) -> dict[str, Any]:
+        """A record of `step` or `gradients` (see work.serve)."""
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         return json.loads(self._read("{"))
 
@@ -53,8 +58,8 @@ class System:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line
-        assert self._process.stderr is not None
-        raise SystemExit(f"{self.name} ended:\n{self._process.stderr.read()[-3000:]}")
+        self._said.seek(0)
+        raise SystemExit(f"{self.name} ended:\n{self._said.read()[-3000:]}")
 
     def __enter__(self) -> Self:
         return self
@@ -73,31 +78,44 @@ def python_of(name: str) -> str:
     return str(folder / "bin" / "python")
 
 
-def compare(
-    work: str, systems: list[str], options: argparse.Namespace, folder: Path
-) -> dict[str, list[dict[str, Any]]]:
+def check_agreement(work: str, records: dict[str, dict[str, Any]]) -> None:
+    """Raise SystemExit unless losses and gradient norms agree with foveate's."""
+    ours = records["foveate"]
+    for name, record in records.items():
+        for key in ("loss", "grad_norm"):
+            if not abs(record[key] - ours[key]) <= TOLERANCE * abs(ours[key]):
+                raise SystemExit(f"{work}: {key} of {name} is {record[key]}, of foveate {ours[key]}: nothing is timed")
+
+
+@contextmanager
+def running(work: str, systems: Sequence[str], threads: int, vocabulary: int) -> Iterator[list[System]]:
+    """Systems that have the same model and batch before them."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model, batch = Path(folder) / "model", Path(folder) / "batch.pt"
+        make = ["make", str(model), str(batch), work, str(vocabulary)]
+        subprocess.run([sys.executable, str(PEERS / "foveate_step.py"), *make], check=True)
+        pythons = {name: python_of(name) for name in systems}
+        arguments = ["run", str(model), str(batch), str(threads), str(WORKS[work].rows)]
+        yield [stack.enter_context(System(n, pythons[n], f"{n}_step.py", arguments, threads)) for n in systems]
+
+
+def compare(work: str, systems: Sequence[str], pairs: int, threads: int, vocabulary: int) -> Steps:
     """Steps of every system, taken in turn; the first of each warms up and is compared, not timed."""
-    model, batch = folder / f"model-{work}", folder / f"{work}.pt"
-    make = ["make", str(model), str(batch), work, str(options.vocabulary)]
-    subprocess.run([sys.executable, str(PEERS / "foveate_step.py"), *make], check=True)
-    running = [System(name, python_of(name), model, batch, options.threads) for name in systems]
-    try:
-        first = [system.step() for system in running]
-        for system, record in zip(running, first, strict=True):
-            for key in ("loss", "grad_norm"):
-                if abs(record[key] - first[0][key]) > TOLERANCE * abs(first[0][key]):
-                    raise SystemExit(f"{work}: {key} of {system.name} is {record[key]}, of foveate {first[0][key]}")
-        steps: dict[str, list[dict[str, Any]]] = {system.name: [] for system in running}
-        for _ in range(options.pairs):
-            for system in running:
-                steps[system.name].append(system.step())
-        return steps
-    finally:
-        for system in running:
-            system.__exit__()
+    with running(work, systems, threads, vocabulary) as started:
+        return alternate(work, started, pairs)
 
 
-def rows_of(work: str, steps: dict[str, list[dict[str, Any]]]) -> list[str]:
+def alternate(work: str, systems: Sequence[System], pairs: int) -> Steps:
+    """`pairs` steps of each, every other round in the opposite order."""
+    check_agreement(work, {system.name: system.ask("step") for system in systems})
+    steps: Steps = {system.name: [] for system in systems}
+    for pair in range(pairs):
+        for system in systems if pair % 2 == 0 else reversed(systems):
+            steps[system.name].append(system.ask("step"))
+    return steps
+
+
+def rows_of(work: str, steps: Steps) -> list[str]:
     """Lines of a Markdown table: medians, and the ratio to foveate with its spread."""
     lines = []
     for name, records in steps.items():
@@ -127,11 +145,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--record", type=Path, help="write the peers' gradients on `check` there (tests/data)")
     options = parser.parse_args()
+    if options.record is not None:
+        with running("check", ["foveate", *options.systems], 1, options.vocabulary) as started:
+            found = {system.name: system.ask("gradients") for system in started}
+        check_agreement("check", found)
+        del found["foveate"]
+        options.record.write_bytes(gzip.compress(json.dumps(found).encode(), mtime=0))
+        return
     print(*HEAD, sep="\n", flush=True)
     for work in options.works:
-        with tempfile.TemporaryDirectory() as folder:
-            steps = compare(work, ["foveate", *options.systems], options, Path(folder))
+        steps = compare(work, ["foveate", *options.systems], options.pairs, options.threads, options.vocabulary)
         print(*rows_of(work, steps), sep="\n", flush=True)
 
 

@@ -202,6 +202,12 @@ def test_causal_calls_cover_every_token_once_and_padding_is_bounded(layout):
     assert done <= 1.5 * needed + 4096 * len(calls)
 
 
+def test_a_short_answer_is_not_padded_to_the_length_of_a_prompt():
+    layout = layout_of([(1024, [(64, [])] * 4), (1024, [(64, [])] * 4)])
+    causal = [part.query for part in parts(layout, torch.device("cpu")) if part.causal]
+    assert sorted((runs.batch, runs.length) for runs in causal) == [(2, 1024), (8, 64)]
+
+
 def test_runs_that_stand_back_to_back_are_taken_without_a_copy():
     layout = layout_of([(200, [(60, []), (60, []), (60, [])])])
     rows = torch.randn(layout.tokens, 2, 4)

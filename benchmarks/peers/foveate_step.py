@@ -1,18 +1,21 @@
 """foveate's side of the comparison, and the maker of the batch that all sides read.
 
-foveate_step.py make MODEL BATCH WORK VOCABULARY      foveate_step.py run MODEL BATCH THREADS
+foveate_step.py make MODEL BATCH WORK VOCABULARY      foveate_step.py run MODEL BATCH THREADS [ROWS]
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from work import CLIP, PATCH, TILE, WORKS, Done, Work, serve
+from work import CLIP, PATCH, TILE, WORKS, Done, Prints, Work, prints_of, serve
 
+from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.policy_losses import grpo
 from foveate.config_parts import ModelSettings, OptimSettings
 from foveate.model.load import Policy, load_policy
@@ -76,12 +79,11 @@ def _tree(group: dict[str, Any]) -> Tree:
     )
 
 
-def run(folder: str, path: str, threads: int) -> None:
-    torch.set_num_threads(threads)
+def steps_of(folder: str, path: str) -> tuple[Callable[[], Done], Callable[[], tuple[Done, Prints]]]:
+    """A step on a batch, and the gradients of one."""
     worker = Worker(ModelSettings(path=folder), OptimSettings(lr=1e-9, max_grad_norm=1e9), BUDGET)
-    batch = torch.load(path)
     groups = []
-    for group in batch["groups"]:
+    for group in torch.load(path)["groups"]:
         old = group["old"].flatten()
         advantage = group["advantage"].repeat_interleave(group["answers"].shape[1])
         groups.append(TrainGroup(_tree(group), old, advantage, old))
@@ -96,7 +98,18 @@ def run(folder: str, path: str, threads: int) -> None:
         found = worker.update_policy(groups, loss, totals, 0.0)
         return Done(found["policy_loss"], found["grad_norm"])
 
-    serve(step)
+    def gradients() -> tuple[Done, Prints]:
+        metrics = reduce_metrics(worker.policy_gradients(groups, loss, totals))
+        prints = prints_of(worker.policy.model)
+        worker.optimizer.zero_grad()
+        return Done(metrics["policy_loss"], math.hypot(*(norm for norm, _ in prints.values()))), prints
+
+    return step, gradients
+
+
+def run(folder: str, path: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    serve(*steps_of(folder, path))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """TRL's side of the comparison: GRPOTrainer's own loss on the shared batch, a group of padded copies at a time, then
 its gradient clipping and AdamW. Runs in an environment of its own (see compare.py).
 
-    trl_step.py run MODEL BATCH THREADS
+    trl_step.py run MODEL BATCH THREADS ROWS
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
-from work import CLIP, Done, serve
+from work import CLIP, Done, Prints, prints_of, serve
 
 
-def trainer(folder: str, answer_tokens: int, answers: int) -> GRPOTrainer:
+def trainer(folder: str, answer_tokens: int, answers: int, rows: int) -> GRPOTrainer:
     """The trainer with TRL's defaults but for what the work fixes; it computes log-probs with its fused head."""
     model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=answers, num_generations=answers, loss_type="grpo",
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, steps_per_generation=answers // rows,
+        num_generations=answers, loss_type="grpo",
         epsilon=CLIP, beta=0.0, temperature=1.0, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
         max_completion_length=answer_tokens,
     )  # fmt: skip
@@ -34,17 +35,17 @@ def trainer(folder: str, answer_tokens: int, answers: int) -> GRPOTrainer:
     )
 
 
-def inputs_of(group: dict[str, Any], totals: torch.Tensor) -> dict[str, Any]:
-    """A group as TRL's trainer hands it to its loss: the prompt and its pixels once for each answer."""
-    answers, length = group["answers"].shape
+def inputs_of(group: dict[str, Any], part: slice, totals: torch.Tensor) -> dict[str, Any]:
+    """Some answers of a group as TRL's trainer hands them to its loss: prompt and pixels once for each."""
+    answers, length = group["answers"][part].shape
     prompt = torch.tensor(group["prompt"]).repeat(answers, 1)
     inputs = {
         "prompt_ids": prompt,
         "prompt_mask": torch.ones_like(prompt),
-        "completion_ids": group["answers"],
+        "completion_ids": group["answers"][part],
         "completion_mask": torch.ones(answers, length, dtype=torch.long),
-        "advantages": group["advantage"],
-        "old_per_token_logps": group["old"],
+        "advantages": group["advantage"][part],
+        "old_per_token_logps": group["old"][part],
         "num_items_in_batch": totals,
     }
     if group["pixels"] is not None:
@@ -54,12 +55,13 @@ def inputs_of(group: dict[str, Any], totals: torch.Tensor) -> dict[str, Any]:
     return inputs
 
 
-def run(folder: str, path: str, threads: int) -> None:
+def run(folder: str, path: str, threads: int, rows: int) -> None:
     torch.set_num_threads(threads)
     groups = torch.load(path)["groups"]
     answers, length = groups[0]["answers"].shape
-    trl = trainer(folder, length, answers)
-    trl.current_gradient_accumulation_steps = len(groups)
+    trl = trainer(folder, length, answers, rows)
+    parts = [slice(first, first + rows) for first in range(0, answers, rows)]
+    trl.current_gradient_accumulation_steps = len(groups) * len(parts)
     model = trl.model
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
@@ -69,15 +71,20 @@ def run(folder: str, path: str, threads: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
         for group in groups:
-            loss = trl._compute_loss(model, inputs_of(group, totals))
-            loss.backward()
-            total += loss.item()
+            for part in parts:
+                loss = trl._compute_loss(model, inputs_of(group, part, totals))
+                loss.backward()
+                total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         optimizer.step()
         return Done(total, norm.item())
 
-    serve(step)
+    def gradients() -> tuple[Done, Prints]:
+        done = step()
+        return done, prints_of(model)  # a step clears those of the step before it
+
+    serve(step, gradients)
 
 
 if __name__ == "__main__":
-    run(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    run(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

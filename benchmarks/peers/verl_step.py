@@ -1,7 +1,7 @@
 """verl's side of the comparison: its FSDP engine's `train_batch` with its own loss on the shared batch. verl knows no
 CPU, so a platform for it is registered through verl's plug-in points. Runs in an environment of its own.
 
-    verl_step.py run MODEL BATCH THREADS
+    verl_step.py run MODEL BATCH THREADS ROWS
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
-from work import CLIP, Done, serve
+from work import CLIP, Done, Prints, prints_of, serve
 
 
 def _returns(value: Any) -> Any:
@@ -68,7 +68,7 @@ class CpuPlatform(PlatformBase):
         return {"num_cpus": count}
 
 
-def engine_of(folder: str, answers: int) -> Any:
+def engine_of(folder: str, answers: int, rows: int) -> Any:
     """verl's engine for a language model on one rank, and the loss function that its actor uses."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import ActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -86,7 +86,7 @@ def engine_of(folder: str, answers: int) -> Any:
     engine_config = FSDPEngineConfig(
         strategy="fsdp2", model_dtype="fp32", mixed_precision=single, use_torch_compile=False,
         wrap_policy={"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}, use_remove_padding=False,
-        use_dynamic_bsz=False, micro_batch_size_per_gpu=answers,
+        use_dynamic_bsz=False, micro_batch_size_per_gpu=rows,
     )  # fmt: skip
     engine = EngineRegistry.new(
         model_type="language_model", backend="fsdp2", model_config=model, engine_config=engine_config,
@@ -97,7 +97,7 @@ def engine_of(folder: str, answers: int) -> Any:
     )  # fmt: skip
     engine.initialize()
     actor = ActorConfig(
-        strategy="fsdp2", rollout_n=answers, ppo_micro_batch_size_per_gpu=answers, engine=engine_config,
+        strategy="fsdp2", rollout_n=answers, ppo_micro_batch_size_per_gpu=rows, engine=engine_config,
         loss_agg_mode="seq-mean-token-mean", clip_ratio=CLIP, clip_ratio_low=CLIP, clip_ratio_high=CLIP,
         clip_ratio_c=1e9,
     )  # fmt: skip
@@ -106,7 +106,7 @@ def engine_of(folder: str, answers: int) -> Any:
     return engine, partial(ppo_loss, actor)
 
 
-def data_of(groups: list[dict[str, Any]]) -> TensorDict:
+def data_of(groups: list[dict[str, Any]], rows: int) -> TensorDict:
     """All groups as verl's trainer hands them to its engine: the prompt and its pixels once for each answer."""
     from verl.utils import tensordict_utils
     from verl.workers.utils.padding import left_right_2_no_padding
@@ -134,26 +134,30 @@ def data_of(groups: list[dict[str, Any]]) -> TensorDict:
         data["multi_modal_inputs"] = NonTensorStack(*[NonTensorData({"pixel_values": tiles}) for tiles in pixels])
     data = left_right_2_no_padding(data)
     tensordict_utils.assign_non_tensor(
-        data, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=answers, temperature=1.0,
+        data, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=rows, temperature=1.0,
         global_batch_size=len(ids), calculate_entropy=False, use_fused_kernels=False, pad_token_id=0,
     )  # fmt: skip
     data["old_log_probs"] = torch.cat([group["old"] for group in groups])
     return data
 
 
-def run(folder: str, path: str, threads: int) -> None:
+def run(folder: str, path: str, threads: int, rows: int) -> None:
     torch.set_num_threads(threads)
     torch.distributed.init_process_group("gloo")
     groups = torch.load(path)["groups"]
-    engine, loss = engine_of(folder, groups[0]["answers"].shape[0])
-    data = data_of(groups)
+    engine, loss = engine_of(folder, groups[0]["answers"].shape[0], rows)
+    data = data_of(groups, rows)
 
-    def step() -> Done:
-        with engine.train_mode():
+    def step(keep: bool = False) -> Done:
+        with engine.train_mode(zero_grad_on_exit=not keep):
             metrics = engine.train_batch(data.clone(False), loss)["metrics"]
         return Done(_value(metrics["actor/pg_loss"]), float(metrics["grad_norm"]))
 
-    serve(step)
+    def gradients() -> tuple[Done, Prints]:
+        done = step(keep=True)
+        return done, prints_of(engine.module)
+
+    serve(step, gradients)
 
 
 def _value(metric: Any) -> float:
@@ -163,4 +167,4 @@ def _value(metric: Any) -> float:
 
 
 if __name__ == "__main__":
-    run(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    run(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))

@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 TILE, PATCH, TOKENS_PER_TILE = 112, 14, 16
+Prints = dict[str, tuple[float, float]]
 CLIP = 0.2
 """All systems compute the GRPO loss (mean over answers of the mean over tokens) with this clip range."""
 
@@ -18,13 +21,20 @@ CLIP = 0.2
 @dataclass(frozen=True, slots=True)
 class Work:
     """One update: `groups` prompts of `prompt` tokens, `tiles` x 16 of them for each entry of `images`, and `answers`
-    answers of `answer` tokens to each."""
+    answers of `answer` tokens to each. The peers take `micro` answers at a time: a whole group (0) needs too much
+    memory where prompts and answers are long."""
 
     groups: int
     prompt: int
     images: tuple[int, ...]
     answer: int
     answers: int
+    micro: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Answers in one forward pass of a peer."""
+        return self.micro or self.answers
 
     @property
     def tokens(self) -> int:
@@ -33,9 +43,9 @@ class Work:
 
 
 WORKS = {
-    "check": Work(groups=2, prompt=96, images=(2, 1), answer=8, answers=4),
+    "check": Work(groups=2, prompt=96, images=(2, 1), answer=8, answers=4, micro=2),
     "grounding-short": Work(groups=2, prompt=1024, images=(60,), answer=64, answers=16),
-    "grounding-reasoning": Work(groups=1, prompt=1792, images=(108,), answer=256, answers=16),
+    "grounding-reasoning": Work(groups=1, prompt=1792, images=(108,), answer=256, answers=16, micro=4),
     "reasoning": Work(groups=1, prompt=512, images=(28,), answer=1024, answers=8),
     "text": Work(groups=2, prompt=128, images=(), answer=512, answers=8),
     "several-images": Work(groups=1, prompt=1024, images=(15, 15, 15, 15), answer=64, answers=16),
@@ -50,11 +60,16 @@ class Done:
     grad_norm: float
 
 
-def serve(step: Callable[[], Done]) -> None:
-    """Run a step for each line on standard input; answer with one JSON line: loss, gradient norm, seconds by wall
-    clock, seconds of processor time and the memory that the step needed on top of what was there (MB)."""
+def serve(step: Callable[[], Done], gradients: Callable[[], tuple[Done, Prints]]) -> None:
+    """Answer each line on standard input with one JSON line. `step`: a step's loss, gradient norm, seconds by wall
+    clock, seconds of processor time and the memory that it needed on top of what was there (MB). `gradients`: loss,
+    gradient norm and the prints of the gradients."""
     print("ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "gradients":
+            done, prints = gradients()
+            print(json.dumps({"loss": done.loss, "grad_norm": done.grad_norm, "gradients": prints}), flush=True)
+            continue
         before = reset_peak()
         wall, cpu = time.perf_counter(), time.process_time()
         done = step()
@@ -66,6 +81,19 @@ def serve(step: Callable[[], Done]) -> None:
             "peak_mb": peak() - before,
         }
         print(json.dumps(record), flush=True)
+
+
+def prints_of(model: torch.nn.Module) -> Prints:
+    """Two numbers for the gradient of each parameter that has one: its norm, and its product with a fixed wave."""
+    prints = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        grad = parameter.grad
+        grad = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).double().flatten()
+        wave = torch.cos(torch.arange(len(grad), dtype=torch.float64))
+        prints[name] = (grad.norm().item(), (grad @ wave).item() / wave.norm().item())
+    return prints
 
 
 def reset_peak() -> float:

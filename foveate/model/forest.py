@@ -132,16 +132,19 @@ def _before(layout: Layout, begin: list[int], k: int, first: int, window: int) -
 
 
 def _buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
-    """Runs of like size together, so that padding wastes at most about a third of the work of a call."""
+    """Runs of like size together, so that padding wastes at most about a third of the work of a run and of a call."""
     bucket: list[_Run] = []
     work = 0
     for run in sorted(runs, key=lambda r: (r.q_length, r.k_length), reverse=True):
         queries = max([run.q_length, *(r.q_length for r in bucket[:1])])
         keys = max([run.k_length, *(r.k_length for r in bucket)])
-        work += run.q_length * run.k_length
-        if bucket and queries * keys * (len(bucket) + 1) > 1.5 * work + 4096:
+        own = run.q_length * run.k_length
+        work += own
+        cells = queries * keys
+        # the allowance is about what one more call costs
+        if bucket and (cells > 1.5 * own + 4096 or cells * (len(bucket) + 1) > 1.5 * work + 4096):
             yield bucket
-            bucket, work = [], run.q_length * run.k_length
+            bucket, work = [], own
         bucket.append(run)
     if bucket:
         yield bucket

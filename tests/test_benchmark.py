@@ -1,0 +1,100 @@
+"""The comparison with other trainers: what is timed is the same computation, and disagreement stops it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+PEERS = Path(os.environ.get("FOVEATE_PEERS", ROOT / "build" / "peers"))
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
+
+import compare  # noqa: E402
+import foveate_step  # noqa: E402
+from work import WORKS  # noqa: E402
+
+RECORDED = json.loads(gzip.decompress((Path(__file__).parent / "data" / "peer_updates.json.gz").read_bytes()))
+"""Of TRL 1.16.0 and verl 0.9.1, written by `python benchmarks/compare.py --record`: loss, gradient norm, and for each
+parameter the norm of its gradient and the product with a fixed wave, on the work `check`."""
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """foveate's loss, gradient norm and gradients on `check`: images in two groups, clipped ratios."""
+    folder = tmp_path_factory.mktemp("check")
+    foveate_step.make(str(folder / "model"), str(folder / "batch.pt"), WORKS["check"], 4096)
+    _, gradients = foveate_step.steps_of(str(folder / "model"), str(folder / "batch.pt"))
+    done, prints = gradients()
+    return {"loss": done.loss, "grad_norm": done.grad_norm, "gradients": prints}
+
+
+def assert_equal(ours, theirs):
+    """Loss and norm, and the gradient of every parameter, within 1e-4. A gradient that is rounding alone (the biases of
+    keys have none in exact arithmetic) is compared with the whole."""
+    for key in ("loss", "grad_norm"):
+        assert math.isclose(ours[key], theirs[key], rel_tol=1e-4), key
+    assert ours["gradients"].keys() == theirs["gradients"].keys()
+    for name, (norm, product) in theirs["gradients"].items():
+        near = max(1e-4 * norm, 1e-6 * theirs["grad_norm"])
+        assert ours["gradients"][name] == pytest.approx((norm, product), rel=0, abs=near), name
+
+
+@pytest.mark.parametrize("peer", ["trl", "verl"])
+def test_loss_and_gradients_are_those_that_the_peers_computed(peer, ours):
+    assert_equal(ours, RECORDED[peer])
+
+
+def test_a_wrong_gradient_of_one_parameter_is_noticed(ours):
+    name, (norm, product) = max(ours["gradients"].items(), key=lambda item: item[1][0])
+    wrong = {**ours, "gradients": {**ours["gradients"], name: (norm, product + 1e-3 * norm)}}
+    with pytest.raises(AssertionError):
+        assert_equal(wrong, RECORDED["trl"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["trl", "verl"])
+def test_loss_and_gradients_equal_those_of_the_peers_now(peer, monkeypatch):
+    if not (PEERS / peer / "ready").exists():
+        pytest.skip(f"no environment of {peer} in {PEERS}: benchmarks/peers/install.sh makes one")
+    monkeypatch.setenv("FOVEATE_PEERS", str(PEERS))
+    with compare.running("check", ["foveate", peer], 1, 4096) as systems:
+        ours, theirs = (system.ask("gradients") for system in systems)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [1.0002, float("nan")])
+def test_nothing_is_timed_when_a_peer_computes_something_else(key, value):
+    same = {"loss": 1.0, "grad_norm": 1.0}
+    compare.check_agreement("check", {"foveate": same, "trl": {"loss": 1.00005, "grad_norm": 0.99995}})
+    with pytest.raises(SystemExit, match=f"{key} of trl"):
+        compare.check_agreement("check", {"foveate": same, "trl": {**same, key: value}})
+
+
+def test_systems_take_turns_and_the_first_round_is_not_timed():
+    asked = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, _what):
+            asked.append(self.name)
+            return {"loss": 1.0, "grad_norm": 1.0, "number": len(asked)}
+
+    steps = compare.alternate("check", [Fake("foveate"), Fake("trl")], 2)
+    assert asked == ["foveate", "trl", "foveate", "trl", "trl", "foveate"]
+    assert [record["number"] for record in steps["foveate"]] == [3, 6]
+
+
+def test_every_work_has_room_for_its_images():
+    for work in WORKS.values():
+        assert sum(work.images) * 16 + 10 <= work.prompt
+        assert work.answers % work.rows == 0
