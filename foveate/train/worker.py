@@ -268,8 +268,8 @@ class Worker:
         return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
 
     def _forget_blanks(self) -> None:
-        """After a step in which no rank had a picture: what blank pictures left is no gradient, as in one process, where
-        the optimizer leaves alone what was not used. A gradient of zero would go on with the momentum of before."""
+        """After a step in which no rank had a picture: what blank pictures left is no gradient, as in one process,
+        where the optimizer leaves alone what was not used. Gradients of zero would go on with the former momentum."""
         parts = parameters_by_part(self.policy)
         for part in parts.keys() - {"language", "head"}:
             for parameter in parts[part].values():
