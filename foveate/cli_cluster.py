@@ -19,16 +19,17 @@ Block = Annotated[bool, typer.Option(help="Stay, and end the node when this comm
 def up_command(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port that the others join at.")] = 6379,
-    dashboard: Annotated[int, typer.Option(help="Port of the dashboard and of `foveate submit`.")] = 8265,
+    dashboard: Annotated[int, typer.Option(help="Port of the dashboard and of `foveate submit`, on loopback.")] = 8265,
     cpus: Count = None,
     gpus: Count = None,
     block: Block = False,
 ) -> None:
     """Start the head of a cluster on this machine. Those alone get in that have its token (~/.ray/auth_token)."""
-    from foveate.cluster.commands import start_node
+    from foveate.cluster.commands import LOOPBACK, start_node
     from foveate.log import say
 
-    say(f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS; stop by: ray stop")
+    join = f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS"
+    say(f"{join if host != LOOPBACK else 'this machine alone; with --host, others can join'}; stop by: ray stop")
     start_node(head=None, host=host, port=port, cpus=cpus, gpus=gpus, dashboard=dashboard, block=block)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 from pydantic import ValidationError
 from toy import rl_settings, sft_settings
 
+from foveate.cluster.network import interface_of, talk_through
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError
 from foveate.train.rl import run_rl
@@ -61,3 +65,17 @@ def test_tokens_of_a_row_are_counted_over_the_devices_that_share_it(tmp_path):
             train={**train, "tokens_per_micro_batch": 67},
             cluster={"gpus_per_node": 2, "sequence_parallel": 2},
         )  # fmt: skip
+
+
+def test_ranks_talk_through_the_interface_of_their_node_unless_the_environment_says_otherwise(monkeypatch):
+    loopback = interface_of("127.0.0.1")
+    assert loopback in [name for _, name in socket.if_nameindex()]
+    assert interface_of("203.0.113.7") is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    talk_through("203.0.113.7")
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    talk_through("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"

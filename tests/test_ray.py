@@ -144,16 +144,24 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
     port, dashboard = free_port(), free_port()
     foveate = [sys.executable, "-c", "from foveate.cli import main; main()"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    up = [*foveate, "cluster", "up", f"--port={port}", f"--dashboard={dashboard}", "--cpus=1", "--block"]
-    join = [*foveate, "cluster", "join", f"127.0.0.1:{port}", "--host=127.0.0.2", "--cpus=1", "--block"]
+    up = [
+        *foveate,
+        "cluster",
+        "up",
+        "--host=127.0.0.2",
+        f"--port={port}",
+        f"--dashboard={dashboard}",
+        "--cpus=1",
+        "--block",
+    ]
+    join = [*foveate, "cluster", "join", f"127.0.0.2:{port}", "--host=127.0.0.3", "--cpus=1", "--block"]
     submit = [*foveate, "submit", str(recipe), "--head", f"http://127.0.0.1:{dashboard}"]
     nodes = []
     try:
         nodes.append(subprocess.Popen(up, env=environment))
-        wait_for(port)
+        wait_for(port, "127.0.0.2")
         nodes.append(subprocess.Popen(join, env=environment))
         wait_for(dashboard)
-        time.sleep(10)
         ended = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=560)
     finally:
         for node in reversed(nodes):
@@ -165,11 +173,11 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
 
 
-def wait_for(port):
+def wait_for(port, host="127.0.0.1"):
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((host, port), 1).close()
             return
         except OSError:
             time.sleep(1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
+from foveate.cluster.commands import stay_inside
 from foveate.cluster.local import LocalWorkers
 from foveate.config_cluster import ClusterSettings
 from foveate.parallel.balance import deal
@@ -14,6 +16,9 @@ from foveate.resolve import resolve
 T = TypeVar("T")
 REMOTE = {"ray": "foveate.cluster.ray:RayWorkers", "job": "foveate.cluster.ray:follow_job"}
 """What needs ray, which is imported only where it is asked for."""
+
+FIRST = 120.0
+"""Seconds in which the machines of a run have to be there when it starts."""
 
 
 class WorkerGroup(Protocol):
@@ -28,12 +33,15 @@ class WorkerGroup(Protocol):
 
 
 @contextmanager
-def start_workers(cluster: ClusterSettings, build: Callable[[], Any]) -> Iterator[WorkerGroup]:
-    """The workers of a run, each made by `build` in its own place: in this process where there is one rank."""
+def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: bool = False) -> Iterator[WorkerGroup]:
+    """The workers of a run, each made by `build` in its own place: in this process where there is one rank. `again`:
+    after a loss, when machines may need until `cluster.timeout` to come back."""
     if cluster.ranks == 1:
         yield LocalWorkers(build())
         return
-    with resolve(REMOTE, "ray", "cluster")(cluster, build) as workers:
+    if cluster.nodes == 1 and "RAY_ADDRESS" not in os.environ:
+        stay_inside()
+    with resolve(REMOTE, "ray", "cluster")(cluster, build, max(FIRST, cluster.timeout) if again else FIRST) as workers:
         yield workers
 
 

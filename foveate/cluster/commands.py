@@ -11,6 +11,8 @@ from pathlib import Path
 
 from foveate.errors import ConfigError
 
+LOOPBACK = "127.0.0.1"
+
 
 def start_node(
     *, head: str | None, host: str, port: int, cpus: int | None, gpus: int | None, dashboard: int, block: bool
@@ -24,15 +26,25 @@ def start_node(
         subprocess.run([*_ray(), "get-auth-token", "--generate"], check=False, capture_output=True)
     command = [*_ray(), "start", f"--node-ip-address={host}", "--disable-usage-stats"]
     if head is None:
-        command += ["--head", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}"]
+        if host == LOOPBACK:
+            stay_inside()
+        command += ["--head", f"--port={port}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
     else:
         command += [f"--address={head}"]
+    command += ["--dashboard-agent-listen-port=0"]  # any that is free: without its usual one, it takes no jobs
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
     command += [f"--num-gpus={gpus}"] if gpus is not None else []
-    command += ["--block"] if block else []
-    ended = subprocess.run(command, check=False, stdout=None if block else subprocess.PIPE, text=True)
+    if block:  # this process becomes the node, so that what ends the one ends the other
+        os.execv(command[0], [*command, "--block"])
+    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
-        raise ConfigError(f"ray did not start (exit code {ended.returncode}): {' '.join((ended.stdout or '').split())}")
+        raise ConfigError(f"ray did not start (exit code {ended.returncode}): {' '.join(ended.stdout.split())}")
+
+
+def stay_inside() -> None:
+    """Let Ray keep to 127.0.0.1, which it otherwise takes for this machine's outer address, and listens everywhere. It
+    has a variable for systems whose firewalls ask. To be called before ray is imported."""
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def use_token() -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.local import LocalWorkers
+from foveate.cluster.network import talk_through
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
 from foveate.log import setup_logging
@@ -39,8 +40,11 @@ from foveate.resolve import FILE_MODULES
 logger = logging.getLogger(__name__)
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_GRACE = 5.0
-"""Seconds to learn which rank died, when another one reports that its connection broke."""
+_START = 120.0
+"""Seconds in which a cluster has to take its first job."""
+_GRACE = 60.0
+"""Seconds to learn which rank died, when another one reports that its connection broke: Ray counts a machine as gone
+when it has been silent for half a minute."""
 
 
 class _Rank:
@@ -59,6 +63,7 @@ class _Rank:
 
     def join(self, meeting: str, rank: int, cluster: ClusterSettings, build: bytes) -> None:
         """Meet the other ranks, and make the worker."""
+        talk_through(ray.util.get_node_ip_address())
         patience = timedelta(seconds=cluster.timeout)
         if cluster.kind == "cuda":
             torch.cuda.set_device(0)  # Ray lets a rank see no other
@@ -89,7 +94,9 @@ class RayWorkers:
     answer for `cluster.timeout` seconds; and whatever a user can mend as the rank that met it raised it.
     """
 
-    def __init__(self, cluster: ClusterSettings, build: Callable[[], Any]) -> None:
+    def __init__(self, cluster: ClusterSettings, build: Callable[[], Any], patience: float = 120.0) -> None:
+        """patience: seconds in which the cluster must become large enough."""
+        self._patience = patience
         self.size, self.row = cluster.ranks, cluster.sequence_parallel
         self._cluster, self._build = cluster, build
         self._pixels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -159,12 +166,12 @@ class RayWorkers:
         strategy = "STRICT_SPREAD" if settings.nodes > 1 else "STRICT_PACK"
         bundles: list[dict[str, float]] = [bundle] * settings.nodes
         self._group = placement_group(bundles, strategy=strategy)
-        if not self._group.wait(min(settings.timeout, 120)):
-            there = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+        if not self._group.wait(0):
+            logger.info("waiting for %d nodes with %s on each; %s", settings.nodes, bundle, _what_is_there())
+        if not self._group.wait(self._patience):
             raise ConfigError(
                 f"cluster.nodes={settings.nodes} with {bundle} on each do not fit what is free in the Ray cluster: "
-                f"{len(ray.nodes())} nodes with {there} in all; let more nodes join, or lower cluster.nodes or "
-                "cluster.gpus_per_node"
+                f"{_what_is_there()}; let more nodes join, or lower cluster.nodes or cluster.gpus_per_node"
             )
         actor: Any = ray.remote(concurrency_groups={"watch": 1})(_Rank)  # pyright: ignore[reportCallIssue]
         for rank in range(self.size):
@@ -211,6 +218,11 @@ class RayWorkers:
                 logger.error("rank %d: %s", rank, _short(error))
         names = ", ".join(map(str, silent))
         return f"rank {names} did not answer for {self._cluster.timeout:g} s (cluster.timeout); the log has the stacks"
+
+
+def _what_is_there() -> str:
+    there = {name: count for name, count in ray.cluster_resources().items() if name in ("CPU", "GPU")}
+    return f"{sum(node['Alive'] for node in ray.nodes())} nodes with {there} in all"
 
 
 def _short(error: Exception) -> str:
@@ -264,7 +276,7 @@ def follow_job(head: str, command: str) -> str:
     ended: SUCCEEDED, FAILED or STOPPED. Ctrl-C stops it. Raises ConfigError where no cluster answers."""
     try:
         client = JobSubmissionClient(head)
-        job = client.submit_job(entrypoint=command)
+        job = _submit(client, command)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"no cluster answers at {head} ({_short(error)}); start one by `foveate cluster up`"
@@ -275,6 +287,18 @@ def follow_job(head: str, command: str) -> str:
         client.stop_job(job)
         raise
     return str(client.get_job_status(job).value)
+
+
+def _submit(client: JobSubmissionClient, command: str) -> str:
+    """A cluster that has just been started takes jobs only after a while."""
+    deadline = time.monotonic() + _START
+    while True:
+        try:
+            return client.submit_job(entrypoint=command)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 async def _copy_log(client: JobSubmissionClient, job: str) -> None:

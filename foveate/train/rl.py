@@ -41,7 +41,7 @@ def run_rl(settings: RLSettings) -> RunFolder:
     return surviving(settings.cluster.retries, partial(_run, settings))
 
 
-def _run(settings: RLSettings) -> RunFolder:
+def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
@@ -54,7 +54,7 @@ def _run(settings: RLSettings) -> RunFolder:
     with (
         build_graders(settings.reward) as graders,
         open_run(settings.run, settings) as run,
-        start_workers(settings.cluster, _worker(settings, method)) as workers,
+        start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         GroupEngine(workers) as engine,
         Leaving() as leaving,
     ):

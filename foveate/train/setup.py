@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def surviving(retries: int, run: Callable[[], Result]) -> Result:
+def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
     """What `run` returns. Where it has lost a process it is run again, which continues from its last checkpoint, at
-    most `retries` times."""
+    most `retries` times. It is told whether it runs again."""
     for left in range(retries, 0, -1):
         try:
-            return run()
+            return run(left < retries)
         except RankLost as error:
             logger.warning("%s; going on from the last checkpoint, %d more tries", error, left - 1)
-    return run()
+    return run(retries > 0)
 
 
 class Leaving:

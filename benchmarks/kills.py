@@ -1,0 +1,127 @@
+"""Processes of runs on two nodes, killed by SIGKILL at random moments, until N have been killed.
+
+A supervisor as any cluster has one (systemd, Slurm, KubeRay) starts a node again that ended, and submits a run again
+that ended with an error, each by the command that it was started with. Every run must finish with each group trained
+once, in the order and with the weights, bit for bit, of a run that nobody disturbed. Kinds: a rank (with the engine in
+it), the driver, the raylet of either node. About a minute per kill on two busy cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from two_nodes import Nodes, write_recipe
+
+from foveate.log import read_metrics
+
+KINDS = {  # what is in the command line
+    "rank": ("ray::_Rank",),
+    "driver": (" main() rl ",),
+    "raylet of the head": ("/raylet --", "--node_ip_address={0}"),
+    "raylet of the other node": ("/raylet --", "--node_ip_address={1}"),
+}
+
+
+def kill_one(nodes: Nodes, kind: str, choice: random.Random) -> bool:
+    """Whether there was one to kill."""
+    marks = [mark.format(*nodes.addresses) for mark in KINDS[kind]]
+    found = [pid for pid, words in nodes.processes().items() if all(mark in words for mark in marks)]
+    if not found:
+        return False
+    os.kill(choice.choice(sorted(found)), signal.SIGKILL)
+    return True
+
+
+def ids_of(run: Path) -> list[list[str]]:
+    """The ids of the groups that each step trained."""
+    files = sorted((run / "rollouts").glob("step_*.jsonl"))
+    return [[json.loads(line)["id"] for line in file.read_text().splitlines()] for file in files]
+
+
+def step_of(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def undisturbed(nodes: Nodes, recipe: Path, run: Path) -> None:
+    if nodes.submit(recipe, f"run={run}", log=run.with_suffix(".log")).wait():
+        sys.exit(run.with_suffix(".log").read_text())
+
+
+def disturbed(nodes: Nodes, recipe: Path, run: Path, left: int, choice: random.Random) -> Counter[str]:
+    """One run to its end, in which up to `left` processes are killed; how many of each kind were."""
+    killed: Counter[str] = Counter()
+    command = (recipe, f"run={run}")
+    job, at = nodes.submit(*command, log=run.with_suffix(".log")), time.monotonic() + choice.uniform(10, 45)
+    begin, starts = time.monotonic(), 1
+    while job.poll() != 0:
+        if time.monotonic() - begin > 1800:
+            sys.exit(f"{run.name} does not end\n{run.with_suffix('.log').read_text()[-4000:]}")
+        nodes.keep()
+        if job.poll() is not None:
+            job, starts = nodes.submit(*command, log=run.with_suffix(".log")), starts + 1
+        if killed.total() < left and time.monotonic() > at:
+            kind = choice.choice(sorted(KINDS))
+            if kill_one(nodes, kind, choice):
+                killed[kind] += 1
+                print(f"{run.name}: killed {kind} at step {step_of(run)}", flush=True)
+                at = time.monotonic() + choice.uniform(5, 45)
+        time.sleep(0.5)
+    print(f"{run.name}: finished after {time.monotonic() - begin:.0f} s, submitted {starts} times", flush=True)
+    return killed
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    """What is not as in the undisturbed run."""
+    ids, every = ids_of(run), [one for step in ids_of(run) for one in step]
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
+    same = {
+        "the groups of each step": ids == ids_of(whole),
+        "each group once an epoch": max(Counter(every).values()) - min(Counter(every).values()) <= 1,
+        "the steps": steps == [*range(1, len(ids) + 1)],
+        "the final weights": _weights(run) == _weights(whole),
+    }
+    return [name for name, as_it_was in same.items() if not as_it_was]
+
+
+def _weights(run: Path) -> bytes:
+    return (run / "final" / "model.safetensors").read_bytes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=40, help="of each run")
+    parser.add_argument("--minutes", type=float, default=60, help="after which no further run begins")
+    parser.add_argument("--namespaces", action="store_true", help="as in two_nodes.py")
+    asked = parser.parse_args()
+    choice, killed, wrong, begin = random.Random(asked.seed), Counter[str](), 0, time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, Nodes(namespaces=asked.namespaces) as nodes:
+        recipe, whole = write_recipe(Path(folder), steps=asked.steps, retries=50), Path(folder) / "whole"
+        undisturbed(nodes, recipe, whole)
+        number = 0
+        while killed.total() < asked.kills and time.monotonic() - begin < 60 * asked.minutes:
+            number += 1
+            run = Path(folder) / f"run-{number}"
+            killed += disturbed(nodes, recipe, run, asked.kills - killed.total(), choice)
+            found = differences(run, whole)
+            print(f"{run.name}: {'other: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)
+            wrong += bool(found)
+            shutil.rmtree(run)
+    print(f"{killed.total()} kills {dict(killed)} in {number} runs, {wrong} of them not as the undisturbed one")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
