@@ -59,6 +59,7 @@ class RLSettings(Settings):
         _check_weights(self.data)
         _check_system(self.data)
         self._check_batch()
+        self._check_staleness()
         self._check_evaluation()
         return self
 
@@ -87,6 +88,15 @@ class RLSettings(Settings):
                 f"is {train.tokens_per_micro_batch}{ranks}, less than one longest prompt and answer: "
                 f"data.max_prompt_tokens={self.data.max_prompt_tokens} + rollout.max_tokens={rollout.max_tokens}; "
                 f"use {-(-longest // split)} or more, or lower those",
+            )
+
+    def _check_staleness(self) -> None:
+        if self.rollout.staleness and self.algorithm.correction is None:
+            refuse(
+                "rollout.staleness",
+                f"is {self.rollout.staleness}, so that answers are sampled by older weights than those that learn from "
+                "them, but algorithm.correction is null; set 'algorithm.correction={mode: token-truncate}' "
+                "(or another mode), or rollout.staleness=0",
             )
 
     def _check_single_answers(self) -> None:

@@ -123,6 +123,12 @@ class RolloutSettings(Settings):
         description="Publishes between checks that a served engine has the trainer's weights, which also come at its "
         "start; 0: none.",
     )
+    staleness: int = Field(
+        default=0,
+        ge=0,
+        description="Steps by which the weights of an answer may lag those that learn from it: 0 generates and learns "
+        "in turn, 1 does both at once, more also evens out rounds of unlike length.",
+    )
     samples: int = Field(default=8, ge=1, description="Answers per prompt (the group size).")
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept; 1: all.")

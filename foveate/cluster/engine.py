@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Self
 
 from foveate.cluster.base import WorkerGroup, everywhere, spread_each
@@ -34,6 +34,13 @@ class GroupEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
         return spread_each(self._workers, "generate", requests, costs, sampling, row=1)
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns."""
+        [groups] = self._workers.call("stream", [(requests, sampling)])
+        yield from groups
 
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,18 @@ class Answering(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
         """As `Engine.generate`."""
+        ...
+
+
+class Streaming(Answering, Protocol):
+    """What answers prompts and gives each group as it finishes."""
+
+    version: int
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        """As `Engine.stream`."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, and the trainer's log-probs.
+"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, the trainer's log-probs, counted tokens.
 
 This file is copied beside each server (see `foveate.rollout.sglang`), runs in SGLang's own environment, and imports
 nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the start of
@@ -9,7 +9,11 @@ a run finds out where another version differs.
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,8 +51,10 @@ def _report_trainers_logprobs() -> None:
     reports those after the bias that bans tokens. The logits are seen before it."""
     plain_bias, plain_report = SamplingBatchInfo.apply_logits_bias, OutputLogprobProcessor.compute_logprobs
     seen: list[torch.Tensor] = []
+    count = _counter()
 
     def bias(self: Any, logits: torch.Tensor) -> None:
+        count(len(logits))
         seen[:] = [torch.log_softmax(logits.float() / self.temperatures, -1)]
         plain_bias(self, logits)
 
@@ -57,3 +63,21 @@ def _report_trainers_logprobs() -> None:
 
     SamplingBatchInfo.apply_logits_bias = bias
     OutputLogprobProcessor.compute_logprobs = report
+
+
+def _counter() -> Callable[[int], None]:
+    """Adds to this process's count of sampled tokens, 8 bytes in a file of the folder FOVEATE_TOKENS. Of the workers of
+    one server, which all sample the same, the first counts."""
+    shared: list[mmap.mmap] = []
+
+    def add(tokens: int) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
+        if not shared:
+            path = Path(os.environ["FOVEATE_TOKENS"]) / str(os.getpid())
+            path.write_bytes(bytes(8))
+            with path.open("r+b") as file:
+                shared.append(mmap.mmap(file.fileno(), 8))
+        shared[0][:8] = (int.from_bytes(shared[0][:8], "little") + tokens).to_bytes(8, "little")
+
+    return add

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Clock:
-    """Seconds of each phase of one step."""
+    """Seconds of each phase of one step, and of what ran beside them, in other threads, for it."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -22,8 +23,9 @@ class Clock:
 
     def metrics(self, **tokens: float) -> dict[str, float]:
         """Seconds by phase and in all, and tokens per second for the phases whose number of tokens is given."""
+        every = self.seconds | self.beside
         return {
-            **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
+            **{f"seconds/{name}": seconds for name, seconds in every.items()},
             "seconds/step": sum(self.seconds.values()),
-            **{f"tokens_per_second/{name}": count / self.seconds[name] for name, count in tokens.items()},
+            **{f"tokens_per_second/{name}": count / every[name] for name, count in tokens.items()},
         }

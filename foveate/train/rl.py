@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 
 from foveate.cluster.base import everywhere, start_workers
@@ -12,6 +15,7 @@ from foveate.cluster.engine import GroupEngine
 from foveate.config import RLSettings
 from foveate.config_parts import RewardSettings, RolloutSettings
 from foveate.data.store import TaskTable
+from foveate.data.stream import Stream
 from foveate.encoding.dataset import build_encoder, build_stream, read_checked
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
@@ -26,6 +30,7 @@ from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
+from foveate.train.ahead import Ahead
 from foveate.train.clock import Clock
 from foveate.train.groups import Sampler
 from foveate.train.method import Method, build_method, check_run
@@ -46,8 +51,8 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
-    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
-    sampling, updates, passes = _sampling(settings.rollout), settings.train.updates_per_step, settings.train.passes
+    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens, apart=settings.rollout.staleness > 0)
+    updates, passes = settings.train.updates_per_step, settings.train.passes
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
@@ -68,9 +73,8 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
 
-        reader = Reader(table, stream, encoder, settings.data.image_workers)
-        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline)
-        with reader, progress("training", settings.train.steps) as advance:
+        asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
+        with asking as sampler, progress("training", settings.train.steps) as advance:
             advance(step)
             while step < settings.train.steps:
                 step += 1
@@ -82,19 +86,20 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
                     learned = update(workers, examples, method, updates, rates, costs, passes=passes, seed=seed)
-                with clock.phase("publish"):
-                    checked = engine.publish(step)
-
-                record = {**rollout_metrics(drawn), **said, **learned, **checked, **rates, "epoch": stream.epoch}
-                record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
-                write_rollouts(run.rollouts, step, groups, examples)
-                if evaluator.is_due(step):
-                    record |= evaluator.evaluate(engine, step)
-                metrics.write(step, record)
-                if save_is_due(step, settings.train, leaving):
-                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    state["score"] = record.get("eval/greedy_score")
-                    everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                with sampler.at_rest(clock):
+                    with clock.phase("publish"):
+                        checked = engine.publish(step)
+                    record = {**rollout_metrics(drawn), **sampler.metrics(), **said, **learned, **checked, **rates}
+                    record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
+                    record["epoch"] = stream.epoch
+                    write_rollouts(run.rollouts, step, groups, examples)
+                    if evaluator.is_due(step):
+                        record |= evaluator.evaluate(engine, step)
+                    metrics.write(step, record)
+                    if save_is_due(step, settings.train, leaving):
+                        state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                        state["score"] = record.get("eval/greedy_score")
+                        everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
                 advance(1)
                 leaving.check()
         everywhere(workers, "export", run.final)
@@ -102,6 +107,32 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
 
 
 # ------------------------------------------------------------------------------------------------- around the step
+
+
+@contextmanager
+def _sampler(
+    settings: RLSettings,
+    method: Method,
+    table: TaskTable,
+    stream: Stream,
+    encoder: Encoder,
+    engine: GroupEngine,
+    graders: Graders,
+    step: int,
+) -> Iterator[Sampler | Ahead]:
+    """What gives each step its groups: in turn with learning, or, with a staleness, ahead of it."""
+    staleness, train = settings.rollout.staleness, settings.train
+    source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
+    with Reader(table, source, encoder, settings.data.image_workers) as reader:
+        sampler = Sampler(reader, engine, graders, _sampling(settings.rollout), settings.seed, method.needs_baseline)
+        if not staleness:
+            yield sampler
+            return
+        ahead = Ahead(
+            sampler, engine, stream, staleness=staleness, count=train.prompts_per_step, step=step, last=train.steps
+        )
+        with closing(ahead):
+            yield ahead
 
 
 def _sampling(rollout: RolloutSettings) -> SamplingParams:

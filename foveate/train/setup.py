@@ -79,6 +79,10 @@ def check_cluster(settings: RLSettings) -> None:
     if cluster.ranks == 1:
         require_one_process(cluster)
         return
+    if settings.rollout.staleness:
+        raise ConfigError(
+            f"rollout.staleness={settings.rollout.staleness}: several ranks answer and learn in turn so far; use 0"
+        )
     if settings.rollout.engine != "native":
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: several ranks answer by the native engine so far")
     for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -110,6 +110,7 @@ class Worker:
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
         self.engine: Engine | None = None
+        self._apart = False
         self.proof: Proof | None = None
 
     def _sharded(self, policy: Policy) -> LogProbs:
@@ -127,6 +128,9 @@ class Worker:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
         if self.ranks is None:
             self.engine = engine = new_engine(self.policy, encoder.decode, version=version)
+            self._apart = rollout.staleness > 0
+            if self._apart:
+                self.publish(version)
             self.proof = Proof(engine, self.policy, encoder, rollout)
             return
         own = load_policy(self._path, attention=self._attention, dtype=self._dtype, device=self.ranks.cluster.kind)
@@ -138,14 +142,29 @@ class Worker:
         assert self.engine is not None
         return self.engine.generate(requests, sampling) if requests else []
 
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        assert self.engine is not None
+        return self.engine.stream(requests, sampling)
+
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
         assert self.engine is not None
         if self.ranks is None:
-            self.engine.publish(version, served_weights(self.policy.model))
+            self.engine.publish(version, self._published())
             return self.proof.after_publish() if self.proof is not None else {}
         self.engine.publish(version, ((name, whole(p)) for name, p in self.policy.model.named_parameters()))
         return {}
+
+    def _published(self) -> Iterable[tuple[str, Tensor]]:
+        """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
+        the policy's own tensors are others by then."""
+        is_native = isinstance(self.engine, NativeEngine)
+        weights = self.policy.model.named_parameters() if is_native else served_weights(self.policy.model)
+        if not self._apart or is_native:
+            return weights
+        return ((name, tensor.detach().clone()) for name, tensor in weights)
 
     def close_engine(self) -> None:
         if self.engine is not None:
