@@ -237,7 +237,7 @@ def max_tiles(folder: Path) -> int:
         if (folder / name).is_file():
             content = read_json(folder / name)
             inner = content.get("image_processor", content)
-            tiles = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
+            tiles: Any = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
             if not is_count(tiles):
                 raise DataError(f"{folder / name}: max_patches is {tiles!r}; it must be a whole number above 0")
             return tiles
