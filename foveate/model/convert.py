@@ -237,8 +237,8 @@ def max_tiles(folder: Path) -> int:
         if (folder / name).is_file():
             content = read_json(folder / name)
             inner = content.get("image_processor", content)
-            tiles = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
-            if tiles is None or not is_count(tiles):
+            tiles: Any = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
+            if not is_count(tiles):
                 raise DataError(f"{folder / name}: max_patches is {tiles!r}; it must be a whole number above 0")
             return tiles
     return _DEFAULT_TILES

@@ -138,13 +138,43 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     that of the folder that the policy was loaded from."""
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = policy.model
+    state = None if state is None else _without_tied_head(model, state)
     if policy.format == "chat":
         with tempfile.TemporaryDirectory(prefix=".hf-", dir=folder) as hf, quiet_transformers():
             model.save_pretrained(hf, state_dict=state)
             write_hf_weights_as(Path(hf), model.config, folder, "chat")
     else:
-        with quiet_transformers():
-            model.save_pretrained(folder, state_dict=state)  # in the layout that transformers has read
+        turned = _turned_as_stored(policy, state)
+        with quiet_transformers():  # in the layout that transformers has read
+            model.save_pretrained(folder, state_dict=turned or state, save_original_format=not turned)
     write_other_files(policy.folder, folder, policy.format, policy.format)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / "config.json", with_dtype(read_config(folder), dtype))
+
+
+def _without_tied_head(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the head where it is the embedding. Tensors that were gathered from ranks share no memory, by
+    which transformers would see that."""
+    if not model.config.tie_word_embeddings:
+        return state
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    head, other = state.get("lm_head.weight"), state.get(f"{embedding}.weight")
+    if head is None or other is None or not torch.equal(head, other):
+        return state
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+
+
+def _turned_as_stored(policy: Policy, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The weights with the matrices of experts transposed where the folder that the model came from has them so, or
+    None where it does not. Released Qwen3-VL mixtures store them as (expert, in, out), which transformers 5 turns as it
+    loads and does not turn back."""
+    if policy.family.name != "qwen3_vl_moe":
+        return None
+    stored = read_headers(weight_files(policy.folder))
+    state = dict(policy.model.state_dict() if state is None else state)
+    turned = {
+        name: tensor.transpose(1, 2)
+        for name, tensor in state.items()
+        if ".experts." in name and name in stored and stored[name].shape != tuple(tensor.shape)
+    }
+    return {**state, **turned} if turned else None

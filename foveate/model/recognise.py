@@ -22,7 +22,7 @@ from foveate.model.checkpoints import (
     read_tokenizer,
     unreadable,
 )
-from foveate.model.configs import hf_preprocessor
+from foveate.model.configs import hf_preprocessor, tied
 from foveate.model.families import Family, internvl_family
 from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
@@ -62,9 +62,12 @@ def recognise(path: str) -> Checkpoint:
     tokenizer = read_tokenizer(folder)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         raise unreadable(folder, error) from error
+    form = read_config(folder)
+    if "tie_word_embeddings" not in form and "tie_word_embeddings" in (form.get("text_config") or {}):
+        config.tie_word_embeddings = tied(form)  # what only the text model says counts for the whole
     text = config.get_text_config()
     _check_language(folder, text.model_type)
     family = text_family if text is config else qwen_family
