@@ -75,6 +75,7 @@ FAULTS = {
     "html": lambda n: "html" if n % 4 == 1 else None,
     "empty": lambda n: "empty" if n % 4 == 2 else None,
     "null": lambda n: "null" if n % 4 == 2 else None,
+    "abort": lambda n: "abort" if n % 4 == 3 else None,
     "other": lambda n: "other" if n % 4 == 3 else None,
 }
 

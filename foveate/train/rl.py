@@ -70,8 +70,7 @@ def _run(settings: RLSettings) -> RunFolder:
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline)
-        with reader, progress("training", settings.train.steps) as advance:
-            advance(step)
+        with reader, progress("training", settings.train.steps, done=step) as advance:
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()
