@@ -45,8 +45,10 @@ def config(
             raise ConfigError("--endpoint needs --served-model")
         models = endpoint_models(endpoint, served_model, name or served_model, max_tokens)
     write_config(out, models, dataset or (), tsv)
-    said = ", ".join(models)
-    say(f"{said}: {out}\nPRED_FORMAT=tsv USE_COT=1 SPLIT_THINK=True python run.py --config {out} --work-dir outputs")
+    folder = f"LMUData={tsv.parent.resolve()} " if tsv is not None else ""
+    flags = f"{folder}PRED_FORMAT=tsv USE_COT=1 SPLIT_THINK=True"
+    say(f"{', '.join(models)}: {out}\n{flags} python -m vlmeval.run --config {out} --work-dir outputs")
+    say("In a clone of VLMEvalKit it is run.py in place of -m vlmeval.run.")
 
 
 @vlmevalkit.command()

@@ -139,7 +139,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress(description: str, total: int, interval: float = 30.0) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, interval: float = 30.0, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show how far a long piece of work is, with its rate and the time left.
 
     In a terminal this is a bar that vanishes when the work is done; bars may be nested. Elsewhere it is a log line at
@@ -149,22 +149,23 @@ def progress(description: str, total: int, interval: float = 30.0) -> Iterator[C
         description: what is being done ("evaluating").
         total: units of work in all.
         interval: seconds between log lines where there is no terminal.
+        done: units that were there before; they count for the share, not for the rate.
 
     Yields:
         advance: call it with the units just done.
     """
     if not console.is_terminal:
-        yield _line_progress(description, total, interval)
+        yield _line_progress(description, total, interval, done)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=total, completed=done)
         yield lambda units: bar.advance(task, units)
 
 
-def _line_progress(description: str, total: int, interval: float) -> Callable[[int], None]:
+def _line_progress(description: str, total: int, interval: float, before: int) -> Callable[[int], None]:
     start = last = time.monotonic()
-    done = 0
+    done = before
 
     def advance(units: int) -> None:
         nonlocal done, last
@@ -172,7 +173,7 @@ def _line_progress(description: str, total: int, interval: float) -> Callable[[i
         now = time.monotonic()
         if now - last >= interval:
             last = now
-            rate = done / max(now - start, 1e-9)
+            rate = (done - before) / max(now - start, 1e-9)
             pace = f", {_rate(rate)}, {(total - done) / rate:.0f} s left" if rate else ""
             logger.info("%s: %d of %d%s", description, done, total, pace)
 

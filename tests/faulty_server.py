@@ -66,6 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             reply["choices"] = []
         elif fault == "null":
             reply["choices"][0]["message"]["content"] = None
+        elif fault == "abort":
+            reply["choices"][0]["finish_reason"] = "abort"
         elif fault == "other":
             reply = {"hello": "world"}
         content = json.dumps(reply).encode()

@@ -101,6 +101,15 @@ def test_thresholds_and_mean_iou_are_those_of_the_rows():
     assert found["mean_iou"]["value"] == pytest.approx(2.17 / 4)
 
 
+def test_accuracy_is_told_by_the_tags_of_rows():
+    rows = [box_row(str(i), "", float(i % 2), tags={"box size": "under 1 %" if i else "1 to 5 %"}) for i in range(4)]
+    by_size = figures(rows)["by_tag"]["box size"]
+    assert {size: (one["rows"], one["greedy_accuracy"]) for size, one in by_size.items()} == {
+        "under 1 %": (3, pytest.approx(2 / 3)),
+        "1 to 5 %": (1, 0.0),
+    }
+
+
 @pytest.mark.parametrize(
     ("frame", "text"), [("pixels", "[64,96,320,288]"), ("fractions", "[0.1,0.2,0.5,0.6]"), (None, "[100,200,500,600]")]
 )

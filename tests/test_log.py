@@ -111,6 +111,15 @@ def test_progress_outside_a_terminal_logs_at_most_once_per_interval(caplog):
     assert caplog.messages[1].endswith(" 0 s left")
 
 
+def test_the_rate_leaves_out_what_was_done_before(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with caplog.at_level(logging.INFO, "foveate"), progress("asking", 120, interval=0.0, done=100) as advance:
+        now[0] = 5.0
+        advance(10)
+    assert caplog.messages == ["asking: 110 of 120, 2.0/s, 5 s left"]
+
+
 def test_progress_in_a_terminal_is_a_bar_and_may_be_nested(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=True, width=100))

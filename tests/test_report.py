@@ -93,14 +93,28 @@ def test_the_headline_says_the_result_in_plain_words(tmp_path: Path) -> None:
     assert "26 turned from wrong to right, 0 from right to wrong" in text
 
 
+def test_tables_and_cards_leave_out_what_all_rows_share(tmp_path: Path) -> None:
+    sizes = ("5 to 20 %", "5 to 20 %", "under 1 %", "1 to 5 %")
+    rows = [a_row(str(i), tags={"kind": "pair", "box size": size}) for i, size in enumerate(sizes)]
+    write_evaluation(tmp_path, 0, rows)
+    write_gallery(tmp_path, [row.id for row in rows])
+    text = Page(write_report(tmp_path)).text
+    assert "kind" not in text
+    assert "kind" not in rendered(tmp_path)
+    table = text[text.index("By box size") : text.index("Held-out pictures")]
+    assert table.index("under 1 %") < table.index("1 to 5 %") < table.index("5 to 20 %")
+    assert "0 · box size 5 to 20 %" in text
+
+
 def test_text_of_models_and_data_is_never_markup(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'</style>"
     folder = tmp_path / "run"
     row = a_row(
         f"id{attack}", question=attack, text=attack, tags={attack: attack}, sampled=(SampledAnswer(attack, 1.0),)
     )
-    write_evaluation(folder, 0, [row])
-    write_evaluation(folder, 1, [replace(row, answer=attack, iou=None, box=None)])
+    other = a_row("other", tags={attack: "other"})
+    write_evaluation(folder, 0, [row, other])
+    write_evaluation(folder, 1, [replace(row, answer=attack, iou=None, box=None), other])
     write_gallery(folder, [row.id])
     write_skipped(folder, [attack])
     for name in ("config.yaml", "notes.txt"):
@@ -118,7 +132,9 @@ def test_text_of_models_and_data_is_never_markup(tmp_path: Path) -> None:
 
 
 def test_square_brackets_in_names_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
-    write_evaluation(tmp_path, 0, [a_row(tags={"relation": "[bold]left[/nothing]"})])
+    write_evaluation(
+        tmp_path, 0, [a_row("a", tags={"relation": "[bold]left[/nothing]"}), a_row("b", tags={"relation": "x"})]
+    )
     assert "relation: [bold]left[/nothing]" in rendered(tmp_path)
 
 

@@ -82,9 +82,14 @@ def test_predictions_that_do_not_fit_the_rows_are_refused(tmp_path, rows):
         read_predictions(tmp_path / "c.xlsx", rows, tmp_path / "three")
 
 
-def test_a_checkpoint_is_named_with_and_without_thinking():
-    models = checkpoint_models(Path("/models/mine"), "mine")
-    assert models["mine"] == {"class": "InternVLChat", "model_path": "/models/mine", "version": "V2.0"}
+def test_a_checkpoint_is_named_with_and_without_thinking(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "internvl"}')
+    with pytest.raises(ConfigError, match=r"run `foveate convert .* OUT --to chat`"):
+        checkpoint_models(tmp_path, "mine")
+    config.write_text('{"model_type": "internvl_chat"}')
+    models = checkpoint_models(tmp_path, "mine")
+    assert models["mine"] == {"class": "InternVLChat", "model_path": str(tmp_path), "version": "V2.0"}
     assert models["mine-Thinking"] == {
         **models["mine"], "use_lmdeploy": True, "max_new_tokens": 32768, "cot_prompt_version": "r1", "do_sample": True,
     }  # fmt: skip

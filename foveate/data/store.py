@@ -181,6 +181,10 @@ class TaskTable:
         kept = self._kept[np.asarray(indices, dtype=np.int64)]
         return TaskTable(self._files, self._paths, self._image_root, self._parser, kept)
 
+    def first(self, count: int | None) -> TaskTable:
+        """The first `count` rows, all where there are fewer or `count` is None."""
+        return self.select(range(len(self) if count is None else min(count, len(self))))
+
     def _parsed(self, file: Source, row: int, raw: Raw) -> tuple[Task | None, list[Problem]]:
         place = Place(file.path, row, file.line(row), self._image_root)
         return (None, [Problem(str(place), "", str(raw))]) if isinstance(raw, DataError) else self._parser(raw, place)

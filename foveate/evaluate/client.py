@@ -29,6 +29,8 @@ FIRST_REST, LONGEST_REST = 0.5, 30.0
 """Seconds that a server is left alone after its first failure; it doubles with each further one, up to the longest."""
 _REFUSED = frozenset({400, 413, 415, 422})
 _FATAL = frozenset({401, 403, 404})
+_BROKEN_OFF = frozenset({"abort", "error"})
+"""What vLLM and SGLang say of an answer that they did not finish."""
 _KEY = "no-key"
 
 
@@ -228,6 +230,8 @@ def _answers(reply: Any, wanted: int) -> tuple[Answer, ...]:
 def _answer(choice: Any, total: int | None) -> Answer:
     extra = choice.message.model_extra or {}
     thought = extra.get("reasoning_content") or extra.get("reasoning")
+    if choice.finish_reason in _BROKEN_OFF:
+        raise BadReply(f"the server broke the answer off ({choice.finish_reason})")
     said = choice.message.content
     if said is None and not thought:
         raise BadReply("an answer of the reply has no content")

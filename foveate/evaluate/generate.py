@@ -13,29 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from foveate.config_parts import DataSettings, ModelSettings
 from foveate.data.store import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
-from foveate.encoding.dataset import RowCheck, build_encoder
-from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError, UserError
-from foveate.evaluate.answers import Answer, AnswerStore, Failed, Generated, read_generated
+from foveate.evaluate.answers import AnswerStore, Failed, Generated, read_generated
 from foveate.evaluate.client import Asker, ClientSettings
-from foveate.evaluate.run import first_rows
 from foveate.files import LOCK, atomic_write_text, held
 from foveate.log import progress
-from foveate.model.load import load_policy
 from foveate.records import SamplingParams
-from foveate.rollout.base import Engine, Request
-from foveate.rollout.native import NativeEngine
-from foveate.rollout.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
 REQUEST = "generate.json"
 OURS = (REQUEST, "shards", "failed.jsonl", "summary.json", LOCK)
-BATCH = 64
 Deliver = Callable[[Generated | Failed], None]
+Produce = Callable[[TaskTable, Sequence[int], Deliver], None]
+"""Asks for some rows of a table, and delivers each outcome as it comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +84,7 @@ def run_generate(request: GenerateRequest) -> dict[str, Any]:
     if (request.model is None) == (request.client is None):
         raise ConfigError("give either --endpoint or --model")
     table, produce, left_out, problems = _prepare(request)
-    table = first_rows(table, request.source.rows)
+    table = table.first(request.source.rows)
     with held(request.out, "another --out"), AnswerStore(request.out, request.shard_rows) as store:
         _claim(request.out, request.identity(table, left_out), begun=bool(store.done))
         strange = store.done - set(range(len(table)))
@@ -101,8 +94,7 @@ def run_generate(request: GenerateRequest) -> dict[str, Any]:
         start, before = time.monotonic(), len(store.done)
         todo = [index for index in range(len(table)) if index not in store.done]
         try:
-            with progress("generating", len(table)) as advance:
-                advance(before)
+            with progress("generating", len(table), done=before) as advance:
 
                 def deliver(outcome: Generated | Failed) -> None:
                     if isinstance(outcome, Failed):
@@ -129,7 +121,7 @@ def run_generate(request: GenerateRequest) -> dict[str, Any]:
     return summary
 
 
-def _prepare(request: GenerateRequest) -> tuple[TaskTable, Callable[..., None], list[int], list[str]]:
+def _prepare(request: GenerateRequest) -> tuple[TaskTable, Produce, list[int], list[str]]:
     """The usable rows, what produces answers to them, and the rows that are left out: by number and in words."""
     source = request.source
     root = Path(source.image_root) if source.image_root else None
@@ -137,45 +129,17 @@ def _prepare(request: GenerateRequest) -> tuple[TaskTable, Callable[..., None], 
     if request.client is not None:
         check, produce = None, _from_servers(request, request.client)
     else:
-        assert request.model is not None
-        policy = load_policy(request.model)
-        data = DataSettings(train=source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system)
-        model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
-        encoder = build_encoder(policy.tokenizer, policy.family, model, data)
-        check, produce = RowCheck(None, encoder), _in_process(request, NativeEngine(policy, encoder.decode), encoder)
+        from foveate.evaluate.in_process import prepare_model  # a client needs neither models nor transformers
+
+        check, produce = prepare_model(request)
     kept, problems = validate(table, on_bad_row=source.on_bad_row, check=check)
     left_out = sorted(set(range(len(table))) - set(kept))
     return table.select(kept), produce, left_out, list(map(str, problems))
 
 
-def _from_servers(request: GenerateRequest, client: ClientSettings) -> Callable[..., None]:
+def _from_servers(request: GenerateRequest, client: ClientSettings) -> Produce:
     def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
         Asker(client, request.sampling, request.seed, deliver).run(table, todo)
-
-    return produce
-
-
-def _in_process(request: GenerateRequest, engine: Engine, encoder: Encoder) -> Callable[..., None]:
-    def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
-        for begin in range(0, len(todo), BATCH):
-            some = todo[begin : begin + BATCH]
-            tasks = [table[index] for index in some]
-            prompts = [encoder(task) for task in tasks]
-            asked = [Request(p, seed_of("eval", request.seed, i)) for p, i in zip(prompts, some, strict=True)]
-            start = time.monotonic()
-            replies = engine.generate(asked, request.sampling)
-            seconds = round(time.monotonic() - start, 4)  # of the whole wave: an answer is there when all are
-            for index, task, prompt, reply in zip(some, tasks, prompts, replies, strict=True):
-                answers = tuple(
-                    Answer(
-                        one.text, len(one.token_ids), one.finish,
-                        tuple(zip(encoder.pieces(one.token_ids), (round(v, 4) for v in one.logprobs), strict=True))
-                        if request.logprobs else (),
-                    )
-                    for one in reply
-                )  # fmt: skip
-                tokens = sum(len(one.token_ids) for one in reply)
-                deliver(Generated(index, task.id, answers, len(prompt), tokens, seconds, 1, "in process"))
 
     return produce
 

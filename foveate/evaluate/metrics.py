@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from foveate.evaluate.predict import model_box
-from foveate.evaluate.predictions import Prediction, SampledAnswer, correctness, mean, row_value
+from foveate.evaluate.predictions import Prediction, SampledAnswer, correctness, mean, row_value, summarise
 from foveate.records import Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
@@ -39,6 +39,9 @@ def figures(rows: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
         "score": mean(row.score for row in rows),
         "decoding": sorted({row.way for row in rows}),
     }
+    tags = summarise(rows, 0)["by_tag"]
+    if tags:
+        found["by_tag"] = tags
     overlaps = [row.iou for row in rows if row.iou is not None]
     if overlaps:
         found["mean_iou"] = {"value": mean(overlaps), "interval": bootstrap(overlaps, seed)}

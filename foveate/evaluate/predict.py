@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ from foveate.rollout.seeds import seed_of
 TAGS = ("relation", "kind", "dataset")
 """Fields of a task's meta by whose values accuracy is broken down."""
 BATCH = 64
+SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (math.inf, "over 20 %"))
+"""Shares of the picture below which the true box lies."""
+WORDS = ((2, "1 to 2"), (5, "3 to 5"), (9, "6 to 9"), (math.inf, "10 or more"))
+"""Lengths up to which an expression goes."""
 Scored = tuple[Answer, Score]
 BoxReader = Callable[[str, Task], Box | None]
 """From an answer to its box in thousandths."""
@@ -117,11 +122,9 @@ def _box_tags(box: Box, expression: str) -> dict[str, str]:
     """How large the true box is in the picture, and how long the expression."""
     share = (box[2] - box[0]) * (box[3] - box[1]) / 1e6
     words = len(expression.replace("<image>", "").split())
-    sizes = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (2.0, "over 20 %"))
-    lengths = ((2, "1 to 2"), (5, "3 to 5"), (9, "6 to 9"), (float("inf"), "10 or more"))
     return {
-        "box size": next(name for limit, name in sizes if share < limit),
-        "words": next(name for limit, name in lengths if words <= limit),
+        "box size": next(name for limit, name in SIZES if share < limit),
+        "words": next(name for limit, name in WORDS if words <= limit),
     }
 
 

@@ -100,6 +100,7 @@ def render_report(run_folder: Path) -> str:
     charts, steady = chart_metrics(run.metrics)
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare(run.evaluations)
+    by_model = bool(run.evaluations and run.evaluations[0].label)
     return environment.get_template("report.html.j2").render(
         run=run,
         comparison=comparison,
@@ -109,7 +110,8 @@ def render_report(run_folder: Path) -> str:
         steady=steady,
         chart_box={"width": WIDTH, "height": HEIGHT, "left": LEFT},
         cards=cards,
-        by_model=bool(run.evaluations and run.evaluations[0].label),
+        by_model=by_model,
+        table_name="Before and after" if not by_model else "Side by side" if len(run.evaluations) > 1 else "Breakdown",
         models=model_table(run.summary),
         gallery_steps=[frame.step for frame in cards[0].frames] if cards else [],
         hit_iou=HIT_IOU,

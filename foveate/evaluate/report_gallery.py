@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths."""
+    """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths;
+    `tags` are those by which the rows differ."""
 
     row: Prediction
     picture: str
@@ -49,6 +50,7 @@ class Card:
     height: int
     true_box: tuple[float, float, float, float] | None
     frames: tuple[Frame, ...]
+    tags: tuple[tuple[str, str], ...]
 
     @property
     def outcomes(self) -> str:
@@ -65,6 +67,7 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
     share = PICTURE_BUDGET // max(1, len(known))
     frames_in_all = max(1, len(known) * len(shown))
     room = min(TEXT_LIMIT, max(LEAST_TEXT, TEXT_BUDGET // frames_in_all)), PIECE_BUDGET // frames_in_all
+    telling = telling_tags(known.values())
     cards = []
     for row_id in ids:
         if row_id not in known:
@@ -74,7 +77,8 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
         frames = tuple(
             _frame(evaluation, rows.get(row_id), *room) for evaluation, rows in zip(shown, by_step, strict=True)
         )
-        cards.append(Card(row, picture, width, height, rectangle(true_box(row)), frames))
+        tags = tuple((name, value) for name, value in row.tags.items() if name in telling)
+        cards.append(Card(row, picture, width, height, rectangle(true_box(row)), frames, tags))
     return tuple(cards)
 
 
@@ -87,6 +91,15 @@ def _frame(evaluation: Evaluation, prediction: Prediction | None, text_room: int
     pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in prediction.pieces[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)
     return Frame(evaluation.step, thought, said, pieces, prediction, outcome, rectangle(prediction.box))
+
+
+def telling_tags(rows: Iterable[Prediction]) -> set[str]:
+    """The names of the tags that have more than one value in these rows."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.tags.items():
+            values.setdefault(name, set()).add(value)
+    return {name for name, found in values.items() if len(found) > 1}
 
 
 def split_thinking(text: str) -> tuple[str, str]:

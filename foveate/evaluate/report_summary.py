@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foveate.evaluate.predict import SIZES, WORDS
 from foveate.evaluate.predictions import Evaluation, row_value, summarise
 from foveate.rewards.boxes import HIT_IOU
 
 FIGURES = (("greedy", "accuracy"), ("greedy", "mean_iou"), ("sampled", "accuracy"), ("sampled", "mean_iou"))
 MAX_TAG_VALUES = 40
+ORDERED = {"box size": [name for _, name in SIZES], "words": [name for _, name in WORDS]}
+"""Values of a tag in an order of their own; others go by how many rows have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,11 @@ def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -
     nothing = {"rows": 0, "greedy_accuracy": None, "sampled_accuracy": None}
     tables = []
     for tag, values in (last or first)["by_tag"].items():
-        shown = sorted(values, key=lambda value: (-values[value]["rows"], value))[:MAX_TAG_VALUES]
+        if len(values) < 2:  # every row has it, or lacks it: the overall figures again
+            continue
+        natural = ORDERED.get(tag, ())
+        ranks = {value: natural.index(value) if value in natural else -values[value]["rows"] for value in values}
+        shown = sorted(values, key=lambda value: (ranks[value], value))[:MAX_TAG_VALUES]
         columns: dict[str, list[Change]] = {"greedy_accuracy": [], "sampled_accuracy": []}
         for value in shown:
             old = first["by_tag"].get(tag, {}).get(value, nothing)

@@ -36,7 +36,7 @@ class Evaluator:
     ) -> None:
         """`tasks` None: the run has no evaluation. `max_tokens` bounds an answer; after `last_step` one is due."""
         self.folder, self.settings, self.encoder, self.graders = folder, settings, encoder, graders
-        self.tasks = None if tasks is None else first_rows(tasks, settings.prompts)
+        self.tasks = None if tasks is None else tasks.first(settings.prompts)
         self.seed, self.max_tokens, self.last_step = seed, max_tokens, last_step
         self._gallery_saved = False
 
@@ -48,7 +48,7 @@ class Evaluator:
         """Ask all held-out tasks with the engine's weights and write the answers; returns the headline figures."""
         assert self.tasks is not None
         if not self._gallery_saved:
-            save_gallery(self.folder, first_rows(self.tasks, self.settings.gallery))
+            save_gallery(self.folder, self.tasks.first(self.settings.gallery))
             self._gallery_saved = True
         with progress(f"evaluating step {step}", len(self.tasks)) as advance:
             predictions = predict(
@@ -72,11 +72,6 @@ class Evaluator:
             "step %d: %s", step, ", ".join(f"{name.removeprefix('eval/')} {v:.3f}" for name, v in figures.items())
         )
         return figures
-
-
-def first_rows(table: TaskTable, count: int | None) -> TaskTable:
-    """The first `count` rows, all where there are fewer or `count` is None."""
-    return table.select(range(len(table) if count is None else min(count, len(table))))
 
 
 def save_gallery(folder: Path, tasks: TaskTable) -> None:

@@ -19,11 +19,11 @@ from foveate.data.validate import OnBadRow, validate
 from foveate.encoding.dataset import build_encoder, read_checked
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.answers import Answer, Generated, read_generated
-from foveate.evaluate.generate import BATCH, REQUEST
+from foveate.evaluate.generate import REQUEST
 from foveate.evaluate.metrics import box_reader, figures, likely_frame, paired
-from foveate.evaluate.predict import predict, prediction
+from foveate.evaluate.predict import BATCH, predict, prediction
 from foveate.evaluate.predictions import Evaluation, Prediction, write_models, write_skipped
-from foveate.evaluate.run import first_rows, save_gallery
+from foveate.evaluate.run import save_gallery
 from foveate.files import atomic_write_text
 from foveate.log import progress
 from foveate.model.load import load_policy
@@ -101,7 +101,7 @@ def run_eval(request: EvalRequest) -> None:
     atomic_write_text(request.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if request.text_files:
         write_text_files(request.out, found, costs)
-    save_gallery(request.out, first_rows(tasks, request.gallery))
+    save_gallery(request.out, tasks.first(request.gallery))
 
 
 def _check_out(out: Path) -> None:
@@ -133,7 +133,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
     )
     encoder = build_encoder(policy.tokenizer, policy.family, model, data)
     table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))
-    tasks = first_rows(table, request.rows)
+    tasks = table.first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
     with progress("evaluating", len(tasks)) as advance:
         predictions = predict(
@@ -159,7 +159,7 @@ def _from_folder(
     root = Path(asked["image_root"]) if asked["image_root"] else None
     table = open_tasks(asked["data"], image_root=root, columns=asked["columns"])
     asked_rows = sorted(set(range(len(table))) - set(asked["left_out"]))[: asked["table_rows"]]
-    tasks = first_rows(table.select(asked_rows), request.rows)
+    tasks = table.select(asked_rows).first(request.rows)
     validate(tasks, check=truth_check(request.reward, request.settings))
     rows = {row.index: row for row in read_generated(folder)}
     lacking = [index for index in range(len(tasks)) if index not in rows]

@@ -21,6 +21,7 @@ from foveate.errors import ConfigError, DataError
 from foveate.evaluate.answers import Answer, AnswerStore, Generated
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
 from foveate.files import atomic_path, atomic_write_text
+from foveate.model.checkpoints import read_config
 from foveate.records import SamplingParams, Task
 from foveate.rewards.text import jsonable, options, question
 
@@ -40,7 +41,14 @@ MCQ, VQA = "CustomMCQDataset", "CustomVQADataset"
 
 
 def checkpoint_models(folder: Path, name: str) -> dict[str, Any]:
-    """The entries of a checkpoint in GitHub format, without and with thinking, as its own list has InternVL3.5."""
+    """The entries of a checkpoint, without and with thinking, as its own list has InternVL3.5.
+
+    Raises ConfigError for one that is not in the GitHub format, the only one that its class loads."""
+    if read_config(folder)["model_type"] != "internvl_chat":
+        raise ConfigError(
+            f"{folder} is not in InternVL's GitHub format, which VLMEvalKit's InternVLChat needs; run "
+            f"`foveate convert {folder} OUT --to chat` and give --model OUT, or serve it and give --endpoint"
+        )
     plain = {"class": "InternVLChat", "model_path": str(folder), "version": "V2.0"}
     thinking = {"use_lmdeploy": True, "max_new_tokens": NEW_TOKENS, "cot_prompt_version": "r1", "do_sample": True}
     return {name: plain, f"{name}-Thinking": {**plain, **thinking}}

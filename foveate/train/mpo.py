@@ -54,8 +54,7 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
         step = resume(run, workers, stream, metrics, others)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
-        with reader, progress("training", settings.train.steps) as advance:
-            advance(step)
+        with reader, progress("training", settings.train.steps, done=step) as advance:
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()

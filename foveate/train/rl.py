@@ -74,8 +74,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
             evaluator.evaluate(engine, step)
 
         asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
-        with asking as sampler, progress("training", settings.train.steps) as advance:
-            advance(step)
+        with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()

@@ -34,8 +34,7 @@ def run_sft(settings: SFTSettings) -> RunFolder:
         step = resume(run, workers, stream, metrics)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
-        with reader, progress("training", settings.train.steps) as advance:
-            advance(step)
+        with reader, progress("training", settings.train.steps, done=step) as advance:
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()
