@@ -31,10 +31,10 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# Side by side with TRL, verl, transformers and vLLM, each in an environment of its own under build/peers; rewrites
+# docs/performance.md. Over an hour of one core.
 bench: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/group_packing.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/generation.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/logprobs_memory.py
+	OMP_NUM_THREADS=1 $(BIN)/foveate bench
 
 # Makes the weights that are shipped as the demo's cold start again: about an hour and a half on one idle core. The two
 # last stages repeat the two before them, for longer: after the first time the relation words were only half learned.

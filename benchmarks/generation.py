@@ -10,6 +10,7 @@ so that other programs on the machine disturb little.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import statistics
 import tempfile
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,14 +95,20 @@ def seconds(run: Callable[[], int]) -> float:
     return time.process_time() - started
 
 
-def compare(name: str, policy: Policy, prompt: Prompt, pairs: int) -> None:
-    """Print medians, the ratio of each pair and their spread."""
+def compare(name: str, policy: Policy, prompt: Prompt, pairs: int) -> dict[str, Any]:
+    """Seconds of each pair."""
     ours, theirs = native(policy, prompt), copies(policy, prompt)
     ours(), theirs()
     times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
+    return {"prompt": name, "prompt_tokens": len(prompt), "pairs": times}
+
+
+def say(found: dict[str, Any]) -> None:
+    """Medians, the ratio of each pair and their spread."""
+    times = found["pairs"]
     ratios = [copied / shared for shared, copied in times]
-    print(f"{name}: {len(prompt)} prompt tokens, {SAMPLES} answers of {NEW_TOKENS} tokens")
-    print(f"  native engine            {statistics.median(shared for shared, _ in times):8.2f} s (median of {pairs})")
+    print(f"{found['prompt']}: {found['prompt_tokens']} prompt tokens, {SAMPLES} answers of {NEW_TOKENS} tokens")
+    print(f"  native engine            {statistics.median(shared for shared, _ in times):8.2f} s (median)")
     print(f"  transformers, {SAMPLES} copies  {statistics.median(copied for _, copied in times):8.2f} s")
     print(f"  ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
 
@@ -108,15 +116,21 @@ def compare(name: str, policy: Policy, prompt: Prompt, pairs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5, help="measured pairs per prompt (default 5)")
-    pairs = parser.parse_args().pairs
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         policy = load_policy(str(build_tiny(Path(folder), SIZE, padded_vocabulary=VOCABULARY)))
         policy = replace(policy, family=replace(policy.family, stop_ids=(VOCABULARY,)))
-        for name, prompt in (("image", image_prompt(policy)), ("text", text_prompt(policy))):
-            compare(name, policy, prompt, pairs)
+        prompts = (("image", image_prompt(policy)), ("text", text_prompt(policy)))
+        found = [compare(name, policy, prompt, options.pairs) for name, prompt in prompts]
+    if options.json:
+        print(json.dumps({"samples": SAMPLES, "new_tokens": NEW_TOKENS, "vocabulary": VOCABULARY, "prompts": found}))
+        return
+    for one in found:
+        say(one)
 
 
 if __name__ == "__main__":

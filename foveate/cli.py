@@ -8,6 +8,7 @@ import sys
 import typer
 
 from foveate import cli_eval, cli_models, cli_plan, cli_serve, cli_train
+from foveate.cli_bench import bench
 from foveate.cli_cluster import cluster, submit
 from foveate.cli_data import data
 from foveate.cli_prepare import prepare
@@ -48,6 +49,7 @@ VERBS = {
         "import-verl": cli_plan.import_verl_command,
         "cluster": cluster,
         "submit": submit,
+        "bench": bench,
     },
 }
 """What the help shows, panel by panel."""

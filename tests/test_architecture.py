@@ -19,7 +19,7 @@ LAYERS = (
     "data", "algorithms", "rewards", "encoding", "model", "parallel", "rollout", "cluster", "serve",
     "evaluate", "train", "plan", "import_verl", "doctor", "demo",
     "cli_options", "cli_prepare", "cli_data", "cli_train", "cli_plan", "cli_serve", "cli_eval", "cli_models",
-    "cli_vlmevalkit", "cli_cluster", "cli",
+    "cli_vlmevalkit", "cli_bench", "cli_cluster", "cli",
 )  # fmt: skip
 """Modules and folders of the package, each importing only from those before it and from itself."""
 LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 26_000

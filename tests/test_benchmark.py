@@ -8,16 +8,23 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
+
+from foveate import cli_bench
+from foveate.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 PEERS = Path(os.environ.get("FOVEATE_PEERS", ROOT / "build" / "peers"))
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
+import bench  # noqa: E402
 import compare  # noqa: E402
 import foveate_step  # noqa: E402
+import page  # noqa: E402
 from work import WORKS  # noqa: E402
 
 RECORDED = json.loads(gzip.decompress((Path(__file__).parent / "data" / "peer_updates.json.gz").read_bytes()))
@@ -98,3 +105,68 @@ def test_every_work_has_room_for_its_images():
     for work in WORKS.values():
         assert sum(work.images) * 16 + 10 <= work.prompt
         assert work.answers % work.rows == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def measured(**seconds):
+    """A result of one round in which each system took so long."""
+    steps = {name: [{"cpu": cpu, "wall": cpu, "peak_mb": 100.0}] for name, cpu in seconds.items()}
+    conditions = {"date": "2026-01-01", "cores": 2, "load": 0.5, "torch": "2.13.0", "machine": "a processor"}
+    return {"work": "text", "threads": 1, "vocabulary": 4096, "steps": steps, **conditions}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(results) -> the page and its chart."""
+
+    def write(results):
+        for name, result in results.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        page.write_page(tmp_path, tmp_path)
+        return (tmp_path / "performance.md").read_text(), (tmp_path / "performance.svg").read_text()
+
+    return write
+
+
+def test_the_page_says_what_was_measured_and_what_was_not(written):
+    text, chart = written({"update-text": measured(foveate=2.0, trl=3.0, verl=1.0)})
+    assert "| update, text, one thread: at least 1 times TRL | 1.50 | yes |" in text
+    assert "| update, text, one thread: at least 1 times verl | 0.50 | **no** |" in text
+    assert "4,096" in text.split("trained tokens")[1]
+    assert "Not measured: grounding-short, grounding-reasoning, reasoning, several-images." in text
+    assert text.count("\nNot measured.") == 7
+    assert "a processor" in text
+    assert "TRL 1.5" in chart
+
+
+def test_a_page_of_nothing_claims_nothing(written):
+    text, chart = written({})
+    assert "Nothing has been measured." in text
+    assert "yes" not in text.split("## The goals")[1]
+    assert chart.startswith("<svg")
+
+
+def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as refused:
+        bench.main(["generatoin"])
+    assert refused.value.code == 2
+    assert "unknown part 'generatoin'; known are update, threads, memory" in capsys.readouterr().err
+
+
+def test_an_installation_without_benchmarks_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli_bench, "SCRIPT", tmp_path / "bench.py")
+    with pytest.raises(ConfigError, match="run it in a checkout of the sources"):
+        cli_bench.bench()
+
+
+def test_the_command_hands_its_arguments_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        cli_bench.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3)
+    )
+    with pytest.raises(typer.Exit) as ended:
+        cli_bench.bench(["update"], pairs=2, work=["text"])
+    assert ended.value.exit_code == 3
+    assert asked[0][2:] == ["update", "--pairs", "2", "--works", "text"]

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -54,33 +54,39 @@ WORKS = {
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a step gives: its loss and the norm of its gradient, to be compared, and a count of its tokens."""
+    """What a step gives: its loss and the norm of its gradient, to be compared; where it has phases, the processor
+    seconds of each; and counts of what it did."""
 
     loss: float
     grad_norm: float
+    phases: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
-def serve(step: Callable[[], Done], gradients: Callable[[], tuple[Done, Prints]]) -> None:
+clock = time.process_time
+
+
+def serve(step: Callable[[], Done], gradients: Callable[[], tuple[Done, Prints]] | None = None) -> None:
     """Answer each line on standard input with one JSON line. `step`: a step's loss, gradient norm, seconds by wall
-    clock, seconds of processor time and the memory that it needed on top of what was there (MB). `gradients`: loss,
-    gradient norm and the prints of the gradients."""
+    clock, seconds of processor time and its peak of memory above what the process had before its first step (MB), so
+    that gradients, moments and what an allocator keeps count. `gradients`: loss, gradient norm and their prints."""
     print("ready", flush=True)
+    loaded = reset_peak()
     for line in sys.stdin:
-        if line.strip() == "gradients":
+        if line.strip() == "gradients" and gradients is not None:
             done, prints = gradients()
             print(json.dumps({"loss": done.loss, "grad_norm": done.grad_norm, "gradients": prints}), flush=True)
             continue
-        before = reset_peak()
-        wall, cpu = time.perf_counter(), time.process_time()
+        reset_peak()
+        wall, cpu = time.perf_counter(), clock()
         done = step()
-        record = {
-            "loss": done.loss,
-            "grad_norm": done.grad_norm,
-            "wall": time.perf_counter() - wall,
-            "cpu": time.process_time() - cpu,
-            "peak_mb": peak() - before,
-        }
-        print(json.dumps(record), flush=True)
+        say(done, time.perf_counter() - wall, clock() - cpu, peak() - loaded)
+
+
+def say(done: Done, wall: float, cpu: float, peak_mb: float) -> None:
+    """The line that answers `step`."""
+    record = {"loss": done.loss, "grad_norm": done.grad_norm, "wall": wall, "cpu": cpu, "peak_mb": peak_mb}
+    print(json.dumps({**record, **done.phases, **done.counts}), flush=True)
 
 
 def prints_of(model: torch.nn.Module) -> Prints:

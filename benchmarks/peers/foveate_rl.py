@@ -1,0 +1,81 @@
+"""foveate's whole GRPO step on `picture_task`: read the pictures, answer, grade, learn, publish.
+
+foveate_rl.py make MODEL VOCABULARY      foveate_rl.py run MODEL THREADS
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import picture_task as task
+import torch
+from foveate_step import BUDGET, SIZE
+from work import CLIP, Done, clock, serve
+
+from foveate.cluster.local import LocalWorkers
+from foveate.config_parts import AlgorithmSettings, ModelSettings, OptimSettings
+from foveate.encoding.encode import Encoder
+from foveate.model.tiny import build_tiny
+from foveate.parallel.balance import Costs
+from foveate.records import Group, Image, Message, SamplingParams, Score, Task
+from foveate.rollout.base import Request
+from foveate.rollout.native import NativeEngine
+from foveate.train.method import build_method
+from foveate.train.update import prepare, update
+from foveate.train.worker import Worker
+
+
+def tasks() -> list[Task]:
+    size = task.COLUMNS * task.TILE, task.ROWS * task.TILE
+    text = f"<image>\n{task.QUESTION}"
+    return [
+        Task(str(i), "bench", (Message("user", text),), (Image(None, task.picture(i), *size),), None)
+        for i in range(task.GROUPS)
+    ]
+
+
+def run(folder: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    worker = Worker(ModelSettings(path=folder), OptimSettings(lr=task.LEARNING_RATE), BUDGET)
+    workers, policy = LocalWorkers(worker), worker.policy
+    costs = Costs.of(policy.model.config)
+    encoder = Encoder(policy.tokenizer, policy.family, task.TILES, 4096)
+    # no stop token, so that every answer has the full length, as in TRL's run
+    engine = NativeEngine(replace(policy, family=replace(policy.family, stop_ids=(-1,))), encoder.decode)
+    loss = {"clip_low": CLIP, "clip_high": CLIP}
+    method = build_method(AlgorithmSettings(name="grpo", loss=loss), task.ANSWER_TOKENS)
+    sampling = SamplingParams(samples=task.ANSWERS, max_tokens=task.ANSWER_TOKENS)
+    rows, steps = tasks(), 0
+
+    def step() -> Done:
+        nonlocal steps
+        steps += 1
+        started = clock()
+        prompts = [encoder(row) for row in rows]
+        encoded = clock()
+        answers = engine.generate([Request(p, seed=100 * steps + i) for i, p in enumerate(prompts)], sampling)
+        generated = clock()
+        scores = [tuple(Score(task.reward(list(a.token_ids))) for a in group) for group in answers]
+        groups = [*map(Group, rows, prompts, answers, scores)]
+        examples, _ = prepare(workers, groups, method, 1, costs)
+        learned = update(workers, examples, method, 1, {"lr": task.LEARNING_RATE}, costs)
+        engine.publish(steps, ())
+        return Done(
+            learned["policy_loss"], learned["grad_norm"],
+            {"encode": encoded - started, "generate": generated - encoded, "update": clock() - generated},
+            {
+                "prompt_tokens": sum(map(len, prompts)),
+                "answer_tokens": sum(len(answer.token_ids) for group in answers for answer in group),
+            },
+        )  # fmt: skip
+
+    serve(step)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        build_tiny(Path(sys.argv[2]), replace(SIZE, max_tiles=task.TILES), padded_vocabulary=int(sys.argv[3]))
+    else:
+        run(sys.argv[2], int(sys.argv[3]))
