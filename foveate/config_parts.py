@@ -126,8 +126,8 @@ class RolloutSettings(Settings):
     staleness: int = Field(
         default=0,
         ge=0,
-        description="Steps by which the weights of an answer may lag those that learn from it: 0 generates and learns in "
-        "turn, 1 does both at once, more also evens out rounds of unlike length.",
+        description="Steps by which the weights of an answer may lag those that learn from it: 0 generates and learns "
+        "in turn, 1 does both at once, more also evens out rounds of unlike length.",
     )
     samples: int = Field(default=8, ge=1, description="Answers per prompt (the group size).")
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature.")
