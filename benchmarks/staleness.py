@@ -59,10 +59,8 @@ SLEEPING = Algorithm(advantage=f"{HERE}:sleeping_grpo", loss="gspo", source="")
 def settings_of(folder: Path, data: Path, staleness: int, algorithm: str = "gspo", **changes: Any) -> RLSettings:
     """The demo's recipe with a staleness; `changes` are settings by their dotted names."""
     values = {"run": folder, "data.train": f"[{data}/train.parquet]", "data.test": f"[{data}/test.parquet]"}
-    values |= {
-        "rollout.staleness": staleness,
-        "algorithm": f"{{name: '{algorithm}', correction: {{mode: token-truncate}}}}",
-    }
+    values["rollout.staleness"] = staleness
+    values["algorithm"] = f"{{name: '{algorithm}', correction: {{mode: token-truncate}}}}"
     values |= changes
     recipe = HERE.parent.parent / "foveate" / "recipes" / "shapes_gspo.yaml"
     return load_recipe(recipe, [f"{name}={value}" for name, value in values.items()], RLSettings)
