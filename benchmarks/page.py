@@ -291,11 +291,12 @@ def _scaling(found: dict[str, Result]) -> Iterator[str]:
     yield f"\nForward and backward of one group of text; where nothing else is said, {base}. x^k is the fitted power."
     rows = []
     for name, points in result["curves"].items():
-        fitted = result["exponents"][name]
+        fitted, with_memory = result["exponents"][name], points[0]["mb"] is not None
         rows.append([
             name, ", ".join(f"{point['at']:,}" for point in points),
             ", ".join(f"{point['seconds']:.2f}" for point in points), f"{fitted['seconds']:.2f}",
-            ", ".join(f"{point['mb']:,.0f}" for point in points), f"{fitted['mb']:.2f}",
+            ", ".join(f"{point['mb']:,.0f}" for point in points) if with_memory else "not measured",
+            f"{fitted['mb']:.2f}" if with_memory else "",
         ])  # fmt: skip
     yield from table(["over", "at", "processor s", "k of time", "memory, MB", "k of memory"], rows)
     answer, prompt = result["answer_token_seconds"], result["prompt_token_seconds"]
@@ -307,18 +308,9 @@ def _scaling(found: dict[str, Result]) -> Iterator[str]:
         f"computed again for each "
         f"answer, one more answer would take {1000 * (own + result['base']['P'] * prompt):.0f} ms."
     )
-    yield from _vocabulary(result)
-
-
-def _vocabulary(result: Result) -> Iterator[str]:
-    points, width = result["curves"]["vocabulary"], result["base"]["width"]
-    first, last = points[0], points[-1]
-    gradients = 4 * width * (last["at"] - first["at"]) / 2**20
     yield (
-        f"\nMemory over the vocabulary includes the gradient of the head and of the embedding: {2 * gradients:,.0f} MB "
-        f"of the {last['mb'] - first['mb']:,.0f} MB between the first and the last point. All logits of "
-        f"the answers at once "
-        f"would be {4 * result['base']['n'] * result['base']['R'] * last['at'] / 2**20:,.0f} MB, a few times over."
+        "\nMemory is beside weights and gradients, each point in a process of its own. A fitted power below 1 is a "
+        "constant and a line: of n, the prompt that is computed once."
     )
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,7 +51,8 @@ def worker_of(width: int, vocabulary: int) -> Worker:
 
 
 def measure(worker: Worker, n: int, prompt: int, answer: int, repeats: int) -> dict[str, float]:
-    """Median processor seconds of an update and the most memory that one needed beside weights and moments."""
+    """Median processor seconds of forward and backward, and the peak of memory beside weights and gradients, which
+    means something in a process that has done nothing else: an allocator keeps what was freed."""
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> tuple[int, ...]:
@@ -62,15 +64,15 @@ def measure(worker: Worker, n: int, prompt: int, answer: int, repeats: int) -> d
     group = TrainGroup(tree, engine, torch.randn(n * answer, generator=generator))
     totals = Totals(tokens=n * answer, samples=n, groups=1)
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP)
-    seconds, memory = [], []
+    seconds, loaded, gradients = [], reset_peak(), 0
     for _ in range(repeats + 1):
-        before = reset_peak()
         started = time.process_time()
         worker.policy_gradients([group], loss, totals)
         seconds.append(time.process_time() - started)
-        memory.append(peak() - before)
+        found = [p.grad for p in worker.policy.model.parameters() if p.grad is not None]
+        gradients = sum(grad.nbytes for grad in found)
         worker.optimizer.zero_grad()
-    return {"seconds": statistics.median(seconds[1:]), "mb": max(memory)}
+    return {"seconds": statistics.median(seconds[1:]), "mb": peak() - loaded - gradients / 2**20}
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
@@ -80,13 +82,21 @@ def exponent(points: list[tuple[float, float]]) -> float:
 
 
 def curve(name: str, repeats: int) -> list[dict[str, float]]:
+    """A process of its own for each point."""
     points = []
     for value in CURVES[name]:
-        shape = {**BASE, name: value}
-        worker = worker_of(shape["width"], shape["vocabulary"])
-        points.append({"at": value, **measure(worker, shape["n"], shape["P"], shape["R"], repeats)})
+        command = [sys.executable, __file__, "--pairs", str(repeats), "--point", json.dumps({**BASE, name: value})]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        points.append({"at": value, **json.loads(out.splitlines()[-1])})
         print(name, points[-1], file=sys.stderr, flush=True)
     return points
+
+
+def one_point(shape: dict[str, int], repeats: int) -> dict[str, float]:
+    worker = worker_of(shape["width"], shape["vocabulary"])
+    small = measure(worker, 2, 16, 4, 1)  # libraries that the first step loads are not the shape's
+    assert small["seconds"] > 0
+    return measure(worker, shape["n"], shape["P"], shape["R"], repeats)
 
 
 def marginal(points: list[dict[str, float]], tokens: int) -> float:
@@ -113,7 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3, help="measured repeats of each point")
     parser.add_argument("--json", action="store_true", help="on one line")
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.point is not None:
+        torch.set_num_threads(1)
+        print(json.dumps(one_point(options.point, options.pairs)))
+        return
     print(json.dumps(run(options.pairs), indent=None if options.json else 1))
 
 
