@@ -1,4 +1,5 @@
-"""What is wrong with a model folder is told in one line, whatever its family and layout."""
+"""What is wrong with a model folder is told in one line, whatever its family and layout, when it is loaded and by the
+doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from checkpoint_cases import write_chat_folder
 from family_cases import VISION_MODELS, build_family
 from safetensors.torch import load_file, save_file
 
+from foveate.doctor import examine
 from foveate.errors import DataError
 from foveate.model.convert import convert
 from foveate.model.load import load_policy
@@ -52,6 +54,9 @@ def refusal(folder):
     said = str(error.value)
     assert said.startswith(str(folder))
     assert "\n" not in said
+    with pytest.raises(DataError) as told:  # by `foveate doctor`, which does not read the weights
+        examine(str(folder))
+    assert str(told.value) == said
     return said.removeprefix(str(folder))
 
 
