@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -14,7 +15,7 @@ from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.model.families import InternVL
 from foveate.model.qwen_vl import QwenVL
-from foveate.model.tiny import QWEN_SPLIT
+from foveate.model.tiny import QWEN_SPLIT, tiny_tokenizer
 from foveate.records import Message
 
 QWEN3_WORDS = [
@@ -149,3 +150,28 @@ def test_the_checkpoints_own_template_goes_first(tiny_policy, make_task):
         )
     finally:
         tokenizer.chat_template = own
+
+
+HARMONY = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}<|message|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("ending", "answer", "wanted"),
+    [
+        ("", "4", "<|channel|>final<|message|>4<|return|>"),
+        ("", "<|channel|>analysis<|message|>2+2", "<|channel|>analysis<|message|>2+2<|return|>"),
+        ("<|channel|>final<|message|>", "4", "4<|return|>"),
+    ],
+)
+def test_a_demonstrated_answer_of_gpt_oss_names_its_channel(ending, answer, wanted):
+    tokenizer = tiny_tokenizer(640)
+    words = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = HARMONY.replace("assistant{%", f"assistant{ending}{{%")
+    family = replace(INTERNVL, stop_ids=(tokenizer.convert_tokens_to_ids("<|return|>"),))
+    ids = Encoder(tokenizer, family, 12, 512).answer_ids(answer)
+    assert tokenizer.decode(ids) == wanted
+    assert list(ids) == tokenizer.encode(wanted, add_special_tokens=False)

@@ -184,6 +184,16 @@ def test_an_image_processor_that_cannot_be_built_is_an_error(name, damage, messa
     assert message in refusal(folder)
 
 
+def test_images_of_a_least_number_of_tiles_are_refused(damaged):
+    hf = damaged("internvl-hf")
+    change(hf / "preprocessor_config.json", min_patches=2)
+    assert "images of at least 2 tiles are not known" in refusal(hf)
+    shutil.rmtree(hf)
+    chat = damaged("internvl-chat")
+    change_config(chat, min_dynamic_patch=2)
+    assert "images of at least 2 tiles are not known" in refusal(chat)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
