@@ -130,6 +130,16 @@ def test_a_model_that_exists_only_as_code_is_refused_and_its_code_is_not_run(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_quantised_weights_are_refused(name, damaged):
+    folder, how = damaged(name), {"quant_method": "mxfp4"}
+    part = {"internvl-chat": "llm_config", "internvl-hf": "text_config"}.get(name)
+    content = json.loads((folder / "config.json").read_text()) if part else {}
+    changes = {part: {**content[part], "quantization_config": how}} if part else {"quantization_config": how}
+    change_config(folder, **changes)
+    assert "config.json: the weights are quantised (mxfp4), which cannot be trained" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_code_that_comes_beside_a_known_model_is_not_run(name, damaged):
     folder = damaged(name)
     for file in ("configuration_new", "modeling_new", "tokenization_new", "processing_new"):

@@ -59,6 +59,12 @@ def read_config(folder: Path) -> Json:
         known = ", ".join([*(f"{name} ({form} format)" for name, form in MODEL_TYPES.items()), *OTHER_TYPES])
         why = ", a model that exists only as code of its checkpoint, which is never run" if "auto_map" in config else ""
         raise DataError(f"{path}: model_type is {kind!r}{why}; known are: {known}")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if quantised := part.get("quantization_config"):
+            how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise DataError(
+                f"{path}: the weights are quantised ({how}), which cannot be trained; take the bfloat16 ones"
+            )
     return config
 
 
