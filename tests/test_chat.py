@@ -106,6 +106,15 @@ def test_the_token_ids_of_internvl_prompts_are_these(real_tokenizer, official_en
 
 
 @pytest.mark.slow
+def test_the_token_ids_of_a_thinking_prompt_are_the_official_ones(real_tokenizer, official_encoding, make_task):
+    prompt = Encoder(real_tokenizer, INTERNVL, 12, 8192, THINKING_SYSTEM)(make_task("What is 17 * 3?"))
+    text = f"<|im_start|>system\n{THINKING_SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 17 * 3?<|im_end|>\n"
+    assert list(prompt.token_ids) == official_encoding(text + "<|im_start|>assistant\n")
+    assert len(prompt) == 137
+    assert prompt.token_ids[:12] == (151644, 8948, 198, 2610, 525, 458, 15235, 17847, 429, 77377, 7017, 11017)
+
+
+@pytest.mark.slow
 def test_the_token_ids_of_qwen_prompts_are_these(real_tokenizer, make_task, make_image):
     prompt = Encoder(real_tokenizer, QWEN_VL, QWEN_VL.budget, 8192)(make_task("<image>What?", make_image(320, 256)))
     start, end, line = SAID["<|im_start|>"], SAID["<|im_end|>"], SAID["\n"]

@@ -69,12 +69,16 @@ def read_config(folder: Path) -> Json:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises DataError for one that is damaged."""
+    """The tokenizer of a checkpoint, with its chat template. Raises DataError for one that is damaged."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
         raise unreadable(folder, error) from error
+    older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
+    if not tokenizer.chat_template and older.is_file():
+        tokenizer.chat_template = read_json(older).get("chat_template")
+    return tokenizer
 
 
 def read_image_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
