@@ -240,7 +240,7 @@ def test_the_source_stays_as_it_was(chat_folder, tmp_path):
 # ------------------------------------------------------------------------------------------------- load and save
 
 
-@pytest.mark.parametrize("case", ["300M-qwen3", "6B-qwen3_moe", "300M-gpt_oss"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", ["chat", "hf", "hf-old"])
 def test_a_policy_is_saved_in_the_layout_it_came_in(case, layout, chat_folder, tmp_path):
     source = chat_folder(case)
