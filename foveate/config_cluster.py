@@ -27,6 +27,11 @@ class ClusterSettings(Settings):
         default=None,
         description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type.",
     )
+    engines: int = Field(
+        default=0,
+        ge=0,
+        description="Processes that answer, beside those that train and on GPUs of their own; 0: the ranks answer.",
+    )
     engine_tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the engine's model.")
     engine_memory: float = Field(
         default=0.8, gt=0, lt=1, description="Share of a GPU's memory that the engine may fill while it generates."

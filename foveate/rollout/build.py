@@ -17,16 +17,23 @@ from foveate.rollout.native import NativeEngine
 from foveate.rollout.parity import check_engine
 
 
-def choose_engine(rollout: RolloutSettings, max_prompt_tokens: int, *, apart: bool = False) -> Callable[..., Any]:
+def choose_engine(
+    rollout: RolloutSettings, max_prompt_tokens: int, *, apart: bool = False, parallel: int = 1
+) -> Callable[..., Any]:
     """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
     keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
-    prompt with its answer. `apart`: it answers while the policy learns, so that the native one gets weights of its own.
+    prompt with its answer, and one that knows `tensor_parallel` gets `parallel` GPUs. `apart`: it answers while the
+    policy learns, so that the native one gets weights of its own.
+
     Raises ConfigError for whatever does not fit; nothing is started yet."""
     make: Any = resolve(ENGINES, rollout.engine, "engine")
     function = make.__init__ if inspect.isclass(make) else make
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
-    if "longest" in inspect.signature(function).parameters:
+    known = inspect.signature(function).parameters
+    if "longest" in known:
         keywords = {"longest": max_prompt_tokens + rollout.max_tokens, **keywords}
+    if "tensor_parallel" in known and parallel > 1:
+        keywords = {"tensor_parallel": parallel, **keywords}
     if apart and inspect.isclass(make) and issubclass(make, NativeEngine):
         return partial(make.copy_of, **{name: value for name, value in keywords.items() if name != "own_weights"})
     return partial(make, **keywords)

@@ -63,9 +63,15 @@ class Leaving:
             raise SystemExit(128 + signal.SIGTERM)
 
 
+_OF_ENGINES = {"engines", "engine_tensor_parallel", "timeout", "retries"}
+"""Settings of a cluster that act where engines have processes of their own."""
+
+
 def require_one_process(cluster: ClusterSettings) -> None:
     """Refuse settings of a cluster where they would not act."""
-    differing = [f"cluster.{name}={value}" for name, value in cluster.model_dump(exclude_defaults=True).items()]
+    acting = _OF_ENGINES if cluster.engines else set()
+    given = cluster.model_dump(exclude_defaults=True, exclude=acting)
+    differing = [f"cluster.{name}={value}" for name, value in given.items()]
     if differing:
         raise ConfigError(
             f"{', '.join(differing)}: foveate sft and runs of one rank compute in one process on the CPU, where no "
@@ -79,20 +85,25 @@ def check_cluster(settings: RLSettings) -> None:
     if cluster.ranks == 1:
         require_one_process(cluster)
         return
-    if settings.rollout.staleness:
-        raise ConfigError(
-            f"rollout.staleness={settings.rollout.staleness}: several ranks answer and learn in turn so far; use 0"
-        )
-    if settings.rollout.engine != "native":
-        raise ConfigError(f"rollout.engine={settings.rollout.engine}: several ranks answer by the native engine so far")
-    for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
-        value = cluster.model_dump()[name]
-        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
+    if not cluster.engines:
+        _check_ranks_answer(settings)
     for name, value in (("model.lora", settings.model.lora), ("algorithm.critic", settings.algorithm.critic)):
         if value is not None:
             raise ConfigError(
                 f"{name} is set, which learns on one rank so far; leave it out, or cluster.* but one rank"
             )
+
+
+def _check_ranks_answer(settings: RLSettings) -> None:
+    """What cannot be where several ranks answer themselves."""
+    advice = "with several ranks that takes processes of its own: set cluster.engines to their number"
+    if settings.rollout.staleness:
+        raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
+    if settings.rollout.engine != "native":
+        raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
+    given = settings.cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True)
+    for name, value in given.items():
+        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
 
 
 def use_threads(threads: int | None) -> None:
