@@ -57,7 +57,7 @@ def vision_flops(config: Any, tiles: int) -> float:
 
 
 def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
-    """Time of each phase, on the `machines` of the ranks. Communication overlaps with arithmetic, and the longer of both
+    """Time of each phase, on the `machines` of the ranks. Communication overlaps with arithmetic: the longer of both
     counts; what a group that is split over micro-batches repeats is counted."""
     row, group = work.budget * work.cluster.sequence_parallel, work.answers * work.answer
     pieces = max(1, -(-group // max(1, row - work.prompt)))
