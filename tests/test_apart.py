@@ -27,10 +27,14 @@ from foveate.rollout.native import NativeEngine
 SAMPLING = SamplingParams(samples=2, max_tokens=6)
 
 
+def nothing(_number, _method):
+    return False
+
+
 class ThreadHosts:
     """Hosts in this process. `dies` says, before each call, whether the host dies instead of answering it."""
 
-    def __init__(self, size, dies=lambda number, method: False):
+    def __init__(self, size, dies=nothing):
         self.size, self.dies = size, dies
         self.hosts, self.starts, self.ended, self.packets = {}, [], [], []
         self._pool = ThreadPoolExecutor(16)
@@ -57,7 +61,6 @@ class ThreadHosts:
         return result
 
     def share(self, packet):
-        gc.collect()
         self.packets.append(weakref.ref(packet.data))
         return packet
 
@@ -104,7 +107,7 @@ def started(tiny_folder, trainer, encode):
     """started(size, ...) -> engines apart with the weights of the trainer, and their hosts."""
     opened = []
 
-    def start(size, *, dies=lambda number, method: False, make=NativeEngine, timeout=60.0, beside=False, check_every=0):
+    def start(size, *, dies=nothing, make=NativeEngine, timeout=60.0, beside=False, check_every=0):
         hosts = ThreadHosts(size, dies)
         load = partial(load_policy, str(tiny_folder))
         workers = LocalWorkers(trainer)
@@ -124,9 +127,7 @@ def alone(trainer, encode, version):
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_engines_apart_answer_as_the_trainers_own_engine_also_after_publishes(
-    started, trainer, encode, requests, size
-):
+def test_engines_apart_answer_as_the_trainers_own_engine_also_after_publishes(started, trainer, encode, requests, size):
     engines, _ = started(size)
     for version in (3, 4):
         answers = engines.generate(requests, SAMPLING)
@@ -146,7 +147,7 @@ def test_each_group_comes_as_it_finishes(started, requests):
 
         def stream(self, requests, sampling):
             for index, request in enumerate(requests):
-                yield index, NativeEngine.generate(self, [request], sampling)[0]
+                yield index, next(NativeEngine.stream(self, [request], sampling))[1]
                 assert gate.wait(60)
 
     engines, _ = started(2, make=Waiting)
@@ -159,7 +160,7 @@ def test_each_group_comes_as_it_finishes(started, requests):
     assert not first & rest
 
 
-def once(number, method, at=1):
+def once(number, method, at):
     """What dies: this engine, when it is asked this for the `at`-th time."""
     left = [at]
 
@@ -187,7 +188,7 @@ def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(st
 
 
 def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(started, trainer, requests):
-    engines, hosts = started(2, dies=once(1, "more"), beside=True)
+    engines, hosts = started(2, dies=once(1, "more", 1), beside=True)
     expected = started(2)[0].generate(requests, SAMPLING)
     learn(trainer.policy, 9)
     assert engines.generate(requests, SAMPLING) == expected
@@ -195,7 +196,7 @@ def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(sta
 
 
 def test_the_only_engine_of_trainers_that_learn_meanwhile_takes_the_run_back_with_it(started, requests):
-    engines, _ = started(1, dies=once(0, "more"), beside=True)
+    engines, _ = started(1, dies=once(0, "more", 1), beside=True)
     with pytest.raises(RankLost, match="engine 0 died, and its weights with it"):
         engines.generate(requests, SAMPLING)
 
@@ -224,23 +225,24 @@ def test_an_engine_that_finishes_nothing_is_started_again(started, requests):
 
 def test_what_an_engine_refuses_ends_the_run(started, requests):
     class Refusing(NativeEngine):
-        def stream(self, requests, sampling):
+        def stream(self, _requests, _sampling):
             raise EngineError("no")
             yield
 
     engines, hosts = started(2, make=Refusing)
-    with pytest.raises(EngineError, match="^no$"):
+    with pytest.raises(EngineError, match=r"^no$"):
         engines.generate(requests, SAMPLING)
     assert hosts.starts == [0, 1]
 
 
-def test_at_most_two_packets_of_weights_are_in_memory(started, trainer):
+def test_at_most_two_packets_of_weights_are_in_memory(started):
     engines, hosts = started(2)
     alive = []
     share = hosts.share
 
     def counted(packet):
         shared = share(packet)
+        gc.collect()
         alive.append(sum(one() is not None for one in hosts.packets))
         return shared
 
@@ -251,12 +253,12 @@ def test_at_most_two_packets_of_weights_are_in_memory(started, trainer):
 
 
 def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
-    engines, hosts = started(2, check_every=1)
+    engines, hosts = started(1, check_every=1)
     assert engines.publish(4)["engine_check"] < 1e-5
-    incoming = hosts.hosts[1]._incoming
+    incoming = hosts.hosts[0]._incoming
     incoming.take = lambda packet: incoming._taken.update(name for name, *_ in packet.tensors)
     learn(trainer.policy, 5)
-    with pytest.raises(EngineError, match="at weights 5 the engine's log-probs .* differ"):
+    with pytest.raises(EngineError, match=r"at weights 5 the engine's log-probs .* differ"):
         engines.publish(5)
 
 
@@ -266,7 +268,7 @@ def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tin
     incoming.take(first)
     with pytest.raises(DataError, match=r"published weights lack .* and \d+ more"):
         incoming.finish()
-    with pytest.raises(DataError, match="has shape .*, the engine's model none of that name"):
+    with pytest.raises(DataError, match=r"has shape .*, the engine's model none of that name"):
         Incoming(torch.nn.Linear(2, 2)).take(first)
 
 

@@ -16,6 +16,8 @@ from foveate.train.rl import run_rl
 from foveate.train.setup import require_one_process
 from foveate.train.sft import run_sft
 
+CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
+
 
 @pytest.mark.parametrize(("shard", "shards"), [("full", 16), ("hybrid", 8), ("none", 1)])
 def test_a_copy_of_the_weights_is_cut_over_all_ranks_a_machine_or_none(shard, shards):
@@ -43,6 +45,24 @@ def test_settings_of_engines_apart_need_such_engines(setting):
         (run_sft, sft_settings, {"cluster": {"gpus_per_node": 2}}, "cluster.gpus_per_node=2: foveate sft and runs of"),
         (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: foveate sft and runs of one rank"),
         (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2}, "model": {"lora": {"rank": 2}}}, "model.lora is set"),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"engines": 1, "offload": True}},
+            "cluster.offload=True: foveate sft and runs",
+        ),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"gpus_per_node": 2}, "rollout": {"engine": "vllm"}},
+            "rollout.engine=vllm: with several ranks that takes processes of its own: set cluster.engines",
+        ),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"gpus_per_node": 2}, "rollout": {"staleness": 1}, "algorithm": CORRECTED},
+            "rollout.staleness=1: with several ranks that takes processes of its own: set cluster.engines",
+        ),
         (
             run_rl,
             rl_settings,

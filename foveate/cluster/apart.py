@@ -50,8 +50,8 @@ class EnginesApart:
     """Stands where `foveate.cluster.engine.GroupEngine` stands, in a run whose engines have processes of their own.
 
     One that dies, or finishes no group for `timeout` seconds, is started again, gets the weights of the last publish
-    and answers what is missing of its share: no group is lost or doubled. Its weights come from the trainers; where these
-    learn meanwhile (`beside`), from another engine, and without one the run goes back to its last checkpoint.
+    and answers what is missing of its share: no group is lost or doubled. Its weights come from the trainers; where
+    these learn meanwhile (`beside`), from another engine, and without one the run goes back to its last checkpoint.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class EnginesApart:
         try:
             while asked:
                 done, _ = wait(asked, timeout=_LOOK, return_when=FIRST_COMPLETED)
-                self._end_hung({number: shares[number].heard for number in asked.values()})
+                self._end_hung({number: shares[number] for number in asked.values()})
                 for future in done:
                     number = asked.pop(future)
                     share = shares[number]
@@ -146,11 +146,12 @@ class EnginesApart:
     def _begin(self, number: int, share: _Share, sampling: SamplingParams) -> Future[Any]:
         return self._hosts.ask(number, "begin", self._ticket, share.requests, sampling, sorted(share.missing))
 
-    def _end_hung(self, heard: dict[int, float]) -> None:
-        for number, when in heard.items():
-            if time.monotonic() - when > self._timeout:
+    def _end_hung(self, shares: dict[int, _Share]) -> None:
+        for number, share in shares.items():
+            if time.monotonic() - share.heard > self._timeout:
                 logger.error("engine %d has finished no group for %g s (cluster.timeout)", number, self._timeout)
                 self._hosts.end(number)
+                share.heard = time.monotonic()
 
     # ---------------------------------------------------------------------------------------------------------- weights
 

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -33,12 +32,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.host import EngineLostError
-from foveate.cluster.local import LocalWorkers
+from foveate.cluster.member import Member
 from foveate.cluster.network import talk_through
 from foveate.cluster.weights import Packet
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
-from foveate.log import setup_logging
 from foveate.resolve import FILE_MODULES
 
 logger = logging.getLogger(__name__)
@@ -49,26 +47,9 @@ _START = 120.0
 _GRACE = 60.0
 """Seconds to learn which rank died, when another one reports that its connection broke: Ray counts a machine as gone
 when it has been silent for half a minute."""
-_FAREWELL = 10.0
-"""Seconds that engines have to end their servers themselves."""
 
 
-class _Member:
-    """An actor that holds a worker, and calls it."""
-
-    def __init__(self, folder: str) -> None:
-        if os.path.isdir(folder):
-            os.chdir(folder)  # relative paths of a recipe mean the same everywhere
-        setup_logging()
-
-    def make(self, kind: str, build: bytes) -> None:
-        """Make the worker."""
-        if kind == "cuda":
-            torch.cuda.set_device(0)  # Ray lets a process see no other
-        else:
-            torch.set_num_threads(1)
-        self._workers = LocalWorkers(pickle.loads(build)())
-
+class _Actor(Member):
     def call(self, method: str, packed: bytes, pixels: list[ray.ObjectRef]) -> Any:
         arguments = _Unpickler(packed, pixels).load()
         result = self._workers.call(method, [arguments])[0]
@@ -77,16 +58,8 @@ class _Member:
     def give(self, method: str, packet: Packet) -> None:
         self._workers.call(method, [(packet,)])
 
-    def process(self) -> int:
-        return os.getpid()
 
-    def stacks(self) -> str:
-        """What every thread of this process is doing."""
-        frames = sys._current_frames().values()
-        return "\n".join("".join(traceback.format_stack(frame)[-6:]) for frame in frames)
-
-
-class _Rank(_Member):
+class _Rank(_Actor):
     """The actor of one rank."""
 
     def meeting(self) -> str:
@@ -99,14 +72,20 @@ class _Rank(_Member):
         """Meet the other ranks, and make the worker."""
         talk_through(ray.util.get_node_ip_address())
         patience = timedelta(seconds=cluster.timeout)
+        if cluster.kind == "cuda":
+            torch.cuda.set_device(0)  # Ray lets a process see no other
         dist.init_process_group(
             _BACKENDS[cluster.kind], init_method=meeting, rank=rank, world_size=cluster.ranks, timeout=patience
         )
-        self.make(cluster.kind, build)
+        self.make(build)
 
 
-class _Host(_Member):
+class _Host(_Actor):
     """The actor of one engine. Its methods run beside each other."""
+
+    def make(self, build: bytes) -> None:
+        super().make(build)
+        logger.info("an engine on %s, process %d", ray.util.get_node_ip_address(), os.getpid())
 
 
 class RayWorkers:
@@ -159,15 +138,12 @@ class RayWorkers:
     def _place(self) -> None:
         """One bundle per node, and an actor in it for each of its ranks."""
         settings, per_node = self._cluster, self._cluster.gpus_per_node
-        own = _needs(settings, 1)
-        bundle = {name: count * per_node for name, count in own.items()}
+        bundle = _needs(settings, per_node, per_node)
         asked = f"cluster.nodes={settings.nodes} with {bundle} on each"
         strategy = "STRICT_SPREAD" if settings.nodes > 1 else "STRICT_PACK"
         group = self._link.place([bundle] * settings.nodes, strategy, asked, self._patience)
-        actor: Any = ray.remote(concurrency_groups={"watch": 1})(_Rank)  # pyright: ignore[reportCallIssue]
-        for rank in range(self.size):
-            options = _options(group, rank // per_node, own)
-            self._actors.append(actor.options(**options).remote(os.getcwd()))
+        own = dict.fromkeys(bundle, 1.0)
+        self._actors = [_actor(_Rank, group, rank // per_node, own) for rank in range(self.size)]
 
     def _results(self, refs: list[Any]) -> list[Any]:
         """The results of all ranks, or the first failure of any."""
@@ -178,15 +154,13 @@ class RayWorkers:
                 raise RankLost(self._hung([refs.index(ref) for ref in waiting]))
             try:
                 ray.get(done)
-            except RayActorError as error:
-                raise RankLost(f"rank {refs.index(done[0])} died ({_short(error)})") from error
             except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 self._blame_the_dead(refs, waiting)
                 raise
             except RayError as error:
-                raise RankLost(f"what rank {refs.index(done[0])} found is lost ({_short(error)})") from error
+                raise RankLost(f"rank {refs.index(done[0])} died ({_short(error)})") from error
         return ray.get(refs)
 
     def _blame_the_dead(self, refs: list[Any], waiting: list[Any]) -> None:
@@ -215,10 +189,10 @@ class RayHosts:
         self.size, self._cluster = cluster.engines, cluster
         self._actors: dict[int, Any] = {}
         self._link = _Link(cluster)
-        bundle = _needs(cluster, cluster.engine_tensor_parallel)
+        self._needs = _needs(cluster, 1, cluster.engine_tensor_parallel)
         try:
-            asked = f"cluster.engines={self.size} with {bundle} each"
-            self._group = self._link.place([bundle] * self.size, "SPREAD", asked, patience)
+            asked = f"cluster.engines={self.size} with {self._needs} each"
+            self._group = self._link.place([self._needs] * self.size, "SPREAD", asked, patience)
         except BaseException:
             self.close()
             raise
@@ -226,10 +200,8 @@ class RayHosts:
     def start(self, number: int, build: Callable[[], Any]) -> Future[Any]:
         if number in self._actors:
             ray.kill(self._actors[number])
-        actor: Any = ray.remote(concurrency_groups={"watch": 1}, max_concurrency=4)(_Host)  # pyright: ignore[reportCallIssue]
-        options = _options(self._group, number, _needs(self._cluster, self._cluster.engine_tensor_parallel))
-        self._actors[number] = own = actor.options(**options).remote(os.getcwd())
-        return _future(own.make.remote(self._cluster.kind, _Pickler.pack(build)[0]))
+        self._actors[number] = actor = _actor(_Host, self._group, number, self._needs, beside=4)
+        return _future(actor.make.remote(_Pickler.pack(build)[0]))
 
     def ask(self, number: int, method: str, *arguments: Any) -> Future[Any]:
         actor = self._actors[number]
@@ -245,7 +217,7 @@ class RayHosts:
         ray.kill(self._actors[number])
 
     def close(self) -> None:
-        wait([self.ask(number, "close") for number in self._actors], timeout=_FAREWELL)
+        wait([self.ask(number, "close") for number in self._actors], timeout=10.0)  # in which servers end by themselves
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors = {}
@@ -294,13 +266,11 @@ class _Link:
 
     def place(self, bundles: list[dict[str, float]], strategy: str, asked: str, patience: float) -> PlacementGroup:
         self._group = group = placement_group(bundles, strategy=strategy)
-        if not group.wait(0):
+        if not group.wait(2):
             logger.info("waiting for %s; %s", asked, _what_is_there())
         if not group.wait(patience):
-            raise ConfigError(
-                f"{asked} do not fit what is free in the Ray cluster: {_what_is_there()}; let more nodes join, or ask "
-                "for less"
-            )
+            free = f"what is free in the Ray cluster: {_what_is_there()}"
+            raise ConfigError(f"{asked} do not fit {free}; let more nodes join, or ask for less")
         return group
 
     def close(self) -> None:
@@ -312,13 +282,17 @@ class _Link:
         self._group, self._is_ours = None, False
 
 
-def _needs(cluster: ClusterSettings, gpus: int) -> dict[str, float]:
-    return {"CPU": 1.0, **({"GPU": float(gpus)} if cluster.kind == "cuda" else {})}
+def _needs(cluster: ClusterSettings, cpus: int, gpus: int) -> dict[str, float]:
+    return {"CPU": float(cpus), **({"GPU": float(gpus)} if cluster.kind == "cuda" else {})}
 
 
-def _options(group: PlacementGroup, bundle: int, needs: dict[str, float]) -> dict[str, Any]:
+def _actor(kind: type, group: PlacementGroup, bundle: int, needs: dict[str, float], beside: int = 1) -> Any:
+    """An actor in a bundle, of which `beside` methods may run at a time, besides those that watch it."""
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    return {"num_cpus": 1, "num_gpus": needs.get("GPU", 0), "scheduling_strategy": place}
+    options: dict[str, Any] = {"num_cpus": 1, "num_gpus": needs.get("GPU", 0), "scheduling_strategy": place}
+    options |= {"concurrency_groups": {"watch": 1}, "max_concurrency": beside}
+    make: Any = ray.remote(**options)(kind)
+    return make.remote(os.getcwd(), "cuda" if "GPU" in needs else "cpu")
 
 
 def _stacks(actors: Sequence[Any]) -> list[str]:
