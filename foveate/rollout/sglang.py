@@ -28,6 +28,8 @@ from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanw
 from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
 from foveate.rollout.sync import Sender, plan_buckets, served_weights
 
+KNOWN = ("internvl", "qwen2", "qwen3")
+"""Families whose images and weights are handed over as SGLang reads them."""
 _GROUP = "weights"
 _ON_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
@@ -39,6 +41,9 @@ class SGLangEngine(ServedEngine):
     """The `Engine` seam on SGLang servers that start with random weights and get the trainer's by `publish`.
 
     The seeds of requests are not followed: SGLang's seeded sampling excludes top-p and top-k, and needs its kernels."""
+
+    SALT = "extra_key"
+    """The field of a request that keeps prefixes of different versions apart."""
 
     def __init__(
         self,
@@ -63,8 +68,8 @@ class SGLangEngine(ServedEngine):
         the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
         cache, `cache_tokens` the size of that cache in tokens (None: as fits); the others are those of
         `foveate.rollout.vllm.VLLMEngine`."""
-        if policy.family.name != "internvl":
-            raise ConfigError(f"engine sglang: knows how to hand over images of internvl, not of {policy.family.name}")
+        if policy.family.name not in KNOWN:
+            raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
         self._policy, self._decode = policy, decode
@@ -119,7 +124,8 @@ class SGLangEngine(ServedEngine):
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True})
         _succeed(replica.call("POST", "/begin_weight_update", {}))
-        for bucket in plan_buckets(chat_weights(weights), self._bucket):
+        named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
+        for bucket in plan_buckets(named, self._bucket):
             tensors = [tensor for _, tensor, _ in bucket.tensors]
             update = {
                 "names": [name for name, _, _ in bucket.tensors],
@@ -127,9 +133,10 @@ class SGLangEngine(ServedEngine):
                 "shapes": [list(tensor.shape) for tensor in tensors],
                 "group_name": _GROUP,
                 "weight_version": str(version),
+                "load_format": "foveate",  # of the plug-in: a bucket with a trailer
             }
             with meanwhile(replica, "/update_weights_from_distributed", update):
-                self._senders[replica].send_each(tensors)
+                self._senders[replica].send([bucket])
         _succeed(replica.call("POST", "/end_weight_update", {}))
         replica.call("POST", "/flush_cache")
 
@@ -169,6 +176,10 @@ class SGLangEngine(ServedEngine):
         return Completion(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
 
     def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
+        answers = replica.call("POST", "/generate", self._body(request, sampling))
+        return answers if isinstance(answers, list) else [answers]
+
+    def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         params = {
             "n": sampling.samples,
             "max_new_tokens": sampling.max_tokens,
@@ -184,17 +195,17 @@ class SGLangEngine(ServedEngine):
             "input_ids": list(request.prompt.token_ids),
             "sampling_params": params,
             "return_logprob": True,
-            "extra_key": version,
+            self.SALT: version,
         }
         if request.prompt.pixels is not None:
-            body["image_data"] = [self._images(request.prompt.pixels, version)]
-        answers = replica.call("POST", "/generate", body)
-        return answers if isinstance(answers, list) else [answers]
+            body["image_data"] = [self._images(request.prompt, version)]
+        return body
 
-    def _images(self, pixels: Tensor, version: str) -> str:
+    def _images(self, prompt: Prompt, version: str) -> str:
         """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
         version are never taken from a cache."""
-        tiles = pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
+        assert prompt.pixels is not None
+        tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
         data = tiles.flatten().view(torch.uint8).numpy().tobytes()
         name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
         about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
@@ -216,8 +227,12 @@ def _succeed(answer: Any) -> None:
 
 
 def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model in the GitHub layout; without the names of processors that SGLang would build."""
+    """The small files of the model, InternVL's in the GitHub layout and without the names of processors that SGLang
+    would build."""
     folder.mkdir()
-    write_other_files(policy.folder, folder, policy.format, "chat")
+    images = policy.family.name == "internvl"
+    write_other_files(policy.folder, folder, policy.format, "chat" if images else policy.format)
+    if not images:
+        return
     path = folder / "tokenizer_config.json"
     write_json(path, {key: value for key, value in read_json(path).items() if key != "processor_class"})

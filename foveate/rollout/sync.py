@@ -23,6 +23,8 @@ from foveate.model.lora import merged_state
 
 ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
+TRAILER = 16
+"""Bytes behind the tensors of a bucket: the sum of all before as 64-bit integers, and the number of the bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +58,19 @@ def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Buck
 
 
 @torch.no_grad()
-def filled(bucket: Bucket) -> Tensor:
-    """The bytes of a bucket, uint8 (size,), on the device of its tensors."""
-    flat = torch.zeros(bucket.size, dtype=torch.uint8, device=bucket.tensors[0][1].device)
+def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
+    """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors. The sum wraps
+    around; any single changed bit changes it. Returns `flat`."""
+    end = 0
     for _, tensor, offset in bucket.tensors:
         size = tensor.numel() * tensor.element_size()
-        flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        flat[end:offset] = 0
+        end = offset + size
+        flat[offset:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    flat[end:] = 0
+    words = flat.view(torch.int64)
+    words[-2], words[-1] = words[:-2].sum(), number
     return flat
-
-
-def checksum(flat: Tensor) -> int:
-    """The sum of the bytes as 64-bit integers, which wraps around: any single changed bit changes it."""
-    return int(flat.view(torch.int64).sum())
 
 
 class Sender:
@@ -98,24 +101,21 @@ class Sender:
         self._group = None
 
     def send(self, buckets: Sequence[Bucket]) -> None:
-        """Broadcast every bucket; the next one is filled while one is under way."""
-        for flat in self._overlapped(filled(bucket) for bucket in buckets):
-            del flat
+        """Broadcast every bucket with its trailer; the next one is filled while one is under way."""
+        largest = max((bucket.size for bucket in buckets), default=0) + TRAILER
+        buffers = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in buckets[:2]]
+        views = (buffers[i % 2][: bucket.size + TRAILER] for i, bucket in enumerate(buckets))
+        self.broadcast(fill(view, bucket, i) for i, (view, bucket) in enumerate(zip(views, buckets, strict=True)))
 
-    def send_each(self, tensors: Iterable[Tensor]) -> None:
-        """Broadcast tensor by tensor, for receivers that take no buckets."""
-        for _ in self._overlapped(tensor.detach().contiguous() for tensor in tensors):
-            pass
-
-    def _overlapped(self, tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Send every tensor, contiguous ones, in order. The next is asked for while one is under way, and the one after
+        that when it has gone."""
         assert self._group is not None, "connect comes first"
         under_way: tuple[Any, Tensor] | None = None
         for tensor in tensors:
             work = self._group.broadcast(tensor, 0)
             if under_way is not None:
                 under_way[0].wait()
-                yield under_way[1]
             under_way = work, tensor
         if under_way is not None:
             under_way[0].wait()
-            yield under_way[1]

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from foveate.errors import ConfigError
 from foveate.model.convert import write_json, write_other_files
-from foveate.model.families import read_json
+from foveate.model.families import Family, read_json
 from foveate.model.load import Policy
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.model.qwen_vl import QwenVL
+from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
 from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
-from foveate.rollout.sync import Bucket, Sender, checksum, filled, plan_buckets, served_weights
+from foveate.rollout.sync import Bucket, Sender, plan_buckets, served_weights
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
@@ -42,6 +43,8 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe")
+"""Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _FINISHES = ("stop", "length")
 _RAW = 3
@@ -54,6 +57,9 @@ class VLLMEngine(ServedEngine):
     The model is always served in the Hugging Face layout, whatever layout the policy came in: only its small files are
     written for the server, and the published names are those of the module in memory, which vLLM knows.
     """
+
+    SALT = "cache_salt"
+    """The field of a request that keeps prefixes of different versions apart."""
 
     def __init__(
         self,
@@ -78,8 +84,8 @@ class VLLMEngine(ServedEngine):
         `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
         command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
         goes with the engine)."""
-        if policy.family.name != "internvl":
-            raise ConfigError(f"engine vllm: knows how to hand over images of internvl, not of {policy.family.name}")
+        if policy.family.name not in KNOWN:
+            raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(
                 f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
@@ -95,7 +101,7 @@ class VLLMEngine(ServedEngine):
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
-            *("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})),
+            *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
             *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
@@ -128,7 +134,7 @@ class VLLMEngine(ServedEngine):
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        buckets = plan_buckets(weights, self._bucket)
+        buckets = plan_buckets(_as_vllm_reads(weights, self._policy.family.name), self._bucket)
         replica.call("POST", "/pause?mode=abort&clear_cache=true")
         replica.call("POST", "/start_weight_update")
         with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
@@ -190,19 +196,20 @@ class VLLMEngine(ServedEngine):
             "stop_token_ids": list(self._policy.family.stop_ids),
             "detokenize": False,
         }
-        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, "cache_salt": version}
+        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, self.SALT: version}
         if request.prompt.pixels is not None:
-            body["features"] = self._features(request.prompt, version)
+            body["features"] = self._images(request.prompt, version)
         return body
 
-    def _features(self, prompt: Prompt, version: str) -> dict[str, Any]:
+    def _images(self, prompt: Prompt, version: str) -> dict[str, Any]:
         """The images as the model eats them. Their hashes name the weights, too: features of another version are never
         taken from a cache."""
         assert prompt.pixels is not None
         dtype = next(self._policy.model.parameters()).dtype
         images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
         places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
-        items = [_image_item(image, self._policy.family.image_token_id) for image in images]
+        family = self._policy.family
+        items = [_image_item(family, image, slot) for image, slot in zip(images, prompt.slots, strict=True)]
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
@@ -211,24 +218,35 @@ class VLLMEngine(ServedEngine):
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
     """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
     generators of CPUs cannot do."""
-    text: Any = policy.model.config
-    tokens = longest or text.text_config.max_position_embeddings
+    config: Any = policy.model.config
+    tokens = longest or config.get_text_config().max_position_embeddings
     return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
 
 
-def _image_item(tiles: Tensor, image_token_id: int) -> bytes:
-    """One image (N, 3, H, W) as vLLM's MessagePack of a `MultiModalKwargsItem` for InternVL: values by name, each with
-    how the values of several images are joined."""
-    count = torch.tensor(len(tiles))
-    flat = ["flat", {"slices": [[0, len(tiles), None]], "dim": 0, "keep_on_cpu": False}]
-    shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
-    return msgpack.encode(
-        {
-            "pixel_values": {"data": _raw(tiles), "field": flat},
-            "image_num_patches": {"data": _raw(count), "field": ["batched", {"keep_on_cpu": True}]},
-            "image_token_id": {"data": _raw(torch.tensor(image_token_id)), "field": shared},
-        }
-    )
+def _as_vllm_reads(weights: list[tuple[str, Tensor]], family: str) -> list[tuple[str, Tensor]]:
+    """Weights as they are in the checkpoints that vLLM loads: those of Qwen3-VL mixtures hold experts as (expert, in,
+    out), which transformers turns as it loads."""
+    if family != "qwen3_vl_moe":
+        return weights
+    return [(name, tensor.transpose(1, 2) if ".experts." in name else tensor) for name, tensor in weights]
+
+
+def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:
+    """One image, the entries (N, 3, H, W) of its slot, as vLLM's MessagePack of a `MultiModalKwargsItem`: values by
+    name, each with how the values of several images are joined."""
+    flat = ["flat", {"slices": [[0, len(pixels), None]], "dim": 0, "keep_on_cpu": False}]
+    each = ["batched", {"keep_on_cpu": True}]
+    if isinstance(family, QwenVL):
+        assert slot.grid is not None
+        grid = torch.tensor([1, *(side * family.merge for side in slot.grid)])
+        patches = pixels[:, :, None].expand(-1, -1, family.repeats, -1, -1).flatten(1)
+        values = {"pixel_values": (patches, flat), "image_grid_thw": (grid, each)}
+    else:
+        shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
+        token = torch.tensor(family.image_token_id)
+        count = torch.tensor(len(pixels))
+        values = {"pixel_values": (pixels, flat), "image_num_patches": (count, each), "image_token_id": (token, shared)}
+    return msgpack.encode({name: {"data": _raw(tensor), "field": field} for name, (tensor, field) in values.items()})
 
 
 def _raw(tensor: Tensor) -> list[Any]:
@@ -236,16 +254,18 @@ def _raw(tensor: Tensor) -> list[Any]:
     return [dtype_name(tensor), list(tensor.shape), msgpack.Ext(_RAW, data)]
 
 
-def _announced(bucket: Bucket) -> tuple[int, int, list[tuple[str, str, list[int], int]]]:
-    tensors = [(name, dtype_name(tensor), list(tensor.shape), offset) for name, tensor, offset in bucket.tensors]
-    return bucket.size, checksum(filled(bucket)), tensors
+def _announced(bucket: Bucket) -> tuple[int, list[tuple[str, str, list[int], int]]]:
+    return bucket.size, [(name, dtype_name(tensor), list(tensor.shape), at) for name, tensor, at in bucket.tensors]
 
 
 def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds at its start
-    and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end token."""
+    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds for InternVL
+    at its start and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end
+    token."""
     folder.mkdir()
     write_other_files(policy.folder, folder, policy.format, "hf")
+    if policy.family.name != "internvl":
+        return
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     extra = settings.get("extra_special_tokens") or {}

@@ -46,9 +46,9 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes: one (bytes, checksum, tensors as (name, dtype, shape, offset)) per bucket, in order."""
+    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order."""
 
-    buckets: list[tuple[int, int, list[tuple[str, str, list[int], int]]]]
+    buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -57,6 +57,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     group: Any = None
+    missing: frozenset[str] = frozenset()
+    """Parameters of the model that have not come yet since the update began."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         parallel = self.parallel_config
@@ -72,18 +74,35 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.group = ProcessGroupGloo(prefixed, rank, init_info.world_size, timeout)
 
     def start_weight_update(self) -> None:
+        self.missing = frozenset(name for name, _ in self.model.named_parameters())
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        for size, checksum, tensors in update_info.buckets:
-            flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self.group.broadcast(flat, 0).wait()
-            found = int(flat.view(torch.int64).sum())
-            if found != checksum:
-                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived with checksum {found}, not {checksum}")
-            self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+        """Load bucket by bucket; the next is on its way while one is loaded."""
+        coming = (self._begin(size) for size, _ in update_info.buckets)
+        ahead = next(coming, None)
+        for number, (_, tensors) in enumerate(update_info.buckets):
+            assert ahead is not None
+            flat, work = ahead
+            work.wait()
+            ahead = next(coming, None)
+            words = flat.view(torch.int64)
+            found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
+            if (found, number) != (sent, place):
+                what = f"as number {place} with checksum {found}, not as {number} with {sent}"
+                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
+            loaded = self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+            self.missing -= loaded
+
+    def _begin(self, size: int) -> tuple[torch.Tensor, Any]:
+        """A bucket with its trailer (`foveate.rollout.sync.TRAILER`) on its way."""
+        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.device)
+        return flat, self.group.broadcast(flat, 0)
 
     def finish_weight_update(self) -> None:
+        """Raises RuntimeError where a parameter of the model has not come: vLLM would go on with the old one."""
+        if self.missing:
+            raise RuntimeError(f"no weights came for {min(self.missing)} and {len(self.missing) - 1} more")
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
