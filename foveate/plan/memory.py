@@ -117,6 +117,7 @@ def memory_of(work: Workload) -> Memory:
     own = spread or apart  # the engine has weights of its own
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
     parallel = cluster.engine_tensor_parallel
+    learning = (resident + gradients if rest else 0) + _pixels(work) / cluster.ranks
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
@@ -128,7 +129,7 @@ def memory_of(work: Workload) -> Memory:
         scratch=0 if rest else gradients,
         engine=sizes.total * ENGINE_BYTES / parallel if own and work.generates else 0,
         keys_values=one_answer / parallel if work.generates else 0,
-        host=(resident + gradients if rest else 0) + _pixels(work) / cluster.ranks + 4 * GIB,
+        host=max(learning, sizes.total * ENGINE_BYTES / parallel if apart else 0) + 4 * GIB,
         apart=apart,
     )
 

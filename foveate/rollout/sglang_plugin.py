@@ -60,8 +60,10 @@ def _check_buckets() -> None:
         names, dtypes, shapes = about["names"], about["dtypes"], about["shapes"]
         sizes = [DTYPES[name].itemsize * torch.Size(shape).numel() for name, shape in zip(dtypes, shapes, strict=True)]
         places = [*accumulate((-(-size // 16) * 16 for size in sizes), initial=0)]
-        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=self.device)
-        torch.distributed.broadcast(flat, 0, group=self._model_update_group[about["group_name"]])
+        group = self._model_update_group[about["group_name"]]
+        device = self.device if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=device)
+        torch.distributed.broadcast(flat, 0, group=group)
         words = flat.view(torch.int64)
         found, sent = int(words[:-2].sum()), int(words[-2])
         if found != sent:

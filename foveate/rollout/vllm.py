@@ -71,6 +71,8 @@ class VLLMEngine(ServedEngine):
         longest: int | None = None,
         replicas: int = 1,
         tensor_parallel: int = 1,
+        device: str | None = None,
+        memory_fraction: float | None = None,
         memory_mb: int | None = None,
         bucket_mb: int = 512,
         start_s: float = 600.0,
@@ -80,7 +82,9 @@ class VLLMEngine(ServedEngine):
         environment: dict[str, str] | None = None,
     ) -> None:
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
-        as the model's configuration says); `memory_mb` the key-value cache of one worker (None: vLLM's choice);
+        as the model's configuration says); `device` where the server computes (None: where the policy is);
+        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
+        (None: vLLM's choice);
         `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
         command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
         goes with the engine)."""
@@ -96,14 +100,16 @@ class VLLMEngine(ServedEngine):
         self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
         self._senders: dict[Replica, Sender] = {}
         self._banned = banned_ids(policy)
-        self._environment = {**_ENVIRONMENT, **(_ON_CPU if policy.device.type == "cpu" else {}), **(environment or {})}
+        on_cpu = (device or policy.device.type) == "cpu"
+        self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self._options = [
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
-            *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
+            *(_cpu_options(policy, longest) if on_cpu else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
+            *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
@@ -127,7 +133,7 @@ class VLLMEngine(ServedEngine):
             self._senders.pop(replica).close()
         sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        init = {"init_info": {**where, "timeout_s": TRANSFER_S}}
+        init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
         with meanwhile(replica, "/init_weight_transfer_engine", init):
             sender.connect("weights")
         self._senders[replica] = sender

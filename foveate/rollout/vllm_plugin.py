@@ -35,12 +35,14 @@ def register() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where the trainer, rank 0, waits; `rank_offset` is the rank of the server's first worker."""
+    """Where the trainer, rank 0, waits; `rank_offset` is the rank of the server's first worker. Over the backend gloo
+    weights travel from and to the memory of the host."""
 
     host: str
     port: int
     world_size: int
     rank_offset: int
+    backend: str
     timeout_s: float
 
 
@@ -57,6 +59,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     group: Any = None
+    place: torch.device
+    """Where buckets arrive."""
     missing: frozenset[str] = frozenset()
     """Parameters of the model that have not come yet since the update began."""
 
@@ -66,7 +70,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         timeout = timedelta(seconds=init_info.timeout_s)
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
         prefixed = PrefixStore("weights", store)
-        if self.device.type == "cuda":
+        self.place = self.device if init_info.backend == "nccl" else torch.device("cpu")
+        if init_info.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL
 
             self.group = ProcessGroupNCCL(prefixed, rank, init_info.world_size, ProcessGroupNCCL.Options())
@@ -96,7 +101,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def _begin(self, size: int) -> tuple[torch.Tensor, Any]:
         """A bucket with its trailer (`foveate.rollout.sync.TRAILER`) on its way."""
-        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.device)
+        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.place)
         return flat, self.group.broadcast(flat, 0)
 
     def finish_weight_update(self) -> None:

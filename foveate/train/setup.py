@@ -63,7 +63,7 @@ class Leaving:
             raise SystemExit(128 + signal.SIGTERM)
 
 
-_OF_ENGINES = {"engines", "engine_tensor_parallel", "timeout", "retries"}
+_OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", "retries"}
 """Settings of a cluster that act where engines have processes of their own."""
 
 
@@ -101,9 +101,6 @@ def _check_ranks_answer(settings: RLSettings) -> None:
         raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
     if settings.rollout.engine != "native":
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
-    given = settings.cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True)
-    for name, value in given.items():
-        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
 
 
 def use_threads(threads: int | None) -> None:
