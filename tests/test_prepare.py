@@ -296,6 +296,16 @@ def test_a_folder_with_somebody_else_s_manifest_is_not_touched(tmp_path):
         prepare_rows([source], tmp_path / "out", reading=Reading(columns={"prompt": "q", "answer": "a"}))
 
 
+def test_a_source_is_never_replaced_by_what_is_made_from_it(tmp_path, sums):
+    made = prepare_rows([sums], tmp_path / "out")
+    before = (made.folder / "train.parquet").read_bytes()
+    for name in ("train", "other"):  # replaced by its name, or removed as what an earlier preparation left
+        with pytest.raises(DataError, match=r"train\.parquet: is read, and would be replaced; write to another folder"):
+            prepare_filter([made.folder / "train.parquet"], made.folder, Limits(), name=name)
+    assert (made.folder / "train.parquet").read_bytes() == before
+    assert manifest_of(made.folder)["rows"] == {"train": 5}
+
+
 # -------------------------------------------------------------------------------------------------- filter and pairs
 
 

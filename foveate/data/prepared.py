@@ -15,6 +15,7 @@ import pyarrow as pa
 from foveate.data.rows import Problem
 from foveate.data.store import row_schema, write_rows
 from foveate.files import atomic_write_text
+from foveate.log import progress
 from foveate.records import DataError, Image, Task
 
 MANIFEST = "manifest.json"
@@ -44,16 +45,27 @@ def publish(
     files: Mapping[str, Iterable[dict[str, Any]]],
     schema: pa.Schema,
     *,
+    total: int,
     sources: Sequence[Path],
     settings: Mapping[str, Any],
     problems: Sequence[Problem],
     counts: Mapping[str, int] | None = None,
 ) -> Prepared:
-    """Write `NAME.parquet` for each of `files`, and last `manifest.json` with settings, counts and SHA-256 of sources
-    and files. What an earlier preparation wrote into the folder is removed first, so that a folder without a manifest
-    is unfinished. Each file appears whole; the same rows give the same bytes."""
-    _remove_earlier(out)
-    written = {name: write_rows(out / f"{name}.parquet", rows, schema) for name, rows in files.items()}
+    """Write `NAME.parquet` for each of `files`, `total` rows in all, and last `manifest.json` with settings, counts and
+    SHA-256 of sources and files. What an earlier preparation wrote into the folder is removed first, so that a folder
+    without a manifest is unfinished. Each file appears whole; the same rows give the same bytes. Raises DataError
+    where a source would be removed or replaced, and for a manifest of somebody else."""
+    earlier = _earlier(out)
+    ours = {(out / name).resolve() for name in (*earlier, *(f"{name}.parquet" for name in files))}
+    for path in sources:
+        if path.resolve() in ours:
+            raise DataError(f"{path}: is read, and would be replaced; write to another folder with --out")
+    for name in earlier:
+        (out / name).unlink(missing_ok=True)
+    with progress(f"writing {out}", total) as advance:
+        written = {
+            name: write_rows(out / f"{name}.parquet", rows, schema, advance=advance) for name, rows in files.items()
+        }
     manifest = {
         "sources": {str(path): sha256(path) for path in sources},
         **settings,
@@ -66,16 +78,15 @@ def publish(
     return Prepared(out, written, tuple(problems), counts or {})
 
 
-def _remove_earlier(out: Path) -> None:
+def _earlier(out: Path) -> list[str]:
+    """The names of what an earlier preparation wrote, its manifest first."""
     manifest = out / MANIFEST
     if not manifest.is_file():
-        return
+        return []
     try:
-        earlier = list(json.loads(manifest.read_bytes())["sha256"])
+        return [MANIFEST, *(Path(name).name for name in json.loads(manifest.read_bytes())["sha256"])]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{manifest}: not a manifest of foveate; choose another folder, or remove it") from None
-    for name in (MANIFEST, *earlier):
-        (out / name).unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -87,14 +98,14 @@ def sha256(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def task_row(task: Task, **extra: Any) -> dict[str, Any]:
-    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded; `extra` joins
-    `extra_info`, over what is there."""
+def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, Any]:
+    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded, and with
+    `pictures` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
         "prompt": [{"role": message.role, "content": message.content} for message in task.messages],
-        "images": [image_value(image) for image in task.images],
+        "images": [image_value(image) for image in task.images] if pictures else [],
         "ability": task.meta.get("ability"),
         "reward_model": {"style": "rule", "ground_truth": task.answer},
         "extra_info": {**meta, "id": task.id, **extra},
