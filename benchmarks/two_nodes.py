@@ -28,7 +28,7 @@ from foveate.model.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
 FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
-TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
+TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 
 
 def text_length(text: str, _: Task) -> Score:

@@ -202,6 +202,18 @@ def test_weights_and_moments_are_cut_over_the_shards(shard_over):
     assert offloaded.host > whole.state / 8
 
 
+@pytest.mark.usefixtures("cheap")
+def test_engines_apart_leave_the_ranks_their_memory_and_cost_their_own_hours():
+    config, machines = published_config("1B"), parse_machines("8xH100-80")
+    beside = work_of(config, cluster=ClusterSettings(gpus_per_node=8))
+    apart = replace(beside, cluster=ClusterSettings(gpus_per_node=8, engines=4, engine_tensor_parallel=2))
+    held, free = memory_of(beside), memory_of(apart)
+    assert (free.engine, free.keys_values) == (0, 0)
+    assert held.engine > 0
+    planned = plan(apart, machines)
+    assert planned.gpu_hours == pytest.approx(planned.seconds.step * 10 * 16 / 3600)
+
+
 def test_sharding_over_256_ranks_builds_and_is_even():
     config = shallow(published_config("241B-A28B"), 2, 1)
     cluster = ClusterSettings(nodes=32, gpus_per_node=8, dtype="bfloat16")

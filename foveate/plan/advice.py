@@ -38,7 +38,9 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.seconds.step * self.work.steps * self.machines.count / 3600
+        """Of the ranks' machines, and of engines beside them."""
+        beside = self.work.cluster.engines * self.work.cluster.engine_tensor_parallel
+        return self.seconds.step * self.work.steps * (self.machines.count + beside) / 3600
 
 
 def plan(work: Workload, machines: Machines) -> Plan:

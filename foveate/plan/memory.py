@@ -113,6 +113,7 @@ def memory_of(work: Workload) -> Memory:
     rest = cluster.offload and spread
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if spread else computed)
     parallel = cluster.engine_tensor_parallel
+    answers = work.generates and not cluster.engines
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
@@ -122,8 +123,8 @@ def memory_of(work: Workload) -> Memory:
         features=step.features,
         chunk=step.chunk,
         scratch=0 if rest else gradients,
-        engine=sizes.total * ENGINE_BYTES / parallel if spread and work.generates else 0,
-        keys_values=one_answer / parallel if work.generates else 0,
+        engine=sizes.total * ENGINE_BYTES / parallel if spread and answers else 0,
+        keys_values=one_answer / parallel if answers else 0,
         host=(resident + gradients if rest else 0) + _pixels(work) / cluster.ranks + 4 * GIB,
     )
 

@@ -105,8 +105,12 @@ def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
     """Answers of mean length that the keys and values of one engine hold at a time, its prompts once per group."""
     parallel = work.cluster.engine_tensor_parallel
     pool = min(work.cluster.engine_memory * machines.usable, machines.usable - memory.weights - memory.optimizer)
+    weights = memory.engine
+    if work.cluster.engines:  # on GPUs of their own
+        pool = work.cluster.engine_memory * machines.usable
+        weights = sizes_of(work.config, work.train).total * ENGINE_BYTES / parallel
     token = key_value_bytes(work.config, ENGINE_BYTES) / parallel
-    return max(1, int((pool - memory.engine) / token / (work.prompt / work.answers + work.answer)))
+    return max(1, int((pool - weights) / token / (work.prompt / work.answers + work.answer)))
 
 
 def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
@@ -114,7 +118,7 @@ def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     the longest length when the others are done."""
     cluster, gpu = work.cluster, machines.gpu
     parallel = cluster.engine_tensor_parallel
-    engines = max(1, cluster.ranks // parallel)
+    engines = cluster.engines or max(1, cluster.ranks // parallel)
     queue = work.groups * work.answers / engines
     live = min(queue, in_flight(work, machines, memory))
     flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel
