@@ -90,8 +90,8 @@ def on_ranks(rank, ranks, out, cases, adam=False):
         said = two_steps(workers, groups)
         worker.save(Path(out) / case, 2, {"stream": 7}, 1)
         worker.export(Path(out) / f"{case}-model")
-        worker.start_engine(*engine_of(worker), 2)
-        answers = worker.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
+        worker.engine.start(*engine_of(worker), 2)
+        answers = worker.engine.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
         found[case] = said, two_steps(workers, groups), answers
     return found
 
@@ -122,8 +122,8 @@ def alone(folders, tmp_path_factory):
         said = two_steps(workers, groups)
         out = tmp_path_factory.mktemp("alone") / "model"
         worker.export(out)
-        worker.start_engine(*engine_of(worker), 2)
-        answers = worker.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
+        worker.engine.start(*engine_of(worker), 2)
+        answers = worker.engine.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
         found[name] = said, two_steps(workers, groups), answers, out
     return found
 
@@ -227,7 +227,7 @@ def test_neighbours_that_share_rows_get_the_same_share_and_results_keep_the_orde
     assert workers.calls == [(["b"], "more")] * 2 + [(["a", "c"], "more")] * 2
     assert results == [(2, "a"), (0, "b"), (2, "c")]
     assert [own[0] for own in workers.calls] != [None]
-    spread_each(workers, "generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
+    spread_each(workers, "engine.generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
     assert [own[0] for own in workers.calls] == [["b"], ["c"], ["a"], []]
 
 

@@ -24,26 +24,26 @@ class GroupEngine:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None or self._workers.size == 1:  # several ranks end with their processes, which may be gone already
-            everywhere(self._workers, "close_engine")
+            everywhere(self._workers, "engine.close")
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Each worker makes its engine by `new_engine` and proves that it has the weights of `version`."""
-        everywhere(self._workers, "start_engine", new_engine, encoder, rollout, version)
+        everywhere(self._workers, "engine.start", new_engine, encoder, rollout, version)
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
-        return spread_each(self._workers, "generate", requests, costs, sampling, row=1)
+        return spread_each(self._workers, "engine.generate", requests, costs, sampling, row=1)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Completion, ...]]]:
         """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns."""
-        [groups] = self._workers.call("stream", [(requests, sampling)])
+        [groups] = self._workers.call("engine.stream", [(requests, sampling)])
         yield from groups
 
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
-        checked = everywhere(self._workers, "publish", version)[0]
+        checked = everywhere(self._workers, "engine.publish", version)[0]
         self.version = version
         return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 
@@ -15,6 +16,7 @@ class LocalWorkers:
         self._worker = worker
 
     def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run `method` on every rank with its own arguments; results in the order of ranks."""
+        """Run `method` on every rank with its own arguments; results in the order of ranks. A dotted
+        name is a method of what the worker holds, such as `engine.generate`."""
         assert len(per_rank_arguments) == self.size
-        return [getattr(self._worker, method)(*arguments) for arguments in per_rank_arguments]
+        return [attrgetter(method)(self._worker)(*arguments) for arguments in per_rank_arguments]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,8 +17,7 @@ from torch import Tensor
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import Metrics, reduce_metrics
 from foveate.config_cluster import ClusterSettings
-from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings, RolloutSettings
-from foveate.encoding.encode import Encoder
+from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings
 from foveate.files import atomic_path
 from foveate.model.forward import evaluating
 from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
@@ -27,14 +26,11 @@ from foveate.parallel.fsdp import LogProbs, shard, whole
 from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, split
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
-from foveate.records import Batch, Completion, LossOut, PolicyTargets, SamplingParams, Totals, sum_by_sample
-from foveate.rollout.base import Engine, Request
-from foveate.rollout.build import Proof
-from foveate.rollout.native import NativeEngine
-from foveate.rollout.sync import served_weights
+from foveate.records import Batch, LossOut, PolicyTargets, Totals, sum_by_sample
 from foveate.train.checkpoint import Trained, load_checkpoint, save_checkpoint
 from foveate.train.critic import Critic
 from foveate.train.optim import apply_gradients, build_optimizer
+from foveate.train.rank_engine import RankEngine
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 
 logger = logging.getLogger(__name__)
@@ -73,7 +69,8 @@ PolicyLoss = Callable[..., LossOut]
 
 
 class Worker:
-    """Holds the model of one rank. Methods take what they need and keep nothing but weights and optimizer state."""
+    """Holds the model of one rank, and its `engine`. Methods take what they need and keep nothing but weights and
+    optimizer state."""
 
     def __init__(
         self,
@@ -88,7 +85,6 @@ class Worker:
     ) -> None:
         self.policy = load_policy(model.path, attention=model.attention, dtype=model.dtype)
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
-        self._path, self._attention, self._dtype = model.path, model.attention, model.dtype
         freeze_except(self.policy, model.train)
         if model.lora is not None:
             add_adapters(self.policy, model.lora, model.train)
@@ -109,9 +105,7 @@ class Worker:
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
-        self.engine: Engine | None = None
-        self._apart = False
-        self.proof: Proof | None = None
+        self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _sharded(self, policy: Policy) -> LogProbs:
         """What computes the log-probs of a policy, whose weights are cut over the ranks where there are several."""
@@ -119,56 +113,6 @@ class Worker:
             return LogProbs(policy)
         check_heads(policy, self.ranks.cluster.sequence_parallel)
         return shard(policy, self.ranks.mesh, self.ranks.cluster, checkpointing=False, sequence=self.ranks.sequence)
-
-    # ---------------------------------------------------------------------------------------------------- sampling
-
-    def start_engine(
-        self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int
-    ) -> None:
-        """Make the engine of this rank. One that is alone may read the very weights that are trained."""
-        if self.ranks is None:
-            self.engine = engine = new_engine(self.policy, encoder.decode, version=version)
-            self._apart = rollout.staleness > 0
-            if self._apart:
-                self.publish(version)
-            self.proof = Proof(engine, self.policy, encoder, rollout)
-            return
-        own = load_policy(self._path, attention=self._attention, dtype=self._dtype, device=self.ranks.cluster.kind)
-        own.model.requires_grad_(False)
-        self.engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
-        self.publish(version)
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
-        assert self.engine is not None
-        return self.engine.generate(requests, sampling) if requests else []
-
-    def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        assert self.engine is not None
-        return self.engine.stream(requests, sampling)
-
-    def publish(self, version: int) -> dict[str, float]:
-        """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
-        assert self.engine is not None
-        if self.ranks is None:
-            self.engine.publish(version, self._published())
-            return self.proof.after_publish() if self.proof is not None else {}
-        self.engine.publish(version, ((name, whole(p)) for name, p in self.policy.model.named_parameters()))
-        return {}
-
-    def _published(self) -> Iterable[tuple[str, Tensor]]:
-        """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
-        the policy's own tensors are others by then."""
-        is_native = isinstance(self.engine, NativeEngine)
-        weights = self.policy.model.named_parameters() if is_native else served_weights(self.policy.model)
-        if not self._apart or is_native:
-            return weights
-        return ((name, tensor.detach().clone()) for name, tensor in weights)
-
-    def close_engine(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
 
     # ------------------------------------------------------------------------------------------------- log-probs
 

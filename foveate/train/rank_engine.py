@@ -1,0 +1,81 @@
+"""The engine of one rank of training: made, fed with the weights of all, and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from foveate.config_parts import ModelSettings, RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.model.load import Policy, load_policy
+from foveate.parallel.fsdp import whole
+from foveate.parallel.ranks import Ranks
+from foveate.records import Completion, SamplingParams
+from foveate.rollout.base import Engine, Request
+from foveate.rollout.build import Proof
+from foveate.rollout.native import NativeEngine
+from foveate.rollout.sync import served_weights
+
+
+class RankEngine:
+    """What answers on a rank that trains `policy`. There is no engine before `start`."""
+
+    def __init__(self, policy: Policy, model: ModelSettings, ranks: Ranks | None) -> None:
+        """`ranks`: None where this rank is the only one."""
+        self._policy, self._model, self._ranks = policy, model, ranks
+        self._engine: Engine | None = None
+        self._apart = False
+        self._proof: Proof | None = None
+
+    def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
+        """Make the engine of this rank. One that is alone may read the very weights that are trained."""
+        if self._ranks is None:
+            self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
+            self._apart = rollout.staleness > 0
+            if self._apart:
+                self.publish(version)
+            self._proof = Proof(engine, self._policy, encoder, rollout)
+            return
+        own = load_policy(
+            self._model.path,
+            attention=self._model.attention,
+            dtype=self._model.dtype,
+            device=self._ranks.cluster.kind,
+        )
+        own.model.requires_grad_(False)
+        self._engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
+        self.publish(version)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        assert self._engine is not None
+        return self._engine.generate(requests, sampling) if requests else []
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        assert self._engine is not None
+        return self._engine.stream(requests, sampling)
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
+        assert self._engine is not None
+        if self._ranks is None:
+            self._engine.publish(version, self._published())
+            return self._proof.after_publish() if self._proof is not None else {}
+        self._engine.publish(version, ((name, whole(p)) for name, p in self._policy.model.named_parameters()))
+        return {}
+
+    def _published(self) -> Iterable[tuple[str, Tensor]]:
+        """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
+        the policy's own tensors are others by then."""
+        is_native = isinstance(self._engine, NativeEngine)
+        weights = self._policy.model.named_parameters() if is_native else served_weights(self._policy.model)
+        if not self._apart or is_native:
+            return weights
+        return ((name, tensor.detach().clone()) for name, tensor in weights)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
