@@ -28,7 +28,7 @@ from foveate.model.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
 FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
-TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
+TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 
 
 def text_length(text: str, _: Task) -> Score:
@@ -120,6 +120,14 @@ class Nodes:
         with open(log, "a") as file:
             return subprocess.Popen(words, env=self._environment, stdout=file, stderr=subprocess.STDOUT, text=True)
 
+    def run(self, recipe: Path, *overrides: str, log: Path) -> int:
+        """The exit code of a run."""
+        job = self.submit(recipe, *overrides, log=log)
+        while job.poll() is None:
+            self.keep()  # a node ends that wants to join before the head is there
+            time.sleep(1)
+        return job.returncode
+
     def processes(self) -> dict[int, str]:
         """All processes of these nodes with their command lines."""
         found: dict[int, str] = {}
@@ -148,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines = {"engines": 1, "engine": asked.engine, "program": asked.program} if asked.engine else {}
         recipe, log = write_recipe(Path(folder), steps=asked.steps, retries=0, **engines), Path(folder) / "log"
         with Nodes(namespaces=asked.namespaces) as nodes:
-            code = nodes.submit(recipe, log=log).wait()
+            code = nodes.run(recipe, log=log)
         said = [line for line in log.read_text().splitlines() if "ranks on" in line or "an engine on" in line]
         if code:
             sys.exit(log.read_text())

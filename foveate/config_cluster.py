@@ -65,6 +65,10 @@ class ClusterSettings(Settings):
         """Ranks over which one copy of the weights is cut."""
         return {"full": self.ranks, "hybrid": self.gpus_per_node, "none": 1}[self.shard]
 
+    def needs(self, cpus: int, gpus: int) -> dict[str, float]:
+        """What processes take of a machine, in Ray's terms; GPUs where these are computed on."""
+        return {"CPU": float(cpus), **({"GPU": float(gpus)} if self.kind == "cuda" else {})}
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
         if self.gpus_per_node % self.sequence_parallel:

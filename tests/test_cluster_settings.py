@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from toy import rl_settings, sft_settings
 
+from foveate.cluster.commands import job_command, runtime_env
 from foveate.cluster.network import interface_of, talk_through
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError
@@ -106,3 +109,22 @@ def test_ranks_talk_through_the_interface_of_their_node_unless_the_environment_s
     talk_through("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_job_is_given_what_the_nodes_lack(tmp_path):
+    prepared = runtime_env(["A=1", "B=x=y"], ["einops"], tmp_path)
+    assert prepared["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1", "B": "x=y"}
+    assert (prepared["pip"], prepared["working_dir"]) == (["einops"], str(tmp_path))
+    assert runtime_env(["RAY_JOB_STOP_WAIT_TIME_S=5"], [], None) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "5"}}
+    here = job_command("my recipe.yaml", ["seed=3"], uploaded=False, installs=False)
+    assert here.startswith(f"cd {os.getcwd()} && exec {sys.executable} -c ")
+    assert here.endswith(" rl 'my recipe.yaml' seed=3")
+    assert job_command("r.yaml", [], uploaded=True, installs=True).startswith("exec python -c ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((["=1"], [], None), r"--env =1: write"), (([], [], Path("no")), "no: is no folder")]
+)
+def test_what_no_job_can_be_given_is_refused(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        runtime_env(*arguments)

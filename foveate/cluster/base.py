@@ -18,6 +18,7 @@ REMOTE = {
     "ray": "foveate.cluster.ray:RayWorkers",
     "engines": "foveate.cluster.ray:RayHosts",
     "job": "foveate.cluster.ray:follow_job",
+    "stop": "foveate.cluster.ray:stop_job",
 }
 """What needs ray, which is imported only where it is asked for."""
 

@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import pickle
-import socket
 import sys
 import threading
 import time
@@ -33,7 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.host import EngineLostError
 from foveate.cluster.member import Member
-from foveate.cluster.network import talk_through
+from foveate.cluster.network import free_port, talk_through
 from foveate.cluster.weights import Packet
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
@@ -64,9 +63,7 @@ class _Rank(_Actor):
 
     def meeting(self) -> str:
         """Where the ranks meet: this machine, at a port that is free now."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        return f"tcp://{ray.util.get_node_ip_address()}:{free_port()}"
 
     def join(self, meeting: str, rank: int, cluster: ClusterSettings, build: bytes) -> None:
         """Meet the other ranks, and make the worker."""
@@ -138,7 +135,7 @@ class RayWorkers:
     def _place(self) -> None:
         """One bundle per node, and an actor in it for each of its ranks."""
         settings, per_node = self._cluster, self._cluster.gpus_per_node
-        bundle = _needs(settings, per_node, per_node)
+        bundle = settings.needs(per_node, per_node)
         asked = f"cluster.nodes={settings.nodes} with {bundle} on each"
         strategy = "STRICT_SPREAD" if settings.nodes > 1 else "STRICT_PACK"
         group = self._link.place([bundle] * settings.nodes, strategy, asked, self._patience)
@@ -189,7 +186,7 @@ class RayHosts:
         self.size, self._cluster = cluster.engines, cluster
         self._actors: dict[int, Any] = {}
         self._link = _Link(cluster)
-        self._needs = _needs(cluster, 1, cluster.engine_tensor_parallel)
+        self._needs = cluster.needs(1, cluster.engine_tensor_parallel)
         try:
             asked = f"cluster.engines={self.size} with {self._needs} each"
             self._group = self._link.place([self._needs] * self.size, "SPREAD", asked, patience)
@@ -282,10 +279,6 @@ class _Link:
         self._group, self._is_ours = None, False
 
 
-def _needs(cluster: ClusterSettings, cpus: int, gpus: int) -> dict[str, float]:
-    return {"CPU": float(cpus), **({"GPU": float(gpus)} if cluster.kind == "cuda" else {})}
-
-
 def _actor(kind: type, group: PlacementGroup, bundle: int, needs: dict[str, float], beside: int = 1) -> Any:
     """An actor in a bundle, of which `beside` methods may run at a time, besides those that watch it."""
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -337,8 +330,7 @@ class _Pickler(cloudpickle.Pickler):
     def pack(cls, content: Any) -> tuple[bytes, list[Any]]:
         for name in [name for name in sys.modules if name.startswith(FILE_MODULES)]:
             cloudpickle.register_pickle_by_value(sys.modules[name])  # the ranks cannot import it by that name
-        file = io.BytesIO()
-        pickler = cls(file)
+        pickler = cls(file := io.BytesIO())
         with _PACKING:
             pickler.dump(content)
         return file.getvalue(), pickler.refs
@@ -364,33 +356,41 @@ class _Unpickler(pickle.Unpickler):
 # --------------------------------------------------------------------------------------------------------------- jobs
 
 
-def follow_job(head: str, command: str) -> str:
-    """Run a command on the cluster whose dashboard is at `head`, copy its log to standard output, and return how it
-    ended: SUCCEEDED, FAILED or STOPPED. Ctrl-C stops it. Raises ConfigError where no cluster answers."""
-    try:
-        client = JobSubmissionClient(head)
-        job = _submit(client, command)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(
-            f"no cluster answers at {head} ({_short(error)}); start one by `foveate cluster up`"
-        ) from error
+def follow_job(head: str, command: str, runtime_env: dict[str, Any], detach: bool) -> str:
+    """Run a command on the cluster whose dashboard is at `head`, copy its log to standard output unless asked to
+    `detach`, and return how it ended. Ctrl-C stops it. Raises ConfigError where no cluster answers."""
+    client, job = _submit(head, command, runtime_env)
+    logger.info("job %s", job)
+    if detach:
+        return "SUBMITTED"
     try:
         asyncio.run(_copy_log(client, job))
     except KeyboardInterrupt:
         client.stop_job(job)
+        asyncio.run(_copy_log(client, job))
         raise
     return str(client.get_job_status(job).value)
 
 
-def _submit(client: JobSubmissionClient, command: str) -> str:
+def stop_job(head: str, job: str) -> None:
+    """Stop a job as Ctrl-C does. Raises ConfigError where no cluster answers, or none of its jobs is called so."""
+    try:
+        JobSubmissionClient(head).stop_job(job)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"job {job} at {head}: {_short(error)}") from error
+
+
+def _submit(head: str, command: str, runtime_env: dict[str, Any]) -> tuple[JobSubmissionClient, str]:
     """A cluster that has just been started takes jobs only after a while."""
     deadline = time.monotonic() + _START
     while True:
         try:
-            return client.submit_job(entrypoint=command)
-        except RuntimeError as error:
+            client = JobSubmissionClient(head)
+            return client, client.submit_job(entrypoint=command, runtime_env=runtime_env)
+        except (ConnectionError, RuntimeError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
+                start = "start one by `foveate cluster up`"
+                raise ConfigError(f"no cluster answers at {head} ({_short(error)}); {start}") from error
             time.sleep(1)
 
 

@@ -167,7 +167,7 @@ class SGLangEngine(ServedEngine):
 
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
         answers = self._generate(replica, request, sampling)
-        if any(answer["meta_info"]["finish_reason"]["type"] not in ("stop", "length") for answer in answers):
+        if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, answers))
 

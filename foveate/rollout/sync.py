@@ -76,8 +76,8 @@ def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
 class Sender:
     """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
 
-    Weights on a GPU travel by NCCL, others by gloo, also to servers on GPUs: an engine in a process of its own keeps its
-    weights in host memory, because NCCL joins no two processes on one GPU.
+    Weights on a GPU travel by NCCL, others by gloo, also to servers on GPUs: an engine in a process of its own keeps
+    its weights in host memory, because NCCL joins no two processes on one GPU.
     """
 
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:

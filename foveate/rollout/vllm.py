@@ -46,7 +46,6 @@ _ON_CPU = {
 KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
-_FINISHES = ("stop", "length")
 _RAW = 3
 """vLLM's MessagePack extension type for the bytes of a tensor."""
 
@@ -177,15 +176,15 @@ class VLLMEngine(ServedEngine):
         alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
         body = self._body(request, replace(sampling, samples=sampling.samples // alike))
         choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
-        if len(choices) != sampling.samples or any(choice["finish_reason"] not in _FINISHES for choice in choices):
+        if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, choices))
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
         token_ids = tuple(choice["token_ids"])
         logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
-        versions = {int(span["version"]) for span in choice["weight_versions"]}
-        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], min(versions))
+        version = min((int(span["version"]) for span in choice["weight_versions"]), default=self.version)
+        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         version = str(self.version)
