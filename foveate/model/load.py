@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
 from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
+from foveate.model.sizes import meta_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
@@ -64,19 +66,33 @@ def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", d
     kernels: Any = KERNELS[attention]
     if found.family.unit:
         kernels = {"text_config": kernels, "vision_config": "sdpa"}
-    options = {
-        "config": found.config,
-        "dtype": DTYPES[dtype],
-        "attn_implementation": kernels,
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
+    options = {"dtype": DTYPES[dtype], "attn_implementation": kernels}
+    return _policy(found, _read_internvl if isinstance(found.family, InternVL) else _read, options, device)
+
+
+def outline(path: str) -> Policy:
+    """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
+    without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
+    where it is missing. Raises DataError as `load_policy` does."""
+    found = recognise(path)
+    if isinstance(found.family, InternVL):
+        return _policy(found, _outline_internvl, {}, "meta")
+    return _policy(found, _read, {"device_map": "meta"} if find_spec("accelerate") else {}, "meta")
+
+
+def _policy(found: Checkpoint, read: Callable[..., Any], options: dict[str, Any], device: str) -> Policy:
+    files = {"config": found.config, "use_safetensors": True, "local_files_only": True}
     try:
         with quiet_transformers():
-            model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+            model = read(found, {**files, **options})
     except _UNREADABLE as error:
         raise error if isinstance(error, DataError) else unreadable(found.folder, error) from error
     return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def _outline_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:  # noqa: ARG001 - nothing is read
+    hf_tensors(found.folder, found.format, found.config)
+    return meta_model(found.config)
 
 
 def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
