@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import (
 
 from foveate.errors import DataError
 from foveate.model.attention import KERNELS
-from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, unreadable
+from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
 from foveate.model.configs import with_dtype
 from foveate.model.convert import write_hf_weights_as, write_json, write_other_files
 from foveate.model.families import Family, InternVL
@@ -49,6 +50,15 @@ class Policy:
         """The submodule `vision`, `projector`, `language` or `head`."""
         return self.model.get_submodule(self.family.parts[name][0])
 
+    def tensors(self, name: str) -> list[str]:
+        """The names of the tensors of that part."""
+        return [f"{self.family.parts[name][0]}.{own}" for own in self.part(name).state_dict()]
+
+    @property
+    def is_hollow(self) -> bool:
+        """Whether the model has no memory yet (`foveate.model.fill`)."""
+        return self.device.type == "meta"
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -61,22 +71,27 @@ def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", d
     headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
     """
     found = recognise(path)
+    options = {**model_options(found, attention, dtype), "use_safetensors": True, "local_files_only": True}
+    with load_errors(found.folder), quiet_transformers():
+        model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, Any]:
+    """What transformers is told of a model that it makes."""
     kernels: Any = KERNELS[attention]
     if found.family.unit:
         kernels = {"text_config": kernels, "vision_config": "sdpa"}
-    options = {
-        "config": found.config,
-        "dtype": DTYPES[dtype],
-        "attn_implementation": kernels,
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
+    return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
+
+
+@contextmanager
+def load_errors(folder: Path) -> Iterator[None]:
+    """Whatever a folder of weights is refused for, as a DataError about it."""
     try:
-        with quiet_transformers():
-            model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+        yield
     except _UNREADABLE as error:
-        raise error if isinstance(error, DataError) else unreadable(found.folder, error) from error
-    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+        raise error if isinstance(error, DataError) else unreadable(folder, error) from error
 
 
 def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
@@ -98,10 +113,8 @@ def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
     )
     for name, there, wanted in sorted(report["mismatched_keys"]):
         raise DataError(f"{found.folder}: {name} has shape {tuple(there)}, config.json asks for {tuple(wanted)}")
-    for problem, names in (("lack", report["missing_keys"]), ("also hold", report["unexpected_keys"])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{found.folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
+    require_fit(found.folder, "lack", report["missing_keys"])
+    require_fit(found.folder, "also hold", report["unexpected_keys"])
     return model
 
 

@@ -68,9 +68,18 @@ def require_one_process(cluster: ClusterSettings) -> None:
     differing = [f"cluster.{name}={value}" for name, value in cluster.model_dump(exclude_defaults=True).items()]
     if differing:
         raise ConfigError(
-            f"{', '.join(differing)}: foveate sft and runs of one rank compute in one process on the CPU, where no "
-            "setting of a cluster acts; leave them out, or set cluster.gpus_per_node for foveate rl"
+            f"{', '.join(differing)}: runs of one rank compute in one process on the CPU, where no setting of a "
+            "cluster acts; leave them out, or set cluster.gpus_per_node"
         )
+
+
+def check_offline(cluster: ClusterSettings) -> None:
+    """Raise ConfigError for settings of a cluster that would not act in a run that generates nothing."""
+    if cluster.ranks == 1:
+        require_one_process(cluster)
+    for name, value in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}).items():
+        if value != ClusterSettings.model_fields[name].default:
+            raise ConfigError(f"cluster.{name}={value}: this run generates nothing and has no engine; leave it out")
 
 
 def check_cluster(settings: RLSettings) -> None:
@@ -88,11 +97,6 @@ def check_cluster(settings: RLSettings) -> None:
     for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
         value = cluster.model_dump()[name]
         raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
-    for name, value in (("model.lora", settings.model.lora), ("algorithm.critic", settings.algorithm.critic)):
-        if value is not None:
-            raise ConfigError(
-                f"{name} is set, which learns on one rank so far; leave it out, or cluster.* but one rank"
-            )
 
 
 def use_threads(threads: int | None) -> None:
