@@ -45,14 +45,19 @@ def test_settings_of_engines_apart_need_such_engines(setting):
 @pytest.mark.parametrize(
     ("run", "settings", "changes", "message"),
     [
-        (run_sft, sft_settings, {"cluster": {"gpus_per_node": 2}}, "cluster.gpus_per_node=2: foveate sft and runs of"),
-        (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: foveate sft and runs of one rank"),
-        (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2}, "model": {"lora": {"rank": 2}}}, "model.lora is set"),
+        (run_sft, sft_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: runs of one rank compute in one"),
+        (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: runs of one rank compute in one"),
+        (
+            run_sft,
+            sft_settings,
+            {"cluster": {"gpus_per_node": 2, "engines": 1}},
+            "cluster.engines=1: this run generates",
+        ),
         (
             run_rl,
             rl_settings,
             {"cluster": {"engines": 1, "offload": True}},
-            "cluster.offload=True: foveate sft and runs",
+            "cluster.offload=True: runs of one rank",
         ),
         (
             run_rl,
@@ -65,12 +70,6 @@ def test_settings_of_engines_apart_need_such_engines(setting):
             rl_settings,
             {"cluster": {"gpus_per_node": 2}, "rollout": {"staleness": 1}, "algorithm": CORRECTED},
             "rollout.staleness=1: with several ranks that takes processes of its own: set cluster.engines",
-        ),
-        (
-            run_rl,
-            rl_settings,
-            {"cluster": {"gpus_per_node": 2}, "algorithm": {"name": "ppo", "critic": {"lr": 1e-5}}},
-            "algorithm.critic is set",
         ),
     ],
 )

@@ -17,7 +17,7 @@ from foveate.errors import ConfigError
 from foveate.model.families import InternVL
 from foveate.model.load import Policy
 from foveate.model.sizes import meta_model
-from foveate.parallel.fsdp import mesh_of, shard
+from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.plan.hardware import Machines
 from foveate.plan.memory import Memory, memory_of
 from foveate.plan.time import Seconds, seconds_of
@@ -123,7 +123,7 @@ def built_share(work: Workload) -> float:
     dist.init_process_group("fake", rank=0, world_size=work.cluster.ranks, store=FakeStore())
     try:
         policy = Policy(model, tokenizer, family, Path(), "hf")
-        shard(policy, mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
+        shard(LogProbs(policy), mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
         own = sum(parameter.to_local().numel() for parameter in model.parameters())
         return own * work.cluster.shards / sum(parameter.numel() for parameter in model.parameters())
     finally:
