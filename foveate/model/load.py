@@ -96,7 +96,7 @@ def outline(path: str) -> Policy:
     with load_errors(found.folder), quiet_transformers():
         if isinstance(found.family, InternVL):
             hf_tensors(found.folder, found.format, found.config)
-            model = meta_model(found.config)
+            model: Any = meta_model(found.config)
         else:
             there = {"device_map": "meta"} if find_spec("accelerate") else {}
             model = _read(found, {"config": found.config, **_FILES, **there})
