@@ -72,7 +72,7 @@ class VLLMEngine(ServedEngine):
         replicas: int = 1,
         tensor_parallel: int = 1,
         memory_mb: int | None = None,
-        bucket_mb: int = 512,
+        bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -81,9 +81,9 @@ class VLLMEngine(ServedEngine):
     ) -> None:
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
         as the model's configuration says); `memory_mb` the key-value cache of one worker (None: vLLM's choice);
-        `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
-        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
-        goes with the engine)."""
+        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
+        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        of its output (None: one that goes with the engine)."""
         if policy.family.name not in KNOWN:
             raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
@@ -102,6 +102,7 @@ class VLLMEngine(ServedEngine):
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
+            *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
             *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
