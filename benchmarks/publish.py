@@ -103,11 +103,12 @@ def receive(port: int, megabytes: int, rounds: Rounds) -> None:
 
 def load(group: Any, buckets: list[Bucket]) -> None:
     """As `Receiver.receive_weights` of the plug-in, with a plain copy for vLLM's loading."""
-    coming = (begin(group, bucket.size) for bucket in buckets)
+    coming = (begin(group, bucket) for bucket in buckets)
     ahead = next(coming)
     for number, bucket in enumerate(buckets):
-        flat, work = ahead
-        work.wait()
+        flat, works = ahead
+        for work in works:
+            work.wait()
         ahead = next(coming, ahead)
         words = flat.view(torch.int64)
         assert (int(words[:-2].sum()), number) == (int(words[-2]), int(words[-1]))
@@ -116,9 +117,10 @@ def load(group: Any, buckets: list[Bucket]) -> None:
             tensor.copy_(flat[at : at + size].view(tensor.dtype).view(tensor.shape))
 
 
-def begin(group: Any, size: int) -> tuple[Tensor, Any]:
-    flat = torch.empty(size + TRAILER, dtype=torch.uint8)
-    return flat, group.broadcast(flat, 0)
+def begin(group: Any, bucket: Bucket) -> tuple[Tensor, list[Any]]:
+    flat = torch.empty(bucket.size + TRAILER, dtype=torch.uint8)
+    parts = (flat[:-TRAILER], flat[-TRAILER:]) if bucket.alone else (flat,)
+    return flat, [group.broadcast(part, 0) for part in parts]
 
 
 def measure_engine(program: str, megabytes: int, bucket_mb: int, pairs: int) -> dict[str, Any]:

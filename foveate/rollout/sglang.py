@@ -58,7 +58,7 @@ class SGLangEngine(ServedEngine):
         device: str | None = None,
         memory_fraction: float = 0.8,
         cache_tokens: int | None = None,
-        bucket_mb: int = 512,
+        bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -74,7 +74,7 @@ class SGLangEngine(ServedEngine):
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
         self._policy, self._decode = policy, decode
-        self._bucket, self._workers = bucket_mb << 20, tensor_parallel
+        self._bucket, self._workers = bucket_mb << 19, tensor_parallel
         self._logs = Path(logs) if logs else None
         self._senders: dict[Replica, Sender] = {}
         self._counters: dict[Replica, Path] = {}

@@ -34,6 +34,13 @@ class Bucket:
     tensors: tuple[tuple[str, Tensor, int], ...]
     size: int
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is one tensor and nothing else: it travels from where it is, its trailer in a message of its own.
+        Receivers tell by the same rule."""
+        tensor = self.tensors[0][1]
+        return len(self.tensors) == 1 and tensor.numel() * tensor.element_size() == self.size
+
 
 def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What a server needs of a model: its parameters, adapters merged into them. Nothing is computed before the first
@@ -59,18 +66,40 @@ def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Buck
 
 @torch.no_grad()
 def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
-    """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors. The sum wraps
-    around; any single changed bit changes it. Returns `flat`."""
+    """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors."""
     end = 0
     for _, tensor, offset in bucket.tensors:
         size = tensor.numel() * tensor.element_size()
         flat[end:offset] = 0
         end = offset + size
         flat[offset:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    flat[end:] = 0
-    words = flat.view(torch.int64)
-    words[-2], words[-1] = words[:-2].sum(), number
+    flat[end:-TRAILER] = 0
+    flat[-TRAILER:] = trailer(flat[:-TRAILER], number)
     return flat
+
+
+def trailer(data: Tensor, number: int) -> Tensor:
+    """What goes behind the bytes of a bucket, uint8 (TRAILER,). The sum wraps around; any single changed bit changes
+    it."""
+    words = torch.empty(2, dtype=torch.int64, device=data.device)
+    words[0], words[1] = data.view(torch.int64).sum(), number
+    return words.view(torch.uint8)
+
+
+@torch.no_grad()
+def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
+    """What is broadcast, in order, made when it is asked for. Two buffers serve all buckets that are packed: a message
+    may be under way while the next is made, and not longer."""
+    packed = [bucket.size + TRAILER for bucket in buckets if not bucket.alone]
+    buffers = [torch.empty(max(packed), dtype=torch.uint8, device=device) for _ in packed[:2]]
+    for number, bucket in enumerate(buckets):
+        if bucket.alone:
+            data = bucket.tensors[0][1].contiguous().reshape(-1).view(torch.uint8)
+            yield data
+            yield trailer(data, number)
+        else:
+            buffers.reverse()
+            yield fill(buffers[0][: bucket.size + TRAILER], bucket, number)
 
 
 class Sender:
@@ -107,10 +136,7 @@ class Sender:
 
     def send(self, buckets: Sequence[Bucket]) -> None:
         """Broadcast every bucket with its trailer; the next one is filled while one is under way."""
-        largest = max((bucket.size for bucket in buckets), default=0) + TRAILER
-        buffers = [torch.empty(largest, dtype=torch.uint8, device=self._device) for _ in buckets[:2]]
-        views = (buffers[i % 2][: bucket.size + TRAILER] for i, bucket in enumerate(buckets))
-        self.broadcast(fill(view, bucket, i) for i, (view, bucket) in enumerate(zip(views, buckets, strict=True)))
+        self.broadcast(messages(buckets, self._device))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Send every tensor, contiguous ones, in order. The next is asked for while one is under way, and the one after

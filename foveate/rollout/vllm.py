@@ -73,7 +73,7 @@ class VLLMEngine(ServedEngine):
         device: str | None = None,
         memory_fraction: float | None = None,
         memory_mb: int | None = None,
-        bucket_mb: int = 512,
+        bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -84,9 +84,9 @@ class VLLMEngine(ServedEngine):
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
         (None: vLLM's choice);
-        `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
-        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
-        goes with the engine)."""
+        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
+        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        of its output (None: one that goes with the engine)."""
         if policy.family.name not in KNOWN:
             raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
@@ -106,7 +106,12 @@ class VLLMEngine(ServedEngine):
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
-            *(_cpu_options(policy, longest) if on_cpu else ()),
+        as the model's configuration says); `device` where the server computes (None: where the policy is);
+        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
+        (None: vLLM's choice);
+        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
+        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        of its output (None: one that goes with the engine)."""
             *(("--max-model-len", str(longest)) if longest else ()),
             *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),

@@ -84,12 +84,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load bucket by bucket; the next is on its way while one is loaded."""
-        coming = (self._begin(size) for size, _ in update_info.buckets)
+        coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
         ahead = next(coming, None)
         for number, (_, tensors) in enumerate(update_info.buckets):
             assert ahead is not None
-            flat, work = ahead
-            work.wait()
+            flat, works = ahead
+            for work in works:
+                work.wait()
             ahead = next(coming, None)
             words = flat.view(torch.int64)
             found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
@@ -99,10 +100,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             loaded = self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
             self.missing -= loaded
 
-    def _begin(self, size: int) -> tuple[torch.Tensor, Any]:
-        """A bucket with its trailer (`foveate.rollout.sync.TRAILER`) on its way."""
+    def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
+        """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
+        `foveate.rollout.sync`) comes apart."""
         flat = torch.empty(size + 16, dtype=torch.uint8, device=self.place)
-        return flat, self.group.broadcast(flat, 0)
+        alone = len(tensors) == 1 and _bytes(*tensors[0][1:3]) == size
+        parts = (flat[:-16], flat[-16:]) if alone else (flat,)
+        return flat, [self.group.broadcast(part, 0) for part in parts]
 
     def finish_weight_update(self) -> None:
         """Raises RuntimeError where a parameter of the model has not come: vLLM would go on with the old one."""
@@ -115,9 +119,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _tensor(flat: torch.Tensor, dtype_name: str, shape: list[int], offset: int) -> torch.Tensor:
-    dtype = DTYPES[dtype_name]
-    size = dtype.itemsize * int(torch.Size(shape).numel())
-    return flat[offset : offset + size].view(dtype).view(shape)
+    return flat[offset : offset + _bytes(dtype_name, shape)].view(DTYPES[dtype_name]).view(shape)
+
+
+def _bytes(dtype_name: str, shape: list[int]) -> int:
+    return DTYPES[dtype_name].itemsize * int(torch.Size(shape).numel())
 
 
 def _report_trainers_logprobs() -> None:
