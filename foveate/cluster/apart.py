@@ -119,10 +119,10 @@ class EnginesApart:
         return {"engines_lost": float(self._losses), **({"engine_check": self._prove()} if due else {})}
 
     def _tell(self, method: str, *, paused: bool) -> None:
-        """Whoever is lost meanwhile is told by `_revive`."""
+        """An engine that is lost does not matter here: another one is told when it has been started."""
         with self._reviving:
             self._is_paused = paused
-            self._failing({number: self._hosts.ask(number, method) for number in self._every})
+            wait([self._hosts.ask(number, method) for number in self._every], self._timeout)
 
     # ---------------------------------------------------------------------------------------------------------- answers
 
@@ -202,13 +202,14 @@ class EnginesApart:
         others = [other for other in self._every if other != number]
         if not others:
             raise RankLost(f"engine {number} died, and its weights with it, since the trainers have learned on")
-        return partial(self._of_engine, others[0])
+        return partial(self._answer, others[0], "packet")
 
-    def _of_engine(self, number: int, first: bool) -> Any:
+    def _answer(self, number: int, method: str, *arguments: Any) -> Any:
+        """What an engine says of itself; one that dies now takes the run back to its last checkpoint."""
         try:
-            return self._result(number, self._hosts.ask(number, "packet", first))
+            return self._result(number, self._hosts.ask(number, method, *arguments))
         except EngineLostError as error:
-            raise RankLost(f"engine {number} died while another one took its weights") from error
+            raise RankLost(f"engine {number} died when it was asked for {method} ({error})") from error
 
     def _revive(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
         """Start an engine again, with the weights of `source`."""
@@ -267,7 +268,7 @@ class EnginesApart:
         return self._answers(requests, [[*range(len(requests))] if n == number else [] for n in self._every], sampling)
 
     def prompt_ids_of(self, number: int, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
-        return self._result(number, self._hosts.ask(number, "prompt_ids", [*prompts]))
+        return self._answer(number, "prompt_ids", [*prompts])
 
 
 class _One:

@@ -109,11 +109,12 @@ class EngineHost:
         return self._round.more(patience)
 
     def pause(self) -> None:
-        """As `Engine.pause`; so is `resume`."""
+        """As `Engine.pause`."""
         assert self._engine is not None
         self._engine.pause()
 
     def resume(self) -> None:
+        """As `Engine.resume`."""
         assert self._engine is not None
         self._engine.resume()
 
