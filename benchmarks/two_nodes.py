@@ -52,7 +52,7 @@ def write_recipe(
         "optim": {"lr": 3e-3},
         "train": {"steps": steps, "prompts_per_step": 4, "save_every": 2, "tokens_per_micro_batch": 256, "threads": 1},
         "eval": {"every": 0},
-        "cluster": {"nodes": 2, "device": "cpu", "timeout": 300, "retries": retries, "engines": engines},
+        "cluster": {"nodes": 2, "device": "cpu", "timeout": 600, "retries": retries, "engines": engines},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
     return folder / "recipe.yaml"

@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -201,6 +202,34 @@ def test_the_only_engine_of_trainers_that_learn_meanwhile_takes_the_run_back_wit
         engines.generate(requests, SAMPLING)
 
 
+@pytest.mark.parametrize("dies", [nothing, once(1, "more", 2)])
+def test_a_pause_ends_a_stream_and_what_was_begun_goes_on_after_it(started, requests, dies):
+    gate = threading.Event()
+
+    class Gated(NativeEngine):
+        """Waits at the gate after its first group."""
+
+        def stream(self, requests, sampling):
+            for number, found in enumerate(NativeEngine.stream(self, requests, sampling)):
+                yield found
+                assert number or gate.wait(60)
+
+    engines, _ = started(2, make=partial(Gated, token_budget=100), dies=dies)
+    groups = engines.stream(requests, SAMPLING)
+    found = dict([next(groups), next(groups)])
+    engines.pause()
+    gate.set()
+    found |= dict(groups)
+    assert any(one.finish == "abort" for group in found.values() for one in group) or len(found) < len(requests)
+    engines.resume()
+    again = [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    answers = engines.generate(again, SAMPLING)
+    expected = started(1)[0].generate(requests, SAMPLING)
+    assert [[one.token_ids for one in group] for group in answers] == [
+        [one.token_ids for one in group] for group in expected
+    ]
+
+
 def test_an_engine_that_keeps_dying_ends_the_tries(started, requests):
     engines, hosts = started(2, dies=lambda number, method: (number, method) == (0, "more"))
     with pytest.raises(RankLost, match="engine 0 was lost 3 times without a finished group: host 0 was killed"):
@@ -265,6 +294,7 @@ def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
 def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tiny_folder):
     incoming, outgoing = Incoming(load_policy(str(tiny_folder)).model), Outgoing(trainer.policy.model, limit=100_000)
     first = outgoing.packet(True)
+    assert first is not None
     incoming.take(first)
     with pytest.raises(DataError, match=r"published weights lack .* and \d+ more"):
         incoming.finish()
@@ -275,9 +305,13 @@ def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tin
 def test_an_engine_that_is_no_trainer_keeps_its_weights_until_the_next_publish(trainer, tiny_folder, encode):
     host = EngineHost(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
     sent = Outgoing(trainer.policy.model)
-    host.take(sent.packet(True))
+    first = sent.packet(True)
+    assert first is not None
+    host.take(first)
     host.publish(1)
-    kept = host.packet(True)
-    assert kept.tensors == sent.packet(True).tensors
-    assert (kept.data == sent.packet(True).data).all()
+    kept, original = host.packet(True), sent.packet(True)
+    assert kept is not None
+    assert original is not None
+    assert kept.tensors == original.tensors
+    assert (kept.data == original.data).all()
     assert sent.packet(False) is None

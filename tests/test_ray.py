@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from foveate.train.rl import run_rl
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of ray itself
 ray = pytest.importorskip("ray")
+HERE_IS = Path(HERE).parent
 TWO = {"gpus_per_node": 2, "device": "cpu", "timeout": 240}
 
 
@@ -219,6 +221,41 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
     assert "2 ranks on 2 nodes" in ended.stdout
     rewards = [record["reward/mean"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+
+
+def test_a_job_that_is_stopped_saves_and_leaves(tmp_path, tiny_folder, data):
+    train = {"steps": 100_000, "prompts_per_step": 4, "save_every": 0}
+    reward = {"name": "toy:text_length", "workers": 0}
+    settings = rl_settings(tmp_path / "run", tiny_folder, data, train=train, eval={"every": 0}, reward=reward)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(settings))
+    port, dashboard = free_port(), free_port()
+    foveate = [sys.executable, "-c", "from foveate.cli import main; main()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment["PYTHONPATH"] = str(HERE_IS.parent)  # the reward is found by what the job is given
+    up = [*foveate, "cluster", "up", f"--port={port}", f"--dashboard={dashboard}", "--cpus=1", "--block"]
+    given = ["--env", f"PYTHONPATH={environment['PYTHONPATH']}:{HERE_IS}", "--upload", str(tmp_path / "copied")]
+    (tmp_path / "copied").mkdir()
+    submit = [*foveate, "submit", str(tmp_path / "recipe.yaml"), "--head", f"http://127.0.0.1:{dashboard}", *given]
+    node = subprocess.Popen(up, env=environment)
+    try:
+        wait_for(dashboard)
+        job = subprocess.Popen(submit, env=environment, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        job.send_signal(signal.SIGINT)
+        said, _ = job.communicate(timeout=240)
+    finally:
+        node.terminate()
+        node.wait(60)
+    assert job.returncode not in (0, None)
+    assert "SIGTERM: saving after this step" in said
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["step"] == records[-1]["step"] > 0
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def wait_for(port, host="127.0.0.1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -72,6 +73,8 @@ class EnginesApart:
         self._every = range(hosts.size)
         self._fails = [0] * hosts.size
         self._losses = self._publishes = self._ticket = 0
+        self._is_paused = False
+        self._reviving = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +102,14 @@ class EnginesApart:
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
         return self._answers(requests, deal(costs, self._hosts.size), sampling)
 
+    def pause(self) -> None:
+        """As `Engine.pause`."""
+        self._tell("pause", paused=True)
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        self._tell("resume", paused=False)
+
     def publish(self, version: int) -> dict[str, float]:
         """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, and those of a
         check, if one is due."""
@@ -106,6 +117,12 @@ class EnginesApart:
         self._publishes += 1
         due = self._rollout.check_every and self._publishes % self._rollout.check_every == 0
         return {"engines_lost": float(self._losses), **({"engine_check": self._prove()} if due else {})}
+
+    def _tell(self, method: str, *, paused: bool) -> None:
+        """An engine that is lost does not matter here: another one is told when it has been started."""
+        with self._reviving:
+            self._is_paused = paused
+            wait([self._hosts.ask(number, method) for number in self._every], self._timeout)
 
     # ---------------------------------------------------------------------------------------------------------- answers
 
@@ -126,7 +143,7 @@ class EnginesApart:
                     number = asked.pop(future)
                     share = shares[number]
                     try:
-                        groups, _ = future.result()
+                        groups, ended = future.result()
                     except EngineLostError as error:
                         self._revive(number, error, self._source(number))
                         share.heard = time.monotonic()
@@ -136,7 +153,7 @@ class EnginesApart:
                     share.missing.difference_update(place for place, _ in fresh)
                     if fresh:
                         share.heard, self._fails[number] = time.monotonic(), 0
-                    if share.missing:
+                    if share.missing and not ended:  # those that a pause left out are not begun
                         asked[self._hosts.ask(number, "more", _LOOK)] = number
                     yield from ((share.indices[place], group) for place, group in fresh)
         finally:
@@ -185,16 +202,21 @@ class EnginesApart:
         others = [other for other in self._every if other != number]
         if not others:
             raise RankLost(f"engine {number} died, and its weights with it, since the trainers have learned on")
-        return partial(self._of_engine, others[0])
+        return partial(self._answer, others[0], "packet")
 
-    def _of_engine(self, number: int, first: bool) -> Any:
+    def _answer(self, number: int, method: str, *arguments: Any) -> Any:
+        """What an engine says of itself; one that dies now takes the run back to its last checkpoint."""
         try:
-            return self._result(number, self._hosts.ask(number, "packet", first))
+            return self._result(number, self._hosts.ask(number, method, *arguments))
         except EngineLostError as error:
-            raise RankLost(f"engine {number} died while another one took its weights") from error
+            raise RankLost(f"engine {number} died when it was asked for {method} ({error})") from error
 
     def _revive(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
         """Start an engine again, with the weights of `source`."""
+        with self._reviving:
+            self._start_again(number, error, source)
+
+    def _start_again(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
         while True:
             self._fails[number] += 1
             self._losses += 1
@@ -205,6 +227,8 @@ class EnginesApart:
             logger.warning("engine %d is lost (%s); starting it again", number, error)
             lost = self._failing({number: self._hosts.start(number, self._build)})
             lost = lost or self._send([number], source)
+            if not lost and self._is_paused:
+                lost = self._failing({number: self._hosts.ask(number, "pause")})
             if not lost:
                 return
             error = lost[number]
@@ -244,7 +268,7 @@ class EnginesApart:
         return self._answers(requests, [[*range(len(requests))] if n == number else [] for n in self._every], sampling)
 
     def prompt_ids_of(self, number: int, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
-        return self._result(number, self._hosts.ask(number, "prompt_ids", [*prompts]))
+        return self._answer(number, "prompt_ids", [*prompts])
 
 
 class _One:

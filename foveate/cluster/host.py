@@ -108,6 +108,16 @@ class EngineHost:
         raised."""
         return self._round.more(patience)
 
+    def pause(self) -> None:
+        """As `Engine.pause`."""
+        assert self._engine is not None
+        self._engine.pause()
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        assert self._engine is not None
+        self._engine.resume()
+
     def stop(self, ticket: int) -> None:
         """Abort what was begun with this ticket, and wait until that is done."""
         if ticket == self._ticket:
