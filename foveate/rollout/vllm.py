@@ -106,12 +106,8 @@ class VLLMEngine(ServedEngine):
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
-        as the model's configuration says); `device` where the server computes (None: where the policy is);
-        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
-        (None: vLLM's choice);
-        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
-        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
-        of its output (None: one that goes with the engine)."""
+            *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
+            *(_cpu_options(policy, longest) if on_cpu else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
             *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
