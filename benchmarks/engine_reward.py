@@ -1,11 +1,11 @@
-"""Reward on the shapes by the engine that generates, with the demo's recipe: the same curve from every engine.
+"""Reward on the shapes by the engine that generates, with the demo's recipe: the same rise from every engine.
 
-    python benchmarks/engine_reward.py ENGINE [--program PATH] [--steps 40] [--seeds 0 1 2] [--model demo]
+    python benchmarks/engine_reward.py run ENGINE [--program PATH] [--steps 30] [--seeds 0 1 2] [--model demo]
     python benchmarks/engine_reward.py table
 
 ENGINE is native, vllm or sglang; `--model` a folder in place of the shipped start, such as one that
-`foveate convert demo FOLDER --to chat` made. Each run adds a row to benchmarks/results/engine-reward.jsonl, `table`
-shows the mean rewards of every ten steps side by side.
+`foveate convert FOLDER OTHER --to chat` made. A run that was interrupted goes on when it is asked for again; a finished
+one adds a row to benchmarks/results/engine-reward.jsonl. `table` shows the mean rewards of every five steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +26,25 @@ from foveate.train.rl import run_rl
 FOUND = Path(__file__).parent / "results" / "engine-reward.jsonl"
 
 
-def run(engine: str, program: str | None, model: str, steps: int, seed: int) -> dict[str, Any]:
-    changes: dict[str, Any] = {"seed": seed, "train.steps": steps, "train.save_every": 0, "model.path": model}
-    changes |= {"eval.every": steps, "eval.samples": 1, "algorithm": "gspo"}
+def run(engine: str, program: str | None, model: str, steps: int, seed: int, out: Path) -> dict[str, Any]:
+    changes: dict[str, Any] = {"seed": seed, "train.steps": steps, "train.save_every": 5, "model.path": model}
+    changes |= {"train.keep_checkpoints": 1, "eval.every": 0, "algorithm": "gspo"}
     if engine != "native":
-        settings: dict[str, Any] = {"program": program or engine, "bucket_mb": 8}
+        settings: dict[str, Any] = {"program": program or engine}
         settings |= {"memory_mb": 256} if engine == "vllm" else {"memory_fraction": 0.1, "cache_tokens": 65536}
         changes |= {"rollout.engine": engine, "rollout.engine_settings": json.dumps(settings)}
-    with tempfile.TemporaryDirectory() as name:
-        prepare_shapes(Path(name) / "data", {"train": 2000, "test": 320})
-        begin = time.perf_counter()
-        rows = read_metrics(run_rl(settings_of(Path(name) / "run", Path(name) / "data", 0, **changes)).metrics)
-    difference = [row["engine_logprob_difference_max"] for row in rows]
+    layout = "hf" if model == "demo" else "chat"
+    if not (out / "data").exists():
+        prepare_shapes(out / "data", {"train": 2000, "test": 320})
+    folder = out / f"{engine}-{layout}-{seed}"
+    rows = read_metrics(run_rl(settings_of(folder, out / "data", 0, **changes)).metrics)
     return {
         "engine": engine,
-        "start": "demo" if model == "demo" else "github layout",
+        "layout": layout,
         "seed": seed,
         "reward": [round(row["reward/mean"], 4) for row in rows],
-        "held_out": rows[-1]["eval/greedy_accuracy"],
         "seconds_per_step": statistics.median(row["seconds/step"] for row in rows),
-        "logprob_difference_max": max(difference),
-        "seconds": time.perf_counter() - begin,
+        "logprob_difference_max": max(row["engine_logprob_difference_max"] for row in rows),
     }
 
 
@@ -56,29 +52,31 @@ def table() -> None:
     for line in FOUND.read_text().splitlines():
         row = json.loads(line)
         reward = row["reward"]
-        tens = " ".join(f"{statistics.mean(reward[i : i + 10]):.3f}" for i in range(0, len(reward), 10))
-        print(
-            f"| {row['engine']}, {row['start']} | {row['seed']} | {tens} | {row['held_out']:.3f} | "
-            f"{row['logprob_difference_max']:.1e} | {row['seconds_per_step']:.2f} s |"
-        )
+        fives = " | ".join(f"{statistics.mean(reward[i : i + 5]):.3f}" for i in range(0, len(reward), 5))
+        difference = f"{row['logprob_difference_max']:.0e}"
+        print(f"| {row['engine']}, {row['layout']} | {row['seed']} | {fives} | {difference} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=["native", "vllm", "sglang", "table"])
-    parser.add_argument("--program")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parts = parser.add_subparsers(dest="part", required=True)
+    parts.add_parser("table")
+    running = parts.add_parser("run")
+    running.add_argument("engine", choices=["native", "vllm", "sglang"])
+    running.add_argument("--program")
+    running.add_argument("--model", default="demo")
+    running.add_argument("--steps", type=int, default=30)
+    running.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    running.add_argument("--out", type=Path, default=Path("runs/engine-reward"))
     chosen = parser.parse_args()
-    if chosen.engine == "table":
+    if chosen.part == "table":
         table()
         return
     for seed in chosen.seeds:
-        found = run(chosen.engine, chosen.program, chosen.model, chosen.steps, seed)
+        found = run(chosen.engine, chosen.program, chosen.model, chosen.steps, seed, chosen.out)
         with FOUND.open("a") as file:
             file.write(json.dumps(found) + "\n")
-        print(json.dumps({name: value for name, value in found.items() if name != "reward"}), flush=True)
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

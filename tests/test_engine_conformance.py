@@ -89,7 +89,7 @@ def case(request, tmp_path_factory, make_image, make_task):
     engine.close()
 
 
-def start(name, policy, encoder):
+def start(name, policy, encoder, **settings):
     if name == "native":
         return NativeEngine.copy_of(policy, encoder.decode, version=3)
     program = os.environ.get(f"FOVEATE_{name.upper()}")
@@ -98,12 +98,12 @@ def start(name, policy, encoder):
     if name == "vllm":
         from foveate.rollout.vllm import VLLMEngine
 
-        return VLLMEngine(policy, encoder.decode, version=3, program=program, longest=2048, memory_mb=64, bucket_mb=1)
+        settings |= {"version": 3, "program": program, "longest": 2048, "memory_mb": 64, "bucket_mb": 1}
+        return VLLMEngine(policy, encoder.decode, **settings)
     from foveate.rollout.sglang import SGLangEngine
 
-    return SGLangEngine(
-        policy, encoder.decode, version=3, program=program, longest=2048, memory_fraction=0.1, cache_tokens=65536
-    )
+    settings |= {"version": 3, "program": program, "longest": 2048, "memory_fraction": 0.1, "cache_tokens": 65536}
+    return SGLangEngine(policy, encoder.decode, **settings)
 
 
 def test_groups_are_complete_and_in_order(case):

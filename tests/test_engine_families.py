@@ -29,6 +29,8 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen3_moe": {**HEADS, "head_dim": 32},
 }
 PAIRS = [*(("vllm", name) for name in ("chat", *SIZES)), ("sglang", "qwen2"), ("sglang", "qwen3")]
+THROUGH_A_FILE = (("vllm", "qwen3"), ("sglang", "qwen3"))
+"""Whose weights travel through a file."""
 pytestmark = pytest.mark.slow
 
 
@@ -54,7 +56,8 @@ def case(request, tmp_path_factory, make_image, make_task):
             make_task("<image>\nWhat is shown?", make_image(168, 56, 1)),
             make_task("<image> above <image>\nthe circle", make_image(56, 112, 3), make_image(224, 168, 4)),
         ]
-    running = start(engine, policy, encoder)
+    transfer = "disk" if (engine, name) in THROUGH_A_FILE else "broadcast"
+    running = start(engine, policy, encoder, transfer=transfer)
     yield Case(running, policy, encoder, [encoder(task) for task in tasks])
     running.close()
 

@@ -174,6 +174,9 @@ def test_a_program_that_is_not_there_is_named(parts):
         settings = RolloutSettings(engine=name, engine_settings={"program": "no-such-program"})
         with pytest.raises(ConfigError, match=f"engine {name}: no program 'no-such-program'"):
             choose_engine(settings, 28)(policy, encoder.decode)
+        visible = {"program": "true", "devices": ["0"], "replicas": 2}
+        with pytest.raises(ConfigError, match="devices names the GPUs of 1 replicas, there are 2"):
+            choose_engine(RolloutSettings(engine=name, engine_settings=visible), 28)(policy, encoder.decode)
     other = replace(policy, family=replace(policy.family, name="other"))
     with pytest.raises(ConfigError, match="engine vllm: does not know other; it serves internvl"):
         choose_engine(RolloutSettings(engine="vllm"), 28)(other, encoder.decode)

@@ -12,7 +12,7 @@ import shutil
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,16 @@ from foveate.model.names import from_hf
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
+from foveate.rollout.served import (
+    BAN,
+    TRANSFER_S,
+    ServedEngine,
+    banned_ids,
+    dtype_name,
+    python_path,
+    visible_devices,
+    write_plugin,
+)
 from foveate.rollout.sync import Sender, plan_buckets, served_weights
 
 KNOWN = ("internvl", "qwen2", "qwen3")
@@ -58,6 +67,8 @@ class SGLangEngine(ServedEngine):
         device: str | None = None,
         memory_fraction: float = 0.8,
         cache_tokens: int | None = None,
+        devices: list[str] | None = None,
+        transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
@@ -73,6 +84,7 @@ class SGLangEngine(ServedEngine):
             raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket, self._workers = bucket_mb << 19, tensor_parallel
         self._logs = Path(logs) if logs else None
@@ -106,7 +118,8 @@ class SGLangEngine(ServedEngine):
         log = (self._logs or self.folder) / f"sglang-{number}.log"
         counter = self.folder / f"tokens-{number}"
         counter.mkdir()
-        environment = {**self._environment, "PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
+        environment = {**self._environment, **self._devices[number]}
+        environment |= {"PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
         replica = Replica([*command, "--port", PORT, *self._options], environment, log, "/health")
         self._counters[replica] = counter
         return replica
@@ -114,6 +127,8 @@ class SGLangEngine(ServedEngine):
     def connect(self, replica: Replica) -> None:
         if replica in self._senders:
             self._senders.pop(replica).close()
+        if self._transfer == "disk":
+            return
         device = self._policy.device
         sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
@@ -125,8 +140,16 @@ class SGLangEngine(ServedEngine):
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True})
-        _succeed(replica.call("POST", "/begin_weight_update", {}))
         named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
+        if self._transfer == "disk":
+            update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
+            _succeed(replica.call("POST", "/update_weights_from_disk", update))
+        else:
+            self._broadcast(replica, version, named)
+        replica.call("POST", "/flush_cache")
+
+    def _broadcast(self, replica: Replica, version: int, named: list[tuple[str, Tensor]]) -> None:
+        _succeed(replica.call("POST", "/begin_weight_update", {}))
         for bucket in plan_buckets(named, self._bucket):
             tensors = [tensor for _, tensor, _ in bucket.tensors]
             update = {
@@ -140,7 +163,6 @@ class SGLangEngine(ServedEngine):
             with meanwhile(replica, "/update_weights_from_distributed", update):
                 self._senders[replica].send([bucket])
         _succeed(replica.call("POST", "/end_weight_update", {}))
-        replica.call("POST", "/flush_cache")
 
     def abort(self, replica: Replica) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)

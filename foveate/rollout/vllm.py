@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from msgspec import msgpack
@@ -29,7 +29,16 @@ from foveate.model.qwen_vl import QwenVL
 from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
+from foveate.rollout.served import (
+    BAN,
+    TRANSFER_S,
+    ServedEngine,
+    banned_ids,
+    dtype_name,
+    python_path,
+    visible_devices,
+    write_plugin,
+)
 from foveate.rollout.sync import Bucket, Sender, plan_buckets, served_weights
 
 _ENVIRONMENT = {
@@ -73,6 +82,8 @@ class VLLMEngine(ServedEngine):
         device: str | None = None,
         memory_fraction: float | None = None,
         memory_mb: int | None = None,
+        devices: list[str] | None = None,
+        transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
@@ -83,7 +94,9 @@ class VLLMEngine(ServedEngine):
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
-        (None: vLLM's choice);
+        (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
+        trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
+        ones, where that fails;
         `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
         `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
         of its output (None: one that goes with the engine)."""
@@ -94,6 +107,7 @@ class VLLMEngine(ServedEngine):
                 f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
                 "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
             )
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket = bucket_mb << 19  # two of them are in memory at a time
         self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
@@ -126,11 +140,16 @@ class VLLMEngine(ServedEngine):
             write_plugin(plugin, "vllm_plugin.py", "vllm.general_plugins")
         command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
         log = (self._logs or self.folder) / f"vllm-{number}.log"
-        return Replica(command, {**self._environment, "PYTHONPATH": python_path(plugin)}, log, "/health")
+        environment = {**self._environment, **self._devices[number], "PYTHONPATH": python_path(plugin)}
+        return Replica(command, environment, log, "/health")
 
     def connect(self, replica: Replica) -> None:
         if replica in self._senders:
             self._senders.pop(replica).close()
+        if self._transfer == "disk":
+            nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
+            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody})
+            return
         sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
@@ -140,11 +159,16 @@ class VLLMEngine(ServedEngine):
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        buckets = plan_buckets(_as_vllm_reads(weights, self._policy.family.name), self._bucket)
+        named = _as_vllm_reads(weights, self._policy.family.name)
         replica.call("POST", "/pause?mode=abort&clear_cache=true")
         replica.call("POST", "/start_weight_update")
-        with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
-            self._senders[replica].send(buckets)
+        if self._transfer == "disk":
+            file = self.on_disk(named) / "model.safetensors"
+            replica.call("POST", "/update_weights", {"update_info": {"buckets": [], "file": str(file)}})
+        else:
+            buckets = plan_buckets(named, self._bucket)
+            with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
+                self._senders[replica].send(buckets)
         replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
         for cache in ("prefix", "mm", "encoder"):
             replica.call("POST", f"/reset_{cache}_cache")

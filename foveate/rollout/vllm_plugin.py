@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -35,8 +36,8 @@ def register() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where the trainer, rank 0, waits; `rank_offset` is the rank of the server's first worker. Over the backend gloo
-    weights travel from and to the memory of the host."""
+    """Where the trainer, rank 0, waits ("": nowhere, weights come in files); `rank_offset` is the rank of the server's
+    first worker. Over the backend gloo weights travel from and to the memory of the host."""
 
     host: str
     port: int
@@ -48,9 +49,10 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order."""
+    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or a safetensors file."""
 
     buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
+    file: str = ""
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -65,6 +67,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Parameters of the model that have not come yet since the update began."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if not init_info.host:
+            return
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         timeout = timedelta(seconds=init_info.timeout_s)
@@ -84,6 +88,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load bucket by bucket; the next is on its way while one is loaded."""
+        if update_info.file:
+            with safe_open(update_info.file, "pt", device=str(self.device)) as file:
+                self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return
         coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
         ahead = next(coming, None)
         for number, (_, tensors) in enumerate(update_info.buckets):
