@@ -6,7 +6,7 @@ Only small files and the headers of the weights are read, and no code that comes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +156,16 @@ def hf_tensors(folder: Path, layout: Layout, config: InternVLConfig) -> dict[str
             found[part] = Stored(stored.dtype, shape, (stored.pieces[0].part(i, parts),))
     optional = {"lm_head.weight"} if tied(config.to_dict()) else set()
     missing = sorted({from_hf(name, layout)[0] for name in wanted.keys() - found.keys() - optional})
-    for problem, names in (("lack", missing), ("also hold", sorted(strange))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{folder}: the weights {problem} {names[0]}{more}; they do not fit config.json")
+    require_fit(folder, "lack", missing)
+    require_fit(folder, "also hold", strange)
     return found
+
+
+def require_fit(folder: Path, problem: str, names: Collection[str]) -> None:
+    """Raise DataError if there are names of tensors that the weights of a folder `lack`, or `also hold`."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise DataError(f"{folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
 
 
 def _check_shape(folder: Path, name: str, stored: Stored, parts: list[tuple[int, ...]]) -> None:
