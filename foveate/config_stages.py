@@ -93,7 +93,10 @@ class CascadeSettings(Settings):
             "seed": self.seed,
             "model": self.model.model_copy(update={"path": model}),
         }
-        offline = ClusterSettings(**self.cluster.model_dump(exclude={"engine_tensor_parallel", "engine_memory"}))
+        offline = ClusterSettings()
+        if self.cluster.ranks > 1:
+            of_engines = {"engines", "engine_tensor_parallel", "engine_memory"}
+            offline = ClusterSettings(**self.cluster.model_dump(exclude=of_engines))
         if name == "sft":
             assert self.sft is not None
             own = {"data": self.sft.data, "optim": self.sft.optim, "train": self.sft.train}

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,12 @@ from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
 from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
+from foveate.model.sizes import meta_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
 """What transformers raises for folders that are damaged or contradict themselves."""
+_FILES = {"use_safetensors": True, "local_files_only": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", d
     headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
     """
     found = recognise(path)
-    options = {**model_options(found, attention, dtype), "use_safetensors": True, "local_files_only": True}
+    options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
         model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
     return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
@@ -83,6 +86,21 @@ def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, An
     if found.family.unit:
         kernels = {"text_config": kernels, "vision_config": "sdpa"}
     return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
+
+
+def outline(path: str) -> Policy:
+    """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
+    without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
+    where it is missing. Raises DataError as `load_policy` does."""
+    found = recognise(path)
+    with load_errors(found.folder), quiet_transformers():
+        if isinstance(found.family, InternVL):
+            hf_tensors(found.folder, found.format, found.config)
+            model: Any = meta_model(found.config)
+        else:
+            there = {"device_map": "meta"} if find_spec("accelerate") else {}
+            model = _read(found, {"config": found.config, **_FILES, **there})
+    return Policy(model.to("meta").eval(), found.tokenizer, found.family, found.folder, found.format)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.cluster.weights import Outgoing, Packet
 from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.model.fill import allocate, hollow_policy
@@ -29,6 +30,7 @@ class RankEngine:
         self._engine: Engine | None = None
         self._apart = False
         self._proof: Proof | None = None
+        self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
@@ -63,6 +65,11 @@ class RankEngine:
             return self._proof.after_publish() if self._proof is not None else {}
         self._engine.publish(version, ((name, whole(tensor)) for name, tensor in served_weights(self._policy.model)))
         return {}
+
+    def packet(self, first: bool) -> Packet | None:
+        """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
+        the first rank has it. None behind the last one."""
+        return self._outgoing.packet(first)
 
     def _published(self) -> Iterable[tuple[str, Tensor]]:
         """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,

@@ -365,7 +365,8 @@ def _policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTarge
 
 def _mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
     """How far the sampler's log-probs are from the trainer's, for the same weights: absolute differences, and
-    KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token."""
+    KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose
+    ratio is beyond 2 or 1/2, which `algorithm.correction` would cut by its default."""
     difference = (targets.old_M - targets.engine_M).abs()
     tokens = float(len(difference))
     return {
@@ -373,6 +374,7 @@ def _mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
         "engine_kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
         "engine_logprob_difference": (difference.sum().item(), tokens),
         "engine_logprob_difference_max": (difference.max().item(), tokens),
+        "engine_ratio_beyond_2": ((difference > math.log(2)).sum().item(), tokens),
     }
 
 
