@@ -38,17 +38,21 @@ def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
 
 
 class Leaving:
-    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once."""
+    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
+    ends, no checkpoint of `workers` is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: WorkerGroup) -> None:
         self.is_asked = False
+        self._workers = workers
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
+            everywhere(self._workers, "finish_saving")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
 
@@ -136,6 +140,12 @@ def resume(
         logger.info("continuing %s after step %d", run.path, state["step"])
     metrics.truncate_after(state["step"])
     return state["step"]
+
+
+def save(workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings) -> None:
+    """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
+    rest = train.keep_checkpoints, train.disk_wait, train.save_async
+    everywhere(workers, "save", run.checkpoints, step, state, *rest)
 
 
 def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:

@@ -20,7 +20,7 @@ from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import Metrics, reduce_metrics
 from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings
-from foveate.files import atomic_path
+from foveate.files import atomic_path, with_room
 from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.forward import evaluating
 from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
@@ -30,7 +30,7 @@ from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, 
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
 from foveate.records import Batch, LossOut, PolicyTargets, Totals, sum_by_sample
-from foveate.train.checkpoint import Trained, load_checkpoint, save_checkpoint
+from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import apply_gradients, build_optimizer
 from foveate.train.rank_engine import RankEngine
@@ -109,6 +109,7 @@ class Worker:
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
+        self._saving = Saving()
         self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
@@ -239,6 +240,7 @@ class Worker:
             losses = [record for own, _ in rows for record in own]
             if not any(has_pictures for _, has_pictures in rows):
                 _forget_blanks(policy)
+        self._saving.check()
         norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm)
         if not taken:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
@@ -268,8 +270,23 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-        return save_checkpoint(folder, step, self._trained(), state, keep, self.ranks)
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        patience: float = 0.0,
+        apart: bool = False,
+    ) -> Path:
+        """Write a checkpoint (`save_checkpoint`); `apart`: while this rank goes on. Returns where it is to be."""
+        self.finish_saving()
+        save = self._saving.start if apart else save_checkpoint
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+
+    def finish_saving(self) -> None:
+        """Return when no checkpoint is under way. Raises what ended the last one."""
+        self._saving.wait()
 
     def restore(self, path: Path) -> dict[str, Any]:
         return load_checkpoint(path, self._trained(), self.ranks)
@@ -278,9 +295,10 @@ class Worker:
         critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
         return {"": (self.policy.model, self.optimizer), **critic}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, patience: float = 0.0) -> None:
         """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes."""
+        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        self.finish_saving()
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
         for name, tensor in merged_state(self.policy.model).items():
@@ -288,10 +306,15 @@ class Worker:
             if is_first:
                 state[name] = gathered.cpu()
         if is_first:
-            with atomic_path(folder) as temporary:
-                save_policy(self.policy, temporary, state)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            with_room(partial(_export, self.policy, folder, state), patience, size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+
+def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    with atomic_path(folder) as temporary:
+        save_policy(policy, temporary, state)
 
 
 def _frozen_copy(policy: Policy) -> Policy:
