@@ -45,6 +45,7 @@ def write_recipe(folder: Path, steps: int) -> Path:
         "data": {"train": [str(folder / "data" / "train.parquet")], "max_prompt_tokens": 128},
         "rollout": {"samples": 4, "max_tokens": 200},
         "reward": {"name": f"{Path(__file__).resolve()}:text_length", "workers": 0},
+        "optim": {"lr": 1e-3},
         "train": {"steps": steps, "prompts_per_step": 8, "save_every": 0, "threads": 1},
         "eval": {"every": 0},
     }
