@@ -19,15 +19,12 @@ from foveate.rollout.native import NativeEngine
 from foveate.rollout.parity import check_engine
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
-EXPERTS = {"moe_intermediate_size": 64}
-"""On CPUs vLLM pads experts to multiples of 64, and then cannot reload them."""
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
     "qwen2": HEADS,
     "qwen3": {**HEADS, "head_dim": 32},
-    "qwen3_moe": {**HEADS, **EXPERTS, "head_dim": 32},
 }
 PAIRS = [*(("vllm", name) for name in ("chat", *SIZES)), ("sglang", "qwen2"), ("sglang", "qwen3")]
 THROUGH_A_FILE = (("vllm", "qwen3"), ("sglang", "qwen3"))

@@ -52,7 +52,7 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
-KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "qwen3_moe")
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _FINISHES = ("stop", "length")
