@@ -83,6 +83,11 @@ def check_cluster(settings: RLSettings) -> None:
         raise ConfigError(
             f"rollout.staleness={settings.rollout.staleness}: several ranks answer and learn in turn so far; use 0"
         )
+    if settings.rollout.time_limit is not None:
+        raise ConfigError(
+            f"rollout.time_limit={settings.rollout.time_limit:g}: the engines of several ranks cannot be interrupted "
+            "so far; leave it out"
+        )
     if settings.rollout.engine != "native":
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: several ranks answer by the native engine so far")
     for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
