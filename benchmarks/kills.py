@@ -2,8 +2,8 @@
 
 A supervisor as any cluster has one (systemd, Slurm, KubeRay) starts a node again that ended, and submits a run again
 that ended with an error, each by the command that it was started with. Every run must finish with each group trained
-once, in the order and with the weights, bit for bit, of a run that nobody disturbed. Kinds: a rank (with the engine in
-it), the driver, the raylet of either node. About a minute per kill on two busy cores.
+once, in the order and with the weights, bit for bit, of a run that nobody disturbed. Kinds: a rank, the engine, the
+driver, the raylet of either node. About a minute per kill on two busy cores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from foveate.log import read_metrics
 
 KINDS = {  # what is in the command line
     "rank": ("ray::_Rank",),
+    "engine": ("ray::_Host",),
     "driver": (" main() rl ",),
     "raylet of the head": ("/raylet --", "--node_ip_address={0}"),
     "raylet of the other node": ("/raylet --", "--node_ip_address={1}"),
@@ -54,7 +55,7 @@ def step_of(run: Path) -> int:
 
 
 def undisturbed(nodes: Nodes, recipe: Path, run: Path) -> None:
-    if nodes.submit(recipe, f"run={run}", log=run.with_suffix(".log")).wait():
+    if nodes.run(recipe, f"run={run}", log=run.with_suffix(".log")):
         sys.exit(run.with_suffix(".log").read_text())
 
 
@@ -108,7 +109,8 @@ def main() -> None:
     asked = parser.parse_args()
     choice, killed, wrong, begin = random.Random(asked.seed), Counter[str](), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder, Nodes(namespaces=asked.namespaces) as nodes:
-        recipe, whole = write_recipe(Path(folder), steps=asked.steps, retries=50), Path(folder) / "whole"
+        recipe = write_recipe(Path(folder), steps=asked.steps, retries=50, engines=1)
+        whole = Path(folder) / "whole"
         undisturbed(nodes, recipe, whole)
         number = 0
         while killed.total() < asked.kills and time.monotonic() - begin < 60 * asked.minutes:

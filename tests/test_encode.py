@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -157,6 +158,54 @@ def test_a_template_that_refuses_the_messages_is_an_error_by_row(tiny_folder, ma
     encode = Encoder(policy.tokenizer, policy.family, 6, 1024)
     with pytest.raises(DataError, match=r"row 3, field prompt: .*roles must alternate"):
         encode(make_task("hello"))
+
+
+def test_the_fast_way_to_token_ids_gives_those_of_the_tokenizer(tiny_folder, monkeypatch):
+    tokenizer = (policy := load_policy(str(tiny_folder))).tokenizer
+    encode = Encoder(tokenizer, policy.family, 6, 1024)
+    rng = np.random.default_rng(0)
+    pieces = [
+        "<|im_start|>",
+        "<img>",
+        "</img>",
+        "<box>",
+        "<|im_end",
+        "|>",
+        "dog",
+        " Dog",
+        "  ",
+        "\n\n",
+        "\t",
+        "'ll",
+        "7",
+        "1e9",
+    ]
+    pieces += [
+        "naïve",
+        "e\u0301",
+        "狐狸",
+        "🦊",
+        "\u200d",
+        "\x00",
+        "\ufffd",
+        "ﬁ",
+        "٣",
+        "\u2028",
+        "<",
+        ">",
+        "[[",
+        "]]",
+        "-0.5,",
+    ]
+    texts = ["".join(rng.choice(pieces, rng.integers(0, 30))) for _ in range(500)]
+    assert [encode._ids(text) for text in texts] == [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    slow = []
+    monkeypatch.setattr(type(tokenizer), "encode", lambda *_, **__: slow.append(1) or [])
+    encode._ids("dog")
+    assert not slow
+    tokenizer.backend_tokenizer.enable_truncation(3)  # what the fast way would cut by
+    encode._ids("dog")
+    assert slow
 
 
 @pytest.mark.parametrize(

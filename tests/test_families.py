@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from foveate.algorithms.policy_losses import grpo
 from foveate.config_parts import ModelSettings, OptimSettings
+from foveate.data.images import read_image
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import budget_of
 from foveate.model.convert import convert
@@ -25,9 +28,10 @@ from foveate.records import DataError, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
-from foveate.train.worker import TrainGroup, Worker
+from foveate.train.worker import TrainGroup, Worker, sft_total
 
 NAMES = [*VISION_MODELS, *TEXT_MODELS]
+PHOTOS = Path(__file__).parent / "data/refphotos/images"
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +204,28 @@ def test_qwen_token_counts_from_sizes_equal_transformers_on_600_sizes(name, fold
         assert family.shape(width, height, budget).entries == patches, (width, height, budget)
 
 
+@pytest.mark.parametrize("name", ["internvl", *VISION_MODELS])
+def test_the_length_from_600_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
+    name, folders, tiny_policy, make_task
+):
+    """What the headers say against what comes out of the decoded pictures."""
+    policy = tiny_policy if name == "internvl" else load_policy(str(folders(name)))
+    encode, generator = encoder_of(policy), np.random.default_rng(8)
+    pictures = [read_image(str(path), []) for path in sorted(PHOTOS.glob("*.jpg"))]
+    for width, height in (2 ** generator.uniform(4, 9.5, (600, 2))).astype(int).tolist():
+        file = io.BytesIO()
+        PIL.Image.new("L", (width, height)).save(file, "PNG", compress_level=1)
+        pictures.append(read_image(file.getvalue(), []))
+    assert len(pictures) > 600
+    for picture in pictures:
+        task = make_task("<image>\nWhat?", picture)
+        prompt = encode(task)
+        entries = len(prompt.pixels)
+        tokens = entries * policy.family.tokens_per_tile if name == "internvl" else entries // policy.family.merge**2
+        text = len(prompt.engine_ids) - 1
+        assert encode.length(task) == len(prompt) == text + tokens, (picture.width, picture.height)
+
+
 def test_boxes_of_qwen2_5_vl_are_pixels_of_the_resized_picture(folders):
     old, new = (load_policy(str(folders(name))).family for name in ("qwen2_5_vl", "qwen3_vl"))
     assert old.box_frame(640, 480, 10**6) == (644, 476)
@@ -259,7 +285,7 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
         worker = Worker(ModelSettings(path=str(folders(name)), train=tuple(trained)), OptimSettings(lr=1e-3), 4096)
         trees = trees_for(worker.policy)
         before = {key: tensor.clone() for key, tensor in worker.policy.model.state_dict().items()}
-        first = worker.update_sft(trees, "token", 1e-3)
+        first = worker.update_sft(trees, "token", sft_total(trees, "token"), 1e-3)
         groups = [_train_group(tree, torch.tensor([1.0, -1.0, 0.5, -0.5])) for tree in trees]
         totals = Totals(sum(tree.answer_tokens for tree in trees), 4 * len(trees), len(trees))
         second = worker.update_policy(groups, grpo, totals, 1e-3)
@@ -274,7 +300,7 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
             assert share > 0.6 if learns else share == 0, (part, share)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", NAMES)
 def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(name, folders, trees_for):
     policy = load_policy(str(folders(name)))
     trees = trees_for(policy)

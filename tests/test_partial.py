@@ -358,5 +358,5 @@ def test_partial_rollouts_with_a_greedy_baseline_are_refused(tmp_path, tiny_fold
 def test_a_time_limit_on_several_ranks_is_refused(tmp_path, tiny_folder, data):
     settings = rl_settings(tmp_path / "run", tiny_folder, data, rollout={"time_limit": 5.0})
     cluster = settings.cluster.model_copy(update={"nodes": 1, "gpus_per_node": 2})
-    with pytest.raises(ConfigError, match=r"rollout.time_limit=5: the engines of several ranks cannot be interrupted"):
+    with pytest.raises(ConfigError, match=r"rollout.time_limit=5: with several ranks that takes processes of its own"):
         run_rl(settings.model_copy(update={"cluster": cluster}))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from transformers import GotOcr2ImageProcessorPil
 
+from foveate.data.images import load_image, read_image
 from foveate.encoding.tiles import cut_tiles, tile_budget, tile_count, tile_grid
 from foveate.model.configs import IMAGENET_MEAN, IMAGENET_STD
 
-REFERENCE = json.loads((Path(__file__).parent / "data" / "tiling.json").read_text())["tiling"]
+DATA = Path(__file__).parent / "data"
+REFERENCE = json.loads((DATA / "tiling.json").read_text())["tiling"]
+OFFICIAL = json.loads(gzip.decompress((DATA / "official_preprocessing.json.gz").read_bytes()))["cases"]
+"""What the official preprocessing made of pictures: the shape, the mean, and values at random places."""
 SIZES = [
     (56, 56), (57, 56), (56, 57), (1, 1), (1, 90), (200, 3), (112, 56), (100, 100), (100, 99), (168, 112), (300, 200),
     (213, 377), (111, 333), (640, 480), (55, 400), (84, 84),
@@ -63,6 +68,18 @@ def test_pixel_values_equal_transformers_processor(size, max_tiles):
     assert got.dtype == torch.float32
     assert got.shape == wanted.shape
     torch.testing.assert_close(got, wanted.float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", OFFICIAL, ids=lambda case: f"{case.get('photo') or case['noise']}-{case['max_tiles']}")
+def test_pixel_values_equal_the_official_preprocessing(case):
+    if "photo" in case:
+        picture = load_image(read_image(f"refphotos/images/{case['photo']}.jpg", [DATA]))
+    else:
+        picture = noise(*case["noise"])
+    got = cut_tiles(picture, case["max_tiles"], case["tile"], IMAGENET_MEAN, IMAGENET_STD)
+    assert list(got.shape) == case["shape"]
+    torch.testing.assert_close(got.flatten()[case["at"]], torch.tensor(case["values"]), rtol=0, atol=1e-6)
+    assert got.double().mean().item() == pytest.approx(case["mean"], abs=1e-6)
 
 
 def test_tiles_are_cut_row_by_row_and_the_thumbnail_comes_last():

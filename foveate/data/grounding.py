@@ -71,6 +71,7 @@ def prepare_grounding(
         out,
         {name: _rows(table, indices, name, copy_to) for name, indices in splits.items()},
         row_schema(BOX, EXTRA_INFO),
+        total=sum(map(len, splits.values())),
         sources=paths,
         settings={
             "prompt_form": prompt_form,
@@ -115,6 +116,7 @@ def prepare_validation(
         out,
         {name: _rows(table, rows, "test", copy_to) for name, rows in files.items()},
         row_schema(BOX, EXTRA_INFO),
+        total=sum(map(len, files.values())),
         sources=paths,
         settings={"prompt_form": prompt_form, "box_field": box_field, "val_fraction": fraction, "seed": seed},
         problems=found.problems,
@@ -138,7 +140,7 @@ def _source_paths(sources: str | Path | Sequence[str | Path]) -> list[Path]:
 def _hard(
     table: TaskTable, train: list[int], hard: HardSet, rng: np.random.Generator
 ) -> tuple[list[int], dict[str, int]]:
-    metas = [table[index].meta for index in train]
+    metas = [task.meta for task in table.select(train)]
     model, teacher = ([meta[key] for meta in metas] for key in (hard.iou_key, hard.teacher_iou_key))
     chosen, counts = take_hard(model, teacher, hard.buckets, rng)
     return [train[position] for position in chosen], counts
@@ -148,8 +150,7 @@ def _rows(table: TaskTable, indices: Sequence[int], split: str, copy_to: Path | 
     names = [path.stem for path in table.paths]
     path_of = table.path_of
     copies: dict[Path, str] = {}
-    for position, index in enumerate(indices):
-        task = table[index]
+    for position, (index, task) in enumerate(zip(indices, table.select(indices), strict=True)):
         image = _file(task.images[0])
         name = names[path_of[index]]
         if copy_to is not None and image not in copies:

@@ -189,7 +189,7 @@ def _orientation(picture: PIL.Image.Image) -> int:
 
 
 def _open_bytes(source: Path | bytes | None) -> BinaryIO:
-    return BytesIO(source) if isinstance(source, bytes) else Path(str(source)).open("rb")
+    return BytesIO(source) if isinstance(source, bytes) else open(str(source), "rb")
 
 
 def _name(source: Path | bytes) -> str:

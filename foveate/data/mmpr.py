@@ -132,11 +132,12 @@ def prepare_mmpr(
         problems += found.problems
         tables[annotation.name] = table.select(_repeated(len(table), annotation.repeat_time, seed))
     taken = {name: table for name, table in tables.items() if len(table)}
-    schema = infer_schema({**row, "images": []} for row in _pairs(taken))
+    schema = infer_schema(_pairs(taken, pictures=False))
     return publish(
         out,
         {"pairs": _pairs(taken)},
         schema,
+        total=sum(map(len, taken.values())),
         sources=[meta, *(annotation.file for annotation in annotations)],
         settings={"dataset": "MMPR", "seed": seed},
         problems=problems,
@@ -183,9 +184,10 @@ def _repeated(rows: int, repeat: float, seed: int) -> list[int]:
     return [*list(range(rows)) * int(repeat), *sorted(some.tolist())]
 
 
-def _pairs(tables: Mapping[str, TaskTable]) -> Iterator[dict[str, Any]]:
+def _pairs(tables: Mapping[str, TaskTable], pictures: bool = True) -> Iterator[dict[str, Any]]:
     index = 0
     for name, table in tables.items():
         for task in table:
-            yield task_row(replace(task, meta={**task.meta, "ability": "preference"}), dataset=name, index=index)
+            preferred = replace(task, meta={**task.meta, "ability": "preference"})
+            yield task_row(preferred, pictures=pictures, dataset=name, index=index)
             index += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import pyarrow as pa
 from foveate.data.rows import Problem
 from foveate.data.store import row_schema, write_rows
 from foveate.files import atomic_write_text
+from foveate.log import progress
 from foveate.records import DataError, Image, Task
 
 MANIFEST = "manifest.json"
@@ -44,16 +45,27 @@ def publish(
     files: Mapping[str, Iterable[dict[str, Any]]],
     schema: pa.Schema,
     *,
+    total: int,
     sources: Sequence[Path],
     settings: Mapping[str, Any],
     problems: Sequence[Problem],
     counts: Mapping[str, int] | None = None,
 ) -> Prepared:
-    """Write `NAME.parquet` for each of `files`, and last `manifest.json` with settings, counts and SHA-256 of sources
-    and files. What an earlier preparation wrote into the folder is removed first, so that a folder without a manifest
-    is unfinished. Each file appears whole; the same rows give the same bytes."""
-    _remove_earlier(out)
-    written = {name: write_rows(out / f"{name}.parquet", rows, schema) for name, rows in files.items()}
+    """Write `NAME.parquet` for each of `files`, `total` rows in all, and last `manifest.json` with settings, counts and
+    SHA-256 of sources and files. What an earlier preparation wrote into the folder is removed first, so that a folder
+    without a manifest is unfinished. Each file appears whole; the same rows give the same bytes. Raises DataError
+    where a source would be removed or replaced, and for a manifest of somebody else."""
+    earlier = _earlier(out)
+    ours = {(out / name).resolve() for name in (*earlier, *(f"{name}.parquet" for name in files))}
+    for path in sources:
+        if path.resolve() in ours:
+            raise DataError(f"{path}: is read, and would be replaced; write to another folder with --out")
+    for name in earlier:
+        (out / name).unlink(missing_ok=True)
+    with progress(f"writing {out}", total) as advance:
+        written = {
+            name: write_rows(out / f"{name}.parquet", rows, schema, advance=advance) for name, rows in files.items()
+        }
     manifest = {
         "sources": {str(path): sha256(path) for path in sources},
         **settings,
@@ -66,16 +78,15 @@ def publish(
     return Prepared(out, written, tuple(problems), counts or {})
 
 
-def _remove_earlier(out: Path) -> None:
+def _earlier(out: Path) -> list[str]:
+    """The names of what an earlier preparation wrote, its manifest first."""
     manifest = out / MANIFEST
     if not manifest.is_file():
-        return
+        return []
     try:
-        earlier = list(json.loads(manifest.read_bytes())["sha256"])
+        return [MANIFEST, *(Path(name).name for name in json.loads(manifest.read_bytes())["sha256"])]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{manifest}: not a manifest of foveate; choose another folder, or remove it") from None
-    for name in (MANIFEST, *earlier):
-        (out / name).unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -87,14 +98,14 @@ def sha256(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def task_row(task: Task, **extra: Any) -> dict[str, Any]:
-    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded; `extra` joins
-    `extra_info`, over what is there."""
+def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, Any]:
+    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded, and with
+    `pictures` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
         "prompt": [{"role": message.role, "content": message.content} for message in task.messages],
-        "images": [image_value(image) for image in task.images],
+        "images": [image_value(image) for image in task.images] if pictures else [],
         "ability": task.meta.get("ability"),
         "reward_model": {"style": "rule", "ground_truth": task.answer},
         "extra_info": {**meta, "id": task.id, **extra},
@@ -116,15 +127,12 @@ def infer_schema(rows: Iterable[dict[str, Any]]) -> pa.Schema:
     found: list[pa.Schema] = []
     first = 0
     while some := list(islice(rows, _INFERRED_ROWS)):
+        where = f"rows {first}..{first + len(some) - 1}"
+        found.append(_types(some, where))
         try:
-            found.append(_types(some))
             found = [pa.unify_schemas(found, promote_options="permissive")]
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"rows {first}..{first + len(some) - 1}: a field has values of different types, which parquet "
-                f"cannot hold ({reason}); write the answers all as text, or all as numbers"
-            ) from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(_of_different_types(where, "a field", error)) from error
         first += len(some)
     types = {field.name: field.type for field in found[0]} if found else {}
     truth = types.pop("answer", pa.null())
@@ -137,10 +145,25 @@ def _or_text(kind: pa.DataType) -> pa.DataType:
     return pa.string() if kind == pa.null() else kind
 
 
-def _types(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+def _types(rows: Sequence[dict[str, Any]], where: str) -> pa.Schema:
     names = dict.fromkeys(name for row in rows for name in row["extra_info"])
-    columns: Iterator[tuple[str, list[Any]]] = (
-        (f"extra.{name}", [row["extra_info"].get(name) for row in rows]) for name in names
+    columns = {f"extra.{name}": [row["extra_info"].get(name) for row in rows] for name in names}
+    columns["answer"] = [row["reward_model"]["ground_truth"] for row in rows]
+    return pa.schema([(name, _type(name, values, where)) for name, values in columns.items()])
+
+
+def _type(name: str, values: list[Any], where: str) -> pa.DataType:
+    field = "reward_model.ground_truth" if name == "answer" else name.replace("extra.", "extra_info.", 1)
+    try:
+        return pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(_of_different_types(where, f"field {field}", error)) from error
+    except OverflowError as error:
+        raise DataError(f"{where}, field {field}: a whole number of more than 64 bits; write it as text") from error
+
+
+def _of_different_types(where: str, field: str, error: Exception) -> str:
+    return (
+        f"{where}, {field}: values of different types, which parquet cannot hold ({' '.join(str(error).split())}); "
+        "write them all as text, or all as numbers"
     )
-    answers = [row["reward_model"]["ground_truth"] for row in rows]
-    return pa.schema([("answer", pa.array(answers).type), *((name, pa.array(values).type) for name, values in columns)])

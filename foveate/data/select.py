@@ -66,6 +66,7 @@ def prepare_filter(
     extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
     bad rows, ids that are not unique, and if no row is left.
     """
+    require(Path(name).name == name, f"setting name: {name!r} is no name of a file")
     require(limits.accuracy is None or bool(rollouts), "a limit on accuracy needs the rollouts of a model")
     require(limits.prompt_tokens is None or length is not None, "a limit on prompt tokens needs a model folder")
     table, found = reading(sources, measure=Sizes(length))
@@ -169,11 +170,12 @@ def prepare_pairs(
         counts["prompts"] += 1
         counts[_outcome(given, rightness, bool(pairs))] += 1
     require(bool(drawn), f"{table.names}: {_no_pairs(counts)} ({_shown(counts)})")
-    schema = infer_schema({**row, "images": []} for row in _pair_rows(table, drawn))
+    schema = infer_schema(_pair_rows(table, drawn, pictures=False))
     return publish(
         out,
         {"pairs": _pair_rows(table, drawn)},
         schema,
+        total=sum(map(len, drawn.values())),
         sources=table.files,
         settings={
             "max_per_prompt": max_per_prompt,
@@ -227,12 +229,13 @@ def _draw_pairs(
     return [(right[number // len(wrong)], wrong[number % len(wrong)]) for number in sorted(chosen.tolist())]
 
 
-def _pair_rows(table: TaskTable, drawn: Mapping[int, Sequence[tuple[str, str]]]) -> Iterator[dict[str, Any]]:
-    for index, pairs in drawn.items():
-        task = table[index]
+def _pair_rows(
+    table: TaskTable, drawn: Mapping[int, Sequence[tuple[str, str]]], pictures: bool = True
+) -> Iterator[dict[str, Any]]:
+    for task, pairs in zip(table.select(list(drawn)), drawn.values(), strict=True):
         for number, (chosen, rejected) in enumerate(pairs):
             numbered = replace(task, id=f"{task.id}-{number}")
-            yield task_row(numbered, **{CHOSEN: chosen, REJECTED: rejected, "prompt_id": task.id})
+            yield task_row(numbered, pictures=pictures, **{CHOSEN: chosen, REJECTED: rejected, "prompt_id": task.id})
 
 
 def _shown(counts: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ extra_info {...}. JSONL and Arrow files hold rows of the same schema or RefCOCO-
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from foveate.data.parsers import MappedRows, Parser, SchemaRows
 from foveate.data.rows import Place, Problem
-from foveate.data.sources import Raw, RowGroups, Source, expand, open_source
+from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source, expand, open_source
 from foveate.files import atomic_path
 from foveate.records import DataError, Task
 
@@ -47,8 +47,10 @@ def row_schema(ground_truth: pa.DataType, extra_info: Mapping[str, pa.DataType])
     )
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
-    """Write rows of the parquet schema and return how many there were.
+def write_rows(
+    path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema, *, advance: Callable[[int], None] = lambda _: None
+) -> int:
+    """Write rows of the parquet schema and return how many there were; `advance` is told of each group of rows.
 
     `rows` is consumed group by group, so it may be larger than memory. An image is a path, bytes or {bytes, path}. The
     file appears under its name only when it is complete: after an error, a kill or a full disk an older file of that
@@ -61,6 +63,7 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) ->
         for group in _groups(rows):
             writer.write_table(_table(path, group, count, schema))
             count += len(group)
+            advance(len(group))
     return count
 
 
@@ -92,7 +95,7 @@ def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schem
     ready = [{**row, "images": [_image_entry(image) for image in row["images"]]} for row in group]
     try:
         return pa.Table.from_pylist(ready, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
         raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {' '.join(str(error).split())}") from error
 
 
@@ -147,7 +150,13 @@ class TaskTable:
         return len(self._kept)
 
     def __iter__(self) -> Iterator[Task]:
-        return (self[index] for index in range(len(self)))
+        """Every task in order; rows that lie together are read together, which takes a fourth of the time of
+        `table[i]`. Raises DataError as `table[i]` does."""
+        for first in range(0, len(self), BLOCK_ROWS):
+            for task, problems in self.inspect_range(first, BLOCK_ROWS):
+                if task is None:
+                    raise DataError(str(problems[0]))
+                yield task
 
     def __getitem__(self, index: int) -> Task:
         task, problems = self.inspect(index)

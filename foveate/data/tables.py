@@ -79,16 +79,18 @@ def publish_tables(
 ) -> Prepared:
     """Write each table as NAME.parquet, all with one schema that fits their rows. extra: from the id of a task to what
     joins its `extra_info`."""
-    schema = infer_schema(row for name, table in tables.items() for row in _rows(table, name, extra, embedded=False))
+    schema = infer_schema(row for name, table in tables.items() for row in _rows(table, name, extra, pictures=False))
     files = {name: _rows(table, name, extra) for name, table in tables.items()}
     sources = dict.fromkeys(path for table in tables.values() for path in table.files)
-    return publish(out, files, schema, sources=list(sources), settings=settings, problems=problems, counts=counts)
+    return publish(
+        out, files, schema, total=sum(map(len, tables.values())), sources=list(sources), settings=settings,
+        problems=problems, counts=counts,
+    )  # fmt: skip
 
 
 def _rows(
-    table: TaskTable, split: str, extra: Callable[[str], Mapping[str, Any]] | None, embedded: bool = True
+    table: TaskTable, split: str, extra: Callable[[str], Mapping[str, Any]] | None, pictures: bool = True
 ) -> Iterator[dict[str, Any]]:
     for position, task in enumerate(table):
         more = extra(task.id) if extra is not None else {}
-        row = task_row(task, split=split, index=position, **more)
-        yield row if embedded else {**row, "images": []}
+        yield task_row(task, pictures=pictures, split=split, index=position, **more)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.cluster.weights import Outgoing, Packet
 from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
-from foveate.model.load import Policy, load_policy
+from foveate.model.fill import allocate, hollow_policy
+from foveate.model.load import Policy
 from foveate.parallel.fsdp import whole
 from foveate.parallel.ranks import Ranks
 from foveate.records import Completion, SamplingParams
@@ -28,6 +30,7 @@ class RankEngine:
         self._engine: Engine | None = None
         self._apart = False
         self._proof: Proof | None = None
+        self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
@@ -38,12 +41,8 @@ class RankEngine:
                 self.publish(version)
             self._proof = Proof(engine, self._policy, encoder, rollout)
             return
-        own = load_policy(
-            self._model.path,
-            attention=self._model.attention,
-            dtype=self._model.dtype,
-            device=self._ranks.cluster.kind,
-        )
+        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=self._model.dtype)
+        allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
         own.model.requires_grad_(False)
         self._engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
         self.publish(version)
@@ -72,8 +71,13 @@ class RankEngine:
         if self._ranks is None:
             self._engine.publish(version, self._published())
             return self._proof.after_publish() if self._proof is not None else {}
-        self._engine.publish(version, ((name, whole(p)) for name, p in self._policy.model.named_parameters()))
+        self._engine.publish(version, ((name, whole(tensor)) for name, tensor in served_weights(self._policy.model)))
         return {}
+
+    def packet(self, first: bool) -> Packet | None:
+        """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
+        the first rank has it. None behind the last one."""
+        return self._outgoing.packet(first)
 
     def _published(self) -> Iterable[tuple[str, Tensor]]:
         """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,

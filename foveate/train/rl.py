@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
-from foveate.cluster.base import everywhere, start_workers
+from foveate.cluster.apart import EnginesApart
+from foveate.cluster.base import WorkerGroup, everywhere, over_ray, patience_of, start_workers
 from foveate.cluster.engine import GroupEngine
 from foveate.config import RLSettings
 from foveate.config_parts import RewardSettings, RolloutSettings
@@ -22,12 +24,14 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.evaluate.run import Evaluator
 from foveate.log import MetricsWriter, progress
+from foveate.model.load import DTYPES, load_policy
 from foveate.model.recognise import recognise
 from foveate.parallel.balance import Costs
 from foveate.records import SamplingParams
 from foveate.rewards.grade import truth_check
 from foveate.rewards.pool import Graders
-from foveate.rollout.build import choose_engine
+from foveate.rollout.base import Streaming
+from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.ahead import Ahead
@@ -51,7 +55,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
-    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens, apart=settings.rollout.staleness > 0)
+    make_engine = new_engine(settings)
     updates, passes = settings.train.updates_per_step, settings.train.passes
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
@@ -60,7 +64,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         build_graders(settings.reward) as graders,
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
-        GroupEngine(workers) as engine,
+        _engines(settings, workers, again=again) as engine,
         Leaving() as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
@@ -68,7 +72,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         metrics = MetricsWriter(run.metrics, settings.log.to)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
-        engine.start(new_engine, encoder, settings.rollout, step)
+        engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
@@ -108,6 +112,37 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
 # ------------------------------------------------------------------------------------------------- around the step
 
 
+def new_engine(settings: RLSettings) -> Callable[..., Any]:
+    """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
+    rollout, cluster = settings.rollout, settings.cluster
+    if not cluster.engines:
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0)
+    given = {
+        "device": cluster.kind,
+        "tensor_parallel": cluster.engine_tensor_parallel,
+        "memory_fraction": cluster.engine_memory,
+    }
+    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
+
+
+def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> GroupEngine | EnginesApart:
+    """What answers: the ranks' own engines, or engines in processes of their own."""
+    cluster, model = settings.cluster, settings.model
+    if not cluster.engines:
+        return GroupEngine(workers)
+    dtype = cluster.dtype or model.dtype
+    place = place_of_policy(settings.rollout, cluster.kind)
+    load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
+    return EnginesApart(
+        over_ray(cluster, "engines")(cluster, patience_of(cluster, again)),
+        workers,
+        load,
+        timeout=cluster.timeout,
+        beside=settings.rollout.staleness > 0,
+        dtype=DTYPES[dtype],
+    )
+
+
 @contextmanager
 def _sampler(
     settings: RLSettings,
@@ -115,7 +150,7 @@ def _sampler(
     table: TaskTable,
     stream: Stream,
     encoder: Encoder,
-    engine: GroupEngine,
+    engine: Streaming,
     graders: Graders,
     step: int,
 ) -> Iterator[Sampler | Ahead]:
