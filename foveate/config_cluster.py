@@ -56,6 +56,11 @@ class ClusterSettings(Settings):
         return self.nodes * self.gpus_per_node
 
     @property
+    def gpus(self) -> int:
+        """Those of the ranks, and those of engines in processes of their own."""
+        return self.ranks + self.engines * self.engine_tensor_parallel
+
+    @property
     def shards(self) -> int:
         """Ranks over which one copy of the weights is cut."""
         return {"full": self.ranks, "hybrid": self.gpus_per_node, "none": 1}[self.shard]
@@ -66,12 +71,13 @@ class ClusterSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        for name in ("sequence_parallel", "engine_tensor_parallel"):
-            value = self.model_dump()[name]
-            if self.gpus_per_node % value:
-                refuse(
-                    f"cluster.{name}",
-                    f"is {value} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs talk in every "
-                    "layer and have to be on one machine",
-                )
+        if self.gpus_per_node % self.sequence_parallel:
+            refuse(
+                "cluster.sequence_parallel",
+                f"is {self.sequence_parallel} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs "
+                "talk in every layer and have to be on one machine",
+            )
+        for name in self.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
+            if not self.engines:
+                refuse(f"cluster.{name}", "acts on engines in processes of their own alone: set cluster.engines")
         return self

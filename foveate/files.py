@@ -25,7 +25,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     stays as it was. (A folder that replaces a folder leaves a moment without either.)
 
     Raises:
-        DiskError: the disk is full, or the path cannot be written. Errors about other files pass through.
+        DiskError: the disk is full, or the path cannot be written, such as a file where a folder is. Errors about
+            other files pass through.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -35,7 +36,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         for entry in (temporary, *temporary.rglob("*")):
             _sync(entry)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file never takes the place of a folder
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)

@@ -94,6 +94,7 @@ def test_a_step_that_learned_says_how(tmp_path, tiny_folder, data):
     learned = {"policy_loss", "entropy", "clip_fraction", "ratio_min", "ratio_max", "approx_kl", "grad_norm"}
     assert learned | {"engine_logprob_difference", "engine_logprob_difference_max"} <= set(record)
     assert record["engine_logprob_difference_max"] < 1e-4
+    assert record["engine_ratio_beyond_2"] == 0
     assert record["ratio_min"] == record["ratio_max"] == 1.0
     assert record["entropy"] > 0
 

@@ -17,7 +17,7 @@ from foveate.log import read_metrics
 from foveate.model.load import load_policy
 from foveate.parallel.packing import Tree
 from foveate.train.sft import run_sft
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, sft_total
 
 EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
 
@@ -55,7 +55,7 @@ def learned(folder, trees, weighting, budget):
     worker = Worker(ModelSettings(path=str(folder)), OptimSettings(lr=1.0, max_grad_norm=1e9), budget)
     before = {name: p.detach().clone() for name, p in worker.policy.model.named_parameters()}
     worker.optimizer = torch.optim.SGD(worker.policy.model.parameters(), lr=1.0)  # type: ignore[assignment]
-    said = worker.update_sft(trees, weighting, 1.0)
+    said = worker.update_sft(trees, weighting, sft_total(trees, weighting), 1.0)
     return said, {name: before[name] - p.detach() for name, p in worker.policy.model.named_parameters()}
 
 
@@ -96,7 +96,7 @@ def test_the_weightings_differ_where_lengths_do(tiny_folder, trees):
 
 def test_four_demonstrations_are_learned_by_heart(tiny_folder, trees):
     worker = Worker(ModelSettings(path=str(tiny_folder)), OptimSettings(lr=3e-3), 4096)
-    losses = [worker.update_sft(trees, "token", 3e-3)["loss"] for _ in range(30)]
+    losses = [worker.update_sft(trees, "token", sft_total(trees, "token"), 3e-3)["loss"] for _ in range(30)]
     assert losses[-1] < losses[0] / 5
 
 

@@ -19,7 +19,7 @@ from foveate.rollout.build import Proof, choose_engine
 from foveate.rollout.native import NativeEngine
 from foveate.rollout.parity import check_engine
 from foveate.rollout.sglang import chat_weights
-from foveate.rollout.sync import ALIGNMENT, Sender, checksum, filled, plan_buckets
+from foveate.rollout.sync import ALIGNMENT, TRAILER, Sender, fill, plan_buckets
 
 WEIGHTS = [
     ("a", torch.arange(3, dtype=torch.float32)),
@@ -27,6 +27,10 @@ WEIGHTS = [
     ("c", torch.randn(100, generator=torch.Generator().manual_seed(1))),
     ("d", torch.tensor(2.5)),
 ]
+
+
+def filled(bucket, number=0):
+    return fill(torch.full((bucket.size + TRAILER,), 7, dtype=torch.uint8), bucket, number)
 
 
 def unpacked(bucket, flat):
@@ -46,24 +50,29 @@ def test_buckets_hold_every_tensor_once_in_order_and_within_the_limit(limit):
     assert plan_buckets([], limit) == []
 
 
-def test_a_single_changed_bit_changes_the_checksum():
-    flat = filled(plan_buckets(WEIGHTS, 10_000)[0])
-    before = checksum(flat)
+def test_a_bucket_ends_with_the_sum_of_its_words_which_any_single_changed_bit_changes_and_its_number():
+    flat = filled(plan_buckets(WEIGHTS, 10_000)[0], number=3)
+    words = flat.view(torch.int64)
+    assert int(words[:-2].sum()) == int(words[-2])
+    assert int(words[-1]) == 3
     flat[37] ^= 4
-    assert checksum(flat) != before
+    assert int(words[:-2].sum()) != int(words[-2])
 
 
 def test_weights_arrive_at_every_worker():
     sender = Sender("127.0.0.1", 3, torch.device("cpu"), 30)
     buckets = plan_buckets(WEIGHTS, 128)
+    assert [bucket.alone for bucket in buckets] == [False, True, False]
 
     def worker(rank):
         store = PrefixStore("weights", TCPStore(sender.host, sender.port, is_master=False))
         group = ProcessGroupGloo(store, rank, 3, timedelta(seconds=30))
         received = []
-        for bucket in buckets:
-            flat = torch.empty(bucket.size, dtype=torch.uint8)
-            group.broadcast(flat, 0).wait()
+        for number, bucket in enumerate(buckets):
+            flat = torch.empty(bucket.size + TRAILER, dtype=torch.uint8)
+            for part in (flat[:-TRAILER], flat[-TRAILER:]) if bucket.alone else (flat,):
+                group.broadcast(part, 0).wait()
+            assert torch.equal(flat, filled(bucket, number))
             received += unpacked(bucket, flat)
         return received
 
@@ -165,6 +174,9 @@ def test_a_program_that_is_not_there_is_named(parts):
         settings = RolloutSettings(engine=name, engine_settings={"program": "no-such-program"})
         with pytest.raises(ConfigError, match=f"engine {name}: no program 'no-such-program'"):
             choose_engine(settings, 28)(policy, encoder.decode)
+        visible = {"program": "true", "devices": ["0"], "replicas": 2}
+        with pytest.raises(ConfigError, match="devices names the GPUs of 1 replicas, there are 2"):
+            choose_engine(RolloutSettings(engine=name, engine_settings=visible), 28)(policy, encoder.decode)
     other = replace(policy, family=replace(policy.family, name="other"))
-    with pytest.raises(ConfigError, match="not of other"):
+    with pytest.raises(ConfigError, match="engine vllm: does not know other; it serves internvl"):
         choose_engine(RolloutSettings(engine="vllm"), 28)(other, encoder.decode)

@@ -147,6 +147,8 @@ def internvl_family(
         raise DataError(
             f"{folder}: max_patches of the image processor is {budget!r}; it must be a whole number above 0"
         )
+    if processor.get("min_patches", 1) != 1:
+        raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
     banned = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
     return InternVL(
         image_token_id=image_token_id,

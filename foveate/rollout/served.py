@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.errors import EngineError
+from foveate.errors import ConfigError, EngineError
 from foveate.model.load import Policy
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
@@ -69,6 +70,7 @@ class ServedEngine(ABC):
         self._folder = tempfile.TemporaryDirectory(prefix="foveate-engine-")
         self.folder = Path(self._folder.name)
         self._weights: list[tuple[str, Tensor]] = []
+        self._writing, self._written = threading.Lock(), -1
         self._pool = ThreadPoolExecutor(max_workers=_PER_REPLICA * replicas, thread_name_prefix="engine")
         self.replicas = [self.new_replica(number) for number in range(replicas)]
         self._fails = [0] * replicas
@@ -223,6 +225,19 @@ class ServedEngine(ABC):
         self._weights, self.version = list(weights), version
         self._each(self._start_one)
 
+    def on_disk(self, weights: list[tuple[str, Tensor]]) -> Path:
+        """The folder with the weights of this version in one file, written once for all replicas. `weights`: those of
+        the last publish by the names that the servers know."""
+        folder = self.folder / "weights"
+        with self._writing:
+            if self._written != self.version:
+                folder.mkdir(exist_ok=True)
+                new = folder / "new"
+                save_file({name: tensor.detach().contiguous() for name, tensor in weights}, new)
+                new.replace(folder / "model.safetensors")
+                self._written = self.version
+        return folder
+
     def _each(self, action: Callable[[int], None]) -> None:
         """Do something to all replicas at once; the first error is raised when all are done."""
         errors: list[BaseException] = []
@@ -322,6 +337,13 @@ def banned_ids(policy: Policy) -> list[int]:
     head = policy.part("head").weight
     assert isinstance(head, Tensor)
     return sorted({*policy.family.placeholder_ids, *range(len(policy.tokenizer), len(head))})
+
+
+def visible_devices(devices: list[str] | None, replicas: int) -> list[dict[str, str]]:
+    """What the environment of each replica says about its GPUs. Raises ConfigError where they are not one for each."""
+    if devices is not None and len(devices) != replicas:
+        raise ConfigError(f"engine: devices names the GPUs of {len(devices)} replicas, there are {replicas}")
+    return [{}] * replicas if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -12,7 +12,7 @@ import shutil
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +25,20 @@ from foveate.model.names import from_hf
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
+from foveate.rollout.served import (
+    BAN,
+    TRANSFER_S,
+    ServedEngine,
+    banned_ids,
+    dtype_name,
+    python_path,
+    visible_devices,
+    write_plugin,
+)
 from foveate.rollout.sync import Sender, plan_buckets, served_weights
 
+KNOWN = ("internvl", "qwen2", "qwen3")
+"""Families whose images and weights are handed over as SGLang reads them."""
 _GROUP = "weights"
 _ON_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
@@ -40,6 +51,9 @@ class SGLangEngine(ServedEngine):
 
     The seeds of requests are not followed: SGLang's seeded sampling excludes top-p and top-k, and needs its kernels."""
 
+    SALT = "extra_key"
+    """The field of a request that keeps prefixes of different versions apart."""
+
     def __init__(
         self,
         policy: Policy,
@@ -50,9 +64,12 @@ class SGLangEngine(ServedEngine):
         longest: int | None = None,
         replicas: int = 1,
         tensor_parallel: int = 1,
+        device: str | None = None,
         memory_fraction: float = 0.8,
         cache_tokens: int | None = None,
-        bucket_mb: int = 512,
+        devices: list[str] | None = None,
+        transfer: Literal["broadcast", "disk"] = "broadcast",
+        bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -63,17 +80,18 @@ class SGLangEngine(ServedEngine):
         the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
         cache, `cache_tokens` the size of that cache in tokens (None: as fits); the others are those of
         `foveate.rollout.vllm.VLLMEngine`."""
-        if policy.family.name != "internvl":
-            raise ConfigError(f"engine sglang: knows how to hand over images of internvl, not of {policy.family.name}")
+        if policy.family.name not in KNOWN:
+            raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
-        self._bucket, self._workers = bucket_mb << 20, tensor_parallel
+        self._bucket, self._workers = bucket_mb << 19, tensor_parallel
         self._logs = Path(logs) if logs else None
         self._senders: dict[Replica, Sender] = {}
         self._counters: dict[Replica, Path] = {}
         self._banned = banned_ids(policy)
-        on_cpu = policy.device.type == "cpu"
+        on_cpu = (device or policy.device.type) == "cpu"
         self._environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
         self._environment |= environment or {}
         self._options = [
@@ -100,7 +118,8 @@ class SGLangEngine(ServedEngine):
         log = (self._logs or self.folder) / f"sglang-{number}.log"
         counter = self.folder / f"tokens-{number}"
         counter.mkdir()
-        environment = {**self._environment, "PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
+        environment = {**self._environment, **self._devices[number]}
+        environment |= {"PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
         replica = Replica([*command, "--port", PORT, *self._options], environment, log, "/health")
         self._counters[replica] = counter
         return replica
@@ -108,18 +127,30 @@ class SGLangEngine(ServedEngine):
     def connect(self, replica: Replica) -> None:
         if replica in self._senders:
             self._senders.pop(replica).close()
+        if self._transfer == "disk":
+            return
         device = self._policy.device
         sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        with meanwhile(replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": backend}):
+        with meanwhile(
+            replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": sender.backend}
+        ):
             sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
         self._senders[replica] = sender
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True})
+        named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
+        if self._transfer == "disk":
+            update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
+            _succeed(replica.call("POST", "/update_weights_from_disk", update))
+        else:
+            self._broadcast(replica, version, named)
+        replica.call("POST", "/flush_cache")
+
+    def _broadcast(self, replica: Replica, version: int, named: list[tuple[str, Tensor]]) -> None:
         _succeed(replica.call("POST", "/begin_weight_update", {}))
-        for bucket in plan_buckets(chat_weights(weights), self._bucket):
+        for bucket in plan_buckets(named, self._bucket):
             tensors = [tensor for _, tensor, _ in bucket.tensors]
             update = {
                 "names": [name for name, _, _ in bucket.tensors],
@@ -127,11 +158,11 @@ class SGLangEngine(ServedEngine):
                 "shapes": [list(tensor.shape) for tensor in tensors],
                 "group_name": _GROUP,
                 "weight_version": str(version),
+                "load_format": "foveate",  # of the plug-in: a bucket with a trailer
             }
             with meanwhile(replica, "/update_weights_from_distributed", update):
-                self._senders[replica].send_each(tensors)
+                self._senders[replica].send([bucket])
         _succeed(replica.call("POST", "/end_weight_update", {}))
-        replica.call("POST", "/flush_cache")
 
     def abort(self, replica: Replica) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
@@ -169,6 +200,10 @@ class SGLangEngine(ServedEngine):
         return Completion(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
 
     def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
+        answers = replica.call("POST", "/generate", self._body(request, sampling))
+        return answers if isinstance(answers, list) else [answers]
+
+    def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         params = {
             "n": sampling.samples,
             "max_new_tokens": sampling.max_tokens,
@@ -184,17 +219,17 @@ class SGLangEngine(ServedEngine):
             "input_ids": list(request.prompt.token_ids),
             "sampling_params": params,
             "return_logprob": True,
-            "extra_key": version,
+            self.SALT: version,
         }
         if request.prompt.pixels is not None:
-            body["image_data"] = [self._images(request.prompt.pixels, version)]
-        answers = replica.call("POST", "/generate", body)
-        return answers if isinstance(answers, list) else [answers]
+            body["image_data"] = [self._images(request.prompt, version)]
+        return body
 
-    def _images(self, pixels: Tensor, version: str) -> str:
+    def _images(self, prompt: Prompt, version: str) -> str:
         """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
         version are never taken from a cache."""
-        tiles = pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
+        assert prompt.pixels is not None
+        tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
         data = tiles.flatten().view(torch.uint8).numpy().tobytes()
         name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
         about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
@@ -216,8 +251,12 @@ def _succeed(answer: Any) -> None:
 
 
 def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model in the GitHub layout; without the names of processors that SGLang would build."""
+    """The small files of the model, InternVL's in the GitHub layout and without the names of processors that SGLang
+    would build."""
     folder.mkdir()
-    write_other_files(policy.folder, folder, policy.format, "chat")
+    images = policy.family.name == "internvl"
+    write_other_files(policy.folder, folder, policy.format, "chat" if images else policy.format)
+    if not images:
+        return
     path = folder / "tokenizer_config.json"
     write_json(path, {key: value for key, value in read_json(path).items() if key != "processor_class"})

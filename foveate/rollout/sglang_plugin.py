@@ -1,4 +1,5 @@
-"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, the trainer's log-probs, counted tokens.
+"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, buckets with checksums, the trainer's
+log-probs, counted tokens.
 
 This file is copied beside each server (see `foveate.rollout.sglang`), runs in SGLang's own environment, and imports
 nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the start of
@@ -13,11 +14,13 @@ import mmap
 import os
 from base64 import b64decode
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -27,6 +30,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 def register() -> None:
     """The entry point `sglang.srt.plugins`, called once in every process of a server."""
     _take_tiles()
+    _check_buckets()
     _report_trainers_logprobs()
 
 
@@ -44,6 +48,31 @@ def _take_tiles() -> None:
 def _decoded(item: dict[str, Any]) -> dict[str, Any]:
     flat = torch.frombuffer(bytearray(b64decode(item["data"])), dtype=DTYPES[item["dtype"]])
     return {"format": "processor_output", "hash": item["hash"], "pixel_values": flat.view(item["shape"])}
+
+
+def _check_buckets() -> None:
+    """Weights come in buckets of `foveate.rollout.sync`, each with a trailer that is compared before it is loaded."""
+    plain = WeightUpdater.receive_weights_from_distributed
+
+    def receive(self: Any, *, load_format: Any = None, **about: Any) -> Any:
+        if load_format != "foveate":
+            return plain(self, load_format=load_format, **about)
+        names, dtypes, shapes = about["names"], about["dtypes"], about["shapes"]
+        sizes = [DTYPES[name].itemsize * torch.Size(shape).numel() for name, shape in zip(dtypes, shapes, strict=True)]
+        places = [*accumulate((-(-size // 16) * 16 for size in sizes), initial=0)]
+        group = self._model_update_group[about["group_name"]]
+        device = self.device if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=device)
+        for part in (flat[:-16], flat[-16:]) if sizes == places[1:] else (flat,):  # a lone tensor has its trailer apart
+            torch.distributed.broadcast(part, 0, group=group)
+        words = flat.view(torch.int64)
+        found, sent = int(words[:-2].sum()), int(words[-2])
+        if found != sent:
+            raise RuntimeError(f"the bucket of {names[0]} arrived with checksum {found}, not {sent}")
+        pieces = [flat[place : place + size] for place, size in zip(places, sizes, strict=False)]
+        return [(n, p.view(DTYPES[d]).view(s)) for n, p, d, s in zip(names, pieces, dtypes, shapes, strict=True)]
+
+    WeightUpdater.receive_weights_from_distributed = receive
 
 
 def _report_trainers_logprobs() -> None:

@@ -23,6 +23,8 @@ from foveate.model.lora import merged_state
 
 ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
+TRAILER = 16
+"""Bytes behind the tensors of a bucket: the sum of all before as 64-bit integers, and the number of the bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,13 @@ class Bucket:
 
     tensors: tuple[tuple[str, Tensor, int], ...]
     size: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one tensor and nothing else: it travels from where it is, its trailer in a message of its own.
+        Receivers tell by the same rule."""
+        tensor = self.tensors[0][1]
+        return len(self.tensors) == 1 and tensor.numel() * tensor.element_size() == self.size
 
 
 def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -56,28 +65,56 @@ def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Buck
 
 
 @torch.no_grad()
-def filled(bucket: Bucket) -> Tensor:
-    """The bytes of a bucket, uint8 (size,), on the device of its tensors."""
-    flat = torch.zeros(bucket.size, dtype=torch.uint8, device=bucket.tensors[0][1].device)
+def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
+    """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors."""
+    end = 0
     for _, tensor, offset in bucket.tensors:
         size = tensor.numel() * tensor.element_size()
-        flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        flat[end:offset] = 0
+        end = offset + size
+        flat[offset:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    flat[end:-TRAILER] = 0
+    flat[-TRAILER:] = trailer(flat[:-TRAILER], number)
     return flat
 
 
-def checksum(flat: Tensor) -> int:
-    """The sum of the bytes as 64-bit integers, which wraps around: any single changed bit changes it."""
-    return int(flat.view(torch.int64).sum())
+def trailer(data: Tensor, number: int) -> Tensor:
+    """What goes behind the bytes of a bucket, uint8 (TRAILER,). The sum wraps around; any single changed bit changes
+    it."""
+    words = torch.empty(2, dtype=torch.int64, device=data.device)
+    words[0], words[1] = data.view(torch.int64).sum(), number
+    return words.view(torch.uint8)
+
+
+@torch.no_grad()
+def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
+    """What is broadcast, in order, made when it is asked for. Two buffers serve all buckets that are packed: a message
+    may be under way while the next is made, and not longer."""
+    packed = [bucket.size + TRAILER for bucket in buckets if not bucket.alone]
+    buffers = [torch.empty(max(packed), dtype=torch.uint8, device=device) for _ in packed[:2]]
+    for number, bucket in enumerate(buckets):
+        if bucket.alone:
+            data = bucket.tensors[0][1].contiguous().reshape(-1).view(torch.uint8)
+            yield data
+            yield trailer(data, number)
+        else:
+            buffers.reverse()
+            yield fill(buffers[0][: bucket.size + TRAILER], bucket, number)
 
 
 class Sender:
-    """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`."""
+    """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
+
+    Weights on a GPU travel by NCCL, others by gloo, also to servers on GPUs: an engine in a process of its own keeps
+    its weights in host memory, because NCCL joins no two processes on one GPU.
+    """
 
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self._device, self._group = device, None
         self.host, self.port, self.world_size = host, self._store.port, world_size
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
 
     def connect(self, *prefixes: str) -> None:
         """Returns when every worker has joined, by a store with these prefixes, the outermost last."""
@@ -85,7 +122,7 @@ class Sender:
         for prefix in prefixes:
             store = PrefixStore(prefix, store)
         group: Any
-        if self._device.type == "cuda":
+        if self.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL
 
             group = ProcessGroupNCCL(store, 0, self.world_size, ProcessGroupNCCL.Options())
@@ -98,24 +135,18 @@ class Sender:
         self._group = None
 
     def send(self, buckets: Sequence[Bucket]) -> None:
-        """Broadcast every bucket; the next one is filled while one is under way."""
-        for flat in self._overlapped(filled(bucket) for bucket in buckets):
-            del flat
+        """Broadcast every bucket with its trailer; the next one is filled while one is under way."""
+        self.broadcast(messages(buckets, self._device))
 
-    def send_each(self, tensors: Iterable[Tensor]) -> None:
-        """Broadcast tensor by tensor, for receivers that take no buckets."""
-        for _ in self._overlapped(tensor.detach().contiguous() for tensor in tensors):
-            pass
-
-    def _overlapped(self, tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Send every tensor, contiguous ones, in order. The next is asked for while one is under way, and the one after
+        that when it has gone."""
         assert self._group is not None, "connect comes first"
         under_way: tuple[Any, Tensor] | None = None
         for tensor in tensors:
             work = self._group.broadcast(tensor, 0)
             if under_way is not None:
                 under_way[0].wait()
-                yield under_way[1]
             under_way = work, tensor
         if under_way is not None:
             under_way[0].wait()
-            yield under_way[1]

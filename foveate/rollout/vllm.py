@@ -15,7 +15,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from msgspec import msgpack
@@ -23,13 +23,23 @@ from torch import Tensor
 
 from foveate.errors import ConfigError
 from foveate.model.convert import write_json, write_other_files
-from foveate.model.families import read_json
+from foveate.model.families import Family, read_json
 from foveate.model.load import Policy
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.model.qwen_vl import QwenVL
+from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine, banned_ids, dtype_name, python_path, write_plugin
-from foveate.rollout.sync import Bucket, Sender, checksum, filled, plan_buckets, served_weights
+from foveate.rollout.served import (
+    BAN,
+    TRANSFER_S,
+    ServedEngine,
+    banned_ids,
+    dtype_name,
+    python_path,
+    visible_devices,
+    write_plugin,
+)
+from foveate.rollout.sync import Bucket, Sender, plan_buckets, served_weights
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
@@ -42,6 +52,8 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe")
+"""Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _RAW = 3
 """vLLM's MessagePack extension type for the bytes of a tensor."""
@@ -54,6 +66,9 @@ class VLLMEngine(ServedEngine):
     written for the server, and the published names are those of the module in memory, which vLLM knows.
     """
 
+    SALT = "cache_salt"
+    """The field of a request that keeps prefixes of different versions apart."""
+
     def __init__(
         self,
         policy: Policy,
@@ -64,8 +79,12 @@ class VLLMEngine(ServedEngine):
         longest: int | None = None,
         replicas: int = 1,
         tensor_parallel: int = 1,
+        device: str | None = None,
+        memory_fraction: float | None = None,
         memory_mb: int | None = None,
-        bucket_mb: int = 512,
+        devices: list[str] | None = None,
+        transfer: Literal["broadcast", "disk"] = "broadcast",
+        bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -73,30 +92,38 @@ class VLLMEngine(ServedEngine):
         environment: dict[str, str] | None = None,
     ) -> None:
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
-        as the model's configuration says); `memory_mb` the key-value cache of one worker (None: vLLM's choice);
-        `bucket_mb` bounds the memory that publishing takes, besides the largest tensor; `arguments` are added to the
-        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
-        goes with the engine)."""
-        if policy.family.name != "internvl":
-            raise ConfigError(f"engine vllm: knows how to hand over images of internvl, not of {policy.family.name}")
+        as the model's configuration says); `device` where the server computes (None: where the policy is);
+        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
+        (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
+        trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
+        ones, where that fails;
+        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
+        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        of its output (None: one that goes with the engine)."""
+        if policy.family.name not in KNOWN:
+            raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(
                 f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
                 "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
             )
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket = bucket_mb << 19  # two of them are in memory at a time
         self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
         self._senders: dict[Replica, Sender] = {}
         self._banned = banned_ids(policy)
-        self._environment = {**_ENVIRONMENT, **(_ON_CPU if policy.device.type == "cpu" else {}), **(environment or {})}
+        on_cpu = (device or policy.device.type) == "cpu"
+        self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self._options = [
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
-            *("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})),
-            *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
+            *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
+            *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
+            *(_cpu_options(policy, longest) if on_cpu else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
+            *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
@@ -113,25 +140,35 @@ class VLLMEngine(ServedEngine):
             write_plugin(plugin, "vllm_plugin.py", "vllm.general_plugins")
         command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
         log = (self._logs or self.folder) / f"vllm-{number}.log"
-        return Replica(command, {**self._environment, "PYTHONPATH": python_path(plugin)}, log, "/health")
+        environment = {**self._environment, **self._devices[number], "PYTHONPATH": python_path(plugin)}
+        return Replica(command, environment, log, "/health")
 
     def connect(self, replica: Replica) -> None:
         if replica in self._senders:
             self._senders.pop(replica).close()
+        if self._transfer == "disk":
+            nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
+            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody})
+            return
         sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        init = {"init_info": {**where, "timeout_s": TRANSFER_S}}
+        init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
         with meanwhile(replica, "/init_weight_transfer_engine", init):
             sender.connect("weights")
         self._senders[replica] = sender
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        buckets = plan_buckets(weights, self._bucket)
+        named = _as_vllm_reads(weights, self._policy.family.name)
         replica.call("POST", "/pause?mode=abort&clear_cache=true")
         replica.call("POST", "/start_weight_update")
-        with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
-            self._senders[replica].send(buckets)
+        if self._transfer == "disk":
+            file = self.on_disk(named) / "model.safetensors"
+            replica.call("POST", "/update_weights", {"update_info": {"buckets": [], "file": str(file)}})
+        else:
+            buckets = plan_buckets(named, self._bucket)
+            with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
+                self._senders[replica].send(buckets)
         replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
         for cache in ("prefix", "mm", "encoder"):
             replica.call("POST", f"/reset_{cache}_cache")
@@ -189,19 +226,20 @@ class VLLMEngine(ServedEngine):
             "stop_token_ids": list(self._policy.family.stop_ids),
             "detokenize": False,
         }
-        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, "cache_salt": version}
+        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, self.SALT: version}
         if request.prompt.pixels is not None:
-            body["features"] = self._features(request.prompt, version)
+            body["features"] = self._images(request.prompt, version)
         return body
 
-    def _features(self, prompt: Prompt, version: str) -> dict[str, Any]:
+    def _images(self, prompt: Prompt, version: str) -> dict[str, Any]:
         """The images as the model eats them. Their hashes name the weights, too: features of another version are never
         taken from a cache."""
         assert prompt.pixels is not None
         dtype = next(self._policy.model.parameters()).dtype
         images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
         places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
-        items = [_image_item(image, self._policy.family.image_token_id) for image in images]
+        family = self._policy.family
+        items = [_image_item(family, image, slot) for image, slot in zip(images, prompt.slots, strict=True)]
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
@@ -210,24 +248,35 @@ class VLLMEngine(ServedEngine):
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
     """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
     generators of CPUs cannot do."""
-    text: Any = policy.model.config
-    tokens = longest or text.text_config.max_position_embeddings
+    config: Any = policy.model.config
+    tokens = longest or config.get_text_config().max_position_embeddings
     return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
 
 
-def _image_item(tiles: Tensor, image_token_id: int) -> bytes:
-    """One image (N, 3, H, W) as vLLM's MessagePack of a `MultiModalKwargsItem` for InternVL: values by name, each with
-    how the values of several images are joined."""
-    count = torch.tensor(len(tiles))
-    flat = ["flat", {"slices": [[0, len(tiles), None]], "dim": 0, "keep_on_cpu": False}]
-    shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
-    return msgpack.encode(
-        {
-            "pixel_values": {"data": _raw(tiles), "field": flat},
-            "image_num_patches": {"data": _raw(count), "field": ["batched", {"keep_on_cpu": True}]},
-            "image_token_id": {"data": _raw(torch.tensor(image_token_id)), "field": shared},
-        }
-    )
+def _as_vllm_reads(weights: list[tuple[str, Tensor]], family: str) -> list[tuple[str, Tensor]]:
+    """Weights as they are in the checkpoints that vLLM loads: those of Qwen3-VL mixtures hold experts as (expert, in,
+    out), which transformers turns as it loads."""
+    if family != "qwen3_vl_moe":
+        return weights
+    return [(name, tensor.transpose(1, 2) if ".experts." in name else tensor) for name, tensor in weights]
+
+
+def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:
+    """One image, the entries (N, 3, H, W) of its slot, as vLLM's MessagePack of a `MultiModalKwargsItem`: values by
+    name, each with how the values of several images are joined."""
+    flat = ["flat", {"slices": [[0, len(pixels), None]], "dim": 0, "keep_on_cpu": False}]
+    each = ["batched", {"keep_on_cpu": True}]
+    if isinstance(family, QwenVL):
+        assert slot.grid is not None
+        grid = torch.tensor([1, *(side * family.merge for side in slot.grid)])
+        patches = pixels[:, :, None].expand(-1, -1, family.repeats, -1, -1).flatten(1)
+        values = {"pixel_values": (patches, flat), "image_grid_thw": (grid, each)}
+    else:
+        shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
+        token = torch.tensor(family.image_token_id)
+        count = torch.tensor(len(pixels))
+        values = {"pixel_values": (pixels, flat), "image_num_patches": (count, each), "image_token_id": (token, shared)}
+    return msgpack.encode({name: {"data": _raw(tensor), "field": field} for name, (tensor, field) in values.items()})
 
 
 def _raw(tensor: Tensor) -> list[Any]:
@@ -235,16 +284,18 @@ def _raw(tensor: Tensor) -> list[Any]:
     return [dtype_name(tensor), list(tensor.shape), msgpack.Ext(_RAW, data)]
 
 
-def _announced(bucket: Bucket) -> tuple[int, int, list[tuple[str, str, list[int], int]]]:
-    tensors = [(name, dtype_name(tensor), list(tensor.shape), offset) for name, tensor, offset in bucket.tensors]
-    return bucket.size, checksum(filled(bucket)), tensors
+def _announced(bucket: Bucket) -> tuple[int, list[tuple[str, str, list[int], int]]]:
+    return bucket.size, [(name, dtype_name(tensor), list(tensor.shape), at) for name, tensor, at in bucket.tensors]
 
 
 def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds at its start
-    and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end token."""
+    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds for InternVL
+    at its start and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end
+    token."""
     folder.mkdir()
     write_other_files(policy.folder, folder, policy.format, "hf")
+    if policy.family.name != "internvl":
+        return
     path = folder / "tokenizer_config.json"
     settings = read_json(path)
     extra = settings.get("extra_special_tokens") or {}

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -35,20 +36,23 @@ def register() -> None:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Where the trainer, rank 0, waits; `rank_offset` is the rank of the server's first worker."""
+    """Where the trainer, rank 0, waits ("": nowhere, weights come in files); `rank_offset` is the rank of the server's
+    first worker. Over the backend gloo weights travel from and to the memory of the host."""
 
     host: str
     port: int
     world_size: int
     rank_offset: int
+    backend: str
     timeout_s: float
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes: one (bytes, checksum, tensors as (name, dtype, shape, offset)) per bucket, in order."""
+    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or a safetensors file."""
 
-    buckets: list[tuple[int, int, list[tuple[str, str, list[int], int]]]]
+    buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
+    file: str = ""
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -57,14 +61,21 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     group: Any = None
+    place: torch.device
+    """Where buckets arrive."""
+    missing: frozenset[str] = frozenset()
+    """Parameters of the model that have not come yet since the update began."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if not init_info.host:
+            return
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         timeout = timedelta(seconds=init_info.timeout_s)
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
         prefixed = PrefixStore("weights", store)
-        if self.device.type == "cuda":
+        self.place = self.device if init_info.backend == "nccl" else torch.device("cpu")
+        if init_info.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL
 
             self.group = ProcessGroupNCCL(prefixed, rank, init_info.world_size, ProcessGroupNCCL.Options())
@@ -72,18 +83,43 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.group = ProcessGroupGloo(prefixed, rank, init_info.world_size, timeout)
 
     def start_weight_update(self) -> None:
+        self.missing = frozenset(name for name, _ in self.model.named_parameters())
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        for size, checksum, tensors in update_info.buckets:
-            flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self.group.broadcast(flat, 0).wait()
-            found = int(flat.view(torch.int64).sum())
-            if found != checksum:
-                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived with checksum {found}, not {checksum}")
-            self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+        """Load bucket by bucket; the next is on its way while one is loaded."""
+        if update_info.file:
+            with safe_open(update_info.file, "pt", device=str(self.device)) as file:
+                self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return
+        coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
+        ahead = next(coming, None)
+        for number, (_, tensors) in enumerate(update_info.buckets):
+            assert ahead is not None
+            flat, works = ahead
+            for work in works:
+                work.wait()
+            ahead = next(coming, None)
+            words = flat.view(torch.int64)
+            found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
+            if (found, number) != (sent, place):
+                what = f"as number {place} with checksum {found}, not as {number} with {sent}"
+                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
+            loaded = self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+            self.missing -= loaded
+
+    def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
+        """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
+        `foveate.rollout.sync`) comes apart."""
+        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.place)
+        alone = len(tensors) == 1 and _bytes(*tensors[0][1:3]) == size
+        parts = (flat[:-16], flat[-16:]) if alone else (flat,)
+        return flat, [self.group.broadcast(part, 0) for part in parts]
 
     def finish_weight_update(self) -> None:
+        """Raises RuntimeError where a parameter of the model has not come: vLLM would go on with the old one."""
+        if self.missing:
+            raise RuntimeError(f"no weights came for {min(self.missing)} and {len(self.missing) - 1} more")
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
@@ -91,9 +127,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _tensor(flat: torch.Tensor, dtype_name: str, shape: list[int], offset: int) -> torch.Tensor:
-    dtype = DTYPES[dtype_name]
-    size = dtype.itemsize * int(torch.Size(shape).numel())
-    return flat[offset : offset + size].view(dtype).view(shape)
+    return flat[offset : offset + _bytes(dtype_name, shape)].view(DTYPES[dtype_name]).view(shape)
+
+
+def _bytes(dtype_name: str, shape: list[int]) -> int:
+    return DTYPES[dtype_name].itemsize * int(torch.Size(shape).numel())
 
 
 def _report_trainers_logprobs() -> None:

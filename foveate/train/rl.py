@@ -31,7 +31,7 @@ from foveate.records import SamplingParams
 from foveate.rewards.grade import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.base import Streaming
-from foveate.rollout.build import choose_engine
+from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.ahead import Ahead
@@ -55,7 +55,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
-    new_engine = _new_engine(settings)
+    make_engine = new_engine(settings)
     updates, passes = settings.train.updates_per_step, settings.train.passes
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
@@ -72,7 +72,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         metrics = MetricsWriter(run.metrics, settings.log.to)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
-        engine.start(new_engine, encoder, settings.rollout, step)
+        engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
@@ -112,11 +112,17 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
 # ------------------------------------------------------------------------------------------------- around the step
 
 
-def _new_engine(settings: RLSettings) -> Callable[..., Any]:
+def new_engine(settings: RLSettings) -> Callable[..., Any]:
     """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
     rollout, cluster = settings.rollout, settings.cluster
-    apart = rollout.staleness > 0 and not cluster.engines
-    return choose_engine(rollout, settings.data.max_prompt_tokens, apart=apart, parallel=cluster.engine_tensor_parallel)
+    if not cluster.engines:
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0)
+    given = {
+        "device": cluster.kind,
+        "tensor_parallel": cluster.engine_tensor_parallel,
+        "memory_fraction": cluster.engine_memory,
+    }
+    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
 
 
 def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> GroupEngine | EnginesApart:
@@ -124,14 +130,16 @@ def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> Grou
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
         return GroupEngine(workers)
-    load = partial(load_policy, model.path, attention=model.attention, dtype=model.dtype, device=cluster.kind)
+    dtype = cluster.dtype or model.dtype
+    place = place_of_policy(settings.rollout, cluster.kind)
+    load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
     return EnginesApart(
         over_ray(cluster, "engines")(cluster, patience_of(cluster, again)),
         workers,
         load,
         timeout=cluster.timeout,
         beside=settings.rollout.staleness > 0,
-        dtype=DTYPES["bfloat16" if "bfloat16" in (model.dtype, cluster.dtype) else "float32"],
+        dtype=DTYPES[dtype],
     )
 
 

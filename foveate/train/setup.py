@@ -63,7 +63,7 @@ class Leaving:
             raise SystemExit(128 + signal.SIGTERM)
 
 
-_OF_ENGINES = {"engines", "engine_tensor_parallel", "timeout", "retries"}
+_OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", "retries"}
 """Settings of a cluster that act where engines have processes of their own."""
 
 
@@ -74,9 +74,19 @@ def require_one_process(cluster: ClusterSettings) -> None:
     differing = [f"cluster.{name}={value}" for name, value in given.items()]
     if differing:
         raise ConfigError(
-            f"{', '.join(differing)}: foveate sft and runs of one rank compute in one process on the CPU, where no "
-            "setting of a cluster acts; leave them out, or set cluster.gpus_per_node for foveate rl"
+            f"{', '.join(differing)}: runs of one rank compute in one process on the CPU, where no setting of a "
+            "cluster acts; leave them out, or set cluster.gpus_per_node"
         )
+
+
+def check_offline(cluster: ClusterSettings) -> None:
+    """Raise ConfigError for settings of a cluster that would not act in a run that generates nothing."""
+    if cluster.engines:
+        raise ConfigError(
+            f"cluster.engines={cluster.engines}: this run generates nothing and has no engine; leave it out"
+        )
+    if cluster.ranks == 1:
+        require_one_process(cluster)
 
 
 def check_cluster(settings: RLSettings) -> None:
@@ -87,11 +97,6 @@ def check_cluster(settings: RLSettings) -> None:
         return
     if not cluster.engines:
         _check_ranks_answer(settings)
-    for name, value in (("model.lora", settings.model.lora), ("algorithm.critic", settings.algorithm.critic)):
-        if value is not None:
-            raise ConfigError(
-                f"{name} is set, which learns on one rank so far; leave it out, or cluster.* but one rank"
-            )
 
 
 def _check_ranks_answer(settings: RLSettings) -> None:
@@ -101,9 +106,6 @@ def _check_ranks_answer(settings: RLSettings) -> None:
         raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
     if settings.rollout.engine != "native":
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
-    given = settings.cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True)
-    for name, value in given.items():
-        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
 
 
 def use_threads(threads: int | None) -> None:
