@@ -33,7 +33,7 @@ from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
 from foveate.model.sizes import meta_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
 """What transformers raises for folders that are damaged or contradict themselves."""
 _FILES = {"use_safetensors": True, "local_files_only": True}
