@@ -99,6 +99,18 @@ class RLSettings(Settings):
                 "them, but algorithm.correction is null; set 'algorithm.correction={mode: token-truncate}' "
                 "(or another mode), or rollout.staleness=0",
             )
+        if self.rollout.partial and not self.rollout.staleness:
+            refuse(
+                "rollout.partial",
+                "is true, so that answers go on under new weights, but rollout.staleness is 0, where none is under way "
+                "then; set rollout.staleness=1 or more, or rollout.partial=false",
+            )
+        if self.rollout.over_sample and not self.rollout.partial:
+            refuse(
+                "rollout.over_sample",
+                f"is {self.rollout.over_sample}, but rollout.partial is false, so that a publish would wait for those "
+                "groups after all; set rollout.partial=true, or rollout.over_sample=0",
+            )
 
     def _check_single_answers(self) -> None:
         name = self.algorithm.name

@@ -144,7 +144,8 @@ class SamplingParams:
 class Completion:
     """One sampled answer. `logprobs` are of the sampled tokens, stop token included, under softmax(logits /
     temperature) over the whole vocabulary (temperature 1 where greedy): the trainer's own, whatever top-k, top-p and
-    bans did to the draw. `finish` is "stop" or "length", or "abort" where it was interrupted. `version` counts the
+    bans did to the draw. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause
+    or by `rollout.time_limit`. `version` counts the
     weights that sampled it, the oldest where several did; `spans` then says how many tokens each of them sampled, as
     (version, tokens) in order."""
 

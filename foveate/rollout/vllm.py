@@ -52,7 +52,7 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
-KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe")
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _RAW = 3
@@ -159,14 +159,13 @@ class VLLMEngine(ServedEngine):
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        named = _as_vllm_reads(weights, self._policy.family.name)
         replica.call("POST", "/pause?mode=abort&clear_cache=true")
         replica.call("POST", "/start_weight_update")
         if self._transfer == "disk":
-            file = self.on_disk(named) / "model.safetensors"
+            file = self.on_disk(weights) / "model.safetensors"
             replica.call("POST", "/update_weights", {"update_info": {"buckets": [], "file": str(file)}})
         else:
-            buckets = plan_buckets(named, self._bucket)
+            buckets = plan_buckets(weights, self._bucket)
             with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
                 self._senders[replica].send(buckets)
         replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
@@ -251,14 +250,6 @@ def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
     config: Any = policy.model.config
     tokens = longest or config.get_text_config().max_position_embeddings
     return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
-
-
-def _as_vllm_reads(weights: list[tuple[str, Tensor]], family: str) -> list[tuple[str, Tensor]]:
-    """Weights as they are in the checkpoints that vLLM loads: those of Qwen3-VL mixtures hold experts as (expert, in,
-    out), which transformers turns as it loads."""
-    if family != "qwen3_vl_moe":
-        return weights
-    return [(name, tensor.transpose(1, 2) if ".experts." in name else tensor) for name, tensor in weights]
 
 
 def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:

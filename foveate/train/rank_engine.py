@@ -57,6 +57,14 @@ class RankEngine:
         assert self._engine is not None
         return self._engine.stream(requests, sampling)
 
+    def pause(self) -> None:
+        assert self._engine is not None
+        self._engine.pause()
+
+    def resume(self) -> None:
+        assert self._engine is not None
+        self._engine.resume()
+
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
         assert self._engine is not None

@@ -159,14 +159,14 @@ def _sampler(
     staleness, train = settings.rollout.staleness, settings.train
     source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
     with Reader(table, source, encoder, settings.data.image_workers) as reader:
-        sampler = Sampler(reader, engine, graders, _sampling(settings.rollout), settings.seed, method.needs_baseline)
+        sampling, limit = _sampling(settings.rollout), settings.rollout.time_limit
+        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
         if not staleness:
             yield sampler
             return
-        ahead = Ahead(
-            sampler, engine, stream, staleness=staleness, count=train.prompts_per_step, step=step, last=train.steps
-        )
-        with closing(ahead):
+        place = {"count": train.prompts_per_step, "step": step, "last": train.steps}
+        how = settings.rollout.model_dump(include={"staleness", "partial", "over_sample"})
+        with closing(Ahead(sampler, stream, **place, **how)) as ahead:
             yield ahead
 
 

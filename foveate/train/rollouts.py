@@ -34,6 +34,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "tokens/generate": lengths.sum().item(),
         "groups": float(len(groups)),
         "answer/cut": _mean([float(answer.finish == "length") for answer in answers]),
+        "answer/timed_out": _mean([float(answer.finish == "abort") for answer in answers]),
         **_by_source(groups),
     }
 
@@ -82,6 +83,7 @@ def write_rollouts(
                 "tokens": len(completion.token_ids),
                 "finish": completion.finish,
                 "version": completion.version,
+                "versions": completion.sampled_by,
                 "score": score.value,
                 "parts": dict(score.parts),
                 "note": score.note,

@@ -108,6 +108,8 @@ def _check_ranks_answer(settings: RLSettings) -> None:
     advice = "with several ranks that takes processes of its own: set cluster.engines to their number"
     if settings.rollout.staleness:
         raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
+    if settings.rollout.time_limit is not None:
+        raise ConfigError(f"rollout.time_limit={settings.rollout.time_limit:g}: {advice}, or leave it out")
     if settings.rollout.engine != "native":
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
 
