@@ -223,7 +223,7 @@ def _check_budget(data: DataSettings, train: TrainSettings, cluster: ClusterSett
 
 
 def _check_disk(train: TrainSettings, cluster: ClusterSettings) -> None:
-    if cluster.ranks > 1 and train.disk_wait >= cluster.timeout:
+    if cluster.ranks > 1 and train.disk_wait is not None and train.disk_wait >= cluster.timeout:
         refuse(
             "train.disk_wait",
             f"is {train.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given up "

@@ -259,10 +259,11 @@ class TrainSettings(Settings):
         default=False,
         description="Write checkpoints while training goes on, from a copy of weights and optimizer in host memory.",
     )
-    disk_wait: float = Field(
-        default=900,
+    disk_wait: float | None = Field(
+        default=None,
         ge=0,
-        description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none.",
+        description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none; null: "
+        "900, or half of cluster.timeout where that is less.",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null: as many as PyTorch chooses.")
 

@@ -34,7 +34,7 @@ from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
 from foveate.model.sizes import meta_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError,
 )  # fmt: skip

@@ -33,8 +33,9 @@ class Ranks:
             shape = (cluster.ranks // cluster.sequence_parallel, cluster.sequence_parallel)
             rows = init_device_mesh(cluster.kind, shape, mesh_dim_names=("data", "sequence"))
             sequence = rows["sequence"].get_group()
-        patience = timedelta(seconds=cluster.timeout)
-        return cls(cluster, mesh_of(cluster, cluster.kind), sequence, dist.new_group(backend="gloo", timeout=patience))
+        saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=cluster.timeout))
+        assert isinstance(saving, dist.ProcessGroup)
+        return cls(cluster, mesh_of(cluster, cluster.kind), sequence, saving)
 
     @property
     def rank(self) -> int:

@@ -45,7 +45,7 @@ from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.rank_engine import Answerer
 from foveate.train.rl import build_graders, run_rl
 from foveate.train.rollouts import rollout_metrics, write_rollouts
-from foveate.train.setup import check_cluster, use_threads
+from foveate.train.setup import check_cluster, disk_patience, use_threads
 from foveate.train.sft import run_sft
 
 CHUNK = 64
@@ -161,7 +161,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> Non
             else:
                 clock = Clock()
                 groups, _ = sampler.draw(step, count, 0, clock)
-                write_rollouts(run.rollouts, step, groups, patience=settings.rl.train.disk_wait)
+                write_rollouts(run.rollouts, step, groups, patience=disk_patience(settings.rl.train, settings.cluster))
                 metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
             engine.publish(step)  # the same weights under the next number, which the sampler expects
             advance(count)

@@ -12,7 +12,7 @@ import torch
 
 from foveate.files import atomic_write_text, with_room
 from foveate.records import FAILED, Group, Score
-from foveate.train.worker import TrainGroup
+from foveate.train.targets import TrainGroup
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
