@@ -2,8 +2,8 @@
 
 A supervisor as any cluster has one (systemd, Slurm, KubeRay) starts a node again that ended, and submits a run again
 that ended with an error, each by the command that it was started with. Every run must finish with each group trained
-once, in the order and with the weights, bit for bit, of a run that nobody disturbed. Kinds: a rank (with the engine in
-it), the driver, the raylet of either node. About a minute per kill on two busy cores.
+once, in the order and with the weights, bit for bit, of a run that nobody disturbed. Kinds: a rank, the engine, the
+driver, the raylet of either node. About a minute per kill on two busy cores.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from foveate.log import read_metrics
 
 KINDS = {  # what is in the command line
     "rank": ("ray::_Rank",),
+    "engine": ("ray::_Host",),
     "driver": (" main() rl ",),
     "raylet of the head": ("/raylet --", "--node_ip_address={0}"),
     "raylet of the other node": ("/raylet --", "--node_ip_address={1}"),
@@ -54,7 +55,7 @@ def step_of(run: Path) -> int:
 
 
 def undisturbed(nodes: Nodes, recipe: Path, run: Path) -> None:
-    if nodes.submit(recipe, f"run={run}", log=run.with_suffix(".log")).wait():
+    if nodes.run(recipe, f"run={run}", log=run.with_suffix(".log")):
         sys.exit(run.with_suffix(".log").read_text())
 
 
@@ -105,15 +106,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of each run")
     parser.add_argument("--minutes", type=float, default=60, help="after which no further run begins")
     parser.add_argument("--namespaces", action="store_true", help="as in two_nodes.py")
+    parser.add_argument("--folder", type=Path, help="where a later call finds the undisturbed run, if it has the steps")
     asked = parser.parse_args()
     choice, killed, wrong, begin = random.Random(asked.seed), Counter[str](), 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, Nodes(namespaces=asked.namespaces) as nodes:
-        recipe, whole = write_recipe(Path(folder), steps=asked.steps, retries=50), Path(folder) / "whole"
-        undisturbed(nodes, recipe, whole)
-        number = 0
+    with tempfile.TemporaryDirectory() as temporary, Nodes(namespaces=asked.namespaces) as nodes:
+        folder: Path = asked.folder or Path(temporary)
+        recipe, whole, number = folder / "recipe.yaml", folder / "whole", 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (whole / "final").exists():
+            write_recipe(folder, steps=asked.steps, retries=50, engines=1)
+            undisturbed(nodes, recipe, whole)
         while killed.total() < asked.kills and time.monotonic() - begin < 60 * asked.minutes:
             number += 1
-            run = Path(folder) / f"run-{number}"
+            run = folder / f"run-{asked.seed}-{number}"
             killed += disturbed(nodes, recipe, run, asked.kills - killed.total(), choice)
             found = differences(run, whole)
             print(f"{run.name}: {'other: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)

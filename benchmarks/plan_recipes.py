@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from foveate.plan.hardware import GIB, parse_machines
 from foveate.plan.memory import memory_of, sizes_of
@@ -20,10 +21,12 @@ def main(stage: str) -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for size in SIZES:
         settings = read_settings(f"internvl3_5_{size}_{stage}", [])
-        machines = parse_machines(f"{settings.cluster.nodes}x8xH100-80")
+        cluster = settings.cluster
+        machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
+        trainers = replace(machines, nodes=cluster.nodes, per_node=cluster.gpus_per_node)
         work = workload_of(settings, None, None, None)
         memory, sizes = memory_of(work), sizes_of(work.config, work.train)
-        hours = seconds_of(work, machines, memory).step * work.steps * machines.count / 3600
+        hours = seconds_of(work, trainers, memory).step * work.steps * machines.count / 3600
         parts = (
             memory.weights, memory.gradients, memory.optimizer, memory.gathered, memory.activations + memory.features,
             memory.chunk, memory.learning, memory.generating,

@@ -1,8 +1,9 @@
 """Two nodes on this machine, started by the three commands of docs/cluster.md, on which a small model learns.
 
 Without arguments, the nodes are two loopback addresses and the ports are those that the commands choose. With
---namespaces (root, Linux), each node is a network namespace with an address of its own, joined by one cable. Prints the
-rewards of the run. About a minute.
+--namespaces (root, Linux), each node is a network namespace with an address of its own, joined by one cable. One rank
+trains on each node; with --engine, an engine of that kind answers in a process of its own on one of them. Prints where
+they ran and the rewards of the run. About a minute.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from foveate.model.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
 FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
-TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
+TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 
 
 def text_length(text: str, _: Task) -> Score:
@@ -35,20 +36,23 @@ def text_length(text: str, _: Task) -> Score:
     return Score(len(text) / 10)
 
 
-def write_recipe(folder: Path, *, steps: int, retries: int) -> Path:
-    """Data, model and recipe of a run of one rank on each of two nodes."""
+def write_recipe(
+    folder: Path, *, steps: int, retries: int, engines: int = 0, engine: str = "native", program: str = "vllm"
+) -> Path:
+    """Data, model and recipe of a run of one rank on each of two nodes, and of `engines` in processes of their own."""
     prepare_shapes(folder / "data", {"train": 64, "test": 4}, side=56)
     build_tiny(folder / "model", TINY)
+    served = {} if engine == "native" else {"program": program, "memory_mb": 64}
     recipe = {
         "run": str(folder / "run"),
         "model": {"path": str(folder / "model")},
         "data": {"train": [str(folder / "data" / "train.parquet")], "max_prompt_tokens": 128},
-        "rollout": {"samples": 4, "max_tokens": 8},
+        "rollout": {"samples": 4, "max_tokens": 8, "engine": engine, "engine_settings": served, "check_every": 4},
         "reward": {"name": f"{Path(__file__).resolve()}:text_length", "workers": 0},
         "optim": {"lr": 3e-3},
         "train": {"steps": steps, "prompts_per_step": 4, "save_every": 2, "tokens_per_micro_batch": 256, "threads": 1},
         "eval": {"every": 0},
-        "cluster": {"nodes": 2, "device": "cpu", "timeout": 300, "retries": retries},
+        "cluster": {"nodes": 2, "device": "cpu", "timeout": 600, "retries": retries, "engines": engines},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
     return folder / "recipe.yaml"
@@ -116,6 +120,14 @@ class Nodes:
         with open(log, "a") as file:
             return subprocess.Popen(words, env=self._environment, stdout=file, stderr=subprocess.STDOUT, text=True)
 
+    def run(self, recipe: Path, *overrides: str, log: Path) -> int:
+        """The exit code of a run."""
+        job = self.submit(recipe, *overrides, log=log)
+        while job.poll() is None:
+            self.keep()  # a node ends that wants to join before the head is there
+            time.sleep(1)
+        return job.returncode
+
     def processes(self) -> dict[int, str]:
         """All processes of these nodes with their command lines."""
         found: dict[int, str] = {}
@@ -137,17 +149,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--namespaces", action="store_true")
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--engine", choices=("native", "vllm"), help="with an engine beside the ranks")
+    parser.add_argument("--program", default="vllm", help="the vllm command of its environment")
     asked = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        recipe, log = write_recipe(Path(folder), steps=asked.steps, retries=0), Path(folder) / "log"
+        engines = {"engines": 1, "engine": asked.engine, "program": asked.program} if asked.engine else {}
+        recipe, log = write_recipe(Path(folder), steps=asked.steps, retries=0, **engines), Path(folder) / "log"
         with Nodes(namespaces=asked.namespaces) as nodes:
-            code = nodes.submit(recipe, log=log).wait()
-        said = [line for line in log.read_text().splitlines() if "ranks on" in line]
+            code = nodes.run(recipe, log=log)
+        said = [line for line in log.read_text().splitlines() if "ranks on" in line or "an engine on" in line]
         if code:
             sys.exit(log.read_text())
-        rewards = [record["reward/mean"] for record in read_metrics(Path(folder) / "run" / "metrics.jsonl")]
+        records = read_metrics(Path(folder) / "run" / "metrics.jsonl")
         print(*said, sep="\n")
-        print("reward by step:", " ".join(f"{reward:.2f}" for reward in rewards))
+        for name in ("reward/mean", "engine_logprob_difference_max", "engine_check"):
+            print(f"{name} by step:", " ".join(f"{record[name]:.2g}" for record in records if name in record))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,14 +48,37 @@ def join_command(
     start_node(head=address, host=host, port=0, cpus=cpus, gpus=gpus, dashboard=0, block=block)
 
 
+Head = Annotated[str, typer.Option(help="Where the dashboard of the cluster is.")]
+AT_HEAD = "http://127.0.0.1:8265"
+
+
+@cluster.command("stop")
+def stop_command(
+    job: Annotated[str, typer.Argument(help="The name that `foveate submit` gave.")], head: Head = AT_HEAD
+) -> None:
+    """Stop a run on a cluster: it ends its step, saves and leaves. Submitted again, it goes on."""
+    from foveate.cluster.base import REMOTE
+    from foveate.cluster.commands import use_token
+    from foveate.resolve import resolve
+
+    use_token()
+    resolve(REMOTE, "stop", "cluster")(head, job)
+
+
 def submit(
     recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
     overrides: Overrides = None,
-    head: Annotated[str, typer.Option(help="Where the dashboard of the cluster is.")] = "http://127.0.0.1:8265",
+    head: Head = AT_HEAD,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for all processes; once for each.")] = None,
+    pip: Annotated[list[str] | None, typer.Option(help="A package that every node installs; once for each.")] = None,
+    upload: Annotated[
+        Path | None, typer.Option(help="A folder that every node gets a copy of and runs in, with the recipe in it.")
+    ] = None,
+    detach: Annotated[bool, typer.Option(help="Return at once; `foveate cluster stop JOB` ends the run.")] = False,
 ) -> None:
     """Run `foveate rl` on a cluster and follow its log. Ctrl-C stops the run; the same command continues it."""
     from foveate.cluster.base import REMOTE
-    from foveate.cluster.commands import job_command, use_token
+    from foveate.cluster.commands import job_command, runtime_env, use_token
     from foveate.config import RLSettings
     from foveate.errors import ConfigError
     from foveate.recipe import load_recipe
@@ -62,6 +86,8 @@ def submit(
 
     load_recipe(recipe, overrides or [], RLSettings)  # what is wrong with it is said here and now
     use_token()
-    status = resolve(REMOTE, "job", "cluster")(head, job_command(recipe, overrides or []))
-    if status != "SUCCEEDED":
+    prepared = runtime_env(env or [], pip or [], upload)
+    command = job_command(recipe, overrides or [], uploaded=upload is not None, installs=bool(pip))
+    status = resolve(REMOTE, "job", "cluster")(head, command, prepared, detach)
+    if status not in ("SUCCEEDED", "SUBMITTED"):
         raise ConfigError(f"the run ended as {status}; its log is above")

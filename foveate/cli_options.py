@@ -38,12 +38,15 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 
 
 def columns_of(pairs: Sequence[str] | None) -> Mapping[str, str] | None:
-    """`--column` options as a mapping, None without any. Raises ConfigError for one that is no TARGET=COLUMN."""
+    """`--column` options as a mapping, None without any. Raises ConfigError for one that is no TARGET=COLUMN,
+    and for a target that is given twice."""
     mapping: dict[str, str] = {}
     for pair in pairs or ():
         target, equals, column = pair.partition("=")
         if not (target and equals and column):
             raise ConfigError(f"--column {pair}: must be TARGET=COLUMN, such as prompt=question")
+        if target in mapping:
+            raise ConfigError(f"--column {pair}: {target} is {mapping[target]} already; give each target once")
         mapping[target] = column
     return mapping or None
 

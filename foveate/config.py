@@ -61,6 +61,7 @@ class RLSettings(Settings):
         self._check_batch()
         self._check_staleness()
         self._check_evaluation()
+        _check_disk(self.train, self.cluster)
         return self
 
     def _check_batch(self) -> None:
@@ -97,6 +98,18 @@ class RLSettings(Settings):
                 f"is {self.rollout.staleness}, so that answers are sampled by older weights than those that learn from "
                 "them, but algorithm.correction is null; set 'algorithm.correction={mode: token-truncate}' "
                 "(or another mode), or rollout.staleness=0",
+            )
+        if self.rollout.partial and not self.rollout.staleness:
+            refuse(
+                "rollout.partial",
+                "is true, so that answers go on under new weights, but rollout.staleness is 0, where none is under way "
+                "then; set rollout.staleness=1 or more, or rollout.partial=false",
+            )
+        if self.rollout.over_sample and not self.rollout.partial:
+            refuse(
+                "rollout.over_sample",
+                f"is {self.rollout.over_sample}, but rollout.partial is false, so that a publish would wait for those "
+                "groups after all; set rollout.partial=true, or rollout.over_sample=0",
             )
 
     def _check_single_answers(self) -> None:
@@ -140,6 +153,7 @@ class SFTSettings(Settings):
         _check_weights(self.data)
         _check_system(self.data)
         _check_budget(self.data, self.train, self.cluster)
+        _check_disk(self.train, self.cluster)
         return self
 
 
@@ -163,6 +177,7 @@ class MPOSettings(Settings):
         _check_weights(self.data)
         _check_system(self.data)
         _check_budget(self.data, self.train, self.cluster)
+        _check_disk(self.train, self.cluster)
         return self
 
 
@@ -204,6 +219,15 @@ def _check_budget(data: DataSettings, train: TrainSettings, cluster: ClusterSett
             "train.tokens_per_micro_batch",
             f"is {train.tokens_per_micro_batch}, less than data.max_prompt_tokens={data.max_prompt_tokens}; raise it, "
             "or lower data.max_prompt_tokens",
+        )
+
+
+def _check_disk(train: TrainSettings, cluster: ClusterSettings) -> None:
+    if cluster.ranks > 1 and train.disk_wait >= cluster.timeout:
+        refuse(
+            "train.disk_wait",
+            f"is {train.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given up "
+            "for hung; use less, or raise that",
         )
 
 

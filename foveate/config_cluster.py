@@ -27,6 +27,11 @@ class ClusterSettings(Settings):
         default=None,
         description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type.",
     )
+    engines: int = Field(
+        default=0,
+        ge=0,
+        description="Processes that answer, beside those that train and on GPUs of their own; 0: the ranks answer.",
+    )
     engine_tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the engine's model.")
     engine_memory: float = Field(
         default=0.8, gt=0, lt=1, description="Share of a GPU's memory that the engine may fill while it generates."
@@ -51,18 +56,28 @@ class ClusterSettings(Settings):
         return self.nodes * self.gpus_per_node
 
     @property
+    def gpus(self) -> int:
+        """Those of the ranks, and those of engines in processes of their own."""
+        return self.ranks + self.engines * self.engine_tensor_parallel
+
+    @property
     def shards(self) -> int:
         """Ranks over which one copy of the weights is cut."""
         return {"full": self.ranks, "hybrid": self.gpus_per_node, "none": 1}[self.shard]
 
+    def needs(self, cpus: int, gpus: int) -> dict[str, float]:
+        """What processes take of a machine, in Ray's terms; GPUs where these are computed on."""
+        return {"CPU": float(cpus), **({"GPU": float(gpus)} if self.kind == "cuda" else {})}
+
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        for name in ("sequence_parallel", "engine_tensor_parallel"):
-            value = self.model_dump()[name]
-            if self.gpus_per_node % value:
-                refuse(
-                    f"cluster.{name}",
-                    f"is {value} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs talk in every "
-                    "layer and have to be on one machine",
-                )
+        if self.gpus_per_node % self.sequence_parallel:
+            refuse(
+                "cluster.sequence_parallel",
+                f"is {self.sequence_parallel} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs "
+                "talk in every layer and have to be on one machine",
+            )
+        for name in self.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
+            if not self.engines:
+                refuse(f"cluster.{name}", "acts on engines in processes of their own alone: set cluster.engines")
         return self

@@ -129,6 +129,23 @@ class RolloutSettings(Settings):
         description="Steps by which the weights of an answer may lag those that learn from it: 0 generates and learns "
         "in turn, 1 does both at once, more also evens out rounds of unlike length.",
     )
+    partial: bool = Field(
+        default=False,
+        description="New weights interrupt answers, which go on under them from their tokens, so that none waits for "
+        "long ones; needs staleness.",
+    )
+    over_sample: int = Field(
+        default=0,
+        ge=0,
+        description="Prompts under way beyond those that the steps need, which take the groups that finish first; the "
+        "others go on, and are dropped when they are older than the staleness. Needs partial.",
+    )
+    time_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds for which the engine works on a prompt; answers that are unfinished then are cut; null: "
+        "any time.",
+    )
     samples: int = Field(default=8, ge=1, description="Answers per prompt (the group size).")
     temperature: float = Field(default=1.0, ge=0, description="Sampling temperature.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept; 1: all.")
@@ -238,6 +255,15 @@ class TrainSettings(Settings):
         default=50, ge=0, description="Steps from one checkpoint to the next; 0: only after the last step."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept; older ones are deleted.")
+    save_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy of weights and optimizer in host memory.",
+    )
+    disk_wait: float = Field(
+        default=900,
+        ge=0,
+        description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none.",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null: as many as PyTorch chooses.")
 
 

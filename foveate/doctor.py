@@ -17,7 +17,7 @@ from rich.text import Text
 import foveate
 from foveate.encoding.family import PromptFamily
 from foveate.model.families import PER_MILLE, InternVL
-from foveate.model.load import Policy, load_policy, parameters_by_part
+from foveate.model.load import Policy, outline, parameters_by_part
 from foveate.model.names import LAYOUTS
 from foveate.model.qwen_vl import QwenVL
 from foveate.model.safetensors_io import read_headers, weight_files
@@ -26,7 +26,7 @@ from foveate.model.safetensors_io import read_headers, weight_files
 def examine(model: str | None) -> RenderableType:
     """A table of facts. Raises DataError for a model folder that cannot be used, with the reason."""
     table = Table(show_header=False, box=None)
-    facts = environment() if model is None else model_facts(load_policy(model))
+    facts = environment() if model is None else model_facts(outline(model))
     for name, value in facts.items():
         table.add_row(name, Text(value))
     return table

@@ -3,6 +3,7 @@ cannot be honoured; none is dropped in silence."""
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -61,8 +62,8 @@ MAPPED = {
     "custom_reward_function.reward_kwargs.alpha": "reward.settings.alpha",
     "custom_reward_function.reward_kwargs.threshold": "reward.settings.threshold",
     "trainer.default_local_dir": "run",
-    "trainer.n_gpus_per_node": "cluster.gpus_per_node",
-    "trainer.nnodes": "cluster.nodes",
+    "trainer.n_gpus_per_node": "cluster.gpus_per_node, cluster.engines (half of the GPUs learn, half answer)",
+    "trainer.nnodes": "cluster.nodes, cluster.engines",
     "trainer.save_freq": "train.save_every",
     "trainer.test_freq": "eval.every",
     "trainer.total_epochs": "train.steps (with --rows)",
@@ -329,18 +330,39 @@ def _cluster(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
         refused.append(
             f"{_A}fsdp_config.fsdp_size={size}: with {nodes} x {gpus} GPUs a copy is cut over {nodes * gpus}"
         )
+    rows, tensors = _A + "ulysses_sequence_parallel_size", _R + "tensor_model_parallel_size"
+    row, joined = verl.get(rows, 1), verl.get(tensors, 1)
+    machines, learning = _halved(nodes, gpus, row, joined)
+    answering = nodes * gpus - machines * learning
+    for key, value, whole in ((rows, row, learning), (tensors, joined, answering)):
+        if whole % value:
+            refused.append(f"{key}={value}: does not divide the {whole} GPUs that are left for it")
+    row, joined = math.gcd(row, learning), math.gcd(joined, answering or 1)
+    engines = {
+        "cluster.engines": answering // joined,
+        "cluster.engine_tensor_parallel": joined,
+        "cluster.engine_memory": float(verl.get(_R + "gpu_memory_utilization", 0.5)),
+    }
     return {
-        "cluster.nodes": nodes,
-        "cluster.gpus_per_node": gpus,
-        "cluster.shard": "hybrid" if size == gpus and nodes > 1 else "full",
-        "cluster.sequence_parallel": verl.get(_A + "ulysses_sequence_parallel_size", 1),
+        "cluster.nodes": machines,
+        "cluster.gpus_per_node": learning,
+        **(engines if answering else {}),
+        "cluster.shard": "hybrid" if size == gpus and machines > 1 else "full",
+        "cluster.sequence_parallel": row,
         "cluster.offload": bool(
             verl.get(_A + "fsdp_config.param_offload", False) or verl.get(_A + "fsdp_config.optimizer_offload", False)
         ),
         "cluster.dtype": "bfloat16",
-        "cluster.engine_tensor_parallel": verl.get(_R + "tensor_model_parallel_size", 1),
-        "cluster.engine_memory": float(verl.get(_R + "gpu_memory_utilization", 0.5)),
     }
+
+
+def _halved(nodes: int, gpus: int, row: int, joined: int) -> tuple[int, int]:
+    """(machines, GPUs on each) that learn, of which half as many as verl has: half of each machine, or half of the
+    machines where `row` or `joined` GPUs, which talk in every layer, need more."""
+    half = gpus // 2
+    if nodes == 1 or (half and half % row == 0 and half % joined == 0):
+        return nodes, max(1, half)
+    return nodes // 2, gpus
 
 
 def mapping_table() -> str:

@@ -144,13 +144,33 @@ class SamplingParams:
 class Completion:
     """One sampled answer. `logprobs` are of the sampled tokens, stop token included, under softmax(logits /
     temperature) over the whole vocabulary (temperature 1 where greedy): the trainer's own, whatever top-k, top-p and
-    bans did to the draw. `finish` is "stop" or "length"; `version` counts the weights that sampled it."""
+    bans did to the draw. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause
+    or by `rollout.time_limit`. `version` counts the
+    weights that sampled it, the oldest where several did; `spans` then says how many tokens each of them sampled, as
+    (version, tokens) in order."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish: str
     version: int
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sampled_by(self) -> tuple[tuple[int, int], ...]:
+        """(version, tokens) of all weights that sampled it, in order."""
+        return self.spans or ((self.version, len(self.token_ids)),)
+
+    def then(self, more: Completion, text: str) -> Completion:
+        """This one, interrupted, and what was sampled after it; `text` is that of both."""
+        spans: list[tuple[int, int]] = []
+        for version, tokens in (*self.sampled_by, *more.sampled_by):
+            before = spans.pop()[1] if spans and spans[-1][0] == version else 0
+            if before + tokens:
+                spans.append((version, before + tokens))
+        ids, logprobs = self.token_ids + more.token_ids, self.logprobs + more.logprobs
+        oldest = min((version for version, _ in spans), default=more.version)
+        return Completion(ids, logprobs, text, more.finish, oldest, tuple(spans) if len(spans) > 1 else ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,9 @@ def _load_file(file: str, path: str, kind: str) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except SystemExit as end:  # it would end the command without a word
+        del sys.modules[name]
+        raise ConfigError(f"{kind} {path!r}: {file} ends the program when it is imported (exit code {end})") from end
     except BaseException:
         del sys.modules[name]
         raise

@@ -43,11 +43,12 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body):
         with LOCK:
             STATE["asked"] += 1
-        aborts, until = STATE["aborts"], time.monotonic() + body["seconds"]
+        aborts, until, own = STATE["aborts"], time.monotonic() + body["seconds"], 0
         while time.monotonic() < until or STATE["hangs"]:
             if STATE["aborts"] != aborts:
-                return self.answer({"finish": "abort"})
+                return self.answer({"finish": "abort", "tokens": own, "version": STATE["version"]})
             time.sleep(0.005)
+            own += 1
             with LOCK:
                 STATE["tokens"] += 0 if STATE["hangs"] else 1
         return self.answer({"finish": "stop", "seed": body["seed"], "version": STATE["version"]})

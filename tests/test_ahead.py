@@ -5,143 +5,27 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from ahead_cases import Bench, Engine, Rewards, rows
 from pydantic import ValidationError
 from toy import make_data, rl_settings
 
 import foveate.train.rl
-from foveate.data.stream import Stream
 from foveate.errors import ConfigError, EngineError
 from foveate.log import read_metrics
 from foveate.model.load import load_policy
-from foveate.records import Completion, Message, Prompt, SamplingParams, Score, Task
 from foveate.rollout.native import NativeEngine
-from foveate.train.ahead import Ahead
-from foveate.train.clock import Clock
-from foveate.train.groups import Sampler
 from foveate.train.rl import run_rl
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
-TASKS = 40
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("shapes"))
-
-
-# --------------------------------------------------------------------------------------------------- made-up parts
-
-
-class Tasks:
-    """A reader whose tasks are the numbers of its stream."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-
-    def take(self, count: int) -> list[tuple[Task, Prompt]]:
-        rows = self.stream.take(count)
-        return [
-            (Task(str(row), "made up", (Message("user", ""),), (), row), Prompt((row,), (), None, (row,)))
-            for row in rows
-        ]
-
-
-class Engine:
-    """Answers with the number of the prompt. `lag` makes it answer with older weights than it was given; `before` is
-    called before each group. It notices when it is published to while it answers."""
-
-    def __init__(self, *, lag: Callable[[int], int] = lambda _: 0, before: Callable[[int], None] = lambda _: None):
-        self.version, self.answering, self.answered = 0, False, 0
-        self.lag, self.before = lag, before
-
-    def generate(self, requests: Sequence[Any], sampling: SamplingParams) -> Any:
-        return [group for _, group in self.stream(requests, sampling)]
-
-    def stream(self, requests: Sequence[Any], sampling: SamplingParams) -> Iterator[Any]:
-        self.answering = True
-        try:
-            for index, request in reversed([*enumerate(requests)]):
-                row = request.prompt.token_ids[0]
-                self.before(row)
-                self.answered += 1
-                version = self.version - self.lag(row)
-                answer = Completion((row,), (0.0,), str(row), "stop", version)
-                yield index, (answer,) * sampling.samples
-        finally:
-            self.answering = False
-
-    def publish(self, version: int) -> None:
-        assert not self.answering
-        self.version = version
-
-
-@dataclass
-class Rewards:
-    """Grades by number: rows of `equal` teach nothing."""
-
-    equal: set[int] = field(default_factory=set)
-    delay: float = 0.0
-    graded: int = 0
-
-    def grade_many(self, pairs: Sequence[tuple[str, Task]]) -> list[Score]:
-        time.sleep(self.delay)
-        self.graded += 1
-        return [Score(0.0 if task.answer in self.equal else float(i)) for i, (_, task) in enumerate(pairs)]
-
-
-@dataclass
-class Bench:
-    """What a page holds: the stream that counts what was trained, and what runs ahead of it."""
-
-    engine: Engine
-    staleness: int = 1
-    count: int = 4
-    last: int = 8
-    step: int = 0
-    rewards: Rewards = field(default_factory=Rewards)
-    refills: int = 0
-    trained: list[list[int]] = field(default_factory=list)
-    ages: list[list[int]] = field(default_factory=list)
-    said: list[dict[str, float]] = field(default_factory=list)
-
-    def run(self, steps: int | None = None, between: Callable[[], None] = lambda: None) -> Bench:
-        self.stream = Stream(TASKS, 0, self.count)
-        self.stream.take(self.step * self.count)
-        source = Stream(TASKS, 0, self.count)
-        source.take(self.step * self.count)
-        self.engine.version = self.step
-        sampler = Sampler(Tasks(source), self.engine, self.rewards, SamplingParams(2), 0, False)
-        ahead = Ahead(
-            sampler,
-            self.engine,
-            self.stream,
-            staleness=self.staleness,
-            count=self.count,
-            step=self.step,
-            last=self.last,
-        )
-        with closing(ahead):
-            for step in range(self.step + 1, (steps or self.last) + 1):
-                clock = Clock()
-                groups, _ = ahead.draw(step, self.count, self.refills, clock)
-                between()
-                self.trained.append([group.task.answer for group in groups])
-                self.ages.append([step - 1 - group.completions[0].version for group in groups])
-                self.said.append(ahead.metrics())
-                with ahead.at_rest(clock):
-                    self.engine.publish(step)
-        return self
-
-
-def rows(count: int) -> list[int]:
-    return Stream(TASKS, 0, 4).take(count)
 
 
 # ------------------------------------------------------------------------------------------------------- the rules
@@ -345,5 +229,5 @@ def test_staleness_without_correction_is_refused(tmp_path, tiny_folder, data):
 def test_staleness_on_several_ranks_is_refused(tmp_path, tiny_folder, data):
     settings = rl_settings(tmp_path / "run", tiny_folder, data, algorithm=CORRECTED, rollout={"staleness": 1})
     cluster = settings.cluster.model_copy(update={"nodes": 1, "gpus_per_node": 2})
-    with pytest.raises(ConfigError, match=r"rollout.staleness=1: several ranks answer and learn in turn so far; use 0"):
+    with pytest.raises(ConfigError, match=r"rollout.staleness=1: with several ranks that takes processes"):
         run_rl(settings.model_copy(update={"cluster": cluster}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -14,7 +15,7 @@ from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.model.families import InternVL
 from foveate.model.qwen_vl import QwenVL
-from foveate.model.tiny import QWEN_SPLIT
+from foveate.model.tiny import QWEN_SPLIT, tiny_tokenizer
 from foveate.records import Message
 
 QWEN3_WORDS = [
@@ -105,6 +106,15 @@ def test_the_token_ids_of_internvl_prompts_are_these(real_tokenizer, official_en
 
 
 @pytest.mark.slow
+def test_the_token_ids_of_a_thinking_prompt_are_the_official_ones(real_tokenizer, official_encoding, make_task):
+    prompt = Encoder(real_tokenizer, INTERNVL, 12, 8192, THINKING_SYSTEM)(make_task("What is 17 * 3?"))
+    text = f"<|im_start|>system\n{THINKING_SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 17 * 3?<|im_end|>\n"
+    assert list(prompt.token_ids) == official_encoding(text + "<|im_start|>assistant\n")
+    assert len(prompt) == 137
+    assert prompt.token_ids[:12] == (151644, 8948, 198, 2610, 525, 458, 15235, 17847, 429, 77377, 7017, 11017)
+
+
+@pytest.mark.slow
 def test_the_token_ids_of_qwen_prompts_are_these(real_tokenizer, make_task, make_image):
     prompt = Encoder(real_tokenizer, QWEN_VL, QWEN_VL.budget, 8192)(make_task("<image>What?", make_image(320, 256)))
     start, end, line = SAID["<|im_start|>"], SAID["<|im_end|>"], SAID["\n"]
@@ -149,3 +159,28 @@ def test_the_checkpoints_own_template_goes_first(tiny_policy, make_task):
         )
     finally:
         tokenizer.chat_template = own
+
+
+HARMONY = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}<|message|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("ending", "answer", "wanted"),
+    [
+        ("", "4", "<|channel|>final<|message|>4<|return|>"),
+        ("", "<|channel|>analysis<|message|>2+2", "<|channel|>analysis<|message|>2+2<|return|>"),
+        ("<|channel|>final<|message|>", "4", "4<|return|>"),
+    ],
+)
+def test_a_demonstrated_answer_of_gpt_oss_names_its_channel(ending, answer, wanted):
+    tokenizer = tiny_tokenizer(640)
+    words = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+    tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = HARMONY.replace("assistant{%", f"assistant{ending}{{%")
+    family = replace(INTERNVL, stop_ids=(tokenizer.convert_tokens_to_ids("<|return|>"),))
+    ids = Encoder(tokenizer, family, 12, 512).answer_ids(answer)
+    assert tokenizer.decode(ids) == wanted
+    assert list(ids) == tokenizer.encode(wanted, add_special_tokens=False)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 from toy import rl_settings, sft_settings
 
+from foveate.cluster.commands import job_command, runtime_env
 from foveate.cluster.network import interface_of, talk_through
 from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError
 from foveate.train.rl import run_rl
 from foveate.train.setup import require_one_process
 from foveate.train.sft import run_sft
+
+CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
 
 
 @pytest.mark.parametrize(("shard", "shards"), [("full", 16), ("hybrid", 8), ("none", 1)])
@@ -23,24 +28,48 @@ def test_a_copy_of_the_weights_is_cut_over_all_ranks_a_machine_or_none(shard, sh
     assert (cluster.ranks, cluster.shards) == (16, shards)
 
 
-@pytest.mark.parametrize("name", ["sequence_parallel", "engine_tensor_parallel"])
-def test_ranks_that_talk_in_every_layer_fit_on_a_machine(name):
-    with pytest.raises(ValidationError, match=rf"cluster.{name} is 3 but must divide cluster.gpus_per_node=8"):
-        ClusterSettings(gpus_per_node=8, **{name: 3})
+def test_ranks_that_talk_in_every_layer_fit_on_a_machine():
+    with pytest.raises(ValidationError, match=r"sequence_parallel is 3 but must divide cluster.gpus_per_node=8"):
+        ClusterSettings(gpus_per_node=8, sequence_parallel=3)
+
+
+@pytest.mark.parametrize("setting", [{"engine_tensor_parallel": 2}, {"engine_memory": 0.5}])
+def test_settings_of_engines_apart_need_such_engines(setting):
+    with pytest.raises(ValidationError, match=r"acts on engines in processes of their own alone: set cluster.engines"):
+        ClusterSettings(gpus_per_node=8, **setting)
+    assert ClusterSettings(gpus_per_node=8, engines=2, **setting).gpus == 8 + 2 * setting.get(
+        "engine_tensor_parallel", 1
+    )
 
 
 @pytest.mark.parametrize(
     ("run", "settings", "changes", "message"),
     [
-        (run_sft, sft_settings, {"cluster": {"gpus_per_node": 2}}, "cluster.gpus_per_node=2: foveate sft and runs of"),
-        (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: foveate sft and runs of one rank"),
-        (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2}, "model": {"lora": {"rank": 2}}}, "model.lora is set"),
-        (run_rl, rl_settings, {"cluster": {"gpus_per_node": 2, "engine_memory": 0.5}}, "cluster.engine_memory=0.5"),
+        (run_sft, sft_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: runs of one rank compute in one"),
+        (run_rl, rl_settings, {"cluster": {"shard": "none"}}, "cluster.shard=none: runs of one rank compute in one"),
+        (
+            run_sft,
+            sft_settings,
+            {"cluster": {"gpus_per_node": 2, "engines": 1}},
+            "cluster.engines=1: this run generates",
+        ),
         (
             run_rl,
             rl_settings,
-            {"cluster": {"gpus_per_node": 2}, "algorithm": {"name": "ppo", "critic": {"lr": 1e-5}}},
-            "algorithm.critic is set",
+            {"cluster": {"engines": 1, "offload": True}},
+            "cluster.offload=True: runs of one rank",
+        ),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"gpus_per_node": 2}, "rollout": {"engine": "vllm"}},
+            "rollout.engine=vllm: with several ranks that takes processes of its own: set cluster.engines",
+        ),
+        (
+            run_rl,
+            rl_settings,
+            {"cluster": {"gpus_per_node": 2}, "rollout": {"staleness": 1}, "algorithm": CORRECTED},
+            "rollout.staleness=1: with several ranks that takes processes of its own: set cluster.engines",
         ),
     ],
 )
@@ -79,3 +108,22 @@ def test_ranks_talk_through_the_interface_of_their_node_unless_the_environment_s
     talk_through("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_job_is_given_what_the_nodes_lack(tmp_path):
+    prepared = runtime_env(["A=1", "B=x=y"], ["einops"], tmp_path)
+    assert prepared["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1", "B": "x=y"}
+    assert (prepared["pip"], prepared["working_dir"]) == (["einops"], str(tmp_path))
+    assert runtime_env(["RAY_JOB_STOP_WAIT_TIME_S=5"], [], None) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "5"}}
+    here = job_command("my recipe.yaml", ["seed=3"], uploaded=False, installs=False)
+    assert here.startswith(f"cd {os.getcwd()} && exec {sys.executable} -c ")
+    assert here.endswith(" rl 'my recipe.yaml' seed=3")
+    assert job_command("r.yaml", [], uploaded=True, installs=True).startswith("exec python -c ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [((["=1"], [], None), r"--env =1: write"), (([], [], Path("no")), "no: is no folder")]
+)
+def test_what_no_job_can_be_given_is_refused(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        runtime_env(*arguments)

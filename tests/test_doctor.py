@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
-from family_cases import build_family
+from checkpoint_cases import CASES, write_chat_folder
+from family_cases import VISION_MODELS, build_family
 from rich.console import Console
 
 from foveate.doctor import environment, examine, model_facts
 from foveate.errors import DataError
-from foveate.model.load import load_policy
+from foveate.model.load import load_policy, outline
 
 
 def shown(what):
@@ -68,6 +69,14 @@ def test_other_families_are_told_too(name, image, boxes, tmp_path):
     parts = [int(facts[f"  {part}"].replace(",", "")) for part in policy.family.parts]
     assert sum(parts) == sum(p.numel() for p in policy.model.parameters())
     assert (facts["image tokens"] == "none") == (name == "gpt_oss")
+
+
+@pytest.mark.parametrize("name", ["300M-qwen2", "6B-qwen3_moe", "6B-gpt_oss", *VISION_MODELS, "qwen3_moe", "gpt_oss"])
+def test_a_model_is_told_without_reading_its_weights(name, tmp_path):
+    folder = write_chat_folder(tmp_path / name, name) if name in CASES else build_family(tmp_path / name, name)
+    seen = outline(str(folder))
+    assert all(parameter.is_meta for parameter in seen.model.parameters())
+    assert model_facts(seen) == model_facts(load_policy(str(folder)))
 
 
 def test_a_missing_chat_template_is_told(copied):

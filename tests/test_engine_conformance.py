@@ -7,12 +7,13 @@ every test leaves it able to answer.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,38 @@ def test_a_stream_gives_every_group_once_and_ends_early_when_it_is_closed(case):
     stream = case.engine.stream(case.requests(), SamplingParams(samples=2, max_tokens=200))
     next(stream)
     stream.close()
+    assert case.largest_difference() < 1e-4
+
+
+def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logprob_of_its_own(case):
+    sampling, requests = SamplingParams(samples=2, max_tokens=400), case.requests()
+    counter = "decode_tokens" if isinstance(case.engine, NativeEngine) else "server_tokens"
+    before = case.engine.statistics()[counter] + sum(map(len, case.prompts))
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(lambda: dict(case.engine.stream(requests, sampling)))
+        while case.engine.statistics()[counter] < before + 100:
+            time.sleep(0.005)
+        case.engine.pause()
+        found = stream.result()
+    case.engine.resume()
+    assert "abort" in {completion.finish for group in found.values() for completion in group}
+    old, first = replace(case.policy, model=copy.deepcopy(case.policy.model)), case.version
+    case.change_weights()
+    case.publish()
+    again = [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    groups = case.engine.generate(again, sampling)
+    differences = [logprob_differences(policy, case.prompts, groups, 1.0) for policy in (old, case.policy)]
+    assert (differences[0][0] - differences[1][0]).abs().max() > 1e-2
+    mixed = 0
+    for request, group, *both in zip(again, groups, *differences, strict=True):
+        for begun, whole in zip(request.begun, group, strict=bool(request.begun)):
+            assert whole.token_ids[: len(begun.token_ids)] == begun.token_ids
+            mixed += len(whole.spans) == 2
+        versions = torch.tensor([v for c in group for v, tokens in c.sampled_by for _ in range(tokens)])
+        assert set(versions.tolist()) <= {first, case.version}
+        assert float(torch.where(versions == first, *both).max()) < 1e-4
+        assert all(completion.finish in ("stop", "length") for completion in group)
+    assert mixed > 0
     assert case.largest_difference() < 1e-4
 
 

@@ -41,9 +41,9 @@ OWN = Algorithm(
 
 
 class Signing(NativeEngine):
-    def generate(self, requests, sampling):
-        groups = super().generate(requests, sampling)
-        return [tuple(replace(answer, text=answer.text + "!") for answer in group) for group in groups]
+    def stream(self, requests, sampling):
+        for index, group in super().stream(requests, sampling):
+            yield index, tuple(replace(answer, text=answer.text + "!") for answer in group)
 """
 
 

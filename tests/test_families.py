@@ -28,7 +28,7 @@ from foveate.records import DataError, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
-from foveate.train.worker import TrainGroup, Worker
+from foveate.train.worker import TrainGroup, Worker, sft_total
 
 NAMES = [*VISION_MODELS, *TEXT_MODELS]
 PHOTOS = Path(__file__).parent / "data/refphotos/images"
@@ -285,7 +285,7 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
         worker = Worker(ModelSettings(path=str(folders(name)), train=tuple(trained)), OptimSettings(lr=1e-3), 4096)
         trees = trees_for(worker.policy)
         before = {key: tensor.clone() for key, tensor in worker.policy.model.state_dict().items()}
-        first = worker.update_sft(trees, "token", 1e-3)
+        first = worker.update_sft(trees, "token", sft_total(trees, "token"), 1e-3)
         groups = [_train_group(tree, torch.tensor([1.0, -1.0, 0.5, -0.5])) for tree in trees]
         totals = Totals(sum(tree.answer_tokens for tree in trees), 4 * len(trees), len(trees))
         second = worker.update_policy(groups, grpo, totals, 1e-3)

@@ -1,4 +1,5 @@
-"""What is wrong with a model folder is told in one line, whatever its family and layout."""
+"""What is wrong with a model folder is told in one line, whatever its family and layout, when it is loaded and by the
+doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from checkpoint_cases import write_chat_folder
 from family_cases import VISION_MODELS, build_family
 from safetensors.torch import load_file, save_file
 
+from foveate.doctor import examine
 from foveate.errors import DataError
 from foveate.model.convert import convert
 from foveate.model.load import load_policy
@@ -52,6 +54,9 @@ def refusal(folder):
     said = str(error.value)
     assert said.startswith(str(folder))
     assert "\n" not in said
+    with pytest.raises(DataError) as told:  # by `foveate doctor`, which does not read the weights
+        examine(str(folder))
+    assert str(told.value) == said
     return said.removeprefix(str(folder))
 
 
@@ -124,6 +129,42 @@ def test_a_model_that_exists_only_as_code_is_refused_and_its_code_is_not_run(nam
     assert "only as code of its checkpoint, which is never run" in refusal(folder)
 
 
+@pytest.mark.parametrize("template", ["{% for x in %}", "{{ messages[0]['content'] + 1 }}"])
+@pytest.mark.parametrize("name", ["internvl-chat", "qwen3_vl", "qwen3"])
+def test_a_chat_template_that_cannot_be_used_is_told(name, template, damaged):
+    folder = damaged(name)
+    (folder / "chat_template.jinja").write_text(template)
+    assert "the chat template cannot be used" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", SEEING[:3])
+def test_features_of_a_layer_that_the_tower_lacks_are_refused(name, damaged):
+    folder = damaged(name)
+    change_config(folder, select_layer=-4, vision_feature_layer=-4)
+    assert "config.json: images are taken from layer -4 of a tower of 2 layers" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3"])
+def test_a_configuration_of_a_far_larger_model_is_refused_before_memory_is_taken(name, damaged):
+    folder = damaged(name)
+    content = json.loads((folder / "config.json").read_text())
+    text = content.get("text_config", content)
+    change_config(
+        folder, **({"text_config": {**text, "vocab_size": 10**9}} if text is not content else {"vocab_size": 10**9})
+    )
+    assert "the weights hold less than half of the" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantised_weights_are_refused(name, damaged):
+    folder, how = damaged(name), {"quant_method": "mxfp4"}
+    part = {"internvl-chat": "llm_config", "internvl-hf": "text_config"}.get(name)
+    content = json.loads((folder / "config.json").read_text()) if part else {}
+    changes = {part: {**content[part], "quantization_config": how}} if part else {"quantization_config": how}
+    change_config(folder, **changes)
+    assert "config.json: the weights are quantised (mxfp4), which cannot be trained" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_code_that_comes_beside_a_known_model_is_not_run(name, damaged):
     folder = damaged(name)
@@ -177,6 +218,16 @@ def test_an_image_processor_that_cannot_be_built_is_an_error(name, damage, messa
     folder = damaged(name)
     damage(folder / "preprocessor_config.json")
     assert message in refusal(folder)
+
+
+def test_images_of_a_least_number_of_tiles_are_refused(damaged):
+    hf = damaged("internvl-hf")
+    change(hf / "preprocessor_config.json", min_patches=2)
+    assert "images of at least 2 tiles are not known" in refusal(hf)
+    shutil.rmtree(hf)
+    chat = damaged("internvl-chat")
+    change_config(chat, min_dynamic_patch=2)
+    assert "images of at least 2 tiles are not known" in refusal(chat)
 
 
 @pytest.mark.parametrize(

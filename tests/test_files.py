@@ -34,6 +34,14 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert os.listdir(tmp_path / "step" / "deep") == ["new"]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a").write_text("kept")
+    with pytest.raises(DiskError, match=r"cannot write .*photos: Is a directory"):
+        atomic_write_text(tmp_path / "photos", "page")
+    assert [path.name for path in tmp_path.rglob("*")] == ["photos", "a"]
+
+
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.txt"
     atomic_write_text(path, "old")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from foveate.config_cluster import ClusterSettings
 from foveate.model.forward import token_logprobs
 from foveate.model.load import freeze_except, load_policy
-from foveate.parallel.fsdp import blocks, mesh_of, shard
+from foveate.parallel.fsdp import LogProbs, blocks, mesh_of, shard
 from foveate.parallel.packing import Tree, pack
 from foveate.records import ImageSlot, Prompt
 
@@ -67,7 +67,7 @@ def on_rank(rank, folder, meeting, out):
         cluster = ClusterSettings(**changes)
         policy = load_policy(folder)
         freeze_except(policy, train)
-        step = shard(policy, mesh_of(cluster, "cpu"), cluster, checkpointing=checkpointing)
+        step = shard(LogProbs(policy), mesh_of(cluster, "cpu"), cluster, checkpointing=checkpointing)
         batch = batch_of(rank, policy.family.image_token_id)
         loss = loss_of(*step(batch))
         loss.backward()

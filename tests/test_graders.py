@@ -10,7 +10,7 @@ import pytest
 from foveate.records import DataError, Task
 from foveate.resolve import ConfigError
 from foveate.rewards import pool
-from foveate.rewards.pool import Graders
+from foveate.rewards.pool import Graders, Waiting
 
 GRADER = """
 import math, os, signal, sys, time
@@ -30,6 +30,11 @@ def score(text, task, *, scale: float = 1.0):
         return Score(float(len(bytearray(64 << 30))))
     if text == "raise":
         raise RuntimeError("no such thing")
+    if text == "interrupt":
+        raise KeyboardInterrupt
+    if text == "fork":
+        os.fork()
+        return Score(7.0)
     if text == "nan":
         return Score(math.nan)
     if text == "float":
@@ -69,6 +74,7 @@ def test_scores_come_in_the_order_of_the_answers(grader):
         ("exit", "died", "its process died (exit status 3)"),
         ("memory", "raised", "MemoryError: "),
         ("raise", "raised", "RuntimeError: no such thing"),
+        ("interrupt", "raised", "KeyboardInterrupt: "),
         ("nan", "not_finite", "gave nan"),
     ],
 )
@@ -80,6 +86,25 @@ def test_a_bad_answer_scores_0_and_the_others_are_graded(grader, bad, reason, no
             assert [score.value for score in scores] == [1.0, 0.0, 2.0, 3.0]
             assert scores[1].note == f"grader failed: {note}"
             assert dict(graders.failures) == {reason: rounds}
+
+
+def test_a_grader_that_forks_scores_every_answer_once(grader):
+    with Graders(grader, {}, workers=1) as graders:
+        for _ in range(3):
+            assert [score.value for score in graders.grade_many([(t, TASKS[0]) for t in ("1", "fork", "2")])] == [
+                1,
+                7,
+                2,
+            ]
+        assert not graders.failures
+
+
+def test_a_worker_keeps_to_a_task_and_shares_the_longest_when_none_is_left():
+    one, two, three = TASKS[:3]
+    waiting = Waiting([one] * 3 + [two] * 5 + [three] * 2, workers=3)
+    assert [waiting.take(worker) for worker in (0, 1, 0, 2, 1, 0)] == [0, 3, 1, 8, 4, 2]
+    assert [waiting.take(worker) for worker in (2, 2, 0, 1, 0)] == [9, 7, 6, 5, None]
+    assert Waiting([], workers=1).take(0) is None
 
 
 SLOW_TO_IMPORT = 2.5

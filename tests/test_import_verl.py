@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from foveate.cli import app
 from foveate.config import RLSettings
+from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError, DataError
-from foveate.import_verl import import_script, mapping_table, read_overrides
+from foveate.import_verl import _cluster, import_script, mapping_table, read_overrides
 from foveate.recipe import load_recipe
 
 GROUNDING = """#!/usr/bin/env bash
@@ -83,7 +84,8 @@ def test_a_script_becomes_a_recipe_with_its_values(script, tmp_path):
     assert settings.algorithm.loss == {"entropy_coefficient": 0.01}
     assert settings.reward.name == "grounding"
     assert settings.reward.settings == {"kind": "mix"}
-    assert (settings.cluster.nodes, settings.cluster.ranks, settings.cluster.offload) == (2, 16, True)
+    assert (settings.cluster.nodes, settings.cluster.gpus_per_node, settings.cluster.engines) == (2, 4, 8)
+    assert settings.cluster.offload
     assert settings.cluster.sequence_parallel == 2
     assert (settings.eval.every, settings.algorithm.refills, settings.rollout.engine) == (5, 3, "vllm")
 
@@ -134,3 +136,26 @@ def test_the_command_writes_the_recipe_and_prints_the_account(script, tmp_path):
 def test_the_docs_hold_the_table_of_the_code():
     docs = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
     assert mapping_table() in docs
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "row", "joined", "expected"),
+    [
+        (1, 8, 4, 1, (1, 4, 4, 4, 1)),
+        (32, 8, 4, 8, (16, 8, 16, 4, 8)),  # an engine takes a whole machine
+        (1, 8, 8, 8, (1, 4, 1, 4, 4)),  # what does not fit into half is lowered, and named
+        (1, 1, 1, 1, (1, 1, 0, 1, 1)),  # one GPU does both
+    ],
+)
+def test_half_of_the_gpus_learn_and_half_answer(nodes, gpus, row, joined, expected):
+    refused: list[str] = []
+    prefix = "actor_rollout_ref."
+    given = {
+        "trainer.nnodes": nodes, "trainer.n_gpus_per_node": gpus,
+        f"{prefix}actor.ulysses_sequence_parallel_size": row, f"{prefix}rollout.tensor_model_parallel_size": joined,
+    }  # fmt: skip
+    values = {name.partition(".")[2]: value for name, value in _cluster(given, refused).items()}
+    cluster = ClusterSettings(**values)
+    found = (cluster.nodes, cluster.gpus_per_node, cluster.engines, cluster.sequence_parallel)
+    assert (*found, cluster.engine_tensor_parallel) == expected
+    assert len(refused) == (row, joined).count(8) * (nodes == 1)

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from foveate.encoding.chat import render
 from foveate.model.families import PARTS
 from foveate.model.forward import token_logprobs
 from foveate.model.load import freeze_except, load_policy, save_policy
 from foveate.parallel.packing import Tree, pack
-from foveate.records import DataError
+from foveate.records import DataError, Message
 
 
 @pytest.fixture
@@ -253,6 +254,13 @@ def test_an_unknown_part_cannot_be_trained(tiny_policy):
 def test_images_are_tiled_whatever_crop_to_patches_says(folder, tiny_policy):
     change_json(folder / "preprocessor_config.json", crop_to_patches=False)
     assert load_policy(str(folder)).family == tiny_policy.family
+
+
+def test_a_template_of_older_processors_is_the_checkpoints_own(folder):
+    (folder / "chat_template.jinja").unlink()
+    assert load_policy(str(folder)).tokenizer.chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}!"}))
+    assert render((Message("user", "What?"),), load_policy(str(folder)).tokenizer) == "What?!"
 
 
 def test_the_stop_tokens_are_the_end_of_turn_and_the_tokenizers_own(folder, tiny_policy):

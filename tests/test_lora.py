@@ -15,7 +15,7 @@ from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_al
 from foveate.parallel.packing import Tree, pack
 from foveate.train.worker import Worker
 
-NAMES = ["internvl", *VISION_MODELS, "qwen3", "gpt_oss"]
+NAMES = ["internvl", *VISION_MODELS, "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
 LANGUAGE = ("language",)
 
 
@@ -105,7 +105,7 @@ def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, t
     assert worker.reference is worker.policy
     tree = tree_of(worker.policy)
     start = worker.logprobs([tree])[0]
-    worker.update_sft([tree], "token", 0.01)
+    worker.update_sft([tree], "token", 5.0, 0.01)
     assert (worker.logprobs([tree])[0] - start).abs().max() > 1e-4
     assert torch.equal(worker.logprobs([tree], True)[0], start)
     learning = [key for key, parameter in worker.policy.model.named_parameters() if parameter.requires_grad]
@@ -116,7 +116,7 @@ def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, t
 def test_dropout_acts_in_updates_and_nowhere_else(tiny_folder, tree_of):
     worker = worker_of(tiny_folder, dropout=0.5)
     tree = tree_of(worker.policy)
-    worker.update_sft([tree], "token", 0.1)
+    worker.update_sft([tree], "token", 5.0, 0.1)
     assert torch.equal(worker.logprobs([tree])[0], worker.logprobs([tree])[0])
     with torch.no_grad():
         one, other = (token_logprobs(worker.policy, pack([tree]))[0] for _ in range(2))
@@ -126,7 +126,7 @@ def test_dropout_acts_in_updates_and_nowhere_else(tiny_folder, tree_of):
 def test_a_worker_goes_on_from_its_checkpoint_and_exports_plain_weights(tiny_folder, tree_of, tmp_path):
     worker = worker_of(tiny_folder)
     tree = tree_of(worker.policy)
-    worker.update_sft([tree], "token", 0.01)
+    worker.update_sft([tree], "token", 5.0, 0.01)
     path = worker.save(tmp_path, 1, {}, 2)
     again = worker_of(tiny_folder)
     again.restore(path)

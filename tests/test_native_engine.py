@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 
 from foveate.encoding.encode import Encoder
+from foveate.model.attention import Extras
 from foveate.model.forward import token_logprobs
 from foveate.model.load import load_policy
 from foveate.model.tiny import TinySize, build_tiny
@@ -168,6 +170,109 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
             torch.testing.assert_close(out[:, [row]], scores.softmax(-1) @ values)
         cache.advance()
     assert sorted(rows) == [5, 6, 8]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_cache_goes_on_from_answers_that_were_begun(window):
+    """Two prompts whose answers were begun, of unlike lengths, and between them one whose answers begin now."""
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout((0, 5, 8, 9, 18, 21), (5, 3, 1, 9, 3, 6), (-1, 0, 0, -1, -1, 4))
+    heads, kv_heads, width, tokens = 4, 2, 8, 27
+    cache = GroupCache(layout, 2, 12, torch.device("cpu"))
+
+    def random(count, length):
+        return torch.randn(count, length, width, generator=generator)
+
+    key, value = random(kv_heads, tokens), random(kv_heads, tokens)
+    assert cache.attend(0, random(heads, tokens), key, value, 0.3) is None
+    cache.branch()
+    paths = [(0, 1), (0, 2), (3,), (3,), (4, 5)]
+    spans = [[slice(layout.start[k], layout.start[k] + layout.length[k]) for k in path] for path in paths]
+    seen = [tuple(torch.cat([rows[:, span] for span in path], 1) for rows in (key, value)) for path in spans]
+    rows = list(range(5))
+    for keep in ((0, 1, 2, 3, 4), (0, 2, 3, 4), (0, 2, 4), (4,), (4,)):
+        if len(keep) < len(rows):
+            rows = [rows[row] for row in cache.keep([rows.index(answer) for answer in sorted(keep, key=rows.index)])]
+        query, key, value = random(heads, len(rows)), random(kv_heads, len(rows)), random(kv_heads, len(rows))
+        out = cache.attend(0, query, key, value, 0.3, Extras(window, None))
+        for row, answer in enumerate(rows):
+            new = key[:, [row]], value[:, [row]]
+            seen[answer] = tuple(torch.cat(pair, 1) for pair in zip(seen[answer], new, strict=True))
+            last = slice(None) if window is None else slice(-window, None)
+            keys, values = (one[:, last].repeat_interleave(2, 0) for one in seen[answer])
+            scores = (query[:, [row]] @ keys.transpose(1, 2)) * 0.3
+            torch.testing.assert_close(out[:, [row]], scores.softmax(-1) @ values)
+        cache.advance()
+    assert rows == [4]
+
+
+def interrupted(engine, requests, sampling, after):
+    """The requests with what there is of their answers when `after` groups are complete."""
+    found = {}
+    for index, group in engine.stream(requests, sampling):
+        found[index] = group
+        if len(found) == after:
+            engine.pause()
+    engine.resume()
+    return [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+
+
+def finishes(requests):
+    return [[completion.finish for completion in request.begun] for request in requests]
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_interrupted_answers_go_on_as_if_nothing_had_been(policy, after):
+    policy, sampling = often_stopping(policy), SamplingParams(samples=4, max_tokens=40)
+    whole = engine_of(policy).generate(requests_of(policy), sampling)
+    engine = engine_of(policy)
+    begun = interrupted(engine, requests_of(policy), sampling, after)
+    assert any("abort" in group and set(group) != {"abort"} for group in finishes(begun))
+    again = interrupted(engine, begun, sampling, after + 1)
+    found = engine.generate(again, sampling)
+    assert ids(found) == ids(whole)
+    for group, expected in zip(found, whole, strict=True):
+        for completion, other in zip(group, expected, strict=True):
+            assert (completion.text, completion.finish, completion.spans) == (other.text, other.finish, ())
+            torch.testing.assert_close(completion.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_what_was_not_begun_is_not_given_and_a_paused_engine_begins_nothing(policy):
+    engine = engine_of(policy, token_budget=200)
+    begun = interrupted(engine, requests_of(policy), SamplingParams(samples=2, max_tokens=20), 1)
+    assert 0 < sum(not request.begun for request in begun) < 5
+    engine.pause()
+    assert [*engine.stream(requests_of(policy), SamplingParams())] == []
+    engine.resume()
+    assert len([*engine.stream(requests_of(policy), SamplingParams())]) == 5
+
+
+def test_an_answer_over_a_change_of_weights_has_the_logprobs_of_those_that_sampled_each_token(policy):
+    policy, sampling = often_stopping(policy), SamplingParams(samples=4, max_tokens=40)
+    decode = Encoder(policy.tokenizer, policy.family, 6, 1024).decode
+    engine = NativeEngine.copy_of(policy, decode, version=1)
+    requests = interrupted(engine, requests_of(policy), sampling, 1)
+    old = replace(policy, model=copy.deepcopy(policy.model))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    engine.publish(2, policy.model.named_parameters())
+    answers = engine.generate(requests, sampling)
+    batch = pack(
+        [Tree(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+    )
+    completions = [completion for group in answers for completion in group]
+    versions = torch.tensor([v for c in completions for v, tokens in c.sampled_by for _ in range(tokens)])
+    by_version = {1: token_logprobs(old, batch)[0], 2: token_logprobs(policy, batch)[0]}
+    found = torch.tensor([value for completion in completions for value in completion.logprobs])
+    torch.testing.assert_close(found, torch.where(versions == 1, *by_version.values()), atol=1e-4, rtol=0)
+    assert (by_version[1] - by_version[2]).abs().max() > 0.1
+    mixed = [completion for completion in completions if completion.spans]
+    assert mixed
+    assert {completion.version for completion in mixed} == {1}
+    for completion in mixed:
+        assert [version for version, _ in completion.spans] == [1, 2]
+        assert sum(tokens for _, tokens in completion.spans) == len(completion.token_ids)
 
 
 def test_answers_do_not_depend_on_what_else_is_in_the_batch(policy):

@@ -147,7 +147,8 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
     monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
     settings = read_settings(name, [])
     cluster = settings.cluster
-    machines = parse_machines(f"{cluster.nodes}x{cluster.gpus_per_node}xH100-80")
+    assert cluster.gpus % 8 == 0
+    machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
     made = plan(workload_of(settings, None, None, None), machines)
     assert made.memory.fits(made.machines), report(made)
     assert made.work.cluster == cluster
@@ -200,6 +201,26 @@ def test_weights_and_moments_are_cut_over_the_shards(shard_over):
     offloaded = memory_of(work_of(config, cluster=ClusterSettings(gpus_per_node=8, offload=True)))
     assert offloaded.state == 0
     assert offloaded.host > whole.state / 8
+
+
+@pytest.mark.usefixtures("cheap")
+def test_engines_apart_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
+    config, machines = published_config("8B"), parse_machines("2x8xH100-80")
+    both = plan(work_of(config, cluster=ClusterSettings(nodes=2, gpus_per_node=8, dtype="bfloat16")), machines)
+    split = ClusterSettings(nodes=2, gpus_per_node=4, engines=4, engine_tensor_parallel=2, dtype="bfloat16")
+    apart = plan(work_of(config, cluster=split, budget=16384), machines)
+    assert (apart.work.cluster, apart.trainers.count, apart.machines.count) == (split, 8, 16)
+    assert apart.memory.engine == both.memory.engine / 2
+    assert apart.memory.generating == apart.memory.engine + apart.memory.keys_values
+    assert apart.memory.state == 2 * both.memory.state
+    assert "16 x H100-80, 8 that learn and 8 that answer in 4 engines" in report(apart)
+    ahead = replace(apart.seconds, overlaps=True)
+    assert ahead.step == max(ahead.generate, ahead.forward + ahead.update) + ahead.publish < apart.seconds.step
+    spread = advice.on_machines(split, parse_machines("4x8xH100-80"))
+    assert (spread.nodes, spread.gpus_per_node, spread.engines) == (4, 6, 4)
+    with pytest.raises(ConfigError, match=r"leaves -7 GPUs to learn on"):
+        advice.on_machines(split, parse_machines("H100-80"))
 
 
 def test_sharding_over_256_ranks_builds_and_is_even():

@@ -284,8 +284,13 @@ def test_own_rows_are_prepared_with_a_share_held_out(tmp_path, pictures):
 
 def test_answers_of_different_types_are_refused(tmp_path):
     source = jsonl(tmp_path / "x.jsonl", [{"q": "?", "a": 1}, {"q": "?", "a": "one"}])
-    with pytest.raises(DataError, match=r"rows 0\.\.1: a field has values of different types"):
-        prepare_rows([source], tmp_path / "out", reading=Reading(columns={"prompt": "q", "answer": "a"}))
+    reading = Reading(columns={"prompt": "q", "answer": "a", "level": "l"})
+    with pytest.raises(DataError, match=r"rows 0\.\.1, field reward_model\.ground_truth: values of different types"):
+        prepare_rows([source], tmp_path / "out", reading=reading)
+    jsonl(source, [{"q": "?", "a": 1, "l": 1}, {"q": "?", "a": 2, "l": 10**30}])
+    with pytest.raises(DataError, match=r"field extra_info\.level: a whole number of more than 64 bits"):
+        prepare_rows([source], tmp_path / "out", reading=reading)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_somebody_else_s_manifest_is_not_touched(tmp_path):
@@ -392,6 +397,8 @@ def test_limits_that_nothing_can_measure_are_refused(tmp_path, sums):
         prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0.2, 0.8)))
     with pytest.raises(DataError, match="needs a model folder"):
         prepare_filter([sums], tmp_path / "out", Limits(prompt_tokens=10))
+    with pytest.raises(DataError, match=r"setting name: '\.\./x' is no name of a file"):
+        prepare_filter([sums], tmp_path / "out", Limits(), name="../x")
     with pytest.raises(DataError, match="two growing numbers"):
         Limits(accuracy=(0.8, 0.2))
 

@@ -128,11 +128,11 @@ def alone(folders, tmp_path_factory):
     return found
 
 
-def require_same(found, expected, tolerance=1e-4):
+def require_same(found, expected, tolerance=1e-4, case="", least=1e-7):
     for record, other in zip(found, expected, strict=True):
         assert record.keys() == other.keys()
         for name, value in other.items():
-            assert record[name] == pytest.approx(value, rel=tolerance, abs=1e-7), name
+            assert record[name] == pytest.approx(value, rel=tolerance, abs=least), (case, name)
 
 
 def require_as_alone(results, folder, case, alone):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from foveate.train.rl import run_rl
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of ray itself
 ray = pytest.importorskip("ray")
+HERE_IS = Path(HERE).parent
 TWO = {"gpus_per_node": 2, "device": "cpu", "timeout": 240}
 
 
@@ -122,6 +124,54 @@ def test_a_rank_that_hangs_is_an_error_with_the_stacks_of_all(caplog):
     assert "time.sleep(seconds)" in caplog.text
 
 
+def test_engines_apart_answer_ranks_that_learn_as_one_process(tmp_path, tiny_folder, data, whole):
+    cluster = {**TWO, "engines": 2}
+    run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, cluster=cluster, rollout={"check_every": 1}))
+    assert trained_ids(run) == trained_ids(whole)
+    for record, other in zip(read_metrics(run.metrics), read_metrics(whole.metrics), strict=True):
+        assert record["engine_check"] < 1e-5
+        assert record["engine_logprob_difference_max"] < 1e-4
+        if record["step"] == 1:
+            for name in ("reward/mean", "answer/length", "grad_norm", "entropy"):
+                assert record[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
+
+
+def test_ranks_learn_while_engines_apart_answer_as_in_one_process(tmp_path, tiny_folder, data):
+    algorithm = {"name": "grpo", "correction": {"mode": "token-truncate"}}
+    changes = {"rollout": {"staleness": 1}, "algorithm": algorithm}
+    alone = run_rl(rl_settings(tmp_path / "alone", tiny_folder, data, **changes))
+    run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, **changes, cluster={**TWO, "engines": 1}))
+    assert trained_ids(run) == trained_ids(alone)
+    first, second, _ = zip(read_metrics(run.metrics), read_metrics(alone.metrics), strict=True)
+    for record, other in (first, second):  # what the second learns from was answered before the first had learned
+        assert record["reward/mean"] == pytest.approx(other["reward/mean"], rel=1e-6)
+        assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_an_engine_that_is_killed_is_started_again_and_changes_nothing(tmp_path, tiny_folder, data, monkeypatch):
+    from foveate.cluster.ray import RayHosts
+
+    ask, asked, lost = RayHosts.ask, [], []
+
+    def killing(self, number, method, *arguments):
+        asked.append(method)
+        moments = {"begin": (2, 5), "publish": (3,), "take": (4,)}
+        if asked.count(method) in moments.get(method, ()) and method not in lost[-1:]:
+            lost.append(method)
+            os.kill(ray.get(self._actors[number].process.remote()), signal.SIGKILL)
+        return ask(self, number, method, *arguments)
+
+    cluster = {"engines": 1, "timeout": 240}
+    undisturbed = run_rl(rl_settings(tmp_path / "undisturbed", tiny_folder, data, cluster=cluster))
+    monkeypatch.setattr(RayHosts, "ask", killing)
+    run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, cluster=cluster))
+    assert len(lost) >= 3
+    assert read_metrics(run.metrics)[-1]["engines_lost"] >= 3
+    assert trained_ids(run) == trained_ids(undisturbed)
+    own, other = weights(run), weights(undisturbed)
+    assert all(torch.equal(own[name], other[name]) for name in other)
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -133,7 +183,7 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
         tmp_path / "run",
         tiny_folder,
         data,
-        cluster={"nodes": 2, "device": "cpu", "timeout": 240},
+        cluster={"nodes": 2, "device": "cpu", "timeout": 240, "engines": 1},
         reward={"name": f"{HERE}:text_length", "workers": 0},
         train={"steps": 12, "prompts_per_step": 4, "save_every": 12},
         optim={"lr": 3e-3},
@@ -151,7 +201,7 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
         "--host=127.0.0.2",
         f"--port={port}",
         f"--dashboard={dashboard}",
-        "--cpus=1",
+        "--cpus=2",
         "--block",
     ]
     join = [*foveate, "cluster", "join", f"127.0.0.2:{port}", "--host=127.0.0.3", "--cpus=1", "--block"]
@@ -169,8 +219,44 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
             node.wait(60)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert "2 ranks on 2 nodes" in ended.stdout
+    assert "an engine on 127.0.0.2" in ended.stdout
     rewards = [record["reward/mean"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+
+
+def test_a_job_that_is_stopped_saves_and_leaves(tmp_path, tiny_folder, data):
+    train = {"steps": 100_000, "prompts_per_step": 4, "save_every": 0}
+    reward = {"name": "toy:text_length", "workers": 0}
+    settings = rl_settings(tmp_path / "run", tiny_folder, data, train=train, eval={"every": 0}, reward=reward)
+    (tmp_path / "recipe.yaml").write_text(to_yaml(settings))
+    port, dashboard = free_port(), free_port()
+    foveate = [sys.executable, "-c", "from foveate.cli import main; main()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment["PYTHONPATH"] = str(HERE_IS.parent)  # the reward is found by what the job is given
+    up = [*foveate, "cluster", "up", f"--port={port}", f"--dashboard={dashboard}", "--cpus=1", "--block"]
+    given = ["--env", f"PYTHONPATH={environment['PYTHONPATH']}:{HERE_IS}", "--upload", str(tmp_path / "copied")]
+    (tmp_path / "copied").mkdir()
+    submit = [*foveate, "submit", str(tmp_path / "recipe.yaml"), "--head", f"http://127.0.0.1:{dashboard}", *given]
+    node = subprocess.Popen(up, env=environment)
+    try:
+        wait_for(dashboard)
+        job = subprocess.Popen(submit, env=environment, stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        job.send_signal(signal.SIGINT)
+        said, _ = job.communicate(timeout=240)
+    finally:
+        node.terminate()
+        node.wait(60)
+    assert job.returncode not in (0, None)
+    assert "SIGTERM: saving after this step" in said
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    state = json.loads((tmp_path / "run" / "checkpoints" / "latest" / "state.json").read_text())
+    assert state["step"] == records[-1]["step"] > 0
+    assert not (tmp_path / "run" / "final").exists()
 
 
 def wait_for(port, host="127.0.0.1"):

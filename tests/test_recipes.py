@@ -12,6 +12,8 @@ from foveate.rewards.grade import build_reward
 from foveate.rollout import ENGINES
 from foveate.train.method import build_method
 from foveate.train.mpo import build_preference_loss
+from foveate.train.rl import new_engine
+from foveate.train.setup import check_cluster
 
 RECIPES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -39,6 +41,8 @@ def test_a_shipped_recipe_loads_and_what_it_names_takes_its_settings(name):
         assert build_method(settings.algorithm, 1).name == settings.algorithm.name
         build_reward(settings.reward.name, settings.reward.settings)
         resolve(ENGINES, settings.rollout.engine, "engine")
+        check_cluster(settings)
+        new_engine(settings)
 
 
 @pytest.mark.parametrize("name", RECIPES)

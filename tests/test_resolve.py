@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from foveate.errors import ConfigError
-from foveate.resolve import bind, resolve
+from foveate.resolve import FILE_MODULES, bind, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,13 @@ def test_a_missing_module_says_how_to_name_a_file():
         resolve(TABLE, "nowhere.at_all:f", "reward")
 
 
+def test_a_file_that_exits_at_import_does_not_end_the_command_without_a_word(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(3)\n")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"mine\.py ends the program when it is imported \(exit code 3\)"):
+            resolve(TABLE, f"{tmp_path / 'mine.py'}:f", "reward")
+
+
 def test_a_missing_object_names_the_nearest_one():
     with pytest.raises(ConfigError, match=r"math has no 'sqr'; did you mean 'sqrt'\?"):
         resolve(TABLE, "math:sqr", "reward")
@@ -72,7 +79,7 @@ def test_a_function_in_a_file_is_found_by_its_path_and_the_file_runs_once(tmp_pa
     function = resolve(TABLE, f"{file}:f", "reward")
     assert bind(function, {"a": 3}, "reward")("x") == 3
     assert resolve(TABLE, f"{file}:runs", "reward") is resolve(TABLE, f"{file}:runs", "reward")
-    assert len(set(sys.modules) - before) == 1
+    assert len([name for name in set(sys.modules) - before if name.startswith(FILE_MODULES)]) == 1
 
 
 def test_a_missing_file_is_named(tmp_path):

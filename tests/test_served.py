@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ class FakeEngine(ServedEngine):
 
     def __init__(self, replicas=1, *, seconds=0.1, stall_s=5.0, command=None):
         self.seconds, self.command = seconds, command or [sys.executable, str(HERE / "fake_server.py"), PORT]
-        self.published = []
+        self.published, self.asked = [], []
+        self._decode = lambda token_ids: f"{len(token_ids)} tokens"
         super().__init__(replicas, start_s=60, stall_s=stall_s)
         self.start(7, [("w", torch.ones(2))])
 
@@ -41,11 +44,16 @@ class FakeEngine(ServedEngine):
         replica.call("POST", "/publish", {"version": version})
 
     def ask(self, replica, request, sampling):
-        seconds = self.seconds * (1 + request.seed)
+        seconds = self.seconds * (1 + request.seed) if request.seed < 1000 else self.seconds
         answer = replica.call("POST", "/generate", {"seconds": seconds, "seed": request.seed})
-        if answer["finish"] != "stop":
+        if answer["finish"] not in self.finishes:
             raise ReplicaLostError("cut")
-        completion = Completion((request.seed,), (0.0,), "", "stop", answer["version"])
+        if answer["finish"] == "abort":
+            made = answer["tokens"]
+            completion = Completion((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
+        else:
+            completion = Completion((request.seed,), (0.0,), "", "stop", answer["version"])
+        self.asked.append((request, sampling))
         return (completion,) * sampling.samples
 
     def abort(self, replica):
@@ -179,6 +187,76 @@ def test_closing_the_stream_aborts_what_is_unfinished(engine_of):
     assert time.monotonic() - started < 30
     engine.seconds = 0.01
     assert seeds_of(engine.generate(requests_of(3), SamplingParams())) == [0, 1, 2]
+
+
+def paused_after(engine, requests, sampling, groups):
+    """What a stream gives that is paused when some groups have come."""
+    found = {}
+    for index, group in engine.stream(requests, sampling):
+        found[index] = group
+        engine.seconds = 0.01
+        if len(found) == groups:
+            engine.pause()
+    engine.resume()
+    return found
+
+
+def test_a_pause_gives_what_is_unfinished_and_it_goes_on_under_new_weights(engine_of):
+    engine, sampling = engine_of(2), SamplingParams(2, 50_000)
+    requests = [replace(request, seed=i and 600 + i) for i, request in enumerate(requests_of(4))]
+    found = paused_after(engine, requests, sampling, 1)
+    assert [group[0].finish for _, group in sorted(found.items())] == ["stop", "abort", "abort", "abort"]
+    engine.publish(8, [("w", torch.ones(2))])
+    engine.asked.clear()
+    again = [replace(request, begun=found[i]) for i, request in enumerate(requests)]
+    groups = engine.generate(again, sampling)
+    assert groups[0] == found[0]
+    assert len(engine.asked) == 6
+    for request, group in zip(again[1:], groups[1:], strict=True):
+        for before, after in zip(request.begun, group, strict=True):
+            made = len(before.token_ids)
+            assert after.token_ids[:-1] == before.token_ids
+            assert after.logprobs == (*before.logprobs, 0.0)
+            assert (after.finish, after.version, after.text) == ("stop", 7, f"{made + 1} tokens")
+            assert after.spans == ((7, made), (8, 1))
+            asked = [(r.prompt.token_ids, r.prompt.engine_ids, s) for r, s in engine.asked]
+            longer = request.prompt.token_ids + before.token_ids
+            assert (longer, longer, SamplingParams(1, 50_000 - made)) in asked
+    assert len({request.seed for request, _ in engine.asked}) == 6
+    assert engine.counts.restarts == 0
+
+
+def test_answers_of_a_group_that_were_finished_stay_when_the_others_go_on(engine_of):
+    engine = engine_of(seconds=0.01)
+    done, open_ = Completion((5, 6), (-1.0, -2.0), "", "stop", 3), Completion((5,), (-1.0,), "", "abort", 4)
+    request = replace(requests_of(1)[0], begun=(done, open_, done))
+    [(first, second, third)] = engine.generate([request], SamplingParams(3, 10))
+    assert (first, third) == (done, done)
+    assert (second.finish, second.version, second.spans) == ("stop", 4, ((4, 1), (7, 1)))
+    assert len(engine.asked) == 1
+
+
+def test_a_server_that_dies_while_answers_go_on_answers_them_again_from_the_same_tokens(engine_of):
+    engine = engine_of(seconds=60)
+    open_ = Completion((5,), (-1.0,), "", "abort", 4)
+    requests = [replace(requests_of(1)[0], begun=(open_, open_))]
+    with ThreadPoolExecutor(1) as pool:
+        groups = pool.submit(engine.generate, requests, SamplingParams(2, 10))
+        while engine.state()["asked"] < 2:
+            time.sleep(0.01)
+        engine.seconds = 0.01
+        os.kill(engine.state()["pid"], signal.SIGKILL)
+        [group] = groups.result()
+    assert [completion.spans for completion in group] == [((4, 1), (7, 1))] * 2
+    assert engine.counts.restarts == 1
+
+
+def test_an_engine_that_is_paused_begins_nothing(engine_of):
+    engine = engine_of()
+    engine.pause()
+    assert [*engine.stream(requests_of(3), SamplingParams())] == []
+    engine.resume()
+    assert len(engine.generate(requests_of(3), SamplingParams())) == 3
 
 
 def test_a_server_that_never_answers_ends_the_run_with_its_log(engine_of):

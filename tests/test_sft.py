@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_resume import interrupt, stop_at
 from toy import make_data, sft_settings
 from transformers import AutoModelForImageTextToText
 
@@ -17,7 +18,7 @@ from foveate.log import read_metrics
 from foveate.model.load import load_policy
 from foveate.parallel.packing import Tree
 from foveate.train.sft import run_sft
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, sft_total
 
 EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
 
@@ -55,7 +56,7 @@ def learned(folder, trees, weighting, budget):
     worker = Worker(ModelSettings(path=str(folder)), OptimSettings(lr=1.0, max_grad_norm=1e9), budget)
     before = {name: p.detach().clone() for name, p in worker.policy.model.named_parameters()}
     worker.optimizer = torch.optim.SGD(worker.policy.model.parameters(), lr=1.0)  # type: ignore[assignment]
-    said = worker.update_sft(trees, weighting, 1.0)
+    said = worker.update_sft(trees, weighting, sft_total(trees, weighting), 1.0)
     return said, {name: before[name] - p.detach() for name, p in worker.policy.model.named_parameters()}
 
 
@@ -96,7 +97,7 @@ def test_the_weightings_differ_where_lengths_do(tiny_folder, trees):
 
 def test_four_demonstrations_are_learned_by_heart(tiny_folder, trees):
     worker = Worker(ModelSettings(path=str(tiny_folder)), OptimSettings(lr=3e-3), 4096)
-    losses = [worker.update_sft(trees, "token", 3e-3)["loss"] for _ in range(30)]
+    losses = [worker.update_sft(trees, "token", sft_total(trees, "token"), 3e-3)["loss"] for _ in range(30)]
     assert losses[-1] < losses[0] / 5
 
 
@@ -118,3 +119,27 @@ def test_rows_without_an_answer_are_refused_by_name(tmp_path, tiny_folder, data)
     settings = sft_settings(tmp_path / "run", tiny_folder, data, data={"train": [str(tmp_path / "bare.jsonl")]})
     with pytest.raises(ValueError, match=r"bare\.jsonl, row 0 \(line 1\), field extra_info\.response: is None; super"):
         run_sft(settings)
+
+
+def test_checkpoints_written_beside_the_steps_change_nothing(tmp_path, tiny_folder, data):
+    runs = [
+        run_sft(sft_settings(tmp_path / name, tiny_folder, data, train={"save_async": apart}))
+        for name, apart in (("apart", True), ("in turn", False))
+    ]
+    own, other = ((run.final / "model.safetensors").read_bytes() for run in runs)
+    assert own == other
+    names = [[path.name for path in sorted(run.checkpoints.iterdir())] for run in runs]
+    assert names[0] == names[1] == ["latest", "step_000002", "step_000003"]
+    states = [sorted(file.name for file in (run.checkpoints / "step_000003").iterdir()) for run in runs]
+    assert states[0] == states[1]
+
+
+def test_a_run_that_saves_beside_its_steps_continues_as_if_it_had_not_stopped(tmp_path, tiny_folder, data):
+    train = {"save_async": True, "steps": 7}
+    settings = [sft_settings(tmp_path / name, tiny_folder, data, train=train) for name in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "between gradients and update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_sft(settings[0])
+    run, whole = run_sft(settings[0]), run_sft(settings[1])
+    assert (run.final / "model.safetensors").read_bytes() == (whole.final / "model.safetensors").read_bytes()

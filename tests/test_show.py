@@ -86,6 +86,17 @@ def test_check_lists_every_problem_and_fails(tmp_path, tiny_folder):
     assert "tokens with its images, the limit is 100" in said[1]
     with pytest.raises(ConfigError, match="--column prompt: must be TARGET=COLUMN"):
         run(*arguments[:3], "--column", "prompt")
+    with pytest.raises(ConfigError, match="--column prompt=a: prompt is q already"):
+        run(*arguments, "--column", "prompt=a")
+
+
+@pytest.mark.parametrize(
+    ("reward", "what"),
+    [("groundign", "unknown reward 'groundign'; did you mean 'grounding'"), ("weighted_sum", "'weights' is missing")],
+)
+def test_check_refuses_a_reward_that_it_cannot_check_for(reward, what):
+    with pytest.raises(ConfigError, match=what):
+        run("data", "check", PHOTOS / "refphotos.jsonl", "--reward", reward)
 
 
 def test_the_verbs_of_prepare_work_together_from_rows_to_pairs(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -109,3 +110,26 @@ def test_weights_and_curriculum_resume_exactly(taken):
     assert again.take(40) == stream.take(40)
     with pytest.raises(DataError, match="field plan: saved with"):
         make(mixing=0.2).restore(stream.state())
+
+
+def test_rows_done_out_of_turn_are_passed_over_and_a_run_goes_on_with_the_others():
+    stream, plain = Stream(5, 3, 2), Stream(5, 3, 2).take(12)
+    for place in (2, 6, 1):
+        stream.finish(place)
+    assert (stream.position, stream.coming(3)) == (0, [0, 3, 4])
+    stream.finish(0)
+    assert stream.position == 3
+    again = Stream(5, 3, 2)
+    again.restore(json.loads(json.dumps(stream.state())))
+    assert again.coming(4) == [3, 4, 5, 7]
+    assert again.take(4) == stream.take(4) == [plain[place] for place in (3, 4, 5, 7)]
+    assert again.position == 8
+    assert again.state() == stream.state()
+
+
+def test_a_copy_of_a_stream_goes_its_own_way():
+    stream = Stream(5, 3, 2)
+    other = copy.copy(stream)
+    stream.finish(1)
+    other.take(1)
+    assert (stream.coming(2), other.coming(2)) == ([0, 2], [1, 2])

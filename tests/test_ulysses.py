@@ -13,7 +13,7 @@ from foveate.config_cluster import ClusterSettings
 from foveate.errors import ConfigError
 from foveate.model.forward import token_logprobs
 from foveate.model.load import load_policy
-from foveate.parallel.fsdp import mesh_of, shard
+from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.parallel.ulysses import check_heads, token_logprobs_split
 
 MODELS = ("internvl", "qwen3_vl_moe", "qwen3_moe", "gpt_oss")
@@ -49,7 +49,7 @@ def shared(rank, ranks, _, folders, attention, sequence):
                     dist.all_reduce(parameter.grad)
         else:
             cluster = ClusterSettings(gpus_per_node=ranks, sequence_parallel=sequence)
-            step = shard(policy, mesh_of(cluster, "cpu"), cluster, checkpointing=True, sequence=group)
+            step = shard(LogProbs(policy, group), mesh_of(cluster, "cpu"), cluster, checkpointing=True)
             loss = loss_of(*step(batch))
             loss.backward()
         found[name] = loss.item(), gradients(policy.model)

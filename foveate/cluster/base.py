@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from foveate.cluster.commands import stay_inside
+from foveate.cluster.commands import keep_priority, stay_inside
 from foveate.cluster.local import LocalWorkers
 from foveate.config_cluster import ClusterSettings
 from foveate.parallel.balance import deal
 from foveate.resolve import resolve
 
 T = TypeVar("T")
-REMOTE = {"ray": "foveate.cluster.ray:RayWorkers", "job": "foveate.cluster.ray:follow_job"}
+REMOTE = {
+    "ray": "foveate.cluster.ray:RayWorkers",
+    "engines": "foveate.cluster.ray:RayHosts",
+    "job": "foveate.cluster.ray:follow_job",
+    "stop": "foveate.cluster.ray:stop_job",
+}
 """What needs ray, which is imported only where it is asked for."""
 
 FIRST = 120.0
@@ -39,10 +44,21 @@ def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: 
     if cluster.ranks == 1:
         yield LocalWorkers(build())
         return
+    with over_ray(cluster, "ray")(cluster, build, patience_of(cluster, again)) as workers:
+        yield workers
+
+
+def over_ray(cluster: ClusterSettings, name: str) -> Any:
+    """An entry of REMOTE, for a run on `cluster`."""
+    keep_priority()
     if cluster.nodes == 1 and "RAY_ADDRESS" not in os.environ:
         stay_inside()
-    with resolve(REMOTE, "ray", "cluster")(cluster, build, max(FIRST, cluster.timeout) if again else FIRST) as workers:
-        yield workers
+    return resolve(REMOTE, name, "cluster")
+
+
+def patience_of(cluster: ClusterSettings, again: bool) -> float:
+    """Seconds in which the machines of a run have to be there."""
+    return max(FIRST, cluster.timeout) if again else FIRST
 
 
 def everywhere(workers: WorkerGroup, method: str, *arguments: Any) -> list[Any]:

@@ -8,10 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from foveate.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+STOP_S = 600
+"""Seconds that a job which is stopped has to end its step and save."""
 
 
 def start_node(
@@ -22,6 +25,7 @@ def start_node(
     Raises ConfigError where ray is not installed, or does not start.
     """
     use_token()
+    keep_priority()
     if head is None and "RAY_AUTH_TOKEN" not in os.environ:
         subprocess.run([*_ray(), "get-auth-token", "--generate"], check=False, capture_output=True)
     command = [*_ray(), "start", f"--node-ip-address={host}", "--disable-usage-stats"]
@@ -47,16 +51,44 @@ def stay_inside() -> None:
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
+def keep_priority() -> None:
+    """Let Ray start processes with the priority of any other, where it otherwise lets everything else on a machine go
+    before them (niceness 15). To be called before a node starts."""
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def use_token() -> None:
     """Let a cluster ask for a token, which Ray keeps in ~/.ray/auth_token or takes from RAY_AUTH_TOKEN, unless
     RAY_AUTH_MODE says otherwise."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def job_command(recipe: str, overrides: list[str]) -> str:
-    """The command line of a run, in this folder: the nodes see the same files."""
-    words = [sys.executable, "-c", "from foveate.cli import main; main()", "rl", recipe, *overrides]
-    return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"
+def job_command(recipe: str, overrides: list[str], *, uploaded: bool, installs: bool) -> str:
+    """The command line of a run: in this folder, since the nodes see the same files, unless it is `uploaded`, and by
+    this Python, unless the job `installs` one."""
+    python = "python" if installs else sys.executable
+    words = shlex.join([python, "-c", "from foveate.cli import main; main()", "rl", recipe, *overrides])
+    return f"exec {words}" if uploaded else f"cd {shlex.quote(str(Path.cwd()))} && exec {words}"
+
+
+def runtime_env(variables: list[str], packages: list[str], upload: Path | None) -> dict[str, Any]:
+    """What Ray prepares for a job on every node: environment variables (NAME=VALUE), packages, a copy of a folder. A
+    job that is stopped has time to save.
+
+    Raises ConfigError for a variable without a value, and for a folder that is none.
+    """
+    for variable in variables:
+        if "=" not in variable.lstrip("="):
+            raise ConfigError(f"--env {variable}: write it as NAME=VALUE")
+    if upload is not None and not upload.is_dir():
+        raise ConfigError(f"--upload {upload}: is no folder")
+    given = dict(variable.split("=", 1) for variable in variables)
+    prepared: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), **given}}
+    if packages:
+        prepared["pip"] = packages
+    if upload is not None:
+        prepared["working_dir"] = str(upload)
+    return prepared
 
 
 def _ray() -> list[str]:

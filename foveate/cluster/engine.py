@@ -38,9 +38,21 @@ class GroupEngine:
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Completion, ...]]]:
-        """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns."""
+        """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns. Those of
+        several ranks come all at once."""
+        if self._workers.size > 1:
+            yield from enumerate(self.generate(requests, sampling))
+            return
         [groups] = self._workers.call("engine.stream", [(requests, sampling)])
         yield from groups
+
+    def pause(self) -> None:
+        """As `Engine.pause`, in a cluster of one rank."""
+        everywhere(self._workers, "engine.pause")
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        everywhere(self._workers, "engine.resume")
 
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""

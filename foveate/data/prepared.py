@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -127,15 +127,12 @@ def infer_schema(rows: Iterable[dict[str, Any]]) -> pa.Schema:
     found: list[pa.Schema] = []
     first = 0
     while some := list(islice(rows, _INFERRED_ROWS)):
+        where = f"rows {first}..{first + len(some) - 1}"
+        found.append(_types(some, where))
         try:
-            found.append(_types(some))
             found = [pa.unify_schemas(found, promote_options="permissive")]
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-            reason = " ".join(str(error).split())
-            raise DataError(
-                f"rows {first}..{first + len(some) - 1}: a field has values of different types, which parquet "
-                f"cannot hold ({reason}); write the answers all as text, or all as numbers"
-            ) from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(_of_different_types(where, "a field", error)) from error
         first += len(some)
     types = {field.name: field.type for field in found[0]} if found else {}
     truth = types.pop("answer", pa.null())
@@ -148,10 +145,25 @@ def _or_text(kind: pa.DataType) -> pa.DataType:
     return pa.string() if kind == pa.null() else kind
 
 
-def _types(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+def _types(rows: Sequence[dict[str, Any]], where: str) -> pa.Schema:
     names = dict.fromkeys(name for row in rows for name in row["extra_info"])
-    columns: Iterator[tuple[str, list[Any]]] = (
-        (f"extra.{name}", [row["extra_info"].get(name) for row in rows]) for name in names
+    columns = {f"extra.{name}": [row["extra_info"].get(name) for row in rows] for name in names}
+    columns["answer"] = [row["reward_model"]["ground_truth"] for row in rows]
+    return pa.schema([(name, _type(name, values, where)) for name, values in columns.items()])
+
+
+def _type(name: str, values: list[Any], where: str) -> pa.DataType:
+    field = "reward_model.ground_truth" if name == "answer" else name.replace("extra.", "extra_info.", 1)
+    try:
+        return pa.array(values).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(_of_different_types(where, f"field {field}", error)) from error
+    except OverflowError as error:
+        raise DataError(f"{where}, field {field}: a whole number of more than 64 bits; write it as text") from error
+
+
+def _of_different_types(where: str, field: str, error: Exception) -> str:
+    return (
+        f"{where}, {field}: values of different types, which parquet cannot hold ({' '.join(str(error).split())}); "
+        "write them all as text, or all as numbers"
     )
-    answers = [row["reward_model"]["ground_truth"] for row in rows]
-    return pa.schema([("answer", pa.array(answers).type), *((name, pa.array(values).type) for name, values in columns)])

@@ -66,6 +66,7 @@ def prepare_filter(
     extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
     bad rows, ids that are not unique, and if no row is left.
     """
+    require(Path(name).name == name, f"setting name: {name!r} is no name of a file")
     require(limits.accuracy is None or bool(rollouts), "a limit on accuracy needs the rollouts of a model")
     require(limits.prompt_tokens is None or length is not None, "a limit on prompt tokens needs a model folder")
     table, found = reading(sources, measure=Sizes(length))

@@ -22,6 +22,10 @@ from foveate.records import DataError
 SUFFIXES = (".parquet", ".jsonl", ".arrow")
 BLOCK_ROWS = 64
 
+MOST_ROWS = 2**33
+_DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, SystemError)
+"""What pyarrow raises for a file whose bytes are not what they say."""
+
 Raw = dict[str, Any] | DataError
 """The fields of a row, or why it cannot be read."""
 
@@ -113,7 +117,7 @@ class RowGroups:
         if key not in self.tables:
             try:
                 table = file.read_row_group(group, columns=columns, use_threads=False)
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGED as error:
                 raise DataError(f"row group {group} cannot be read ({_one_line(error)})") from error
             self.tables[key] = table
             self.held += table.nbytes
@@ -130,12 +134,15 @@ class ParquetRows:
         self.path, self.cache = path, cache
         try:
             self.file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
+            self.names: list[str] | None = self.file.schema_arrow.names
+            metadata = self.file.metadata
+            counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        except _DAMAGED as error:
             raise DataError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
-        self.names: list[str] | None = self.file.schema_arrow.names
-        self.columns = list(self.file.schema_arrow.names if columns is None else columns)
-        metadata = self.file.metadata
-        self.ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+        if min(counts, default=0) < 0 or sum(counts) > MOST_ROWS:
+            raise DataError(f"{path}: cannot be read as parquet (it says that it has {sum(counts)} rows)")
+        self.columns = list(self.names if columns is None else columns)
+        self.ends = list(accumulate(counts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParquetRows, (self.path, self.cache, self.columns)
@@ -158,7 +165,7 @@ class ParquetRows:
             take = min(end, self.ends[group], first + BLOCK_ROWS) - first
             try:
                 table = self.cache.read(self.path, self.file, group, self.columns)
-                yield from table.slice(first - start, take).to_pylist()
+                yield from _raw_rows(table.slice(first - start, take))
             except DataError as error:
                 yield from [error] * take
             first += take
@@ -169,10 +176,13 @@ class ParquetRows:
             return [None] * len(self)
         found: list[Any] = []
         for group in range(len(self.ends)):
-            table = self.file.read_row_group(group, columns=[".".join(path)], use_threads=False)
-            if table.num_columns == 0:  # the struct has no such field
-                return [None] * len(self)
-            found.extend(dig(value, path[1:]) for value in table.column(0).to_pylist())
+            try:
+                table = self.file.read_row_group(group, columns=[".".join(path)], use_threads=False)
+                if table.num_columns == 0:  # the struct has no such field
+                    return [None] * len(self)
+                found.extend(dig(value, path[1:]) for value in _checked(table).column(0).to_pylist())
+            except _DAMAGED as error:
+                raise DataError(f"{self.path}: row group {group} cannot be read ({_one_line(error)})") from error
         return found
 
 
@@ -186,9 +196,9 @@ class ArrowRows:
         self.path = path
         try:
             self.table = _mapped(path)
-        except (pa.ArrowInvalid, OSError) as error:
+            self.names: list[str] | None = self.table.column_names
+        except _DAMAGED as error:
             raise DataError(f"{path}: cannot be read as Arrow ({_one_line(error)})") from error
-        self.names: list[str] | None = self.table.column_names
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArrowRows, (self.path,)
@@ -204,12 +214,32 @@ class ArrowRows:
 
     def block(self, first: int, count: int) -> Iterator[Raw]:
         for begin in range(first, first + count, BLOCK_ROWS):
-            yield from self.table.slice(begin, min(BLOCK_ROWS, first + count - begin)).to_pylist()
+            yield from _raw_rows(self.table.slice(begin, min(BLOCK_ROWS, first + count - begin)))
 
     def values(self, path: Sequence[str]) -> list[Any]:
         if path[0] not in self.table.column_names:
             return [None] * len(self)
-        return [dig(value, path[1:]) for value in self.table.column(path[0]).to_pylist()]
+        try:
+            return [dig(value, path[1:]) for value in _checked(self.table.select([path[0]])).column(0).to_pylist()]
+        except _DAMAGED as error:
+            raise DataError(f"{self.path}: field {'.'.join(path)} cannot be read ({_one_line(error)})") from error
+
+
+def _raw_rows(table: pa.Table) -> list[Raw]:
+    """The rows of a small table; of a damaged one those that can be read, and of each other one why not."""
+    try:
+        return _checked(table).to_pylist()
+    except _DAMAGED as error:
+        if table.num_rows == 1:
+            return [DataError(f"is damaged ({_one_line(error)})")]
+    return [row for index in range(table.num_rows) for row in _raw_rows(table.slice(index, 1))]
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The table itself. Raises ArrowInvalid where an offset leads out of its buffer, which would end the process when
+    the value is taken, and where text is no UTF-8."""
+    table.validate(full=True)
+    return table
 
 
 def _mapped(path: Path) -> pa.Table:

@@ -95,7 +95,7 @@ def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schem
     ready = [{**row, "images": [_image_entry(image) for image in row["images"]]} for row in group]
     try:
         return pa.Table.from_pylist(ready, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
         raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {' '.join(str(error).split())}") from error
 
 

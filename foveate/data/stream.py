@@ -36,7 +36,7 @@ class Stream:
     Epoch e is drawn from a generator seeded with (seed, e), so the order depends on nothing else. An epoch that does
     not divide into batches flows into the next one: within an epoch every row comes exactly once, and a batch may hold
     the end of one epoch and the start of the next. The batch size may change between runs: position counts rows, not
-    batches.
+    batches. Rows may also be done out of turn (`finish`): `position` is then the place of the first that is not.
 
     weights: how often each row comes in an epoch, (rows,); rows with the same weight in `source_of` (the file of each
     row) share it: 2.5 is twice all of them and once a random half, another one in each epoch.
@@ -56,6 +56,7 @@ class Stream:
             raise DataError(f"a stream needs at least one row and a batch of at least one, not {length} and {batch}")
         self.seed, self.batch = seed, batch
         self.position = 0
+        self._beyond: frozenset[int] = frozenset()  # places after `position` that are done
         self._curriculum = curriculum
         sources = np.zeros(length, np.int64) if source_of is None else source_of
         shares = weights or [1.0] * (int(sources.max()) + 1)
@@ -73,18 +74,32 @@ class Stream:
 
     def take(self, count: int | None = None) -> list[int]:
         """The next `count` row indices (one batch of them by default)."""
-        wanted = self.batch if count is None else count
-        taken: list[int] = []
-        while len(taken) < wanted:
-            epoch, offset = divmod(self.position, self.length)
-            rows = self._order(epoch)[offset : offset + wanted - len(taken)]
-            taken.extend(rows.tolist())
-            self.position += len(rows)
-        return taken
+        places = self.coming(self.batch if count is None else count)
+        for place in places:
+            self.finish(place)
+        return [int(self._order(place // self.length)[place % self.length]) for place in places]
+
+    def coming(self, count: int) -> list[int]:
+        """The places of the next `count` rows: row i of epoch e has place e * length + i."""
+        places: list[int] = []
+        place = self.position
+        while len(places) < count:
+            if place not in self._beyond:
+                places.append(place)
+            place += 1
+        return places
+
+    def finish(self, place: int) -> None:
+        """The row at this place is done, and passed over from now on."""
+        self._beyond |= {place}
+        while self.position in self._beyond:
+            self._beyond -= {self.position}
+            self.position += 1
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to go on with the very next row."""
-        return {"length": self.length, "seed": self.seed, "position": self.position, "plan": self._plan}
+        place = {"position": self.position, "beyond": sorted(self._beyond)}
+        return {"length": self.length, "seed": self.seed, "plan": self._plan, **place}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken. Raises DataError if it belongs to another dataset size, seed, weights or
@@ -95,7 +110,7 @@ class Stream:
                     f"data position, field {name}: saved with {state.get(name)}, but the run now has {here}; "
                     "go on with the same data, weights, curriculum and seed, or start a new run folder"
                 )
-        self.position = state["position"]
+        self.position, self._beyond = state["position"], frozenset(state.get("beyond", ()))
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._ordered is None or self._ordered[0] != epoch:

@@ -41,6 +41,10 @@ THINKING_SYSTEM = (
 """The system message of InternVL3.5's thinking mode, word for word as on its model card (`R1_SYSTEM_PROMPT`)."""
 
 
+CHANNEL = "<|channel|>"
+FINAL = f"{CHANNEL}final<|message|>"
+"""How answers of GPT-OSS begin: its template leaves the channel to the model."""
+
 _PLACES = re.compile(r"(Frame-?\d+: ?)?<image>")
 
 
@@ -58,3 +62,8 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, syst
     text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     return text
+
+
+def wants_channel(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts end where an answer has to name its channel."""
+    return render((Message("user", "?"),), tokenizer).endswith("<|start|>assistant")

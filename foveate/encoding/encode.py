@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.data.images import load_image
-from foveate.encoding.chat import IMAGE_MARK, frames_in, render
+from foveate.encoding.chat import CHANNEL, FINAL, IMAGE_MARK, frames_in, render, wants_channel
 from foveate.encoding.family import PromptFamily
 from foveate.records import DataError, ImageSlot, Prompt, Task
 
@@ -64,7 +64,9 @@ class Encoder:
         return len(engine_ids) + sum(slot.count - 1 for slot in self._slots(task, engine_ids, budgets))
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
-        """A demonstrated answer as token ids, with the stop token that ends it."""
+        """A demonstrated answer as token ids, with the stop token that ends it; GPT-OSS says it in a channel."""
+        if not response.startswith(CHANNEL) and wants_channel(self.tokenizer):
+            response = FINAL + response
         return (*self.tokenizer.encode(response, add_special_tokens=False), self.family.stop_ids[0])
 
     def decode(self, token_ids: tuple[int, ...]) -> str:

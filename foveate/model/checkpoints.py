@@ -6,7 +6,7 @@ Only small files and the headers of the weights are read, and no code that comes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,26 @@ def read_config(folder: Path) -> Json:
         known = ", ".join([*(f"{name} ({form} format)" for name, form in MODEL_TYPES.items()), *OTHER_TYPES])
         why = ", a model that exists only as code of its checkpoint, which is never run" if "auto_map" in config else ""
         raise DataError(f"{path}: model_type is {kind!r}{why}; known are: {known}")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if quantised := part.get("quantization_config"):
+            how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise DataError(
+                f"{path}: the weights are quantised ({how}), which cannot be trained; take the bfloat16 ones"
+            )
     return config
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises DataError for one that is damaged."""
+    """The tokenizer of a checkpoint, with its chat template. Raises DataError for one that is damaged."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
         raise unreadable(folder, error) from error
+    older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
+    if not tokenizer.chat_template and older.is_file():
+        tokenizer.chat_template = read_json(older).get("chat_template")
+    return tokenizer
 
 
 def read_image_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -103,7 +113,7 @@ def hf_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Json:
     return mapped(folder, chat_to_hf, config, tokenizer.get_vocab()["<IMG_CONTEXT>"])
 
 
-def mapped(folder: Path, mapping: Callable[..., Json], *arguments: Any) -> Json:
+def mapped(folder: Path, mapping: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """A mapping of the configuration of a folder, whose refusals then say which file they are about."""
     try:
         return mapping(*arguments)
@@ -128,7 +138,7 @@ def hf_tensors(folder: Path, layout: Layout, config: InternVLConfig) -> dict[str
     Raises DataError, naming the tensor, where the weights lack one that the configuration asks for, hold another one,
     or have another shape.
     """
-    wanted = expected_shapes(config)
+    wanted = mapped(folder, expected_shapes, config)
     found: dict[str, Stored] = {}
     strange = []
     for name, stored in read_headers(weight_files(folder)).items():
@@ -146,11 +156,16 @@ def hf_tensors(folder: Path, layout: Layout, config: InternVLConfig) -> dict[str
             found[part] = Stored(stored.dtype, shape, (stored.pieces[0].part(i, parts),))
     optional = {"lm_head.weight"} if tied(config.to_dict()) else set()
     missing = sorted({from_hf(name, layout)[0] for name in wanted.keys() - found.keys() - optional})
-    for problem, names in (("lack", missing), ("also hold", sorted(strange))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{folder}: the weights {problem} {names[0]}{more}; they do not fit config.json")
+    require_fit(folder, "lack", missing)
+    require_fit(folder, "also hold", strange)
     return found
+
+
+def require_fit(folder: Path, problem: str, names: Collection[str]) -> None:
+    """Raise DataError if there are names of tensors that the weights of a folder `lack`, or `also hold`."""
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise DataError(f"{folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
 
 
 def _check_shape(folder: Path, name: str, stored: Stored, parts: list[tuple[int, ...]]) -> None:

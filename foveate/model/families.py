@@ -139,14 +139,18 @@ def internvl_family(
             f"{image_token_id}; correct image_token_id"
         )
     check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
-    tile = config.vision_config.image_size[0]
-    side = int(tile // config.vision_config.patch_size[0] * config.downsample_ratio)
+    tile, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
+    if not 1 <= patch <= tile:
+        raise DataError(f"{folder}/config.json: patches of {patch} pixels do not fit into tiles of {tile}")
+    side = int(tile // patch * config.downsample_ratio)
     processor = processor or _tile_settings(folder, tile)
     budget = processor.get("max_patches", 12)
     if not is_count(budget):
         raise DataError(
             f"{folder}: max_patches of the image processor is {budget!r}; it must be a whole number above 0"
         )
+    if processor.get("min_patches", 1) != 1:
+        raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
     banned = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
     return InternVL(
         image_token_id=image_token_id,

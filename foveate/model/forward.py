@@ -66,6 +66,11 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> tu
     return chunked_logprobs(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature)
 
 
+def token_values(policy: Policy, batch: Batch) -> Tensor:
+    """What a head of one number says before each trained token: (M,)."""
+    return policy.part("head")(hidden_states(policy, batch)[batch.source_M])[:, 0]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, each module set back afterwards to what it was."""

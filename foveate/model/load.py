@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from transformers import (
 
 from foveate.errors import DataError
 from foveate.model.attention import KERNELS
-from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, unreadable
+from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
 from foveate.model.configs import with_dtype
 from foveate.model.convert import write_hf_weights_as, write_json, write_other_files
 from foveate.model.families import Family, InternVL
@@ -29,10 +32,14 @@ from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
 from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
+from foveate.model.sizes import meta_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 """What transformers raises for folders that are damaged or contradict themselves."""
+_FILES = {"use_safetensors": True, "local_files_only": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,15 @@ class Policy:
         """The submodule `vision`, `projector`, `language` or `head`."""
         return self.model.get_submodule(self.family.parts[name][0])
 
+    def tensors(self, name: str) -> list[str]:
+        """The names of the tensors of that part."""
+        return [f"{self.family.parts[name][0]}.{own}" for own in self.part(name).state_dict()]
+
+    @property
+    def is_hollow(self) -> bool:
+        """Whether the model has no memory yet (`foveate.model.fill`)."""
+        return self.device.type == "meta"
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
@@ -61,22 +77,42 @@ def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", d
     headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
     """
     found = recognise(path)
+    options = {**model_options(found, attention, dtype), **_FILES}
+    with load_errors(found.folder), quiet_transformers():
+        model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, Any]:
+    """What transformers is told of a model that it makes."""
     kernels: Any = KERNELS[attention]
     if found.family.unit:
         kernels = {"text_config": kernels, "vision_config": "sdpa"}
-    options = {
-        "config": found.config,
-        "dtype": DTYPES[dtype],
-        "attn_implementation": kernels,
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
+    return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
+
+
+def outline(path: str) -> Policy:
+    """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
+    without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
+    where it is missing. Raises DataError as `load_policy` does."""
+    found = recognise(path)
+    with load_errors(found.folder), quiet_transformers():
+        if isinstance(found.family, InternVL):
+            hf_tensors(found.folder, found.format, found.config)
+            model: Any = meta_model(found.config)
+        else:
+            there = {"device_map": "meta"} if find_spec("accelerate") else {}
+            model = _read(found, {"config": found.config, **_FILES, **there})
+    return Policy(model.to("meta").eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+@contextmanager
+def load_errors(folder: Path) -> Iterator[None]:
+    """Whatever a folder of weights is refused for, as a DataError about it."""
     try:
-        with quiet_transformers():
-            model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+        yield
     except _UNREADABLE as error:
-        raise error if isinstance(error, DataError) else unreadable(found.folder, error) from error
-    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+        raise error if isinstance(error, DataError) else unreadable(folder, error) from error
 
 
 def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
@@ -91,17 +127,19 @@ def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
 
 def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
     """A model whose layouts transformers knows itself."""
-    read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
+    held = read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
     auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in auto.from_config(found.config).parameters())
+    if wanted > 2 * sum(math.prod(tensor.shape) for tensor in held.values()):  # transformers would make up the rest
+        raise DataError(f"{found.folder}: the weights hold less than half of the {wanted:,} parameters of config.json")
     model, report = auto.from_pretrained(
         found.folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
     )
     for name, there, wanted in sorted(report["mismatched_keys"]):
         raise DataError(f"{found.folder}: {name} has shape {tuple(there)}, config.json asks for {tuple(wanted)}")
-    for problem, names in (("lack", report["missing_keys"]), ("also hold", report["unexpected_keys"])):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise DataError(f"{found.folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
+    require_fit(found.folder, "lack", report["missing_keys"])
+    require_fit(found.folder, "also hold", report["unexpected_keys"])
     return model
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from foveate.config_parts import LoraSettings
 from foveate.errors import ConfigError
+from foveate.model.fill import put
 from foveate.model.load import Policy, part_of
 
+_ADAPTER = "default"  # what peft calls one that has no name
 _WITHOUT_TARGETS = ("vision", "language")
 """The parts whose linear layers get adapters when no targets are named; the projector is small and learns whole."""
 
@@ -47,14 +49,25 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
+    inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
+    if not policy.is_hollow:
+        reset_adapters(policy.model)
     adapted = {linear[name] for name in chosen}
     adapted |= {"head"} if "language" in adapted else set()
     for name, parameter in policy.model.named_parameters():
         if name in learning and part_of(policy.family, name) not in adapted:
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def reset_adapters(model: nn.Module) -> None:
+    """The adapters as they start: A uniform as PyTorch makes linear layers, the same on all ranks, and B = 0."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in _adapted(model).values():
+        first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        bound = first.shape[1] ** -0.5
+        put(first, torch.empty(first.shape).uniform_(-bound, bound, generator=generator))
+        second.zero_()
 
 
 def _linear_layers(policy: Policy) -> Iterator[tuple[str, str]]:
@@ -71,15 +84,16 @@ def learns_by_adapters_alone(model: nn.Module) -> bool:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it learned by adapters."""
+    """The model as it was before it learned by adapters: they count 0 times. (peft's own switch also says of their
+    weights that they need no gradient, which FSDP takes over for good.)"""
     layers = _adapted(model)
     for layer in layers.values():
-        layer.enable_adapters(False)
+        layer.set_scale(_ADAPTER, 0.0)
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.enable_adapters(True)
+            layer.set_scale(_ADAPTER, 1.0)
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
@@ -89,7 +103,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         owner, _, rest = name.partition(".base_layer.")
         if rest == "weight":
-            tensor = tensor + layers[owner].get_delta_weight("default").to(tensor.dtype)
+            tensor = tensor + layers[owner].get_delta_weight(_ADAPTER).detach().to(tensor.dtype)
         if ".lora_" not in name:
             state[f"{owner}.{rest}" if rest else name] = tensor
     return state

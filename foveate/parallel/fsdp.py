@@ -7,7 +7,7 @@ without images beside others with them needs a blank (`foveate.parallel.packing.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from foveate.config_cluster import ClusterSettings
-from foveate.model.forward import token_logprobs
+from foveate.model.forward import token_logprobs, token_values
 from foveate.model.load import DTYPES, Policy
-from foveate.parallel.ulysses import token_logprobs_split
+from foveate.parallel.ulysses import token_logprobs_split, token_values_split
 from foveate.records import Batch
 
 
@@ -42,6 +42,25 @@ class LogProbs(nn.Module):
         return token_logprobs(self.policy, batch, temperature)
 
 
+class Values(nn.Module):
+    """`token_values` of a critic, as `LogProbs` is `token_logprobs` of a policy."""
+
+    def __init__(self, policy: Policy, sequence: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.model = policy.model
+        self.policy = policy
+        self.sequence = sequence
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Values (M,) before the trained tokens of this rank's batch."""
+        if self.sequence is not None:
+            return token_values_split(self.policy, batch, self.sequence)
+        return token_values(self.policy, batch)
+
+
+Root = TypeVar("Root", LogProbs, Values)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of the vision tower and of the language model, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -54,31 +73,23 @@ def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:
     return init_device_mesh(device, shape, mesh_dim_names=names)
 
 
-def shard(
-    policy: Policy,
-    mesh: DeviceMesh,
-    cluster: ClusterSettings,
-    *,
-    checkpointing: bool,
-    sequence: ProcessGroup | None = None,
-) -> LogProbs:
-    """Cut the weights of a policy over the ranks of `mesh`, in place, and return what computes its log-probs.
+def shard(root: Root, mesh: DeviceMesh, cluster: ClusterSettings, *, checkpointing: bool = False) -> Root:
+    """Cut the weights of what computes log-probs or values over the ranks of `mesh`, in place.
 
     Each block is gathered for its forward and again for its backward, and freed in between; what is in no block stays
     gathered from forward to backward. Gradients are added over ranks, in float32, and not averaged: a loss divides by
     the totals of the whole step. With `checkpointing`, blocks keep nothing but their inputs. The weights may be on the
     meta device, then nothing is allocated. Called once, before an optimizer is made.
     """
-    root = LogProbs(policy, sequence)
     if checkpointing:
-        model: Any = policy.model
+        model: Any = root.model
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; the models have no dropout
     precision = MixedPrecisionPolicy(DTYPES[cluster.dtype] if cluster.dtype else None, reduce_dtype=torch.float32)
     rest = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cluster.offload else OffloadPolicy()
     cut = partial(_cut, cluster.shards)
     settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": rest, "shard_placement_fn": cut}
-    for module in (*blocks(policy.model), root):
+    for module in (*blocks(root.model), root):
         whole = fully_shard(module, **settings)
         assert isinstance(whole, FSDPModule)
         whole.set_gradient_divide_factor(1.0)
@@ -87,8 +98,11 @@ def shard(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor, or all of one that is cut over ranks, which call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """A tensor, or all of one that is cut over ranks, which call this together and talk where they compute."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there: Any = tensor.to(tensor.device_mesh.device_type)
+    return there.full_tensor()
 
 
 def _cut(ranks: int, weight: nn.Parameter) -> Shard | None:

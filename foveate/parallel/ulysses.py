@@ -45,15 +45,30 @@ def check_heads(policy: Policy, ranks: int) -> None:
 
 def token_logprobs_split(policy: Policy, batch: Batch, temperature: float, group: Group) -> tuple[Tensor, Tensor]:
     """`token_logprobs` of one row on all ranks of `group`, which call it together with the same batch."""
-    part = Part.of(batch, policy, group)
-    hidden = hidden_states(policy, part.batch, split=part)
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
+    both = _of_trained(
+        policy,
+        batch,
+        group,
+        lambda hidden, target: torch.stack(chunked_logprobs(hidden, weight, target, temperature), -1),
+    )
+    return both[:, 0], both[:, 1]
+
+
+def token_values_split(policy: Policy, batch: Batch, group: Group) -> Tensor:
+    """`token_values` of one row on all ranks of `group`, which call it together with the same batch."""
+    return _of_trained(policy, batch, group, lambda hidden, _: policy.part("head")(hidden))[:, 0]
+
+
+def _of_trained(policy: Policy, batch: Batch, group: Group, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `head` says of hidden states (m, D) and their targets (m,), for all trained tokens of the row: (M, ...)."""
+    part = Part.of(batch, policy, group)
+    hidden = hidden_states(policy, part.batch, split=part)
     target = batch.token_ids_T[batch.target_M[part.trained[part.rank]]]
-    logp, entropy = chunked_logprobs(hidden[part.batch.source_M], weight, target, temperature)
-    both = _gathered(torch.stack([logp, entropy], -1), [len(own) for own in part.trained], group, is_shared=True)
-    order = torch.cat(part.trained).argsort()
-    return both[order, 0], both[order, 1]
+    own = head(hidden[part.batch.source_M], target)
+    everything = _gathered(own, [len(one) for one in part.trained], group, is_shared=True)
+    return everything[torch.cat(part.trained).argsort()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from foveate.config_cluster import ClusterSettings
+from foveate.errors import ConfigError
 from foveate.model.families import InternVL
 from foveate.model.load import Policy
 from foveate.model.sizes import meta_model
-from foveate.parallel.fsdp import mesh_of, shard
+from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.plan.hardware import Machines
 from foveate.plan.memory import Memory, memory_of
 from foveate.plan.time import Seconds, seconds_of
@@ -25,11 +26,13 @@ from foveate.plan.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`largest`: tokens per device that still fit, 0 if none do. `better`: the fastest neighbouring settings that fit,
-    None if these fit or none do. `rank_share`: the largest part of the weights on a rank over the mean."""
+    """`machines` are all of them, the `trainers` those of the ranks. `largest`: tokens per device that still fit, 0 if
+    none do. `better`: the fastest neighbouring settings that fit, None if these fit or none do. `rank_share`: the
+    largest part of the weights on a rank over the mean."""
 
     work: Workload
     machines: Machines
+    trainers: Machines
     memory: Memory
     seconds: Seconds
     largest: int
@@ -44,18 +47,31 @@ class Plan:
 def plan(work: Workload, machines: Machines) -> Plan:
     """The plan of a recipe on `machines`, which stand in the place of those that it names."""
     work = replace(work, cluster=on_machines(work.cluster, machines))
+    trainers = replace(machines, nodes=work.cluster.nodes, per_node=work.cluster.gpus_per_node)
     memory = memory_of(work)
-    better = None if memory.fits(machines) else next(_better(work, machines), None)
+    better = None if memory.fits(machines) else next(_better(work, trainers), None)
     return Plan(
-        work, machines, memory, seconds_of(work, machines, memory), _largest(work, machines, memory), better,
+        work, machines, trainers, memory, seconds_of(work, trainers, memory), _largest(work, machines, memory), better,
         built_share(work),
     )  # fmt: skip
 
 
 def on_machines(cluster: ClusterSettings, machines: Machines) -> ClusterSettings:
-    values = {**cluster.model_dump(), "nodes": machines.nodes, "gpus_per_node": machines.per_node}
-    for name in ("sequence_parallel", "engine_tensor_parallel"):
-        values[name] = next(n for n in range(values[name], 0, -1) if machines.per_node % n == 0)
+    """The settings on these machines: engines in processes of their own keep their GPUs, ranks get the others. Raises
+    ConfigError where these are not equally many on each machine."""
+    if cluster.gpus == machines.count and cluster.engines:
+        return cluster
+    rest = machines.count - cluster.engines * cluster.engine_tensor_parallel
+    per_node = rest // machines.nodes
+    if rest <= 0 or rest % machines.nodes:
+        raise ConfigError(
+            f"--gpus {machines.nodes}x{machines.per_node}x{machines.name}: cluster.engines={cluster.engines} with "
+            f"cluster.engine_tensor_parallel={cluster.engine_tensor_parallel} leaves {rest} GPUs to learn on, which "
+            f"must be at least 1 and equally many on each of {machines.nodes} machines"
+        )
+    values = {**cluster.model_dump(), "nodes": machines.nodes, "gpus_per_node": per_node}
+    row = values["sequence_parallel"]
+    values["sequence_parallel"] = next(n for n in range(row, 0, -1) if per_node % n == 0)
     return ClusterSettings.model_validate(values)
 
 
@@ -70,20 +86,23 @@ def _largest(work: Workload, machines: Machines, memory: Memory) -> int:
 
 
 def _better(work: Workload, machines: Machines) -> Iterator[Workload]:
-    """Settings that fit, the fastest first. A micro-batch keeps the length that its longest row needs."""
+    """Settings that fit, the fastest first. A micro-batch keeps the length that its longest row needs, and engines in
+    processes of their own their GPUs."""
     per_node = machines.per_node
     split = [n for n in (1, 2, 4, 8, 16) if per_node % n == 0]
+    answering = work.cluster.engines * work.cluster.engine_tensor_parallel
+    joined = [n for n in (1, 2, 4, 8, 16) if n >= work.cluster.engine_tensor_parallel and answering % n == 0]
+    joined = joined if answering else [1]
     shards = ("full", "hybrid") if machines.nodes > 1 else ("full",)
     found = []
     row = work.budget * work.cluster.sequence_parallel
-    for shard_over, again, offload, parts, tensor in product(shards, (False, True), (False, True), split, split):
-        if tensor < work.cluster.engine_tensor_parallel:
-            continue
+    for shard_over, again, offload, parts, tensor in product(shards, (False, True), (False, True), split, joined):
         changed = {
             "shard": shard_over,
             "offload": offload,
             "sequence_parallel": parts,
             "engine_tensor_parallel": tensor,
+            "engines": answering // tensor,
         }
         cluster = ClusterSettings.model_validate({**work.cluster.model_dump(), **changed})
         other = replace(work, cluster=cluster, checkpointing=again, budget=-(-row // parts))
@@ -104,7 +123,7 @@ def built_share(work: Workload) -> float:
     dist.init_process_group("fake", rank=0, world_size=work.cluster.ranks, store=FakeStore())
     try:
         policy = Policy(model, tokenizer, family, Path(), "hf")
-        shard(policy, mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
+        shard(LogProbs(policy), mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
         own = sum(parameter.to_local().numel() for parameter in model.parameters())
         return own * work.cluster.shards / sum(parameter.numel() for parameter in model.parameters())
     finally:

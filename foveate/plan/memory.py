@@ -20,7 +20,8 @@ ENGINE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per GPU. While learning the engine is empty; while generating there are no gradients and activations."""
+    """Bytes per GPU, on those that learn and those that answer. Where they are the same, the engine is empty while
+    learning, and there are no gradients and activations while generating."""
 
     weights: float
     gradients: float
@@ -33,6 +34,7 @@ class Memory:
     engine: float
     keys_values: float
     host: float
+    apart: bool = False
 
     @property
     def state(self) -> float:
@@ -47,7 +49,7 @@ class Memory:
     @property
     def generating(self) -> float:
         """The least that generating takes, with room for one longest answer."""
-        return self.weights + self.optimizer + self.engine + self.keys_values
+        return (0 if self.apart else self.weights + self.optimizer) + self.engine + self.keys_values
 
     def fits(self, machines: Machines) -> bool:
         return max(self.learning, self.generating) <= machines.usable and self.host <= HOST_MEMORY
@@ -111,8 +113,11 @@ def memory_of(work: Workload) -> Memory:
     step = activation_memory(work)
     resident = weights + 3 * gradients
     rest = cluster.offload and spread
-    one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if spread else computed)
+    apart = work.generates and cluster.engines > 0
+    own = spread or apart  # the engine has weights of its own
+    one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
     parallel = cluster.engine_tensor_parallel
+    learning = (resident + gradients if rest else 0) + _pixels(work) / cluster.ranks
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
@@ -122,9 +127,10 @@ def memory_of(work: Workload) -> Memory:
         features=step.features,
         chunk=step.chunk,
         scratch=0 if rest else gradients,
-        engine=sizes.total * ENGINE_BYTES / parallel if spread and work.generates else 0,
+        engine=sizes.total * ENGINE_BYTES / parallel if own and work.generates else 0,
         keys_values=one_answer / parallel if work.generates else 0,
-        host=(resident + gradients if rest else 0) + _pixels(work) / cluster.ranks + 4 * GIB,
+        host=max(learning, sizes.total * ENGINE_BYTES / parallel if apart else 0) + 4 * GIB,
+        apart=apart,
     )
 
 

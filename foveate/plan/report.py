@@ -13,7 +13,7 @@ def report(plan: Plan) -> str:
     work, machines, memory = plan.work, plan.machines, plan.memory
     sizes = sizes_of(work.config, work.train)
     lines = [
-        f"{machines.count} x {machines.name}; {sizes.total:,} parameters, {sizes.trained:,} trained; "
+        f"{machines.count} x {machines.name}{_apart(plan)}; {sizes.total:,} parameters, {sizes.trained:,} trained; "
         f"a rank holds {plan.rank_share:.2f} times its even share of the weights",
         f"a prompt: {work.prompt} tokens, {work.tiles} tiles; an answer: {work.answer} (at most {work.longest}); "
         f"{work.groups} x {work.answers} answers a step in {work.updates} updates",
@@ -24,14 +24,21 @@ def report(plan: Plan) -> str:
         *_verdict(plan),
         "",
         "seconds of a step",
-        *(f"  {name:<12} {value:10.1f}" for name, value in _phases(plan)),
+        *(f"  {name:<18} {value:10.1f}" for name, value in _phases(plan)),
         "",
         f"{plan.gpu_hours:,.0f} GPU hours for {work.steps} steps, without reading data and grading, at "
         f"{FLOPS_SHARE:.0%} of the peak arithmetic. The mean lengths above are assumptions unless they were given.",
     ]
     if work.generates:
-        lines.append(f"an engine holds {in_flight(work, machines, memory)} answers of that length at a time")
+        lines.append(f"an engine holds {in_flight(work, plan.trainers, memory)} answers of that length at a time")
     return "\n".join(lines)
+
+
+def _apart(plan: Plan) -> str:
+    cluster = plan.work.cluster
+    if not cluster.engines:
+        return ""
+    return f", {cluster.ranks} that learn and {cluster.gpus - cluster.ranks} that answer in {cluster.engines} engines"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -49,9 +56,10 @@ def _table(plan: Plan) -> list[str]:
 
 def _phases(plan: Plan) -> list[tuple[str, float]]:
     seconds = plan.seconds
+    step = "= step, overlapped" if seconds.overlaps else "= step"
     return [
         ("generate", seconds.generate), ("log-probs", seconds.forward), ("update", seconds.update),
-        ("publish", seconds.publish), ("= step", seconds.step),
+        ("publish", seconds.publish), (step, seconds.step),
     ]  # fmt: skip
 
 
@@ -63,10 +71,10 @@ def _verdict(plan: Plan) -> list[str]:
     if plan.better is None:
         return [f"does not fit, and no other sharding on these GPUs does; use more or larger ones ({largest})"]
     other, cluster = plan.better, plan.better.cluster
+    engines = [f"cluster.engines={cluster.engines}", f"cluster.engine_tensor_parallel={cluster.engine_tensor_parallel}"]
     changes = " ".join([
         f"cluster.shard={cluster.shard}", f"cluster.sequence_parallel={cluster.sequence_parallel}",
-        f"cluster.offload={str(cluster.offload).lower()}",
-        f"cluster.engine_tensor_parallel={cluster.engine_tensor_parallel}",
+        f"cluster.offload={str(cluster.offload).lower()}", *(engines if cluster.engines else ()),
         f"model.gradient_checkpointing={str(other.checkpointing).lower()}",
         f"train.tokens_per_micro_batch={other.budget}",
     ])  # fmt: skip

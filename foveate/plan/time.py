@@ -18,10 +18,12 @@ class Seconds:
     forward: float
     update: float
     publish: float
+    overlaps: bool
 
     @property
     def step(self) -> float:
-        return self.generate + self.forward + self.update + self.publish
+        learn = self.forward + self.update
+        return (max(self.generate, learn) if self.overlaps else self.generate + learn) + self.publish
 
 
 def active_parameters(config: Any) -> int:
@@ -55,8 +57,8 @@ def vision_flops(config: Any, tiles: int) -> float:
 
 
 def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
-    """Time of each phase. Communication overlaps with arithmetic, and the longer of both counts; what a group that is
-    split over micro-batches repeats is counted."""
+    """Time of each phase, on the `machines` of the ranks. Communication overlaps with arithmetic: the longer of both
+    counts; what a group that is split over micro-batches repeats is counted."""
     row, group = work.budget * work.cluster.sequence_parallel, work.answers * work.answer
     pieces = max(1, -(-group // max(1, row - work.prompt)))
     language = language_flops(work.config, work.prompt, work.answer, work.answers)
@@ -77,6 +79,7 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
         forward=work.forwards * max((language + vision) / rate, batches * gather),
         update=work.passes * max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
         publish=_publish(work, machines),
+        overlaps=work.overlaps,
     )
 
 
@@ -96,15 +99,16 @@ def _optimizer(work: Workload, machines: Machines) -> float:
 
 
 def _publish(work: Workload, machines: Machines) -> float:
-    if not work.generates or work.cluster.ranks == 1:
+    if not work.generates or work.cluster.gpus == 1:
         return 0.0
-    return sizes_of(work.config, work.train).total * ENGINE_BYTES / machines.reach(work.cluster.ranks)
+    return sizes_of(work.config, work.train).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
 
 
 def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
     """Answers of mean length that the keys and values of one engine hold at a time, its prompts once per group."""
     parallel = work.cluster.engine_tensor_parallel
-    pool = min(work.cluster.engine_memory * machines.usable, machines.usable - memory.weights - memory.optimizer)
+    beside = 0.0 if memory.apart else memory.weights + memory.optimizer
+    pool = min(work.cluster.engine_memory * machines.usable, machines.usable - beside)
     token = key_value_bytes(work.config, ENGINE_BYTES) / parallel
     return max(1, int((pool - memory.engine) / token / (work.prompt / work.answers + work.answer)))
 
@@ -112,9 +116,7 @@ def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
 def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     """Prompts are read in, then answers grow a token at a time at the speed of memory or of arithmetic; a few run on to
     the longest length when the others are done."""
-    cluster, gpu = work.cluster, machines.gpu
-    parallel = cluster.engine_tensor_parallel
-    engines = max(1, cluster.ranks // parallel)
+    gpu, parallel, engines = machines.gpu, work.cluster.engine_tensor_parallel, work.engines
     queue = work.groups * work.answers / engines
     live = min(queue, in_flight(work, machines, memory))
     flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel

@@ -27,7 +27,7 @@ class Workload:
 
     A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `passes` times over the answers. `forwards` counts the passes beside the
-    update: old and reference log-probs.
+    update: old and reference log-probs. `overlaps`: the next answers are generated while these are learned from.
     """
 
     config: Any
@@ -48,6 +48,12 @@ class Workload:
     forwards: int
     reference: bool
     passes: int = 1
+    overlaps: bool = False
+
+    @property
+    def engines(self) -> int:
+        """Engines that answer: in processes of their own, or one on each rank."""
+        return self.cluster.engines or self.cluster.ranks
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -93,7 +99,7 @@ def workload_of(
     reference = build_method(settings.algorithm, longest).needs_reference
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
-        passes=settings.train.passes,
+        passes=settings.train.passes, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
         answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + reference,
         reference=reference,
     )  # fmt: skip

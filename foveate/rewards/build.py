@@ -22,10 +22,12 @@ def make_reward(name: str, settings: Mapping[str, Any]) -> Reward:
 
 
 def make_check(name: str, settings: Mapping[str, Any]) -> Check | None:
-    """What validation demands of the ground truth for a reward with these settings, or None for one that takes any."""
+    """What validation demands of the ground truth for a reward with these settings, or None for one that takes any.
+    Raises ConfigError for an unknown name, and for a missing setting of a reward that is made of others."""
     if name in CHECK_BUILDERS:
-        return resolve(CHECK_BUILDERS, name, "check")(**settings)
+        return bind(resolve(CHECK_BUILDERS, name, "check"), settings, f"reward {name}")()
     if name not in CHECKS:
+        resolve({**REWARDS, **BUILDERS}, name, "reward")
         return None
     check = resolve(CHECKS, name, "check")
     read = {key: settings[key] for key in inspect.signature(check).parameters if key in settings}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +35,10 @@ LONGEST = 1000
 """Characters of a final answer that are looked at; a longer one is wrong."""
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_FRACTION = re.compile(
+    r"(?P<sign>[-+]?)(?:\\[dt]?frac\{(?P<above>\d{1,30}(?:\.\d{1,30})?)\}\{(?P<below>\d{1,30})\}|(?P<over>\d{1,30})/(?P<under>\d{1,30})"
+    r"|(?P<whole>\d{1,30}(?:\.\d{1,30})?))"
+)
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _EXPONENT = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![A-Za-z\d.])")
 _ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
@@ -113,12 +118,56 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
     given, wanted = _decimal(answer), _decimal(truth)
     if given is not None and wanted is not None:
         return abs(given - wanted) <= min(abs(wanted), Decimal(1)).scaleb(-digits)
+    plainly = _plain_equality(answer, truth, digits)
+    if plainly is not None:
+        return plainly
     if any(_TERM.fullmatch(one) and "=" not in other for one, other in ((answer, truth), (truth, answer))):
         return False
     parsed = _parse(answer), _parse(truth)
     if all(parsed) and _plainly_differ(parsed[0][0], parsed[1][0], digits):
         return False
     return math_verify.verify(parsed[1], parsed[0], float_rounding=digits, timeout_seconds=None)
+
+
+def _plain_equality(answer: str, truth: str, digits: int) -> bool | None:
+    """What math-verify says of two fractions of whole numbers or two intervals between such, without the parser, which
+    takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
+    given, wanted = _fraction(answer), _fraction(truth)
+    if given is not None and wanted is not None:
+        return _near(given, wanted, digits)
+    one, other = _interval(answer), _interval(truth)
+    if one is None or other is None:
+        return None
+    ends = [_near(a, b, digits) for a, b in zip(one[1:], other[1:], strict=True)]
+    if one[0] != other[0] or False in ends:
+        return False
+    return None if None in ends else True
+
+
+def _near(given: Fraction, wanted: Fraction, digits: int) -> bool | None:
+    """Whether two numbers are the same, or plainly are not; None in between."""
+    difference = abs(given - wanted)
+    if difference > 2 * Fraction(10) ** -digits * max(abs(wanted), 1):
+        return False
+    return None if difference else True
+
+
+def _fraction(text: str) -> Fraction | None:
+    found = _FRACTION.fullmatch(text)
+    if found is None:
+        return None
+    above, below = found["above"] or found["over"] or found["whole"], found["below"] or found["under"] or "1"
+    value = Fraction(above) / int(below) if int(below) else None
+    return -value if value is not None and found["sign"] == "-" else value
+
+
+def _interval(text: str) -> tuple[str, Fraction, Fraction] | None:
+    """The brackets and the ends of `[1, 5/2)`, if the first end is the smaller one: others are read as pairs."""
+    inside = text[1:-1].split(",")
+    if len(inside) != 2 or text[0] not in "[(" or text[-1] not in "])":
+        return None
+    low, high = (_fraction(end.strip()) for end in inside)
+    return (text[0] + text[-1], low, high) if low is not None and high is not None and low < high else None
 
 
 def _same_percentage(answer: str, truth: str, digits: int) -> bool:

@@ -112,7 +112,7 @@ class Graders:
     def _grade_apart(self, answers: Sequence[tuple[str, Task]]) -> list[Score]:
         self._workers = self._workers or [_Worker(self._job) for _ in range(self._count)]
         scores: dict[int, Score] = {}
-        waiting = deque(range(len(answers)))
+        waiting = Waiting([task for _, task in answers], self._count)
         try:
             while len(scores) < len(answers):
                 self._hand_out(answers, waiting)
@@ -122,14 +122,13 @@ class Graders:
             raise
         return [scores[index] for index in range(len(answers))]
 
-    def _hand_out(self, answers: Sequence[tuple[str, Task]], waiting: deque[int]) -> None:
+    def _hand_out(self, answers: Sequence[tuple[str, Task]], waiting: Waiting) -> None:
         """Give each idle worker the next answer. One that died while it had nothing to do is replaced."""
         for position, worker in enumerate(self._workers):
             if worker.is_idle and worker.pipe.poll():
                 worker.kill()
                 self._workers[position] = _Worker(self._job)
-            elif worker.is_idle and waiting:
-                index = waiting.popleft()
+            elif worker.is_idle and (index := waiting.take(position)) is not None:
                 worker.send(index, *answers[index])
 
     def _collect(self) -> dict[int, Score]:
@@ -151,6 +150,29 @@ class Graders:
                 self._workers[self._workers.index(worker)] = _Worker(self._job)
                 self._late += [worker] if worker.is_alive else []
         return scores
+
+
+class Waiting:
+    """The answers that wait for a worker, in runs to one task. A worker keeps to its run: what its reward remembers of
+    a task, such as the parsed ground truth, need not be found out in every process. When no run is left, the longest of
+    those under way is shared."""
+
+    def __init__(self, tasks: Sequence[Task], workers: int) -> None:
+        self._runs: deque[deque[int]] = deque()
+        for index, task in enumerate(tasks):
+            if not index or task is not tasks[index - 1]:
+                self._runs.append(deque())
+            self._runs[-1].append(index)
+        self._under_way: list[deque[int]] = [deque() for _ in range(workers)]
+
+    def take(self, worker: int) -> int | None:
+        """The next answer for the worker at this place, or None if none waits."""
+        if not self._under_way[worker] and self._runs:
+            self._under_way[worker] = self._runs.popleft()
+        if self._under_way[worker]:
+            return self._under_way[worker].popleft()
+        longest = max(self._under_way, key=len)
+        return longest.pop() if longest else None
 
 
 class _Worker:

@@ -49,6 +49,7 @@ def serve(job: Job, pipe: Connection) -> None:
         pipe.send(Failure(f"reward {job.name} cannot be built in a worker process: {type(error).__name__}: {error}"))
         return
     pipe.send(None)
+    own = os.getpid()
     current: Task | None = None
     while True:
         try:
@@ -59,7 +60,10 @@ def serve(job: Job, pipe: Connection) -> None:
         assert current is not None
         # Should the owner be gone while a grader hangs, nobody else would end it: SIGALRM does.
         signal.setitimer(signal.ITIMER_REAL, 2 * job.time_limit + 1)
-        pipe.send(_graded(reward, text, current))
+        score = _graded(reward, text, current)
+        if os.getpid() != own:  # the grader forked, and this is the copy: its scores would be taken for other answers'
+            os._exit(0)
+        pipe.send(score)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -68,5 +72,5 @@ def _graded(reward: Any, text: str, task: Task) -> Score | Failure:
         return reward(text, task)
     except DataError as error:
         return Failure(str(error))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return Score(0.0, note=f"{FAILED}: {type(error).__name__}: {error}")

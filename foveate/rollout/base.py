@@ -15,10 +15,15 @@ from foveate.records import Completion, Prompt, SamplingParams
 class Request:
     """One prompt to answer. The answers depend on `seed`, the prompt, the weights and the sampling parameters alone:
     not on what else is in the batch, nor on any state of the engine. (Served engines keep this up to the rounding of
-    their kernels, which may differ with the batch.)"""
+    their kernels, which may differ with the batch.)
+
+    begun: answers to an earlier request for the same, which was interrupted by `pause`, or nothing. Those with finish
+    "abort" go on from their tokens under the weights of now, whose keys and values are computed anew; the others stay
+    as they are."""
 
     prompt: Prompt
     seed: int
+    begun: tuple[Completion, ...] = ()
 
 
 class Answering(Protocol):
@@ -40,6 +45,14 @@ class Streaming(Answering, Protocol):
         """As `Engine.stream`."""
         ...
 
+    def pause(self) -> None:
+        """As `Engine.pause`."""
+        ...
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        ...
+
 
 class Engine(Protocol):
     """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
@@ -55,7 +68,17 @@ class Engine(Protocol):
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
-        what is unfinished."""
+        what is unfinished. After a `pause` it gives what it has begun, unfinished answers with finish "abort", and
+        ends: indices that are missing were not begun."""
+        ...
+
+    def pause(self) -> None:
+        """Called beside a stream, from another thread: that stream ends early, and so does any that begins before
+        `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Streams are whole again. Called when none is under way."""
         ...
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,33 @@ from foveate.rollout import ENGINES
 from foveate.rollout.base import Engine
 from foveate.rollout.native import NativeEngine
 from foveate.rollout.parity import check_engine
+from foveate.rollout.served import ServedEngine
 
 
-def choose_engine(rollout: RolloutSettings, max_prompt_tokens: int, *, apart: bool = False) -> Callable[..., Any]:
+def choose_engine(
+    rollout: RolloutSettings, max_prompt_tokens: int, *, apart: bool = False, given: Mapping[str, Any] = {}
+) -> Callable[..., Any]:
     """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
     keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
-    prompt with its answer. `apart`: it answers while the policy learns, so that the native one gets weights of its own.
+    prompt with its answer. `given`: more arguments, for engines that know them. `apart`: it answers while the policy
+    learns, so that the native one gets weights of its own.
+
     Raises ConfigError for whatever does not fit; nothing is started yet."""
     make: Any = resolve(ENGINES, rollout.engine, "engine")
     function = make.__init__ if inspect.isclass(make) else make
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
-    if "longest" in inspect.signature(function).parameters:
-        keywords = {"longest": max_prompt_tokens + rollout.max_tokens, **keywords}
+    known = inspect.signature(function).parameters
+    given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
+    keywords = {**{name: value for name, value in given.items() if name in known}, **keywords}
     if apart and inspect.isclass(make) and issubclass(make, NativeEngine):
         return partial(make.copy_of, **{name: value for name, value in keywords.items() if name != "own_weights"})
     return partial(make, **keywords)
+
+
+def place_of_policy(rollout: RolloutSettings, device: str) -> str:
+    """Where the policy of an engine in a process of its own stands: in host memory if it is only sent on."""
+    make: Any = resolve(ENGINES, rollout.engine, "engine")
+    return "cpu" if inspect.isclass(make) and issubclass(make, ServedEngine) else device
 
 
 class Proof:

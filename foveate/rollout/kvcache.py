@@ -15,38 +15,57 @@ _HIDDEN = -1e30
 
 
 class GroupCache:
-    """The key-value cache of a wave: G prompts, each with `samples` answers of at most `capacity` cached tokens.
+    """The key-value cache of a wave: G prompts, each with `samples` answers of at most `capacity` cached tokens, or
+    with as many as were begun.
 
-    It is used in two phases. During the prefill the row holds the packed prompts: their keys and values are kept, and
-    forest attention computes the output. After `branch` the row holds one token of each of B live answers, the
-    answers of a group side by side at first, and `attend` computes the output in two parts, whose softmaxes are merged
-    by their log-sum-exp: all answers of a group against their one prompt in one product, and each answer against
-    itself. `advance` ends a step; `keep` lets finished answers leave.
+    It is used in two phases. During the prefill the row holds the packed prompts, and below them the answers that were
+    begun: their keys and values are kept, and forest attention computes the output. After `branch` the row holds one
+    token of each of B live answers, the answers of a group side by side at first, and `attend` computes the output in
+    two parts, whose softmaxes are merged by their log-sum-exp: all answers of a group against their one prompt in one
+    product, and each answer against itself. `advance` ends a step; `keep` lets finished answers leave.
 
     prompt: keys and values (G, H_kv, P, d) per layer, shorter prompts padded and masked by a bias of -inf.
-    own: keys and values (B, H_kv, capacity, d) per layer, filled up to `step`.
+    own: keys and values (B, H_kv, capacity, d) per layer, filled up to `step`. Answers that were begun end at the same
+    place; shorter ones have `pads` places before them, masked likewise.
     """
 
     def __init__(self, layout: Layout, samples: int, capacity: int, device: torch.device) -> None:
-        """`layout` is that of the packed prompts: roots without children."""
-        self.step = 0
-        self._capacity = capacity
-        self._lengths = list(layout.length)
-        self._groups = [group for group in range(len(layout.length)) for _ in range(samples)]
+        """`layout` is that of the packed prompts: roots, whose children are the answers that were begun. A root without
+        children gets `samples` answers."""
+        roots = [segment for segment, above in enumerate(layout.parent) if above < 0]
+        below: list[list[int]] = [[] for _ in layout.parent]
+        for segment, above in enumerate(layout.parent):
+            if above >= 0:
+                below[above].append(segment)
+        rows = [(group, child) for group, root in enumerate(roots) for child in below[root] or [None] * samples]
+        begun = [0 if child is None else layout.length[child] for _, child in rows]
+        self.step = max(begun)
+        self._pads = [self.step - tokens for tokens in begun]
+        self._capacity = capacity + max(self._pads)
+        self._lengths = [layout.length[root] for root in roots]
+        self._groups = [group for group, _ in rows]
         self._branched = False
         self._device = device
         self._prompt: list[tuple[Tensor, Tensor]] = []
+        self._begun: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
-        offsets = torch.arange(max(layout.length))
-        ends = torch.tensor(layout.length)[:, None] - 1
-        self._index = (torch.tensor(layout.start)[:, None] + offsets.minimum(ends)).to(device)
+        starts = torch.tensor([layout.start[root] for root in roots])[:, None]
+        ends = torch.tensor(self._lengths)[:, None] - 1
+        self._index = (starts + torch.arange(max(self._lengths)).minimum(ends)).to(device)
+        first = torch.tensor([0 if child is None else layout.start[child] for _, child in rows])[:, None]
+        offsets = torch.arange(self.step) - torch.tensor(self._pads)[:, None]
+        self._begun_index = (first + offsets.clamp(min=0)).to(device)
 
     def branch(self) -> None:
         """From the prompts to the answers: make room for the keys and values of all answers."""
         self._branched = True
-        for key, _ in self._prompt:
-            shape = (len(self._groups), key.shape[1], self._capacity, key.shape[3])
-            self._own.append((key.new_empty(shape), key.new_empty(shape)))
+        for begun in self._begun:
+            shape = (len(self._groups), begun[0].shape[1], self._capacity, begun[0].shape[3])
+            own = begun[0].new_empty(shape), begun[1].new_empty(shape)
+            for room, kept in zip(own, begun, strict=True):
+                room[:, :, : self.step] = kept
+            self._own.append(own)
+        self._begun.clear()
         self._arrange()
 
     def advance(self) -> None:
@@ -68,6 +87,7 @@ class GroupCache:
             for own in pair:
                 own[gaps, :, : self.step] = own[movers, :, : self.step]
         self._groups = [self._groups[row] for row in order]
+        self._pads = [self._pads[row] for row in order]
         groups = sorted(set(self._groups))
         if 2 * len(groups) <= len(self._lengths):
             self._keep_groups(groups)
@@ -96,6 +116,12 @@ class GroupCache:
         outside = torch.arange(max(self._lengths)) >= lengths[:, None]
         bias = torch.zeros(outside.shape).masked_fill(outside, float("-inf"))[:, None, None]
         self._bias = bias.to(self._device) if bool(outside.any()) else None
+        self._own_bias = None
+        if any(self._pads):
+            pads = torch.tensor(self._pads, device=self._device)[:, None]
+            before = torch.arange(self._capacity, device=self._device) < pads
+            zeros = torch.zeros(before.shape, device=self._device)
+            self._own_bias = zeros.masked_fill(before, float("-inf"))[:, None, None]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras = PLAIN
@@ -105,8 +131,9 @@ class GroupCache:
         key = key.to(value.dtype)
         if not self._branched:
             assert layer == len(self._prompt), "layers attend in order, once each"
-            keys, values = (t.transpose(0, 1)[self._index].transpose(1, 2).contiguous() for t in (key, value))
-            self._prompt.append((keys, values))
+            for kept, index in ((self._prompt, self._index), (self._begun, self._begun_index)):
+                keys, values = (t.transpose(0, 1)[index].transpose(1, 2).contiguous() for t in (key, value))
+                kept.append((keys, values))
             return None
         heads, rows, width = query.shape
         rows_query = query.to(value.dtype).transpose(0, 1).reshape(rows, key.shape[0], -1, width)
@@ -124,22 +151,24 @@ class GroupCache:
         groups, places = self._grid.shape
         _, kv_heads, repeat, width = query.shape
         grid = query[self._grid].transpose(1, 2).reshape(groups, kv_heads, places * repeat, width)
-        out, lse = partial_attention(grid, *self._prompt[layer], scale, self._prompt_bias(window))
+        out, lse = partial_attention(grid, *self._prompt[layer], scale, self._prompt_bias(window, repeat))
         group, place = self._place
         return (
             out.view(groups, kv_heads, places, repeat, width)[group, :, place],
             lse.view(groups, kv_heads, places, repeat)[group, :, place],
         )
 
-    def _prompt_bias(self, window: int | None) -> Tensor | None:
-        """What the answers' current tokens do not see of the prompts (G, 1, 1, L): padding, and what the window has
-        left behind. That may be all; a finite bias then gives a log-sum-exp that counts for nothing."""
+    def _prompt_bias(self, window: int | None, repeat: int) -> Tensor | None:
+        """What the answers' current tokens do not see of the prompts (G, 1, 1 or places x repeat, L): padding, and what
+        the window has left behind. That may be all; a finite bias then gives a log-sum-exp that counts for nothing."""
         if window is None:
             return self._bias
-        lengths = torch.tensor(self._lengths, device=self._device)[:, None]
+        lengths = torch.tensor(self._lengths, device=self._device)[:, None, None]
         places = torch.arange(max(self._lengths), device=self._device)
-        hidden = (places >= lengths) | (lengths + self.step - places >= window)
-        return torch.zeros(hidden.shape, device=self._device).masked_fill(hidden, _HIDDEN)[:, None, None]
+        own = self.step - torch.tensor(self._pads, device=self._device)[self._grid][..., None]
+        hidden = (places >= lengths) | (lengths + own - places >= window)
+        bias = torch.zeros(hidden.shape, device=self._device).masked_fill(hidden, _HIDDEN)
+        return bias.repeat_interleave(repeat, 1)[:, None]
 
     def _attend_own(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
@@ -150,7 +179,8 @@ class GroupCache:
         own_value[:, :, self.step] = value.transpose(0, 1)
         end = self.step + 1
         begin = 0 if window is None else max(0, end - window)
-        return partial_attention(query, own_key[:, :, begin:end], own_value[:, :, begin:end], scale, None)
+        bias = None if self._own_bias is None else self._own_bias[..., begin:end]
+        return partial_attention(query, own_key[:, :, begin:end], own_value[:, :, begin:end], scale, bias)
 
 
 def partial_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from foveate.model.forward import evaluating, hidden_states
 from foveate.model.load import Policy
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
 from foveate.rollout.kvcache import GroupCache
-from foveate.rollout.sampling import draw, uniforms
+from foveate.rollout.sampling import draw
+from foveate.rollout.wave import Wave
 
 _LOGITS = 1 << 24
 """Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
@@ -24,9 +26,9 @@ _LOGITS = 1 << 24
 
 @dataclass(slots=True)
 class Stats:
-    """What the engine computed since it was made. `prefills` and `prefill_tokens` count prompts and their tokens;
-    `decode_steps` counts forward passes over live answers, `decode_tokens` the answer tokens that went through them
-    (the last token of an answer is never fed back)."""
+    """What the engine computed since it was made. `prefills` and `prefill_tokens` count prompts and their tokens, those
+    of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the answer
+    tokens that went through them (the last token of an answer is never fed back)."""
 
     prefills: int = 0
     prefill_tokens: int = 0
@@ -38,7 +40,8 @@ class NativeEngine:
     """Samples with a policy's model in this process (the `Engine` seam of `foveate.rollout.base`).
 
     Requests are answered in waves. The prompts of a wave go through the model as one packed row, each once, images
-    included; then every step takes one token of each live answer through it, and finished answers leave. The reported
+    included; then every step takes one token of each live answer through it, and finished answers leave. Answers that
+    were interrupted go on behind their prompt: all their tokens go through the model in that first row. The reported
     log-probs are those of `foveate.rollout.sampling.draw`: over the whole vocabulary, comparable with the trainer's.
     """
 
@@ -61,6 +64,7 @@ class NativeEngine:
         self._decode = decode
         self._token_budget = token_budget
         self._own_weights = own_weights
+        self._paused = threading.Event()
         weight = policy.part("head").weight
         assert isinstance(weight, Tensor)
         self._banned = torch.arange(len(weight), device=policy.device) >= len(policy.tokenizer)
@@ -83,11 +87,22 @@ class NativeEngine:
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Groups as their waves finish; a wave that nobody asks for is not computed."""
-        for wave in plan_waves([len(r.prompt) for r in requests], sampling, self._token_budget):
-            with torch.inference_mode(), evaluating(self.policy.model):
-                groups = self._wave([requests[i] for i in wave], sampling)
-            yield from zip(wave, groups, strict=True)
+        """Groups as they finish; what nobody asks for is not computed."""
+        open_ = [i for i, r in enumerate(requests) if not r.begun or any(c.finish == "abort" for c in r.begun)]
+        yield from ((i, request.begun) for i, request in enumerate(requests) if i not in open_)
+        for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, self._token_budget):
+            if self._paused.is_set():
+                return
+            wave = Wave([requests[open_[i]] for i in members], sampling, self.version, self.policy.device)
+            while wave.answers:
+                for number in self._advance(wave, sampling):
+                    yield open_[members[number]], wave.group(number, self._decode)
+
+    def pause(self) -> None:
+        self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
@@ -116,61 +131,47 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing runs outside of a call."""
 
-    def _wave(self, requests: list[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
-        """All answers of some requests. A row of the batch is a live answer; `answers` says which of the S it is."""
-        samples, limit, device = sampling.samples, sampling.max_tokens, self.policy.device
-        uniform = torch.stack([uniforms(r.seed, i, limit) for r in requests for i in range(samples)]).to(device)
-        token_ids = torch.zeros(uniform.shape, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(uniform.shape, device=device)
-        lengths = [limit] * len(uniform)
-        answers = list(range(len(uniform)))
-        answer_B = torch.arange(len(uniform), device=device)
-        position_B = torch.tensor([r.prompt.end for r in requests for _ in range(samples)], device=device)
-        hidden, cache = self._prefill([r.prompt for r in requests], samples, limit - 1)
-        hidden = hidden.repeat_interleave(samples, 0)
-        for step in range(limit):
-            token_B, logprob_B = self._sample(hidden, uniform[answer_B, step], sampling)
-            token_ids[answer_B, step], logprobs[answer_B, step] = token_B, logprob_B
-            live = []
-            for row, stopped in enumerate(torch.isin(token_B, self._stop).tolist()):
-                if stopped:
-                    lengths[answers[row]] = step + 1
-                else:
-                    live.append(row)
-            if not live or step + 1 == limit:
-                break
-            if len(live) < len(answers):
-                order = cache.keep(live)
-                answers = [answers[row] for row in order]
-                answer_B, position_B, token_B = answer_B[order], position_B[order], token_B[order]
-            hidden = self._decode_step(token_B, position_B + step, cache)
-        finished = self._completions(token_ids.tolist(), logprobs.tolist(), lengths)
-        return [tuple(finished[i : i + samples]) for i in range(0, len(finished), samples)]
+    def _advance(self, wave: Wave, sampling: SamplingParams) -> list[int]:
+        """Sample until requests of the wave have all their answers: their numbers. Nobody else's code runs within,
+        where autograd is off and the model in evaluation mode."""
+        finished: list[int] = []
+        with torch.inference_mode(), evaluating(self.policy.model):
+            while not finished:
+                hidden = self._prefill(wave, sampling) if wave.cache is None else self._decode_step(wave, wave.cache)
+                token_B, logprob_B = self._sample(hidden, wave.uniform_B, sampling)
+                finished = wave.take(token_B, logprob_B, self._stop, self._paused.is_set())
+        return finished
 
-    def _prefill(self, prompts: list[Prompt], samples: int, capacity: int) -> tuple[Tensor, GroupCache]:
-        """The last hidden state of each prompt, (G, D), and the cache with the prompts' keys and values."""
-        device = self.policy.device
-        batch = pack([Tree(prompt, ()) for prompt in prompts]).to(device)
-        cache = GroupCache(batch.layout, samples, capacity, device)
+    def _prefill(self, wave: Wave, sampling: SamplingParams) -> Tensor:
+        """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
+        The wave gets its cache, with the keys and values of prompts and of what was begun."""
+        device, samples = self.policy.device, sampling.samples
+        batch = pack(wave.trees).to(device)
+        wave.cache = cache = GroupCache(batch.layout, samples, sampling.max_tokens - 1, device)
         hidden = hidden_states(self.policy, batch, cache)
         cache.branch()
-        self.stats.prefills += len(prompts)
+        self.stats.prefills += len(wave.trees)
         self.stats.prefill_tokens += batch.layout.tokens
-        ends = torch.tensor(batch.layout.start) + torch.tensor(batch.layout.length) - 1
-        return hidden[ends.to(device)], cache
+        ends = [start + length - 1 for start, length in zip(batch.layout.start, batch.layout.length, strict=True)]
+        roots = [segment for segment, above in enumerate(batch.layout.parent) if above < 0]
+        rows: list[int] = []
+        for root, tree in zip(roots, wave.trees, strict=True):
+            below = len(tree.answers)
+            rows += ends[root + 1 : root + 1 + below] if below else ends[root : root + 1] * samples
+        return hidden[torch.tensor(rows, device=device)]
 
-    def _decode_step(self, token_B: Tensor, position_B: Tensor, cache: GroupCache) -> Tensor:
+    def _decode_step(self, wave: Wave, cache: GroupCache) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
         language: Any = self.policy.part("language")
         out = language(
-            inputs_embeds=language.get_input_embeddings()(token_B)[None],
-            position_ids=position_B[None],
+            inputs_embeds=language.get_input_embeddings()(wave.last_B)[None],
+            position_ids=wave.position_B[None],
             cache=cache,
             use_cache=False,
         )
         cache.advance()
         self.stats.decode_steps += 1
-        self.stats.decode_tokens += len(token_B)
+        self.stats.decode_tokens += len(wave.last_B)
         return out.last_hidden_state[0]
 
     def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -182,16 +183,6 @@ class NativeEngine:
             for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
         ]
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
-
-    def _completions(
-        self, token_ids: list[list[int]], logprobs: list[list[float]], lengths: list[int]
-    ) -> list[Completion]:
-        completions = []
-        for ids, values, length in zip(token_ids, logprobs, lengths, strict=True):
-            answer = tuple(ids[:length])
-            finish = "stop" if answer[-1] in self.policy.family.stop_ids else "length"
-            completions.append(Completion(answer, tuple(values[:length]), self._decode(answer), finish, self.version))
-        return completions
 
 
 def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:

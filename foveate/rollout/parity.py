@@ -4,7 +4,9 @@ cause: the token ids that the model reads, the number of image tokens, and then 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -17,7 +19,7 @@ from foveate.model.forward import token_logprobs
 from foveate.model.load import Policy
 from foveate.parallel.packing import Tree, pack
 from foveate.records import Completion, DataError, Image, Message, Prompt, SamplingParams, Task
-from foveate.rollout.base import Engine, Request
+from foveate.rollout.base import Answering, Request
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest mean difference of log-probs, nats, between the kernels of a trainer and an engine with equal weights."""
@@ -25,22 +27,43 @@ _ANSWERS = SamplingParams(samples=2, max_tokens=8)
 _SIZES = ((448, 448), (896, 448), (1792, 1344))
 
 
-def check_engine(engine: Engine, policy: Policy, encoder: Encoder, temperature: float, version: int) -> float:
+class Probed(Answering, Protocol):
+    """What can be asked the prompts of the probe: an engine, here or elsewhere."""
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """As `Engine.prompt_ids`."""
+        ...
+
+
+def check_engine(engine: Probed, policy: Policy, encoder: Encoder, temperature: float, version: int) -> float:
+    """`compare` with a policy in this process."""
+    dtype = next(policy.model.parameters()).dtype
+    return compare(engine, partial(_logprobs, policy, temperature), encoder, dtype, temperature, version)
+
+
+def compare(
+    engine: Probed,
+    trainer: Callable[[list[Tree]], list[Tensor]],
+    encoder: Encoder,
+    dtype: torch.dtype,
+    temperature: float,
+    version: int,
+) -> float:
     """Ask the probe prompts and compare; returns the mean difference of log-probs, nats. The prompts are the same each
-    time, so that anything stale in a cache of the engine shows.
+    time, so that anything stale in a cache of the engine shows. trainer: the log-probs of the answers of each tree, one
+    vector each; dtype: the coarsest that engine and trainer compute in.
 
     Raises EngineError that names the first thing that differs.
     """
     prompts = probe_prompts(encoder)
-    _compare_prompts(engine, prompts, policy.family.image_token_id)
+    _compare_prompts(engine, prompts, encoder.family.image_token_id)
     sampling = SamplingParams(_ANSWERS.samples, _ANSWERS.max_tokens, temperature)
     groups = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], sampling)
     for group in groups:
         for completion in group:
             if completion.version != version:
                 raise EngineError(f"the engine answers with weights {completion.version}, the trainer is at {version}")
-    differences = logprob_differences(policy, prompts, groups, temperature)
-    dtype = next(policy.model.parameters()).dtype
+    differences = _differences(trainer, prompts, groups)
     for prompt, difference in zip(prompts, differences, strict=True):
         mean = float(difference.mean())
         if not mean <= TOLERANCE[dtype]:
@@ -53,19 +76,26 @@ def check_engine(engine: Engine, policy: Policy, encoder: Encoder, temperature: 
     return float(torch.cat(differences).mean())
 
 
-@torch.no_grad()
 def logprob_differences(
     policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], temperature: float
 ) -> list[Tensor]:
     """Absolute differences between the engine's log-probs and the trainer's, a vector over the answer tokens of each
     prompt."""
-    found = []
-    for prompt, group in zip(prompts, groups, strict=True):
-        batch = pack([Tree(prompt, tuple(completion.token_ids for completion in group))])
-        expected = token_logprobs(policy, batch, temperature)[0]
-        engine = torch.tensor([value for completion in group for value in completion.logprobs])
-        found.append((engine.to(expected) - expected).abs())
-    return found
+    return _differences(partial(_logprobs, policy, temperature), prompts, groups)
+
+
+def _differences(
+    trainer: Callable[[list[Tree]], list[Tensor]], prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+) -> list[Tensor]:
+    pairs = zip(prompts, groups, strict=True)
+    expected = trainer([Tree(prompt, tuple(one.token_ids for one in group)) for prompt, group in pairs])
+    sampled = [torch.tensor([value for one in group for value in one.logprobs]) for group in groups]
+    return [(own.to(other) - other).abs() for own, other in zip(sampled, expected, strict=True)]
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, temperature: float, trees: list[Tree]) -> list[Tensor]:
+    return [token_logprobs(policy, pack([tree]), temperature)[0] for tree in trees]
 
 
 def probe_prompts(encoder: Encoder) -> list[Prompt]:
@@ -92,7 +122,7 @@ def _noise(seed: int, width: int, height: int) -> Image:
     return Image(None, file.getvalue(), width, height)
 
 
-def _compare_prompts(engine: Engine, prompts: Sequence[Prompt], image_token_id: int) -> None:
+def _compare_prompts(engine: Probed, prompts: Sequence[Prompt], image_token_id: int) -> None:
     for prompt in prompts:
         found = engine.prompt_ids(prompt)
         if found == prompt.token_ids:

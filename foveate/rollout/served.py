@@ -12,7 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -25,11 +25,14 @@ from foveate.model.load import Policy
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
 from foveate.rollout.replica import Replica, ReplicaLostError
+from foveate.rollout.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
 _PER_REPLICA = 256
 """Requests under way at one server; it queues what it cannot compute at once."""
+_LOOK = 0.1
+"""Seconds after which a pause is noticed at the latest."""
 _RESTARTS = 2
 """Starts of one replica without a single finished group in between, after which the run ends."""
 TRANSFER_S = 600.0
@@ -58,6 +61,8 @@ class ServedEngine(ABC):
     in one response. What differs between kinds of servers is in the abstract methods.
     """
 
+    _decode: Callable[[tuple[int, ...]], str]
+
     def __init__(self, replicas: int, *, start_s: float, stall_s: float) -> None:
         self.version = -1
         self.counts = Counts()
@@ -69,6 +74,7 @@ class ServedEngine(ABC):
         self._pool = ThreadPoolExecutor(max_workers=_PER_REPLICA * replicas, thread_name_prefix="engine")
         self.replicas = [self.new_replica(number) for number in range(replicas)]
         self._fails = [0] * replicas
+        self._paused = threading.Event()
         self._close = weakref.finalize(self, _end, self.replicas, self._pool, self._folder)
 
     # ---------------------------------------------------------------------------------- what kinds of servers differ in
@@ -79,8 +85,8 @@ class ServedEngine(ABC):
 
     @abstractmethod
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
-        """All answers to one request, each stamped with the version that the server says. Raises ReplicaLostError where
-        an answer is not whole."""
+        """All answers to one request, each stamped with the version that the server says; nothing of it is begun yet.
+        Raises ReplicaLostError where an answer has ended in a way that is not in `finishes`."""
 
     @abstractmethod
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
@@ -112,14 +118,18 @@ class ServedEngine(ABC):
 
         def submit(index: int, number: int) -> None:
             replica = self.replicas[number]
-            future = self._pool.submit(self.ask, replica, requests[index], sampling)
+            future = self._pool.submit(self._answer, replica, requests[index], sampling)
             pending[future] = index, number, replica.incarnation
 
         try:
             for index, number in enumerate(self._routes([request.prompt for request in requests])):
-                submit(index, number)
+                if not self._paused.is_set():
+                    submit(index, number)
             while pending:
-                done, _ = wait(pending, timeout=self._stall_s / 4, return_when=FIRST_COMPLETED)
+                if self._paused.is_set():
+                    yield from self._interrupt(pending)
+                    return
+                done, _ = wait(pending, timeout=min(self._stall_s / 4, _LOOK), return_when=FIRST_COMPLETED)
                 if time.monotonic() > look:
                     self._kill_stalled({number for _, number, _ in pending.values()}, progress)
                     look = time.monotonic() + self._stall_s / 4
@@ -139,6 +149,55 @@ class ServedEngine(ABC):
                     yield index, group
         finally:
             self._drop(pending)
+
+    def pause(self) -> None:
+        self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
+
+    @property
+    def finishes(self) -> tuple[str, ...]:
+        """How answers may end now."""
+        return ("stop", "length", "abort") if self._paused.is_set() else ("stop", "length")
+
+    def _answer(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        """All answers to one request; those that were begun go on side by side, each by a request of its own."""
+        unfinished = [i for i, before in enumerate(request.begun) if before.finish == "abort"]
+        if not request.begun:
+            return self.ask(replica, request, sampling)
+        with ThreadPoolExecutor(max(1, len(unfinished))) as pool:
+            more = pool.map(lambda i: self._go_on(replica, request, i, sampling), unfinished)
+            found = dict(zip(unfinished, more, strict=True))
+        return tuple(found.get(i, before) for i, before in enumerate(request.begun))
+
+    def _go_on(self, replica: Replica, request: Request, number: int, sampling: SamplingParams) -> Completion:
+        """The answer of this number with what follows on its tokens, which are part of the prompt now."""
+        before, prompt = request.begun[number], request.prompt
+        ids = before.token_ids
+        longer = replace(prompt, token_ids=prompt.token_ids + ids, engine_ids=prompt.engine_ids + ids)
+        seed = seed_of("go on", request.seed, number, len(ids))
+        rest = replace(sampling, samples=1, max_tokens=sampling.max_tokens - len(ids))
+        [more] = self.ask(replica, Request(longer, seed), rest)
+        return before.then(more, self._decode(ids + more.token_ids))
+
+    def _interrupt(
+        self, pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]]
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        """End what is under way; the groups of which there is something."""
+        self._drop(pending)
+        while pending:
+            future, (index, number, incarnation) = pending.popitem()
+            if future.cancelled():
+                continue
+            try:
+                group = future.result()
+            except ReplicaLostError as error:
+                self._revive(number, incarnation, error)
+                self.counts.regenerated += 1
+                continue
+            if any(completion.token_ids for completion in group):
+                yield index, group
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         started = time.monotonic()

@@ -64,6 +64,7 @@ class SGLangEngine(ServedEngine):
         longest: int | None = None,
         replicas: int = 1,
         tensor_parallel: int = 1,
+        device: str | None = None,
         memory_fraction: float = 0.8,
         cache_tokens: int | None = None,
         devices: list[str] | None = None,
@@ -90,7 +91,7 @@ class SGLangEngine(ServedEngine):
         self._senders: dict[Replica, Sender] = {}
         self._counters: dict[Replica, Path] = {}
         self._banned = banned_ids(policy)
-        on_cpu = policy.device.type == "cpu"
+        on_cpu = (device or policy.device.type) == "cpu"
         self._environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
         self._environment |= environment or {}
         self._options = [
@@ -130,9 +131,10 @@ class SGLangEngine(ServedEngine):
             return
         device = self._policy.device
         sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
-        backend = "nccl" if device.type == "cuda" else "gloo"
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        with meanwhile(replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": backend}):
+        with meanwhile(
+            replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": sender.backend}
+        ):
             sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
         self._senders[replica] = sender
 
@@ -187,7 +189,7 @@ class SGLangEngine(ServedEngine):
 
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
         answers = self._generate(replica, request, sampling)
-        if any(answer["meta_info"]["finish_reason"]["type"] not in ("stop", "length") for answer in answers):
+        if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, answers))
 

@@ -60,9 +60,11 @@ def _check_buckets() -> None:
         names, dtypes, shapes = about["names"], about["dtypes"], about["shapes"]
         sizes = [DTYPES[name].itemsize * torch.Size(shape).numel() for name, shape in zip(dtypes, shapes, strict=True)]
         places = [*accumulate((-(-size // 16) * 16 for size in sizes), initial=0)]
-        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=self.device)
+        group = self._model_update_group[about["group_name"]]
+        device = self.device if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=device)
         for part in (flat[:-16], flat[-16:]) if sizes == places[1:] else (flat,):  # a lone tensor has its trailer apart
-            torch.distributed.broadcast(part, 0, group=self._model_update_group[about["group_name"]])
+            torch.distributed.broadcast(part, 0, group=group)
         words = flat.view(torch.int64)
         found, sent = int(words[:-2].sum()), int(words[-2])
         if found != sent:

@@ -103,13 +103,18 @@ def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor
 
 
 class Sender:
-    """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`."""
+    """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
+
+    Weights on a GPU travel by NCCL, others by gloo, also to servers on GPUs: an engine in a process of its own keeps
+    its weights in host memory, because NCCL joins no two processes on one GPU.
+    """
 
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
         self._device, self._group = device, None
         self.host, self.port, self.world_size = host, self._store.port, world_size
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
 
     def connect(self, *prefixes: str) -> None:
         """Returns when every worker has joined, by a store with these prefixes, the outermost last."""
@@ -117,7 +122,7 @@ class Sender:
         for prefix in prefixes:
             store = PrefixStore(prefix, store)
         group: Any
-        if self._device.type == "cuda":
+        if self.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL
 
             group = ProcessGroupNCCL(store, 0, self.world_size, ProcessGroupNCCL.Options())

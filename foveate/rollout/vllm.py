@@ -55,7 +55,6 @@ _ON_CPU = {
 KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
-_FINISHES = ("stop", "length")
 _RAW = 3
 """vLLM's MessagePack extension type for the bytes of a tensor."""
 
@@ -80,6 +79,8 @@ class VLLMEngine(ServedEngine):
         longest: int | None = None,
         replicas: int = 1,
         tensor_parallel: int = 1,
+        device: str | None = None,
+        memory_fraction: float | None = None,
         memory_mb: int | None = None,
         devices: list[str] | None = None,
         transfer: Literal["broadcast", "disk"] = "broadcast",
@@ -91,9 +92,11 @@ class VLLMEngine(ServedEngine):
         environment: dict[str, str] | None = None,
     ) -> None:
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
-        as the model's configuration says); `memory_mb` the key-value cache of one worker (None: vLLM's choice);
-        `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the trainer sees); `transfer` how
-        weights travel: by a broadcast, or through a file in the folder for temporary ones, where that fails;
+        as the model's configuration says); `device` where the server computes (None: where the policy is);
+        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
+        (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
+        trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
+        ones, where that fails;
         `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
         `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
         of its output (None: one that goes with the engine)."""
@@ -110,15 +113,17 @@ class VLLMEngine(ServedEngine):
         self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
         self._senders: dict[Replica, Sender] = {}
         self._banned = banned_ids(policy)
-        self._environment = {**_ENVIRONMENT, **(_ON_CPU if policy.device.type == "cpu" else {}), **(environment or {})}
+        on_cpu = (device or policy.device.type) == "cpu"
+        self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self._options = [
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
             *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
-            *(_cpu_options(policy, longest) if policy.device.type == "cpu" else ()),
+            *(_cpu_options(policy, longest) if on_cpu else ()),
             *(("--max-model-len", str(longest)) if longest else ()),
+            *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
@@ -142,12 +147,12 @@ class VLLMEngine(ServedEngine):
         if replica in self._senders:
             self._senders.pop(replica).close()
         if self._transfer == "disk":
-            nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "timeout_s": 0}
+            nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
             replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody})
             return
         sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        init = {"init_info": {**where, "timeout_s": TRANSFER_S}}
+        init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
         with meanwhile(replica, "/init_weight_transfer_engine", init):
             sender.connect("weights")
         self._senders[replica] = sender
@@ -195,15 +200,15 @@ class VLLMEngine(ServedEngine):
         alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
         body = self._body(request, replace(sampling, samples=sampling.samples // alike))
         choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
-        if len(choices) != sampling.samples or any(choice["finish_reason"] not in _FINISHES for choice in choices):
+        if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, choices))
 
     def _completion(self, choice: dict[str, Any]) -> Completion:
         token_ids = tuple(choice["token_ids"])
         logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
-        versions = {int(span["version"]) for span in choice["weight_versions"]}
-        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], min(versions))
+        version = min((int(span["version"]) for span in choice["weight_versions"]), default=self.version)
+        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         version = str(self.version)

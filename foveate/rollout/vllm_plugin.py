@@ -37,12 +37,13 @@ def register() -> None:
 @dataclass
 class InitInfo(WeightTransferInitInfo):
     """Where the trainer, rank 0, waits ("": nowhere, weights come in files); `rank_offset` is the rank of the server's
-    first worker."""
+    first worker. Over the backend gloo weights travel from and to the memory of the host."""
 
     host: str
     port: int
     world_size: int
     rank_offset: int
+    backend: str
     timeout_s: float
 
 
@@ -60,6 +61,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     group: Any = None
+    place: torch.device
+    """Where buckets arrive."""
     missing: frozenset[str] = frozenset()
     """Parameters of the model that have not come yet since the update began."""
 
@@ -71,7 +74,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         timeout = timedelta(seconds=init_info.timeout_s)
         store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
         prefixed = PrefixStore("weights", store)
-        if self.device.type == "cuda":
+        self.place = self.device if init_info.backend == "nccl" else torch.device("cpu")
+        if init_info.backend == "nccl":
             from torch.distributed import ProcessGroupNCCL
 
             self.group = ProcessGroupNCCL(prefixed, rank, init_info.world_size, ProcessGroupNCCL.Options())
@@ -107,7 +111,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
         """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
         `foveate.rollout.sync`) comes apart."""
-        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.device)
+        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.place)
         alone = len(tensors) == 1 and _bytes(*tensors[0][1:3]) == size
         parts = (flat[:-16], flat[-16:]) if alone else (flat,)
         return flat, [self.group.broadcast(part, 0) for part in parts]

@@ -1,40 +1,48 @@
 """Generation that goes on while the policy learns: groups are made ahead of the steps that train on them.
 
 A thread draws the next tasks, has them answered and grades each group as it finishes. How far it may run ahead follows
-from `rollout.staleness` alone: a group made with weights v is trained in step v + 1 + staleness at the latest, and the
+from `rollout.staleness` alone: a group begun with weights v is trained in step v + 1 + staleness at the latest, and the
 thread waits where the next group would come later. So groups are not made to be thrown away, and what waits is bounded
 by staleness + 1 steps.
 
 New weights are published between rounds (a round is a step's groups, or what of them may be made), never under a
 request: every answer is of one version. A publish waits until the groups of the next step are there, which the step
 needs anyway; with staleness 1 a run is then a function of its settings, whatever the clock says.
+
+With `rollout.partial` a publish waits for nobody: the engine is paused, and after the publish each unfinished answer
+goes on from its tokens, under the new weights. Its version is then the oldest of those that sampled it. Steps take the
+groups in the order of the stream, so that the last one that may train a group waits for it. With `rollout.over_sample`
+they take those that have finished, the oldest first. For each group that was interrupted, up to this number, one more
+is under way, and what becomes too old is dropped and counted.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 from foveate.data.stream import Stream
 from foveate.errors import EngineError
-from foveate.records import Completion, Group, SamplingParams, Score, Task
-from foveate.rollout.base import Request, Streaming
+from foveate.records import Completion, Group, Score
+from foveate.rollout.base import Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
-from foveate.train.groups import Sampler, refilled
+from foveate.train.groups import Grading, Sampler, Scores, Work, refilled
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A group that waits to be trained, the oldest weights in it, and its share of the seconds of its round."""
+    """A group that waits to be trained, and the seconds since the one before."""
 
     group: Group
     version: int
-    seconds: Mapping[str, float]
+    seconds: dict[str, float]
 
 
 class Ahead:
@@ -42,56 +50,84 @@ class Ahead:
     it is raised by the next call.
 
     sampler: whose reader is at the position of `stream`, and has a stream of its own; stream: counts the tasks whose
-    groups were trained, or dropped, in order: what a continued run starts from. count: groups of a step; step, last:
-    the steps done and to do.
+    groups were trained, or dropped: what a continued run starts from. count: groups of a step; step, last: the steps
+    done and to do. partial: whether unfinished answers go on over a publish; over_sample: groups that may be under way
+    beyond those that steps need, which are then taken as they finish.
     """
 
     def __init__(
-        self, sampler: Sampler, engine: Streaming, stream: Stream, *, staleness: int, count: int, step: int, last: int
+        self,
+        sampler: Sampler,
+        stream: Stream,
+        *,
+        staleness: int,
+        count: int,
+        step: int,
+        last: int,
+        partial: bool = False,
+        over_sample: int = 0,
     ) -> None:
-        self._sampler, self._engine, self._stream = sampler, engine, stream
+        self._sampler, self._engine, self._stream = sampler, sampler.engine, stream
         self._staleness, self._count, self._last = staleness, count, last
-        self._position = stream.position  # of the next group to make
+        self._partial, self._over_sample = partial, over_sample
+        self._source = copy.copy(stream)  # at the next group to begin
+        self._open: list[Work] = []  # begun, and to go on in the next round
+        self._spent: dict[str, float] = {}  # seconds that no group has been given yet
         self._changed = threading.Condition()
         # What follows is shared with the thread, and touched only by who holds `_changed`.
-        self._ready: deque[_Made] = deque()
+        self._ready: dict[int, _Made] = {}
         self._begun = step
-        self._in_work = self._wanted = 0
-        self._rests = self._closing = False
+        self._in_work = self._wanted = self._dropped = 0
+        self._rests = self._closing = self._busy = False
         self._error: BaseException | None = None
         self._said: dict[str, float] = {}
-        self._grading = ThreadPoolExecutor(1, thread_name_prefix="grading")
         self._thread = threading.Thread(target=self._produce, name="generation", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, which aborts what is being answered and waits for the group that is being graded."""
+        """End the thread, which aborts what is being answered and waits for the groups that are being graded."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        self._engine.pause()
         self._thread.join()
-        self._grading.shutdown(cancel_futures=True)
+        self._engine.resume()
 
     # ------------------------------------------------------------------------------------------------ what a step asks
 
     def draw(self, step: int, count: int, refills: int, clock: Clock) -> tuple[list[Group], list[Group]]:
-        """As `Sampler.draw`: the next groups in the order of the stream. Waiting for them is the phase "wait" of the
-        clock; encoding, generation and reward ran beside other phases."""
+        """As `Sampler.draw`: the next groups. Waiting for them is the phase "wait" of the clock; encoding, generation
+        and reward ran beside other phases."""
         with self._changed:
             self._begun = step
-        self._said = {"groups_dropped": 0.0}
         groups, drawn = refilled(lambda _, missing: self._take(step, missing, clock), count, refills)
-        ages = [step - 1 - answer.version for group in drawn for answer in group.completions]
-        self._said |= {"staleness/mean": sum(ages) / len(ages), "staleness/max": float(max(ages))}
+        answers = [answer for group in drawn for answer in group.completions]
+        ages = [step - 1 - answer.version for answer in answers]
+        mixed = sum(len(answer.spans) > 1 for answer in answers) / len(answers)
+        with self._changed:
+            self._said = {
+                "groups_dropped": float(self._dropped),
+                "groups_waiting": float(len(self._ready) + self._in_work),
+                "staleness/mean": sum(ages) / len(ages),
+                "staleness/max": float(max(ages)),
+                **({"staleness/mixed": mixed} if self._partial else {}),
+            }
+            self._dropped = 0
         return groups, drawn
 
     @contextmanager
     def at_rest(self, clock: Clock) -> Iterator[None]:
         """Within it nothing is encoded, generated or graded: to publish, evaluate and save. Waits until the round under
-        way is done and the next step's groups are there."""
-        with clock.phase("wait"), self._changed:
-            self._rests = True
-            self._wait_until(lambda: not self._in_work and self._has_next_step())
+        way is done and the next step's groups are there; where answers may be continued, interrupts them instead."""
+        with clock.phase("wait"):
+            with self._changed:
+                self._rests = True
+            if self._partial:
+                self._engine.pause()
+            with self._changed:
+                self._wait_until(lambda: not self._busy and (self._partial or self._has_next_step()))
+            if self._partial:
+                self._engine.resume()
         try:
             yield
         finally:
@@ -100,8 +136,9 @@ class Ahead:
                 self._changed.notify_all()
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `draw`: how many steps old its answers' weights were, 0 for those of the step before; how many
-        groups were too old to be trained; and how many were waiting behind it."""
+        """Of the last `draw`: how many steps old its answers' weights were, 0 for those of the step before, and the
+        share of answers of several versions; how many groups were too old to be trained; and how many were waiting
+        behind it."""
         return self._said
 
     def _take(self, step: int, count: int, clock: Clock) -> list[Group]:
@@ -112,24 +149,39 @@ class Ahead:
             while len(taken) < count:
                 self._wanted = count - len(taken)
                 self._changed.notify_all()
-                self._wait_until(lambda: bool(self._ready))
-                made = self._ready.popleft()
-                self._stream.take(1)
-                if made.version < step - 1 - self._staleness:
+                if self._partial and self._busy and self._allowance() > 0:
+                    self._engine.pause()  # for a round with more of them
+                self._wait_until(lambda: self._next() is not None)
+                place = self._next()
+                assert place is not None
+                made = self._ready.pop(place)
+                self._stream.finish(place)
+                if made.version < self._oldest(step):
                     dropped += 1
+                    self._dropped += 1
                     self._require_progress(made, step, dropped)
                     continue
                 taken.append(made.group)
                 for name, seconds in made.seconds.items():
                     clock.beside[name] = clock.beside.get(name, 0.0) + seconds
             self._wanted = 0
-            self._said["groups_dropped"] += dropped
-            self._said["groups_waiting"] = float(len(self._ready) + self._in_work)
         return taken
+
+    def _next(self) -> int | None:
+        """The place of the group that comes next, if it is there: the next of the stream, or of those that are there
+        the one that will be too old first."""
+        if self._over_sample:
+            return min(self._ready, key=lambda place: self._ready[place].version, default=None)
+        [place] = self._stream.coming(1)
+        return place if place in self._ready else None
+
+    def _oldest(self, step: int) -> int:
+        """The oldest weights of which a step may train an answer."""
+        return step - 1 - self._staleness
 
     def _require_progress(self, made: _Made, step: int, dropped: int) -> None:
         """Groups are made to be young enough; where more than can wait are not, the weights do not arrive."""
-        if dropped > (self._staleness + 1) * self._count:
+        if dropped > (self._staleness + 1) * self._count + self._over_sample:
             raise EngineError(
                 f"the engine answered {dropped} prompts in a row with weights of step {made.version} or older, the "
                 f"policy is at step {step - 1} and rollout.staleness is {self._staleness}: new weights do not arrive"
@@ -146,13 +198,18 @@ class Ahead:
     # -------------------------------------------------------------------------------------------------- the thread
 
     def _allowance(self) -> int:
-        """How many groups may be made now: those that are waited for, and of each later step in which the present
-        weights may still be trained."""
+        """How many groups may be begun now: those that are waited for, and of each later step in which the present
+        weights may still be trained; and some in the place of those that were interrupted, since more than can be
+        trained in time would be made to be dropped."""
         horizon = min(self._engine.version + self._staleness + 1, self._last)
-        return (horizon - self._begun) * self._count + self._wanted - len(self._ready)
+        needed = (horizon - self._begun) * self._count + self._wanted
+        more = min(self._over_sample, len(self._open)) if needed > 0 else 0
+        return needed + more - len(self._ready) - self._in_work
 
     def _may_go_on(self) -> bool:
-        return self._allowance() > 0 and not (self._rests and self._has_next_step())
+        if self._rests and (self._partial or self._has_next_step()):
+            return False
+        return bool(self._open) or self._allowance() > 0
 
     def _produce(self) -> None:
         try:
@@ -161,62 +218,93 @@ class Ahead:
                     self._changed.wait_for(lambda: self._closing or self._may_go_on())
                     if self._closing:
                         return
-                    self._in_work = min(self._count, self._allowance())
-                round_ = self._round(self._in_work)
+                    self._drop_open()
+                    fresh = max(0, self._allowance())
+                    if not self._partial:
+                        fresh = min(fresh, self._count)
+                    self._in_work += fresh
+                    self._busy = True
+                self._round(fresh)
                 with self._changed:
-                    self._ready.extend(round_)
-                    self._in_work = 0
+                    self._busy = False
                     self._changed.notify_all()
         except BaseException as error:
-            with self._changed:
-                self._error, self._in_work = error, 0
-                self._changed.notify_all()
+            self._fail(error)
 
-    def _round(self, count: int) -> list[_Made]:
-        """The groups of the next `count` tasks, each graded while the others are still being answered."""
-        sampler, clock, version = self._sampler, Clock(), self._engine.version
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error, self._busy = self._error or error, False
+            self._changed.notify_all()
+
+    def _drop_open(self) -> None:
+        """Give up what can no longer be trained, however soon it finishes."""
+        oldest = self._oldest(self._begun if self._wanted else self._begun + 1)
+        for work in [work for work in self._open if _oldest_of(work.request.begun, self._engine.version) < oldest]:
+            self._open.remove(work)
+            self._stream.finish(work.place)
+            self._in_work -= 1
+            self._dropped += 1
+
+    def _round(self, fresh: int) -> None:
+        """Go on with what was begun, and begin the next `fresh` tasks. Each group is graded while the others are still
+        being answered."""
+        sampler, version = self._sampler, self._engine.version
+        works = self._open + self._begin(fresh)
+        self._since = time.monotonic()
+        with Grading(sampler.graders) as grading:
+            if self._partial:
+                self._open = sampler.round(works, sampler.sampling, grading, partial(self._finish, version))
+                self._engine.resume()
+                return
+            self._open, left = [], works
+            tell = (lambda _: None) if sampler.greedy_baseline else partial(self._finish, version)
+            while left and not self._closing:
+                left = sampler.round(left, sampler.sampling, grading, tell)
+            if sampler.greedy_baseline and not self._closing:
+                for work, one in zip(works, sampler.greedy(works, grading), strict=True):
+                    self._finish(version, work, one.scored()[0])
+
+    def _begin(self, count: int) -> list[Work]:
+        if not count:
+            return []
+        clock, sampler = Clock(), self._sampler
         with clock.phase("encode"):
-            tasks, prompts = zip(*sampler.reader.take(count), strict=True)
-        seeds = [seed_of("ahead", sampler.seed, self._position + i) for i in range(count)]
-        requests = [*map(Request, prompts, seeds)]
-        self._position += count
-        with clock.phase("generate"):
-            answers, scores = self._answered(tasks, requests, sampler.sampling)
-            baselines: list[Future[tuple[Score, ...]]] = []
-            if sampler.greedy_baseline:
-                one = replace(sampler.sampling, samples=1, temperature=0.0)
-                _, baselines = self._answered(tasks, requests, one)
-        with clock.phase("reward"):
-            graded = [score.result() for score in scores]
-            greedy = [score.result()[0] for score in baselines] or [None] * count
-        newest = max(answer.version for group in answers for answer in group)
+            taken = sampler.reader.take(count)
+        self._spend("encode", clock.seconds["encode"])
+        places = self._source.coming(count)
+        self._source.take(count)
+        return [
+            Work(place, task, Request(prompt, seed_of("ahead", sampler.seed, place)))
+            for place, (task, prompt) in zip(places, taken, strict=True)
+        ]
+
+    def _finish(self, version: int, work: Work, baseline: Score | None = None) -> None:
+        """A group is answered: it is ready as soon as it is graded."""
+        newest = max(sampler for answer in work.answers for sampler, _ in answer.sampled_by)
         if newest > version:
             raise EngineError(f"the engine answered with weights of step {newest}, but was given those of {version}")
-        share = {name: seconds / count for name, seconds in clock.seconds.items()}
-        groups = map(Group, tasks, prompts, answers, graded, greedy)
-        return [_Made(group, min(answer.version for answer in group.completions), share) for group in groups]
+        now = time.monotonic()
+        self._spend("generate", now - self._since)
+        self._since = now
+        seconds, self._spent = self._spent, {}
+        assert work.scores is not None
+        work.scores.add_done_callback(partial(self._ripen, work, baseline, seconds))
 
-    def _answered(
-        self, tasks: Sequence[Task], requests: Sequence[Request], sampling: SamplingParams
-    ) -> tuple[list[tuple[Completion, ...]], list[Future[tuple[Score, ...]]]]:
-        """The answers to all requests in order, and their scores, which come later."""
-        answers: dict[int, tuple[Completion, ...]] = {}
-        scores: dict[int, Future[tuple[Score, ...]]] = {}
-        stream = self._engine.stream(requests, sampling)
-        try:
-            for index, group in stream:
-                answers[index] = group
-                scores[index] = self._grading.submit(self._graded, tasks[index], group)
-                if self._closing:
-                    raise _ClosedError
-        finally:
-            stream.close()
-        order = range(len(requests))
-        return [answers[i] for i in order], [scores[i] for i in order]
+    def _ripen(self, work: Work, baseline: Score | None, seconds: dict[str, float], scores: Future[Scores]) -> None:
+        error = scores.exception()
+        if error is not None:
+            self._fail(error)
+            return
+        oldest = _oldest_of(work.answers, self._engine.version)
+        with self._changed:
+            self._ready[work.place] = _Made(work.as_group(baseline), oldest, seconds)
+            self._in_work -= 1
+            self._changed.notify_all()
 
-    def _graded(self, task: Task, answers: tuple[Completion, ...]) -> tuple[Score, ...]:
-        return self._sampler.grade([task], [answers])[0]
+    def _spend(self, name: str, seconds: float) -> None:
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
 
 
-class _ClosedError(Exception):
-    """Ends the thread amid a round."""
+def _oldest_of(answers: tuple[Completion, ...], now: int) -> int:
+    """The oldest weights that sampled any of them; those of now where there is no token yet."""
+    return min((answer.version for answer in answers if answer.token_ids), default=now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from foveate.algorithms.values import value_loss
 from foveate.config_parts import CriticSettings, OptimSettings
-from foveate.model.forward import hidden_states
 from foveate.model.load import Policy
+from foveate.parallel.fsdp import Values
 from foveate.records import Batch, LossOut, Totals
 from foveate.train.optim import build_optimizer
 
@@ -21,22 +21,25 @@ from foveate.train.optim import build_optimizer
 class Critic:
     """Starts from the weights of the policy, with a head that says 0, and learns the same parts of the model."""
 
-    def __init__(self, policy: Policy, settings: CriticSettings, optim: OptimSettings) -> None:
+    def __init__(
+        self, policy: Policy, settings: CriticSettings, optim: OptimSettings, ready: Callable[[Policy], Values]
+    ) -> None:
+        """`ready` makes what computes its values, whose weights it cuts over the ranks where there are several."""
         model: Any = copy.deepcopy(policy.model)
         weight = policy.part("head").weight
         assert isinstance(weight, Tensor)
         head = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype)
-        nn.init.zeros_(head.weight)
         model.set_output_embeddings(head)
         self.model: nn.Module = model
-        self._policy = replace(policy, model=model)
+        self.policy = replace(policy, model=model)
+        self._values = ready(self.policy)
+        nn.init.zeros_(head.weight)
         self.optimizer = build_optimizer(model, optim.model_copy(update={"lr": settings.lr}))
         self._clip = settings.clip
 
     def values(self, batch: Batch) -> Tensor:
         """What is expected before each trained token: (M,), float32 or wider."""
-        hidden = hidden_states(self._policy, batch)[batch.source_M]
-        value_M = self._policy.part("head")(hidden)[:, 0]
+        value_M = self._values(batch)
         return value_M.to(torch.promote_types(value_M.dtype, torch.float32))
 
     def loss(

@@ -111,6 +111,11 @@ def check_run(method: Method, settings: RLSettings) -> None:
             f"rollout.{name} is 1, so that the rewards of a group are always equal, but algorithm {method.name}"
             f" replaces groups of equal rewards: raise rollout.{name}, or set algorithm.refills=0"
         )
+    if rollout.partial and method.needs_baseline:
+        raise ConfigError(
+            f"rollout.partial is true, but algorithm {method.name} compares answers with a greedy one, which has to be "
+            "of the same weights: set rollout.partial=false, or choose another algorithm"
+        )
     if method.critic is not None and method.critic.warmup_steps >= settings.train.steps:
         raise ConfigError(
             f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"

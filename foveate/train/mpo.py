@@ -6,13 +6,16 @@ The loss is MPO's mixture, or one of its terms alone (`foveate.algorithms.prefer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from foveate.algorithms import PREFERENCE_LOSSES
 from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.preference_losses import RewardShift
-from foveate.cluster.local import LocalWorkers
+from foveate.cluster.base import WorkerGroup, everywhere, spread, spread_each, start_workers
 from foveate.config import MPOSettings
 from foveate.config_parts import PreferenceSettings
 from foveate.data.demos import check_pair, pair_of
@@ -22,7 +25,8 @@ from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
-from foveate.model.recognise import resolve_folder
+from foveate.model.recognise import recognise
+from foveate.parallel.balance import Costs
 from foveate.parallel.packing import Tree
 from foveate.records import Pair, Prompt, Task, Totals
 from foveate.resolve import bind, resolve
@@ -30,7 +34,7 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
-from foveate.train.setup import Leaving, require_one_process, resume, save_is_due, use_threads
+from foveate.train.setup import Leaving, check_offline, resume, save, save_is_due, surviving, use_threads
 from foveate.train.worker import Worker
 
 WITHOUT_REFERENCE = ("sft",)
@@ -38,18 +42,29 @@ WITHOUT_REFERENCE = ("sft",)
 
 def run_mpo(settings: MPOSettings) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    require_one_process(settings.cluster)
+    return surviving(settings.cluster.retries, partial(_run, settings))
+
+
+def _run(settings: MPOSettings, again: bool) -> RunFolder:
+    check_offline(settings.cluster)
     use_threads(settings.train.threads)
     loss = build_preference_loss(settings.loss)
-    with open_run(settings.run, settings) as run, Leaving() as leaving:
-        worker = Worker(settings.model, settings.optim, settings.train.tokens_per_micro_batch)
-        workers = LocalWorkers(worker)
-        encoder = build_encoder(worker.policy.tokenizer, worker.policy.family, settings.model, settings.data)
+    model = recognise(settings.model.path)
+    costs = Costs.of(model.config)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    budget = settings.train.tokens_per_micro_batch
+    build = partial(Worker, settings.model, settings.optim, budget, cluster=settings.cluster)
+    with (
+        open_run(settings.run, settings) as run,
+        start_workers(settings.cluster, build, again=again) as workers,
+        Leaving(workers) as leaving,
+    ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
-        reference = _reference(run, settings, table, encoder, workers)  # before the start's weights are replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
+        compute = partial(_logprobs, workers, costs)
+        reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to, settings.train.disk_wait)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
         step = resume(run, workers, stream, metrics, others)
 
@@ -62,7 +77,8 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
                     pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
-                    [learned] = workers.call("update_preference", [(pairs, loss, _totals(pairs), shift.mean, rate)])
+                    rest, dear = (loss, _totals(pairs), shift.mean, rate), [costs(pair.tree) for pair in pairs]
+                    learned = next(spread(workers, "update_preference", pairs, dear, *rest))[1]
                 record = {**learned, "reward/shift": shift.mean, "lr": rate, "epoch": stream.epoch}
                 if reference is not None and step == 1:
                     record["seconds/reference"] = reference.seconds
@@ -70,10 +86,10 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
                 metrics.write(step, record | clock.metrics(update=sum(pair.tree.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    worker.save(run.checkpoints, step, state, settings.train.keep_checkpoints)
+                    save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        worker.export(run.final)
+        everywhere(workers, "export", run.final, settings.train.disk_wait)
     return run
 
 
@@ -88,8 +104,17 @@ def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
 # --------------------------------------------------------------------------------------------------- the reference
 
 
+def _logprobs(workers: WorkerGroup, costs: Costs, trees: Sequence[Tree]) -> list[Tensor]:
+    return spread_each(workers, "logprobs", trees, [*map(costs, trees)])
+
+
 def _reference(
-    run: RunFolder, settings: MPOSettings, table: TaskTable, encoder: Encoder, workers: LocalWorkers
+    run: RunFolder,
+    settings: MPOSettings,
+    model: Path,
+    table: TaskTable,
+    encoder: Encoder,
+    logprobs: Callable[[Sequence[Tree]], list[Tensor]],
 ) -> Reference | None:
     """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none."""
     if settings.loss.name in WITHOUT_REFERENCE:
@@ -103,13 +128,15 @@ def _reference(
         "dtype": settings.model.dtype,
         "attention": settings.model.attention,
     }
-    key = reference_key(resolve_folder(settings.model.path), table.files, also)
+    if settings.cluster.dtype is not None:
+        also["computed"] = settings.cluster.dtype
+    key = reference_key(model, table.files, also)
     reference = Reference(run.path / "reference" if cache is None else Path(cache), key)
     reference.complete(
         len(table),
         settings.train.pairs_per_step,
         encode=lambda row: _tree(encoder, pair_of(table[row]), encoder(table[row])),
-        logprobs=lambda trees: workers.call("logprobs", [(trees,)])[0],
+        logprobs=logprobs,
     )
     return reference
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.cluster.weights import Outgoing, Packet
 from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
+from foveate.model.fill import allocate, hollow_policy
 from foveate.model.load import Policy, load_policy
 from foveate.parallel.fsdp import whole
 from foveate.parallel.ranks import Ranks
@@ -28,6 +30,7 @@ class RankEngine:
         self._engine: Engine | None = None
         self._apart = False
         self._proof: Proof | None = None
+        self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
@@ -38,12 +41,8 @@ class RankEngine:
                 self.publish(version)
             self._proof = Proof(engine, self._policy, encoder, rollout)
             return
-        own = load_policy(
-            self._model.path,
-            attention=self._model.attention,
-            dtype=self._model.dtype,
-            device=self._ranks.cluster.kind,
-        )
+        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=self._model.dtype)
+        allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
         own.model.requires_grad_(False)
         self._engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
         self.publish(version)
@@ -58,14 +57,27 @@ class RankEngine:
         assert self._engine is not None
         return self._engine.stream(requests, sampling)
 
+    def pause(self) -> None:
+        assert self._engine is not None
+        self._engine.pause()
+
+    def resume(self) -> None:
+        assert self._engine is not None
+        self._engine.resume()
+
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
         assert self._engine is not None
         if self._ranks is None:
             self._engine.publish(version, self._published())
             return self._proof.after_publish() if self._proof is not None else {}
-        self._engine.publish(version, ((name, whole(p)) for name, p in self._policy.model.named_parameters()))
+        self._engine.publish(version, ((name, whole(tensor)) for name, tensor in served_weights(self._policy.model)))
         return {}
+
+    def packet(self, first: bool) -> Packet | None:
+        """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
+        the first rank has it. None behind the last one."""
+        return self._outgoing.packet(first)
 
     def _published(self) -> Iterable[tuple[str, Tensor]]:
         """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
@@ -79,3 +91,11 @@ class RankEngine:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+class Answerer:
+    """A rank that learns nothing: an engine with a model of its own."""
+
+    def __init__(self, model: ModelSettings, device: str) -> None:
+        policy = load_policy(model.path, attention=model.attention, dtype=model.dtype, device=device)
+        self.engine = RankEngine(policy, model, None)

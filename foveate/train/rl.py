@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
-from foveate.cluster.base import everywhere, start_workers
+from foveate.cluster.apart import EnginesApart
+from foveate.cluster.base import WorkerGroup, everywhere, over_ray, patience_of, start_workers
 from foveate.cluster.engine import GroupEngine
 from foveate.config import RLSettings
 from foveate.config_parts import RewardSettings, RolloutSettings
@@ -22,12 +24,14 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.evaluate.run import Evaluator
 from foveate.log import MetricsWriter, progress
+from foveate.model.load import DTYPES, load_policy
 from foveate.model.recognise import recognise
 from foveate.parallel.balance import Costs
 from foveate.records import SamplingParams
 from foveate.rewards.grade import truth_check
 from foveate.rewards.pool import Graders
-from foveate.rollout.build import choose_engine
+from foveate.rollout.base import Streaming
+from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.ahead import Ahead
@@ -36,7 +40,7 @@ from foveate.train.groups import Sampler
 from foveate.train.method import Method, build_method, check_run
 from foveate.train.optim import learning_rate
 from foveate.train.rollouts import rollout_metrics, write_rollouts
-from foveate.train.setup import Leaving, check_cluster, resume, save_is_due, surviving, use_threads
+from foveate.train.setup import Leaving, check_cluster, resume, save, save_is_due, surviving, use_threads
 from foveate.train.update import prepare, update
 from foveate.train.worker import Worker
 
@@ -51,7 +55,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
-    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens, apart=settings.rollout.staleness > 0)
+    make_engine = new_engine(settings)
     updates, passes = settings.train.updates_per_step, settings.train.passes
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
@@ -60,15 +64,15 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         build_graders(settings.reward) as graders,
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
-        GroupEngine(workers) as engine,
-        Leaving() as leaving,
+        _engines(settings, workers, again=again) as engine,
+        Leaving(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to)
+        metrics = MetricsWriter(run.metrics, settings.log.to, settings.train.disk_wait)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
-        engine.start(new_engine, encoder, settings.rollout, step)
+        engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
@@ -91,21 +95,52 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **said, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
                     record["epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples)
+                    write_rollouts(run.rollouts, step, groups, examples, settings.train.disk_wait)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                        save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final)
+        everywhere(workers, "export", run.final, settings.train.disk_wait)
     return run
 
 
 # ------------------------------------------------------------------------------------------------- around the step
+
+
+def new_engine(settings: RLSettings) -> Callable[..., Any]:
+    """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
+    rollout, cluster = settings.rollout, settings.cluster
+    if not cluster.engines:
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0)
+    given = {
+        "device": cluster.kind,
+        "tensor_parallel": cluster.engine_tensor_parallel,
+        "memory_fraction": cluster.engine_memory,
+    }
+    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
+
+
+def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> GroupEngine | EnginesApart:
+    """What answers: the ranks' own engines, or engines in processes of their own."""
+    cluster, model = settings.cluster, settings.model
+    if not cluster.engines:
+        return GroupEngine(workers)
+    dtype = cluster.dtype or model.dtype
+    place = place_of_policy(settings.rollout, cluster.kind)
+    load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
+    return EnginesApart(
+        over_ray(cluster, "engines")(cluster, patience_of(cluster, again)),
+        workers,
+        load,
+        timeout=cluster.timeout,
+        beside=settings.rollout.staleness > 0,
+        dtype=DTYPES[dtype],
+    )
 
 
 @contextmanager
@@ -115,7 +150,7 @@ def _sampler(
     table: TaskTable,
     stream: Stream,
     encoder: Encoder,
-    engine: GroupEngine,
+    engine: Streaming,
     graders: Graders,
     step: int,
 ) -> Iterator[Sampler | Ahead]:
@@ -123,14 +158,14 @@ def _sampler(
     staleness, train = settings.rollout.staleness, settings.train
     source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
     with Reader(table, source, encoder, settings.data.image_workers) as reader:
-        sampler = Sampler(reader, engine, graders, _sampling(settings.rollout), settings.seed, method.needs_baseline)
+        sampling, limit = _sampling(settings.rollout), settings.rollout.time_limit
+        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
         if not staleness:
             yield sampler
             return
-        ahead = Ahead(
-            sampler, engine, stream, staleness=staleness, count=train.prompts_per_step, step=step, last=train.steps
-        )
-        with closing(ahead):
+        place = {"count": train.prompts_per_step, "step": step, "last": train.steps}
+        how = settings.rollout.model_dump(include={"staleness", "partial", "over_sample"})
+        with closing(Ahead(sampler, stream, **place, **how)) as ahead:
             yield ahead
 
 

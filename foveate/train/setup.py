@@ -38,17 +38,21 @@ def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
 
 
 class Leaving:
-    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once."""
+    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
+    ends, no checkpoint of `workers` is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: WorkerGroup) -> None:
         self.is_asked = False
+        self._workers = workers
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
+            everywhere(self._workers, "finish_saving")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
 
@@ -63,14 +67,30 @@ class Leaving:
             raise SystemExit(128 + signal.SIGTERM)
 
 
+_OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", "retries"}
+"""Settings of a cluster that act where engines have processes of their own."""
+
+
 def require_one_process(cluster: ClusterSettings) -> None:
     """Refuse settings of a cluster where they would not act."""
-    differing = [f"cluster.{name}={value}" for name, value in cluster.model_dump(exclude_defaults=True).items()]
+    acting = _OF_ENGINES if cluster.engines else set()
+    given = cluster.model_dump(exclude_defaults=True, exclude=acting)
+    differing = [f"cluster.{name}={value}" for name, value in given.items()]
     if differing:
         raise ConfigError(
-            f"{', '.join(differing)}: foveate sft and runs of one rank compute in one process on the CPU, where no "
-            "setting of a cluster acts; leave them out, or set cluster.gpus_per_node for foveate rl"
+            f"{', '.join(differing)}: runs of one rank compute in one process on the CPU, where no setting of a "
+            "cluster acts; leave them out, or set cluster.gpus_per_node"
         )
+
+
+def check_offline(cluster: ClusterSettings) -> None:
+    """Raise ConfigError for settings of a cluster that would not act in a run that generates nothing."""
+    if cluster.engines:
+        raise ConfigError(
+            f"cluster.engines={cluster.engines}: this run generates nothing and has no engine; leave it out"
+        )
+    if cluster.ranks == 1:
+        require_one_process(cluster)
 
 
 def check_cluster(settings: RLSettings) -> None:
@@ -79,20 +99,19 @@ def check_cluster(settings: RLSettings) -> None:
     if cluster.ranks == 1:
         require_one_process(cluster)
         return
+    if not cluster.engines:
+        _check_ranks_answer(settings)
+
+
+def _check_ranks_answer(settings: RLSettings) -> None:
+    """What cannot be where several ranks answer themselves."""
+    advice = "with several ranks that takes processes of its own: set cluster.engines to their number"
     if settings.rollout.staleness:
-        raise ConfigError(
-            f"rollout.staleness={settings.rollout.staleness}: several ranks answer and learn in turn so far; use 0"
-        )
+        raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
+    if settings.rollout.time_limit is not None:
+        raise ConfigError(f"rollout.time_limit={settings.rollout.time_limit:g}: {advice}, or leave it out")
     if settings.rollout.engine != "native":
-        raise ConfigError(f"rollout.engine={settings.rollout.engine}: several ranks answer by the native engine so far")
-    for name in cluster.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
-        value = cluster.model_dump()[name]
-        raise ConfigError(f"cluster.{name}={value}: the native engine stands whole on each rank; leave it out")
-    for name, value in (("model.lora", settings.model.lora), ("algorithm.critic", settings.algorithm.critic)):
-        if value is not None:
-            raise ConfigError(
-                f"{name} is set, which learns on one rank so far; leave it out, or cluster.* but one rank"
-            )
+        raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
 
 
 def use_threads(threads: int | None) -> None:
@@ -123,6 +142,12 @@ def resume(
         logger.info("continuing %s after step %d", run.path, state["step"])
     metrics.truncate_after(state["step"])
     return state["step"]
+
+
+def save(workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings) -> None:
+    """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
+    rest = train.keep_checkpoints, train.disk_wait, train.save_async
+    everywhere(workers, "save", run.checkpoints, step, state, *rest)
 
 
 def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:

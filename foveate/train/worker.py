@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,17 @@ from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import Metrics, reduce_metrics
 from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings
-from foveate.files import atomic_path
+from foveate.files import atomic_path, with_room
+from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.forward import evaluating
 from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
-from foveate.parallel.fsdp import LogProbs, shard, whole
+from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
+from foveate.parallel.fsdp import LogProbs, Root, Values, shard, whole
 from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, split
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
 from foveate.records import Batch, LossOut, PolicyTargets, Totals, sum_by_sample
-from foveate.train.checkpoint import Trained, load_checkpoint, save_checkpoint
+from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import apply_gradients, build_optimizer
 from foveate.train.rank_engine import RankEngine
@@ -84,36 +86,44 @@ class Worker:
         critic: CriticSettings | None = None,
         cluster: ClusterSettings | None = None,
     ) -> None:
-        self.policy = load_policy(model.path, attention=model.attention, dtype=model.dtype)
+        self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
+        load = load_policy if self.ranks is None else hollow_policy
+        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         freeze_except(self.policy, model.train)
         if model.lora is not None:
             add_adapters(self.policy, model.lora, model.train)
-        self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
-        self.reference = _frozen_copy(self.policy) if reference else None
         self._blank = self.policy.family.blank if self.ranks is not None else None
-        self._logprobs = self._sharded(self.policy)
+        self.reference = _frozen_copy(self.policy) if reference else None
+        self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
+        self._logprobs = self._ready(LogProbs, self.policy)
         self._reference_logprobs = None
         if self.reference is not None:
             is_own = self.reference is self.policy
-            self._reference_logprobs = self._logprobs if is_own else self._sharded(self.reference)
-        self.critic = Critic(self.policy, critic, optim) if critic is not None else None
+            self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
         self.optimizer = build_optimizer(self.policy.model, optim)
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
+        self._saving = Saving()
         self.engine = RankEngine(self.policy, model, self.ranks)
 
-    def _sharded(self, policy: Policy) -> LogProbs:
-        """What computes the log-probs of a policy, whose weights are cut over the ranks where there are several."""
+    def _ready(self, kind: type[Root], policy: Policy) -> Root:
+        """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
+        and each reads its share."""
         if self.ranks is None:
-            return LogProbs(policy)
-        check_heads(policy, self.ranks.cluster.sequence_parallel)
-        return shard(policy, self.ranks.mesh, self.ranks.cluster, checkpointing=False, sequence=self.ranks.sequence)
+            return kind(policy)
+        cluster = self.ranks.cluster
+        check_heads(policy, cluster.sequence_parallel)
+        root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
+        allocate(policy, root, "cpu" if cluster.offload else cluster.kind)
+        fill(policy, without=policy.tensors("head") if kind is Values else ())
+        reset_adapters(policy.model)
+        return root
 
     # ------------------------------------------------------------------------------------------------- log-probs
 
@@ -139,7 +149,8 @@ class Worker:
         found: list[Tensor] = []
         with evaluating(self.critic.model):
             for batch, members in self._batches(trees):
-                found.extend(self.critic.values(batch).split([trees[i].answer_tokens for i in members]))
+                value_M = self.critic.values(batch).cpu()
+                found.extend(value_M.split([trees[i].answer_tokens for i in members]))
         return found
 
     # ---------------------------------------------------------------------------------------------------- updates
@@ -149,17 +160,13 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
         losses = self.policy_gradients(groups, loss, totals)
-        return self._step(self.optimizer, losses, lr, [group.tree for group in groups])
+        return self._step(self.policy, self.optimizer, losses, lr, [group.tree for group in groups])
 
     def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
         parts = [part for group in groups for part in _split_group(group, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members in self._batches([group.tree for group in parts]):
-            logp_M, entropy_M = self._logprobs(batch, self.temperature)
-            if not members:
-                (logp_M.sum() + entropy_M.sum()).backward()
-                continue
+        for batch, members, logp_M, entropy_M in self._computed([group.tree for group in parts], self.temperature):
             targets = _policy_targets([parts[i] for i in members], logp_M)
             out = loss(logp_M, entropy_M, batch, targets, totals)
             out.loss.backward()
@@ -170,7 +177,8 @@ class Worker:
         """One optimizer step of the critic towards the returns of all `groups`."""
         assert self.critic is not None
         losses = self.critic_gradients(groups, totals)
-        record = self._step(self.critic.optimizer, losses, lr, [group.tree for group in groups])
+        trees = [group.tree for group in groups]
+        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, trees)
         return {name if name.startswith("critic/") else f"critic/{name}": value for name, value in record.items()}
 
     def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
@@ -179,67 +187,78 @@ class Worker:
         parts = [part for group in groups for part in _split_group(group, self.token_budget)]
         losses: list[Metrics] = []
         for batch, members in self._batches([group.tree for group in parts]):
+            if not members:
+                self.critic.values(batch).sum().backward()
+                continue
             chosen = [parts[i] for i in members]
             out = self.critic.loss(batch, [p.value for p in chosen], [p.returns for p in chosen], totals)
             out.loss.backward()
             losses.append(out.metrics)
         return losses
 
-    def update_sft(self, trees: Sequence[Tree], weighting: str, lr: float) -> dict[str, float]:
-        """One optimizer step of supervised training on the answers of `trees`."""
-        lengths = torch.tensor([len(answer) for tree in trees for answer in tree.answers], dtype=torch.float64)
-        total = float((lengths ** (1 - _SFT_EXPONENT[weighting])).sum())
+    def update_sft(self, trees: Sequence[Tree], weighting: str, total: float, lr: float) -> dict[str, float]:
+        """One optimizer step of supervised training on the answers of `trees`; `total` is the sum of the weights
+        (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _ in self._batches(trees):
-            logp_M, entropy_M = self._logprobs(batch)
-            loss = -(sft_weights(batch, weighting) * logp_M).sum() / total
+        for batch, _, logp_M, entropy_M in self._computed(trees):
+            weight_M = sft_weights(batch, weighting)
+            loss = -(weight_M * logp_M).sum() / total
             loss.backward()
             tokens = float(len(logp_M))
             losses.append(
                 {
-                    "loss": (loss.item(), tokens / float(lengths.sum())),
+                    "loss": (loss.item(), weight_M.sum().item() / total),
                     "nll": (-logp_M.detach().sum().item(), tokens),
                     "entropy": (entropy_M.detach().sum().item(), tokens),
                 }
             )
-        return self._step(self.optimizer, losses, lr, trees)
+        return self._step(self.policy, self.optimizer, losses, lr, trees)
 
     def update_preference(
         self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members in self._batches([pair.tree for pair in pairs]):
-            logp_M, entropy_M = self._logprobs(batch)
+        for batch, members, logp_M, entropy_M in self._computed([pair.tree for pair in pairs]):
             out = loss(logp_M, batch, pair_targets([pairs[i] for i in members], shift), totals)
             out.loss.backward()
             entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
             losses.append({**out.metrics, "entropy": entropy})
-        return self._step(self.optimizer, losses, lr, [pair.tree for pair in pairs])
+        return self._step(self.policy, self.optimizer, losses, lr, [pair.tree for pair in pairs])
 
     def _step(
-        self, optimizer: torch.optim.AdamW, losses: Sequence[Metrics], lr: float, trees: Sequence[Tree]
+        self,
+        policy: Policy,
+        optimizer: torch.optim.AdamW,
+        losses: Sequence[Metrics],
+        lr: float,
+        trees: Sequence[Tree],
     ) -> dict[str, float]:
         if self.ranks is not None:
             pictures = any(tree.prompt.pixels is not None for tree in trees)
             rows = self.ranks.gather((losses, pictures))[:: self.ranks.cluster.sequence_parallel]
             losses = [record for own, _ in rows for record in own]
             if not any(has_pictures for _, has_pictures in rows):
-                self._forget_blanks()
+                _forget_blanks(policy)
+        self._saving.check()
         norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm)
         if not taken:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
 
-    def _forget_blanks(self) -> None:
-        """Clear what blank pictures left in a step in which no rank had a real one: as in one process, the optimizer
-        leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
-        parts = parameters_by_part(self.policy)
-        for part in parts.keys() - {"language", "head"}:
-            for parameter in parts[part].values():
-                parameter.grad = None
+    def _computed(
+        self, trees: Sequence[Tree], temperature: float = 1.0
+    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
+        """Packed rows, the indices of their trees, and log-probs and entropies to learn from. Rows that only keep this
+        rank in step with the others are done with here."""
+        for batch, members in self._batches(trees):
+            logp_M, entropy_M = self._logprobs(batch, temperature)
+            if members:
+                yield batch, members, logp_M, entropy_M
+            else:
+                (logp_M.sum() + entropy_M.sum()).backward()
 
-    def _batches(self, trees: Sequence[Tree]) -> Any:
+    def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[Batch, list[int]]]:
         """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
         rows of others are empty."""
         rows = micro_batches(trees, self.token_budget)
@@ -251,8 +270,23 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-        return save_checkpoint(folder, step, self._trained(), state, keep, self.ranks)
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        patience: float = 0.0,
+        apart: bool = False,
+    ) -> Path:
+        """Write a checkpoint (`save_checkpoint`); `apart`: while this rank goes on. Returns where it is to be."""
+        self.finish_saving()
+        save = self._saving.start if apart else save_checkpoint
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+
+    def finish_saving(self) -> None:
+        """Return when no checkpoint is under way. Raises what ended the last one."""
+        self._saving.wait()
 
     def restore(self, path: Path) -> dict[str, Any]:
         return load_checkpoint(path, self._trained(), self.ranks)
@@ -261,9 +295,10 @@ class Worker:
         critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
         return {"": (self.policy.model, self.optimizer), **critic}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, patience: float = 0.0) -> None:
         """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes."""
+        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        self.finish_saving()
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
         for name, tensor in merged_state(self.policy.model).items():
@@ -271,10 +306,15 @@ class Worker:
             if is_first:
                 state[name] = gathered.cpu()
         if is_first:
-            with atomic_path(folder) as temporary:
-                save_policy(self.policy, temporary, state)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            with_room(partial(_export, self.policy, folder, state), patience, size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+
+def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    with atomic_path(folder) as temporary:
+        save_policy(policy, temporary, state)
 
 
 def _frozen_copy(policy: Policy) -> Policy:
@@ -283,6 +323,15 @@ def _frozen_copy(policy: Policy) -> Policy:
         return policy
     model = copy.deepcopy(policy.model).requires_grad_(False)
     return replace(policy, model=model)
+
+
+def _forget_blanks(policy: Policy) -> None:
+    """Clear what blank pictures left in a step in which no rank had a real one: as in one process, the optimizer
+    leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
+    parts = parameters_by_part(policy)
+    for part in parts.keys() - {"language", "head"}:
+        for parameter in parts[part].values():
+            parameter.grad = None
 
 
 def _split_group(group: TrainGroup, budget: int) -> list[TrainGroup]:
@@ -330,6 +379,11 @@ def _mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
 
 
 _SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
+
+
+def sft_total(trees: Sequence[Tree], weighting: str) -> float:
+    """The sum of `sft_weights` over all trained tokens."""
+    return math.fsum(len(answer) ** (1 - _SFT_EXPONENT[weighting]) for tree in trees for answer in tree.answers)
 
 
 def sft_weights(batch: Batch, weighting: str) -> Tensor:
