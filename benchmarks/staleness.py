@@ -1,11 +1,14 @@
 """What `rollout.staleness` saves, and what it costs in reward.
 
 python benchmarks/staleness.py time [--seconds 1.0] [--steps 8]
+python benchmarks/staleness.py tail [--tick 0.004] [--steps 30]
 python benchmarks/staleness.py curves [--steps 60] [--seeds 0 1 2] [--staleness 0 1 2] [--out runs/staleness]
 
 `time`: a run whose engine sleeps for a while in every round, and whose update sleeps as long, so that it can be
-measured on one core: seconds of a step by staleness. `curves`: GSPO on the shapes from the shipped cold start, the mean
-reward of every ten steps, and the accuracy on held-out scenes.
+measured on one core: seconds of a step by staleness. `tail`: a made-up engine whose answers are long now and then (one
+group in twelve has 160 tokens, the others 20, of `tick` seconds each, all side by side) before a learner that sleeps 40
+ticks: the length of a step where long answers hold the others up and where they do not. `curves`: GSPO on the shapes
+from the shipped cold start, the mean reward of every ten steps, and the accuracy on held-out scenes.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +31,15 @@ from foveate.algorithms import Algorithm
 from foveate.algorithms.advantages import grpo
 from foveate.config import RLSettings
 from foveate.data.shapes import prepare_shapes
+from foveate.data.stream import Stream
 from foveate.log import read_metrics
 from foveate.recipe import load_recipe
-from foveate.records import Completion, SamplingParams
+from foveate.records import Completion, Prompt, SamplingParams, Score, Task
 from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
+from foveate.train.ahead import Ahead
+from foveate.train.clock import Clock
+from foveate.train.groups import Sampler
 from foveate.train.rl import run_rl
 
 HERE = Path(__file__)
@@ -83,6 +92,79 @@ def measure_time(seconds: float, steps: int) -> None:
             print(f"staleness {staleness}: {found[staleness]:.3f} s a step, {saved:.0%} saved", flush=True)
 
 
+class Numbers:
+    """A reader whose tasks are the numbers of its stream."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def take(self, count: int) -> list[tuple[Task, Prompt]]:
+        rows = self._stream.take(count)
+        return [(Task(str(row), "made up", (), (), row), Prompt((row,), (), None, (row,))) for row in rows]
+
+    def grade_many(self, pairs: Sequence[tuple[str, Task]]) -> list[Score]:
+        return [Score(0.0) for _ in pairs]
+
+
+class TailEngine:
+    """Answers of a token per tick, all side by side."""
+
+    def __init__(self, tick: float) -> None:
+        self.version, self._tick, self._paused = 0, tick, threading.Event()
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Any]:
+        grown = {i: request.begun[0] if request.begun else None for i, request in enumerate(requests)}
+        while grown and not self._paused.is_set():
+            time.sleep(self._tick)
+            for index, before in [*grown.items()]:
+                [row] = requests[index].prompt.token_ids
+                made = 1 + (0 if before is None else len(before.token_ids))
+                finish = "stop" if made == (160 if row % 12 == 0 else 20) else "abort"
+                one = Completion((row,), (0.0,), "", finish, self.version)
+                grown[index] = one if before is None else before.then(one, "")
+                if finish == "stop":
+                    yield index, (grown.pop(index),) * sampling.samples
+        yield from ((index, (one,) * sampling.samples) for index, one in grown.items() if one is not None)
+
+    def pause(self) -> None:
+        self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
+
+
+def measure_tail(tick: float, steps: int) -> None:
+    cases = [{"staleness": k, "partial": partial, "over_sample": 0} for k in (1, 2) for partial in (False, True)]
+    cases += [{"staleness": k, "partial": True, "over_sample": 4} for k in (2, 6)]
+    limited = [(case, None) for case in cases] + [({"staleness": 2}, 40 * tick)]
+    for case, limit in limited:
+        engine: Any = TailEngine(tick)
+        stream, reader = Stream(960, 0, 8), Numbers(Stream(960, 0, 8))
+        parts: Any = reader
+        sampler = Sampler(parts, engine, parts, SamplingParams(2), 0, False, limit)
+        said: list[dict[str, float]] = []
+        cut = 0
+        begin = time.monotonic()
+        with closing(Ahead(sampler, stream, count=8, step=0, last=steps, **case)) as ahead:
+            for step in range(1, steps + 1):
+                clock = Clock()
+                groups, _ = ahead.draw(step, 8, 0, clock)
+                cut += sum(group.completions[0].finish == "abort" for group in groups)
+                said.append(ahead.metrics())
+                time.sleep(40 * tick)
+                with ahead.at_rest(clock):
+                    engine.version = step
+        ticks = (time.monotonic() - begin) / steps / tick
+        mixed = statistics.mean(row.get("staleness/mixed", 0.0) for row in said)
+        dropped = sum(row["groups_dropped"] for row in said)
+        what = ", ".join(f"{name} {value}" for name, value in {**case, "time_limit": limit}.items() if value)
+        print(
+            f"{what}: {ticks:.1f} ticks a step; {mixed:.1%} of the answers of several versions, {dropped:.0f} groups "
+            f"dropped, {cut} cut, of {8 * steps}",
+            flush=True,
+        )
+
+
 def measure_curves(steps: int, seeds: Sequence[int], staleness: Sequence[int], out: Path) -> None:
     data = out / "data"
     if not data.exists():
@@ -110,6 +192,9 @@ def main() -> None:
     timing = parts.add_parser("time")
     timing.add_argument("--seconds", type=float, default=1.0)
     timing.add_argument("--steps", type=int, default=8)
+    tail = parts.add_parser("tail")
+    tail.add_argument("--tick", type=float, default=0.004)
+    tail.add_argument("--steps", type=int, default=30)
     curves = parts.add_parser("curves")
     curves.add_argument("--steps", type=int, default=60)
     curves.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -118,6 +203,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.part == "time":
         measure_time(chosen.seconds, chosen.steps)
+    elif chosen.part == "tail":
+        measure_tail(chosen.tick, chosen.steps)
     else:
         measure_curves(chosen.steps, chosen.seeds, chosen.staleness, chosen.out)
 
