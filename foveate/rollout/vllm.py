@@ -96,17 +96,10 @@ class VLLMEngine(ServedEngine):
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
         (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
         trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
-        ones, where that fails;
-        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
-        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        ones, where that fails; `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and
+        the largest tensor); `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
         of its output (None: one that goes with the engine)."""
-        if policy.family.name not in KNOWN:
-            raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
-        if shutil.which(program) is None:
-            raise ConfigError(
-                f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
-                "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
-            )
+        _require(policy, program)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket = bucket_mb << 19  # two of them are in memory at a time
@@ -242,6 +235,17 @@ class VLLMEngine(ServedEngine):
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+
+def _require(policy: Policy, program: str) -> None:
+    """Raise ConfigError where vLLM cannot serve the family, or is not there."""
+    if policy.family.name not in KNOWN:
+        raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
+            "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
+        )
 
 
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
