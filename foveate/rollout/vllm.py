@@ -97,8 +97,8 @@ class VLLMEngine(ServedEngine):
         (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
         trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
         ones, where that fails; `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and
-        the largest tensor); `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
-        of its output (None: one that goes with the engine)."""
+        the largest tensor); `arguments` are added to the command line of `vllm serve`, `environment` to its variables;
+        `logs` is the folder of its output (None: one that goes with the engine)."""
         _require(policy, program)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
