@@ -164,11 +164,17 @@ class ParquetRows:
             start = self.ends[group - 1] if group else 0
             take = min(end, self.ends[group], first + BLOCK_ROWS) - first
             try:
-                table = self.cache.read(self.path, self.file, group, self.columns)
+                table = self._whole(self.cache.read(self.path, self.file, group, self.columns), group)
                 yield from _raw_rows(table.slice(first - start, take))
             except DataError as error:
                 yield from [error] * take
             first += take
+
+    def _whole(self, table: pa.Table, group: int) -> pa.Table:
+        said = self.ends[group] - (self.ends[group - 1] if group else 0)
+        if table.num_rows != said:
+            raise DataError(f"row group {group} has {table.num_rows} rows where the file says {said}")
+        return table
 
     def values(self, path: Sequence[str]) -> list[Any]:
         assert self.names is not None
@@ -180,7 +186,8 @@ class ParquetRows:
                 table = self.file.read_row_group(group, columns=[".".join(path)], use_threads=False)
                 if table.num_columns == 0:  # the struct has no such field
                     return [None] * len(self)
-                found.extend(dig(value, path[1:]) for value in _checked(table).column(0).to_pylist())
+                column = _checked(self._whole(table, group)).column(0)
+                found.extend(dig(value, path[1:]) for value in column.to_pylist())
             except _DAMAGED as error:
                 raise DataError(f"{self.path}: row group {group} cannot be read ({_one_line(error)})") from error
         return found
