@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from transformers import InternVLConfig
+
 from foveate.encoding.chat import CORRECTED_TEMPLATE
 from foveate.model.checkpoints import expected_shapes
 from foveate.model.configs import hf_to_chat
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to put the 6 GB; else a temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         folder = Path(name)
-        largest, total = synthesise(folder / "chat")
+        largest, total = synthesise(folder / "chat", published_config("1B"))
         limit = 3 * largest + MARGIN
         print(f"checkpoint {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB")
         worst = 0
@@ -52,10 +54,9 @@ def main() -> None:
             raise SystemExit("too much memory, or other bytes")
 
 
-def synthesise(folder: Path) -> tuple[int, int]:
+def synthesise(folder: Path, config: InternVLConfig) -> tuple[int, int]:
     """Write the checkpoint from a file of random bytes; returns the bytes of its largest tensor and of all."""
     folder.mkdir()
-    config = published_config("1B")
     tokenizer = tiny_tokenizer(640)
     tokenizer.chat_template = CORRECTED_TEMPLATE
     tokenizer.save_pretrained(folder)

@@ -36,7 +36,7 @@ SIDES = ((56, 56), (168, 56), (224, 168))
 SAMPLING = SamplingParams(samples=4, max_tokens=16)
 
 
-def measure(name: str, program: str | None, cycles: int) -> dict[str, Any]:
+def measure(name: str, program: str | None, cycles: int, minutes: float) -> dict[str, Any]:
     torch.set_num_threads(1)
     records: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +49,8 @@ def measure(name: str, program: str | None, cycles: int) -> dict[str, Any]:
         worst = 0.0
         try:
             for cycle in range(1, cycles + 1):
+                if time.monotonic() - begin > 60 * minutes:
+                    break
                 with torch.no_grad():
                     for parameter in policy.model.parameters():
                         parameter.mul_(0.999).add_(torch.randn(parameter.shape, generator=generator), alpha=2e-3)
@@ -135,8 +137,9 @@ def main() -> None:
     parser.add_argument("--program")
     parser.add_argument("--cycles", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cycles")
+    parser.add_argument("--minutes", type=float, default=60, help="after which no further cycle begins")
     chosen = parser.parse_args()
-    found = measure(chosen.engine, chosen.program, chosen.cycles)
+    found = measure(chosen.engine, chosen.program, chosen.cycles, chosen.minutes)
     path = chosen.out.with_name(f"{chosen.out.name}-{chosen.engine}")
     path.with_suffix(".json").write_text(json.dumps(found) + "\n")
     series = {}
@@ -145,7 +148,7 @@ def main() -> None:
         if last:
             series[label] = [(record["cycle"], record[key]) for record in found["records"]]
             print(f"{label}: {first:.1f} MB in the second tenth of the cycles, {last:.1f} MB in the last")
-    title = f"{chosen.engine}: memory over {chosen.cycles} cycles of publishing and generating"
+    title = f"{chosen.engine}: memory over {len(found['records'])} cycles of publishing and generating"
     path.with_suffix(".svg").write_text(lines(title, series, "cycle", "MB"))
     print(f"{found['seconds']:.0f} s; largest difference of log-probs to the trainer {found['largest_difference']:.1e}")
 

@@ -22,13 +22,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-from engine_cycles import SIZE
-
 from foveate.data.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.model.tiny import build_tiny
+from foveate.model.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
+SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
 
 
@@ -45,6 +44,7 @@ def write_recipe(folder: Path, steps: int) -> Path:
         "data": {"train": [str(folder / "data" / "train.parquet")], "max_prompt_tokens": 128},
         "rollout": {"samples": 4, "max_tokens": 200},
         "reward": {"name": f"{Path(__file__).resolve()}:text_length", "workers": 0},
+        "optim": {"lr": 1e-3},
         "train": {"steps": steps, "prompts_per_step": 8, "save_every": 0, "threads": 1},
         "eval": {"every": 0},
     }

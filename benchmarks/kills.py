@@ -106,16 +106,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of each run")
     parser.add_argument("--minutes", type=float, default=60, help="after which no further run begins")
     parser.add_argument("--namespaces", action="store_true", help="as in two_nodes.py")
+    parser.add_argument("--folder", type=Path, help="where a later call finds the undisturbed run, if it has the steps")
     asked = parser.parse_args()
     choice, killed, wrong, begin = random.Random(asked.seed), Counter[str](), 0, time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, Nodes(namespaces=asked.namespaces) as nodes:
-        recipe = write_recipe(Path(folder), steps=asked.steps, retries=50, engines=1)
-        whole = Path(folder) / "whole"
-        undisturbed(nodes, recipe, whole)
-        number = 0
+    with tempfile.TemporaryDirectory() as temporary, Nodes(namespaces=asked.namespaces) as nodes:
+        folder: Path = asked.folder or Path(temporary)
+        recipe, whole, number = folder / "recipe.yaml", folder / "whole", 0
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (whole / "final").exists():
+            write_recipe(folder, steps=asked.steps, retries=50, engines=1)
+            undisturbed(nodes, recipe, whole)
         while killed.total() < asked.kills and time.monotonic() - begin < 60 * asked.minutes:
             number += 1
-            run = Path(folder) / f"run-{number}"
+            run = folder / f"run-{asked.seed}-{number}"
             killed += disturbed(nodes, recipe, run, asked.kills - killed.total(), choice)
             found = differences(run, whole)
             print(f"{run.name}: {'other: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)

@@ -2,9 +2,10 @@
 
     python benchmarks/load_memory.py [--folder /scratch]
 
-The checkpoint has the shapes of InternVL3.5-1B in bfloat16 in the GitHub format, random bytes. Every rank is a process
-of its own on the CPU; what it takes is its largest resident memory less what it had before (Python, torch and
-transformers). That must stay below its share of the weights plus twice the largest tensor plus 150 MB.
+The checkpoint has the widths of InternVL3.5-1B in bfloat16 in the GitHub format, with 8 layers in each tower, random
+bytes. Every rank is a process of its own on the CPU; what it takes is its largest resident memory less what it had
+before (Python, torch and transformers). That must stay below its share of the weights plus twice the largest tensor
+plus 150 MB.
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from convert_memory import synthesise
+from transformers import InternVLConfig
 
 from foveate.config_cluster import ClusterSettings
 from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.load import load_policy
+from foveate.model.sizes import IMAGE_TOKEN_ID, SIZES
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
+LAYERS = 8
 MARGIN = 150 * 10**6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=None, help="where to put the 2 GB; else a temporary folder")
+    parser.add_argument("--folder", type=Path, default=None, help="where to put the 1 GB; else a temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         folder, failed = Path(name), False
-        largest, total = synthesise(folder / "chat")
+        vision, text = ({**one, "num_hidden_layers": LAYERS} for one in SIZES["1B"])
+        config = InternVLConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
+        )
+        largest, total = synthesise(folder / "chat", config)
         print(f"checkpoint {total / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB")
         for ranks in (1, 2, 4):
             for how in ("whole", "filled"):

@@ -65,7 +65,8 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     from foveate.model.tiny import build_tiny
     from foveate.parallel.packing import Tree
     from foveate.records import ImageSlot, Prompt, Totals
-    from foveate.train.worker import TrainGroup, Worker
+    from foveate.train.targets import TrainGroup
+    from foveate.train.worker import Worker
 
     prompt, tiles, answers, length, checkpointing = shape
     build_tiny(folder, tiny, padded_vocabulary=vocabulary)

@@ -30,7 +30,8 @@ from foveate.config_parts import ModelSettings, OptimSettings
 from foveate.model.tiny import build_tiny
 from foveate.parallel.packing import Tree
 from foveate.records import Prompt, Totals
-from foveate.train.worker import TrainGroup, Worker
+from foveate.train.targets import TrainGroup
+from foveate.train.worker import Worker
 
 BASE = {"n": 8, "P": 512, "R": 64, "vocabulary": 4096, "width": 256}
 CURVES = {

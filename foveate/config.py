@@ -61,6 +61,7 @@ class RLSettings(Settings):
         self._check_batch()
         self._check_staleness()
         self._check_evaluation()
+        _check_disk(self.train, self.cluster)
         return self
 
     def _check_batch(self) -> None:
@@ -152,6 +153,7 @@ class SFTSettings(Settings):
         _check_weights(self.data)
         _check_system(self.data)
         _check_budget(self.data, self.train, self.cluster)
+        _check_disk(self.train, self.cluster)
         return self
 
 
@@ -175,6 +177,7 @@ class MPOSettings(Settings):
         _check_weights(self.data)
         _check_system(self.data)
         _check_budget(self.data, self.train, self.cluster)
+        _check_disk(self.train, self.cluster)
         return self
 
 
@@ -216,6 +219,15 @@ def _check_budget(data: DataSettings, train: TrainSettings, cluster: ClusterSett
             "train.tokens_per_micro_batch",
             f"is {train.tokens_per_micro_batch}, less than data.max_prompt_tokens={data.max_prompt_tokens}; raise it, "
             "or lower data.max_prompt_tokens",
+        )
+
+
+def _check_disk(train: TrainSettings, cluster: ClusterSettings) -> None:
+    if cluster.ranks > 1 and train.disk_wait is not None and train.disk_wait >= cluster.timeout:
+        refuse(
+            "train.disk_wait",
+            f"is {train.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given up "
+            "for hung; use less, or raise that",
         )
 
 

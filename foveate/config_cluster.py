@@ -23,9 +23,15 @@ class ClusterSettings(Settings):
     offload: bool = Field(
         default=False, description="Weights, gradients and optimizer state rest in host memory between their uses."
     )
-    dtype: Literal["float32", "bfloat16"] | None = Field(
+    reshard: bool = Field(
+        default=True,
+        description="The weights of a block are let go after its forward pass and gathered again for the backward one; "
+        "false: kept in between, for more memory and a third less to send.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None,
-        description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type.",
+        description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type. float16: "
+        "gradients are scaled so that small ones do not become 0.",
     )
     engines: int = Field(
         default=0,

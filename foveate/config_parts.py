@@ -255,6 +255,16 @@ class TrainSettings(Settings):
         default=50, ge=0, description="Steps from one checkpoint to the next; 0: only after the last step."
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept; older ones are deleted.")
+    save_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy of weights and optimizer in host memory.",
+    )
+    disk_wait: float | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none; null: "
+        "900, or half of cluster.timeout where that is less.",
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null: as many as PyTorch chooses.")
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from foveate.config import MPOSettings, RLSettings, SFTSettings
 from foveate.config_base import Settings, refuse
+from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import (
     AlgorithmSettings,
     DataSettings,
@@ -67,6 +68,7 @@ class CascadeSettings(Settings):
     mpo: MPOStage
     rl: RLStage
     eval: EvalSettings = EvalSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -91,13 +93,19 @@ class CascadeSettings(Settings):
             "seed": self.seed,
             "model": self.model.model_copy(update={"path": model}),
         }
+        offline = ClusterSettings()
+        if self.cluster.ranks > 1:
+            of_engines = {"engines", "engine_tensor_parallel", "engine_memory"}
+            offline = ClusterSettings(**self.cluster.model_dump(exclude=of_engines))
         if name == "sft":
             assert self.sft is not None
-            return SFTSettings(**common, data=self.sft.data, optim=self.sft.optim, train=self.sft.train)
+            own = {"data": self.sft.data, "optim": self.sft.optim, "train": self.sft.train}
+            return SFTSettings(**common, **own, cluster=offline)
         if name == "mpo":
             kept = self.data.model_dump(include={"max_prompt_tokens", "system", "workers"})
             data = DataSettings(train=pairs, **kept)
-            return MPOSettings(**common, data=data, loss=self.mpo.loss, optim=self.mpo.optim, train=self.mpo.train)
+            own = {"data": data, "loss": self.mpo.loss, "optim": self.mpo.optim, "train": self.mpo.train}
+            return MPOSettings(**common, **own, cluster=offline)
         every = self.eval.every or self.rl.train.steps
         return RLSettings(
             **common,
@@ -108,4 +116,5 @@ class CascadeSettings(Settings):
             optim=self.rl.optim,
             train=self.rl.train,
             eval=self.eval.model_copy(update={"every": every}),
+            cluster=self.cluster,
         )

@@ -23,5 +23,9 @@ class DiskError(UserError, OSError):
     """A file that could not be written: the message names its path, the reason and the space left."""
 
 
+class DiskFull(DiskError):
+    """There is no room for a file: writing it again may do when somebody made some."""
+
+
 class EngineError(UserError, RuntimeError):
     """A rollout engine that cannot go on: the message says what it did and where its log is."""

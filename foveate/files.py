@@ -5,16 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from foveate.errors import ConfigError, DiskError
+from foveate.errors import ConfigError, DiskError, DiskFull
 
 LOCK = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (*_NO_ROOM, errno.EFBIG)
+_RETRY = 5.0
+"""Seconds between looks at a full disk."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -95,12 +104,29 @@ def remove(path: Path) -> None:
             return
 
 
+def with_room(write: Callable[[], T], patience: float, needed: int = 0) -> T:
+    """What `write` returns. Where the disk is full it waits for room, for at most `patience` seconds in all, and
+    writes again. `needed`: bytes that it takes, as far as that is known. Raises DiskFull when patience ends."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return write()
+        except DiskFull as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            size = f"; it needs {needed / 2**20:,.0f} MiB" if needed else ""
+            logger.warning("%s%s; waiting for room, %.0f s more (train.disk_wait)", error, size, left)
+            time.sleep(min(_RETRY, left))
+
+
 def disk_error(path: Path, error: Exception) -> DiskError:
     """What a user reads when `path` could not be written because of `error`."""
+    kind = DiskFull if isinstance(error, OSError) and error.errno in _NO_ROOM else DiskError
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[-300:]
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free / 2**20
-    return DiskError(
+    return kind(
         f"cannot write {path}: {reason} ({free:,.0f} MiB free in {existing}); nothing was left half-written; make room "
         "or allow writing there, then run the same command again"
     )

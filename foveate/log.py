@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from foveate.errors import ConfigError
-from foveate.files import atomic_write_text, disk_error
+from foveate.files import atomic_write_text, disk_error, with_room
 from foveate.trackers import Tracker, open_trackers
 
 console = Console(stderr=True)
@@ -69,11 +69,13 @@ class MetricsWriter:
         nonfinite: values written so far that were NaN or infinite.
     """
 
-    def __init__(self, path: Path, to: Sequence[str] = ()) -> None:
-        """`to`: the trackers (`foveate.trackers`) that get the finite numbers of each line too."""
+    def __init__(self, path: Path, to: Sequence[str] = (), patience: float = 0.0) -> None:
+        """`to`: the trackers (`foveate.trackers`) that get the finite numbers of each line too. `patience`: seconds
+        that a line waits for room on a full disk."""
         self.path = path
         self.nonfinite = 0
         self._names = to
+        self._patience = patience
         self._trackers: list[Tracker] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
@@ -86,6 +88,15 @@ class MetricsWriter:
         bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         record = {"step": step, **metrics, **dict.fromkeys(bad)} | ({"nonfinite": bad} if bad else {})
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with_room(lambda: self._append(line), self._patience)
+        self.nonfinite += len(bad)
+        if self._trackers is None:
+            self._trackers = open_trackers(self._names, self.path.parent, step - 1)
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for track in self._trackers:
+            track(step, {name: value for name, value in numbers.items() if name not in bad})
+
+    def _append(self, line: str) -> None:
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -94,12 +105,6 @@ class MetricsWriter:
             if self.path.exists():
                 os.truncate(self.path, whole)
             raise disk_error(self.path, error) from error
-        self.nonfinite += len(bad)
-        if self._trackers is None:
-            self._trackers = open_trackers(self._names, self.path.parent, step - 1)
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        for track in self._trackers:
-            track(step, {name: value for name, value in numbers.items() if name not in bad})
 
     def truncate_after(self, step: int) -> None:
         """Keep the lines up to and including `step`, the one that a run continues from; -1 keeps none. A last line that

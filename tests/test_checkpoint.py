@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from rank_cases import spawn
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+import foveate.files
+import foveate.train.checkpoint
+from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import OptimSettings
-from foveate.errors import DataError
-from foveate.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from foveate.errors import DataError, DiskError, DiskFull
+from foveate.files import disk_error
+from foveate.parallel.ranks import Ranks
+from foveate.train.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.optim import apply_gradients, build_optimizer
 
 
@@ -34,12 +44,12 @@ def learn(model: nn.Module, optimizer: torch.optim.AdamW, steps: int) -> None:
 
 def saved(folder: Path, step: int = 7, keep: int = 2) -> Path:
     model, optimizer = trained(3)
-    return save_checkpoint(folder, step, {"": (model, optimizer)}, {"stream": {"position": 12}}, keep)
+    return save_checkpoint(folder, step, tensors_of({"": (model, optimizer)}), {"stream": {"position": 12}}, keep)
 
 
 def test_weights_optimizer_and_state_come_back_bitwise(tmp_path):
     model, optimizer = trained(3)
-    path = save_checkpoint(tmp_path, 7, {"": (model, optimizer)}, {"stream": {"position": 12}}, keep=2)
+    path = save_checkpoint(tmp_path, 7, tensors_of({"": (model, optimizer)}), {"stream": {"position": 12}}, keep=2)
     other, its_optimizer = trained(0, seed=1)
     assert load_checkpoint(path, {"": (other, its_optimizer)}) == {"step": 7, "stream": {"position": 12}}
     learn(model, optimizer, 3)
@@ -49,7 +59,7 @@ def test_weights_optimizer_and_state_come_back_bitwise(tmp_path):
 
 def test_a_checkpoint_before_the_first_step_can_be_saved_and_restored(tmp_path):
     model, optimizer = trained(0)
-    path = save_checkpoint(tmp_path, 0, {"": (model, optimizer)}, {}, keep=1)
+    path = save_checkpoint(tmp_path, 0, tensors_of({"": (model, optimizer)}), {}, keep=1)
     assert load_checkpoint(path, {"": trained(0, seed=1)}) == {"step": 0}
 
 
@@ -64,7 +74,7 @@ def test_the_newest_few_are_kept(tmp_path):
 def test_the_best_is_kept_however_old(tmp_path):
     model, optimizer = trained(3)
     for step, score in enumerate([0.2, 0.6, None, 0.6, 0.3, 0.1], 1):
-        save_checkpoint(tmp_path, step, {"": (model, optimizer)}, {"score": score}, keep=1)
+        save_checkpoint(tmp_path, step, tensors_of({"": (model, optimizer)}), {"score": score}, keep=1)
     assert [step for step, _ in checkpoints(tmp_path)] == [4, 6]
     assert (tmp_path / "best").resolve().name == "step_000004"
 
@@ -114,14 +124,14 @@ import torch
 from torch import nn
 from foveate.config_parts import OptimSettings
 from foveate.errors import DiskError
-from foveate.train.checkpoint import save_checkpoint
+from foveate.train.checkpoint import save_checkpoint, tensors_of
 from foveate.train.optim import build_optimizer
 model = nn.Linear(200, 200)
 optimizer = build_optimizer(model, OptimSettings(lr=0.1))
-save_checkpoint(Path(sys.argv[1]), 1, {"": (model, optimizer)}, {}, 1)
+save_checkpoint(Path(sys.argv[1]), 1, tensors_of({"": (model, optimizer)}), {}, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    save_checkpoint(Path(sys.argv[1]), 2, {"": (model, optimizer)}, {}, 1)
+    save_checkpoint(Path(sys.argv[1]), 2, tensors_of({"": (model, optimizer)}), {}, 1)
 except DiskError as error:
     print(error)
 """
@@ -129,3 +139,113 @@ except DiskError as error:
     assert ended.stdout.startswith(f"cannot write {tmp_path}/step_000002: "), ended.stderr
     assert ended.stdout.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_000001"]
+
+
+# --------------------------------------------------------------------------------------------- beside the next steps
+
+
+def held_back(monkeypatch):
+    """Writing begins only when the event is set."""
+    go, original = threading.Event(), foveate.train.checkpoint.save
+
+    def save(*arguments, **keywords):
+        assert go.wait(60)
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(foveate.train.checkpoint, "save", save)
+    return go
+
+
+def test_a_checkpoint_written_apart_holds_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch):
+    model, optimizer = trained(3)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    go, saving = held_back(monkeypatch), Saving()
+    path = saving.start(tmp_path, 3, tensors_of({"": (model, optimizer)}), {}, 1)
+    learn(model, optimizer, 2)
+    saving.check()  # it is not done, and nothing is wrong
+    assert not path.exists()
+    go.set()
+    saving.wait()
+    other, its_optimizer = trained(0, seed=1)
+    load_checkpoint(path, {"": (other, its_optimizer)})
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in expected.items())
+    assert not torch.equal(other.state_dict()["2.weight"], model.state_dict()["2.weight"])
+    learn(other, its_optimizer, 2)  # with the moments of then
+    assert torch.equal(other.state_dict()["2.weight"], model.state_dict()["2.weight"])
+
+
+def test_what_ends_a_checkpoint_that_is_written_apart_is_raised_once_at_the_next_chance(tmp_path, monkeypatch):
+    def save(*_, **__):
+        raise CheckpointException("", {0: (OSError(errno.EROFS, "Read-only file system"), None)})
+
+    monkeypatch.setattr(foveate.train.checkpoint, "save", save)
+    saving = Saving()
+    saving.start(tmp_path, 3, tensors_of({"": trained(0)}), {}, 1)
+    while not saving._under_way.done():
+        time.sleep(0.01)
+    with pytest.raises(DiskError, match=r"cannot write .*step_000003: Read-only file system"):
+        saving.check()
+    saving.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------- a full disk
+
+
+def full_at_first(monkeypatch, times, number=errno.ENOSPC):
+    original, tried = foveate.train.checkpoint.save, []
+    monkeypatch.setattr(foveate.files, "_RETRY", 0.01)
+
+    def save(*arguments, **keywords):
+        tried.append(1)
+        if len(tried) <= times:
+            raise CheckpointException("", {0: (OSError(number, os.strerror(number)), None)})
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(foveate.train.checkpoint, "save", save)
+    return tried
+
+
+def test_a_full_disk_is_waited_for_and_says_what_is_needed_and_where(tmp_path, monkeypatch, caplog):
+    tried = full_at_first(monkeypatch, 2)
+    path = save_checkpoint(tmp_path, 1, tensors_of({"": trained(3)}), {}, 1, patience=60.0)
+    assert len(tried) == 3
+    load_checkpoint(path, {"": trained(0)})
+    first, _ = (record.getMessage() for record in caplog.records if record.name == "foveate.files")
+    for part in (f"cannot write {path}: No space left on device (", f"MiB free in {tmp_path}", "needs 0 MiB; waiting"):
+        assert part in first
+
+
+def test_patience_with_a_full_disk_ends_and_other_errors_are_not_waited_for(tmp_path, monkeypatch):
+    content = tensors_of({"": trained(0)})
+    full_at_first(monkeypatch, 10**6)
+    for patience in (0.0, 0.1):
+        with pytest.raises(DiskFull, match="No space left on device"):
+            save_checkpoint(tmp_path, 1, content, {}, 1, patience=patience)
+    tried = full_at_first(monkeypatch, 1, errno.EROFS)
+    with pytest.raises(DiskError, match="Read-only"):
+        save_checkpoint(tmp_path, 1, content, {}, 1, patience=60.0)
+    assert len(tried) == 1
+
+
+def full_on_one(rank, ranks, folder):
+    """The disk is full for the first of the ranks alone, twice."""
+    own = Ranks.of(ClusterSettings(gpus_per_node=ranks))
+    tried, original = [], foveate.train.checkpoint._write_state
+    foveate.files._RETRY = 0.01
+
+    def write_state(*arguments):
+        tried.append(1)
+        if len(tried) < 3:
+            raise disk_error(Path(folder) / "step_000001", OSError(errno.ENOSPC, "No space left on device"))
+        original(*arguments)
+
+    foveate.train.checkpoint._write_state = write_state
+    model, optimizer = trained(3)
+    path = save_checkpoint(Path(folder), 1, tensors_of({"": (model, optimizer)}), {"x": rank}, 1, own, 60.0)
+    return len(tried), load_checkpoint(path, {"": trained(0)}, own)
+
+
+@pytest.mark.slow
+def test_ranks_wait_together_for_a_disk_that_is_full_for_one(tmp_path):
+    assert spawn(full_on_one, 2, tmp_path) == [(3, {"step": 1, "x": 0}), (0, {"step": 1, "x": 0})]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import struct
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_the_source_stays_as_it_was(chat_folder, tmp_path):
 # ------------------------------------------------------------------------------------------------- load and save
 
 
-@pytest.mark.parametrize("case", ["300M-qwen3", "6B-qwen3_moe", "300M-gpt_oss"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout", ["chat", "hf", "hf-old"])
 def test_a_policy_is_saved_in_the_layout_it_came_in(case, layout, chat_folder, tmp_path):
     source = chat_folder(case)
@@ -343,6 +344,33 @@ def narrow_qkv(folder):
     change_weights(folder, lambda w: w.update({name: w[name][:90].clone()}))
 
 
+def wrong_range(folder):
+    """A header in which the first tensor lacks the bytes of a number, which the second one has more."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    first, second = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")[:2]
+    assert first[1] == second[0]
+    first[1] = second[0] = first[1] - 4
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + content[8 + length :])
+
+
+def link_to_nowhere(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
+def change_part(part, **changes):
+    def change(folder):
+        config = read_json(folder / "config.json")
+        config[part] |= changes
+        write_json(folder / "config.json", config)
+
+    return change
+
+
 def unset(key):
     def change(folder):
         config = read_json(folder / "config.json")
@@ -367,6 +395,15 @@ DAMAGE = {
     "missing shard": (drop_shard, r"model-0000\d-of-0000\d.safetensors is missing, one of \d shards"),
     "no index": (drop_index, "2 .*safetensors files but no model.safetensors.index.json"),
     "broken index": (lambda folder: write_json(folder / INDEX, {}), "index.json: not an index of safetensors"),
+    "index of files elsewhere": (
+        lambda folder: write_json(folder / INDEX, {"weight_map": {"a": "../b.safetensors"}}),
+        "../b.safetensors is no file",
+    ),
+    "index of numbers": (lambda folder: write_json(folder / INDEX, {"weight_map": {"a": 1}}), "not an index of safe"),
+    "link to nowhere": (link_to_nowhere, "found no weights"),
+    "ranges that shapes do not have": (wrong_range, "model.safetensors: its header is not that of safetensors"),
+    "no heads": (change_part("vision_config", num_attention_heads=0), "config.json: cannot be loaded .ZeroDivision"),
+    "unknown activation": (change_part("llm_config", hidden_act="blub"), "config.json: cannot be loaded .*'blub'"),
     "a tensor twice": (two_copies, "is in b.safetensors, too; one of them is old"),
     "cut off": (cut, r"model.safetensors: has [\d,]+ bytes where its header says [\d,]+"),
     "pointer of git-lfs": (lfs_pointer, "bytes that are not safetensors"),

@@ -27,6 +27,7 @@ from foveate.records import SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
 from foveate.rollout.parity import check_engine, logprob_differences
+from foveate.rollout.sync import plan_buckets
 
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 """Heads of 32, the smallest that vLLM computes on CPUs."""
@@ -86,6 +87,9 @@ def case(request, tmp_path_factory, make_image, make_task):
     ]
     assert [sum(slot.tiles for slot in prompt.slots) for prompt in prompts] == [0, 1, 4, 13, 2]
     engine = start(request.param, policy, encoder)
+    if not isinstance(engine, NativeEngine):
+        engine._bucket = 1 << 16  # from now on weights come in many buckets, and the largest by themselves
+        assert {bucket.alone for bucket in plan_buckets(policy.model.named_parameters(), 1 << 16)} == {False, True}
     yield Case(engine, policy, encoder, prompts)
     engine.close()
 

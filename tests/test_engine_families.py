@@ -23,10 +23,8 @@ ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
-    "qwen3_vl_moe": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
     "qwen2": HEADS,
     "qwen3": {**HEADS, "head_dim": 32},
-    "qwen3_moe": {**HEADS, "head_dim": 32},
 }
 PAIRS = [*(("vllm", name) for name in ("chat", *SIZES)), ("sglang", "qwen2"), ("sglang", "qwen3")]
 THROUGH_A_FILE = (("vllm", "qwen3"), ("sglang", "qwen3"))

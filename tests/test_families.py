@@ -28,7 +28,8 @@ from foveate.records import DataError, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
-from foveate.train.worker import TrainGroup, Worker, sft_total
+from foveate.train.targets import TrainGroup
+from foveate.train.worker import Worker, sft_total
 
 NAMES = [*VISION_MODELS, *TEXT_MODELS]
 PHOTOS = Path(__file__).parent / "data/refphotos/images"

@@ -129,6 +129,32 @@ def test_a_model_that_exists_only_as_code_is_refused_and_its_code_is_not_run(nam
     assert "only as code of its checkpoint, which is never run" in refusal(folder)
 
 
+@pytest.mark.parametrize("template", ["{% for x in %}", "{{ messages[0]['content'] + 1 }}"])
+@pytest.mark.parametrize("name", ["internvl-chat", "qwen3_vl", "qwen3"])
+def test_a_chat_template_that_cannot_be_used_is_told(name, template, damaged):
+    folder = damaged(name)
+    (folder / "chat_template.jinja").write_text(template)
+    assert "the chat template cannot be used" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", SEEING[:3])
+def test_features_of_a_layer_that_the_tower_lacks_are_refused(name, damaged):
+    folder = damaged(name)
+    change_config(folder, select_layer=-4, vision_feature_layer=-4)
+    assert "config.json: images are taken from layer -4 of a tower of 2 layers" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3"])
+def test_a_configuration_of_a_far_larger_model_is_refused_before_memory_is_taken(name, damaged):
+    folder = damaged(name)
+    content = json.loads((folder / "config.json").read_text())
+    text = content.get("text_config", content)
+    change_config(
+        folder, **({"text_config": {**text, "vocab_size": 10**9}} if text is not content else {"vocab_size": 10**9})
+    )
+    assert "the weights hold less than half of the" in refusal(folder)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quantised_weights_are_refused(name, damaged):
     folder, how = damaged(name), {"quant_method": "mxfp4"}

@@ -21,6 +21,8 @@ CASES = {
     "checkpointing": {"checkpointing": True},
     "offload": {"offload": True, "checkpointing": True},
     "none": {"shard": "none"},
+    "kept": {"reshard": False},
+    "kept, checkpointing": {"reshard": False, "checkpointing": True},
     "hybrid": {"nodes": 2, "gpus_per_node": 1, "shard": "hybrid"},
     "frozen vision": {"train": ["projector", "language"]},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -14,15 +15,20 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from test_geo3k import ANSWERS
 
 from foveate.data.images import load_image, read_image
-from foveate.data.store import open_tasks
+from foveate.data.store import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import Look, survey
 from foveate.encoding.dataset import RowCheck
-from foveate.records import DataError, Image, Message, Task
+from foveate.records import FAILED, DataError, Image, Message, Task
+from foveate.rewards import QUICK
 from foveate.rewards.boxes import check_truth, parse_box
 from foveate.rewards.grade import build_reward
+from foveate.rewards.pool import Graders
 
 LONGEST = 30.0  # seconds of CPU that one picture or answer may take
 
@@ -108,15 +114,22 @@ def encoded(image: PIL.Image.Image, form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_that_says(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header claims any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def png_with_text(size: int) -> bytes:
+    """A whole PNG with a remark of `size` bytes, compressed to a thousandth."""
+    data = encoded(PIL.Image.new("RGB", (4, 4)), "PNG")
+    return data[:33] + chunk(b"zTXt", b"remark\0\0" + zlib.compress(bytes(size))) + data[33:]
 
 
 def whole_pictures() -> dict[str, bytes]:
@@ -167,6 +180,11 @@ def test_every_kind_of_whole_picture_is_taken(encode, name):
     assert outcome(whole_pictures()[name], encode) == "taken"
 
 
+@pytest.mark.slow
+def test_a_picture_just_below_the_limit_of_pixels_is_taken(encode):
+    assert outcome(encoded(PIL.Image.new("L", (9000, 9000)), "PNG"), encode) == "taken"
+
+
 @pytest.mark.parametrize(
     ("data", "what"),
     [
@@ -177,6 +195,11 @@ def test_every_kind_of_whole_picture_is_taken(encode, name):
         (png_that_says(10_000, 10_000), "has too many pixels"),
         (png_that_says(2**31 - 1, 2**31 - 1), "has too many pixels|is damaged"),
         (png_that_says(0, 5), "is not an image|is damaged"),
+        (encoded(PIL.Image.new("1", (10_000, 10_000)), "PNG"), "has too many pixels"),  # whole, in 13 kB
+        (b"GIF89a" + b"\xff" * 4 + b"\x80\0\0" + bytes(6) + b",\0\0\0\0" + b"\xff" * 4 + b"\0\2\0;", "too many pixels"),
+        (b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 10**5, 10**5, 1, 24, *[0] * 6), "too many pixels"),
+        (png_with_text(2**27), "is damaged or truncated .*too large"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nquit\n", "cannot be decoded|is damaged"),
         (png_that_says(100, 100), "cannot be decoded"),
     ],
 )
@@ -211,6 +234,40 @@ def test_a_path_that_is_no_file_is_refused(tmp_path):
             read_image(value, [tmp_path])
 
 
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_damaged_files_are_refused_or_their_rows_are(tmp_path, kind, count):
+    """`count` cut and garbled copies. An offset that leads out of its buffer would end the process."""
+    rows = [{**schema_row(), "extra_info": {"id": str(index)}} for index in range(40)]
+    PIL.Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
+    write_rows(tmp_path / "x.parquet", rows, row_schema(BOX, {"id": pa.string()}))
+    if kind == "arrow":
+        table = pq.read_table(tmp_path / "x.parquet")
+        with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    whole = (tmp_path / f"x.{kind}").read_bytes()
+    rng = np.random.default_rng(count)
+    said = []
+    for index in range(count):
+        data = bytearray(whole[: int(rng.integers(len(whole)))] if index % 3 == 0 else whole)
+        for place in rng.integers(0, len(data), 5) if index % 3 and len(data) else ():
+            data[place] = int(rng.integers(256))
+        (tmp_path / f"y.{kind}").write_bytes(data)
+        try:
+            table = open_tasks(tmp_path / f"y.{kind}")
+            found = survey(table, Look(), workers=1)
+            table.values("extra_info.id")
+            said += [str(problem) for problem in found.problems[:1]] or ["taken"]
+        except DataError as error:
+            said.append(str(error))
+    refused = [text for text in said if text != "taken"]
+    assert len(refused) > count / 2
+    assert all(f"y.{kind}" in text for text in refused), [text for text in refused if f"y.{kind}" not in text]
+
+
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
@@ -226,14 +283,70 @@ def odd_answers(rng: np.random.Generator, count: int) -> Iterator[str]:
 
 @pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
 def test_odd_answers_get_a_finite_score(count):
+    """By every reward that may run in the training process, and none of them fails."""
     rng = np.random.default_rng(count)
-    reward = build_reward("grounding", {})
     image = Image(Path("a.png"), None, 640, 480)
-    task = Task("id", "grounding", (Message("user", "<image>?"),), (image,), [1.0, 2.0, 300.0, 400.0], where="row 0")
+    asked = Message("user", "<image>?\nA. 5\nB. [1, 2]")
+    boxed = Task("id", "grounding", (asked,), (image,), [1.0, 2.0, 300.0, 400.0], where="row 0")
+    worded = dataclasses.replace(boxed, answer="B")
+    needed = {"overlong": {"limit": 100, "buffer": 50}}
+    rewards = [(name, build_reward(name, needed.get(name, {}))) for name in sorted(QUICK)]
     for text in odd_answers(rng, count):
-        begin = time.process_time()
-        score = reward(text, task)
+        for name, reward in rewards:
+            begin = time.process_time()
+            score = reward(text, boxed if name in ("grounding", "boxes", "refcoco") else worded)
+            assert math.isfinite(score.value)
+            assert not score.note.startswith(FAILED), (name, text[:80], score.note)
+            assert time.process_time() - begin < LONGEST
         box = parse_box(text)
-        assert math.isfinite(score.value)
         assert box is None or all(math.isfinite(number) for number in box)
-        assert time.process_time() - begin < LONGEST
+
+
+def odd_mathematics(rng: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
+    """(answer, ground truth): answers of the table with characters lost, doubled or put in."""
+    pieces = [
+        "{",
+        "}",
+        "\\",
+        "\\frac",
+        "^",
+        "_",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        "%",
+        "\\sqrt",
+        "\\pi",
+        "=",
+        "0",
+        "9",
+        "!",
+        "$",
+        "x",
+        "\u0000",
+        "½",
+    ]
+    for _ in range(count):
+        answer, truth, *_ = ANSWERS[int(rng.integers(len(ANSWERS)))]
+        for _ in range(int(rng.integers(1, 5))):
+            place = int(rng.integers(len(answer) + 1))
+            with_piece = answer[:place] + str(rng.choice(pieces)) + answer[place:]
+            answer = [with_piece, answer[:place] + answer[place + 1 :], answer[:place] * 2 + answer[place:]][
+                int(rng.integers(3))
+            ]
+        yield answer, truth
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["math", "geo3k"])
+def test_odd_mathematics_gets_a_score_or_runs_out_of_time(name, count):
+    """No answer takes down its worker for good, and each that is not graded says why."""
+    cases = list(odd_mathematics(np.random.default_rng(count), count))
+    answers = [(f"\\boxed{{{text}}}", Task("t", "s", (), (), truth, where="row 0")) for text, truth in cases]
+    with Graders(name, {}, workers=2, time_limit=5.0) as graders:
+        scores = graders.grade_many(answers)
+        assert all(math.isfinite(score.value) for score in scores)
+        assert all(score.value == 0 for score in scores if score.note.startswith(FAILED))
+        assert graders.failures.total() <= max(2, count / 20), graders.failures

@@ -23,8 +23,9 @@ from foveate.parallel.balance import Costs
 from foveate.parallel.packing import Tree
 from foveate.records import Completion, Group, Score, Totals
 from foveate.train.method import Method, build_method
+from foveate.train.targets import TrainGroup
 from foveate.train.update import prepare
-from foveate.train.worker import TrainGroup, Worker
+from foveate.train.worker import Worker
 
 LENGTHS = ((12, 5, 20, 9), (8, 1, 16, 4), (3, 20, 11, 7), (15, 6, 6, 14))
 REWARDS = ((0.0, 1.0, 0.5, 0.0), (1.0, 1.0, 0.9, 0.3), (0.2, 0.9, 0.0, 0.4), (0.0, 0.1, 0.0, 0.8))

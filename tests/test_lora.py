@@ -15,7 +15,7 @@ from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_al
 from foveate.parallel.packing import Tree, pack
 from foveate.train.worker import Worker
 
-NAMES = ["internvl", *VISION_MODELS, "qwen3", "gpt_oss"]
+NAMES = ["internvl", *VISION_MODELS, "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
 LANGUAGE = ("language",)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from foveate.config_parts import OptimSettings
-from foveate.train.optim import apply_gradients, build_optimizer, learning_rate
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer, learning_rate
 
 
 def model_with(gradient: float) -> nn.Linear:
@@ -85,3 +85,20 @@ def test_gradients_that_are_not_finite_change_neither_weights_nor_optimizer(bad)
         assert torch.equal(p, weight)
         assert p.grad is None
         assert all(torch.equal(optimizer.state[p][name], value) for name, value in moment.items())
+
+
+def test_a_scaled_loss_gives_the_same_step_and_its_scale_follows_what_happens():
+    def stepped(scale):
+        weight = torch.nn.Parameter(torch.arange(1.0, 5.0))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        (weight.pow(2).sum() * scale).backward()
+        return apply_gradients(optimizer, 0.1, 1.0, scale), weight.detach()
+
+    assert stepped(1.0)[0] == stepped(2.0**16)[0]
+    assert torch.equal(stepped(1.0)[1], stepped(2.0**16)[1])
+    scale = LossScale(8.0, patience=2)
+    seen = []
+    for taken in (True, False, True, True, True):
+        scale.update(taken)
+        seen.append(scale.value)
+    assert seen == [8.0, 4.0, 4.0, 8.0, 8.0]

@@ -252,11 +252,16 @@ def test_mmpr_becomes_pairs_with_pictures_in_front_and_repetitions(tmp_path, pic
         ({"annotation": "gone.jsonl"}, "with, field annotation: nothing at"),
         ({"root": None}, "with, field root: is None; must be a path"),
         ({"repeat_time": "twice"}, "with, field repeat_time: is 'twice'"),
+        ({"annotation": "one.jsonl", "repeat_time": 0.5}, "no pair is left of any entry; raise repeat_time"),
     ],
 )
 def test_a_wrong_meta_json_is_refused_by_entry_and_field(tmp_path, pictures, changed, what):
-    with pytest.raises(DataError, match=rf"meta\.json, {what}"):
-        prepare_mmpr(mmpr(tmp_path, pictures, **changed), tmp_path / "out")
+    meta = mmpr(tmp_path, pictures, **changed)
+    if "one.jsonl" in changed.values():
+        jsonl(tmp_path / "one.jsonl", [{"question": "T?", "chosen": "good", "rejected": "bad"}])
+        meta.write_text(json.dumps({"with": json.loads(meta.read_text())["with"]}))
+    with pytest.raises(DataError, match=rf"meta\.json[,:] {what}"):
+        prepare_mmpr(meta, tmp_path / "out")
 
 
 def test_a_pair_of_equal_or_empty_answers_is_refused_by_field(tmp_path, pictures):
@@ -289,6 +294,9 @@ def test_answers_of_different_types_are_refused(tmp_path):
         prepare_rows([source], tmp_path / "out", reading=reading)
     jsonl(source, [{"q": "?", "a": 1, "l": 1}, {"q": "?", "a": 2, "l": 10**30}])
     with pytest.raises(DataError, match=r"field extra_info\.level: a whole number of more than 64 bits"):
+        prepare_rows([source], tmp_path / "out", reading=reading)
+    jsonl(source, [{"q": "?", "a": 1, "l": {"of": {}}}])
+    with pytest.raises(DataError, match=r"field extra_info\.level\.of: is an empty mapping in every row"):
         prepare_rows([source], tmp_path / "out", reading=reading)
     assert not (tmp_path / "out").exists()
 

@@ -164,3 +164,38 @@ def test_ranks_learn_what_one_learns(tmp_path, folders, ranks, cases):
         apart = torch.cat([(own[name] - other[name]).flatten() for name in start])
         assert moved.norm() > 0 or case.startswith("critic")
         assert apart.norm() <= 2e-5 * moved.norm(), case
+
+
+def in_half_precision(rank, ranks, out, folder):
+    """Three steps in float16: as they are; scaled beyond its range, which is skipped; and after a checkpoint."""
+    worker = worker_of(folder, "rl", {}, {"gpus_per_node": ranks, "dtype": "float16"})
+    workers = Calls(worker, rank, ranks, 1)
+    groups = groups_of(worker.policy.family)
+    dear, totals = [COSTS(group.tree) for group in groups], totals_of(groups)
+
+    def step():
+        return next(spread(workers, "update_policy", groups, dear, LOSS, totals, 1e-2))[1]
+
+    worker.scale.value = 1024.0
+    first = step()
+    worker.scale.value = 2.0**40
+    second, scale = step(), worker.scale.value
+    path = worker.save(Path(out), 1, {"stream": 7}, 1)
+    worker.scale.value = 1.0
+    return first, second, scale, worker.restore(path), worker.scale.value
+
+
+@pytest.mark.slow
+def test_float16_learns_with_a_scaled_loss_and_skips_what_overflows(tmp_path, folders):
+    worker = worker_of(folders["dense"], "rl", {}, {})
+    groups = groups_of(worker.policy.family)
+    dear = [COSTS(group.tree) for group in groups]
+    rest = LOSS, totals_of(groups), 1e-2
+    whole = next(spread(LocalWorkers(worker), "update_policy", groups, dear, *rest))[1]
+    for first, second, scale, state, restored in spawn(in_half_precision, 2, tmp_path, folders["dense"]):
+        assert first["update_skipped"] == 0
+        assert first["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)
+        assert first["entropy"] == pytest.approx(whole["entropy"], rel=0.01)
+        assert second["update_skipped"] == 1
+        assert scale == restored == 2.0**39
+        assert state == {"step": 1, "stream": 7}

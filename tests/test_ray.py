@@ -183,7 +183,7 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
         tmp_path / "run",
         tiny_folder,
         data,
-        cluster={"nodes": 2, "device": "cpu", "timeout": 240},
+        cluster={"nodes": 2, "device": "cpu", "timeout": 240, "engines": 1},
         reward={"name": f"{HERE}:text_length", "workers": 0},
         train={"steps": 12, "prompts_per_step": 4, "save_every": 12},
         optim={"lr": 3e-3},
@@ -201,7 +201,7 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
         "--host=127.0.0.2",
         f"--port={port}",
         f"--dashboard={dashboard}",
-        "--cpus=1",
+        "--cpus=2",
         "--block",
     ]
     join = [*foveate, "cluster", "join", f"127.0.0.2:{port}", "--host=127.0.0.3", "--cpus=1", "--block"]
@@ -219,6 +219,7 @@ def test_two_nodes_started_by_three_commands_learn(tmp_path, tiny_folder, data):
             node.wait(60)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert "2 ranks on 2 nodes" in ended.stdout
+    assert "an engine on 127.0.0.2" in ended.stdout
     rewards = [record["reward/mean"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
 

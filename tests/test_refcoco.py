@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from foveate.records import Image, Task
 from foveate.rewards.build import make_check, make_reward
+from foveate.rewards.refcoco import first_fields
 
 CASES = json.loads((Path(__file__).parent / "data" / "refcoco_rule.json").read_text())
 
@@ -66,3 +69,13 @@ def test_the_ground_truth_is_checked_as_for_the_reward():
     check = make_check("refcoco", {"rule": "last"})
     assert check is not None
     assert check(task_of([5, 5, 5, 9], 640, 480))[0][0] == "reward_model.ground_truth"
+
+
+def test_the_first_box_is_that_of_the_published_pattern_and_found_at_once():
+    pattern = re.compile(r"\[+(.*?),(.*?),(.*?),(.*?)\]")
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("[[],,,1a \n"), rng.integers(0, 20))) for _ in range(20_000)]
+    found = [pattern.search(text) for text in texts]
+    assert sum(match is not None for match in found) > 500
+    assert [first_fields(text) for text in texts] == [list(match.groups()) if match else None for match in found]
+    assert first_fields("[1," * 100_000) is None  # the pattern takes six seconds for a thousandth of this

@@ -17,7 +17,7 @@ import torch
 from foveate.errors import EngineError
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
-from foveate.rollout.replica import PORT, Replica, ReplicaLostError
+from foveate.rollout.replica import PORT, Replica, ReplicaLostError, meanwhile
 from foveate.rollout.served import ServedEngine
 
 HERE = Path(__file__).parent
@@ -159,6 +159,19 @@ def test_a_server_that_dies_while_weights_are_published_gets_them_at_its_start(e
     engine.publish(9, [("w", torch.ones(2))])
     assert engine.state()["version"] == 9
     assert engine.generate(requests_of(1), SamplingParams())[0][0].version == 9
+
+
+def test_a_server_that_refuses_a_transfer_is_ended_so_that_its_sender_does_not_wait(engine_of):
+    replica = engine_of().replicas[0]
+
+    def transfer():
+        with meanwhile(replica, "/no-such-path", {}):
+            while replica.healthy():
+                time.sleep(0.05)
+            raise RuntimeError("the connection is closed")
+
+    with pytest.raises(ReplicaLostError, match="/no-such-path: Remote"):
+        transfer()
 
 
 def test_closing_the_stream_aborts_what_is_unfinished(engine_of):

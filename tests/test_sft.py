@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_resume import interrupt, stop_at
 from toy import make_data, sft_settings
 from transformers import AutoModelForImageTextToText
 
@@ -118,3 +119,27 @@ def test_rows_without_an_answer_are_refused_by_name(tmp_path, tiny_folder, data)
     settings = sft_settings(tmp_path / "run", tiny_folder, data, data={"train": [str(tmp_path / "bare.jsonl")]})
     with pytest.raises(ValueError, match=r"bare\.jsonl, row 0 \(line 1\), field extra_info\.response: is None; super"):
         run_sft(settings)
+
+
+def test_checkpoints_written_beside_the_steps_change_nothing(tmp_path, tiny_folder, data):
+    runs = [
+        run_sft(sft_settings(tmp_path / name, tiny_folder, data, train={"save_async": apart}))
+        for name, apart in (("apart", True), ("in turn", False))
+    ]
+    own, other = ((run.final / "model.safetensors").read_bytes() for run in runs)
+    assert own == other
+    names = [[path.name for path in sorted(run.checkpoints.iterdir())] for run in runs]
+    assert names[0] == names[1] == ["latest", "step_000002", "step_000003"]
+    states = [sorted(file.name for file in (run.checkpoints / "step_000003").iterdir()) for run in runs]
+    assert states[0] == states[1]
+
+
+def test_a_run_that_saves_beside_its_steps_continues_as_if_it_had_not_stopped(tmp_path, tiny_folder, data):
+    train = {"save_async": True, "steps": 7}
+    settings = [sft_settings(tmp_path / name, tiny_folder, data, train=train) for name in "ab"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, "between gradients and update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_sft(settings[0])
+    run, whole = run_sft(settings[0]), run_sft(settings[1])
+    assert (run.final / "model.safetensors").read_bytes() == (whole.final / "model.safetensors").read_bytes()

@@ -22,7 +22,8 @@ from foveate.model.load import Policy, load_policy
 from foveate.model.tiny import TinySize, build_tiny
 from foveate.parallel.packing import Tree
 from foveate.records import ImageSlot, Prompt, Totals
-from foveate.train.worker import TrainGroup, Worker
+from foveate.train.targets import TrainGroup
+from foveate.train.worker import Worker
 
 SIZE = TinySize(
     tile=TILE, patch=PATCH, vision_width=192, vision_layers=4, vision_heads=4, vision_ffn=768, width=256, layers=4,

@@ -40,7 +40,6 @@ from foveate.resolve import FILE_MODULES
 
 logger = logging.getLogger(__name__)
 
-_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _START = 120.0
 """Seconds in which a cluster has to take its first job."""
 _GRACE = 60.0
@@ -71,9 +70,8 @@ class _Rank(_Actor):
         patience = timedelta(seconds=cluster.timeout)
         if cluster.kind == "cuda":
             torch.cuda.set_device(0)  # Ray lets a process see no other
-        dist.init_process_group(
-            _BACKENDS[cluster.kind], init_method=meeting, rank=rank, world_size=cluster.ranks, timeout=patience
-        )
+        backend = "nccl" if cluster.kind == "cuda" else "gloo"
+        dist.init_process_group(backend, meeting, patience, cluster.ranks, rank)
         self.make(build)
 
 
@@ -256,10 +254,11 @@ class _Link:
         try:
             ray.init(logging_level=logging.ERROR, **options)
         except ConnectionError as error:
-            raise ConfigError(
-                f"cluster.nodes is {cluster.nodes}, but no Ray cluster runs here; start one by `foveate cluster up`, "
-                "let the others join by `foveate cluster join ADDRESS`, or set RAY_ADDRESS"
-            ) from error
+            start = "start one by `foveate cluster up`, join it by `foveate cluster join ADDRESS`, or set RAY_ADDRESS"
+            raise ConfigError(f"cluster.nodes is {cluster.nodes}, but no Ray cluster runs here; {start}") from error
+        except Exception as error:  # it gives a node half a minute, which a busy machine exceeds
+            ray.shutdown()
+            raise RankLost(f"Ray did not start here ({_short(error)})") from error
 
     def place(self, bundles: list[dict[str, float]], strategy: str, asked: str, patience: float) -> PlacementGroup:
         self._group = group = placement_group(bundles, strategy=strategy)

@@ -74,7 +74,8 @@ def _source(value: Any) -> tuple[Path | None, bytes | None]:
         return None, value
     if isinstance(value, str | Path) and str(value):
         return Path(value), None
-    raise DataError(f"an image must be a path, bytes, or a mapping with path or bytes, not {type(value).__name__}")
+    found = "an empty text" if value == "" else type(value).__name__
+    raise DataError(f"an image must be a path, bytes, or a mapping with path or bytes, not {found}")
 
 
 def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:

@@ -17,7 +17,7 @@ from foveate.data.rows import Place, Problem, parse_row
 from foveate.data.store import TaskTable
 from foveate.data.tables import prepare_rows
 from foveate.data.validate import AS_IS, Reading
-from foveate.records import DataError
+from foveate.records import DataError, require
 
 # ---------------------------------------------------------------------------------------------------------- MMPR-Tiny
 
@@ -132,6 +132,7 @@ def prepare_mmpr(
         problems += found.problems
         tables[annotation.name] = table.select(_repeated(len(table), annotation.repeat_time, seed))
     taken = {name: table for name, table in tables.items() if len(table)}
+    require(bool(taken), f"{meta}: no pair is left of any entry; raise repeat_time")
     schema = infer_schema(_pairs(taken, pictures=False))
     return publish(
         out,

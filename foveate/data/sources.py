@@ -22,7 +22,7 @@ from foveate.records import DataError
 SUFFIXES = (".parquet", ".jsonl", ".arrow")
 BLOCK_ROWS = 64
 
-MOST_ROWS = 2**33
+MOST_ROWS = 2**30
 _DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, SystemError)
 """What pyarrow raises for a file whose bytes are not what they say."""
 
@@ -141,7 +141,7 @@ class ParquetRows:
             raise DataError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
         if min(counts, default=0) < 0 or sum(counts) > MOST_ROWS:
             raise DataError(f"{path}: cannot be read as parquet (it says that it has {sum(counts)} rows)")
-        self.columns = list(self.names if columns is None else columns)
+        self.columns = list(self.file.schema_arrow.names if columns is None else columns)
         self.ends = list(accumulate(counts))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -59,12 +59,25 @@ def write_rows(
     """
     count = 0
     options = {"compression": "zstd", "write_statistics": False}
+    _require_children(path, schema)
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         for group in _groups(rows):
             writer.write_table(_table(path, group, count, schema))
             count += len(group)
             advance(len(group))
     return count
+
+
+def _require_children(path: Path, schema: pa.Schema) -> None:
+    """Parquet has no mapping without a key, which empty ones in all rows would need."""
+    kinds = [(field.name, field.type) for field in schema]
+    for name, kind in kinds:  # grows
+        if pa.types.is_struct(kind):
+            if kind.num_fields == 0:
+                raise DataError(f"{path}, field {name}: is an empty mapping in every row; leave it out")
+            kinds += [(f"{name}.{field.name}", field.type) for field in kind]
+        elif pa.types.is_list(kind):
+            kinds.append((name, kind.value_type))
 
 
 def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -113,7 +113,7 @@ def hf_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Json:
     return mapped(folder, chat_to_hf, config, tokenizer.get_vocab()["<IMG_CONTEXT>"])
 
 
-def mapped(folder: Path, mapping: Callable[..., Json], *arguments: Any) -> Json:
+def mapped(folder: Path, mapping: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """A mapping of the configuration of a folder, whose refusals then say which file they are about."""
     try:
         return mapping(*arguments)
@@ -138,7 +138,7 @@ def hf_tensors(folder: Path, layout: Layout, config: InternVLConfig) -> dict[str
     Raises DataError, naming the tensor, where the weights lack one that the configuration asks for, hold another one,
     or have another shape.
     """
-    wanted = expected_shapes(config)
+    wanted = mapped(folder, expected_shapes, config)
     found: dict[str, Stored] = {}
     strange = []
     for name, stored in read_headers(weight_files(folder)).items():

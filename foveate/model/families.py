@@ -139,8 +139,10 @@ def internvl_family(
             f"{image_token_id}; correct image_token_id"
         )
     check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
-    tile = config.vision_config.image_size[0]
-    side = int(tile // config.vision_config.patch_size[0] * config.downsample_ratio)
+    tile, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
+    if not 1 <= patch <= tile:
+        raise DataError(f"{folder}/config.json: patches of {patch} pixels do not fit into tiles of {tile}")
+    side = int(tile // patch * config.downsample_ratio)
     processor = processor or _tile_settings(folder, tile)
     budget = processor.get("max_patches", 12)
     if not is_count(budget):

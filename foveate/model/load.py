@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,10 @@ from foveate.model.recognise import Checkpoint, recognise
 from foveate.model.safetensors_io import read_headers, weight_files
 from foveate.model.sizes import meta_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError, StrictDataclassError)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 """What transformers raises for folders that are damaged or contradict themselves."""
 _FILES = {"use_safetensors": True, "local_files_only": True}
 
@@ -124,8 +127,12 @@ def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
 
 def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
     """A model whose layouts transformers knows itself."""
-    read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
+    held = read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
     auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in auto.from_config(found.config).parameters())
+    if wanted > 2 * sum(math.prod(tensor.shape) for tensor in held.values()):  # transformers would make up the rest
+        raise DataError(f"{found.folder}: the weights hold less than half of the {wanted:,} parameters of config.json")
     model, report = auto.from_pretrained(
         found.folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from foveate.encoding.chat import render
 from foveate.errors import DataError
 from foveate.model.checkpoints import (
     MODEL_TYPES,
@@ -28,6 +30,7 @@ from foveate.model.names import Layout
 from foveate.model.quiet import quiet_transformers
 from foveate.model.qwen_vl import qwen_family
 from foveate.model.text_only import text_family
+from foveate.records import Message
 
 LANGUAGE_MODELS = (
     "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
@@ -78,18 +81,26 @@ def _internvl(folder: Path, layout: Layout) -> Checkpoint:
     tokenizer = read_image_tokenizer(folder)
     form = hf_form(folder, tokenizer)
     _check_language(folder, (form.get("text_config") or {}).get("model_type"))
-    config = model_config(folder, form)
+    config: Any = model_config(folder, form)
+    layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        raise DataError(f"{folder / 'config.json'}: images are taken from layer {layer} of a tower of {layers} layers")
     processor = mapped(folder, hf_preprocessor, read_config(folder)) if layout == "chat" else None
     family = internvl_family(folder, config, tokenizer, processor)
     return _with_template(Checkpoint(folder, layout, config, tokenizer, family))
 
 
 def _with_template(found: Checkpoint) -> Checkpoint:
-    """Refuse a tokenizer without a chat template where the one that would stand in has words it does not know."""
+    """Refuse a chat template that cannot be used, and a tokenizer without one where the one that would stand in has
+    words it does not know."""
     if not found.tokenizer.chat_template and "<|im_start|>" not in found.tokenizer.get_vocab():
         raise DataError(
             f"{found.folder}: no chat template, and the tokenizer has no <|im_start|>; add chat_template.jinja"
         )
+    try:
+        render((Message("user", "?"),), found.tokenizer)
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"{found.folder}: the chat template cannot be used ({error}); mend it") from error
     return found
 
 

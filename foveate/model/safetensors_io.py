@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _BUFFER = 1 << 24
 """Bytes copied at a time."""
+_BITS = re.compile(r"(?:F|BF|I|U|C)(\d+)(?:_.+)?")
+"""Names of dtypes, with the bits of an element."""
 _HEADER_LIMIT = 100_000_000
 """No header is longer, says the format: a larger number means that the file is something else."""
 
@@ -68,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         return _indexed_files(index)
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not found:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         what = ", ".join(pickles) or "no weights"
@@ -81,6 +84,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _indexed_files(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if strange := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{strange[0]} is no file of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{index}: not an index of safetensors ({error!r}); copy or download it again") from None
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -121,12 +126,21 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        end = 8 + length + sum(_bytes(entry) for entry in header.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file}: its header is not that of safetensors; copy or download it again") from None
     if bytes_there != end:
         raise DataError(f"{file}: has {bytes_there:,} bytes where its header says {end:,}; copy or download it again")
     return header, 8 + length
+
+
+def _bytes(entry: Mapping[str, Any]) -> int:
+    """Bytes of a tensor by the entry of a header. Raises ValueError where its dtype, shape and range disagree."""
+    bits = 8 if entry["dtype"] == "BOOL" else int(_BITS.fullmatch(entry["dtype"]).group(1))  # type: ignore[union-attr]
+    start, end = entry["data_offsets"]
+    if start < 0 or math.prod(entry["shape"], start=bits) != 8 * (end - start):
+        raise ValueError(entry)
+    return end - start
 
 
 def write_weights(

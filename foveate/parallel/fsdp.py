@@ -76,10 +76,10 @@ def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:
 def shard(root: Root, mesh: DeviceMesh, cluster: ClusterSettings, *, checkpointing: bool = False) -> Root:
     """Cut the weights of what computes log-probs or values over the ranks of `mesh`, in place.
 
-    Each block is gathered for its forward and again for its backward, and freed in between; what is in no block stays
-    gathered from forward to backward. Gradients are added over ranks, in float32, and not averaged: a loss divides by
-    the totals of the whole step. With `checkpointing`, blocks keep nothing but their inputs. The weights may be on the
-    meta device, then nothing is allocated. Called once, before an optimizer is made.
+    Each block is gathered for its forward and again for its backward, and freed in between unless `cluster.reshard` is
+    false; what is in no block stays gathered from forward to backward. Gradients are added over ranks, in float32, and
+    not averaged: a loss divides by the totals of the whole step. With `checkpointing`, blocks keep nothing but their
+    inputs. The weights may be on the meta device, then nothing is allocated. Called once, before an optimizer is made.
     """
     if checkpointing:
         model: Any = root.model
@@ -89,6 +89,8 @@ def shard(root: Root, mesh: DeviceMesh, cluster: ClusterSettings, *, checkpointi
     rest = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cluster.offload else OffloadPolicy()
     cut = partial(_cut, cluster.shards)
     settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": rest, "shard_placement_fn": cut}
+    if not cluster.reshard:
+        settings["reshard_after_forward"] = False
     for module in (*blocks(root.model), root):
         whole = fully_shard(module, **settings)
         assert isinstance(whole, FSDPModule)

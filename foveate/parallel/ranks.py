@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from foveate.parallel.fsdp import mesh_of
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """mesh: over which weights are cut and copied; sequence: the ranks that share each row with this one, if any."""
+    """mesh: over which weights are cut and copied; sequence: the ranks that share each row with this one, if any;
+    saving: all ranks, by a group of its own, so that a checkpoint is written while they train."""
 
     cluster: ClusterSettings
     mesh: DeviceMesh
     sequence: dist.ProcessGroup | None
+    saving: dist.ProcessGroup
 
     @classmethod
     def of(cls, cluster: ClusterSettings) -> Ranks:
@@ -30,7 +33,9 @@ class Ranks:
             shape = (cluster.ranks // cluster.sequence_parallel, cluster.sequence_parallel)
             rows = init_device_mesh(cluster.kind, shape, mesh_dim_names=("data", "sequence"))
             sequence = rows["sequence"].get_group()
-        return cls(cluster, mesh_of(cluster, cluster.kind), sequence)
+        saving = dist.new_group(backend="gloo", timeout=timedelta(seconds=cluster.timeout))
+        assert isinstance(saving, dist.ProcessGroup)
+        return cls(cluster, mesh_of(cluster, cluster.kind), sequence, saving)
 
     @property
     def rank(self) -> int:
@@ -40,10 +45,10 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """The values of all ranks, on every rank."""
         values: list[Any] = [None] * self.cluster.ranks
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
     def most(self, count: int) -> int:

@@ -110,6 +110,8 @@ def memory_of(work: Workload) -> Memory:
         spread
     ):  # the root and two blocks, one of them on its way; gradients of the root and of a block, added in float32
         gathered = computed * (2 * sizes.root + 3 * sizes.block) + 4 * sizes.block
+    if spread and not cluster.reshard:
+        gathered += computed * (sizes.total - sizes.root)
     step = activation_memory(work)
     resident = weights + 3 * gradients
     rest = cluster.offload and spread

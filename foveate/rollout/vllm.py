@@ -52,7 +52,7 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
-KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe")
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _RAW = 3
@@ -96,17 +96,10 @@ class VLLMEngine(ServedEngine):
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
         (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
         trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
-        ones, where that fails;
-        `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and the largest tensor);
-        `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
+        ones, where that fails; `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and
+        the largest tensor); `arguments` are added to the command line of `vllm serve`, `environment` to its variables; `logs` is the folder
         of its output (None: one that goes with the engine)."""
-        if policy.family.name not in KNOWN:
-            raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
-        if shutil.which(program) is None:
-            raise ConfigError(
-                f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
-                "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
-            )
+        _require(policy, program)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket = bucket_mb << 19  # two of them are in memory at a time
@@ -159,14 +152,13 @@ class VLLMEngine(ServedEngine):
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        named = _as_vllm_reads(weights, self._policy.family.name)
         replica.call("POST", "/pause?mode=abort&clear_cache=true")
         replica.call("POST", "/start_weight_update")
         if self._transfer == "disk":
-            file = self.on_disk(named) / "model.safetensors"
+            file = self.on_disk(weights) / "model.safetensors"
             replica.call("POST", "/update_weights", {"update_info": {"buckets": [], "file": str(file)}})
         else:
-            buckets = plan_buckets(named, self._bucket)
+            buckets = plan_buckets(weights, self._bucket)
             with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
                 self._senders[replica].send(buckets)
         replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
@@ -245,20 +237,23 @@ class VLLMEngine(ServedEngine):
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
 
 
+def _require(policy: Policy, program: str) -> None:
+    """Raise ConfigError where vLLM cannot serve the family, or is not there."""
+    if policy.family.name not in KNOWN:
+        raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
+            "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
+        )
+
+
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
     """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
     generators of CPUs cannot do."""
     config: Any = policy.model.config
     tokens = longest or config.get_text_config().max_position_embeddings
     return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
-
-
-def _as_vllm_reads(weights: list[tuple[str, Tensor]], family: str) -> list[tuple[str, Tensor]]:
-    """Weights as they are in the checkpoints that vLLM loads: those of Qwen3-VL mixtures hold experts as (expert, in,
-    out), which transformers turns as it loads."""
-    if family != "qwen3_vl_moe":
-        return weights
-    return [(name, tensor.transpose(1, 2) if ".experts." in name else tensor) for name, tensor in weights]
 
 
 def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from foveate.cluster.base import start_workers
+from foveate.cluster.engine import GroupEngine
 from foveate.config import RLSettings
 from foveate.config_stages import CascadeSettings
 from foveate.data.answers import Rightness
@@ -28,10 +32,9 @@ from foveate.evaluate.report_stages import Stage, write_stages
 from foveate.evaluate.run import Evaluator
 from foveate.files import atomic_write_text
 from foveate.log import MetricsWriter, progress, read_metrics, say
-from foveate.model.load import load_policy
+from foveate.model.recognise import recognise
 from foveate.records import SamplingParams
 from foveate.rewards.grade import build_reward, truth_check
-from foveate.rollout.base import Engine
 from foveate.rollout.build import choose_engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
@@ -39,9 +42,10 @@ from foveate.train.clock import Clock
 from foveate.train.groups import Sampler
 from foveate.train.method import build_method, check_run
 from foveate.train.mpo import build_preference_loss, run_mpo
+from foveate.train.rank_engine import Answerer
 from foveate.train.rl import build_graders, run_rl
 from foveate.train.rollouts import rollout_metrics, write_rollouts
-from foveate.train.setup import use_threads
+from foveate.train.setup import check_cluster, disk_patience, use_threads
 from foveate.train.sft import run_sft
 
 CHUNK = 64
@@ -79,6 +83,7 @@ def _check(settings: CascadeSettings) -> None:
     """Refuse what a later stage would refuse, before the first one starts."""
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)
+    check_cluster(rl)
     check_run(build_method(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
@@ -100,11 +105,11 @@ def evaluate(settings: CascadeSettings, model: str, folder: Path, step: int) -> 
     """Ask a model the held-out rows, with the same luck for every stage; nothing is done that is there already."""
     if predictions_path(folder, step).with_suffix(".summary.json").exists():
         return
-    engine, encoder = _engine(settings, model, version=step)
+    encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
     held_out, _ = read_checked(settings.data.test, settings.data, encoder, truth)
     tokens = settings.rollout.max_tokens
-    with build_graders(settings.reward) as graders:
+    with _engine(settings, model, encoder, step) as engine, build_graders(settings.reward) as graders:
         evaluator = Evaluator(
             folder, settings.eval, held_out, encoder, graders, seed=settings.seed, max_tokens=tokens, last_step=step
         )
@@ -132,7 +137,7 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
 
 def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> None:
     """`rollouts/step_*.jsonl`: answers with their scores to `pairs.prompts` training prompts, a file per 64 of them."""
-    engine, encoder = _engine(settings, model, version=0)
+    encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
     table, _ = read_checked(settings.data.train, settings.data, encoder, truth)
     chosen, seed = settings.pairs, seed_of("pairs", settings.seed)
@@ -143,7 +148,11 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> Non
     metrics = MetricsWriter(run.rollouts / "metrics.jsonl")
     done = len(read_metrics(metrics.path)) if metrics.path.exists() else 0
     metrics.truncate_after(done)
-    with build_graders(settings.reward) as graders, progress("answering for pairs", prompts) as advance:
+    with (
+        _engine(settings, model, encoder, 0) as engine,
+        build_graders(settings.reward) as graders,
+        progress("answering for pairs", prompts) as advance,
+    ):
         reader = Reader(table, stream, encoder)
         sampler = Sampler(reader, engine, graders, sampling, seed, False, rollout.time_limit)
         for step, first in enumerate(range(0, prompts, CHUNK), start=1):
@@ -153,17 +162,26 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> Non
             else:
                 clock = Clock()
                 groups, _ = sampler.draw(step, count, 0, clock)
-                write_rollouts(run.rollouts, step, groups)
+                write_rollouts(run.rollouts, step, groups, patience=disk_patience(settings.rl.train, settings.cluster))
                 metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
-            engine.publish(step, ())  # the same weights under the next number, which the sampler expects
+            engine.publish(step)  # the same weights under the next number, which the sampler expects
             advance(count)
 
 
-def _engine(settings: CascadeSettings, model: str, version: int) -> tuple[Engine, Encoder]:
-    policy = load_policy(model, attention=settings.model.attention, dtype=settings.model.dtype)
-    encoder = build_encoder(policy.tokenizer, policy.family, settings.model, settings.data)
+def _encoder(settings: CascadeSettings, model: str) -> Encoder:
+    found = recognise(model)
+    return build_encoder(found.tokenizer, found.family, settings.model, settings.data)
+
+
+@contextmanager
+def _engine(settings: CascadeSettings, model: str, encoder: Encoder, version: int) -> Iterator[GroupEngine]:
+    """The engines of all ranks, with the weights of a model folder."""
+    build = partial(Answerer, settings.model.model_copy(update={"path": model}), settings.cluster.kind)
     new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
-    return new_engine(policy, encoder.decode, version=version), encoder
+    rollout = settings.rollout.model_copy(update={"staleness": 0})
+    with start_workers(settings.cluster, build) as workers, GroupEngine(workers) as engine:
+        engine.start(new_engine, encoder, rollout, version)
+        yield engine
 
 
 # ------------------------------------------------------------------------------------------------- all stages in a row

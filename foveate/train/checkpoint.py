@@ -14,14 +14,17 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -30,9 +33,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from foveate.files import atomic_path, disk_error
+from foveate.errors import DataError, DiskError
+from foveate.files import atomic_path, disk_error, with_room
 from foveate.parallel.ranks import Ranks
-from foveate.records import DataError
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -43,47 +46,91 @@ Trained = tuple[nn.Module, torch.optim.Optimizer]
 def save_checkpoint(
     folder: Path,
     step: int,
-    trained: Mapping[str, Trained],
+    content: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int,
     ranks: Ranks | None = None,
+    patience: float = 0.0,
 ) -> Path:
-    """Write `folder/step_XXXXXX` and delete all but the `keep` newest and the best. After a DiskError nothing new is
-    there. Several `ranks` call it together, and share the file system.
+    """Write `folder/step_XXXXXX` and delete all but the `keep` newest and the best. Where the disk is full it waits for
+    room for `patience` seconds; after a DiskError nothing new is there. Several `ranks` call it together, and share the
+    file system.
 
-    `trained`: the models with their optimizers by name; that of the policy is "". `state["score"]`, where it is a
+    content: what `tensors_of` the models and their optimizers gives, or a copy of it. `state["score"]`, where it is a
     number, says how well these weights did.
     """
-    path = folder / f"step_{step:06d}"
-    if ranks is not None and not ranks.is_first:
-        temporary = Path(ranks.gather(None)[0])
-        ranks.gather(_write(path, temporary, trained, ranks))
-        ranks.gather(None)
-        return path
-    with atomic_path(path) as temporary:
-        if ranks is not None:
-            ranks.gather(str(temporary))
-        hashes = _write(path, temporary, trained, ranks)
-        if ranks is not None:
-            hashes = {name: value for own in ranks.gather(hashes) for name, value in own.items()}
-        content = {"step": step, **state, "hashes": hashes}
-        (temporary / "state.json").write_text(json.dumps(content, indent=2) + "\n")
-    _rotate(folder, keep)
+    path = place_of(folder, step)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _leaves(content))
+    state = {"step": step, **state}
+    with_room(partial(_write, path, content, state, ranks), patience, needed)
+    if ranks is None or ranks.is_first:
+        _rotate(folder, keep)
     if ranks is not None:
-        ranks.gather(None)
+        ranks.gather(None, ranks.saving)
     return path
 
 
-def _write(path: Path, temporary: Path, trained: Mapping[str, Trained], ranks: Ranks | None) -> dict[str, str]:
-    """Write this rank's share; the hashes of its files by name."""
+def _write(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], ranks: Ranks | None) -> None:
+    """Write a checkpoint, whole or not at all. All ranks end alike: with what went wrong on any."""
+    if ranks is None:
+        with atomic_path(path) as temporary:
+            _write_state(temporary, state, _write_share(path, temporary, content, None))
+        return
+    problem: DiskError | None = None
+    try:
+        with atomic_path(path) if ranks.is_first else nullcontext(path) as temporary:
+            temporary = Path(ranks.gather(str(temporary), ranks.saving)[0])
+            hashes = _write_share(path, temporary, content, ranks)
+            hashes = {name: value for own in ranks.gather(hashes, ranks.saving) for name, value in own.items()}
+            if ranks.is_first:
+                _write_state(temporary, state, hashes)
+    except DiskError as error:
+        problem = error
+    problem = next((one for one in ranks.gather(problem, ranks.saving) if one is not None), None)
+    if problem is not None:
+        raise problem
+
+
+def _write_state(temporary: Path, state: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+    (temporary / "state.json").write_text(json.dumps({**state, "hashes": hashes}, indent=2) + "\n")
+
+
+def _write_share(path: Path, temporary: Path, content: Mapping[str, Any], ranks: Ranks | None) -> dict[str, str]:
+    """Write this rank's share; the hashes of its files by name. What fails on a rank fails on all."""
+    group = None if ranks is None else ranks.saving
     try:
         with _one_process():
-            save(_tensors(trained), checkpoint_id=str(temporary), no_dist=ranks is None)
+            save(dict(content), checkpoint_id=str(temporary), no_dist=ranks is None, process_group=group)
     except CheckpointException as error:
         raise disk_error(path, _cause(error)) from error
     rank = 0 if ranks is None else ranks.rank
     own = [*temporary.glob(f"__{rank}_*"), *([temporary / ".metadata"] if rank == 0 else [])]
     return {file.name: _hash(file) for file in own}
+
+
+class Saving:
+    """Checkpoints that are written while training goes on: one at a time, from copies in host memory."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Path] | None = None
+
+    def start(self, folder: Path, step: int, content: Mapping[str, Any], *rest: Any) -> Path:
+        """`save_checkpoint` of a copy of the tensors as they are now. The one before must be done."""
+        copied = BlockingAsyncStager(cache_staged_state_dict=False).stage(dict(content))
+        self._under_way = self._thread.submit(save_checkpoint, folder, step, copied, *rest)
+        return place_of(folder, step)
+
+    def check(self) -> None:
+        """Raise what ended the last one, if anything did."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is under way. Raises what ended it, once."""
+        if self._under_way is not None:
+            future, self._under_way = self._under_way, None
+            future.result()
 
 
 def _hash(file: Path) -> str:
@@ -111,6 +158,10 @@ def _link(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
+def place_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a folder with their steps, oldest first."""
     found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
@@ -120,7 +171,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def load_checkpoint(path: Path, trained: Mapping[str, Trained], ranks: Ranks | None = None) -> dict[str, Any]:
     """Restore weights and optimizer in place; returns what was saved as `state`, with "step". Several `ranks` call it
     together, not necessarily as many as have saved. Raises DataError for a file that is not as it was written."""
-    tensors = _tensors(trained)
+    tensors = tensors_of(trained)
     try:
         state = json.loads((path / "state.json").read_text())
         _verify(path, state.pop("hashes"), ranks)
@@ -171,9 +222,19 @@ def _one_process() -> Iterator[None]:
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
-def _tensors(trained: Mapping[str, Trained]) -> dict[str, Any]:
+def tensors_of(trained: Mapping[str, Trained]) -> dict[str, Any]:
+    """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs."""
     tensors: dict[str, Any] = {}
     for name, (model, optimizer) in trained.items():
         tensors[f"{name}model"] = model.state_dict()
         tensors[f"{name}optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return tensors
+
+
+def _leaves(content: Any) -> Iterator[Tensor]:
+    """All tensors in nested mappings and lists."""
+    if isinstance(content, Tensor):
+        yield content
+    elif isinstance(content, Mapping | list):
+        for part in content.values() if isinstance(content, Mapping) else content:
+            yield from _leaves(part)

@@ -18,7 +18,7 @@ from foveate.config import RLSettings
 from foveate.config_parts import AlgorithmSettings, CriticSettings
 from foveate.errors import ConfigError
 from foveate.resolve import bind, resolve
-from foveate.train.worker import PolicyLoss
+from foveate.train.targets import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
-from foveate.train.setup import Leaving, check_offline, resume, save_is_due, surviving, use_threads
+from foveate.train.setup import Leaving, check_offline, disk_patience, resume, save, save_is_due, surviving, use_threads
 from foveate.train.worker import Worker
 
 WITHOUT_REFERENCE = ("sft",)
@@ -48,6 +48,7 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
     loss = build_preference_loss(settings.loss)
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
@@ -57,14 +58,14 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
     with (
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, build, again=again) as workers,
-        Leaving() as leaving,
+        Leaving(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
         compute = partial(_logprobs, workers, costs)
         reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to, patience)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
         step = resume(run, workers, stream, metrics, others)
 
@@ -86,10 +87,10 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                 metrics.write(step, record | clock.metrics(update=sum(pair.tree.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                    save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final)
+        everywhere(workers, "export", run.final, patience)
     return run
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,37 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
     return settings.lr * share[settings.schedule]
 
 
-def apply_gradients(optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float) -> tuple[float, bool]:
-    """Clip the global gradient norm, step with learning rate `lr`, and clear the gradients.
+@dataclass(slots=True)
+class LossScale:
+    """What a loss is multiplied by before its backward pass in float16, whose gradients underflow (arXiv 1710.03740):
+    half as much after a step with gradients that are not finite, twice as much after `patience` steps without."""
+
+    value: float = 2.0**16
+    good: int = 0
+    patience: int = 2000
+
+    def update(self, taken: bool) -> None:
+        self.good = self.good + 1 if taken else 0
+        if not taken:
+            self.value /= 2
+        elif self.good == self.patience:
+            self.value, self.good = self.value * 2, 0
+
+
+def apply_gradients(
+    optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float, scale: float = 1.0
+) -> tuple[float, bool]:
+    """Clip the global gradient norm, step with learning rate `lr`, and clear the gradients. `scale`: what the loss was
+    multiplied by.
 
     Returns the norm before clipping and whether the step was taken: gradients that are not finite are thrown away, and
     the optimizer's state stays as it was.
     """
     parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    if scale != 1.0:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(1 / scale)
     total = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     finite = math.isfinite(norm)

@@ -11,7 +11,7 @@ from foveate.cluster.weights import Outgoing, Packet
 from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.model.fill import allocate, hollow_policy
-from foveate.model.load import Policy
+from foveate.model.load import Policy, load_policy
 from foveate.parallel.fsdp import whole
 from foveate.parallel.ranks import Ranks
 from foveate.records import Completion, SamplingParams
@@ -91,3 +91,11 @@ class RankEngine:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+class Answerer:
+    """A rank that learns nothing: an engine with a model of its own."""
+
+    def __init__(self, model: ModelSettings, device: str) -> None:
+        policy = load_policy(model.path, attention=model.attention, dtype=model.dtype, device=device)
+        self.engine = RankEngine(policy, model, None)

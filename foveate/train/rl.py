@@ -40,7 +40,7 @@ from foveate.train.groups import Sampler
 from foveate.train.method import Method, build_method, check_run
 from foveate.train.optim import learning_rate
 from foveate.train.rollouts import rollout_metrics, write_rollouts
-from foveate.train.setup import Leaving, check_cluster, resume, save_is_due, surviving, use_threads
+from foveate.train.setup import Leaving, check_cluster, disk_patience, resume, save, save_is_due, surviving, use_threads
 from foveate.train.update import prepare, update
 from foveate.train.worker import Worker
 
@@ -53,6 +53,7 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
     method = build_method(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
@@ -65,11 +66,11 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
-        Leaving() as leaving,
+        Leaving(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to)
+        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
         engine.start(make_engine, encoder, settings.rollout, step)
@@ -95,17 +96,17 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **said, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
                     record["epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples)
+                    write_rollouts(run.rollouts, step, groups, examples, patience)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                        save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final)
+        everywhere(workers, "export", run.final, patience)
     return run
 
 

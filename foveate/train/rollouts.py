@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
 import torch
 
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, with_room
 from foveate.records import FAILED, Group, Score
-from foveate.train.worker import TrainGroup
+from foveate.train.targets import TrainGroup
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -65,9 +66,14 @@ def _advantages(examples: Sequence[TrainGroup]) -> list[float]:
 
 
 def write_rollouts(
-    folder: Path, step: int, groups: Sequence[Group], examples: Sequence[TrainGroup] | None = None
+    folder: Path,
+    step: int,
+    groups: Sequence[Group],
+    examples: Sequence[TrainGroup] | None = None,
+    patience: float = 0.0,
 ) -> None:
-    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images."""
+    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
+    `patience`: seconds that it waits for room on a full disk."""
     advantages = repeat(None) if examples is None else iter(_advantages(examples))
     lines = []
     for group in groups:
@@ -89,4 +95,4 @@ def write_rollouts(
         messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
         row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    atomic_write_text(folder / f"step_{step:06d}.jsonl", "".join(lines))
+    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)), patience)

@@ -38,17 +38,21 @@ def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
 
 
 class Leaving:
-    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once."""
+    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
+    ends, no checkpoint of `workers` is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: WorkerGroup) -> None:
         self.is_asked = False
+        self._workers = workers
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._former = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
+            everywhere(self._workers, "finish_saving")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
 
@@ -138,6 +142,20 @@ def resume(
         logger.info("continuing %s after step %d", run.path, state["step"])
     metrics.truncate_after(state["step"])
     return state["step"]
+
+
+def disk_patience(train: TrainSettings, cluster: ClusterSettings) -> float:
+    """Seconds to wait for room on a full disk: ranks that wait longer than `cluster.timeout` count as hung."""
+    if train.disk_wait is None:
+        return 900.0 if cluster.ranks == 1 else min(900.0, cluster.timeout / 2)
+    return train.disk_wait
+
+
+def save(
+    workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings, patience: float
+) -> None:
+    """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
+    everywhere(workers, "save", run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
 
 
 def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:

@@ -19,7 +19,7 @@ from foveate.records import Demo, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
-from foveate.train.setup import Leaving, check_offline, resume, save_is_due, surviving, use_threads
+from foveate.train.setup import Leaving, check_offline, disk_patience, resume, save, save_is_due, surviving, use_threads
 from foveate.train.worker import Worker, sft_total
 
 
@@ -31,6 +31,7 @@ def run_sft(settings: SFTSettings) -> RunFolder:
 def _run(settings: SFTSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
     model = recognise(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
@@ -39,12 +40,12 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
     with (
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, build, again=again) as workers,
-        Leaving() as leaving,
+        Leaving(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to)
+        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
         step = resume(run, workers, stream, metrics)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
@@ -62,11 +63,10 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                 tokens = sum(tree.tokens for tree in trees)
                 metrics.write(step, {**learned, "lr": rate, "epoch": stream.epoch, **clock.metrics(update=tokens)})
                 if save_is_due(step, settings.train, leaving):
-                    state = {"stream": stream.state()}
-                    everywhere(workers, "save", run.checkpoints, step, state, settings.train.keep_checkpoints)
+                    save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final)
+        everywhere(workers, "export", run.final, patience)
     return run
 
 

@@ -17,7 +17,7 @@ from foveate.parallel.balance import Costs
 from foveate.parallel.packing import Tree
 from foveate.records import Group, Totals, sum_by_sample
 from foveate.train.method import Method
-from foveate.train.worker import TrainGroup
+from foveate.train.targets import TrainGroup
 
 
 def prepare(

@@ -5,70 +5,37 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import Metrics, reduce_metrics
 from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings
-from foveate.files import atomic_path
+from foveate.files import atomic_path, with_room
 from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.forward import evaluating
 from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
 from foveate.parallel.fsdp import LogProbs, Root, Values, shard, whole
-from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack, split
+from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
-from foveate.records import Batch, LossOut, PolicyTargets, Totals, sum_by_sample
-from foveate.train.checkpoint import Trained, load_checkpoint, save_checkpoint
+from foveate.records import Batch, Totals, sum_by_sample
+from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
-from foveate.train.optim import apply_gradients, build_optimizer
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer
 from foveate.train.rank_engine import RankEngine
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
+from foveate.train.targets import PolicyLoss, TrainGroup, mismatch, policy_targets, split_group
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainGroup:
-    """A group as the update eats it: one vector over all answer tokens in order of each.
-
-    engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
-    the frozen reference (None: there is none); advantage; value, returns: what the critic expected and what it learns;
-    mark: bool, the tokens that the loss treats apart.
-    """
-
-    tree: Tree
-    engine: Tensor
-    advantage: Tensor | None = None
-    old: Tensor | None = None
-    ref: Tensor | None = None
-    value: Tensor | None = None
-    returns: Tensor | None = None
-    mark: Tensor | None = None
-
-    @property
-    def has_advantage(self) -> bool:
-        """Whether any token has an advantage other than 0."""
-        return self.advantage is not None and bool(self.advantage.any())
-
-    def part(self, tree: Tree, tokens: slice) -> TrainGroup:
-        """The group of some of the answers: `tree`, whose tokens are `tokens`."""
-        rest = (self.advantage, self.old, self.ref, self.value, self.returns, self.mark)
-        return TrainGroup(tree, self.engine[tokens], *(None if vector is None else vector[tokens] for vector in rest))
-
-
-PolicyLoss = Callable[..., LossOut]
 
 
 class Worker:
@@ -109,6 +76,8 @@ class Worker:
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
+        self.scale = LossScale() if cluster is not None and cluster.dtype == "float16" else None
+        self._saving = Saving()
         self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
@@ -163,13 +132,13 @@ class Worker:
 
     def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
-        parts = [part for group in groups for part in _split_group(group, self.token_budget)]
+        parts = [part for group in groups for part in split_group(group, self.token_budget)]
         losses: list[Metrics] = []
         for batch, members, logp_M, entropy_M in self._computed([group.tree for group in parts], self.temperature):
-            targets = _policy_targets([parts[i] for i in members], logp_M)
+            targets = policy_targets([parts[i] for i in members], logp_M)
             out = loss(logp_M, entropy_M, batch, targets, totals)
-            out.loss.backward()
-            losses.append({**out.metrics, **_mismatch(targets)})
+            self._backward(out.loss)
+            losses.append({**out.metrics, **mismatch(targets)})
         return losses
 
     def update_critic(self, groups: Sequence[TrainGroup], totals: Totals, lr: float) -> dict[str, float]:
@@ -183,7 +152,7 @@ class Worker:
     def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
         """Add up the gradients of the value loss over micro-batches; their metrics."""
         assert self.critic is not None
-        parts = [part for group in groups for part in _split_group(group, self.token_budget)]
+        parts = [part for group in groups for part in split_group(group, self.token_budget)]
         losses: list[Metrics] = []
         for batch, members in self._batches([group.tree for group in parts]):
             if not members:
@@ -191,7 +160,7 @@ class Worker:
                 continue
             chosen = [parts[i] for i in members]
             out = self.critic.loss(batch, [p.value for p in chosen], [p.returns for p in chosen], totals)
-            out.loss.backward()
+            self._backward(out.loss)
             losses.append(out.metrics)
         return losses
 
@@ -202,7 +171,7 @@ class Worker:
         for batch, _, logp_M, entropy_M in self._computed(trees):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
-            loss.backward()
+            self._backward(loss)
             tokens = float(len(logp_M))
             losses.append(
                 {
@@ -220,7 +189,7 @@ class Worker:
         losses = []
         for batch, members, logp_M, entropy_M in self._computed([pair.tree for pair in pairs]):
             out = loss(logp_M, batch, pair_targets([pairs[i] for i in members], shift), totals)
-            out.loss.backward()
+            self._backward(out.loss)
             entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
             losses.append({**out.metrics, "entropy": entropy})
         return self._step(self.policy, self.optimizer, losses, lr, [pair.tree for pair in pairs])
@@ -239,10 +208,18 @@ class Worker:
             losses = [record for own, _ in rows for record in own]
             if not any(has_pictures for _, has_pictures in rows):
                 _forget_blanks(policy)
-        norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm)
+        self._saving.check()
+        norm, taken = apply_gradients(
+            optimizer, lr, self.max_grad_norm, 1.0 if self.scale is None else self.scale.value
+        )
+        if self.scale is not None:
+            self.scale.update(taken)
         if not taken:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scale is None else loss * self.scale.value).backward()
 
     def _computed(
         self, trees: Sequence[Tree], temperature: float = 1.0
@@ -268,19 +245,41 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int) -> Path:
-        return save_checkpoint(folder, step, self._trained(), state, keep, self.ranks)
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        patience: float = 0.0,
+        apart: bool = False,
+    ) -> Path:
+        """Write a checkpoint (`save_checkpoint`); `apart`: while this rank goes on. Returns where it is to be."""
+        self.finish_saving()
+        if self.scale is not None:
+            state = {**state, "scale": asdict(self.scale)}
+        save = self._saving.start if apart else save_checkpoint
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+
+    def finish_saving(self) -> None:
+        """Return when no checkpoint is under way. Raises what ended the last one."""
+        self._saving.wait()
 
     def restore(self, path: Path) -> dict[str, Any]:
-        return load_checkpoint(path, self._trained(), self.ranks)
+        state = load_checkpoint(path, self._trained(), self.ranks)
+        scale = state.pop("scale", None)
+        if self.scale is not None and scale is not None:
+            self.scale = LossScale(**scale)
+        return state
 
     def _trained(self) -> dict[str, Trained]:
         critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
         return {"": (self.policy.model, self.optimizer), **critic}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, patience: float = 0.0) -> None:
         """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes."""
+        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        self.finish_saving()
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
         for name, tensor in merged_state(self.policy.model).items():
@@ -288,10 +287,15 @@ class Worker:
             if is_first:
                 state[name] = gathered.cpu()
         if is_first:
-            with atomic_path(folder) as temporary:
-                save_policy(self.policy, temporary, state)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            with_room(partial(_export, self.policy, folder, state), patience, size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+
+def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    with atomic_path(folder) as temporary:
+        save_policy(policy, temporary, state)
 
 
 def _frozen_copy(policy: Policy) -> Policy:
@@ -309,50 +313,6 @@ def _forget_blanks(policy: Policy) -> None:
     for part in parts.keys() - {"language", "head"}:
         for parameter in parts[part].values():
             parameter.grad = None
-
-
-def _split_group(group: TrainGroup, budget: int) -> list[TrainGroup]:
-    """The group, cut by answers into parts that fit the token budget where the whole does not."""
-    cuts = split(group.tree, budget)
-    if len(cuts) == 1:
-        return [group]
-    ends = list(accumulate(tree.answer_tokens for tree in cuts))
-    return [group.part(tree, slice(end - tree.answer_tokens, end)) for tree, end in zip(cuts, ends, strict=True)]
-
-
-def _policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTargets:
-    """Targets of one micro-batch. Without an old-policy pass the current log-probs are the old ones."""
-
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        return None if values[0] is None else torch.cat([v for v in values if v is not None]).to(logp_M)
-
-    engine_M, advantage_M = joined([group.engine for group in groups]), joined([group.advantage for group in groups])
-    assert engine_M is not None
-    assert advantage_M is not None
-    marks = [group.mark for group in groups if group.mark is not None]
-    old_M = joined([group.old for group in groups])
-    return PolicyTargets(
-        old_M=logp_M.detach() if old_M is None else old_M,
-        engine_M=engine_M,
-        advantage_M=advantage_M,
-        ref_M=joined([group.ref for group in groups]),
-        mark_M=torch.cat(marks).to(logp_M.device) if marks else None,
-    )
-
-
-def _mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
-    """How far the sampler's log-probs are from the trainer's, for the same weights: absolute differences, and
-    KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose
-    ratio is beyond 2 or 1/2, which `algorithm.correction` would cut by its default."""
-    difference = (targets.old_M - targets.engine_M).abs()
-    tokens = float(len(difference))
-    return {
-        "engine_kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum().item(), tokens),
-        "engine_kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
-        "engine_logprob_difference": (difference.sum().item(), tokens),
-        "engine_logprob_difference_max": (difference.max().item(), tokens),
-        "engine_ratio_beyond_2": ((difference > math.log(2)).sum().item(), tokens),
-    }
 
 
 _SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
