@@ -2,7 +2,7 @@
 
 python benchmarks/staleness.py time [--seconds 1.0] [--steps 8]
 python benchmarks/staleness.py tail [--tick 0.004] [--steps 30]
-python benchmarks/staleness.py curves [--steps 60] [--seeds 0 1 2] [--staleness 0 1 2] [--out runs/staleness]
+python benchmarks/staleness.py curves [--steps 60] [--seeds 0 1 2] [--staleness 0 1 2] [--partial]
 
 `time`: a run whose engine sleeps for a while in every round, and whose update sleeps as long, so that it can be
 measured on one core: seconds of a step by staleness. `tail`: a made-up engine whose answers are long now and then (one
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class SleepingEngine(NativeEngine):
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
         time.sleep(float(os.environ[SECONDS]))
         yield from super().stream(requests, sampling)
 
@@ -165,14 +165,15 @@ def measure_tail(tick: float, steps: int) -> None:
         )
 
 
-def measure_curves(steps: int, seeds: Sequence[int], staleness: Sequence[int], out: Path) -> None:
+def measure_curves(steps: int, seeds: Sequence[int], staleness: Sequence[int], partial: bool, out: Path) -> None:
     data = out / "data"
     if not data.exists():
         prepare_shapes(data, {"train": 2000, "test": 320})
     for seed in seeds:
         for k in staleness:
-            changes = {"seed": seed, "train.steps": steps, "train.save_every": 0}
+            changes: dict[str, Any] = {"seed": seed, "train.steps": steps, "train.save_every": 0}
             changes |= {"eval.every": steps, "eval.samples": 1}
+            changes |= {"rollout.partial": "true", "rollout.over_sample": 4} if partial and k else {}
             begin = time.perf_counter()
             run = run_rl(settings_of(out / f"staleness-{k}-seed-{seed}", data, k, **changes))
             rows = read_metrics(run.metrics)
@@ -199,6 +200,7 @@ def main() -> None:
     curves.add_argument("--steps", type=int, default=60)
     curves.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     curves.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
+    curves.add_argument("--partial", action="store_true", help="with partial rollouts and over-sampling of 4")
     curves.add_argument("--out", type=Path, default=Path("runs/staleness"))
     chosen = parser.parse_args()
     if chosen.part == "time":
@@ -206,7 +208,7 @@ def main() -> None:
     elif chosen.part == "tail":
         measure_tail(chosen.tick, chosen.steps)
     else:
-        measure_curves(chosen.steps, chosen.seeds, chosen.staleness, chosen.out)
+        measure_curves(chosen.steps, chosen.seeds, chosen.staleness, chosen.partial, chosen.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +66,7 @@ class Engine(Protocol):
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
         """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
         what is unfinished. After a `pause` it gives what it has begun, unfinished answers with finish "abort", and
         ends: indices that are missing were not begun."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ class NativeEngine:
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
         """Groups as they finish; what nobody asks for is not computed."""
         open_ = [i for i, r in enumerate(requests) if not r.begun or any(c.finish == "abort" for c in r.begun)]
         yield from ((i, request.begun) for i, request in enumerate(requests) if i not in open_)

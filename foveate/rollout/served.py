@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -111,7 +111,7 @@ class ServedEngine(ABC):
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
         pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]] = {}
         progress = [(time.monotonic(), -1.0)] * len(self.replicas)
         look = time.monotonic() + self._stall_s / 4

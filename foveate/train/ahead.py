@@ -12,8 +12,8 @@ needs anyway; with staleness 1 a run is then a function of its settings, whateve
 With `rollout.partial` a publish waits for nobody: the engine is paused, and after the publish each unfinished answer
 goes on from its tokens, under the new weights. Its version is then the oldest of those that sampled it. Steps take the
 groups in the order of the stream, so that the last one that may train a group waits for it. With `rollout.over_sample`
-they take those that have finished, the oldest first. For each group that was interrupted, up to this number, one more
-is under way, and what becomes too old is dropped and counted.
+they take those that have finished, the oldest first. Where the next step lacks groups, others take the place of those
+that were interrupted, up to this number, and what becomes too old is dropped and counted.
 """
 
 from __future__ import annotations
@@ -199,11 +199,12 @@ class Ahead:
 
     def _allowance(self) -> int:
         """How many groups may be begun now: those that are waited for, and of each later step in which the present
-        weights may still be trained; and some in the place of those that were interrupted, since more than can be
-        trained in time would be made to be dropped."""
+        weights may still be trained; and some in the place of those that were interrupted, where the next step lacks
+        groups. More than can be trained in time would be made to be dropped."""
         horizon = min(self._engine.version + self._staleness + 1, self._last)
         needed = (horizon - self._begun) * self._count + self._wanted
-        more = min(self._over_sample, len(self._open)) if needed > 0 else 0
+        lacking = max(0, self._count - len(self._ready)) if needed > 0 else 0
+        more = min(self._over_sample, len(self._open), lacking)
         return needed + more - len(self._ready) - self._in_work
 
     def _may_go_on(self) -> bool:

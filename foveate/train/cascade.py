@@ -153,7 +153,8 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> Non
         build_graders(settings.reward) as graders,
         progress("answering for pairs", prompts) as advance,
     ):
-        sampler = Sampler(Reader(table, stream, encoder), engine, graders, sampling, seed, greedy_baseline=False)
+        reader = Reader(table, stream, encoder)
+        sampler = Sampler(reader, engine, graders, sampling, seed, False, rollout.time_limit)
         for step, first in enumerate(range(0, prompts, CHUNK), start=1):
             count = min(CHUNK, prompts - first)
             if step <= done:
