@@ -246,8 +246,14 @@ def test_an_engine_that_finishes_nothing_is_started_again(started, requests):
                 hangs[0] = hosts.ended == []
             yield from NativeEngine.stream(self, requests, sampling)
 
-    engines, hosts = started(1, make=Hanging, timeout=60.0)
-    engines._timeout = 0.5
+    engines, hosts = started(1, make=Hanging)
+    end = hosts.end
+
+    def patient_again(number):
+        engines._timeout = 60.0
+        end(number)
+
+    hosts.end, engines._timeout = patient_again, 0.5
     assert len(engines.generate(requests, SAMPLING)) == len(requests)
     assert (hosts.starts, hosts.ended) == ([0, 0], [0])
 
