@@ -118,7 +118,7 @@ def test_the_report_compares_the_stages_with_table_curves_and_pictures(whole):
 
 
 def test_a_finished_cascade_does_nothing_again(whole, data, monkeypatch):
-    for page in ("run_sft", "run_mpo", "run_rl", "load_policy", "prepare_pairs"):
+    for page in ("run_sft", "run_mpo", "run_rl", "start_workers", "prepare_pairs"):
         monkeypatch.setattr(cascade, page, None)
     before = weights(whole, "rl")
     run_cascade(cascade_settings(whole.path, data))

@@ -49,7 +49,7 @@ def worker_of(folder: Path) -> Worker:
     assert worker.critic is not None
     for model in (worker.policy.model, worker.critic.model):
         model.double()
-    torch.nn.init.normal_(worker.critic._policy.part("head").weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    torch.nn.init.normal_(worker.critic.policy.part("head").weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     return worker
 
 
