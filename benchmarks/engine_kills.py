@@ -3,9 +3,9 @@
     python benchmarks/engine_kills.py --program ENV/bin/vllm [--kills 10] [--steps 12]
 
 The run must finish by itself, and train in each step the groups, once each and in the order, of a run that nobody
-disturbs. A moment: some time, drawn at random, after the server says that it is answering requests; never three in a
-row without a finished group between, at which a run ends. One to three minutes a kill on two busy cores, most of it
-the server's start.
+disturbs. A moment: some time, drawn at random, after the server says that it is answering requests; at most two in a
+step, because a run ends at the third without a finished group between. Half a minute a kill, most of it the server's
+start.
 """
 
 from __future__ import annotations
@@ -67,26 +67,23 @@ def servers() -> dict[int, int]:
     return found
 
 
-def answering(port: int, finished: bool) -> bool:
-    """Whether a server has requests under way, and, if asked for, has finished one."""
+def answering(port: int) -> bool:
+    """Whether a server has requests under way."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1) as answer:
             text = answer.read().decode()
     except OSError:
         return False
-    running, done = (
-        sum(map(float, re.findall(rf"^vllm:{name}\{{.*?\}} (\S+)$", text, re.MULTILINE)))
-        for name in ("num_requests_running", "request_success_total")
-    )
-    return running > 0 and (done > 0 or not finished)
+    running = re.findall(r"^vllm:num_requests_running\{.*?\} (\S+)$", text, re.MULTILINE)
+    return sum(map(float, running)) > 0
 
 
-def kill_one(choice: random.Random, finished: bool) -> bool:
+def kill_one(choice: random.Random) -> bool:
     """Kill a server that answers requests, a random while after that is seen. False where none does."""
     for pid, port in servers().items():
-        if answering(port, finished):
+        if answering(port):
             time.sleep(choice.uniform(0, 2))
-            if answering(port, finished):
+            if answering(port):
                 os.kill(pid, signal.SIGKILL)
                 return True
     return False
@@ -124,12 +121,9 @@ def main() -> None:
         metrics, next_kill = run / "metrics.jsonl", choice.uniform(0, 4)
         seen = time.monotonic()
         while job.poll() is None:
-            if (
-                len(killed) < chosen.kills
-                and time.monotonic() - seen > next_kill
-                and kill_one(choice, len(killed) % 3 == 2)
-            ):
-                step = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            step = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            due = len(killed) < chosen.kills and time.monotonic() - seen > next_kill
+            if due and killed.count(step + 1) < 2 and kill_one(choice):
                 killed.append(step + 1)
                 seen, next_kill = time.monotonic(), choice.uniform(0, 4)
                 print(f"{seen - begin:.0f} s: killed the server in step {step + 1}", flush=True)
