@@ -141,13 +141,15 @@ class _Round:
     def __init__(self) -> None:
         self._found: queue.SimpleQueue[tuple[int, tuple[Completion, ...]] | BaseException | None] = queue.SimpleQueue()
         self._is_stopped = False
+        self._starting = threading.Lock()  # a host may be closed by another thread just then
         self._thread: threading.Thread | None = None
 
     def begin(
         self, engine: Engine, requests: Sequence[Request], sampling: SamplingParams, indices: Sequence[int]
     ) -> None:
-        self._thread = threading.Thread(target=self._run, args=(engine, requests, sampling, indices), daemon=True)
-        self._thread.start()
+        with self._starting:
+            self._thread = threading.Thread(target=self._run, args=(engine, requests, sampling, indices), daemon=True)
+            self._thread.start()
 
     def _run(
         self, engine: Engine, requests: Sequence[Request], sampling: SamplingParams, indices: Sequence[int]
@@ -182,5 +184,7 @@ class _Round:
 
     def stop(self) -> None:
         self._is_stopped = True
-        if self._thread is not None:
-            self._thread.join()
+        with self._starting:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
