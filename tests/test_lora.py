@@ -87,8 +87,13 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
     save_policy(policy, tmp_path / "saved", merged_state(policy.model))
     again = load_policy(str(tmp_path / "saved"))
     assert again.model.state_dict().keys() == before.keys()
+    if "moe" not in name and name != "gpt_oss":  # float32 passes differ by as much; experts have no float64 product
+        policy.model.double()
+        again.model.double()
     with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(again, batch)[0], learned, rtol=2e-5, atol=3e-5)  # merged in float32
+        learned = token_logprobs(policy, batch)[0]
+        torch.testing.assert_close(token_logprobs(again, batch)[0], learned, rtol=0, atol=3e-5)
+    again.model.float()
     for key, tensor in again.model.state_dict().items():
         if "q_proj.weight" not in key and "language" not in key and name in ("internvl", *VISION_MODELS):
             assert torch.equal(tensor, before[key]), key
