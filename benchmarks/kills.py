@@ -63,20 +63,23 @@ def disturbed(nodes: Nodes, recipe: Path, run: Path, left: int, choice: random.R
     """One run to its end, in which up to `left` processes are killed; how many of each kind were."""
     killed: Counter[str] = Counter()
     command = (recipe, f"run={run}")
-    job, at = nodes.submit(*command, log=run.with_suffix(".log")), time.monotonic() + choice.uniform(10, 45)
-    begin, starts = time.monotonic(), 1
+    job = nodes.submit(*command, log=run.with_suffix(".log"))
+    begin, starts, at = time.monotonic(), 1, None
     while job.poll() != 0:
         if time.monotonic() - begin > 1800:
             sys.exit(f"{run.name} does not end\n{run.with_suffix('.log').read_text()[-4000:]}")
         nodes.keep()
         if job.poll() is not None:
             job, starts = nodes.submit(*command, log=run.with_suffix(".log")), starts + 1
-        if killed.total() < left and time.monotonic() > at:
+        if at is None and any(KINDS["rank"][0] in words for words in nodes.processes().values()):
+            at = time.monotonic() + choice.uniform(0, 30)  # from when the ranks are there
+        if killed.total() < left and at is not None and time.monotonic() > at:
             kind = choice.choice(sorted(KINDS))
             if kill_one(nodes, kind, choice):
                 killed[kind] += 1
                 print(f"{run.name}: killed {kind} at step {step_of(run)}", flush=True)
-                at = time.monotonic() + choice.uniform(5, 45)
+                at = None
+                time.sleep(3)
         time.sleep(0.5)
     print(f"{run.name}: finished after {time.monotonic() - begin:.0f} s, submitted {starts} times", flush=True)
     return killed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -75,19 +75,24 @@ def submit(
         Path | None, typer.Option(help="A folder that every node gets a copy of and runs in, with the recipe in it.")
     ] = None,
     detach: Annotated[bool, typer.Option(help="Return at once; `foveate cluster stop JOB` ends the run.")] = False,
+    stage: Annotated[Literal["sft", "mpo", "rl", "cascade"], typer.Option(help="The command that is run.")] = "rl",
 ) -> None:
-    """Run `foveate rl` on a cluster and follow its log. Ctrl-C stops the run; the same command continues it."""
+    """Run `foveate rl` (or --stage) on a cluster and follow its log.
+
+    Ctrl-C stops the run; the same command continues it."""
     from foveate.cluster.base import REMOTE
     from foveate.cluster.commands import job_command, runtime_env, use_token
-    from foveate.config import RLSettings
+    from foveate.config import MPOSettings, RLSettings, SFTSettings
+    from foveate.config_stages import CascadeSettings
     from foveate.errors import ConfigError
     from foveate.recipe import load_recipe
     from foveate.resolve import resolve
 
-    load_recipe(recipe, overrides or [], RLSettings)  # what is wrong with it is said here and now
+    kinds = {"sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings}
+    load_recipe(recipe, overrides or [], kinds[stage])  # what is wrong with it is said here and now
     use_token()
     prepared = runtime_env(env or [], pip or [], upload)
-    command = job_command(recipe, overrides or [], uploaded=upload is not None, installs=bool(pip))
+    command = job_command(stage, recipe, overrides or [], uploaded=upload is not None, installs=bool(pip))
     status = resolve(REMOTE, "job", "cluster")(head, command, prepared, detach)
     if status not in ("SUCCEEDED", "SUBMITTED"):
         raise ConfigError(f"the run ended as {status}; its log is above")

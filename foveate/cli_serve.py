@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "FOVEATE_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="Device of the native engine; a GPU if there is one.")
+]
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Model folder, or demo.")],
@@ -30,7 +34,7 @@ def serve(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (native engine).")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Type of weights.")] = None,
-    device: Annotated[str, typer.Option(help="Device of the native engine: cpu, cuda.")] = "cpu",
+    device: Device = None,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens that the native engine holds at a time.")] = 32_768,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the native engine.")] = None,
     engine_python: Annotated[str | None, typer.Option(help="Interpreter that has vLLM or SGLang.")] = None,

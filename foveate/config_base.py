@@ -25,6 +25,13 @@ class Named(Settings):
         return {"name": value} if isinstance(value, str) else value
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU here."""
+    import torch  # settings are read without it wherever this is not asked
+
+    return torch.cuda.is_available()
+
+
 def refuse(path: str, text: str) -> NoReturn:
     """Raise for settings that do not fit together; `foveate.recipe` finds the line of `path`."""
     raise PydanticCustomError("together", "{path} {text}", {"path": path, "text": text})

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from foveate.config_base import Settings, refuse
+from foveate.config_base import Settings, has_gpu, refuse
 
 
 class ClusterSettings(Settings):
@@ -44,7 +44,8 @@ class ClusterSettings(Settings):
     )
 
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="Where ranks compute; null: cuda where there are several, the cpu for one."
+        default=None,
+        description="Where ranks compute; null: cuda for several ranks, and for one where there is a GPU, else cpu.",
     )
     timeout: float = Field(
         default=1800, gt=0, description="Seconds after which a rank that does not answer is given up for hung."
@@ -55,7 +56,7 @@ class ClusterSettings(Settings):
 
     @property
     def kind(self) -> str:
-        return self.device or ("cuda" if self.ranks > 1 else "cpu")
+        return self.device or ("cuda" if self.ranks > 1 or has_gpu() else "cpu")
 
     @property
     def ranks(self) -> int:

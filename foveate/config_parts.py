@@ -33,8 +33,10 @@ class ModelSettings(Settings):
         min_length=1,
         description='Folder of a Hugging Face InternVL model; "demo" is the small one shipped with foveate.',
     )
-    attention: Literal["sdpa", "reference"] = Field(
-        default="sdpa", description="Attention kernel; reference is the slow one that the others are held equal to."
+    attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
+        default="auto",
+        description="Attention kernel: sdpa on CPUs, flex (FlexAttention) on GPUs; auto takes the one for the device, "
+        "reference is the slow one that the others are held equal to.",
     )
     train: Modules = Field(
         default=("vision", "projector", "language"),

@@ -63,6 +63,66 @@ def test_a_checkpoint_before_the_first_step_can_be_saved_and_restored(tmp_path):
     assert load_checkpoint(path, {"": trained(0, seed=1)}) == {"step": 0}
 
 
+def test_a_checkpoint_before_the_first_step_changes_nothing_that_is_learned_later(tmp_path):
+    (model, optimizer), (other, its_optimizer) = trained(0), trained(0)
+    save_checkpoint(tmp_path, 0, tensors_of({"": (model, optimizer)}), {}, keep=1)
+    learn(model, optimizer, 2)
+    learn(other, its_optimizer, 2)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_parameters_that_had_no_gradient_yet_go_on_as_they_would_have(tmp_path):
+    """As a vision tower's that trains on text alone: AdamW has no state of them."""
+
+    def some(seed):
+        model, _ = trained(0, seed)
+        model[0].requires_grad_(True)
+        return model, build_optimizer(model, OptimSettings(lr=0.1))
+
+    def learn_last(model, optimizer, layers):
+        for _ in range(2):
+            sum(model[i].weight.pow(2).sum() for i in layers).backward()
+            apply_gradients(optimizer, 0.1, 1.0)
+
+    model, optimizer = some(0)
+    learn_last(model, optimizer, [2])
+    assert not optimizer.state[model[0].weight]
+    path = save_checkpoint(tmp_path, 1, tensors_of({"": (model, optimizer)}), {}, keep=1)
+    other, its_optimizer = some(1)
+    load_checkpoint(path, {"": (other, its_optimizer)})
+    undisturbed, own = some(0)
+    learn_last(undisturbed, own, [2])
+    for one, its in ((model, optimizer), (other, its_optimizer), (undisturbed, own)):
+        learn_last(one, its, [0, 2])
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+        assert torch.equal(value, other.state_dict()[name])
+
+
+def test_a_checkpoint_that_was_half_deleted_is_none(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    saved(tmp_path, 2)
+    remove = foveate.train.checkpoint.shutil.rmtree
+
+    def killed(path, *rest, **more):
+        if "step_000001" in str(path):
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, *rest, **more)
+
+    monkeypatch.setattr(foveate.train.checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 3)
+    monkeypatch.undo()
+    saved(tmp_path, 4)
+    assert [step for step, _ in checkpoints(tmp_path)] == [3, 4]
+
+
+def test_what_failed_on_another_rank_than_the_first_is_found():
+    error = CheckpointException("write", {3: (OSError(errno.ENOSPC, "No space left on device"), None)})
+    assert foveate.train.checkpoint._cause(error).errno == errno.ENOSPC
+
+
 def test_the_newest_few_are_kept(tmp_path):
     for step in (5, 10, 1_000_000):
         saved(tmp_path, step, keep=2)

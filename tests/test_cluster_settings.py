@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 from toy import rl_settings, sft_settings
 
-from foveate.cluster.commands import job_command, runtime_env
+from foveate.cluster.commands import job_command, runtime_env, start_node
 from foveate.cluster.network import interface_of, talk_through
 from foveate.config_cluster import ClusterSettings
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, RankLost
 from foveate.train.rl import run_rl
-from foveate.train.setup import require_one_process
+from foveate.train.setup import Leaving, require_one_process
 from foveate.train.sft import run_sft
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
@@ -115,10 +116,10 @@ def test_a_job_is_given_what_the_nodes_lack(tmp_path):
     assert prepared["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "600", "A": "1", "B": "x=y"}
     assert (prepared["pip"], prepared["working_dir"]) == (["einops"], str(tmp_path))
     assert runtime_env(["RAY_JOB_STOP_WAIT_TIME_S=5"], [], None) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "5"}}
-    here = job_command("my recipe.yaml", ["seed=3"], uploaded=False, installs=False)
+    here = job_command("rl", "my recipe.yaml", ["seed=3"], uploaded=False, installs=False)
     assert here.startswith(f"cd {os.getcwd()} && exec {sys.executable} -c ")
     assert here.endswith(" rl 'my recipe.yaml' seed=3")
-    assert job_command("r.yaml", [], uploaded=True, installs=True).startswith("exec python -c ")
+    assert job_command("mpo", "r.yaml", [], uploaded=True, installs=True).startswith("exec python -c ")
 
 
 @pytest.mark.parametrize(
@@ -127,3 +128,31 @@ def test_a_job_is_given_what_the_nodes_lack(tmp_path):
 def test_what_no_job_can_be_given_is_refused(arguments, said):
     with pytest.raises(ConfigError, match=said):
         runtime_env(*arguments)
+
+
+def test_a_machine_joins_a_head_elsewhere_by_an_address_that_reaches_it():
+    with pytest.raises(ConfigError, match=r"--host 127\.0\.0\.1: the head at 10\.1\.2\.3:6379 could not reach"):
+        start_node(head="10.1.2.3:6379", host="127.0.0.1", port=0, cpus=1, gpus=0, dashboard=0, block=False)
+
+
+class Workers:
+    """A group whose ranks are told to end what they save."""
+
+    size = row = 1
+
+    def call(self, _, per_rank_arguments):
+        return [None for _ in per_rank_arguments]
+
+
+def test_a_machine_that_goes_down_ends_the_run_though_it_took_a_rank_first():
+    def lost(asked):
+        with Leaving(Workers()) as leaving:
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert leaving.is_asked == asked
+            raise RankLost("rank 1 died")
+
+    with pytest.raises(SystemExit, match="143"):
+        lost(True)
+    with pytest.raises(RankLost):
+        lost(False)

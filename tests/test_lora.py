@@ -99,9 +99,9 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
             assert torch.equal(tensor, before[key]), key
 
 
-def worker_of(folder, **lora):
+def worker_of(folder, seed=0, **lora):
     model = ModelSettings(path=str(folder), train=LANGUAGE, lora=LoraSettings(rank=2, **lora))
-    return Worker(model, OptimSettings(lr=0.01), 1024, reference=True)
+    return Worker(model, OptimSettings(lr=0.01), 1024, reference=True, seed=seed)
 
 
 def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, tree_of):
@@ -126,6 +126,23 @@ def test_dropout_acts_in_updates_and_nowhere_else(tiny_folder, tree_of):
     with torch.no_grad():
         one, other = (token_logprobs(worker.policy, pack([tree]))[0] for _ in range(2))
     assert not torch.equal(one, other)
+
+
+def test_dropout_draws_by_the_seed_and_goes_on_where_it_was(tiny_folder, tree_of, tmp_path):
+    def after(worker, updates):
+        for _ in range(updates):
+            worker.update_sft([tree_of(worker.policy)], "token", 5.0, 0.1)
+        return worker.logprobs([tree_of(worker.policy)])[0]
+
+    whole = after(worker_of(tiny_folder, dropout=0.5, seed=3), 3)
+    worker = worker_of(tiny_folder, dropout=0.5, seed=3)
+    after(worker, 2)
+    path = worker.save(tmp_path, 2, {}, 2)
+    again = worker_of(tiny_folder, dropout=0.5, seed=3)
+    again.restore(path)
+    torch.rand(5)  # what else draws does not matter
+    assert torch.equal(after(again, 1), whole)
+    assert not torch.equal(after(worker_of(tiny_folder, dropout=0.5, seed=4), 3), whole)
 
 
 def test_a_worker_goes_on_from_its_checkpoint_and_exports_plain_weights(tiny_folder, tree_of, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from foveate.cluster.commands import keep_priority, stay_inside
+from foveate.cluster.commands import has_token, keep_priority, stay_inside, use_token
 from foveate.cluster.local import LocalWorkers
 from foveate.config_cluster import ClusterSettings
 from foveate.parallel.balance import deal
@@ -51,6 +51,8 @@ def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: 
 def over_ray(cluster: ClusterSettings, name: str) -> Any:
     """An entry of REMOTE, for a run on `cluster`."""
     keep_priority()
+    if has_token():
+        use_token()
     if cluster.nodes == 1 and "RAY_ADDRESS" not in os.environ:
         stay_inside()
     return resolve(REMOTE, name, "cluster")

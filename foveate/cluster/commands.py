@@ -13,6 +13,7 @@ from typing import Any
 from foveate.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+_INSIDE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 STOP_S = 600
 """Seconds that a job which is stopped has to end its step and save."""
 
@@ -34,6 +35,11 @@ def start_node(
             stay_inside()
         command += ["--head", f"--port={port}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
     else:
+        if host == LOOPBACK and not head.startswith(("127.", "localhost:")):
+            raise ConfigError(
+                f"--host {host}: the head at {head} could not reach this machine there; give an address of it"
+            )
+        os.environ.pop(_INSIDE, None)
         command += [f"--address={head}"]
     command += ["--dashboard-agent-listen-port=0"]  # any that is free: without its usual one, it takes no jobs
     command += [f"--num-cpus={cpus}"] if cpus is not None else []
@@ -48,7 +54,7 @@ def start_node(
 def stay_inside() -> None:
     """Let Ray keep to 127.0.0.1, which it otherwise takes for this machine's outer address, and listens everywhere. It
     has a variable for systems whose firewalls ask. To be called before ray is imported."""
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault(_INSIDE, "0")
 
 
 def keep_priority() -> None:
@@ -63,11 +69,16 @@ def use_token() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-def job_command(recipe: str, overrides: list[str], *, uploaded: bool, installs: bool) -> str:
+def has_token() -> bool:
+    """Whether this user has a token for clusters."""
+    return "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+def job_command(command: str, recipe: str, overrides: list[str], *, uploaded: bool, installs: bool) -> str:
     """The command line of a run: in this folder, since the nodes see the same files, unless it is `uploaded`, and by
     this Python, unless the job `installs` one."""
     python = "python" if installs else sys.executable
-    words = shlex.join([python, "-c", "from foveate.cli import main; main()", "rl", recipe, *overrides])
+    words = shlex.join([python, "-c", "from foveate.cli import main; main()", command, recipe, *overrides])
     return f"exec {words}" if uploaded else f"cd {shlex.quote(str(Path.cwd()))} && exec {words}"
 
 

@@ -70,7 +70,7 @@ class _Rank(_Actor):
         patience = timedelta(seconds=cluster.timeout)
         if cluster.kind == "cuda":
             torch.cuda.set_device(0)  # Ray lets a process see no other
-        backend = "nccl" if cluster.kind == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if cluster.kind == "cuda" else "gloo"  # weights may rest in host memory
         dist.init_process_group(backend, meeting, patience, cluster.ranks, rank)
         self.make(build)
 
@@ -375,7 +375,7 @@ def stop_job(head: str, job: str) -> None:
     """Stop a job as Ctrl-C does. Raises ConfigError where no cluster answers, or none of its jobs is called so."""
     try:
         JobSubmissionClient(head).stop_job(job)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise ConfigError(f"job {job} at {head}: {_short(error)}") from error
 
 
@@ -386,7 +386,7 @@ def _submit(head: str, command: str, runtime_env: dict[str, Any]) -> tuple[JobSu
         try:
             client = JobSubmissionClient(head)
             return client, client.submit_job(entrypoint=command, runtime_env=runtime_env)
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 start = "start one by `foveate cluster up`"
                 raise ConfigError(f"no cluster answers at {head} ({_short(error)}); {start}") from error

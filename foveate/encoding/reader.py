@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -87,6 +88,7 @@ _WORK: list[tuple[TaskTable, Encoder]] = []
 
 
 def _begin(table: TaskTable, encoder: Encoder) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that is stopped tells all its processes; the step is ended
     torch.set_num_threads(1)
     _WORK[:] = [(table, encoder)]
 

@@ -1,7 +1,7 @@
-"""Attention over a forest of segments, registered with transformers under two names.
+"""Attention over a forest of segments, registered with transformers under names of its own.
 
-`foveate_reference` builds the dense T x T mask of the forest: it is the truth. `foveate_forest` computes the same
-without padding the row, without a mask of T x T and without copying the keys of a prompt for each answer:
+`foveate_reference` builds the dense T x T mask of the forest: it is the truth. On a CPU, `foveate_forest` computes the
+same without padding the row, without a mask of T x T and without copying the keys of a prompt for each answer:
 
 - every segment attends causally to itself (segments of like length share one call), and
 - all descendants of a segment, which stand together in the row, attend to it in one call, without any mask.
@@ -14,6 +14,8 @@ attention over split keys (Flash-Decoding, Ring Attention: arXiv 2310.01889). In
 given the merged output and the merged log-sum-exp, with which its gradient for each part is already the exact one.
 A sink, the learned logit without a value that GPT-OSS has in each head, is one more part: it only adds to the
 log-sum-exp.
+
+On a GPU, `foveate_forest` is one call of FlexAttention instead (`foveate.model.flex`), with the mask of the forest.
 
 Both are called by transformers' own modules through `AttentionInterface`; `layout=`, `cache=` and `split=` reach them
 as keyword arguments of the language model's forward. No module of transformers is patched.
@@ -31,10 +33,17 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from foveate.errors import ConfigError
+from foveate.model.flex import flex_forest_attention
 from foveate.model.forest import Part, parts, path_positions
 from foveate.records import Layout
 
-KERNELS = {"reference": "foveate_reference", "sdpa": "foveate_forest"}
+KERNELS = {
+    "auto": "foveate_forest",
+    "sdpa": "foveate_parts",
+    "flex": "foveate_blocks",
+    "reference": "foveate_reference",
+}
 """Names under which transformers knows the kernels; it takes one with "sdpa" or "flash" in it for its own."""
 
 
@@ -193,7 +202,27 @@ def _bias(part: Part, query: Tensor) -> Tensor | None:
 def forest_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
 ) -> Tensor:
-    """Exact attention over the forest, equal to `reference_attention`. Query (H, T, d); key, value (H_kv, T, d)."""
+    """Exact attention over the forest, equal to `reference_attention`, by the kernel that suits the device. Query
+    (H, T, d); key, value (H_kv, T, d)."""
+    kernel = flex_attention if query.device.type == "cuda" else parts_attention
+    return kernel(query, key, value, layout, scale, extras)
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """`forest_attention` on a GPU."""
+    if query.device.type != "cuda":
+        raise ConfigError("model.attention: flex is a kernel for GPUs; auto and sdpa compute on CPUs")
+    return flex_forest_attention(query, key, value, layout, scale, extras.window, extras.sinks)
+
+
+def parts_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """`forest_attention` on a CPU, by PyTorch's flash kernel for CPUs."""
+    if query.device.type == "cuda":
+        raise ConfigError("model.attention: sdpa is a kernel for CPUs; auto and flex compute on GPUs")
     repeat = query.shape[0] // key.shape[0]
     key, value = (rows.transpose(0, 1).repeat_interleave(repeat, 1) for rows in (key, value))
     calls = parts(layout, query.device, extras.window)
@@ -240,6 +269,12 @@ def _no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
-for _name, _kernel in (("reference", reference_attention), ("sdpa", forest_attention)):
+_kernels = {
+    "auto": forest_attention,
+    "sdpa": parts_attention,
+    "flex": flex_attention,
+    "reference": reference_attention,
+}
+for _name, _kernel in _kernels.items():
     AttentionInterface.register(KERNELS[_name], _attention(_kernel))
     AttentionMaskInterface.register(KERNELS[_name], _no_mask)

@@ -33,7 +33,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def hollow_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32") -> Policy:
+def hollow_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -> Policy:
     """The policy of a model folder on the meta device, to be cut, allocated and filled. Raises DataError as
     `load_policy` does, and for weights that are quantised."""
     found = recognise(path)
@@ -46,9 +46,10 @@ def hollow_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32")
     return Policy(model.eval(), found.tokenizer, found.family, found.folder, found.format)
 
 
-def allocate(policy: Policy, root: nn.Module, device: str) -> None:
+def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None = None) -> None:
     """Give memory to a hollow policy, cut or whole, whose modules are those of `root`. Its weights are arbitrary; what
-    follows from the configuration is computed."""
+    follows from the configuration is computed. `computing`: where buffers are to be, if not on the `device` on which
+    the weights rest."""
     root.to_empty(device=device)
     model: Any = policy.model
     model.tie_weights()
@@ -58,6 +59,9 @@ def allocate(policy: Policy, root: nn.Module, device: str) -> None:
         owner = max((one for one in models if not one or f"{place}.".startswith(f"{one}.")), key=len)
         with torch.no_grad():
             models[owner]._init_weights(model.get_submodule(place))
+    for module in root.modules() if computing is not None else ():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(computing)
 
 
 @torch.no_grad()

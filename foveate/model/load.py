@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from foveate.config_base import has_gpu
 from foveate.errors import DataError
 from foveate.model.attention import KERNELS
 from foveate.model.checkpoints import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
@@ -70,7 +71,12 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def load_policy(path: str, *, attention: str = "sdpa", dtype: str = "float32", device: str = "cpu") -> Policy:
+def best_device() -> str:
+    """Where a model computes if nobody says where."""
+    return "cuda" if has_gpu() else "cpu"
+
+
+def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", device: str = "cpu") -> Policy:
     """Load a model folder of any family and layout, in evaluation mode.
 
     Raises DataError for anything that is not one, or not whole; what can be told from the small files and from the

@@ -6,6 +6,7 @@ without images beside others with them needs a blank (`foveate.parallel.packing.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -28,34 +29,47 @@ class LogProbs(nn.Module):
     """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
     those that belong to no block (the head, whose logits are never whole, and the embedding)."""
 
-    def __init__(self, policy: Policy, sequence: ProcessGroup | None = None) -> None:
-        """`sequence`: the ranks that share each row with this one."""
+    def __init__(
+        self, policy: Policy, sequence: ProcessGroup | None = None, autocast: torch.dtype | None = None
+    ) -> None:
+        """`sequence`: the ranks that share each row with this one; `autocast`: what the only rank computes in."""
         super().__init__()
         self.model = policy.model
         self.policy = policy
         self.sequence = sequence
+        self.autocast = autocast
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (M,) of the trained tokens of this rank's batch."""
         if self.sequence is not None:
             return token_logprobs_split(self.policy, batch, temperature, self.sequence)
-        return token_logprobs(self.policy, batch, temperature)
+        with _computing_in(self.autocast, self.policy):
+            return token_logprobs(self.policy, batch, temperature)
 
 
 class Values(nn.Module):
     """`token_values` of a critic, as `LogProbs` is `token_logprobs` of a policy."""
 
-    def __init__(self, policy: Policy, sequence: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, policy: Policy, sequence: ProcessGroup | None = None, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.model = policy.model
         self.policy = policy
         self.sequence = sequence
+        self.autocast = autocast
 
     def forward(self, batch: Batch) -> Tensor:
         """Values (M,) before the trained tokens of this rank's batch."""
         if self.sequence is not None:
             return token_values_split(self.policy, batch, self.sequence)
-        return token_values(self.policy, batch)
+        with _computing_in(self.autocast, self.policy):
+            return token_values(self.policy, batch)
+
+
+def _computing_in(dtype: torch.dtype | None, policy: Policy) -> AbstractContextManager[object]:
+    """Weights and activations of the products within are rounded to `dtype`; None: they stay as they are."""
+    return nullcontext() if dtype is None else torch.autocast(policy.device.type, dtype)
 
 
 Root = TypeVar("Root", LogProbs, Values)

@@ -82,7 +82,7 @@ class StepMemory:
 
 
 def step_memory(
-    config: Any, row: RowShape, *, dtype: torch.dtype, train: Sequence[str], checkpointing: bool, kernel: str = "sdpa"
+    config: Any, row: RowShape, *, dtype: torch.dtype, train: Sequence[str], checkpointing: bool, kernel: str = "auto"
 ) -> StepMemory:
     """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`.
 

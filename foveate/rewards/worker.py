@@ -37,9 +37,11 @@ class Failure:
 def serve(job: Job, pipe: Connection) -> None:
     """Grade `(text, task)` pairs from the pipe until it closes; a task of None is the one before. Sends None when it is
     ready, then a Score for each pair, or a `Failure` at any time."""
-    # What goes wrong travels back as the note of a score; the terminal belongs to the run, and so does Ctrl-C.
+    # What goes wrong travels back as the note of a score. The terminal belongs to the run, and so does Ctrl-C; SIGTERM
+    # goes to all processes of a job that is stopped, and is the run's as well.
     logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))

@@ -19,12 +19,17 @@ from foveate.rollout.served import ServedEngine
 
 
 def choose_engine(
-    rollout: RolloutSettings, max_prompt_tokens: int, *, apart: bool = False, given: Mapping[str, Any] = {}
+    rollout: RolloutSettings,
+    max_prompt_tokens: int,
+    *,
+    apart: bool = False,
+    dtype: str | None = None,
+    given: Mapping[str, Any] = {},
 ) -> Callable[..., Any]:
     """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
     keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
     prompt with its answer. `given`: more arguments, for engines that know them. `apart`: it answers while the policy
-    learns, so that the native one gets weights of its own.
+    learns, so that the native one gets weights of its own; and so it does to compute in another `dtype`.
 
     Raises ConfigError for whatever does not fit; nothing is started yet."""
     make: Any = resolve(ENGINES, rollout.engine, "engine")
@@ -33,8 +38,9 @@ def choose_engine(
     known = inspect.signature(function).parameters
     given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
     keywords = {**{name: value for name, value in given.items() if name in known}, **keywords}
-    if apart and inspect.isclass(make) and issubclass(make, NativeEngine):
-        return partial(make.copy_of, **{name: value for name, value in keywords.items() if name != "own_weights"})
+    if (apart or dtype is not None) and inspect.isclass(make) and issubclass(make, NativeEngine):
+        own = {name: value for name, value in keywords.items() if name != "own_weights"}
+        return partial(make.copy_of, dtype=dtype, **own)
     return partial(make, **keywords)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.model.forward import evaluating, hidden_states
-from foveate.model.load import Policy
+from foveate.model.load import DTYPES, Policy
+from foveate.parallel.fsdp import whole
 from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
@@ -73,10 +74,20 @@ class NativeEngine:
 
     @classmethod
     def copy_of(
-        cls, policy: Policy, decode: Callable[[tuple[int, ...]], str], *, version: int = 0, token_budget: int = 32_768
+        cls,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        token_budget: int = 32_768,
+        dtype: str | None = None,
     ) -> NativeEngine:
-        """An engine with its own copy of the policy's weights, which changes by `publish` alone."""
+        """An engine with its own copy of the policy's weights, in `dtype` (None: theirs), which changes by `publish`
+        alone."""
         own = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+        if dtype is not None:  # of no buffer: rotations stay as exact as they are
+            for parameter in own.model.parameters():
+                parameter.data = parameter.to(DTYPES[dtype])
         return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
@@ -106,8 +117,9 @@ class NativeEngine:
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
-        in the model's state dict; raises DataError, with nothing changed, where a name is unknown or missing or a shape
-        differs. An engine that shares the policy's weights has them already and looks at none."""
+        in the model's state dict, one after the other; those that are cut over ranks are gathered for it. Raises
+        DataError, with nothing changed, where a name is unknown or missing or a shape differs. An engine that shares
+        the policy's weights has them already and looks at none."""
         if self._own_weights:
             _copy_weights(self.policy.model, dict(weights))
         self.version = version
@@ -213,4 +225,4 @@ def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             found, wanted = tuple(tensor.shape), tuple(known[name].shape)
             raise DataError(f"published weights: {name} has shape {found}, the engine's model has {wanted}")
     for name, tensor in weights.items():
-        known[name].copy_(tensor)
+        known[name].copy_(whole(tensor))

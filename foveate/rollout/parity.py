@@ -21,7 +21,7 @@ from foveate.parallel.packing import Tree, pack
 from foveate.records import Completion, DataError, Image, Message, Prompt, SamplingParams, Task
 from foveate.rollout.base import Answering, Request
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Largest mean difference of log-probs, nats, between the kernels of a trainer and an engine with equal weights."""
 _ANSWERS = SamplingParams(samples=2, max_tokens=8)
 _SIZES = ((448, 448), (896, 448), (1792, 1344))

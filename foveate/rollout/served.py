@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -344,6 +345,12 @@ def visible_devices(devices: list[str] | None, replicas: int) -> list[dict[str, 
     if devices is not None and len(devices) != replicas:
         raise ConfigError(f"engine: devices names the GPUs of {len(devices)} replicas, there are {replicas}")
     return [{}] * replicas if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]
+
+
+def sent_from(policy: Policy, devices: list[dict[str, str]]) -> torch.device:
+    """Where weights are when they are sent: on the trainer's GPU to servers that have GPUs of their own, else in host
+    memory, because NCCL joins no two processes on one GPU."""
+    return policy.device if all(devices) else torch.device("cpu")
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -32,6 +32,7 @@ from foveate.rollout.served import (
     banned_ids,
     dtype_name,
     python_path,
+    sent_from,
     visible_devices,
     write_plugin,
 )
@@ -129,7 +130,7 @@ class SGLangEngine(ServedEngine):
             self._senders.pop(replica).close()
         if self._transfer == "disk":
             return
-        device = self._policy.device
+        device = sent_from(self._policy, self._devices)
         sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         with meanwhile(

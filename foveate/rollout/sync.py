@@ -94,7 +94,7 @@ def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor
     buffers = [torch.empty(max(packed), dtype=torch.uint8, device=device) for _ in packed[:2]]
     for number, bucket in enumerate(buckets):
         if bucket.alone:
-            data = bucket.tensors[0][1].contiguous().reshape(-1).view(torch.uint8)
+            data = bucket.tensors[0][1].to(device).contiguous().reshape(-1).view(torch.uint8)
             yield data
             yield trailer(data, number)
         else:
@@ -105,8 +105,8 @@ def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor
 class Sender:
     """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
 
-    Weights on a GPU travel by NCCL, others by gloo, also to servers on GPUs: an engine in a process of its own keeps
-    its weights in host memory, because NCCL joins no two processes on one GPU.
+    Weights travel from `device`: by NCCL from a GPU, by gloo from host memory, also to servers on GPUs
+    (`foveate.rollout.served.sent_from`).
     """
 
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:

@@ -36,6 +36,7 @@ from foveate.rollout.served import (
     banned_ids,
     dtype_name,
     python_path,
+    sent_from,
     visible_devices,
     write_plugin,
 )
@@ -95,10 +96,11 @@ class VLLMEngine(ServedEngine):
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
         (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
-        trainer sees); `transfer` how weights travel: by a broadcast, or through a file in the folder for temporary
-        ones, where that fails; `bucket_mb` bounds the memory that publishing takes here (a server takes as much, and
-        the largest tensor); `arguments` are added to the command line of `vllm serve`, `environment` to its variables;
-        `logs` is the folder of its output (None: one that goes with the engine)."""
+        trainer sees, and weights travel through host memory); `transfer` how weights travel: by a broadcast, or
+        through a file in the folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing
+        takes here (a server takes as much, and the largest tensor); `arguments` are added to the command line of `vllm
+        serve`, `environment` to its variables; `logs` is the folder of its output (None: one that goes with the
+        engine)."""
         _require(policy, program)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
@@ -143,7 +145,7 @@ class VLLMEngine(ServedEngine):
             nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
             replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody})
             return
-        sender = Sender(HOST, 1 + self._workers, self._policy.device, TRANSFER_S)
+        sender = Sender(HOST, 1 + self._workers, sent_from(self._policy, self._devices), TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
         with meanwhile(replica, "/init_weight_transfer_engine", init):

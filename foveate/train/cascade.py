@@ -45,7 +45,7 @@ from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.rank_engine import Answerer
 from foveate.train.rl import build_graders, run_rl
 from foveate.train.rollouts import rollout_metrics, write_rollouts
-from foveate.train.setup import check_cluster, disk_patience, use_threads
+from foveate.train.setup import check_cluster, disk_patience, surviving, use_threads
 from foveate.train.sft import run_sft
 
 CHUNK = 64
@@ -103,13 +103,16 @@ def _trained(page: Callable[[Any], RunFolder], stage: Any) -> str:
 
 def evaluate(settings: CascadeSettings, model: str, folder: Path, step: int) -> None:
     """Ask a model the held-out rows, with the same luck for every stage; nothing is done that is there already."""
-    if predictions_path(folder, step).with_suffix(".summary.json").exists():
-        return
+    if not predictions_path(folder, step).with_suffix(".summary.json").exists():
+        surviving(settings.cluster.retries, partial(_evaluate, settings, model, folder, step))
+
+
+def _evaluate(settings: CascadeSettings, model: str, folder: Path, step: int, again: bool) -> None:
     encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
     held_out, _ = read_checked(settings.data.test, settings.data, encoder, truth)
     tokens = settings.rollout.max_tokens
-    with _engine(settings, model, encoder, step) as engine, build_graders(settings.reward) as graders:
+    with _engine(settings, model, encoder, step, again) as engine, build_graders(settings.reward) as graders:
         evaluator = Evaluator(
             folder, settings.eval, held_out, encoder, graders, seed=settings.seed, max_tokens=tokens, last_step=step
         )
@@ -120,7 +123,7 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
     """`pairs/pairs.parquet`: right against wrong answers of the model to some of the training prompts."""
     folder, chosen, data = run.path / "pairs", settings.pairs, settings.data
     if not (folder / MANIFEST).exists():
-        answer_prompts(settings, model, run)
+        surviving(settings.cluster.retries, partial(answer_prompts, settings, model, run))
         prepare_pairs(
             [Path(path) for path in data.train],
             folder,
@@ -135,7 +138,7 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
     return folder / "pairs.parquet"
 
 
-def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> None:
+def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again: bool = False) -> None:
     """`rollouts/step_*.jsonl`: answers with their scores to `pairs.prompts` training prompts, a file per 64 of them."""
     encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
@@ -149,7 +152,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder) -> Non
     done = len(read_metrics(metrics.path)) if metrics.path.exists() else 0
     metrics.truncate_after(done)
     with (
-        _engine(settings, model, encoder, 0) as engine,
+        _engine(settings, model, encoder, 0, again) as engine,
         build_graders(settings.reward) as graders,
         progress("answering for pairs", prompts) as advance,
     ):
@@ -174,12 +177,14 @@ def _encoder(settings: CascadeSettings, model: str) -> Encoder:
 
 
 @contextmanager
-def _engine(settings: CascadeSettings, model: str, encoder: Encoder, version: int) -> Iterator[GroupEngine]:
+def _engine(
+    settings: CascadeSettings, model: str, encoder: Encoder, version: int, again: bool
+) -> Iterator[GroupEngine]:
     """The engines of all ranks, with the weights of a model folder."""
     build = partial(Answerer, settings.model.model_copy(update={"path": model}), settings.cluster.kind)
     new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
     rollout = settings.rollout.model_copy(update={"staleness": 0})
-    with start_workers(settings.cluster, build) as workers, GroupEngine(workers) as engine:
+    with start_workers(settings.cluster, build, again=again) as workers, GroupEngine(workers) as engine:
         engine.start(new_engine, encoder, rollout, version)
         yield engine
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -148,7 +149,9 @@ def _rotate(folder: Path, keep: int) -> None:
         _link(folder / "best", best)
     for _, old in found[:-keep]:
         if old != best:
-            shutil.rmtree(old)
+            going = old.with_name(f".{old.name}.{os.getpid()}.tmp")  # half of it must not be taken for a checkpoint
+            old.replace(going)
+            shutil.rmtree(going)
 
 
 def _link(link: Path, target: Path) -> None:
@@ -201,7 +204,7 @@ def _verify(path: Path, hashes: Mapping[str, str], ranks: Ranks | None) -> None:
 def _cause(error: BaseException) -> Exception:
     """What torch wraps in its own exception: the error of the operating system where there is one, which torch hides
     behind one of its file format; else the error as it came."""
-    inner = error.failures[0][0] if isinstance(error, CheckpointException) else error
+    inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     chain: list[BaseException] = [inner]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
@@ -226,9 +229,23 @@ def tensors_of(trained: Mapping[str, Trained]) -> dict[str, Any]:
     """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs."""
     tensors: dict[str, Any] = {}
     for name, (model, optimizer) in trained.items():
+        _complete(optimizer)
         tensors[f"{name}model"] = model.state_dict()
         tensors[f"{name}optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return tensors
+
+
+def _complete(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that had no gradient yet, such as a vision tower's before the first picture, the state with which
+    AdamW begins: a checkpoint holds that of all."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    **dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True)),
+                }
 
 
 def _leaves(content: Any) -> Iterator[Tensor]:

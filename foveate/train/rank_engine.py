@@ -12,7 +12,6 @@ from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.model.fill import allocate, hollow_policy
 from foveate.model.load import Policy, load_policy
-from foveate.parallel.fsdp import whole
 from foveate.parallel.ranks import Ranks
 from foveate.records import Completion, SamplingParams
 from foveate.rollout.base import Engine, Request
@@ -41,7 +40,8 @@ class RankEngine:
                 self.publish(version)
             self._proof = Proof(engine, self._policy, encoder, rollout)
             return
-        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=self._model.dtype)
+        computed = self._ranks.cluster.dtype or self._model.dtype
+        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=computed)
         allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
         own.model.requires_grad_(False)
         self._engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
@@ -71,7 +71,7 @@ class RankEngine:
         if self._ranks is None:
             self._engine.publish(version, self._published())
             return self._proof.after_publish() if self._proof is not None else {}
-        self._engine.publish(version, ((name, whole(tensor)) for name, tensor in served_weights(self._policy.model)))
+        self._engine.publish(version, served_weights(self._policy.model))
         return {}
 
     def packet(self, first: bool) -> Packet | None:

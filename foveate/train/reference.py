@@ -38,11 +38,11 @@ class TrainPair:
     ref: tuple[float, float] | None
 
 
-def pair_targets(pairs: Sequence[TrainPair], shift: float) -> PairTargets:
-    """Targets of one micro-batch."""
+def pair_targets(pairs: Sequence[TrainPair], shift: float, device: torch.device | None = None) -> PairTargets:
+    """Targets of one micro-batch, on a device."""
     known = [value for pair in pairs if pair.ref is not None for value in pair.ref]
     assert len(known) in (0, 2 * len(pairs)), "some pairs have reference log-probs and some have none"
-    return PairTargets(torch.tensor(known, dtype=torch.float64) if known else None, shift)
+    return PairTargets(torch.tensor(known, dtype=torch.float64, device=device) if known else None, shift)
 
 
 class Reference:

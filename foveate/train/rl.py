@@ -117,7 +117,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
     rollout, cluster = settings.rollout, settings.cluster
     if not cluster.engines:
-        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0)
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0, dtype=cluster.dtype)
     given = {
         "device": cluster.kind,
         "tensor_parallel": cluster.engine_tensor_parallel,
@@ -184,6 +184,8 @@ def _worker(settings: RLSettings, method: Method) -> partial[Worker]:
         reference=method.needs_reference,
         critic=method.critic,
         cluster=settings.cluster,
+        seed=settings.seed,
+        threads=settings.train.threads,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from foveate.cluster.base import WorkerGroup, everywhere
 from foveate.config import RLSettings
+from foveate.config_base import has_gpu
 from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import TrainSettings
 from foveate.data.stream import Stream
@@ -55,6 +56,8 @@ class Leaving:
             everywhere(self._workers, "finish_saving")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
+        if kind is RankLost:  # the machine may be going down, which told the ranks first
+            self.check()
 
     def _ask(self, number: int, _: object) -> None:
         self.is_asked = True
@@ -71,15 +74,20 @@ _OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", 
 """Settings of a cluster that act where engines have processes of their own."""
 
 
+_OF_ONE_RANK = {"device", "dtype"}
+
+
 def require_one_process(cluster: ClusterSettings) -> None:
-    """Refuse settings of a cluster where they would not act."""
-    acting = _OF_ENGINES if cluster.engines else set()
+    """Refuse settings of a cluster where they would not act, and a GPU that is not there."""
+    if cluster.device == "cuda" and not has_gpu():
+        raise ConfigError("cluster.device=cuda: PyTorch sees no GPU here; foveate doctor shows what it sees")
+    acting = _OF_ONE_RANK | (_OF_ENGINES if cluster.engines else set())
     given = cluster.model_dump(exclude_defaults=True, exclude=acting)
     differing = [f"cluster.{name}={value}" for name, value in given.items()]
     if differing:
         raise ConfigError(
-            f"{', '.join(differing)}: runs of one rank compute in one process on the CPU, where no setting of a "
-            "cluster acts; leave them out, or set cluster.gpus_per_node"
+            f"{', '.join(differing)}: runs of one rank compute in one process, where of the settings of a cluster "
+            "device and dtype act; leave the others out, or set cluster.gpus_per_node"
         )
 
 
@@ -98,6 +106,11 @@ def check_cluster(settings: RLSettings) -> None:
     cluster = settings.cluster
     if cluster.ranks == 1:
         require_one_process(cluster)
+        if cluster.dtype and not cluster.engines and settings.rollout.engine in ("vllm", "sglang"):
+            raise ConfigError(
+                f"cluster.dtype={cluster.dtype}: a server beside a trainer in one process computes in model.dtype; "
+                "leave it out, or give the server a process of its own: cluster.engines=1"
+            )
         return
     if not cluster.engines:
         _check_ranks_answer(settings)

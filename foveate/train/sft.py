@@ -36,7 +36,8 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
-    build = partial(Worker, settings.model, settings.optim, budget, cluster=settings.cluster)
+    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
+    build = partial(Worker, settings.model, settings.optim, budget, **more)
     with (
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, build, again=again) as workers,

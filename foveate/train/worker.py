@@ -21,13 +21,14 @@ from foveate.config_parts import CriticSettings, ModelSettings, OptimSettings
 from foveate.files import atomic_path, with_room
 from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.forward import evaluating
-from foveate.model.load import Policy, freeze_except, load_policy, parameters_by_part, save_policy
+from foveate.model.load import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
 from foveate.parallel.fsdp import LogProbs, Root, Values, shard, whole
 from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
 from foveate.records import Batch, Totals, sum_by_sample
+from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer
@@ -52,11 +53,17 @@ class Worker:
         reference: bool = False,
         critic: CriticSettings | None = None,
         cluster: ClusterSettings | None = None,
+        seed: int = 0,
+        threads: int | None = None,
     ) -> None:
+        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice."""
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
-        load = load_policy if self.ranks is None else hollow_policy
-        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
+        self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
+        load = partial(load_policy, device=str(self.device)) if self.ranks is None else hollow_policy
+        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
         freeze_except(self.policy, model.train)
         if model.lora is not None:
             add_adapters(self.policy, model.lora, model.train)
@@ -78,17 +85,18 @@ class Worker:
         self.temperature = temperature
         self.scale = LossScale() if cluster is not None and cluster.dtype == "float16" else None
         self._saving = Saving()
+        self._seed = seed if model.lora is not None and model.lora.dropout else None
         self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
         """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
         and each reads its share."""
         if self.ranks is None:
-            return kind(policy)
+            return kind(policy, autocast=self._autocast)
         cluster = self.ranks.cluster
         check_heads(policy, cluster.sequence_parallel)
         root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
-        allocate(policy, root, "cpu" if cluster.offload else cluster.kind)
+        allocate(policy, root, "cpu" if cluster.offload else cluster.kind, cluster.kind)
         fill(policy, without=policy.tensors("head") if kind is Values else ())
         reset_adapters(policy.model)
         return root
@@ -154,6 +162,7 @@ class Worker:
         assert self.critic is not None
         parts = [part for group in groups for part in split_group(group, self.token_budget)]
         losses: list[Metrics] = []
+        self._seed_dropout(self.critic.optimizer)
         for batch, members in self._batches([group.tree for group in parts]):
             if not members:
                 self.critic.values(batch).sum().backward()
@@ -188,7 +197,8 @@ class Worker:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
         for batch, members, logp_M, entropy_M in self._computed([pair.tree for pair in pairs]):
-            out = loss(logp_M, batch, pair_targets([pairs[i] for i in members], shift), totals)
+            targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
+            out = loss(logp_M, batch, targets, totals)
             self._backward(out.loss)
             entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
             losses.append({**out.metrics, "entropy": entropy})
@@ -226,12 +236,19 @@ class Worker:
     ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
         """Packed rows, the indices of their trees, and log-probs and entropies to learn from. Rows that only keep this
         rank in step with the others are done with here."""
+        self._seed_dropout(self.optimizer)
         for batch, members in self._batches(trees):
             logp_M, entropy_M = self._logprobs(batch, temperature)
             if members:
                 yield batch, members, logp_M, entropy_M
             else:
                 (logp_M.sum() + entropy_M.sum()).backward()
+
+    def _seed_dropout(self, optimizer: torch.optim.AdamW) -> None:
+        """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
+        if self._seed is not None:
+            taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+            torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
     def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[Batch, list[int]]]:
         """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
