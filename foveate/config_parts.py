@@ -58,6 +58,11 @@ class ModelSettings(Settings):
         description="Qwen-VL: most pixels of an image after resizing; null: what the model's folder says.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and activations.")
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of what each block does around its attention: minutes at the start, faster steps on "
+        "GPUs; needs a C++ compiler.",
+    )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Compute activations again in the backward pass: less memory, about a third more time.",

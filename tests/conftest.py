@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 
 import numpy as np
 import PIL.Image
@@ -15,6 +17,14 @@ from foveate.model.tiny import TinySize, build_tiny
 from foveate.records import Image, Message, Task
 
 torch.set_num_threads(1)
+BEGIN = time.monotonic()
+
+
+def pytest_runtest_setup():
+    """With FOVEATE_TEST_SECONDS, tests that would begin later than that are skipped: what has run still decides."""
+    limit = float(os.environ.get("FOVEATE_TEST_SECONDS", "inf"))
+    if time.monotonic() - BEGIN > limit:
+        pytest.skip(f"no time left (FOVEATE_TEST_SECONDS={limit:g})")
 
 TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
 

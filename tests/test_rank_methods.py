@@ -37,6 +37,7 @@ CASES = {
     "critic": ("dense", "critic", {}, {}),
     "critic, shared rows": ("dense", "critic", {}, {"sequence_parallel": 2}),
     "critic, mixture": ("moe", "critic", {}, {"shard": "none"}),
+    "sft, compiled": ("dense", "sft", {"compile": True, "gradient_checkpointing": True}, {}),
 }
 """The model, what it learns by, its settings, and those of the cluster."""
 ROWS = 60
@@ -146,6 +147,7 @@ def folders(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
 @pytest.mark.parametrize(("ranks", "cases"), [(2, [*CASES]), (4, [case for case in CASES if "," in case])])
 def test_ranks_learn_what_one_learns(tmp_path, folders, ranks, cases):
     for name in ("one", "many"):

@@ -278,3 +278,10 @@ _kernels = {
 for _name, _kernel in _kernels.items():
     AttentionInterface.register(KERNELS[_name], _attention(_kernel))
     AttentionMaskInterface.register(KERNELS[_name], _no_mask)
+
+
+def keep_from_compiler() -> None:
+    """Let torch.compile of a module leave attention as it is: what it does follows from the forest, which is another
+    one in every row."""
+    for name, kernel in _kernels.items():
+        AttentionInterface.register(KERNELS[name], torch.compiler.disable(_attention(kernel)))

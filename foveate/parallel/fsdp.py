@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from foveate.config_cluster import ClusterSettings
+from foveate.model.attention import keep_from_compiler
 from foveate.model.forward import token_logprobs, token_values
 from foveate.model.load import DTYPES, Policy
 from foveate.parallel.ulysses import token_logprobs_split, token_values_split
@@ -78,6 +79,13 @@ Root = TypeVar("Root", LogProbs, Values)
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of the vision tower and of the language model, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch compile what a block does around its attention, once for rows of any length."""
+    keep_from_compiler()
+    for block in blocks(model):
+        block.compile(dynamic=True)
 
 
 def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:

@@ -23,7 +23,7 @@ from foveate.model.fill import allocate, fill, hollow_policy
 from foveate.model.forward import evaluating
 from foveate.model.load import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.model.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
-from foveate.parallel.fsdp import LogProbs, Root, Values, shard, whole
+from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, shard, whole
 from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
@@ -62,6 +62,7 @@ class Worker:
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
+        self._compiles = model.compile
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else hollow_policy
         self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
         freeze_except(self.policy, model.train)
@@ -91,6 +92,8 @@ class Worker:
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
         """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
         and each reads its share."""
+        if self._compiles:
+            compile_blocks(policy.model)
         if self.ranks is None:
             return kind(policy, autocast=self._autocast)
         cluster = self.ranks.cluster
