@@ -59,7 +59,9 @@ def undisturbed(nodes: Nodes, recipe: Path, run: Path) -> None:
         sys.exit(run.with_suffix(".log").read_text())
 
 
-def disturbed(nodes: Nodes, recipe: Path, run: Path, left: int, choice: random.Random) -> Counter[str]:
+def disturbed(
+    nodes: Nodes, recipe: Path, run: Path, left: int, choice: random.Random, kinds: list[str]
+) -> Counter[str]:
     """One run to its end, in which up to `left` processes are killed; how many of each kind were."""
     killed: Counter[str] = Counter()
     command = (recipe, f"run={run}")
@@ -74,7 +76,7 @@ def disturbed(nodes: Nodes, recipe: Path, run: Path, left: int, choice: random.R
         if at is None and any(KINDS["rank"][0] in words for words in nodes.processes().values()):
             at = time.monotonic() + choice.uniform(0, 30)  # from when the ranks are there
         if killed.total() < left and at is not None and time.monotonic() > at:
-            kind = choice.choice(sorted(KINDS))
+            kind = choice.choice(kinds)
             if kill_one(nodes, kind, choice):
                 killed[kind] += 1
                 print(f"{run.name}: killed {kind} at step {step_of(run)}", flush=True)
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=40, help="of each run")
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS))
     parser.add_argument("--minutes", type=float, default=60, help="after which no further run begins")
     parser.add_argument("--namespaces", action="store_true", help="as in two_nodes.py")
     parser.add_argument("--folder", type=Path, help="where a later call finds the undisturbed run, if it has the steps")
@@ -122,7 +125,7 @@ def main() -> None:
         while killed.total() < asked.kills and time.monotonic() - begin < 60 * asked.minutes:
             number += 1
             run = folder / f"run-{asked.seed}-{number}"
-            killed += disturbed(nodes, recipe, run, asked.kills - killed.total(), choice)
+            killed += disturbed(nodes, recipe, run, asked.kills - killed.total(), choice, sorted(asked.kinds))
             found = differences(run, whole)
             print(f"{run.name}: {'other: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)
             wrong += bool(found)

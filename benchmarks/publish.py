@@ -137,7 +137,7 @@ def measure_engine(program: str, megabytes: int, bucket_mb: int, pairs: int) -> 
         policy = load_policy(str(build_tiny(Path(folder) / "model", size)))
         encoder = Encoder(policy.tokenizer, policy.family, 12, 1024)
         total = sum(4 * parameter.numel() for parameter in policy.model.parameters())
-        engine = VLLMEngine(policy, encoder.decode, program=program, longest=2048, memory_mb=64, bucket_mb=bucket_mb)
+        engine = VLLMEngine(policy, encoder.decode, program=program, longest=2048, memory_mb=256, bucket_mb=bucket_mb)
         replica, call = engine.replicas[0], engine.replicas[0].call
         calls: dict[str, list[float]] = {}
 

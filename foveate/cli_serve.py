@@ -66,7 +66,7 @@ def serve(
 
         serve_native(
             ServeRequest(
-                model, chosen, host, port, key, max_prompt_tokens, max_tokens, max_tiles, dtype or "float32", device,
+                model, chosen, host, port, key, max_prompt_tokens, max_tokens, max_tiles, dtype, device,
                 token_budget, threads,
             ),
             ready,

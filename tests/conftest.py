@@ -26,6 +26,7 @@ def pytest_runtest_setup():
     if time.monotonic() - BEGIN > limit:
         pytest.skip(f"no time left (FOVEATE_TEST_SECONDS={limit:g})")
 
+
 TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
 
 

@@ -75,6 +75,8 @@ class OnGpu(torch.Tensor):
         if func is torch.ops.aten.histc.default:  # of integers, which it counts on GPUs alone
             return OnGpu(func(own[0][0].float(), *own[0][1:], **own[1]).to(own[0][0].dtype))
         out = func(*own[0], **own[1])
+        if not func._schema.returns:
+            return None
         in_backward = torch._C._current_graph_task_id() != -1  # where autograd believes that all is on the CPU
         if func is torch.ops.aten._to_copy.default and device is not None and not in_backward:
             return out
@@ -202,6 +204,7 @@ def pretend_gpu(patch):
     patch.setattr(attention, "flex_forest_attention", on_the_gpu)
     patch.setattr(torch, "inference_mode", torch.no_grad)  # which such tensors do not know
     patch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    patch.setattr(torch.cuda, "mem_get_info", lambda _=None: (1 << 30, 1 << 31))
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

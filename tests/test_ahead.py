@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_cases import Bench, Engine, Rewards, rows
+from ahead_cases import TASKS, Bench, Engine, Rewards, Tasks, rows
 from pydantic import ValidationError
 from toy import make_data, rl_settings
 
 import foveate.train.rl
+from foveate.data.stream import Stream
 from foveate.errors import ConfigError, EngineError
 from foveate.log import read_metrics
 from foveate.model.load import load_policy
+from foveate.records import SamplingParams
+from foveate.rollout.base import Request
 from foveate.rollout.native import NativeEngine
+from foveate.train.groups import Sampler, Work
 from foveate.train.rl import run_rl
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
@@ -118,6 +122,18 @@ def test_closing_ends_the_thread_amid_a_round():
     assert not engine.answering
     assert not [thread for thread in threading.enumerate() if thread.name in ("generation", "grading_0")]
     assert engine.answered < 30
+
+
+def test_closing_ends_the_greedy_answers_of_a_round():
+    """The engine is paused then, and gives nothing however often it is asked."""
+    engine = Engine()
+    engine.pause()
+    sampler = Sampler(Tasks(Stream(TASKS, 0, 1)), engine, None, SamplingParams(), 0, True)
+    [(task, prompt)] = sampler.reader.take(1)
+    asked = []
+    ones = sampler.greedy([Work(0, task, Request(prompt, 0))], None, lambda: asked.append(1) or len(asked) > 2)
+    assert ones[0].scores is None
+    assert len(asked) == 3
 
 
 def test_rewards_are_graded_while_the_others_are_still_answered():

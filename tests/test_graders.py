@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import foveate.rewards.pool
 from foveate.records import DataError, Task
 from foveate.resolve import ConfigError
 from foveate.rewards import pool
@@ -175,6 +176,23 @@ def test_a_worker_that_was_killed_while_idle_costs_no_answer(grader):
             time.sleep(0.01)
         assert graders("5", TASKS[0]).value == 5.0
         assert not graders.failures
+
+
+def test_a_worker_in_the_place_of_a_lost_one_may_be_lost_at_its_start(grader, monkeypatch):
+    with Graders(grader, {}, workers=1) as graders:
+        assert graders("5", TASKS[0]).value == 5.0
+        start, lost = foveate.rewards.pool._Worker.__init__, []
+
+        def dying(worker, *arguments):
+            start(worker, *arguments)
+            if len(lost) < 2:
+                lost.append(worker)
+                worker._process.kill()
+
+        monkeypatch.setattr(foveate.rewards.pool._Worker, "__init__", dying)
+        assert graders("kill", TASKS[0]).value == 0.0
+        assert graders("6", TASKS[0]).value == 6.0
+        assert len(lost) == 2
 
 
 def test_workers_stay_and_end_with_the_block(grader):

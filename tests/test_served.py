@@ -65,7 +65,7 @@ class FakeEngine(ServedEngine):
     def state(self, number=0):
         return self.replicas[number].call("GET", "/state")
 
-    def prompt_ids(self, prompt):
+    def read(self, _replica, prompt):
         return prompt.token_ids
 
     def sleep(self):
@@ -165,7 +165,7 @@ def test_a_server_that_refuses_a_transfer_is_ended_so_that_its_sender_does_not_w
     replica = engine_of().replicas[0]
 
     def transfer():
-        with meanwhile(replica, "/no-such-path", {}):
+        with meanwhile(replica, "/no-such-path", {}, 30):
             while replica.healthy():
                 time.sleep(0.05)
             raise RuntimeError("the connection is closed")
@@ -269,6 +269,47 @@ def test_a_server_that_dies_again_and_again_ends_the_run(engine_of):
     engine.ask = lambda *_: (_ for _ in ()).throw(ReplicaLostError("broken"))
     with pytest.raises(EngineError, match="lost 3 times without a finished group between"):
         engine.generate(requests_of(1), SamplingParams())
+
+
+def test_a_server_that_does_not_start_again_at_once_is_tried_once_more(engine_of, monkeypatch):
+    engine = engine_of()
+    start, tried = Replica.start, []
+
+    def failing(replica, patience_s):
+        tried.append(1)
+        if len(tried) == 1:
+            replica.kill()
+            replica.incarnation += 1
+            raise EngineError("the server ended while it started")
+        start(replica, patience_s)
+
+    monkeypatch.setattr(Replica, "start", failing)
+    os.kill(engine.state()["pid"], signal.SIGKILL)
+    assert seeds_of(engine.generate(requests_of(2), SamplingParams())) == [0, 1]
+    assert len(tried) == 2
+
+
+def test_a_server_that_is_lost_between_answers_reads_prompts_again(engine_of):
+    engine = engine_of()
+    read = engine.read
+    engine.read = lambda replica, prompt: (replica.call("GET", "/state"), read(replica, prompt))[1]
+    os.kill(engine.state()["pid"], signal.SIGKILL)
+    assert engine.prompt_ids(requests_of(1)[0].prompt) == (0, 0)
+    assert engine.counts.restarts == 1
+
+
+def test_a_server_that_does_not_stop_when_it_is_told_is_killed(engine_of):
+    engine = engine_of(seconds=60, stall_s=1.0)
+    engine.abort = lambda _: None  # it says that it has
+    pid = engine.state()["pid"]
+    with ThreadPoolExecutor(1) as pool:
+        groups = pool.submit(engine.generate, requests_of(2), SamplingParams())
+        while engine.state()["asked"] < 2:
+            time.sleep(0.01)
+        engine.pause()
+        with pytest.raises(KeyError):  # nothing has come of any
+            groups.result(timeout=60)
+    assert ends(pid)
 
 
 def test_a_refused_request_ends_the_run_and_nothing_is_started_again(engine_of):

@@ -68,13 +68,13 @@ class EngineHost:
         self._make = partial(new_engine, self._policy, decode)
         self._engine: Engine | None = None
         self._incoming, self._outgoing = Incoming(self._policy.model), Outgoing(self._policy.model)
-        self._ticket, self._round = 0, _Round()
+        self._current = 0, _Round()
 
     # --------------------------------------------------------------------------------------------------------- weights
 
     def take(self, packet: Packet) -> None:
         """Take weights in; what is being answered is aborted."""
-        self._round.stop()
+        self._current[1].stop()
         self._incoming.take(packet)
 
     def publish(self, version: int) -> None:
@@ -97,16 +97,16 @@ class EngineHost:
         """Begin to answer those requests whose indices are `missing`. The native engine answers all of them: then they
         are batched as they were before, and not a bit differs. Nothing has finished yet."""
         assert self._engine is not None
-        self._round.stop()
+        self._current[1].stop()
         chosen = [*range(len(requests))] if isinstance(self._engine, NativeEngine) else [*missing]
-        self._ticket, self._round = ticket, _Round()
-        self._round.begin(self._engine, [requests[i] for i in chosen], sampling, chosen)
+        self._current = ticket, _Round()
+        self._current[1].begin(self._engine, [requests[i] for i in chosen], sampling, chosen)
         return [], False
 
     def more(self, patience: float) -> Finished:
         """What has finished since the last call; waits up to `patience` seconds for it. Raises what the engine
         raised."""
-        return self._round.more(patience)
+        return self._current[1].more(patience)
 
     def pause(self) -> None:
         """As `Engine.pause`."""
@@ -120,8 +120,9 @@ class EngineHost:
 
     def stop(self, ticket: int) -> None:
         """Abort what was begun with this ticket, and wait until that is done."""
-        if ticket == self._ticket:
-            self._round.stop()
+        current, under_way = self._current  # another one may begin meanwhile
+        if ticket == current:
+            under_way.stop()
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
@@ -130,7 +131,7 @@ class EngineHost:
         return [self._engine.prompt_ids(prompt) for prompt in prompts]
 
     def close(self) -> None:
-        self._round.stop()
+        self._current[1].stop()
         if self._engine is not None:
             self._engine.close()
 

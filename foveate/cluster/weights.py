@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.errors import DataError
 from foveate.model.load import DTYPES
 from foveate.parallel.fsdp import whole
-from foveate.rollout.served import dtype_name
+from foveate.rollout.outfit import dtype_name
 from foveate.rollout.sync import plan_buckets, served_weights
 
 PACKET = 256 << 20

@@ -12,7 +12,7 @@ from foveate.encoding.encode import Encoder
 from foveate.evaluate.answers import Answer, Generated
 from foveate.evaluate.generate import Deliver, GenerateRequest, Produce
 from foveate.evaluate.predict import BATCH
-from foveate.model.load import best_device, load_policy
+from foveate.model.load import best_place, load_policy
 from foveate.rollout.base import Engine, Request
 from foveate.rollout.native import NativeEngine
 from foveate.rollout.seeds import seed_of
@@ -21,7 +21,7 @@ from foveate.rollout.seeds import seed_of
 def prepare_model(request: GenerateRequest) -> tuple[RowCheck, Produce]:
     """What says which rows the model can be asked, and what asks it."""
     assert request.model is not None
-    policy = load_policy(request.model, device=best_device())
+    policy = load_policy(request.model, **best_place())
     data = DataSettings(train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system)
     model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
     encoder = build_encoder(policy.tokenizer, policy.family, model, data)

@@ -26,7 +26,7 @@ from foveate.evaluate.predictions import Evaluation, Prediction, write_models, w
 from foveate.evaluate.run import save_gallery
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.model.load import best_device, load_policy
+from foveate.model.load import best_place, load_policy
 from foveate.records import Task
 from foveate.rewards.grade import truth_check
 from foveate.rewards.pool import Graders
@@ -122,7 +122,7 @@ def _label(path: Path, found: Sequence[Evaluation]) -> str:
 
 
 def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list[Prediction], TaskTable]:
-    policy = load_policy(name, device=best_device())
+    policy = load_policy(name, **best_place())
     model = ModelSettings(path=name, max_tiles=request.max_tiles)
     data = DataSettings(
         train=request.data,

@@ -36,7 +36,7 @@ def flex_forest_attention(
     tokens = query.shape[1]
     mask = block_mask(layout, query.device, window)
     room = mask.seq_lengths[0] - tokens
-    rows = (functional.pad(t, (0, 0, 0, room))[None] for t in (query, key, value))
+    rows = (functional.pad(t, (0, 0, 0, room)).contiguous()[None] for t in (query, key, value))
     attend: Any = _compiled() if query.device.type == "cuda" else flex_attention
     out, aux = attend(*rows, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True))
     if sinks is not None:  # the share that a logit without a value leaves to the others
@@ -46,11 +46,15 @@ def flex_forest_attention(
 
 @cache
 def _compiled() -> Any:
-    """Compiled once for rows of any length; without that FlexAttention computes all scores."""
-    return torch.compile(flex_attention, dynamic=True)
+    """Compiled for rows of any length and any forest: learning, sampling and rows of one block have each a kernel of
+    their own, with and without a window. What cannot be compiled raises, since all scores would be computed instead."""
+    compiled: Any = torch.compile  # whose declared overloads lack the limit
+    return compiled(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 @lru_cache(maxsize=64)
+@torch.no_grad()
+@torch.inference_mode(False)  # one that was made for sampling must also do for learning
 def block_mask(layout: Layout, device: torch.device, window: int | None = None) -> BlockMask:
     """The mask of a forest, and which of its blocks are empty, full or neither."""
     count = -(-layout.tokens // BLOCK)

@@ -71,9 +71,9 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def best_device() -> str:
-    """Where a model computes if nobody says where."""
-    return "cuda" if has_gpu() else "cpu"
+def best_place() -> dict[str, str]:
+    """Where and in which type a model computes that only answers, if nobody says so: arguments of `load_policy`."""
+    return {"device": "cuda", "dtype": "bfloat16"} if has_gpu() else {"device": "cpu", "dtype": "float32"}
 
 
 def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", device: str = "cpu") -> Policy:

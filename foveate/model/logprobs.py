@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
+GPU_CHUNK_ELEMENTS = 1 << 26
+"""The same on GPUs, where each chunk reads the whole head anew: 256 MB."""
 
 
 def plain_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +24,7 @@ def plain_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperatur
 
 
 def chunked_logprobs(
-    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float = 1.0, chunk_elements: int = CHUNK_ELEMENTS
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float = 1.0, chunk_elements: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `token_ids` and the entropy of the distribution softmax(hidden @ weight.T / temperature).
 
@@ -31,6 +33,8 @@ def chunked_logprobs(
     p = softmax and H the entropy: d logp / d logits = onehot - p and d H / d logits = -p (log p + H).
     """
     device = hidden.device.type
+    if chunk_elements is None:
+        chunk_elements = GPU_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS
     autocast = torch.amp.is_autocast_available(device)  # the meta device knows none
     if autocast and torch.is_autocast_enabled(
         device

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 STARTING_LIMIT = 300.0
 """Seconds that a worker process may take to import the reward before the run gives up."""
+_TRIES = 3
+"""Starts of a process in the place of one that was lost, until the reward itself must be at fault."""
 
 MOST_WORKERS = 8
 """Worker processes unless the caller says how many."""
@@ -127,7 +129,7 @@ class Graders:
         for position, worker in enumerate(self._workers):
             if worker.is_idle and worker.pipe.poll():
                 worker.kill()
-                self._workers[position] = _Worker(self._job)
+                self._workers[position] = worker.successor(self._job)
             elif worker.is_idle and (index := waiting.take(position)) is not None:
                 worker.send(index, *answers[index])
 
@@ -147,7 +149,7 @@ class Graders:
                 worker.kill()
                 self._late.remove(worker)
             elif worker in self._workers and (worker.is_late or not worker.is_alive):
-                self._workers[self._workers.index(worker)] = _Worker(self._job)
+                self._workers[self._workers.index(worker)] = worker.successor(self._job)
                 self._late += [worker] if worker.is_alive else []
         return scores
 
@@ -178,12 +180,15 @@ class Waiting:
 class _Worker:
     """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, tries: int = 0) -> None:
+        """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
+        start."""
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(PRELOADED)
         self.pipe, theirs = processes.Pipe()
         self.answer: int | None = None
         self.is_alive = True
+        self.tries = tries
         self._limit = job.time_limit
         self._starting = True
         self._task: Task | None = None
@@ -191,6 +196,10 @@ class _Worker:
         self._process = processes.Process(target=serve, args=(job, theirs), daemon=True, name="grader")
         self._process.start()
         theirs.close()
+
+    def successor(self, job: Job) -> _Worker:
+        """One in its place."""
+        return _Worker(job, self.tries - 1 if self._starting else _TRIES)
 
     @property
     def is_idle(self) -> bool:
@@ -236,6 +245,9 @@ class _Worker:
 
     def _lost(self, how: str) -> dict[int, Score]:
         self.kill()
+        if self._starting and self.tries:
+            logger.warning("a process for the reward did not start: %s; starting another one", how)
+            return {}
         if self._starting or self.answer is None:
             raise DataError(
                 f"a process for the reward did not start: {how}; a script that grades must begin its work under "

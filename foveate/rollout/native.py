@@ -21,6 +21,7 @@ from foveate.rollout.kvcache import GroupCache
 from foveate.rollout.sampling import draw
 from foveate.rollout.wave import Wave
 
+_TOKENS = 32_768
 _LOGITS = 1 << 24
 """Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
 
@@ -52,11 +53,12 @@ class NativeEngine:
         decode: Callable[[tuple[int, ...]], str],
         *,
         version: int = 0,
-        token_budget: int = 32_768,
+        token_budget: int | None = None,
         own_weights: bool = False,
     ) -> None:
         """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
-        cache, prompts and longest possible answers together; a prompt whose answers alone exceed it is a wave of its
+        cache, prompts and longest possible answers together (None: 32,768, or what half of a GPU's free memory holds if
+        that is more); a prompt whose answers alone exceed it is a wave of its
         own. With `own_weights` the model belongs to the engine and `publish` copies into it; without, whoever trains
         the policy changes the very tensors that the engine reads."""
         self.policy = policy
@@ -79,15 +81,16 @@ class NativeEngine:
         decode: Callable[[tuple[int, ...]], str],
         *,
         version: int = 0,
-        token_budget: int = 32_768,
+        token_budget: int | None = None,
         dtype: str | None = None,
     ) -> NativeEngine:
         """An engine with its own copy of the policy's weights, in `dtype` (None: theirs), which changes by `publish`
         alone."""
-        own = replace(policy, model=copy.deepcopy(policy.model).requires_grad_(False))
+        copies = {}
         if dtype is not None:  # of no buffer: rotations stay as exact as they are
-            for parameter in own.model.parameters():
-                parameter.data = parameter.to(DTYPES[dtype])
+            parameters = policy.model.parameters()
+            copies = {id(p): nn.Parameter(p.detach().to(DTYPES[dtype], copy=True)) for p in parameters}
+        own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
         return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
@@ -101,7 +104,8 @@ class NativeEngine:
         """Groups as they finish; what nobody asks for is not computed."""
         open_ = [i for i, r in enumerate(requests) if not r.begun or any(c.finish == "abort" for c in r.begun)]
         yield from ((i, request.begun) for i, request in enumerate(requests) if i not in open_)
-        for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, self._token_budget):
+        budget = self._token_budget or cache_tokens(self.policy)
+        for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, budget):
             if self._paused.is_set():
                 return
             wave = Wave([requests[open_[i]] for i in members], sampling, self.version, self.policy.device)
@@ -195,6 +199,18 @@ class NativeEngine:
             for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
         ]
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
+
+
+def cache_tokens(policy: Policy) -> int:
+    """How many tokens a wave may hold if nobody says so: 32,768, or what half of a GPU's free memory has room for, each
+    with its keys and values in all layers, and with 16 hidden states while it is first computed."""
+    if policy.device.type != "cuda":
+        return _TOKENS
+    language, head = policy.part("language"), policy.part("head").weight
+    assert isinstance(head, Tensor)
+    keys = sum(len(p) for name, p in language.named_parameters() if name.endswith("k_proj.weight"))
+    size = (2 * keys + 16 * head.shape[1]) * head.element_size()
+    return max(_TOKENS, int(torch.cuda.mem_get_info(policy.device)[0] / 2 / size))
 
 
 def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:

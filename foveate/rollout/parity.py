@@ -95,7 +95,7 @@ def _differences(
 
 @torch.no_grad()
 def _logprobs(policy: Policy, temperature: float, trees: list[Tree]) -> list[Tensor]:
-    return [token_logprobs(policy, pack([tree]), temperature)[0] for tree in trees]
+    return [token_logprobs(policy, pack([tree]).to(policy.device), temperature)[0] for tree in trees]
 
 
 def probe_prompts(encoder: Encoder) -> list[Prompt]:

@@ -110,11 +110,12 @@ class Replica:
 
 
 @contextmanager
-def meanwhile(replica: Replica, path: str, body: Any) -> Iterator[None]:
-    """Post a request that the server answers when the block has done its part. Where both fail, the server's reason is
-    raised, since the other is its consequence. Whoever fails first ends the server, for which the other might wait."""
+def meanwhile(replica: Replica, path: str, body: Any, timeout_s: float) -> Iterator[None]:
+    """Post a request that the server answers, within `timeout_s`, when the block has done its part. Where both fail,
+    the server's reason is raised, since the other is its consequence. Whoever fails first ends the server, for which
+    the other might wait."""
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(replica.call, "POST", path, body)
+        answer = pool.submit(replica.call, "POST", path, body, timeout_s=timeout_s)
         answer.add_done_callback(lambda done: replica.kill() if done.exception() else None)
         try:
             yield

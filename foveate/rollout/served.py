@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import tempfile
 import threading
 import time
@@ -12,17 +10,16 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.errors import ConfigError, EngineError
-from foveate.model.load import Policy
+from foveate.errors import EngineError
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
 from foveate.rollout.replica import Replica, ReplicaLostError
@@ -88,6 +85,10 @@ class ServedEngine(ABC):
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
         """All answers to one request, each stamped with the version that the server says; nothing of it is begun yet.
         Raises ReplicaLostError where an answer has ended in a way that is not in `finishes`."""
+
+    @abstractmethod
+    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids of a prompt as the server's model reads it."""
 
     @abstractmethod
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
@@ -202,10 +203,20 @@ class ServedEngine(ABC):
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         started = time.monotonic()
+        self._weights = []  # the former ones go before there are new ones
         self._weights, self.version = list(weights), version
         self._each(self._publish_one)
         self.counts.publishes += 1
         self.counts.publish_seconds += time.monotonic() - started
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """As `Engine.prompt_ids`; a server that is lost meanwhile is started again and asked again."""
+        while True:
+            incarnation = self.replicas[0].incarnation
+            try:
+                return self.read(self.replicas[0], prompt)
+            except ReplicaLostError as error:
+                self._revive(0, incarnation, error)
 
     def healthy(self) -> bool:
         return all(replica.healthy() for replica in self.replicas)
@@ -213,7 +224,8 @@ class ServedEngine(ABC):
     def statistics(self) -> dict[str, float]:
         made = 0.0
         for replica in self.replicas:
-            made += self.tokens_made(replica)
+            with suppress(ReplicaLostError):  # it is started again when it is asked next
+                made += self.tokens_made(replica)
         return {**asdict(self.counts), "server_tokens": made}
 
     def close(self) -> None:
@@ -222,9 +234,15 @@ class ServedEngine(ABC):
     # --------------------------------------------------------------------------------------------------------- replicas
 
     def start(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Start every replica with these weights."""
+        """Start every replica with these weights. Raises EngineError where one does not start or takes them."""
         self._weights, self.version = list(weights), version
-        self._each(self._start_one)
+        try:
+            self._each(self._start_one)
+        except ReplicaLostError as error:
+            words = "\n".join(replica.last_words() for replica in self.replicas)
+            raise EngineError(
+                f"a server was lost with its first weights ({error}); the end of its log:\n{words}"
+            ) from error
 
     def on_disk(self, weights: list[tuple[str, Tensor]]) -> Path:
         """The folder with the weights of this version in one file, written once for all replicas. `weights`: those of
@@ -285,7 +303,7 @@ class ServedEngine(ABC):
             self.counts.restarts += 1
             try:
                 self._start_one(number)
-            except ReplicaLostError as again:
+            except (ReplicaLostError, EngineError) as again:  # the first start has shown that it can
                 error, incarnation = again, replica.incarnation
 
     def _kill_stalled(self, numbers: set[int], progress: list[tuple[float, float]]) -> None:
@@ -322,8 +340,13 @@ class ServedEngine(ABC):
         for future in pending:
             future.cancel()
         left = {future: number for future, (_, number, _) in pending.items() if not future.done()}
+        give_up = time.monotonic() + self._stall_s
         while left:
             for number in set(left.values()):
+                if time.monotonic() > give_up:
+                    logger.warning("engine server %d has not stopped for %g s", number, self._stall_s)
+                    self.replicas[number].kill()
+                    continue
                 try:
                     self.abort(self.replicas[number])
                 except (ReplicaLostError, EngineError) as error:
@@ -331,46 +354,6 @@ class ServedEngine(ABC):
                     self.replicas[number].kill()
             wait(left, timeout=0.5)
             left = {future: number for future, number in left.items() if not future.done()}
-
-
-def banned_ids(policy: Policy) -> list[int]:
-    """Tokens that no server may sample: placeholders of images, and rows of the vocabulary without a token."""
-    head = policy.part("head").weight
-    assert isinstance(head, Tensor)
-    return sorted({*policy.family.placeholder_ids, *range(len(policy.tokenizer), len(head))})
-
-
-def visible_devices(devices: list[str] | None, replicas: int) -> list[dict[str, str]]:
-    """What the environment of each replica says about its GPUs. Raises ConfigError where they are not one for each."""
-    if devices is not None and len(devices) != replicas:
-        raise ConfigError(f"engine: devices names the GPUs of {len(devices)} replicas, there are {replicas}")
-    return [{}] * replicas if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]
-
-
-def sent_from(policy: Policy, devices: list[dict[str, str]]) -> torch.device:
-    """Where weights are when they are sent: on the trainer's GPU to servers that have GPUs of their own, else in host
-    memory, because NCCL joins no two processes on one GPU."""
-    return policy.device if all(devices) else torch.device("cpu")
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def write_plugin(folder: Path, file: str, group: str) -> None:
-    """A folder that, on the path of a server's Python, is an installed package with one entry point of `group`: the
-    function `register` of `file`, which stands beside this one."""
-    module = f"foveate_{Path(file).stem}"
-    info = folder / f"{module}-0.dist-info"
-    info.mkdir(parents=True)
-    shutil.copyfile(Path(__file__).with_name(file), folder / f"{module}.py")
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[{group}]\nfoveate = {module}:register\n")
-
-
-def python_path(folder: Path) -> str:
-    """PYTHONPATH with a folder in front."""
-    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _some_pixels(prompt: Prompt) -> bytes:

@@ -24,18 +24,9 @@ from foveate.model.load import Policy
 from foveate.model.names import from_hf
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
+from foveate.rollout.outfit import banned_ids, dtype_name, python_path, sent_from, visible_devices, write_plugin
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import (
-    BAN,
-    TRANSFER_S,
-    ServedEngine,
-    banned_ids,
-    dtype_name,
-    python_path,
-    sent_from,
-    visible_devices,
-    write_plugin,
-)
+from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine
 from foveate.rollout.sync import Sender, plan_buckets, served_weights
 
 KNOWN = ("internvl", "qwen2", "qwen3")
@@ -133,24 +124,29 @@ class SGLangEngine(ServedEngine):
         device = sent_from(self._policy, self._devices)
         sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
-        with meanwhile(
-            replica, "/init_weights_update_group", {**where, "group_name": _GROUP, "backend": sender.backend}
-        ):
+        init = {**where, "group_name": _GROUP, "backend": sender.backend}
+        with meanwhile(replica, "/init_weights_update_group", init, TRANSFER_S):
             sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
         self._senders[replica] = sender
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
-        replica.call("POST", "/abort_request", {"abort_all": True})
+        try:
+            self._send(replica, version, weights)
+        except EngineError as error:  # what goes wrong with weights is a refusal here
+            raise ReplicaLostError(str(error)) from error
+
+    def _send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        self.abort(replica)
         named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
         if self._transfer == "disk":
             update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
-            _succeed(replica.call("POST", "/update_weights_from_disk", update))
+            _succeed(replica.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
         else:
             self._broadcast(replica, version, named)
-        replica.call("POST", "/flush_cache")
+        replica.call("POST", "/flush_cache", timeout_s=self._stall_s)
 
     def _broadcast(self, replica: Replica, version: int, named: list[tuple[str, Tensor]]) -> None:
-        _succeed(replica.call("POST", "/begin_weight_update", {}))
+        _succeed(replica.call("POST", "/begin_weight_update", {}, timeout_s=self._stall_s))
         for bucket in plan_buckets(named, self._bucket):
             tensors = [tensor for _, tensor, _ in bucket.tensors]
             update = {
@@ -161,9 +157,9 @@ class SGLangEngine(ServedEngine):
                 "weight_version": str(version),
                 "load_format": "foveate",  # of the plug-in: a bucket with a trailer
             }
-            with meanwhile(replica, "/update_weights_from_distributed", update):
+            with meanwhile(replica, "/update_weights_from_distributed", update, TRANSFER_S):
                 self._senders[replica].send([bucket])
-        _succeed(replica.call("POST", "/end_weight_update", {}))
+        _succeed(replica.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
 
     def abort(self, replica: Replica) -> None:
         replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
@@ -182,10 +178,10 @@ class SGLangEngine(ServedEngine):
 
     # ------------------------------------------------------------------------------------------------- the requests
 
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
         """What was sent, if the server counts as many tokens: it does not show their ids."""
         sampling = SamplingParams(max_tokens=1)
-        found = self._generate(self.replicas[0], Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
+        found = self._generate(replica, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
         return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]
 
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
@@ -243,7 +239,8 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     for name, tensor in weights:
         target, part, _ = from_hf(name, "chat")
         parts.setdefault(target, {})[part] = tensor.detach()
-    return [(name, torch.cat([found[i] for i in sorted(found)])) for name, found in parts.items()]
+    joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
+    return list(zip(parts, joined, strict=True))
 
 
 def _succeed(answer: Any) -> None:

@@ -23,6 +23,8 @@ from foveate.model.lora import merged_state
 
 ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
+_MEETING = timedelta(seconds=120)
+"""Patience while a group forms: a worker that dies just then is waited for."""
 TRAILER = 16
 """Bytes behind the tensors of a bucket: the sum of all before as 64-bit integers, and the number of the bucket."""
 
@@ -106,7 +108,7 @@ class Sender:
     """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
 
     Weights travel from `device`: by NCCL from a GPU, by gloo from host memory, also to servers on GPUs
-    (`foveate.rollout.served.sent_from`).
+    (`foveate.rollout.outfit.sent_from`).
     """
 
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:
@@ -127,7 +129,8 @@ class Sender:
 
             group = ProcessGroupNCCL(store, 0, self.world_size, ProcessGroupNCCL.Options())
         else:
-            group = ProcessGroupGloo(store, 0, self.world_size, self._timeout)
+            group = ProcessGroupGloo(store, 0, self.world_size, _MEETING)
+            group._set_default_timeout(self._timeout)
         self._group = group
 
     def close(self) -> None:

@@ -28,18 +28,9 @@ from foveate.model.load import Policy
 from foveate.model.qwen_vl import QwenVL
 from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
+from foveate.rollout.outfit import banned_ids, dtype_name, python_path, sent_from, visible_devices, write_plugin
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.served import (
-    BAN,
-    TRANSFER_S,
-    ServedEngine,
-    banned_ids,
-    dtype_name,
-    python_path,
-    sent_from,
-    visible_devices,
-    write_plugin,
-)
+from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine
 from foveate.rollout.sync import Bucket, Sender, plan_buckets, served_weights
 
 _ENVIRONMENT = {
@@ -143,30 +134,33 @@ class VLLMEngine(ServedEngine):
             self._senders.pop(replica).close()
         if self._transfer == "disk":
             nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
-            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody})
+            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody}, timeout_s=self._stall_s)
             return
         sender = Sender(HOST, 1 + self._workers, sent_from(self._policy, self._devices), TRANSFER_S)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
-        with meanwhile(replica, "/init_weight_transfer_engine", init):
+        with meanwhile(replica, "/init_weight_transfer_engine", init, TRANSFER_S):
             sender.connect("weights")
         self._senders[replica] = sender
 
     def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
-        replica.call("POST", "/pause?mode=abort&clear_cache=true")
-        replica.call("POST", "/start_weight_update")
+        soon = {"timeout_s": self._stall_s}
+        replica.call("POST", "/pause?mode=abort&clear_cache=true", **soon)
+        replica.call("POST", "/start_weight_update", **soon)
         if self._transfer == "disk":
             file = self.on_disk(weights) / "model.safetensors"
-            replica.call("POST", "/update_weights", {"update_info": {"buckets": [], "file": str(file)}})
+            update = {"update_info": {"buckets": [], "file": str(file)}}
+            replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
         else:
             buckets = plan_buckets(weights, self._bucket)
-            with meanwhile(replica, "/update_weights", {"update_info": {"buckets": [*map(_announced, buckets)]}}):
+            update = {"update_info": {"buckets": [*map(_announced, buckets)]}}
+            with meanwhile(replica, "/update_weights", update, TRANSFER_S):
                 self._senders[replica].send(buckets)
-        replica.call("POST", "/finish_weight_update", {"weight_version": str(version)})
+        replica.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=TRANSFER_S)
         for cache in ("prefix", "mm", "encoder"):
-            replica.call("POST", f"/reset_{cache}_cache")
-        replica.call("POST", "/resume")
+            replica.call("POST", f"/reset_{cache}_cache", **soon)
+        replica.call("POST", "/resume", **soon)
 
     def abort(self, replica: Replica) -> None:
         replica.call("POST", "/abort_requests", {}, timeout_s=10)
@@ -186,9 +180,9 @@ class VLLMEngine(ServedEngine):
 
     # ----------------------------------------------------------------------------------------------------- the requests
 
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
         body = self._body(Request(prompt, 0), SamplingParams(max_tokens=1))
-        answer = self.replicas[0].call("POST", _GENERATE, {**body, "return_token_ids": True})
+        answer = replica.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
         return tuple(answer["prompt_token_ids"])
 
     def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:

@@ -17,7 +17,7 @@ import uvicorn
 from foveate.config_parts import DataSettings, ModelSettings
 from foveate.encoding.dataset import build_encoder
 from foveate.errors import ConfigError
-from foveate.model.load import best_device, load_policy
+from foveate.model.load import best_place, load_policy
 from foveate.rollout.native import NativeEngine
 from foveate.serve.app import Chat
 from foveate.serve.batcher import Batcher
@@ -38,7 +38,7 @@ class ServeRequest:
     max_prompt_tokens: int = 8192
     max_tokens: int = 4096
     max_tiles: int | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None
     token_budget: int = 32_768
     threads: int | None = None
@@ -51,7 +51,8 @@ def serve_native(request: ServeRequest, ready: Callable[[str], None]) -> None:
     with listener:
         if request.threads is not None:
             torch.set_num_threads(request.threads)
-        policy = load_policy(request.model, dtype=request.dtype, device=request.device or best_device())
+        asked = {"dtype": request.dtype, "device": request.device}
+        policy = load_policy(request.model, **best_place() | {name: value for name, value in asked.items() if value})
         model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
         data = DataSettings(train=(request.model,), max_prompt_tokens=request.max_prompt_tokens)
         encoder = build_encoder(policy.tokenizer, policy.family, model, data)

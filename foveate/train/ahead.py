@@ -78,7 +78,7 @@ class Ahead:
         self._ready: dict[int, _Made] = {}
         self._begun = step
         self._in_work = self._wanted = self._dropped = 0
-        self._rests = self._closing = self._busy = False
+        self._rests = self._closing = self._busy = self._drawing = False
         self._error: BaseException | None = None
         self._said: dict[str, float] = {}
         self._thread = threading.Thread(target=self._produce, name="generation", daemon=True)
@@ -99,7 +99,7 @@ class Ahead:
         """As `Sampler.draw`: the next groups. Waiting for them is the phase "wait" of the clock; encoding, generation
         and reward ran beside other phases."""
         with self._changed:
-            self._begun = step
+            self._begun, self._drawing = step, True
         groups, drawn = refilled(lambda _, missing: self._take(step, missing, clock), count, refills)
         answers = [answer for group in drawn for answer in group.completions]
         ages = [step - 1 - answer.version for answer in answers]
@@ -112,7 +112,7 @@ class Ahead:
                 "staleness/max": float(max(ages)),
                 **({"staleness/mixed": mixed} if self._partial else {}),
             }
-            self._dropped = 0
+            self._dropped, self._drawing = 0, False
         return groups, drawn
 
     @contextmanager
@@ -239,7 +239,7 @@ class Ahead:
 
     def _drop_open(self) -> None:
         """Give up what can no longer be trained, however soon it finishes."""
-        oldest = self._oldest(self._begun if self._wanted else self._begun + 1)
+        oldest = self._oldest(self._begun if self._drawing else self._begun + 1)
         for work in [work for work in self._open if _oldest_of(work.request.begun, self._engine.version) < oldest]:
             self._open.remove(work)
             self._stream.finish(work.place)
@@ -261,9 +261,9 @@ class Ahead:
             tell = (lambda _: None) if sampler.greedy_baseline else partial(self._finish, version)
             while left and not self._closing:
                 left = sampler.round(left, sampler.sampling, grading, tell)
-            if sampler.greedy_baseline and not self._closing:
-                for work, one in zip(works, sampler.greedy(works, grading), strict=True):
-                    self._finish(version, work, one.scored()[0])
+            ones = sampler.greedy(works, grading, lambda: self._closing)
+            for work, one in zip(works, ones, strict=True) if ones and not self._closing else ():
+                self._finish(version, work, one.scored()[0])
 
     def _begin(self, count: int) -> list[Work]:
         if not count:

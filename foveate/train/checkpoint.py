@@ -241,11 +241,9 @@ def _complete(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
-                zeros = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    **dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True)),
-                }
+                step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **averages}
 
 
 def _leaves(content: Any) -> Iterator[Tensor]:

@@ -123,18 +123,26 @@ class Sampler:
                 baselines = [one.scored()[0] for one in greedy] or [None] * count
                 return [work.as_group(baseline) for work, baseline in zip(works, baselines, strict=True)]
 
-    def answer(self, works: Sequence[Work], sampling: SamplingParams, grading: Grading) -> None:
-        """Have all of them answered, and handed over to be graded."""
+    def answer(
+        self,
+        works: Sequence[Work],
+        sampling: SamplingParams,
+        grading: Grading,
+        closing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Have all of them answered, and handed over to be graded; or some, where all is `closing`."""
         left = works
-        while left:
+        while left and not closing():
             left = self.round(left, sampling, grading)
 
-    def greedy(self, works: Sequence[Work], grading: Grading) -> list[Work]:
+    def greedy(
+        self, works: Sequence[Work], grading: Grading, closing: Callable[[], bool] = lambda: False
+    ) -> list[Work]:
         """The same with their greedy answers, where the algorithm asks for these."""
         if not self.greedy_baseline:
             return []
         ones = [Work(work.place, work.task, replace(work.request, begun=())) for work in works]
-        self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading)
+        self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
         return ones
 
     def round(

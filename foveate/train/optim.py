@@ -19,8 +19,10 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ad
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    on_gpu = all(p.device.type == "cuda" for p in trained)  # there `foreach` would make temporaries of all parameters
+    how = {"fused": True} if on_gpu and trained else {"foreach": True}
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, foreach=True
+        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, **how
     )
 
 

@@ -44,7 +44,7 @@ class RankEngine:
         own = hollow_policy(self._model.path, attention=self._model.attention, dtype=computed)
         allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
         own.model.requires_grad_(False)
-        self._engine = NativeEngine(own, encoder.decode, version=version, own_weights=True)
+        self._engine = new_engine(own, encoder.decode, version=version, own_weights=True)
         self.publish(version)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:

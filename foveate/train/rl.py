@@ -117,7 +117,8 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
     rollout, cluster = settings.rollout, settings.cluster
     if not cluster.engines:
-        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0, dtype=cluster.dtype)
+        dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0, dtype=dtype)
     given = {
         "device": cluster.kind,
         "tensor_parallel": cluster.engine_tensor_parallel,
