@@ -48,8 +48,8 @@ def case(size: str, shape: str) -> tuple[float, float]:
         measured = resident("VmHWM") - baseline
     work = Workload(
         config=worker.policy.model.config, train=("vision", "projector", "language"), dtype=torch.float32,
-        checkpointing=checkpointing, cluster=ClusterSettings(), budget=prompt + answers * length, steps=1, groups=2,
-        answers=answers, updates=1, prompt=prompt, answer=length, tiles=tiles, longest=length, generates=True,
+        checkpointing=checkpointing, cluster=ClusterSettings(device="cpu"), budget=prompt + answers * length, steps=1,
+        groups=2, answers=answers, updates=1, prompt=prompt, answer=length, tiles=tiles, longest=length, generates=True,
         forwards=0, reference=False,
     )  # fmt: skip
     return measured, memory_of(work).learning

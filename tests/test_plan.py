@@ -29,9 +29,12 @@ LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml"))
 ALL = ("vision", "projector", "language")
 
 
+ON_CPU = ClusterSettings(device="cpu")
+
+
 def work_of(config, **changes) -> Workload:
     values = {
-        "config": config, "train": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ClusterSettings(),
+        "config": config, "train": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ON_CPU,
         "budget": 512, "steps": 10, "groups": 8, "answers": 4, "updates": 1, "prompt": 200, "answer": 70, "tiles": 3,
         "longest": 100, "generates": True, "forwards": 0, "reference": False,
     }  # fmt: skip
@@ -69,6 +72,16 @@ def test_two_small_depths_carry_on_to_the_full_one(config, train, checkpointing)
     work = work_of(deep, train=train, checkpointing=checkpointing)
     whole = step_memory(deep, work.row, dtype=torch.float32, train=train, checkpointing=checkpointing)
     assert activation_memory(work).total == pytest.approx(whole.total, rel=0.01)
+
+
+def test_a_gpu_takes_larger_chunks_of_logits_and_nothing_else():
+    config = published_config("1B")
+    cpu, gpu = (
+        activation_memory(work_of(config, dtype=torch.bfloat16, groups=64, answer=4000, budget=40_000, cluster=cluster))
+        for cluster in (ON_CPU, ClusterSettings(gpus_per_node=8))
+    )
+    assert (cpu.activations, cpu.features) == (gpu.activations, gpu.features)
+    assert 1.5 * (256 - 32) < (gpu.chunk - cpu.chunk) / 2**20 < 4 * (256 - 32)  # buffers of 256 MB in the place of 32
 
 
 def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):

@@ -144,19 +144,18 @@ def _pixels(work: Workload) -> float:
 
 def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and carried on to the full ones: every further block adds the same."""
-    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.train, work.checkpointing)
+    on_gpu = work.cluster.device != "cpu"
+    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.train, work.checkpointing, on_gpu)
 
 
 @lru_cache(maxsize=256)
 def _extrapolated(
-    held: _ByText, row: RowShape, dtype: torch.dtype, train: tuple[str, ...], checkpointing: bool
+    held: _ByText, row: RowShape, dtype: torch.dtype, train: tuple[str, ...], checkpointing: bool, on_gpu: bool
 ) -> StepMemory:
     vision, language = held.config.vision_config.num_hidden_layers, held.config.text_config.num_hidden_layers
     depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
-    traced = [
-        step_memory(shallow(held.config, *depth), row, dtype=dtype, train=train, checkpointing=checkpointing)
-        for depth in depths
-    ]
+    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu}
+    traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
     base, deeper, higher = (memory.activations for memory in traced)
     activations = base + (deeper - base) * (language - 2) / 2 + (higher - base) * (vision - 1)
     return replace(traced[0], activations=int(activations))

@@ -20,7 +20,7 @@ from foveate.model.attention import KERNELS
 from foveate.model.families import InternVL
 from foveate.model.forward import token_logprobs
 from foveate.model.load import Policy, freeze_except
-from foveate.model.logprobs import chunked_logprobs
+from foveate.model.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
 from foveate.parallel.packing import Tree, pack
 from foveate.records import Batch, ImageSlot, Prompt
 
@@ -82,9 +82,17 @@ class StepMemory:
 
 
 def step_memory(
-    config: Any, row: RowShape, *, dtype: torch.dtype, train: Sequence[str], checkpointing: bool, kernel: str = "auto"
+    config: Any,
+    row: RowShape,
+    *,
+    dtype: torch.dtype,
+    train: Sequence[str],
+    checkpointing: bool,
+    kernel: str = "auto",
+    on_gpu: bool = False,
 ) -> StepMemory:
-    """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`.
+    """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`. `on_gpu`:
+    log-probs are computed in the larger chunks of GPUs.
 
     The gradient of each weight is dropped as soon as it is whole: the plan counts gradients by themselves.
     """
@@ -103,17 +111,23 @@ def step_memory(
         loss = (logp_M - entropy_M).sum()
         loss.backward()
     head: Any = policy.part("head").weight
-    with StorageCounter([head, batch.target_M]) as chunk:
-        hidden = torch.empty(len(batch.target_M), head.shape[1], dtype=dtype, device="meta", requires_grad=True)
-        before = chunk.live
-        logp_M, entropy_M = chunked_logprobs(hidden, head, batch.target_M)
-        (logp_M - entropy_M).sum().backward()
+    traced = _chunk_memory(head, batch.target_M, CHUNK_ELEMENTS)
+    own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS) if on_gpu else traced
     pixels = batch.pixels
     features = (
         0 if pixels is None else pixels.nbytes + row.tiles * config.image_seq_length * head.shape[1] * dtype.itemsize
     )
-    own = chunk.peak - before
-    return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - own, features, own)
+    return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - traced, features, own)
+
+
+def _chunk_memory(head: Any, target_M: Tensor, elements: int) -> int:
+    """What log-probs and their backward take beside hidden states and head."""
+    with StorageCounter([head, target_M]) as counter:
+        hidden = torch.empty(len(target_M), head.shape[1], dtype=head.dtype, device="meta", requires_grad=True)
+        before = counter.live
+        logp_M, entropy_M = chunked_logprobs(hidden, head, target_M, chunk_elements=elements)
+        (logp_M - entropy_M).sum().backward()
+    return counter.peak - before
 
 
 def _drop(parameter: Tensor) -> None:
