@@ -35,6 +35,7 @@ VERBS = {
         "data": data,
         "doctor": cli_models.doctor,
         "convert": cli_models.convert,
+        "export": cli_models.export,
     },
     "Answer and evaluate": {
         "serve": cli_serve.serve,

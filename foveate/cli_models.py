@@ -1,4 +1,4 @@
-"""The verbs that look at models: `foveate doctor` and `foveate convert`."""
+"""The verbs that look at models: `foveate doctor`, `foveate convert` and `foveate export`."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ def convert(
         f"{target}: {LAYOUTS[made.source]} -> {LAYOUTS[made.target]}, {made.tensors:,} tensors, "
         f"{made.bytes / 1e9:.2f} GB in {made.files} file{'s' if made.files > 1 else ''}"
     )
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN/checkpoints/step_..., latest or best.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    to: Annotated[
+        Literal["chat", "hf", "hf-old"] | None, typer.Option(help="As of `foveate convert`; else as the model came in.")
+    ] = None,
+) -> None:
+    """Write the model of a run's checkpoint as a model folder, without a GPU; adapters are merged."""
+    from foveate.log import say
+    from foveate.train.export import export_checkpoint
+
+    step = export_checkpoint(checkpoint, target, to)
+    say(f"{target}: the model after step {step}")

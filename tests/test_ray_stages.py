@@ -6,6 +6,9 @@ import os
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from test_ray import lose_a_rank_at
 from toy import cascade_settings, make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.config_cluster import ClusterSettings
@@ -50,6 +53,17 @@ def test_supervised_training_on_two_ranks_is_that_of_one(tmp_path, tiny_folder, 
     assert (run.final / "model.safetensors").exists()
     go_on = run_sft(sft_settings(tmp_path / "two", tiny_folder, data, train={**train, "steps": 4}))
     assert [record["step"] for record in read_metrics(go_on.metrics)] == [1, 2, 3, 4]
+
+
+def test_supervised_training_that_loses_a_rank_ends_as_the_one_that_did_not(tmp_path, tiny_folder, data, monkeypatch):
+    train = {"steps": 4, "save_async": True}
+    whole = run_sft(sft_settings(tmp_path / "whole", tiny_folder, data, cluster=TWO, train=train))
+    lost = lose_a_rank_at(monkeypatch, {6, 14})
+    run = run_sft(sft_settings(tmp_path / "run", tiny_folder, data, cluster=TWO, train=train))
+    assert lost
+    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3, 4]
+    own, other = (load_file(folder.final / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(own[name], other[name]) for name in other)
 
 
 def test_preference_optimisation_on_two_ranks_is_that_of_one(tmp_path, tiny_folder, data):

@@ -51,10 +51,10 @@ def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: 
 def over_ray(cluster: ClusterSettings, name: str) -> Any:
     """An entry of REMOTE, for a run on `cluster`."""
     keep_priority()
-    if has_token():
-        use_token()
     if cluster.nodes == 1 and "RAY_ADDRESS" not in os.environ:
         stay_inside()
+    elif has_token():
+        use_token()
     return resolve(REMOTE, name, "cluster")
 
 

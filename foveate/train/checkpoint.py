@@ -175,6 +175,23 @@ def load_checkpoint(path: Path, trained: Mapping[str, Trained], ranks: Ranks | N
     """Restore weights and optimizer in place; returns what was saved as `state`, with "step". Several `ranks` call it
     together, not necessarily as many as have saved. Raises DataError for a file that is not as it was written."""
     tensors = tensors_of(trained)
+    state = _read(path, tensors, ranks)
+    for name, (model, optimizer) in trained.items():
+        model.load_state_dict(tensors[f"{name}model"])
+        set_optimizer_state_dict(model, optimizer, tensors[f"{name}optimizer"], options=_OPTIONS)
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> int:
+    """The weights of the policy alone, into a model in this process; returns the step. Raises as `load_checkpoint`."""
+    tensors = {"model": model.state_dict()}
+    state = _read(path, tensors, None)
+    model.load_state_dict(tensors["model"])
+    return state["step"]
+
+
+def _read(path: Path, tensors: dict[str, Any], ranks: Ranks | None) -> dict[str, Any]:
+    """Fill tensors in place from files that are as they were written; what was saved as `state`."""
     try:
         state = json.loads((path / "state.json").read_text())
         _verify(path, state.pop("hashes"), ranks)
@@ -185,9 +202,6 @@ def load_checkpoint(path: Path, trained: Mapping[str, Trained], ranks: Ranks | N
         raise DataError(
             f"{path}: this checkpoint cannot be read ({reason}); delete it to go on from an older one"
         ) from error
-    for name, (model, optimizer) in trained.items():
-        model.load_state_dict(tensors[f"{name}model"])
-        set_optimizer_state_dict(model, optimizer, tensors[f"{name}optimizer"], options=_OPTIONS)
     return state
 
 
