@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# More for pytest in `make test-slow`, such as the files that it is to run.
+SLOW ?=
 # Spinning threads starve their neighbours; one thread per test worker is fastest.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -24,7 +26,7 @@ test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(SLOW)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from zlib import crc32
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,14 @@ from foveate.records import Image, Message, Task
 
 torch.set_num_threads(1)
 BEGIN = time.monotonic()
+
+
+def pytest_collection_modifyitems(items):
+    """With FOVEATE_TEST_ORDER, any text, files come in an order that it decides: where time is short, others each time
+    are left out."""
+    order = os.environ.get("FOVEATE_TEST_ORDER")
+    if order:
+        items.sort(key=lambda item: crc32(f"{order} {item.path.name}".encode()))
 
 
 def pytest_runtest_setup():
