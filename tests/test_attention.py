@@ -69,6 +69,16 @@ def value_and_gradients(attention, tensors, layout, seed=5, window=None):
     return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)]
 
 
+def require_reference_with_sinks(kernel, layout, window):
+    """A kernel gives the values and gradients of the reference, in float64."""
+    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=torch.float64).requires_grad_()
+    tensors = (*inputs(layout, torch.float64), sinks)
+    fast = value_and_gradients(kernel, tensors, layout, window=window)
+    truth = value_and_gradients(reference_attention, tensors, layout, window=window)
+    for got, wanted in zip(fast, truth, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
 def test_the_mask_shows_each_token_what_leads_to_it_and_nothing_else(layout):
     before = {}  # the token that each token directly follows
@@ -97,12 +107,7 @@ def test_the_fast_kernel_equals_the_reference_in_float64(layout, heads):
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 60])
 @pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
 def test_windows_and_sinks_equal_the_reference_in_float64(layout, window):
-    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=torch.float64).requires_grad_()
-    tensors = (*inputs(layout, torch.float64), sinks)
-    fast = value_and_gradients(forest_attention, tensors, layout, window=window)
-    truth = value_and_gradients(reference_attention, tensors, layout, window=window)
-    for got, wanted in zip(fast, truth, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    require_reference_with_sinks(forest_attention, layout, window)
 
 
 @pytest.mark.parametrize("window", [1, 4, 30])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import CASES, inputs, layout_of, random_forest, value_and_gradients
+from test_attention import CASES, inputs, layout_of, random_forest, require_reference_with_sinks, value_and_gradients
 from torch.nn.attention import flex_attention as of_torch
 
 from foveate.errors import ConfigError
@@ -35,12 +35,7 @@ def flex(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 5, 60])
 @pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
 def test_flex_attention_equals_the_reference_in_float64(layout, window, flex):
-    sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=torch.float64).requires_grad_()
-    tensors = (*inputs(layout, torch.float64), sinks)
-    fast = value_and_gradients(flex, tensors, layout, window=window)
-    truth = value_and_gradients(reference_attention, tensors, layout, window=window)
-    for got, wanted in zip(fast, truth, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    require_reference_with_sinks(flex, layout, window)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 1), (14, 2)], ids=["all heads", "one key head", "seven to one"])

@@ -26,9 +26,8 @@ from foveate.parallel.ulysses import token_logprobs_split, token_values_split
 from foveate.records import Batch
 
 
-class LogProbs(nn.Module):
-    """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
-    those that belong to no block (the head, whose logits are never whole, and the embedding)."""
+class _OfPolicy(nn.Module):
+    """A module around the model of a policy."""
 
     def __init__(
         self, policy: Policy, sequence: ProcessGroup | None = None, autocast: torch.dtype | None = None
@@ -40,6 +39,11 @@ class LogProbs(nn.Module):
         self.sequence = sequence
         self.autocast = autocast
 
+
+class LogProbs(_OfPolicy):
+    """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
+    those that belong to no block (the head, whose logits are never whole, and the embedding)."""
+
     def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (M,) of the trained tokens of this rank's batch."""
         if self.sequence is not None:
@@ -48,17 +52,8 @@ class LogProbs(nn.Module):
             return token_logprobs(self.policy, batch, temperature)
 
 
-class Values(nn.Module):
+class Values(_OfPolicy):
     """`token_values` of a critic, as `LogProbs` is `token_logprobs` of a policy."""
-
-    def __init__(
-        self, policy: Policy, sequence: ProcessGroup | None = None, autocast: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.model = policy.model
-        self.policy = policy
-        self.sequence = sequence
-        self.autocast = autocast
 
     def forward(self, batch: Batch) -> Tensor:
         """Values (M,) before the trained tokens of this rank's batch."""

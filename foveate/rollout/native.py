@@ -57,10 +57,9 @@ class NativeEngine:
         own_weights: bool = False,
     ) -> None:
         """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
-        cache, prompts and longest possible answers together (None: 32,768, or what half of a GPU's free memory holds if
-        that is more); a prompt whose answers alone exceed it is a wave of its
-        own. With `own_weights` the model belongs to the engine and `publish` copies into it; without, whoever trains
-        the policy changes the very tensors that the engine reads."""
+        cache, prompts and longest possible answers together (None: `cache_tokens`); a prompt whose answers
+        alone exceed it is a wave of its own. With `own_weights` the model belongs to the engine and `publish` copies
+        into it; without, whoever trains the policy changes the very tensors that the engine reads."""
         self.policy = policy
         self.version = version
         self.stats = Stats()

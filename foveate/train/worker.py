@@ -34,6 +34,7 @@ from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer
 from foveate.train.rank_engine import RankEngine
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
+from foveate.train.setup import use_threads
 from foveate.train.targets import PolicyLoss, TrainGroup, mismatch, policy_targets, split_group
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,7 @@ class Worker:
         threads: int | None = None,
     ) -> None:
         """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+        use_threads(threads)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
