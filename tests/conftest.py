@@ -10,6 +10,9 @@ from zlib import crc32
 import numpy as np
 import PIL.Image
 import pytest
+
+if not os.environ.get("FOVEATE_TEST_GPU"):  # with it, tests of what a GPU does run on a real one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 from foveate.encoding.encode import Encoder

@@ -9,6 +9,7 @@ import torch
 from family_cases import build_family
 from torch._dynamo.utils import counters
 
+from foveate.config_cluster import ClusterSettings
 from foveate.config_parts import ModelSettings, OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.model.load import load_policy
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of the compiler
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler"),
 ]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def learned(worker, trees):
 @pytest.mark.parametrize("name", ["internvl", "qwen3_moe"])
 def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, make_image):
     folder = str(folder_of(name))
-    policy = load_policy(folder)
+    policy = load_policy(folder, device=DEVICE)
     encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
     pictures = [[make_image(56 + 40 * i, 60)] if policy.family.unit else [] for i in range(6)]
     prompts = [
@@ -49,8 +51,9 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     groups = NativeEngine(policy, encode.decode).generate(requests, SamplingParams(3, 7))
     trees = [Tree(p, tuple(one.token_ids for one in group)) for p, group in zip(prompts, groups, strict=True)]
     parts = {} if policy.family.unit else {"train": ("language",)}
-    plain = Worker(ModelSettings(path=folder, **parts), OptimSettings(lr=1e-3), 4096)
-    compiled = Worker(ModelSettings(path=folder, compile=True, **parts), OptimSettings(lr=1e-3), 4096)
+    settings, place = OptimSettings(lr=1e-3), ClusterSettings(device=DEVICE)
+    plain = Worker(ModelSettings(path=folder, **parts), settings, 4096, cluster=place)
+    compiled = Worker(ModelSettings(path=folder, compile=True, **parts), settings, 4096, cluster=place)
     again = NativeEngine(compiled.policy, encode.decode).generate(requests, SamplingParams(3, 7))
     assert [[one.token_ids for one in group] for group in again] == [[o.token_ids for o in group] for group in groups]
     records, wanted = learned(plain, trees[:2])
@@ -61,4 +64,5 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     found, said = learned(compiled, trees[2:])
     torch.testing.assert_close(found, records, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(said, wanted, rtol=1e-3, atol=1e-4)
-    assert counters["stats"]["unique_graphs"] == graphs  # rows of other lengths and forests take no new ones
+    if DEVICE == "cpu":  # rows of other lengths and forests take no new ones; on GPUs, FlexAttention's count, too
+        assert counters["stats"]["unique_graphs"] == graphs

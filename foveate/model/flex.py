@@ -49,7 +49,8 @@ def _compiled() -> Any:
     """Compiled for rows of any length and any forest: learning, sampling and rows of one block have each a kernel of
     their own, with and without a window. What cannot be compiled raises, since all scores would be computed instead."""
     compiled: Any = torch.compile  # whose declared overloads lack the limit
-    return compiled(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return compiled(flex_attention, dynamic=True, fullgraph=True)
 
 
 @lru_cache(maxsize=64)
@@ -61,12 +62,13 @@ def block_mask(layout: Layout, device: torch.device, window: int | None = None) 
     end_T, position_T = _filled(_ends(layout), 1, count), _filled(path_positions(layout), 0, count)
     some, whole = _blocks(end_T, position_T, window)
     end, position = end_T.to(device), position_T.to(device)
+    earliest = position - (window or 0) + 1  # a tensor: FlexAttention compiles no mask that depends on a number
 
     def seen(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < end[k])
 
     def seen_in_window(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & (q < end[k]) & (position[q] - position[k] < (window or 0))
+        return (k <= q) & (q < end[k]) & (position[k] >= earliest[q])
 
     partial, full = _ordered(some & ~whole, device), _ordered(whole, device)
     mod: Any = seen if window is None else seen_in_window

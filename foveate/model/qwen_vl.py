@@ -93,8 +93,9 @@ class QwenVL:
         patches = pixels[:, :, None].expand(-1, -1, self.repeats, -1, -1).flatten(1)
         grid = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
         seen = model.get_image_features(pixel_values=patches, image_grid_thw=torch.tensor(grid, device=pixels.device))
-        deeper = seen.get("deepstack_features") or ()
-        return Features(torch.cat(seen.pooler_output), tuple(torch.cat(images) for images in deeper))
+        deeper = seen.get("deepstack_features") or ()  # of all images together before transformers 5.19
+        whole = tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in deeper)
+        return Features(torch.cat(seen.pooler_output), whole)
 
     def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
         """Width and height after resizing: whole blocks, the aspect ratio kept as far as they allow."""

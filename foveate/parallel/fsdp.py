@@ -76,11 +76,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Let torch compile what a block does around its attention, once for rows of any length."""
+def compile_blocks(model: nn.Module, *, sharded: bool = False) -> None:
+    """Let torch compile what a block does around its attention, for rows of any length. One that will be `sharded` is
+    compiled for the first length and then for any: told at once that lengths vary, PyTorch takes the numbers of such a
+    module for lengths, too, and cannot look up the compiled code in its cache a second time."""
     keep_from_compiler()
     for block in blocks(model):
-        block.compile(dynamic=True)
+        block.compile(dynamic=None if sharded else True)
 
 
 def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:

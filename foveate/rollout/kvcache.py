@@ -12,6 +12,8 @@ from foveate.records import Layout
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
+_PLACES = 256
+"""A step that is recorded meets so many places of each answer, or a multiple."""
 
 
 class GroupCache:
@@ -22,11 +24,12 @@ class GroupCache:
     begun: their keys and values are kept, and forest attention computes the output. After `branch` the row holds one
     token of each of B live answers, the answers of a group side by side at first, and `attend` computes the output in
     two parts, whose softmaxes are merged by their log-sum-exp: all answers of a group against their one prompt in one
-    product, and each answer against itself. `advance` ends a step; `keep` lets finished answers leave.
+    product, and each answer against itself. `advance` ends a step; `keep` lets finished answers leave. After `fix` a
+    step does the same on tensors of the same shapes as the one before, so that it can be recorded.
 
     prompt: keys and values (G, H_kv, P, d) per layer, shorter prompts padded and masked by a bias of -inf.
-    own: keys and values (B, H_kv, capacity, d) per layer, filled up to `step`. Answers that were begun end at the same
-    place; shorter ones have `pads` places before them, masked likewise.
+    own: keys and values (B, H_kv, capacity, d) per layer, filled up to `step`, 0 behind it. Answers that were begun
+    end at the same place; shorter ones have `pads` places before them, masked likewise.
     """
 
     def __init__(self, layout: Layout, samples: int, capacity: int, device: torch.device) -> None:
@@ -46,6 +49,9 @@ class GroupCache:
         self._groups = [group for group, _ in rows]
         self._branched = False
         self._device = device
+        self._at: Tensor | None = None
+        self._places = 0
+        self._biases: dict[int | None, Tensor] = {}
         self._prompt: list[tuple[Tensor, Tensor]] = []
         self._begun: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
@@ -61,7 +67,7 @@ class GroupCache:
         self._branched = True
         for begun in self._begun:
             shape = (len(self._groups), begun[0].shape[1], self._capacity, begun[0].shape[3])
-            own = begun[0].new_empty(shape), begun[1].new_empty(shape)
+            own = begun[0].new_zeros(shape), begun[1].new_zeros(shape)
             for room, kept in zip(own, begun, strict=True):
                 room[:, :, : self.step] = kept
             self._own.append(own)
@@ -71,6 +77,19 @@ class GroupCache:
     def advance(self) -> None:
         """The row that went through all layers is now part of the answers."""
         self.step += 1
+        if self._at is not None:
+            self._at += 1
+
+    def fix(self) -> None:
+        """Until rows leave or `is_fixed` says no more, steps find their place by a tensor, and meet places of the
+        answers that are still to be filled, too, behind a bias of -inf."""
+        self._at = torch.tensor([self.step], device=self._device)
+        self._places = min(self._capacity, -(-(self.step + _PLACES // 4) // _PLACES) * _PLACES)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the next step does what the one before it did."""
+        return self._at is not None and self.step < self._places
 
     def keep(self, live: Sequence[int]) -> list[int]:
         """Only the answers in the rows `live` (rising) go on. Returns the former row of each of the rows that are left.
@@ -88,6 +107,7 @@ class GroupCache:
                 own[gaps, :, : self.step] = own[movers, :, : self.step]
         self._groups = [self._groups[row] for row in order]
         self._pads = [self._pads[row] for row in order]
+        self._at = None
         groups = sorted(set(self._groups))
         if 2 * len(groups) <= len(self._lengths):
             self._keep_groups(groups)
@@ -116,10 +136,11 @@ class GroupCache:
         outside = torch.arange(max(self._lengths)) >= lengths[:, None]
         bias = torch.zeros(outside.shape).masked_fill(outside, float("-inf"))[:, None, None]
         self._bias = bias.to(self._device) if bool(outside.any()) else None
+        self._pads_B = torch.tensor(self._pads, device=self._device)
+        self._lengths_G = lengths.to(self._device)
         self._own_bias = None
         if any(self._pads):
-            pads = torch.tensor(self._pads, device=self._device)[:, None]
-            before = torch.arange(self._capacity, device=self._device) < pads
+            before = torch.arange(self._capacity, device=self._device) < self._pads_B[:, None]
             zeros = torch.zeros(before.shape, device=self._device)
             self._own_bias = zeros.masked_fill(before, float("-inf"))[:, None, None]
 
@@ -135,6 +156,8 @@ class GroupCache:
                 keys, values = (t.transpose(0, 1)[index].transpose(1, 2).contiguous() for t in (key, value))
                 kept.append((keys, values))
             return None
+        if layer == 0:
+            self._biases.clear()
         heads, rows, width = query.shape
         rows_query = query.to(value.dtype).transpose(0, 1).reshape(rows, key.shape[0], -1, width)
         prompt, prompt_lse = self._attend_prompt(layer, rows_query, scale, extras.window)
@@ -163,9 +186,10 @@ class GroupCache:
         the window has left behind. That may be all; a finite bias then gives a log-sum-exp that counts for nothing."""
         if window is None:
             return self._bias
-        lengths = torch.tensor(self._lengths, device=self._device)[:, None, None]
+        lengths = self._lengths_G[:, None, None]
         places = torch.arange(max(self._lengths), device=self._device)
-        own = self.step - torch.tensor(self._pads, device=self._device)[self._grid][..., None]
+        now = self.step if self._at is None else self._at
+        own = now - self._pads_B[self._grid][..., None]
         hidden = (places >= lengths) | (lengths + own - places >= window)
         bias = torch.zeros(hidden.shape, device=self._device).masked_fill(hidden, _HIDDEN)
         return bias.repeat_interleave(repeat, 1)[:, None]
@@ -175,12 +199,27 @@ class GroupCache:
     ) -> tuple[Tensor, Tensor]:
         """Query (B, H_kv, H / H_kv, d) against the tokens of its own answer, the row's own token included."""
         own_key, own_value = (own[: len(query)] for own in self._own[layer])
+        if self._at is not None:
+            for own, new in ((own_key, key), (own_value, value)):
+                own.index_copy_(2, self._at, new.transpose(0, 1)[:, :, None])
+            seen = own_key[:, :, : self._places], own_value[:, :, : self._places]
+            return partial_attention(query, *seen, scale, self._fixed_bias(window, self._at))
         own_key[:, :, self.step] = key.transpose(0, 1)
         own_value[:, :, self.step] = value.transpose(0, 1)
         end = self.step + 1
         begin = 0 if window is None else max(0, end - window)
         bias = None if self._own_bias is None else self._own_bias[..., begin:end]
         return partial_attention(query, own_key[:, :, begin:end], own_value[:, :, begin:end], scale, bias)
+
+    def _fixed_bias(self, window: int | None, at: Tensor) -> Tensor:
+        """What tokens at place `at` (1,) do not see of all places of their answers, (1 or B, 1, 1, places)."""
+        if window not in self._biases:
+            places = torch.arange(self._places, device=self._device)
+            hidden = places > at if window is None else (places > at) | (places <= at - window)
+            bias = torch.zeros(hidden.shape, device=self._device).masked_fill(hidden, float("-inf"))
+            pads = 0.0 if self._own_bias is None else self._own_bias[..., : self._places]
+            self._biases[window] = bias + pads
+        return self._biases[window]
 
 
 def partial_attention(

@@ -17,6 +17,7 @@ from foveate.parallel.fsdp import whole
 from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
+from foveate.rollout.graphs import Step, recorder
 from foveate.rollout.kvcache import GroupCache
 from foveate.rollout.sampling import draw
 from foveate.rollout.wave import Wave
@@ -24,6 +25,9 @@ from foveate.rollout.wave import Wave
 _TOKENS = 32_768
 _LOGITS = 1 << 24
 """Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
+_SLACK, _WORTH = 0.25, 16
+"""Where steps are recorded: which share of the rows may be done before the rest is recorded anew, and how many steps
+must be ahead to record one."""
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class NativeEngine:
     included; then every step takes one token of each live answer through it, and finished answers leave. Answers that
     were interrupted go on behind their prompt: all their tokens go through the model in that first row. The reported
     log-probs are those of `foveate.rollout.sampling.draw`: over the whole vocabulary, comparable with the trainer's.
+    On a GPU, steps are recorded and replayed (`foveate.rollout.graphs`).
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class NativeEngine:
         self._banned = torch.arange(len(weight), device=policy.device) >= len(policy.tokenizer)
         self._banned[list(policy.family.placeholder_ids)] = True
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
+        self._record = recorder(policy)
+        self._replay: Step | None = None
 
     @classmethod
     def copy_of(
@@ -107,10 +114,13 @@ class NativeEngine:
         for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, budget):
             if self._paused.is_set():
                 return
-            wave = Wave([requests[open_[i]] for i in members], sampling, self.version, self.policy.device)
-            while wave.answers:
+            records = self._record is not None and sampling.max_tokens > _WORTH
+            asked = [requests[open_[i]] for i in members]
+            wave = Wave(asked, sampling, self.version, self.policy.device, _SLACK if records else 0.0)
+            while wave.live:
                 for number in self._advance(wave, sampling):
                     yield open_[members[number]], wave.group(number, self._decode)
+            self._replay = None  # and its memory
 
     def pause(self) -> None:
         self._paused.set()
@@ -178,16 +188,25 @@ class NativeEngine:
     def _decode_step(self, wave: Wave, cache: GroupCache) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
         language: Any = self.policy.part("language")
-        out = language(
-            inputs_embeds=language.get_input_embeddings()(wave.last_B)[None],
-            position_ids=wave.position_B[None],
-            cache=cache,
-            use_cache=False,
-        )
+
+        def through(last_B: Tensor, position_B: Tensor) -> Tensor:
+            embeddings = language.get_input_embeddings()(last_B)[None]
+            out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
+            return out.last_hidden_state[0]
+
+        step: Step = through
+        if self._record is not None and wave.slack:
+            if not cache.is_fixed:
+                self._replay = None  # before another is recorded, so that its memory is free
+                cache.fix()
+                self._replay = self._record(through, wave.last_B, wave.position_B)
+            assert self._replay is not None
+            step = self._replay
+        hidden = step(wave.last_B, wave.position_B)
         cache.advance()
         self.stats.decode_steps += 1
-        self.stats.decode_tokens += len(wave.last_B)
-        return out.last_hidden_state[0]
+        self.stats.decode_tokens += len(wave.live)
+        return hidden
 
     def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""

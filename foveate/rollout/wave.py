@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from foveate.parallel.packing import Tree
 from foveate.records import Completion, SamplingParams
@@ -17,14 +18,25 @@ from foveate.rollout.sampling import uniforms
 class Wave:
     """Some requests with their S answers, numbered request by request. A row of the batch is a live answer: `answers`
     says which one, and `last_B`, `position_B` and `uniform_B` hold what its next token needs. Where a request was begun
-    before, its unfinished answers go on and the others are what they were."""
+    before, its unfinished answers go on and the others are what they were.
 
-    def __init__(self, requests: Sequence[Request], sampling: SamplingParams, version: int, device: torch.device):
+    Of all rows, as many as the share `slack` may be of answers that are complete: they go on through the model until
+    more are, and what they are given is not looked at."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        version: int,
+        device: torch.device,
+        slack: float = 0.0,
+    ) -> None:
         samples, self._limit = sampling.samples, sampling.max_tokens
         self.cache: GroupCache | None = None
-        self._samples, self._version, self._device = samples, version, device
+        self._samples, self._version, self._device, self.slack = samples, version, device, slack
         self._before = [one for request in requests for one in request.begun or [None] * samples]
         self.answers = [i for i, one in enumerate(self._before) if one is None or one.finish == "abort"]
+        self.live = [*range(len(self.answers))]
         self.trees = [Tree(r.prompt, tuple(c.token_ids for c in r.begun if c.finish == "abort")) for r in requests]
         self._finish = ["" if one is None else one.finish for one in self._before]
         self._lengths = [0 if one is None else len(one.token_ids) for one in self._before]
@@ -32,7 +44,7 @@ class Wave:
         for answer in self.answers:
             self._open[answer // samples] += 1
         uniform = [uniforms(request.seed, i, self._limit) for request in requests for i in range(samples)]
-        self._uniform = torch.stack(uniform).to(device)
+        self._uniform = functional.pad(torch.stack(uniform), (0, 1)).to(device)  # a place for what nobody looks at
         self._token_ids = torch.zeros(self._uniform.shape, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(self._uniform.shape, device=device)
         ends = [request.prompt.end for request in requests]
@@ -51,11 +63,13 @@ class Wave:
         requests that have no live answer any more."""
         self._token_ids[self._answer_B, self._length_B] = token_B
         self._logprobs[self._answer_B, self._length_B] = logprob_B
-        self._length_B, self.position_B, self.last_B = self._length_B + 1, self.position_B + 1, token_B
+        self._length_B = (self._length_B + 1).clamp(max=self._limit)
+        self.position_B, self.last_B = self.position_B + 1, token_B
         live: list[int] = []
         ended: list[int] = []
-        for row, is_stop in enumerate(torch.isin(token_B, stop).tolist()):
-            answer = self.answers[row]
+        stops = torch.isin(token_B, stop).tolist()
+        for row in self.live:
+            answer, is_stop = self.answers[row], stops[row]
             self._lengths[answer] += 1
             if is_stop or paused or self._lengths[answer] == self._limit:
                 is_full = self._lengths[answer] == self._limit
@@ -64,13 +78,15 @@ class Wave:
                 self._open[ended[-1]] -= 1
             else:
                 live.append(row)
-        if ended:
+        self.live = live
+        if ended and (not live or len(self.answers) - len(live) > self.slack * len(self.answers)):
             self._keep(live)
         return [number for number in sorted(set(ended)) if not self._open[number]]
 
     def _keep(self, live: list[int]) -> None:
         assert self.cache is not None
         order = self.cache.keep(live) if live else []
+        self.live = [*range(len(order))]
         self.answers = [self.answers[row] for row in order]
         rows = self._on_device(order)
         self._answer_B, self._length_B = self._answer_B[rows], self._length_B[rows]

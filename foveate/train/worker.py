@@ -93,7 +93,7 @@ class Worker:
         """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
         and each reads its share."""
         if self._compiles:
-            compile_blocks(policy.model)
+            compile_blocks(policy.model, sharded=self.ranks is not None)
         if self.ranks is None:
             return kind(policy, autocast=self._autocast)
         cluster = self.ranks.cluster

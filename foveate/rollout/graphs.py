@@ -1,0 +1,45 @@
+"""A step of sampling recorded once and replayed, with CUDA graphs: one launch in the place of some two thousand, which
+take a processor longer to ask for than a GPU to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import torch
+from torch import Tensor
+
+from foveate.model.load import Policy
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Token ids and positions (B,) -> hidden states (B, D)."""
+Record = Callable[[Step, Tensor, Tensor], Step]
+"""A step, and what it is first given -> the step as it was recorded with that: the same on whatever tensors hold by
+then."""
+
+
+def recorder(policy: Policy) -> Record | None:
+    """What records steps of a policy; None on CPUs, and for mixtures, whose experts wait for what the router says."""
+    is_mixture = any(name.endswith(".experts") for name, _ in policy.model.named_modules())
+    return None if policy.device.type != "cuda" or is_mixture else record
+
+
+def record(step: Step, last_B: Tensor, position_B: Tensor) -> Step:
+    """`step` as a CUDA graph. It is run before, so that what is made at its first call is not made while recording."""
+    given = last_B.clone(), position_B.clone()
+    aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step(*given)
+        graph.capture_begin(capture_error_mode="thread_local")  # another thread may be learning
+        try:
+            hidden = step(*given)
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(aside)
+
+    def replay(last_B: Tensor, position_B: Tensor) -> Tensor:
+        for place, new in zip(given, (last_B, position_B), strict=True):
+            place.copy_(new)
+        graph.replay()
+        return hidden
+
+    return replay
