@@ -13,7 +13,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-STATE = {"version": None, "tokens": 0, "hangs": False, "aborts": 0, "asked": 0}
+STATE = {"version": None, "tokens": 0, "hangs": False, "aborts": 0, "asked": 0, "memory": []}
 LOCK = threading.Lock()
 
 
@@ -29,6 +29,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def publish(self, body):
         STATE["version"] = body["version"]
+        STATE["memory"].append("publish")
+        self.answer({})
+
+    def sleep(self, _body):
+        STATE["memory"].append("sleep")
+        self.answer({})
+
+    def wake(self, body):
+        STATE["memory"].append(body["what"])
         self.answer({})
 
     def hang(self, _body):

@@ -22,7 +22,7 @@ LAYERS = (
     "cli_vlmevalkit", "cli_bench", "cli_cluster", "cli",
 )  # fmt: skip
 """Modules and folders of the package, each importing only from those before it and from itself."""
-LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 27_000
+LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 27_500
 ELSEWHERE = ("ray", "vllm", "sglang")
 """Heavy optional libraries, each imported in at most one file."""
 BY_NAME = {("cluster/local.py", "attrgetter"), ("plan/trace.py", "attrgetter")}

@@ -18,6 +18,7 @@ from foveate.errors import EngineError
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
 from foveate.rollout.replica import PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.routes import routes
 from foveate.rollout.served import ServedEngine
 
 HERE = Path(__file__).parent
@@ -26,11 +27,11 @@ HERE = Path(__file__).parent
 class FakeEngine(ServedEngine):
     """Answers come from `fake_server.py`, later ones for larger seeds; `published` lists what was sent."""
 
-    def __init__(self, replicas=1, *, seconds=0.1, stall_s=5.0, command=None):
+    def __init__(self, replicas=1, *, seconds=0.1, stall_s=5.0, command=None, shared=False):
         self.seconds, self.command = seconds, command or [sys.executable, str(HERE / "fake_server.py"), PORT]
         self.published, self.asked = [], []
         self._decode = lambda token_ids: f"{len(token_ids)} tokens"
-        super().__init__(replicas, start_s=60, stall_s=stall_s)
+        super().__init__(replicas, start_s=60, stall_s=stall_s, shared=shared)
         self.start(7, [("w", torch.ones(2))])
 
     def new_replica(self, number):
@@ -68,11 +69,11 @@ class FakeEngine(ServedEngine):
     def read(self, _replica, prompt):
         return prompt.token_ids
 
-    def sleep(self):
-        pass
+    def let_go(self, replica):
+        replica.call("POST", "/sleep", {})
 
-    def wake(self):
-        pass
+    def take_again(self, replica, what):
+        replica.call("POST", "/wake", {"what": what})
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_a_server_that_is_killed_is_started_again_and_no_group_is_lost_or_double
     engine = engine_of(2)
     engine.publish(8, [("w", torch.ones(2))])
     requests = requests_of(12)
-    last = engine._routes([request.prompt for request in requests])[11]
+    last = routes([request.prompt for request in requests], 2)[11]
     server = engine.state(last)["pid"]
     found = []
     if moment == 0:
@@ -320,13 +321,11 @@ def test_a_refused_request_ends_the_run_and_nothing_is_started_again(engine_of):
     assert engine.counts.restarts == 0
 
 
-def test_equal_prompts_go_to_the_same_replica_and_no_replica_gets_much_more_than_its_share(engine_of):
-    engine = engine_of(2)
+def test_equal_prompts_go_to_the_same_replica_and_no_replica_gets_much_more_than_its_share():
     prompts = [Prompt(tuple(range(i, i + 50)), (), None, ()) for i in range(40)]
-    routes = engine._routes(prompts)
-    assert abs(sum(routes) - 20) <= 6
-    assert engine._routes(prompts[:1] * 2)[0] == engine._routes(prompts[:1])[0]
-    assert max(engine._routes(prompts[:1] * 9).count(number) for number in (0, 1)) <= 7
+    assert abs(sum(routes(prompts, 2)) - 20) <= 6
+    assert routes(prompts[:1] * 2, 2)[0] == routes(prompts[:1], 2)[0]
+    assert max(routes(prompts[:1] * 9, 2).count(number) for number in (0, 1)) <= 7
 
 
 def test_closing_ends_the_servers_and_may_be_done_twice(engine_of):
@@ -352,3 +351,37 @@ time.sleep(60)
         server = int(trainer.stdout.readline())
         trainer.kill()
     assert ends(server)
+
+
+def test_a_server_that_shares_a_device_gives_its_memory_back_until_the_next_publish(engine_of):
+    engine = engine_of(shared=True)
+    engine.generate(requests_of(2), SamplingParams())
+    for version in (8, 9):
+        engine.sleep()
+        engine.sleep()
+        engine.publish(version, [("w", torch.ones(2))])
+        assert engine.generate(requests_of(1), SamplingParams())[0][0].version == version
+    assert engine.state()["memory"] == ["publish", *["sleep", "weights", "publish", "kv_cache"] * 2]
+
+
+def test_a_server_with_a_device_of_its_own_does_not_sleep(engine_of):
+    engine = engine_of(2)
+    engine.sleep()
+    assert engine.generate(requests_of(2), SamplingParams())
+    engine.publish(8, [("w", torch.ones(2))])
+    assert engine.state()["memory"] == ["publish", "publish"]
+
+
+def test_a_server_that_dies_while_it_should_sleep_is_started_with_the_next_weights(engine_of, caplog):
+    engine = engine_of(shared=True)
+    os.kill(engine.state()["pid"], signal.SIGKILL)
+    engine.sleep()
+    assert "does not give its memory back" in caplog.text
+    engine.publish(8, [("w", torch.ones(2))])
+    assert engine.generate(requests_of(3), SamplingParams())[2][0].version == 8
+    assert engine.state()["memory"] == ["publish"]
+    engine.sleep()
+    os.kill(engine.state()["pid"], signal.SIGKILL)
+    engine.publish(9, [("w", torch.ones(2))])
+    assert engine.generate(requests_of(3), SamplingParams())[2][0].version == 9
+    assert engine.counts.restarts == 2

@@ -110,6 +110,9 @@ class EnginesApart:
         """As `Engine.resume`."""
         self._tell("resume", paused=False)
 
+    def sleep(self) -> None:
+        """Nothing: their devices are their own."""
+
     def publish(self, version: int) -> dict[str, float]:
         """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, and those of a
         check, if one is due."""

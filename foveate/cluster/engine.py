@@ -54,6 +54,10 @@ class GroupEngine:
         """As `Engine.resume`."""
         everywhere(self._workers, "engine.resume")
 
+    def sleep(self) -> None:
+        """As `Engine.sleep`."""
+        everywhere(self._workers, "engine.sleep")
+
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
         checked = everywhere(self._workers, "engine.publish", version)[0]

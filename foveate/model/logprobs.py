@@ -49,9 +49,17 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (M, D) @ weight.T (V, D): (M, V) in float32, or float64. A GPU adds in float32 whatever it multiplies, and
+    its sums are taken as they are; elsewhere, those of bfloat16 come rounded to 8 bits."""
+    if hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).to(_compute_dtype(hidden))
+
+
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Scaled logits of one chunk, in one (rows, V) buffer where the dtypes allow it."""
-    logits = (hidden @ weight.T).to(_compute_dtype(hidden))
+    logits = logits_of(hidden, weight)
     if temperature != 1.0:
         logits /= temperature
     return logits

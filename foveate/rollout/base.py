@@ -91,12 +91,8 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give back the memory of weights and caches, as far as the engine can. The weights are void until the next
-        `publish`."""
-        ...
-
-    def wake(self) -> None:
-        """Take the memory again; `publish` comes next."""
+        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
+        memory of weights and caches until then."""
         ...
 
     def healthy(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from foveate.config import RolloutSettings
 from foveate.encoding.encode import Encoder
+from foveate.errors import ConfigError
 from foveate.model.load import Policy
 from foveate.resolve import bind, resolve
 from foveate.rollout import ENGINES
@@ -37,6 +38,9 @@ def choose_engine(
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
     known = inspect.signature(function).parameters
     given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
+    if keywords.get("shared") and (apart or "device" in given):
+        what = "answers while the policy learns" if apart else "has devices of its own"
+        raise ConfigError(f"rollout.engine_settings.shared: the engine {what}; leave it out")
     keywords = {**{name: value for name, value in given.items() if name in known}, **keywords}
     if (apart or dtype is not None) and inspect.isclass(make) and issubclass(make, NativeEngine):
         own = {name: value for name, value in keywords.items() if name != "own_weights"}

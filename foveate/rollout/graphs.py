@@ -4,6 +4,7 @@ take a processor longer to ask for than a GPU to do."""
 from __future__ import annotations
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor
 

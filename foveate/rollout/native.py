@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.model.forward import evaluating, hidden_states
 from foveate.model.load import DTYPES, Policy
+from foveate.model.logprobs import logits_of
 from foveate.parallel.fsdp import whole
 from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
@@ -144,9 +145,6 @@ class NativeEngine:
     def sleep(self) -> None:
         """Nothing to give back: the weights are the trainer's, and the cache of a wave goes with it."""
 
-    def wake(self) -> None:
-        """Nothing to take."""
-
     def healthy(self) -> bool:
         return True
 
@@ -210,10 +208,11 @@ class NativeEngine:
 
     def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
-        head = self.policy.part("head")
+        weight = self.policy.part("head").weight
+        assert isinstance(weight, Tensor)
         rows = max(1, _LOGITS // len(self._banned))
         drawn = [
-            draw(head(some).float(), uniform, sampling, self._banned)
+            draw(logits_of(some, weight), uniform, sampling, self._banned)
             for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
         ]
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])

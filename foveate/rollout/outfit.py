@@ -12,6 +12,9 @@ from torch import Tensor
 from foveate.errors import ConfigError
 from foveate.model.load import Policy
 
+SHARE = 0.4
+"""The part of a GPU's memory for a server that shares it with the trainer, if nobody says so."""
+
 
 def banned_ids(policy: Policy) -> list[int]:
     """Tokens that no server may sample: placeholders of images, and rows of the vocabulary without a token."""
@@ -31,6 +34,14 @@ def sent_from(policy: Policy, devices: list[dict[str, str]]) -> torch.device:
     """Where weights are when they are sent: on the trainer's GPU to servers that have GPUs of their own, else in host
     memory, because NCCL joins no two processes on one GPU."""
     return policy.device if all(devices) else torch.device("cpu")
+
+
+def require_place(policy: Policy, shared: bool, devices: list[str] | None, workers: int, transfer: str) -> None:
+    """Raise ConfigError where a server cannot share the trainer's device, or weights cannot travel within one."""
+    if shared and (devices is not None or workers > 1):
+        raise ConfigError("engine: shared is for one server of one worker on the trainer's GPU; leave out devices")
+    if transfer == "ipc" and not (shared and policy.device.type == "cuda"):
+        raise ConfigError("engine: transfer=ipc is for a server on the trainer's GPU: shared=true, and a run on a GPU")
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -13,9 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-from zlib import crc32
+from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from foveate.errors import EngineError
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
 from foveate.rollout.replica import Replica, ReplicaLostError
+from foveate.rollout.routes import routes
 from foveate.rollout.seeds import seed_of
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,10 @@ class ServedEngine(ABC):
 
     _decode: Callable[[tuple[int, ...]], str]
 
-    def __init__(self, replicas: int, *, start_s: float, stall_s: float) -> None:
+    def __init__(self, replicas: int, *, start_s: float, stall_s: float, shared: bool = False) -> None:
+        """`shared`: the trainer computes on the same device, by turns."""
         self.version = -1
+        self._shared, self._sleeps = shared, False
         self.counts = Counts()
         self._start_s, self._stall_s = start_s, stall_s
         self._folder = tempfile.TemporaryDirectory(prefix="foveate-engine-")
@@ -95,6 +98,14 @@ class ServedEngine(ABC):
         """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache."""
 
     @abstractmethod
+    def let_go(self, replica: Replica) -> None:
+        """Give back the memory of weights and caches, whose contents are void then."""
+
+    @abstractmethod
+    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of either again."""
+
+    @abstractmethod
     def connect(self, replica: Replica) -> None:
         """What a server needs once after its start."""
 
@@ -114,6 +125,7 @@ class ServedEngine(ABC):
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        assert not self._sleeps, "publish comes first"
         pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]] = {}
         progress = [(time.monotonic(), -1.0)] * len(self.replicas)
         look = time.monotonic() + self._stall_s / 4
@@ -124,7 +136,7 @@ class ServedEngine(ABC):
             pending[future] = index, number, replica.incarnation
 
         try:
-            for index, number in enumerate(self._routes([request.prompt for request in requests])):
+            for index, number in enumerate(routes([request.prompt for request in requests], len(self.replicas))):
                 if not self._paused.is_set():
                     submit(index, number)
             while pending:
@@ -205,9 +217,17 @@ class ServedEngine(ABC):
         started = time.monotonic()
         self._weights = []  # the former ones go before there are new ones
         self._weights, self.version = list(weights), version
+        if self._sleeps and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the trainer has freed and PyTorch holds
         self._each(self._publish_one)
+        self._sleeps = False
         self.counts.publishes += 1
         self.counts.publish_seconds += time.monotonic() - started
+
+    def sleep(self) -> None:
+        if self._shared and not self._sleeps:
+            self._sleeps = True
+            self._each(self._sleep_one)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """As `Engine.prompt_ids`; a server that is lost meanwhile is started again and asked again."""
@@ -282,12 +302,25 @@ class ServedEngine(ABC):
         self.send(replica, self.version, self._weights)
 
     def _publish_one(self, number: int) -> None:
+        """A replica that sleeps takes the memory of its caches when it has let go of what a transfer takes."""
         replica = self.replicas[number]
         incarnation = replica.incarnation
         try:
+            if self._sleeps:
+                self.take_again(replica, "weights")
             self.send(replica, self.version, self._weights)
+            if self._sleeps:
+                self.take_again(replica, "kv_cache")
         except ReplicaLostError as error:
             self._revive(number, incarnation, error)
+
+    def _sleep_one(self, number: int) -> None:
+        """One that cannot is ended, which frees its memory, too; the next `publish` starts it again."""
+        try:
+            self.let_go(self.replicas[number])
+        except (ReplicaLostError, EngineError) as error:
+            logger.warning("engine server %d does not give its memory back (%s); it is ended", number, error)
+            self.replicas[number].kill()
 
     def _revive(self, number: int, incarnation: int, error: Exception) -> None:
         """Start a replica again that was lost in the given incarnation, unless that has happened meanwhile."""
@@ -321,19 +354,6 @@ class ServedEngine(ABC):
                 logger.warning("engine server %d has made no token for %g s", number, self._stall_s)
                 replica.kill()
 
-    def _routes(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The replica of each prompt: always the same for the same prompt, whose prefix it has cached, unless that one
-        already has a quarter more than its share of the tokens."""
-        load = [0] * len(self.replicas)
-        share = 1.25 * sum(map(len, prompts)) / len(load)
-        routes = []
-        for prompt in prompts:
-            home = crc32(_some_pixels(prompt), crc32(repr(prompt.token_ids).encode())) % len(load)
-            number = home if load[home] + len(prompt) <= share else load.index(min(load))
-            load[number] += len(prompt)
-            routes.append(number)
-        return routes
-
     def _drop(self, pending: dict[Future[Any], tuple[int, int, int]]) -> None:
         """Abort what is under way, and wait until nothing is. A request may still be on its way to the server when that
         aborts the others, so that it is told again."""
@@ -354,11 +374,6 @@ class ServedEngine(ABC):
                     self.replicas[number].kill()
             wait(left, timeout=0.5)
             left = {future: number for future, number in left.items() if not future.done()}
-
-
-def _some_pixels(prompt: Prompt) -> bytes:
-    """Enough of the pictures to tell prompts of equal text apart."""
-    return b"" if prompt.pixels is None else prompt.pixels[:, 0, ::16, ::16].contiguous().numpy().tobytes()
 
 
 def _end(replicas: list[Replica], pool: ThreadPoolExecutor, folder: tempfile.TemporaryDirectory[str]) -> None:

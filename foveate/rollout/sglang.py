@@ -24,7 +24,16 @@ from foveate.model.load import Policy
 from foveate.model.names import from_hf
 from foveate.records import Completion, Prompt, SamplingParams
 from foveate.rollout.base import Request
-from foveate.rollout.outfit import banned_ids, dtype_name, python_path, sent_from, visible_devices, write_plugin
+from foveate.rollout.outfit import (
+    SHARE,
+    banned_ids,
+    dtype_name,
+    python_path,
+    require_place,
+    sent_from,
+    visible_devices,
+    write_plugin,
+)
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
 from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine
 from foveate.rollout.sync import Sender, plan_buckets, served_weights
@@ -57,9 +66,10 @@ class SGLangEngine(ServedEngine):
         replicas: int = 1,
         tensor_parallel: int = 1,
         device: str | None = None,
-        memory_fraction: float = 0.8,
+        memory_fraction: float | None = None,
         cache_tokens: int | None = None,
         devices: list[str] | None = None,
+        shared: bool = False,
         transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
         start_s: float = 600.0,
@@ -70,12 +80,14 @@ class SGLangEngine(ServedEngine):
     ) -> None:
         """`program` is the Python of SGLang's environment; `longest` the tokens of prompt and answer together (None: as
         the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
-        cache, `cache_tokens` the size of that cache in tokens (None: as fits); the others are those of
-        `foveate.rollout.vllm.VLLMEngine`."""
+        cache (None: 0.8, or 0.4 where it is `shared`), `cache_tokens` the size of that cache in tokens (None: as fits);
+        the others are those of `foveate.rollout.vllm.VLLMEngine`."""
         if policy.family.name not in KNOWN:
             raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
+        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
+        memory_fraction = memory_fraction or (SHARE if shared else 0.8)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket, self._workers = bucket_mb << 19, tensor_parallel
@@ -90,13 +102,13 @@ class SGLangEngine(ServedEngine):
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters())), "--trust-remote-code"),
             *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
             *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
-            *(_ON_CPU if on_cpu else ()),
+            *(_ON_CPU if on_cpu else ("--enable-memory-saver",) if shared else ()),
             *(("--context-length", str(longest)) if longest else ()),
             *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
             *(arguments or ()),
         ]
         self._program = str(shutil.which(program))
-        super().__init__(replicas, start_s=start_s, stall_s=stall_s)
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
         self.start(version, served_weights(policy.model))
 
     # --------------------------------------------------------------------------------------------------- the server
@@ -168,13 +180,13 @@ class SGLangEngine(ServedEngine):
         """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
         return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[replica].iterdir()))
 
-    def sleep(self) -> None:
-        for replica in self.replicas:
-            replica.call("POST", "/release_memory_occupation", {})
+    def let_go(self, replica: Replica) -> None:
+        self.abort(replica)
+        tags = {"tags": ["kv_cache", "weights"]}
+        replica.call("POST", "/release_memory_occupation", tags, timeout_s=self._stall_s)
 
-    def wake(self) -> None:
-        for replica in self.replicas:
-            replica.call("POST", "/resume_memory_occupation", {})
+    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+        replica.call("POST", "/resume_memory_occupation", {"tags": [what]}, timeout_s=self._stall_s)
 
     # ------------------------------------------------------------------------------------------------- the requests
 

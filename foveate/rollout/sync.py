@@ -6,6 +6,8 @@ NCCL between GPUs. The other end is in the server: `foveate.rollout.vllm_plugin`
 
 from __future__ import annotations
 
+import pickle
+from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ from torch.distributed import (
     ProcessGroupGloo,
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
+from torch.multiprocessing.reductions import reduce_tensor
 
 from foveate.model.lora import merged_state
 
@@ -102,6 +105,17 @@ def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor
         else:
             buffers.reverse()
             yield fill(buffers[0][: bucket.size + TRAILER], bucket, number)
+
+
+@torch.no_grad()
+def handles(buckets: Sequence[Bucket], device: torch.device) -> Iterator[tuple[Bucket, str]]:
+    """Each bucket with what another process finds it by on the same GPU, as base64 (CUDA IPC). It has been read when
+    the next one is asked for: all are packed into the same memory."""
+    room = torch.empty(max(bucket.size for bucket in buckets) + TRAILER, dtype=torch.uint8, device=device)
+    for number, bucket in enumerate(buckets):
+        packed = fill(room[: bucket.size + TRAILER], bucket, number)
+        torch.cuda.synchronize(device)
+        yield bucket, b64encode(pickle.dumps(reduce_tensor(packed)[1])).decode()
 
 
 class Sender:

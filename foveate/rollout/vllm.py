@@ -28,10 +28,19 @@ from foveate.model.load import Policy
 from foveate.model.qwen_vl import QwenVL
 from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
-from foveate.rollout.outfit import banned_ids, dtype_name, python_path, sent_from, visible_devices, write_plugin
+from foveate.rollout.outfit import (
+    SHARE,
+    banned_ids,
+    dtype_name,
+    python_path,
+    require_place,
+    sent_from,
+    visible_devices,
+    write_plugin,
+)
 from foveate.rollout.replica import HOST, PORT, Replica, ReplicaLostError, meanwhile
 from foveate.rollout.served import BAN, TRANSFER_S, ServedEngine
-from foveate.rollout.sync import Bucket, Sender, plan_buckets, served_weights
+from foveate.rollout.sync import Bucket, Sender, handles, plan_buckets, served_weights
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
@@ -75,7 +84,8 @@ class VLLMEngine(ServedEngine):
         memory_fraction: float | None = None,
         memory_mb: int | None = None,
         devices: list[str] | None = None,
-        transfer: Literal["broadcast", "disk"] = "broadcast",
+        shared: bool = False,
+        transfer: Literal["broadcast", "ipc", "disk"] = "broadcast",
         bucket_mb: int = 64,
         start_s: float = 600.0,
         stall_s: float = 120.0,
@@ -87,12 +97,15 @@ class VLLMEngine(ServedEngine):
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
         (None: vLLM's choice); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None: all see what the
-        trainer sees, and weights travel through host memory); `transfer` how weights travel: by a broadcast, or
-        through a file in the folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing
+        trainer sees, and weights travel through host memory); `shared` whether the server computes on the trainer's GPU
+        and gives its memory back while the trainer learns, `memory_fraction` 0.4 then; `transfer` how weights travel:
+        by a broadcast, within a shared GPU by `ipc`, or through a file in the folder for temporary ones, where that
+        fails; `bucket_mb` bounds the memory that publishing
         takes here (a server takes as much, and the largest tensor); `arguments` are added to the command line of `vllm
         serve`, `environment` to its variables; `logs` is the folder of its output (None: one that goes with the
         engine)."""
         _require(policy, program)
+        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket = bucket_mb << 19  # two of them are in memory at a time
@@ -107,14 +120,13 @@ class VLLMEngine(ServedEngine):
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
             *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
             *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
-            *(_cpu_options(policy, longest) if on_cpu else ()),
+            *(_cpu_options(policy, longest) if on_cpu else _gpu_options(memory_fraction, shared)),
             *(("--max-model-len", str(longest)) if longest else ()),
-            *(("--gpu-memory-utilization", str(memory_fraction)) if memory_fraction and not on_cpu else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
         self._program = str(shutil.which(program))
-        super().__init__(replicas, start_s=start_s, stall_s=stall_s)
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
         self.start(version, served_weights(policy.model))
 
     # ------------------------------------------------------------------------------------------------------- the server
@@ -132,7 +144,7 @@ class VLLMEngine(ServedEngine):
     def connect(self, replica: Replica) -> None:
         if replica in self._senders:
             self._senders.pop(replica).close()
-        if self._transfer == "disk":
+        if self._transfer != "broadcast":
             nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
             replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody}, timeout_s=self._stall_s)
             return
@@ -152,6 +164,11 @@ class VLLMEngine(ServedEngine):
             file = self.on_disk(weights) / "model.safetensors"
             update = {"update_info": {"buckets": [], "file": str(file)}}
             replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+        elif self._transfer == "ipc":
+            buckets = plan_buckets(weights, self._bucket)
+            for number, (bucket, handle) in enumerate(handles(buckets, self._policy.device)):
+                update = {"update_info": {"buckets": [_announced(bucket)], "handle": handle, "number": number}}
+                replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
         else:
             buckets = plan_buckets(weights, self._bucket)
             update = {"update_info": {"buckets": [*map(_announced, buckets)]}}
@@ -170,13 +187,11 @@ class VLLMEngine(ServedEngine):
         counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
         return sum(map(float, counts))
 
-    def sleep(self) -> None:
-        for replica in self.replicas:
-            replica.call("POST", "/sleep?level=2")
+    def let_go(self, replica: Replica) -> None:
+        replica.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
 
-    def wake(self) -> None:
-        for replica in self.replicas:
-            replica.call("POST", "/wake_up")
+    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+        replica.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
 
     # ----------------------------------------------------------------------------------------------------- the requests
 
@@ -242,6 +257,12 @@ def _require(policy: Policy, program: str) -> None:
             f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
             "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
         )
+
+
+def _gpu_options(memory_fraction: float | None, shared: bool) -> tuple[str, ...]:
+    share = memory_fraction or (SHARE if shared else None)
+    memory = ("--gpu-memory-utilization", str(share)) if share else ()
+    return (*memory, "--enable-sleep-mode") if shared else memory
 
 
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:

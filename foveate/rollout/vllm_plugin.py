@@ -9,6 +9,8 @@ out where another version differs.
 
 from __future__ import annotations
 
+import pickle
+from base64 import b64decode
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -49,10 +52,13 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or a safetensors file."""
+    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or one bucket and the
+    `handle` of its memory on this GPU, and its number; or a safetensors file."""
 
     buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
     file: str = ""
+    handle: str = ""
+    number: int = 0
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -92,6 +98,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             with safe_open(update_info.file, "pt", device=str(self.device)) as file:
                 self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             return
+        if update_info.handle:
+            flat = _opened(update_info.handle, self.device)
+            self._load(flat, update_info.number, update_info.buckets[0][1])
+            torch.cuda.synchronize(self.device)  # the trainer may fill this memory anew
+            return
         coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
         ahead = next(coming, None)
         for number, (_, tensors) in enumerate(update_info.buckets):
@@ -100,13 +111,16 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             for work in works:
                 work.wait()
             ahead = next(coming, None)
-            words = flat.view(torch.int64)
-            found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
-            if (found, number) != (sent, place):
-                what = f"as number {place} with checksum {found}, not as {number} with {sent}"
-                raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
-            loaded = self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
-            self.missing -= loaded
+            self._load(flat, number, tensors)
+
+    def _load(self, flat: torch.Tensor, number: int, tensors: list[tuple[str, str, list[int], int]]) -> None:
+        """The tensors of a bucket, if it is the one of this number and as it was sent."""
+        words = flat.view(torch.int64)
+        found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
+        if (found, number) != (sent, place):
+            what = f"as number {place} with checksum {found}, not as {number} with {sent}"
+            raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
+        self.missing -= self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
 
     def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
         """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
@@ -124,6 +138,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self.group = None
+
+
+def _opened(handle: str, device: torch.device) -> torch.Tensor:
+    """The trainer's memory on this GPU, whose number may be another here."""
+    found = list(pickle.loads(b64decode(handle)))
+    found[6] = device.index or 0
+    return rebuild_cuda_tensor(*found)
 
 
 def _tensor(flat: torch.Tensor, dtype_name: str, shape: list[int], offset: int) -> torch.Tensor:

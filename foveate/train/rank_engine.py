@@ -65,6 +65,10 @@ class RankEngine:
         assert self._engine is not None
         self._engine.resume()
 
+    def sleep(self) -> None:
+        assert self._engine is not None
+        self._engine.sleep()
+
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
         assert self._engine is not None

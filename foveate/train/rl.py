@@ -84,6 +84,8 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                 step += 1
                 clock = Clock()
                 groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.refills, clock)
+                if not settings.rollout.staleness:
+                    engine.sleep()
                 with clock.phase("logprobs"):
                     examples, said = prepare(workers, groups, method, updates * passes, costs)
                 with clock.phase("update"):
