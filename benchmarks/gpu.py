@@ -9,7 +9,7 @@ the same answers by its `generate` on copies of the prompts, 64 rows at a time.
 
 Arithmetic is counted as in `foveate plan`: products of matrices and attention, forward once and backward twice that;
 what is computed again does not count, so that it lowers the share of the data sheet's speed. A step is timed between
-synchronisations, the median of `--steps` after two that warm up; memory is the peak that PyTorch allocated.
+synchronisations, the median of `--steps` after `--warm` that warm up; memory is the peak that PyTorch allocated.
 """
 
 from __future__ import annotations
@@ -129,19 +129,19 @@ def sampling_of(policy: Policy, work: Work) -> Callable[[], int]:
     return lambda: sum(len(one.token_ids) for group in engine.generate(requests, sampling) for one in group)
 
 
-def timed(run: Callable[[], Any], steps: int) -> tuple[float, list[float], float, Any]:
+def timed(run: Callable[[], Any], steps: int, warm: int) -> tuple[float, list[float], float, Any]:
     """The first call's seconds, the seconds of each measured one, and the peak of memory in GiB."""
     took = []
     out = None
-    for number in range(steps + 2):
-        if number == 2:
+    for number in range(steps + warm):
+        if number == warm:
             torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         started = time.perf_counter()
         out = run()
         torch.cuda.synchronize()
         took.append(time.perf_counter() - started)
-    return took[0], took[2:], torch.cuda.max_memory_allocated() / 2**30, out
+    return took[0], took[warm:], torch.cuda.max_memory_allocated() / 2**30, out
 
 
 def said(part: str, name: str, work: Work, config: Any, found: tuple[float, list[float], float, Any]) -> dict[str, Any]:
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--size", default="1B", choices=SIZES)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=2)
     parser.add_argument("--budget", type=int, default=16_384, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=8, help="answers at a time in TRL")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the model and the cluster")
@@ -287,7 +288,7 @@ def measured(options: argparse.Namespace, folder: Path, settings: dict[str, Any]
     for part, make in (("trl", partial(trl_updating, rows=options.rows)), ("transformers", copies_sampling)):
         for name in options.works if part in options.parts else ():
             config, run = make(folder, WORKS[name])
-            yield said(part, name, WORKS[name], config, timed(run, options.steps))
+            yield said(part, name, WORKS[name], config, timed(run, options.steps, options.warm))
             del run
             gc.collect()
             torch.cuda.empty_cache()
@@ -299,7 +300,7 @@ def measured(options: argparse.Namespace, folder: Path, settings: dict[str, Any]
         for part, make in own.items():
             if part in options.parts:
                 run = make(worker, WORKS[name])
-                yield said(part, name, WORKS[name], worker.policy.model.config, timed(run, options.steps))
+                yield said(part, name, WORKS[name], worker.policy.model.config, timed(run, options.steps, options.warm))
                 if "profile" in options.parts:
                     kernels_of(run, f"{part} {name}")
 

@@ -10,6 +10,7 @@ from textwrap import fill
 from typing import Any
 
 from chart import bars
+from page_gpu import gpu_section
 from work import WORKS
 
 Result = dict[str, Any]
@@ -19,10 +20,12 @@ NAMES = {"foveate": "foveate", "trl": "TRL", "verl": "verl", "vllm": "vLLM", "tr
 
 def write_page(results: Path, docs: Path) -> None:
     """Write `performance.md` and `performance.svg` into `docs`."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    found = {name: result for name, result in read.items() if "load" in result}  # others are pages' of their own
     sections = [INTRODUCTION.format(conditions=conditions(found)), *_goals(found)]
     for section in (_update, _threads, _memory, _step, _generation, _engine, _scaling, _limit, _h100):
         sections.append("\n".join(section(found)))
+    sections.insert(-1, "\n".join(gpu_section(results, table)))
     page = "\n\n".join(part.rstrip() for part in sections) + "\n"
     lines = [line if line.startswith(("|", "!")) else fill(line, 120, **_WRAP) for line in page.split("\n")]
     (docs / "performance.md").write_text("\n".join(lines), encoding="utf-8")
@@ -31,7 +34,8 @@ def write_page(results: Path, docs: Path) -> None:
 
 INTRODUCTION = """# Performance
 
-Written by `make bench` (`foveate bench`) from `benchmarks/results`; every number was measured, except the last section.
+Written by `make bench` (`foveate bench`) from `benchmarks/results`; every number was measured, except those of the last
+section.
 
 {conditions}
 
@@ -56,7 +60,7 @@ def conditions(found: dict[str, Result]) -> str:
     loads = sorted(result["load"] for result in found.values())
     return (
         f"Measured {' and '.join(dates)} on {one['cores']} cores ({one['machine']}), PyTorch "
-        f"{one['torch']}, no GPU. Other "
+        f"{one['torch']}, no GPU except in its own section. Other "
         f"programs ran on the machine: the load at the end of a measurement was {loads[0]:g} to {loads[-1]:g}."
     )
 

@@ -136,9 +136,35 @@ def test_the_page_says_what_was_measured_and_what_was_not(written):
     assert "| update, text, one thread: at least 1 times verl | 0.50 | **no** |" in text
     assert "4,096" in text.split("trained tokens")[1]
     assert "Not measured: grounding-short, grounding-reasoning, reasoning, several-images." in text
-    assert text.count("\nNot measured.") == 7
+    assert text.count("\nNot measured.") == 8
     assert "a processor" in text
     assert "TRL 1.5" in chart
+
+
+def test_the_page_compares_the_best_of_ours_on_a_gpu(written, tmp_path):
+    about = {"size": "1B", "gpu": "a GPU", "torch": "2.13.0", "work": "text", "machine": 1, "peak_gib": 3.2}
+    rows = [
+        {"part": "update", "seconds": 3.0, "answer_tokens_per_second": 7.0, "set": {}, **about},
+        {"part": "update", "seconds": 2.0, "answer_tokens_per_second": 9.0, "set": {"model.compile": True}, **about},
+        {
+            "part": "trl",
+            "seconds": 5.0,
+            "answer_tokens_per_second": 1.0,
+            "set": {},
+            "share_of_data_sheet": 0.1,
+            **about,
+        },
+    ]
+    (tmp_path / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, _ = written({})
+    assert "| foveate, update `model.compile=true` | text | 2.00 | 9 | 3 |  | 1 |" in text
+    assert "TRL, update, text: 2.5 times foveate's seconds" in text
+
+
+def test_the_page_that_is_kept_is_that_of_the_results_that_are_kept(tmp_path):
+    root = Path(page.__file__).parent.parent
+    page.write_page(root / "benchmarks" / "results", tmp_path)
+    assert (tmp_path / "performance.md").read_text() == (root / "docs" / "performance.md").read_text()
 
 
 def test_a_page_of_nothing_claims_nothing(written):

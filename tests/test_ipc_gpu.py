@@ -51,7 +51,7 @@ def receive(pipe):
             pipe.send("")
         except RuntimeError as error:
             pipe.send(str(error))
-    pipe.send(receiver.model.found)
+    pipe.send({name: tensor.numpy() for name, tensor in receiver.model.found.items()})
 
 
 @pytest.fixture
@@ -86,4 +86,4 @@ def test_weights_reach_a_process_on_the_same_gpu_and_a_damaged_bucket_is_refused
     found = server.recv()
     assert found.keys() == dict(weights).keys()
     for name, tensor in weights:
-        assert torch.equal(found[name], tensor.float().cpu())
+        assert torch.equal(torch.from_numpy(found[name]), tensor.float().cpu())
