@@ -3,6 +3,8 @@ tracing, which keeps what a CUDA graph keeps: operations on the very tensors, an
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -11,12 +13,14 @@ import torch
 from family_cases import build_family
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from foveate.config_parts import LoraSettings
 from foveate.encoding.encode import Encoder
 from foveate.model.load import load_policy
+from foveate.model.lora import add_adapters
 from foveate.records import SamplingParams
 from foveate.rollout import kvcache, native
 from foveate.rollout.base import Request
-from foveate.rollout.graphs import recorder
+from foveate.rollout.graphs import is_recordable, recorder
 from foveate.rollout.native import NativeEngine
 
 REAL = torch.cuda.is_available()
@@ -152,6 +156,59 @@ def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts)
         assert [one.token_ids for one in group] == [one.token_ids for one in wanted]
 
 
+def test_two_streams_of_one_engine_keep_their_steps_apart(parts):
+    policy, encode, requests = parts("internvl")
+    recorded = Recorded(policy, encode.decode).engine
+    plain = NativeEngine(policy, encode.decode)
+    plain._record = None
+    recorded._token_budget = plain._token_budget = 1  # a wave for each prompt
+    sampling = SamplingParams(3, 20)
+    wanted = plain.generate(requests[:2], sampling), plain.generate(requests[2:], sampling)
+    streams = recorded.stream(requests[:2], sampling), recorded.stream(requests[2:], sampling)
+    found = [{}, {}]
+    for _ in range(2):
+        for own, stream in zip(found, streams, strict=True):
+            own.update([next(stream)])
+    for own, groups in zip(found, wanted, strict=True):
+        require_same([own[0], own[1]], groups)
+
+
+def test_a_stream_that_is_closed_leaves_no_recorded_step(parts):
+    policy, encode, requests = parts("internvl")
+    policy = replace(policy, family=replace(policy.family, stop_ids=tuple(range(0, 700, 12))))  # they end one by one
+    recorded = Recorded(policy, encode.decode)
+    kept = []
+    recorded.engine._record = lambda *step: kept.append(weakref.ref(one := recorded.record(*step))) or one
+    stream = recorded.engine.stream(requests, SamplingParams(2, 40))
+    next(stream)
+    assert kept
+    stream.close()
+    gc.collect()
+    assert [one() for one in kept] == [None] * len(kept)
+
+
+def test_few_steps_are_not_worth_a_recorded_one(parts, monkeypatch):
+    monkeypatch.setattr(native, "_WORTH", 16)
+    policy, encode, requests = parts("internvl")
+    recorded = Recorded(policy, encode.decode)
+    recorded.engine.generate(requests, SamplingParams(2, 16))
+    assert recorded.times == 0
+
+
 @pytest.mark.skipif(REAL, reason="a GPU is there")
 def test_nothing_is_recorded_on_a_cpu(tiny_policy):
     assert recorder(tiny_policy) is None
+
+
+def test_steps_that_depend_on_what_they_compute_are_not_recorded(tmp_path, tiny_policy):
+    assert is_recordable(tiny_policy.model)
+    assert is_recordable(load_policy(str(build_family(tmp_path / "window", "qwen2-window"))).model)
+    assert not is_recordable(load_policy(str(build_family(tmp_path / "mixture", "qwen3_moe"))).model)
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    assert not is_recordable(load_policy(str(build_family(tmp_path / "far", "qwen2", rope_parameters=dynamic))).model)
+    adapted = load_policy(str(build_family(tmp_path / "adapted", "qwen3")))
+    add_adapters(adapted, LoraSettings(rank=2), ("language",))
+    assert is_recordable(adapted.model)
+    dropping = load_policy(str(tmp_path / "adapted"))
+    add_adapters(dropping, LoraSettings(rank=2, dropout=0.1), ("language",))
+    assert not is_recordable(dropping.model)

@@ -30,8 +30,8 @@ class Model:
         self.found = {}
 
     def load_weights(self, weights):
-        own = {name: tensor.float().cpu() for name, tensor in weights}
-        self.found |= own
+        own = dict(weights)
+        self.found |= own  # as vLLM does, which reads them when it has all of a layer
         return own.keys()
 
 
@@ -51,7 +51,7 @@ def receive(pipe):
             pipe.send("")
         except RuntimeError as error:
             pipe.send(str(error))
-    pipe.send({name: tensor.numpy() for name, tensor in receiver.model.found.items()})
+    pipe.send({name: tensor.float().cpu().numpy() for name, tensor in receiver.model.found.items()})
 
 
 @pytest.fixture

@@ -84,6 +84,23 @@ def test_a_gpu_takes_larger_chunks_of_logits_and_nothing_else():
     assert 1.5 * (256 - 32) < (gpu.chunk - cpu.chunk) / 2**20 < 4 * (256 - 32)  # buffers of 256 MB in the place of 32
 
 
+def test_no_scores_of_pictures_are_counted_which_no_kernel_keeps():
+    """A tile of 1,025 tokens would have 16 x 1,025 of them for each, in every block."""
+    config, row = published_config("1B"), RowShape(1024, 64, 4)
+    one, two = (
+        step_memory(shallow(config, 2, blocks), row, dtype=torch.float32, train=ALL, checkpointing=False).activations
+        for blocks in (1, 2)
+    )
+    per_token = (two - one) / (4 * 1025) / 4
+    assert 12 * 1024 < per_token < 24 * 1024  # numbers; the block is 1,024 wide
+
+
+def test_one_rank_that_computes_in_bfloat16_keeps_a_copy_of_its_weights(config):
+    plain, halved = (memory_of(work_of(config, cluster=ClusterSettings(dtype=dtype))) for dtype in (None, "bfloat16"))
+    assert (plain.gathered, halved.gathered) == (0.0, 2.0 * sizes_of(config, ALL).total)
+    assert plain.weights == halved.weights
+
+
 def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
     def total(tokens, checkpointing):
         row = RowShape(tokens // 2, tokens // 2, 2)

@@ -22,7 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from foveate.errors import DataError
 from foveate.model.checkpoints import hf_tensors, require_fit
 from foveate.model.families import InternVL
-from foveate.model.load import Policy, load_errors, model_options
+from foveate.model.load import Policy, keep_float32, load_errors, model_options
 from foveate.model.quiet import quiet_transformers
 from foveate.model.recognise import recognise
 from foveate.model.safetensors_io import Stored, read_headers, weight_files
@@ -50,6 +50,7 @@ def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None
     """Give memory to a hollow policy, cut or whole, whose modules are those of `root`. Its weights are arbitrary; what
     follows from the configuration is computed. `computing`: where buffers are to be, if not on the `device` on which
     the weights rest."""
+    keep_float32(computing or device)
     root.to_empty(device=device)
     model: Any = policy.model
     model.tie_weights()

@@ -83,12 +83,17 @@ def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", d
     headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
     """
     found = recognise(path)
-    if torch.device(device).type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # else the convolution that cuts pictures has 10 bits in float32
+    keep_float32(device)
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
         model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
     return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def keep_float32(device: str) -> None:
+    """On a GPU, the convolution that cuts pictures would have 10 bits in float32, by PyTorch's default."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
 
 
 def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, Any]:

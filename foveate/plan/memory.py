@@ -105,10 +105,8 @@ def memory_of(work: Workload) -> Memory:
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
     gradients = sizes.trained * stored / shards
-    gathered = 0.0
-    if (
-        spread
-    ):  # the root and two blocks, one of them on its way; gradients of the root and of a block, added in float32
+    gathered = 0.0 if computed == stored else float(computed * sizes.total)  # one rank: the copies that autocast keeps
+    if spread:  # the root and two blocks, one of them on its way; gradients of the root and of a block, in float32
         gathered = computed * (2 * sizes.root + 3 * sizes.block) + 4 * sizes.block
     if spread and not cluster.reshard:
         gathered += computed * (sizes.total - sizes.root)

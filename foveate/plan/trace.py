@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import InternVLForConditionalGeneration
+from transformers import AttentionInterface, InternVLForConditionalGeneration
 
 from foveate.model.attention import KERNELS
 from foveate.model.families import InternVL
@@ -134,8 +134,20 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _fused(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """What `sdpa` keeps on a device: on the meta device it would compute all scores."""
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+_FUSED = "foveate_planned"
+AttentionInterface.register(_FUSED, _fused)
+
+
 def _meta_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
-    kernels = {"text_config": KERNELS[kernel], "vision_config": "sdpa"}
+    kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
     with torch.device("meta"):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
     side = config.vision_config.image_size[0]

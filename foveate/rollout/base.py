@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Streaming(Answering, Protocol):
         ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
     tokenizer does not have. Every engine passes `tests/test_engine_conformance.py`."""

@@ -4,9 +4,10 @@ take a processor longer to ask for than a GPU to do."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.model.load import Policy
 
@@ -18,9 +19,20 @@ then."""
 
 
 def recorder(policy: Policy) -> Record | None:
-    """What records steps of a policy; None on CPUs, and for mixtures, whose experts wait for what the router says."""
-    is_mixture = any(name.endswith(".experts") for name, _ in policy.model.named_modules())
-    return None if policy.device.type != "cuda" or is_mixture else record
+    """What records steps of a policy; None on CPUs, and where a step cannot be recorded."""
+    return record if policy.device.type == "cuda" and is_recordable(policy.model) else None
+
+
+def is_recordable(model: Any) -> bool:
+    """Whether a step is the same operations whatever it computes: not of mixtures, whose experts wait for what the
+    router says, and not with rotations that depend on the longest position. Nor with dropout: while one thread records,
+    CUDA gives no random numbers to another, which may be learning."""
+    rotations = str(model.config.get_text_config().rope_parameters)  # of each kind of layers, in some models
+    return not (
+        any(name.endswith(".experts") for name, _ in model.named_modules())
+        or any(kind in rotations for kind in ("dynamic", "longrope"))
+        or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    )
 
 
 def record(step: Step, last_B: Tensor, position_B: Tensor) -> Step:

@@ -86,6 +86,10 @@ class GroupCache:
         self._at = torch.tensor([self.step], device=self._device)
         self._places = min(self._capacity, -(-(self.step + _PLACES // 4) // _PLACES) * _PLACES)
 
+    def loosen(self) -> None:
+        """Steps find their place by a number again."""
+        self._at = None
+
     @property
     def is_fixed(self) -> bool:
         """Whether the next step does what the one before it did."""

@@ -18,7 +18,7 @@ from foveate.parallel.fsdp import whole
 from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
-from foveate.rollout.graphs import Step, recorder
+from foveate.rollout.graphs import recorder
 from foveate.rollout.kvcache import GroupCache
 from foveate.rollout.sampling import draw
 from foveate.rollout.wave import Wave
@@ -79,7 +79,6 @@ class NativeEngine:
         self._banned[list(policy.family.placeholder_ids)] = True
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
         self._record = recorder(policy)
-        self._replay: Step | None = None
 
     @classmethod
     def copy_of(
@@ -115,13 +114,11 @@ class NativeEngine:
         for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, budget):
             if self._paused.is_set():
                 return
-            records = self._record is not None and sampling.max_tokens > _WORTH
             asked = [requests[open_[i]] for i in members]
-            wave = Wave(asked, sampling, self.version, self.policy.device, _SLACK if records else 0.0)
+            wave = Wave(asked, sampling, self.version, self.policy.device, 0.0 if self._record is None else _SLACK)
             while wave.live:
                 for number in self._advance(wave, sampling):
                     yield open_[members[number]], wave.group(number, self._decode)
-            self._replay = None  # and its memory
 
     def pause(self) -> None:
         self._paused.set()
@@ -192,15 +189,13 @@ class NativeEngine:
             out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
             return out.last_hidden_state[0]
 
-        step: Step = through
-        if self._record is not None and wave.slack:
-            if not cache.is_fixed:
-                self._replay = None  # before another is recorded, so that its memory is free
+        if not cache.is_fixed:
+            wave.replay = None  # before another is recorded, so that its memory is free
+            cache.loosen()
+            if self._record is not None and wave.ahead > _WORTH:
                 cache.fix()
-                self._replay = self._record(through, wave.last_B, wave.position_B)
-            assert self._replay is not None
-            step = self._replay
-        hidden = step(wave.last_B, wave.position_B)
+                wave.replay = self._record(through, wave.last_B, wave.position_B)
+        hidden = (wave.replay or through)(wave.last_B, wave.position_B)
         cache.advance()
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(wave.live)
@@ -227,7 +222,8 @@ def cache_tokens(policy: Policy) -> int:
     assert isinstance(head, Tensor)
     keys = sum(len(p) for name, p in language.named_parameters() if name.endswith("k_proj.weight"))
     size = (2 * keys + 16 * head.shape[1]) * head.element_size()
-    return max(_TOKENS, int(torch.cuda.mem_get_info(policy.device)[0] / 2 / size))
+    held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+    return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
 
 
 def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:

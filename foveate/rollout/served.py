@@ -125,7 +125,7 @@ class ServedEngine(ABC):
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Completion, ...]]]:
-        assert not self._sleeps, "publish comes first"
+        self._require_awake()
         pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]] = {}
         progress = [(time.monotonic(), -1.0)] * len(self.replicas)
         look = time.monotonic() + self._stall_s / 4
@@ -231,6 +231,7 @@ class ServedEngine(ABC):
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """As `Engine.prompt_ids`; a server that is lost meanwhile is started again and asked again."""
+        self._require_awake()
         while True:
             incarnation = self.replicas[0].incarnation
             try:
@@ -313,6 +314,10 @@ class ServedEngine(ABC):
                 self.take_again(replica, "kv_cache")
         except ReplicaLostError as error:
             self._revive(number, incarnation, error)
+
+    def _require_awake(self) -> None:
+        if self._sleeps:
+            raise EngineError("the engine was asked while it sleeps; publish comes first")
 
     def _sleep_one(self, number: int) -> None:
         """One that cannot is ended, which frees its memory, too; the next `publish` starts it again."""

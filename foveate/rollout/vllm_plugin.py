@@ -99,9 +99,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             return
         if update_info.handle:
-            flat = _opened(update_info.handle, self.device)
+            # a copy: the trainer fills that memory anew, and vLLM keeps tensors until it has all of a layer
+            flat = _opened(update_info.handle, self.device).clone()
+            torch.cuda.synchronize(self.device)
             self._load(flat, update_info.number, update_info.buckets[0][1])
-            torch.cuda.synchronize(self.device)  # the trainer may fill this memory anew
             return
         coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
         ahead = next(coming, None)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from foveate.parallel.packing import Tree
 from foveate.records import Completion, SamplingParams
 from foveate.rollout.base import Request
+from foveate.rollout.graphs import Step
 from foveate.rollout.kvcache import GroupCache
 from foveate.rollout.sampling import uniforms
 
@@ -33,7 +34,8 @@ class Wave:
     ) -> None:
         samples, self._limit = sampling.samples, sampling.max_tokens
         self.cache: GroupCache | None = None
-        self._samples, self._version, self._device, self.slack = samples, version, device, slack
+        self.replay: Step | None = None
+        self._samples, self._version, self._device, self._slack = samples, version, device, slack
         self._before = [one for request in requests for one in request.begun or [None] * samples]
         self.answers = [i for i, one in enumerate(self._before) if one is None or one.finish == "abort"]
         self.live = [*range(len(self.answers))]
@@ -52,6 +54,11 @@ class Wave:
         self._length_B = self._on_device([self._lengths[answer] for answer in self.answers])
         self.position_B = self._on_device([ends[i // samples] + self._lengths[i] - 1 for i in self.answers])
         self.last_B = self._answer_B
+
+    @property
+    def ahead(self) -> int:
+        """How many more tokens a live answer may have at most."""
+        return self._limit - min(self._lengths[self.answers[row]] for row in self.live)
 
     @property
     def uniform_B(self) -> Tensor:
@@ -79,7 +86,7 @@ class Wave:
             else:
                 live.append(row)
         self.live = live
-        if ended and (not live or len(self.answers) - len(live) > self.slack * len(self.answers)):
+        if ended and (not live or len(self.answers) - len(live) > self._slack * len(self.answers)):
             self._keep(live)
         return [number for number in sorted(set(ended)) if not self._open[number]]
 

@@ -43,7 +43,7 @@ from foveate.train.groups import Sampler
 from foveate.train.method import build_method, check_run
 from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.rank_engine import Answerer
-from foveate.train.rl import build_graders, run_rl
+from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollouts import rollout_metrics, write_rollouts
 from foveate.train.setup import check_cluster, disk_patience, surviving, use_threads
 from foveate.train.sft import run_sft
@@ -87,7 +87,7 @@ def _check(settings: CascadeSettings) -> None:
     check_run(build_method(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
-    choose_engine(settings.rollout, settings.data.max_prompt_tokens)
+    new_engine(rl)
 
 
 def _trained(page: Callable[[Any], RunFolder], stage: Any) -> str:

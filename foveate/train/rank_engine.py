@@ -10,6 +10,7 @@ from torch import Tensor
 from foveate.cluster.weights import Outgoing, Packet
 from foveate.config_parts import ModelSettings, RolloutSettings
 from foveate.encoding.encode import Encoder
+from foveate.errors import ConfigError
 from foveate.model.fill import allocate, hollow_policy
 from foveate.model.load import Policy, load_policy
 from foveate.parallel.ranks import Ranks
@@ -35,6 +36,8 @@ class RankEngine:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
         if self._ranks is None:
             self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
+            if not isinstance(engine, Engine):
+                raise ConfigError(f"engine {rollout.engine}: it lacks a method of foveate.rollout.base.Engine")
             self._apart = rollout.staleness > 0
             if self._apart:
                 self.publish(version)
