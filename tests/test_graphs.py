@@ -116,7 +116,8 @@ def test_answers_that_leave_change_nothing_for_those_that_stay(parts):
     assert recorded.times > 4
 
 
-@pytest.mark.parametrize("name", ["internvl", pytest.param("qwen2-window", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internvl", "qwen2-window"])
 def test_recorded_steps_go_on_with_answers_of_unequal_length(parts, name):
     policy, encode, requests = parts(name)
     sampling = SamplingParams(3, 24)
@@ -131,6 +132,7 @@ def test_recorded_steps_go_on_with_answers_of_unequal_length(parts, name):
     assert recorded.times >= 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts):
     policy, encode, requests = parts("internvl")
     recorded = Recorded(policy, encode.decode).engine
@@ -156,6 +158,7 @@ def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts)
         assert [one.token_ids for one in group] == [one.token_ids for one in wanted]
 
 
+@pytest.mark.slow
 def test_two_streams_of_one_engine_keep_their_steps_apart(parts):
     policy, encode, requests = parts("internvl")
     recorded = Recorded(policy, encode.decode).engine
