@@ -41,12 +41,13 @@ section.
 
 Each system runs in a process and an environment of its own and is asked for one step at a time, in turn, while the
 others wait; every other round the order is turned round. The first step of each warms up and is not timed.
-**Nothing is timed unless losses and gradient norms agree to 1e-4**; a test holds the gradient of every parameter to
-TRL's and verl's. Seconds are of processor time, which neighbours on the machine disturb least (wall seconds stand
+**Nothing is timed on CPUs unless losses and gradient norms agree to 1e-4**; a test holds the gradient of every
+parameter to TRL's and verl's. Seconds are of processor time,
+which neighbours on the machine disturb least (wall seconds stand
 beside them), and a ratio is the median over pairs of neighbouring steps, with the smallest and the largest. Peers:
 TRL 1.16.0 (`GRPOTrainer`'s own loss), verl 0.9.1 (`train_batch` of its FSDP engine, on one rank), transformers
-5.19.0 (`generate`), vLLM 0.32.0 on the CPU. All in float32. The model has the proportions of InternVL3.5-1B: vision
-192 wide, 4 layers; text 256 wide, 4 layers.
+5.19.0 (`generate`), vLLM 0.32.0 on the CPU. All in float32, but for the section on a GPU. The model has the
+proportions of InternVL3.5-1B: vision 192 wide, 4 layers; text 256 wide, 4 layers.
 
 ![Processor seconds of each system, as multiples of foveate's](performance.svg)"""
 

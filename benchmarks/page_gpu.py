@@ -14,8 +14,9 @@ TEXT = """
 Random weights of the published size {size}, {gpu}, PyTorch {torch}, weights in float32 and products in bfloat16
 (`cluster.dtype: bfloat16`), rows of 16,384 tokens; answers in bfloat16. TRL computes the same update (its own loss,
 sdpa, bfloat16 by autocast, 8 answers at a time); transformers' `generate` gets a copy of the prompt per answer, 64 rows
-at a time. Losses agree to 1e-3. Medians of one to three steps; rows with different numbers were measured on different
-machines of this kind. grounding-short: 16 x (P 1,088, 4 tiles of 256 tokens; 16 x R 64); reasoning: 4 x (P 512, 1 tile;
+at a time. Losses agree to 1e-3, norms of gradients to 3e-3. Medians of one to three steps; rows with different numbers
+were measured on different machines of this kind.
+grounding-short: 16 x (P 1,088, 4 tiles of 256 tokens; 16 x R 64); reasoning: 4 x (P 512, 1 tile;
 8 x R 1,024).
 """
 

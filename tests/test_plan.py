@@ -95,10 +95,31 @@ def test_no_scores_of_pictures_are_counted_which_no_kernel_keeps():
     assert 12 * 1024 < per_token < 24 * 1024  # numbers; the block is 1,024 wide
 
 
-def test_one_rank_that_computes_in_bfloat16_keeps_a_copy_of_its_weights(config):
-    plain, halved = (memory_of(work_of(config, cluster=ClusterSettings(dtype=dtype))) for dtype in (None, "bfloat16"))
-    assert (plain.gathered, halved.gathered) == (0.0, 2.0 * sizes_of(config, ALL).total)
+def test_one_rank_that_computes_in_bfloat16_keeps_copies_of_its_weights(config):
+    def memory(dtype="bfloat16", **changes):
+        return memory_of(work_of(config, cluster=ClusterSettings(dtype=dtype), **changes))
+
+    sizes = sizes_of(config, ALL)
+    plain, halved = memory(None), memory()
+    assert (plain.gathered, halved.gathered) == (0.0, 2.0 * sizes.total)
     assert plain.weights == halved.weights
+    assert memory(train=("projector",)).gathered == 2.0 * sizes_of(config, ("projector",)).trained
+    assert memory(checkpointing=True).gathered < halved.gathered
+
+
+def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_learns(config):
+    def memory(cluster, **changes):
+        return memory_of(work_of(config, cluster=cluster, **changes))
+
+    weights = 2.0 * sizes_of(config, ALL).total
+    shared, own = memory(ON_CPU), memory(ClusterSettings(dtype="bfloat16"))
+    assert (shared.engine, own.engine) == (0.0, weights)
+    ranks = memory(ClusterSettings(gpus_per_node=2))
+    assert ranks.engine == weights
+    assert ranks.learning == ranks.state + weights + ranks.gathered + ranks.activations + ranks.features + ranks.chunk
+    apart = memory(ClusterSettings(gpus_per_node=2, engines=1))
+    assert apart.learning == pytest.approx(ranks.learning - weights)
+    assert memory(ON_CPU, overlaps=True).engine > 0
 
 
 def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
@@ -195,9 +216,8 @@ def test_small_recipes_are_planned_from_their_folder(name):
 @pytest.mark.usefixtures("cheap")
 def test_what_does_not_fit_is_told_with_the_fastest_settings_that_do(monkeypatch):
     monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
-    work = work_of(
-        published_config("38B"), cluster=ClusterSettings(dtype="bfloat16"), budget=16384, prompt=2000, answer=500
-    )
+    row = {"budget": 16384, "prompt": 2000, "answer": 500, "generates": False}
+    work = work_of(published_config("38B"), cluster=ClusterSettings(dtype="bfloat16"), **row)
     made = plan(work, parse_machines("8xH100-80"))
     assert not made.memory.fits(made.machines)
     assert made.better is not None
@@ -206,6 +226,8 @@ def test_what_does_not_fit_is_told_with_the_fastest_settings_that_do(monkeypatch
     text = report(made)
     assert "does not fit" in text
     assert "cluster.offload=true" in text
+    answering = plan(replace(work, generates=True), parse_machines("8xH100-80"))
+    assert answering.better is None  # each rank holds the whole of a native engine
     larger = replace(work, config=published_config("241B-A28B"))
     assert "use more or larger ones" in report(plan(larger, parse_machines("8xRTX4090-24")))
 

@@ -12,7 +12,6 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
@@ -39,8 +38,7 @@ def flex_forest_attention(
     room = mask.seq_lengths[0] - tokens
     rows = (functional.pad(t, (0, 0, 0, room)).contiguous()[None] for t in (query, key, value))
     attend: Any = _compiled() if query.device.type == "cuda" else flex_attention
-    with dynamo_config.patch(recompile_limit=64):  # of this thread; beyond it, what cannot be compiled raises
-        out, aux = attend(*rows, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    out, aux = attend(*rows, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True))
     if sinks is not None:  # the share that a logit without a value leaves to the others
         out = out * torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None]).to(out.dtype)[..., None]
     return out[0, :, :tokens]
@@ -50,7 +48,8 @@ def flex_forest_attention(
 def _compiled() -> Any:
     """Compiled for rows of any length and any forest: learning, sampling and rows of one block have each a kernel of
     their own, with and without a window. What cannot be compiled raises, since all scores would be computed instead."""
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    compiled: Any = torch.compile  # whose declared overloads lack the limit
+    return compiled(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 @lru_cache(maxsize=64)

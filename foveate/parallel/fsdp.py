@@ -82,7 +82,7 @@ def compile_blocks(model: nn.Module, *, sharded: bool = False) -> None:
     module for lengths, too, and cannot look up the compiled code in its cache a second time."""
     keep_from_compiler()
     for block in blocks(model):
-        block.compile(dynamic=None if sharded else True)
+        block.compile(dynamic=None if sharded else True, recompile_limit=64)
 
 
 def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:

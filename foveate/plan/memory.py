@@ -20,8 +20,8 @@ ENGINE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per GPU, on those that learn and those that answer. Where they are the same, the engine is empty while
-    learning, and there are no gradients and activations while generating."""
+    """Bytes per GPU, on those that learn and those that answer. Where they are the same, an engine keeps weights of its
+    own while they learn, and there are no gradients and activations while they answer."""
 
     weights: float
     gradients: float
@@ -44,7 +44,7 @@ class Memory:
     def learning(self) -> float:
         """The most while learning: in a backward pass, or in the optimizer step with its copy of the weights."""
         passes = self.gathered + self.activations + self.features + self.chunk
-        return self.state + max(passes, self.scratch)
+        return self.state + (0 if self.apart else self.engine) + max(passes, self.scratch)
 
     @property
     def generating(self) -> float:
@@ -105,7 +105,9 @@ def memory_of(work: Workload) -> Memory:
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
     gradients = sizes.trained * stored / shards
-    gathered = 0.0 if computed == stored else float(computed * sizes.total)  # one rank: the copies that autocast keeps
+    gathered = 0.0
+    if not spread and computed < stored:  # copies that autocast keeps: of a block alone where it is computed again
+        gathered = float(computed * (sizes.root + sizes.block if work.checkpointing else sizes.trained))
     if spread:  # the root and two blocks, one of them on its way; gradients of the root and of a block, in float32
         gathered = computed * (2 * sizes.root + 3 * sizes.block) + 4 * sizes.block
     if spread and not cluster.reshard:
@@ -114,7 +116,7 @@ def memory_of(work: Workload) -> Memory:
     resident = weights + 3 * gradients
     rest = cluster.offload and spread
     apart = work.generates and cluster.engines > 0
-    own = spread or apart  # the engine has weights of its own
+    own = spread or apart or computed != stored or work.overlaps  # the engine has weights of its own
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
     parallel = cluster.engine_tensor_parallel
     learning = (resident + gradients if rest else 0) + _pixels(work) / cluster.ranks

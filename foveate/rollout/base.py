@@ -55,7 +55,16 @@ class Streaming(Answering, Protocol):
 
 
 @runtime_checkable
-class Engine(Protocol):
+class Sleeping(Protocol):
+    """What may share a device with the trainer."""
+
+    def sleep(self) -> None:
+        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
+        memory of weights and caches until then."""
+        ...
+
+
+class Engine(Sleeping, Protocol):
     """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
     tokenizer does not have. Every engine passes `tests/test_engine_conformance.py`."""
 
@@ -89,11 +98,6 @@ class Engine(Protocol):
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that the engine's model reads for a prompt, images expanded."""
-        ...
-
-    def sleep(self) -> None:
-        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
-        memory of weights and caches until then."""
         ...
 
     def healthy(self) -> bool:

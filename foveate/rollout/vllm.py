@@ -53,8 +53,6 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
-_CPU_MB = 1024
-"""Of keys and values in host memory, nearly all of which vLLM would take else, and fill by and by."""
 KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
 """Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
@@ -98,14 +96,14 @@ class VLLMEngine(ServedEngine):
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
-        (None: vLLM's choice on GPUs, 1 GB on CPUs); `devices` the GPUs of each replica, such as ["4,5", "6,7"] (None:
-        all see what the trainer sees, and weights travel through host memory); `shared` whether the server computes on
-        the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction` 0.4 then; `transfer` how
-        weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the folder for temporary
-        ones, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc` but for the largest
-        tensor (a server takes as much, and the largest tensor); `arguments` are added to the command line of `vllm
-        serve`, `environment` to its variables; `logs` is the folder of its output (None: one that goes with the
-        engine)."""
+        (None: vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each replica, such as
+        ["4,5", "6,7"] (None: all see what the trainer sees, and weights travel through host memory); `shared` whether
+        the server computes on the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction`
+        0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the
+        folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc`
+        but for the largest tensor (a server takes as much, and the largest tensor); `arguments` are added to the
+        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
+        goes with the engine)."""
         _require(policy, program)
         require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
@@ -115,6 +113,8 @@ class VLLMEngine(ServedEngine):
         self._senders: dict[Replica, Sender] = {}
         self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
+        if on_cpu and memory_mb is None:
+            memory_mb = _cpu_memory(policy, longest)
         self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self._options = [
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
@@ -124,7 +124,7 @@ class VLLMEngine(ServedEngine):
             *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
             *(_cpu_options(policy, longest) if on_cpu else _gpu_options(memory_fraction, shared)),
             *(("--max-model-len", str(longest)) if longest else ()),
-            *(("--kv-cache-memory-bytes", str((memory_mb or _CPU_MB) << 20)) if memory_mb or on_cpu else ()),
+            *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
         self._program = str(shutil.which(program))
@@ -265,6 +265,15 @@ def _gpu_options(memory_fraction: float | None, shared: bool) -> tuple[str, ...]
     share = memory_fraction or (SHARE if shared else None)
     memory = ("--gpu-memory-utilization", str(share)) if share else ()
     return (*memory, "--enable-sleep-mode") if shared else memory
+
+
+def _cpu_memory(policy: Policy, longest: int | None) -> int:
+    """MB of keys and values: 1,024, or room for four of the longest. vLLM would take nearly all memory of the host, and
+    fill it by and by."""
+    config: Any = policy.model.config
+    tokens = 4 * longest if longest else config.get_text_config().max_position_embeddings
+    keys = sum(p.shape[0] for name, p in policy.model.named_parameters() if name.endswith("k_proj.weight"))
+    return max(1024, -(-2 * keys * next(policy.model.parameters()).itemsize * tokens >> 20))
 
 
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:

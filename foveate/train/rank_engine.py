@@ -15,7 +15,7 @@ from foveate.model.fill import allocate, hollow_policy
 from foveate.model.load import Policy, load_policy
 from foveate.parallel.ranks import Ranks
 from foveate.records import Completion, SamplingParams
-from foveate.rollout.base import Engine, Request
+from foveate.rollout.base import Engine, Request, Sleeping
 from foveate.rollout.build import Proof
 from foveate.rollout.native import NativeEngine
 from foveate.rollout.sync import served_weights
@@ -36,8 +36,8 @@ class RankEngine:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
         if self._ranks is None:
             self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
-            if not isinstance(engine, Engine):
-                raise ConfigError(f"engine {rollout.engine}: it lacks a method of foveate.rollout.base.Engine")
+            if not isinstance(self._engine, Sleeping):
+                raise ConfigError(f"engine {rollout.engine}: it has no method sleep (foveate.rollout.base.Engine)")
             self._apart = rollout.staleness > 0
             if self._apart:
                 self.publish(version)
