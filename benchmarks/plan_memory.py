@@ -78,7 +78,8 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
         ids = (image,) * 16 * tiles + (7,) * (prompt - 16 * tiles)
         full = Prompt(ids, (ImageSlot(0, 16 * tiles, tiles),), torch.randn(tiles, 3, 112, 112), ())
         tree = Tree(full, tuple(tuple(torch.randint(0, 300, (length,)).tolist()) for _ in range(answers)))
-        groups.append(TrainGroup(tree, (1.0, -1.0) * (answers // 2), torch.zeros(answers * length)))
+        advantage = torch.tensor((1.0, -1.0) * (answers // 2)).repeat_interleave(length)
+        groups.append(TrainGroup(tree, torch.zeros(answers * length), advantage))
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         worker.update_policy(groups, gspo, Totals(2 * answers * length, 2 * answers, 2), 1e-6)
