@@ -44,6 +44,13 @@ class Recorded:
         return (recorder(self.engine.policy) if REAL else by_tracing)(*step)
 
 
+def step_by_step(policy, decode):
+    """An engine that records nothing."""
+    engine = NativeEngine(policy, decode)
+    engine._record = None
+    return engine
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Answers of tens of tokens meet what those of thousands meet."""
@@ -95,8 +102,7 @@ def require_same(groups, others):
 def test_recorded_steps_sample_what_others_sample(parts, name, how):
     policy, encode, requests = parts(name)
     sampling = SamplingParams(5, 30, **how)
-    plain, recorded = NativeEngine(policy, encode.decode), Recorded(policy, encode.decode)
-    plain._record = None
+    plain, recorded = step_by_step(policy, encode.decode), Recorded(policy, encode.decode)
     groups = plain.generate(requests, sampling)
     require_same(recorded.engine.generate(requests, sampling), groups)
     assert recorded.times >= 2
@@ -106,8 +112,7 @@ def test_recorded_steps_sample_what_others_sample(parts, name, how):
 def test_answers_that_leave_change_nothing_for_those_that_stay(parts):
     policy, encode, requests = parts("internvl")
     policy = replace(policy, family=replace(policy.family, stop_ids=tuple(range(0, 700, 12))))  # they end often
-    plain, recorded = NativeEngine(policy, encode.decode), Recorded(policy, encode.decode)
-    plain._record = None
+    plain, recorded = step_by_step(policy, encode.decode), Recorded(policy, encode.decode)
     sampling = SamplingParams(12, 30)
     groups = plain.generate(requests[:2], sampling)
     lengths = {len(one.token_ids) for group in groups for one in group}
@@ -121,8 +126,7 @@ def test_answers_that_leave_change_nothing_for_those_that_stay(parts):
 def test_recorded_steps_go_on_with_answers_of_unequal_length(parts, name):
     policy, encode, requests = parts(name)
     sampling = SamplingParams(3, 24)
-    plain, recorded = NativeEngine(policy, encode.decode), Recorded(policy, encode.decode)
-    plain._record = None
+    plain, recorded = step_by_step(policy, encode.decode), Recorded(policy, encode.decode)
     begun = []
     for number, group in enumerate(plain.generate(requests, sampling)):
         cut = [min(len(one.token_ids) - 1, 2 + 3 * number + i) for i, one in enumerate(group)]
@@ -136,8 +140,7 @@ def test_recorded_steps_go_on_with_answers_of_unequal_length(parts, name):
 def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts):
     policy, encode, requests = parts("internvl")
     recorded = Recorded(policy, encode.decode).engine
-    plain = NativeEngine(policy, encode.decode)
-    plain._record = None
+    plain = step_by_step(policy, encode.decode)
     sampling = SamplingParams(3, 30)
     groups = plain.generate(requests, sampling)
     replayed = recorded._decode_step
@@ -162,8 +165,7 @@ def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts)
 def test_two_streams_of_one_engine_keep_their_steps_apart(parts):
     policy, encode, requests = parts("internvl")
     recorded = Recorded(policy, encode.decode).engine
-    plain = NativeEngine(policy, encode.decode)
-    plain._record = None
+    plain = step_by_step(policy, encode.decode)
     recorded._token_budget = plain._token_budget = 1  # a wave for each prompt
     sampling = SamplingParams(3, 20)
     wanted = plain.generate(requests[:2], sampling), plain.generate(requests[2:], sampling)

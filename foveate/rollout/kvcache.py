@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from foveate.model.attention import PLAIN, Extras
+from foveate.model.load import Policy
 from foveate.records import Layout
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
 _PLACES = 256
 """A step that is recorded meets so many places of each answer, or a multiple."""
+
+
+def cached_numbers(policy: Policy) -> int:
+    """Numbers that a token has as keys and values in all layers of the language model."""
+    parameters = policy.part("language").named_parameters()
+    return 2 * sum(len(weight) for name, weight in parameters if name.endswith("k_proj.weight"))
 
 
 class GroupCache:

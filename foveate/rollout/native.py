@@ -19,7 +19,7 @@ from foveate.parallel.packing import pack
 from foveate.records import Completion, DataError, Prompt, SamplingParams
 from foveate.rollout.base import Request, in_order
 from foveate.rollout.graphs import recorder
-from foveate.rollout.kvcache import GroupCache
+from foveate.rollout.kvcache import GroupCache, cached_numbers
 from foveate.rollout.sampling import draw
 from foveate.rollout.wave import Wave
 
@@ -218,10 +218,9 @@ def cache_tokens(policy: Policy) -> int:
     with its keys and values in all layers, and with 16 hidden states while it is first computed."""
     if policy.device.type != "cuda":
         return _TOKENS
-    language, head = policy.part("language"), policy.part("head").weight
+    head = policy.part("head").weight
     assert isinstance(head, Tensor)
-    keys = sum(len(p) for name, p in language.named_parameters() if name.endswith("k_proj.weight"))
-    size = (2 * keys + 16 * head.shape[1]) * head.element_size()
+    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size()
     held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
     return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
 

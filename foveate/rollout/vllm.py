@@ -28,6 +28,7 @@ from foveate.model.load import Policy
 from foveate.model.qwen_vl import QwenVL
 from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.base import Request
+from foveate.rollout.kvcache import cached_numbers
 from foveate.rollout.outfit import (
     SHARE,
     banned_ids,
@@ -272,8 +273,8 @@ def _cpu_memory(policy: Policy, longest: int | None) -> int:
     fill it by and by."""
     config: Any = policy.model.config
     tokens = 4 * longest if longest else config.get_text_config().max_position_embeddings
-    keys = sum(p.shape[0] for name, p in policy.model.named_parameters() if name.endswith("k_proj.weight"))
-    return max(1024, -(-2 * keys * next(policy.model.parameters()).itemsize * tokens >> 20))
+    size = cached_numbers(policy) * next(policy.model.parameters()).itemsize
+    return max(1024, -(-size * tokens >> 20))
 
 
 def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
