@@ -36,7 +36,7 @@ lint: $(VENV)/ready-dev
 # Side by side with TRL, verl, transformers and vLLM, each in an environment of its own under build/peers; rewrites
 # docs/performance.md. Over an hour of one core.
 bench: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/foveate bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 
 # Makes the weights that are shipped as the demo's cold start again: about an hour and a half on one idle core. The two
 # last stages repeat the two before them, for longer: after the first time the relation words were only half learned.

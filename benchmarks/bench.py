@@ -1,4 +1,4 @@
-"""Everything that docs/performance.md says, measured: `make bench`, or `foveate bench [PART ...]`.
+"""Everything that docs/performance.md says, measured: `make bench`.
 
     python benchmarks/bench.py [PART ...] [--pairs 3]
 

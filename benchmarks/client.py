@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from foveate.data.shapes import prepare_shapes
+from foveate.datasets.shapes import prepare_shapes
 from foveate.evaluate.client import ClientSettings
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
 from foveate.records import SamplingParams

@@ -22,12 +22,12 @@ from pathlib import Path
 from transformers import InternVLConfig
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE
-from foveate.model.checkpoints import expected_shapes
-from foveate.model.configs import hf_to_chat
-from foveate.model.convert import in_layout, write_json
-from foveate.model.safetensors_io import Piece, Stored, write_weights
-from foveate.model.sizes import published_config
-from foveate.model.tiny import tiny_tokenizer
+from foveate.models.checkpoint.configs import hf_to_chat
+from foveate.models.checkpoint.convert import in_layout, write_json
+from foveate.models.checkpoint.formats import expected_shapes
+from foveate.models.checkpoint.safetensors_io import Piece, Stored, write_weights
+from foveate.models.sizes import published_config
+from foveate.models.tiny import tiny_tokenizer
 
 SHARD_BYTES = 5 * 10**8
 MARGIN = 500 * 10**6
@@ -80,7 +80,7 @@ def synthesise(folder: Path, config: InternVLConfig) -> tuple[int, int]:
 def peak_of_convert(source: Path, target: Path, layout: str) -> int:
     """Peak resident bytes of a process that converts."""
     code = (
-        "import resource, sys; from pathlib import Path; from foveate.model.convert import convert;"
+        "import resource, sys; from pathlib import Path; from foveate.models.checkpoint.convert import convert;"
         f"convert(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], shard_bytes={SHARD_BYTES});"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

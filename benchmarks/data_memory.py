@@ -21,9 +21,9 @@ import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 
-from foveate.data.grounding import EXTRA_INFO
-from foveate.data.store import BOX, open_tasks, row_schema, write_rows
 from foveate.data.stream import Stream
+from foveate.data.table import BOX, open_tasks, row_schema, write_rows
+from foveate.datasets.grounding import EXTRA_INFO
 
 SCHEMA = row_schema(BOX, EXTRA_INFO)
 

@@ -20,12 +20,12 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
-from foveate.data.select import Limits, prepare_filter
-from foveate.data.store import BOX, open_tasks, row_schema, write_rows
+from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import Look, Reading, survey
+from foveate.datasets.select import Limits, prepare_filter
 from foveate.encoding.dataset import RowCheck
-from foveate.model.prompt import load_encoder
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.prompt import load_encoder
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.rewards.boxes import check_truth
 
 TEXT = "the large small red blue green left right upper lower person dog chair cup bicycle near behind with of a"

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from compare import System
 
-from foveate.model.load import load_policy
-from foveate.model.tiny import build_tiny
+from foveate.models.policy import load_policy
+from foveate.models.tiny import build_tiny
 from foveate.records import Prompt, SamplingParams
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
 
 INSTALL = Path(__file__).parent.parent / "scripts" / "install_vllm_cpu.sh"
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 64, 128, 64

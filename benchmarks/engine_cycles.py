@@ -24,12 +24,12 @@ import torch
 from chart import lines
 
 from foveate.encoding.encode import Encoder
-from foveate.model.load import Policy, load_policy
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.policy import Policy, load_policy
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Image, Message, SamplingParams, Task
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
-from foveate.rollout.parity import logprob_differences
+from foveate.rollout.check import logprob_differences
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
 
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 SIDES = ((56, 56), (168, 56), (224, 168))
@@ -74,10 +74,10 @@ def start(name: str, program: str | None, policy: Policy, encoder: Encoder) -> A
     if name == "native":
         return NativeEngine.copy_of(policy, encoder.decode)
     if name == "vllm":
-        from foveate.rollout.vllm import VLLMEngine
+        from foveate.rollout.vllm.engine import VLLMEngine
 
         return VLLMEngine(policy, encoder.decode, program=program or "vllm", longest=2048, memory_mb=64, bucket_mb=1)
-    from foveate.rollout.sglang import SGLangEngine
+    from foveate.rollout.sglang.engine import SGLangEngine
 
     limits: dict[str, Any] = {"longest": 2048, "memory_fraction": 0.1, "cache_tokens": 65536, "bucket_mb": 1}
     return SGLangEngine(policy, encoder.decode, program=program or "python", **limits)

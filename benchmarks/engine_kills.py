@@ -23,13 +23,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-from foveate.data.shapes import prepare_shapes
+from foveate.datasets.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
-FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
+FOVEATE = [sys.executable, "-c", "from foveate.cli.app import main; main()"]
 
 
 def text_length(text: str, _: Task) -> Score:

@@ -18,15 +18,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.data.shapes import prepare_shapes
+from foveate.datasets.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.model.convert import convert
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.checkpoint.convert import convert
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 from foveate.train.rl import run_rl
 
 HERE = Path(__file__).resolve()
-DEMO = HERE.parent.parent / "foveate" / "assets" / "demo"
+DEMO = HERE.parent.parent / "src" / "foveate" / "assets" / "demo"
 TOY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 FOUND = Path(__file__).parent / "results" / "engine-reward.jsonl"
 

@@ -28,11 +28,11 @@ from transformers import InternVLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from foveate.encoding.encode import Encoder
-from foveate.model.load import Policy, load_policy
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.policy import Policy, load_policy
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Image, Message, Prompt, SamplingParams, Task
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
 
 SIZE = TinySize(
     tile=224, vision_width=128, width=256, layers=6, heads=8, kv_heads=4, head_dim=32, ffn=768, max_tiles=15

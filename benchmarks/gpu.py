@@ -31,17 +31,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.algorithms.policy_losses import grpo
-from foveate.config_cluster import ClusterSettings
-from foveate.config_parts import ModelSettings, OptimSettings
-from foveate.model.load import Policy, load_policy
-from foveate.model.sizes import SIZES
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.config.cluster import ClusterSettings
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
+from foveate.models.policy import Policy, load_policy
+from foveate.models.sizes import SIZES
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.packing import Tree
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
 from foveate.records import ImageSlot, Prompt, SamplingParams, Totals
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
 from foveate.train.targets import TrainGroup
 from foveate.train.worker import Worker
 

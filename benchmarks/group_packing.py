@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from transformers import InternVLForConditionalGeneration
 
-from foveate.model.families import PARTS
-from foveate.model.forward import token_logprobs
-from foveate.model.load import Policy, load_policy
-from foveate.model.quiet import quiet_transformers
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.checkpoint.quiet import quiet_transformers
+from foveate.models.families.internvl import PARTS
+from foveate.models.forward import token_logprobs
+from foveate.models.policy import Policy, load_policy
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.packing import Tree, pack
 from foveate.records import ImageSlot, Prompt
 

@@ -22,13 +22,13 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 
-from foveate.config_parts import DataSettings
-from foveate.data.store import row_schema, write_rows
+from foveate.config.data import DataSettings
+from foveate.data.table import row_schema, write_rows
 from foveate.encoding.dataset import read_checked
-from foveate.model.prompt import load_encoder
-from foveate.model.tiny import build_tiny
+from foveate.models.prompt import load_encoder
+from foveate.models.tiny import build_tiny
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from family_cases import build_family
 
 LIMIT_S = 10.0
@@ -100,7 +100,7 @@ def filter_alone(file: Path, model: Path) -> tuple[float, float, int]:
 def whole_command(file: Path, model: Path, out: Path) -> tuple[float, float]:
     """Seconds on the clock and of processor time of `foveate prepare filter`."""
     begin, busy = time.perf_counter(), processor_seconds()
-    command = [sys.executable, "-c", "from foveate.cli import main; main()", "prepare", "filter", str(file)]
+    command = [sys.executable, "-c", "from foveate.cli.app import main; main()", "prepare", "filter", str(file)]
     options = ["--out", str(out), "--model", str(model), "--max-prompt-tokens", str(PROMPT_TOKENS)]
     subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - begin, processor_seconds() - busy

@@ -2,8 +2,8 @@
 
     python benchmarks/limit.py [--pairs 3] [--json]
 
-Arithmetic is counted as in `foveate plan` (foveate/plan/time.py): products of matrices and attention, forward once and
-backward twice that; what a kernel computes again does not count, so that it lowers the share.
+Arithmetic is counted as in `foveate plan` (src/foveate/plan/time.py): products of matrices and attention, forward once
+and backward twice that; what a kernel computes again does not count, so that it lowers the share.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from scaling import measure, worker_of
 
-from foveate.model.checkpoints import hf_form, model_config, read_tokenizer
-from foveate.model.sizes import published_config
-from foveate.model.tiny import build_tiny
+from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
+from foveate.models.sizes import published_config
+from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS
 from foveate.plan.time import active_parameters, language_flops, vision_flops
 

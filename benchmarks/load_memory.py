@@ -22,10 +22,10 @@ import torch.multiprocessing as mp
 from convert_memory import synthesise
 from transformers import InternVLConfig
 
-from foveate.config_cluster import ClusterSettings
-from foveate.model.fill import allocate, fill, hollow_policy
-from foveate.model.load import load_policy
-from foveate.model.sizes import IMAGE_TOKEN_ID, SIZES
+from foveate.config.cluster import ClusterSettings
+from foveate.models.policy import load_policy
+from foveate.models.sharded import allocate, fill, hollow_policy
+from foveate.models.sizes import IMAGE_TOKEN_ID, SIZES
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
 LAYERS = 8

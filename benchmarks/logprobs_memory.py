@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from foveate.model.logprobs import chunked_logprobs, plain_logprobs
+from foveate.models.logprobs import chunked_logprobs, plain_logprobs
 
 WIDTH, VOCABULARY = 1024, 151_936
 WAYS = {"plain": plain_logprobs, "chunked": chunked_logprobs}

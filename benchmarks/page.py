@@ -34,7 +34,7 @@ def write_page(results: Path, docs: Path) -> None:
 
 INTRODUCTION = """# Performance
 
-Written by `make bench` (`foveate bench`) from `benchmarks/results`; every number was measured, except those of the last
+Written by `make bench` from `benchmarks/results`; every number was measured, except those of the last
 section.
 
 {conditions}

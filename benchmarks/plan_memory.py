@@ -32,8 +32,8 @@ def case(size: str, shape: str) -> tuple[float, float]:
     """Measured and planned peak in bytes."""
     import torch
 
-    from foveate.config_cluster import ClusterSettings
-    from foveate.model.tiny import TinySize
+    from foveate.config.cluster import ClusterSettings
+    from foveate.models.tiny import TinySize
     from foveate.plan.memory import memory_of
     from foveate.plan.workload import Workload
 
@@ -61,8 +61,9 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     import torch
 
     from foveate.algorithms.policy_losses import gspo
-    from foveate.config import ModelSettings, OptimSettings
-    from foveate.model.tiny import build_tiny
+    from foveate.config.model import ModelSettings
+    from foveate.config.train import OptimSettings
+    from foveate.models.tiny import build_tiny
     from foveate.parallel.packing import Tree
     from foveate.records import ImageSlot, Prompt, Totals
     from foveate.train.targets import TrainGroup

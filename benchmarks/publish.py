@@ -31,7 +31,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from foveate.rollout.sync import TRAILER, Bucket, Sender, plan_buckets
+from foveate.rollout.server.weights import TRAILER, Bucket, Sender, plan_buckets
 
 PATIENCE = timedelta(seconds=600)
 Rounds = list[tuple[str, int]]
@@ -126,9 +126,9 @@ def begin(group: Any, bucket: Bucket) -> tuple[Tensor, list[Any]]:
 def measure_engine(program: str, megabytes: int, bucket_mb: int, pairs: int) -> dict[str, Any]:
     """Seconds of whole publishes, and of the parts that are calls to the server."""
     from foveate.encoding.encode import Encoder
-    from foveate.model.load import load_policy
-    from foveate.model.tiny import TinySize, build_tiny
-    from foveate.rollout.vllm import VLLMEngine
+    from foveate.models.policy import load_policy
+    from foveate.models.tiny import TinySize, build_tiny
+    from foveate.rollout.vllm.engine import VLLMEngine
 
     torch.set_num_threads(1)
     layers = max(1, round(megabytes / 63))

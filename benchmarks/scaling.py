@@ -26,8 +26,9 @@ from foveate_step import SIZE
 from work import CLIP, peak, reset_peak
 
 from foveate.algorithms.policy_losses import grpo
-from foveate.config_parts import ModelSettings, OptimSettings
-from foveate.model.tiny import build_tiny
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
+from foveate.models.tiny import build_tiny
 from foveate.parallel.packing import Tree
 from foveate.records import Prompt, Totals
 from foveate.train.targets import TrainGroup

@@ -29,18 +29,18 @@ from torch import Tensor
 
 from foveate.algorithms import Algorithm
 from foveate.algorithms.advantages import grpo
-from foveate.config import RLSettings
-from foveate.data.shapes import prepare_shapes
+from foveate.config.recipe import load_recipe
+from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
+from foveate.datasets.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.recipe import load_recipe
 from foveate.records import Completion, Prompt, SamplingParams, Score, Task
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
-from foveate.train.ahead import Ahead
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
+from foveate.train.async_rollouts import Ahead
 from foveate.train.clock import Clock
-from foveate.train.groups import Sampler
 from foveate.train.rl import run_rl
+from foveate.train.rollouts import Sampler
 
 HERE = Path(__file__)
 SECONDS = "FOVEATE_BENCHMARK_SECONDS"
@@ -71,7 +71,7 @@ def settings_of(folder: Path, data: Path, staleness: int, algorithm: str = "gspo
     values["rollout.staleness"] = staleness
     values["algorithm"] = f"{{name: '{algorithm}', correction: {{mode: token-truncate}}}}"
     values |= changes
-    recipe = HERE.parent.parent / "foveate" / "recipes" / "shapes_gspo.yaml"
+    recipe = HERE.parent.parent / "src" / "foveate" / "recipes" / "shapes_gspo.yaml"
     return load_recipe(recipe, [f"{name}={value}" for name, value in values.items()], RLSettings)
 
 

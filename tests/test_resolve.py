@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from foveate.errors import ConfigError
-from foveate.resolve import FILE_MODULES, bind, resolve
+from foveate.registry import FILE_MODULES, bind, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from foveate.config import RLSettings, SFTSettings
+from foveate.config.recipe import load_recipe
+from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError, DiskError
-from foveate.recipe import load_recipe
 from foveate.run_folder import RunFolder, open_run
 
 
@@ -193,8 +193,8 @@ def test_other_versions_are_reported_when_a_run_continues(tmp_path, caplog):
 def test_a_run_folder_is_held_by_one_process_and_free_after_a_kill(tmp_path):
     code = """
 import sys
-from foveate.recipe import load_recipe
-from foveate.config import RLSettings
+from foveate.config.recipe import load_recipe
+from foveate.config.runs import RLSettings
 from foveate.run_folder import open_run
 with open_run(sys.argv[1], load_recipe(sys.argv[2], [], RLSettings)):
     print("open", flush=True)

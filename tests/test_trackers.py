@@ -8,9 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from foveate.config_parts import LogSettings
-from foveate.log import MetricsWriter, read_metrics
-from foveate.trackers import OPENERS
+from foveate.config.train import LogSettings
+from foveate.log import OPENERS, MetricsWriter, read_metrics
 
 FAKE = """
 import json, pathlib

@@ -15,14 +15,16 @@ from foveate_step import BUDGET, SIZE
 from work import CLIP, Done, clock, serve
 
 from foveate.cluster.local import LocalWorkers
-from foveate.config_parts import AlgorithmSettings, ModelSettings, OptimSettings
+from foveate.config.algorithm import AlgorithmSettings
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
-from foveate.model.tiny import build_tiny
+from foveate.models.tiny import build_tiny
 from foveate.parallel.balance import Costs
 from foveate.records import Group, Image, Message, SamplingParams, Score, Task
-from foveate.rollout.base import Request
-from foveate.rollout.native import NativeEngine
-from foveate.train.method import build_method
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
+from foveate.train.algorithm import build_method
 from foveate.train.update import prepare, update
 from foveate.train.worker import Worker
 

@@ -17,9 +17,10 @@ from work import CLIP, PATCH, TILE, WORKS, Done, Prints, Work, prints_of, serve
 
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.policy_losses import grpo
-from foveate.config_parts import ModelSettings, OptimSettings
-from foveate.model.load import Policy, load_policy
-from foveate.model.tiny import TinySize, build_tiny
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
+from foveate.models.policy import Policy, load_policy
+from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.packing import Tree
 from foveate.records import ImageSlot, Prompt, Totals
 from foveate.train.targets import TrainGroup

@@ -1,0 +1,84 @@
+"""The command line: one verb per thing that a user does. Errors of the user are one line and exit code 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from foveate.cli import evaluate, models, plan, serve, train
+from foveate.cli.cluster import cluster, submit
+from foveate.cli.data import data
+from foveate.cli.prepare import prepare
+from foveate.cli.vlmevalkit import vlmevalkit
+from foveate.errors import UserError
+
+app = typer.Typer(
+    help="Reinforcement learning for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+VERBS = {
+    "Train": {
+        "demo": train.demo,
+        "sft": train.sft,
+        "mpo": train.mpo,
+        "rl": train.rl,
+        "cascade": train.cascade,
+    },
+    "Data and models": {
+        "prepare": prepare,
+        "data": data,
+        "doctor": models.doctor,
+        "convert": models.convert,
+        "export": models.export,
+    },
+    "Answer and evaluate": {
+        "serve": serve.serve,
+        "generate": evaluate.generate,
+        "eval": evaluate.evaluate,
+        "report": evaluate.report,
+        "view": evaluate.view,
+        "vlmevalkit": vlmevalkit,
+    },
+    "Large runs": {
+        "plan": plan.plan_command,
+        "import-verl": plan.import_verl_command,
+        "cluster": cluster,
+        "submit": submit,
+    },
+}
+"""What the help shows, panel by panel."""
+
+for panel, verbs in VERBS.items():
+    for name, verb in verbs.items():
+        if isinstance(verb, typer.Typer):
+            app.add_typer(verb, name=name, rich_help_panel=panel)
+        else:
+            app.command(name, rich_help_panel=panel)(verb)
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 and the number of SIGINT."""
+CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
+"""Verbs that go on where they were when they are started again."""
+
+
+def main() -> None:
+    """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
+    from foveate.log import setup_logging
+
+    setup_logging()
+    try:
+        app(prog_name="foveate")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+    except SystemExit as end:  # typer turns Ctrl-C into one
+        if end.code == INTERRUPTED:
+            continues = "the same command goes on where it was"
+            sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
+        raise

@@ -1,0 +1,71 @@
+"""`foveate data`: look at data, and check them, before anything is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Columns, ImageRoot, Sources, Workers, columns_of
+from foveate.errors import DataError
+
+data = typer.Typer(help="Look at data and check them.", no_args_is_help=True)
+
+
+@data.command("show")
+def show_command(
+    sources: Sources,
+    first: Annotated[int, typer.Option(min=0, help="Row to begin with.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the pictures and boxes.")] = None,
+    column: Columns = None,
+    image_root: ImageRoot = None,
+) -> None:
+    """Print rows as a person reads them: question, pictures, answer."""
+    from foveate.data.table import open_tasks
+    from foveate.log import say
+    from foveate.report.show import row_text, write_page
+
+    table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
+    if first >= len(table):
+        raise DataError(f"--first {first}: {table.names} has {len(table)} rows, from 0 on")
+    shown = range(first, min(first + rows, len(table)))
+    for index in shown:
+        say(row_text(table, index))
+    say(f"rows {first}..{shown[-1]} of {len(table)}")
+    if html is not None:
+        write_page(html, table, shown)
+        say(f"{html}: {len(shown)} rows with their pictures")
+
+
+@data.command("check")
+def check_command(
+    sources: Sources,
+    reward: Annotated[str | None, typer.Option(help="Reward whose ground truth is demanded: grounding.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder whose prompts are counted, or demo.")] = None,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    column: Columns = None,
+    image_root: ImageRoot = None,
+    workers: Workers = None,
+) -> None:
+    """List every problem of every row, by file, row and field. The exit code is 1 if there is one."""
+    from foveate.data.table import open_tasks
+    from foveate.data.validate import Look, survey
+    from foveate.encoding.dataset import RowCheck
+    from foveate.log import progress, say
+    from foveate.models.prompt import load_encoder
+    from foveate.rewards.grade import truth_check
+
+    encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
+    check = RowCheck(truth_check(reward) if reward else None, encoder)
+    table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
+    with progress("checking rows", len(table)) as advance:
+        found = survey(table, Look(check), workers=workers, progress=lambda *_: advance(1))
+    for problem in found.problems:
+        say(str(problem))
+    if found.problems:
+        bad = len(table) - len(found.kept)
+        raise DataError(f"{len(found.problems)} problems in {bad} of {len(table)} rows")
+    say(f"{len(table)} rows, no problem")

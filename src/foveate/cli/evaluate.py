@@ -1,0 +1,177 @@
+"""`foveate generate`, `eval`, `report` and `view`: answers to the rows of files, and what they are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from foveate.cli.options import Columns, ImageRoot, OnBadRow, columns_of
+from foveate.errors import ConfigError
+
+Rows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
+Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
+Thinking = Annotated[
+    bool, typer.Option("--thinking", help="InternVL3.5's thinking mode: its system prompt, at temperature 0.6.")
+]
+KEY_VARIABLE = "OPENAI_API_KEY"
+THINKING_TEMPERATURE = 0.6
+"""As published with the models; it keeps the thinking mode from repeating itself."""
+
+
+def generate(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again goes on.")],
+    endpoint: Annotated[list[str] | None, typer.Option(help="Address of a server, with /v1; several times.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder, or demo: answers in this process.")] = None,
+    served_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoints.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers per row.")] = 1,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy. Default 0, or 0.6 thinking.")] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass kept.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept; 0: all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    thinking: Thinking = False,
+    system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Keep the log-prob of every token.")] = False,
+    rows: Rows = None,
+    image_root: ImageRoot = None,
+    columns: Columns = None,
+    on_bad_row: OnBadRow = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
+    retries: Annotated[int, typer.Option(min=0, help="Further tries of a request; waits double up to 30 s.")] = 8,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 600.0,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the API key.")] = KEY_VARIABLE,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt (with --model).")] = 8192,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
+) -> None:
+    """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
+    from foveate.encoding.chat import THINKING_SYSTEM
+    from foveate.evaluate.client import ClientSettings, endpoints_of
+    from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
+    from foveate.log import say
+    from foveate.records import SamplingParams
+
+    if thinking and system is not None:
+        raise ConfigError("--thinking sets the system prompt; leave --system out")
+    prompt = THINKING_SYSTEM if thinking else system
+    heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinking else 0.0
+    if heat == 0 and samples > 1:
+        raise ConfigError(f"--samples {samples} at temperature 0 are all the same answer; give --temperature")
+    client = None
+    if endpoint:
+        settings = (served_model, key_variable, concurrency, retries, timeout, prompt, logprobs)
+        client = ClientSettings(endpoints_of(endpoint), *settings)
+    source = RowsRequest(
+        tuple(map(str, data)), rows, str(image_root) if image_root else None, dict(columns_of(columns) or {}),
+        "skip" if on_bad_row == "skip" else "error",
+    )  # fmt: skip
+    sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
+    limits = (max_prompt_tokens, max_tiles)
+    summary = run_generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
+    say(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for predictions, summary and report.")],
+    model: Annotated[list[str] | None, typer.Option(help="Model folder, or demo; several to compare them.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Parquet or JSONL file (with --model); several times.")
+    ] = None,
+    generated: Annotated[list[Path] | None, typer.Option(help="Folder of `foveate generate`; several times.")] = None,
+    task: Annotated[str, typer.Option(help="grounding, refcoco, geo3k, mmpr, multiple_choice.")] = "grounding",
+    reward: Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")] = None,
+    reward_setting: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")] = None,
+    box_rule: Annotated[Literal["first", "last"] | None, typer.Option(help="Which box of an answer counts.")] = None,
+    box_frame: Annotated[
+        Literal["thousandths", "pixels", "fractions", "model"] | None,
+        typer.Option(help="What the answers' coordinates are."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Answers per prompt drawn at temperature 1.")] = 0,
+    critic: Annotated[str | None, typer.Option(help="A reward that best-of-N goes by, such as judge.")] = None,
+    critic_setting: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")] = None,
+    missing: Annotated[
+        Literal["error", "skip", "wrong"], typer.Option(help="Rows without an answer: stop, leave out, or wrong.")
+    ] = "error",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
+    rows: Rows = None,
+    image_root: ImageRoot = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Pictures in the report.")] = 40,
+    text_files: Annotated[
+        bool, typer.Option("--text-files", help="Also iou.txt, iou_detail.json, latency.txt.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampled answers and intervals.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    on_bad_row: OnBadRow = None,
+) -> None:
+    """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
+    from foveate.evaluate.evaluate_models import EvalRequest, run_eval
+    from foveate.report.page import conclude
+
+    if model and not data:
+        raise ConfigError("--model needs --data: the files whose rows are asked")
+    name, settings = _scoring(task, reward, reward_setting, box_rule, box_frame)
+    run_eval(
+        EvalRequest(
+            tuple(model or ()), tuple(map(str, data or ())), out, name, samples, max_tokens, max_prompt_tokens,
+            max_tiles, system, rows, str(image_root) if image_root else None, gallery, seed, threads,
+            on_bad_row or "error", settings, tuple(generated or ()), missing, critic, _settings(critic_setting),
+            text_files,
+        )
+    )  # fmt: skip
+    conclude(out)
+
+
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]) -> None:
+    """Write report.html for a run and print its summary."""
+    from foveate.report.page import conclude
+
+    conclude(run)
+
+
+def view(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any free one.")] = 8700,
+) -> None:
+    """Serve the report of a run on this machine, always as the files of the run are now."""
+    from foveate.log import say
+    from foveate.report.live import serve_report
+
+    serve_report(run, port, lambda address: say(f"{run} at {address}"))
+
+
+def _scoring(
+    task: str, reward: str | None, given: list[str] | None, rule: str | None, frame: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The reward of a task with its settings. The two options about boxes are settings of the rewards for boxes."""
+    from foveate.evaluate.evaluate_models import TASKS
+    from foveate.registry import suggestion
+
+    if task not in TASKS:
+        raise ConfigError(f"--task {task}: unknown{suggestion(task, TASKS)}; allowed: {', '.join(TASKS)}")
+    name, settings = (reward, {}) if reward else TASKS[task]
+    if rule is not None and name == "grounding" and reward is None:
+        name, settings = "refcoco", {}
+    settings = {**settings, **_settings(given)}
+    if rule is not None:
+        settings["rule"] = rule
+    if frame is not None:
+        settings["answer_frame" if name in ("grounding", "boxes") else "frame"] = frame
+    return name, settings
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE` options, values in YAML as on the command lines of recipes."""
+    import yaml
+
+    settings: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"{text}: must be NAME=VALUE, such as threshold=0.7")
+        settings[name] = yaml.safe_load(value)
+    return settings

@@ -1,0 +1,303 @@
+"""`foveate prepare`: datasets in the field's parquet schema, from what users have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from foveate.cli.options import Columns, ImageRoot, OnBadRow, OutFolder, Seed, Sources, Workers, reading_of
+from foveate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.prepared import Prepared
+
+prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
+
+TestFraction = Annotated[float, typer.Option(min=0, max=1, help="Share of rows that is held out.")]
+NewFolder = Annotated[Path, typer.Argument(help="Folder to write to.")]
+Rollouts = Annotated[
+    list[Path] | None,
+    typer.Option(help="Answers of a model: the folder of a run, rollouts/step_*.jsonl, or evals/step_*.jsonl."),
+]
+Part = Annotated[
+    str | None,
+    typer.Option(help="Part of the score that makes an answer right; by default accuracy, hit, or the score."),
+]
+Threshold = Annotated[float, typer.Option(help="The least value of a right answer.")]
+
+
+@prepare.command("grounding")
+def prepare_grounding_command(
+    sources: Annotated[list[Path], typer.Argument(help="RefCOCO-style JSONL files.")],
+    out: OutFolder,
+    prompt_form: Annotated[
+        Literal["internvl", "amodal", "qwen", "qwen_amodal"], typer.Option(help="How boxes are asked for.")
+    ] = "internvl",
+    box: Annotated[
+        Literal["bbox", "modal_bbox"], typer.Option(help="Field with the box in pixels that counts where both are.")
+    ] = "bbox",
+    variant: Annotated[
+        Literal["all", "hard"], typer.Option(help="All rows, or hard negatives and as many positives by IoU.")
+    ] = "all",
+    iou_key: Annotated[str | None, typer.Option(help="hard: field with the IoU of the model's answer.")] = None,
+    teacher_iou_key: Annotated[
+        str, typer.Option(help="hard: field with the IoU of the larger model's answer.")
+    ] = "241b_model_iou",
+    buckets: Annotated[
+        str, typer.Option(help="hard: where each range of IoU starts, and its share of the positives; the last: rest.")
+    ] = "0.5:0.15,0.6:0.2,0.7:0.2,0.8:0.2,0.9",
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Validation: take this share of each file, one test file for each and all."),
+    ] = None,
+    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share that is held out.")] = 0.1,
+    split_by: Annotated[
+        Literal["image", "row"], typer.Option(help="Hold out whole pictures, or single rows.")
+    ] = "image",
+    image_root: ImageRoot = None,
+    copy_images: Annotated[bool, typer.Option(help="Copy the pictures into the folder.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; by default 0, with --val-fraction 42.")] = None,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
+    from foveate.datasets.grounding import prepare_grounding, prepare_validation
+    from foveate.datasets.grounding_sets import HardSet
+
+    if (variant == "hard") != (iou_key is not None):
+        raise ConfigError("--variant hard and --iou-key belong together: --variant hard --iou-key iou_2b")
+    reading = reading_of(image_root, on_bad_row, workers)
+    if val_fraction is not None:
+        if iou_key is not None:
+            raise ConfigError("--val-fraction makes validation files; it does not go with --variant hard")
+        made = prepare_validation(
+            sources, out, fraction=val_fraction, prompt_form=prompt_form, box_field=box, copy_images=copy_images,
+            seed=42 if seed is None else seed, reading=reading,
+        )  # fmt: skip
+    else:
+        hard = HardSet(iou_key, teacher_iou_key, _buckets(buckets)) if iou_key is not None else None
+        made = prepare_grounding(
+            sources, out, prompt_form=prompt_form, box_field=box, hard=hard, test_fraction=test_fraction,
+            split_by=split_by, copy_images=copy_images, seed=seed or 0, reading=reading,
+        )  # fmt: skip
+    _tell(made)
+
+
+@prepare.command("geo3k")
+def prepare_geo3k_command(
+    source: Annotated[str, typer.Argument(help="Local copy (parquet, or of save_to_disk), or name on the hub.")],
+    out: OutFolder,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """Geometry3K (hiyouga/geometry3k) for the geo3k reward."""
+    from foveate.datasets.geo3k import prepare_geo3k
+
+    _tell(prepare_geo3k(source, out, reading=reading_of(None, on_bad_row, workers)))
+
+
+@prepare.command("mmpr-tiny")
+def prepare_mmpr_tiny_command(
+    parquet: Annotated[Path, typer.Argument(help="mmpr_tiny.parquet.")],
+    out: OutFolder,
+    image_root: ImageRoot = None,
+    source: Annotated[str, typer.Option(help="data_source of the rows, for rewards by source.")] = "mmpr_tiny",
+    test_fraction: TestFraction = 0.0,
+    seed: Seed = 0,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """MMPR-Tiny for online reinforcement learning, scored by the geo3k reward."""
+    from foveate.datasets.mmpr import prepare_mmpr_tiny
+
+    reading = reading_of(image_root, on_bad_row, workers)
+    _tell(prepare_mmpr_tiny(parquet, out, source=source, test_fraction=test_fraction, seed=seed, reading=reading))
+
+
+@prepare.command("mmpr")
+def prepare_mmpr_command(
+    meta: Annotated[Path, typer.Argument(help="meta.json of the dataset.")],
+    out: OutFolder,
+    root: Annotated[Path | None, typer.Option(help="Folder that the paths in meta.json start from.")] = None,
+    seed: Seed = 0,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """MMPR's preference pairs for MPO."""
+    from foveate.datasets.mmpr import prepare_mmpr
+
+    _tell(prepare_mmpr(meta, out, root=root, seed=seed, reading=reading_of(None, on_bad_row, workers)))
+
+
+@prepare.command("rows")
+def prepare_rows_command(
+    sources: Sources,
+    out: OutFolder,
+    column: Columns = None,
+    test_fraction: TestFraction = 0.0,
+    image_root: ImageRoot = None,
+    seed: Seed = 0,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """Your own data: any files, with the columns that you name."""
+    from foveate.datasets.tables import prepare_rows
+
+    reading = reading_of(image_root, on_bad_row, workers, column)
+    _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
+
+
+@prepare.command("filter")
+def prepare_filter_command(
+    sources: Sources,
+    out: OutFolder,
+    rollouts: Rollouts = None,
+    accuracy: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
+    ] = None,
+    min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
+    part: Part = None,
+    threshold: Threshold = 0.5,
+    model: Annotated[str | None, typer.Option(help="Model folder whose tokens count, or demo.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, images included.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of a picture's shorter side.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of a picture's longer side.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the file, without .parquet.")] = "train",
+    column: Columns = None,
+    image_root: ImageRoot = None,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """Keep rows by difficulty for a model, by length and by size of their pictures."""
+    from foveate.datasets.answers import Rightness
+    from foveate.datasets.select import Limits, prepare_filter
+
+    if (model is None) != (max_prompt_tokens is None):
+        raise ConfigError("--model and --max-prompt-tokens belong together: --model FOLDER --max-prompt-tokens 8192")
+    length = None
+    if model is not None and max_prompt_tokens is not None:
+        from foveate.models.prompt import load_encoder
+
+        length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
+    made = prepare_filter(
+        sources, out, Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side), name=name,
+        rollouts=rollouts or (), rightness=Rightness(part, threshold), length=length,
+        reading=reading_of(image_root, on_bad_row, workers, column),
+    )  # fmt: skip
+    _tell(made)
+
+
+@prepare.command("pairs")
+def prepare_pairs_command(
+    sources: Sources,
+    out: OutFolder,
+    rollouts: Rollouts = None,
+    max_per_prompt: Annotated[int, typer.Option(min=1, help="Most pairs of one prompt.")] = 15,
+    part: Part = None,
+    threshold: Threshold = 0.5,
+    column: Columns = None,
+    image_root: ImageRoot = None,
+    seed: Seed = 0,
+    on_bad_row: OnBadRow = None,
+    workers: Workers = None,
+) -> None:
+    """Preference pairs of right and wrong answers, from the rollouts of a model."""
+    from foveate.datasets.answers import Rightness
+    from foveate.datasets.select import prepare_pairs
+
+    if not rollouts:
+        raise ConfigError("--rollouts is missing: pairs are made of the answers of a model")
+    made = prepare_pairs(
+        sources, out, rollouts=rollouts, max_per_prompt=max_per_prompt, rightness=Rightness(part, threshold), seed=seed,
+        reading=reading_of(image_root, on_bad_row, workers, column),
+    )  # fmt: skip
+    _tell(made)
+
+
+def _buckets(text: str) -> Buckets:
+    from foveate.datasets.grounding_sets import Buckets
+
+    *ranges, last = text.split(",")
+    try:
+        edges, shares = zip(*(map(float, entry.split(":")) for entry in ranges), strict=True) if ranges else ((), ())
+        final = float(last)
+    except ValueError:
+        raise ConfigError(f"--buckets {text}: must be EDGE:SHARE,...,EDGE, such as 0.5:0.5,0.8") from None
+    return Buckets((*edges, final), shares)
+
+
+def _range(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = map(float, text.split(":"))
+    except ValueError:
+        raise ConfigError(f"--accuracy {text}: must be LOW:HIGH, such as 0.2:0.8") from None
+    return low, high
+
+
+def _tell(made: Prepared) -> None:
+    from foveate.log import say
+
+    for problem in made.problems:
+        say(f"left out: {problem}")
+    for line in made.summary():
+        say(line)
+
+
+@prepare.command("shapes")
+def prepare_shapes_command(
+    out: NewFolder,
+    train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
+    test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
+    kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
+    side: Annotated[int, typer.Option(min=48, help="Side of the square pictures, in pixels.")] = 100,
+    shortcut: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of right demonstrations for pairs; the rest name the larger object."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+) -> None:
+    """Scenes of coloured shapes with referring expressions."""
+    from foveate.datasets.shapes import KINDS, prepare_shapes
+    from foveate.log import progress, say
+
+    chosen = tuple(kinds.split(","))
+    unknown = [kind for kind in chosen if kind not in KINDS]
+    if unknown:
+        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
+    rows = {split: count for split, count in (("train", train), ("test", test)) if count}
+    if not rows:
+        raise ConfigError("--train and --test are both 0; ask for at least one row")
+    with progress("drawing scenes", sum(rows.values())) as advance:
+        prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
+    say(f"{out}: " + ", ".join(f"{count} {split} rows" for split, count in rows.items()))
+
+
+@prepare.command("tiny")
+def prepare_tiny_command(
+    out: NewFolder,
+    tile: Annotated[int, typer.Option(min=28, help="Side of an image tile, in pixels (InternVL3.5: 448).")] = 112,
+    max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles per image.")] = 12,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Take the weights of this tiny model (demo: the shipped one).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+) -> None:
+    """A small InternVL with random weights, or with those of another one: the real architecture."""
+    from foveate.log import say
+    from foveate.models.checkpoint.inspect import resolve_folder
+    from foveate.models.tiny import TinySize, build_tiny, retile
+
+    if tile % 28:
+        raise ConfigError(f"--tile {tile}: must be a multiple of 28 (patches of 14 pixels, joined two by two)")
+    if start is None:
+        build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
+    else:
+        retile(resolve_folder(start), out, tile, max_tiles)
+    say(f"{out}: a tiny InternVL with {tile}-pixel tiles")

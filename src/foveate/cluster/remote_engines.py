@@ -1,0 +1,288 @@
+"""Engines in processes of their own, as one: dealt requests, given weights, proved, and started again when they die."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from foveate.cluster.base import WorkerGroup, everywhere, spread_each
+from foveate.cluster.engine_process import EngineHost, EngineLostError, Hosts
+from foveate.config.rollout import RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.errors import RankLost
+from foveate.models.policy import Policy
+from foveate.parallel.balance import deal
+from foveate.parallel.packing import Tree
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.check import compare
+from foveate.rollout.engine import Request, in_order
+
+logger = logging.getLogger(__name__)
+
+Groups = Generator[tuple[int, tuple[Completion, ...]]]
+
+_LOOK = 2.0
+"""Seconds after which an engine says that nothing has finished."""
+_STARTS = 2
+"""Starts of an engine without a finished group in between; then the whole run goes back to its last checkpoint."""
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one engine answers: requests with their indices in the whole, those that are missing (by their places in the
+    share), and when the last group came."""
+
+    requests: list[Request]
+    indices: list[int]
+    missing: set[int]
+    heard: float
+
+
+class EnginesApart:
+    """Stands where `foveate.cluster.colocated_engines.GroupEngine` stands, in a run whose engines have processes of
+    their own.
+
+    One that dies, or finishes no group for `timeout` seconds, is started again, gets the weights of the last publish
+    and answers what is missing of its share: no group is lost or doubled. Its weights come from the trainers; where
+    these learn meanwhile (`beside`), from another engine, and without one the run goes back to its last checkpoint.
+    """
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        workers: WorkerGroup,
+        load: Callable[[], Policy],
+        *,
+        timeout: float,
+        beside: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """`load` makes the policy on which an engine stands; `dtype` is the coarsest that it and the trainers compute
+        in."""
+        self.version = -1
+        self._hosts, self._workers, self._load = hosts, workers, load
+        self._timeout, self._beside, self._dtype = timeout, beside, dtype
+        self._every = range(hosts.size)
+        self._fails = [0] * hosts.size
+        self._losses = self._publishes = self._ticket = 0
+        self._is_paused = False
+        self._reviving = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hosts.close()
+
+    # -------------------------------------------------------------------------------------------------- the engine seam
+
+    def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
+        """Start all engines, each made by `new_engine`, with the trainers' weights, and prove that they have them."""
+        self._build = partial(EngineHost, self._load, new_engine, encoder.decode)
+        self._encoder, self._rollout = encoder, rollout
+        started = [self._hosts.start(number, self._build) for number in self._every]
+        lost = self._failing(dict(zip(self._every, started, strict=True)))
+        self._publish(version, lost)
+        if rollout.check_every:
+            self._prove()
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        return in_order(self.stream(requests, sampling), requests)
+
+    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
+        """Groups as they finish. Answers do not depend on who gives them."""
+        costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
+        return self._answers(requests, deal(costs, self._hosts.size), sampling)
+
+    def pause(self) -> None:
+        """As `Engine.pause`."""
+        self._tell("pause", paused=True)
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        self._tell("resume", paused=False)
+
+    def sleep(self) -> None:
+        """Nothing: their devices are their own."""
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, and those of a
+        check, if one is due."""
+        self._publish(version, {})
+        self._publishes += 1
+        due = self._rollout.check_every and self._publishes % self._rollout.check_every == 0
+        return {"engines_lost": float(self._losses), **({"engine_check": self._prove()} if due else {})}
+
+    def _tell(self, method: str, *, paused: bool) -> None:
+        """An engine that is lost does not matter here: another one is told when it has been started."""
+        with self._reviving:
+            self._is_paused = paused
+            wait([self._hosts.ask(number, method) for number in self._every], self._timeout)
+
+    # ---------------------------------------------------------------------------------------------------------- answers
+
+    def _answers(self, requests: Sequence[Request], dealt: Sequence[list[int]], sampling: SamplingParams) -> Groups:
+        now = time.monotonic()
+        shares = {
+            number: _Share([requests[i] for i in own], own, {*range(len(own))}, now)
+            for number, own in enumerate(dealt)
+            if own
+        }
+        self._ticket = ticket = self._ticket + 1
+        asked = {self._begin(number, share, sampling): number for number, share in shares.items()}
+        try:
+            while asked:
+                done, _ = wait(asked, timeout=_LOOK, return_when=FIRST_COMPLETED)
+                self._end_hung({number: shares[number] for number in asked.values()})
+                for future in done:
+                    number = asked.pop(future)
+                    share = shares[number]
+                    try:
+                        groups, ended = future.result()
+                    except EngineLostError as error:
+                        self._revive(number, error, self._source(number))
+                        share.heard = time.monotonic()
+                        asked[self._begin(number, share, sampling)] = number
+                        continue
+                    fresh = [(place, group) for place, group in groups if place in share.missing]
+                    share.missing.difference_update(place for place, _ in fresh)
+                    if fresh:
+                        share.heard, self._fails[number] = time.monotonic(), 0
+                    if share.missing and not ended:  # those that a pause left out are not begun
+                        asked[self._hosts.ask(number, "more", _LOOK)] = number
+                    yield from ((share.indices[place], group) for place, group in fresh)
+        finally:
+            for number in asked.values():
+                self._hosts.ask(number, "stop", ticket)
+
+    def _begin(self, number: int, share: _Share, sampling: SamplingParams) -> Future[Any]:
+        return self._hosts.ask(number, "begin", self._ticket, share.requests, sampling, sorted(share.missing))
+
+    def _end_hung(self, shares: dict[int, _Share]) -> None:
+        for number, share in shares.items():
+            if time.monotonic() - share.heard > self._timeout:
+                logger.error("engine %d has finished no group for %g s (cluster.timeout)", number, self._timeout)
+                self._hosts.end(number)
+                share.heard = time.monotonic()
+
+    # ---------------------------------------------------------------------------------------------------------- weights
+
+    def _publish(self, version: int, lost: dict[int, EngineLostError]) -> None:
+        """Weights of the trainers to all engines, which are at rest; those that are `lost` are started again first."""
+        self.version = version
+        lost = lost | self._send([number for number in self._every if number not in lost], self._trainers)
+        for number, error in lost.items():
+            self._revive(number, error, self._trainers)
+
+    def _send(self, numbers: Sequence[int], source: Callable[[bool], Any]) -> dict[int, EngineLostError]:
+        """Packet by packet, the next one gathered while one is taken in. Returns the engines that were lost."""
+        lost: dict[int, EngineLostError] = {}
+        packet = source(True)
+        while packet is not None:
+            shared = self._hosts.share(packet)
+            taken = {number: self._hosts.ask(number, "take", shared) for number in numbers if number not in lost}
+            del packet, shared
+            packet = source(False)
+            lost |= self._failing(taken)
+        told = {n: self._hosts.ask(n, "publish", self.version) for n in numbers if n not in lost}
+        return lost | self._failing(told)
+
+    def _trainers(self, first: bool) -> Any:
+        return everywhere(self._workers, "engine.packet", first)[0]
+
+    def _source(self, number: int) -> Callable[[bool], Any]:
+        """Who has the weights of the last publish when an engine has been lost while it answered."""
+        if not self._beside:
+            return self._trainers
+        others = [other for other in self._every if other != number]
+        if not others:
+            raise RankLost(f"engine {number} died, and its weights with it, since the trainers have learned on")
+        return partial(self._answer, others[0], "packet")
+
+    def _answer(self, number: int, method: str, *arguments: Any) -> Any:
+        """What an engine says of itself; one that dies now takes the run back to its last checkpoint."""
+        try:
+            return self._result(number, self._hosts.ask(number, method, *arguments))
+        except EngineLostError as error:
+            raise RankLost(f"engine {number} died when it was asked for {method} ({error})") from error
+
+    def _revive(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
+        """Start an engine again, with the weights of `source`."""
+        with self._reviving:
+            self._start_again(number, error, source)
+
+    def _start_again(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
+        while True:
+            self._fails[number] += 1
+            self._losses += 1
+            if self._fails[number] > _STARTS:
+                raise RankLost(
+                    f"engine {number} was lost {self._fails[number]} times without a finished group: {error}"
+                )
+            logger.warning("engine %d is lost (%s); starting it again", number, error)
+            lost = self._failing({number: self._hosts.start(number, self._build)})
+            lost = lost or self._send([number], source)
+            if not lost and self._is_paused:
+                lost = self._failing({number: self._hosts.ask(number, "pause")})
+            if not lost:
+                return
+            error = lost[number]
+
+    def _failing(self, futures: dict[int, Future[Any]]) -> dict[int, EngineLostError]:
+        """Those engines that were lost instead of answering, when all have done either."""
+        lost: dict[int, EngineLostError] = {}
+        for number, future in futures.items():
+            try:
+                self._result(number, future)
+            except EngineLostError as error:
+                lost[number] = error
+        return lost
+
+    def _result(self, number: int, future: Future[Any]) -> Any:
+        try:
+            return future.result(self._timeout)
+        except TimeoutError as error:
+            self._hosts.end(number)
+            raise EngineLostError(f"it did not answer for {self._timeout:g} s (cluster.timeout)") from error
+
+    # ------------------------------------------------------------------------------------------------------------ proof
+
+    def _prove(self) -> float:
+        """Compare every engine with the trainers; the largest mean difference of log-probs, nats."""
+        temperature = self._rollout.temperature
+        compared = partial(compare, trainer=self._logprobs, encoder=self._encoder, dtype=self._dtype)
+        return max(
+            compared(_One(self, number), temperature=temperature, version=self.version) for number in self._every
+        )
+
+    def _logprobs(self, trees: list[Tree]) -> list[Tensor]:
+        return spread_each(self._workers, "logprobs", trees, [float(tree.tokens) for tree in trees])
+
+    def answers_of(self, number: int, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
+        """All answers from one engine."""
+        return self._answers(requests, [[*range(len(requests))] if n == number else [] for n in self._every], sampling)
+
+    def prompt_ids_of(self, number: int, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
+        return self._answer(number, "prompt_ids", [*prompts])
+
+
+class _One:
+    """One of the engines, as the proof asks it."""
+
+    def __init__(self, engines: EnginesApart, number: int) -> None:
+        self._engines, self._number = engines, number
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        return in_order(self._engines.answers_of(self._number, requests, sampling), requests)
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._engines.prompt_ids_of(self._number, [prompt])[0]

@@ -1,0 +1,40 @@
+"""What every group of settings is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+# YAML has lists only; strict types would ask for a tuple.
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class Settings(BaseModel):
+    """The base of all settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
+
+
+class Named(Settings):
+    """Something chosen by name. A bare string stands for the name with default settings: `algorithm: gspo`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU here."""
+    import torch  # settings are read without it wherever this is not asked
+
+    return torch.cuda.is_available()
+
+
+def refuse(path: str, text: str) -> NoReturn:
+    """Raise for settings that do not fit together; `foveate.config.recipe` finds the line of `path`."""
+    raise PydanticCustomError("together", "{path} {text}", {"path": path, "text": text})

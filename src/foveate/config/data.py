@@ -1,0 +1,61 @@
+"""The rows of a run: which, in which order, and how they become prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from foveate.config.base import Settings, Strings
+
+Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
+
+
+class CurriculumSettings(Settings):
+    key: str = Field(min_length=1, description="Field of the rows with their difficulty: extra_info.accuracy.")
+    descending: bool = Field(
+        default=False, description="Begin with the largest values (an accuracy) and not with the smallest (a length)."
+    )
+    epochs: int = Field(default=1, ge=1, description="Epochs in this order; those that follow are in random order.")
+    mixing: float = Field(
+        default=0.2, ge=0, description="How far a row may move at random, as a share of the epoch; 0: strictly sorted."
+    )
+
+
+class DataSettings(Settings):
+    train: Strings = Field(min_length=1, description="Files to learn from: parquet or JSONL.")
+    image_root: str | None = Field(
+        default=None,
+        description="Folder that relative image paths start from; null: the folder of the file that names them.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="A row that cannot be used ends the run, or is left out, counted and listed."
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="Columns of one's own: prompt, images, answer, ... -> column, or =text for the text itself. "
+        "Empty: the files have the usual ones.",
+    )
+    weights: Weights = Field(
+        default=(),
+        description="How often the rows of each file in data.train come in an epoch, such as [1, 0.5, 3]; empty: once.",
+    )
+    curriculum: CurriculumSettings | None = Field(
+        default=None, description="From easy to hard in the first epochs; null: in random order from the start."
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="Processes that check rows; null: one per core where there are many rows."
+    )
+    image_workers: int = Field(
+        default=0, ge=0, description="Processes that decode and cut images ahead of the step; 0: none, in the step."
+    )
+    max_prompt_tokens: int = Field(default=8192, ge=1, description="Longest prompt, in tokens, image tokens included.")
+    system: str | None = Field(default=None, description="System prompt put before every conversation; null: none.")
+    thinking: bool = Field(
+        default=False,
+        description="The system prompt is that of InternVL3.5's thinking mode: <think> ... </think> first.",
+    )
+
+
+class RLDataSettings(DataSettings):
+    test: Strings = Field(default=(), description="Held-out files for evaluation: parquet or JSONL.")

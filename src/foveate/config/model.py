@@ -1,0 +1,63 @@
+"""Which model, and which of its parts train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from foveate.config.base import Settings, Strings
+
+Modules = Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(strict=False, min_length=1)]
+
+
+class LoraSettings(Settings):
+    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(default=32, ge=1, description="Their update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs set to 0 in updates.")
+    targets: Strings | None = Field(
+        default=None,
+        description="Linear layers that get adapters, such as [q_proj, v_proj], in the parts that model.train names; "
+        "null: all of the language model and of the vision tower.",
+    )
+
+
+class ModelSettings(Settings):
+    path: str = Field(
+        min_length=1,
+        description='Folder of a Hugging Face InternVL model; "demo" is the small one shipped with foveate.',
+    )
+    attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
+        default="auto",
+        description="Attention kernel: sdpa on CPUs, flex (FlexAttention) on GPUs; auto takes the one for the device, "
+        "reference is the slow one that the others are held equal to.",
+    )
+    train: Modules = Field(
+        default=("vision", "projector", "language"),
+        description="Parts of the model that learn; the others stay frozen.",
+    )
+    lora: LoraSettings | None = Field(
+        default=None,
+        description="Parts of model.train with low-rank adapters learn by these alone, the others whole; null: none.",
+    )
+    max_tiles: int | None = Field(
+        default=None,
+        ge=1,
+        description="InternVL: most tiles of a prompt, shared by its images, thumbnails not counted; null: what the "
+        "model's folder says.",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Qwen-VL: most pixels of an image after resizing; null: what the model's folder says.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and activations.")
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of what each block does around its attention: minutes at the start, faster steps on "
+        "GPUs; needs a C++ compiler.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute activations again in the backward pass: less memory, about a third more time.",
+    )

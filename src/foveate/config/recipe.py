@@ -1,0 +1,316 @@
+"""Recipes: YAML files of settings, one optional `base:` each, changed by `a.b=value` overrides on the command line.
+
+Values follow YAML 1.2: `1e-6` is a number, and only `true` and `false` are booleans. Every value remembers the line or
+the override that it came from, so that a message can name it. Aliases and tags are refused.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+import yaml.composer
+from pydantic import ValidationError
+
+from foveate.config.base import Named, Settings
+from foveate.config.runs import is_group, walk
+from foveate.errors import ConfigError
+from foveate.registry import explain, suggestion
+
+SHIPPED = Path(str(importlib.resources.files("foveate"))) / "recipes"
+
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, ".inf": math.inf, "-.inf": -math.inf}
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value and where it was written; `value` is a dict of entries for a mapping, else a plain scalar or list."""
+
+    value: Any
+    where: str
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]) -> SettingsT:
+    """The settings of a recipe.
+
+    A layer (base, recipe, each override in turn) adds to the ones before it. Lists are replaced whole. A choice by name
+    (`algorithm`, `reward`) that names another one drops the settings of the former.
+
+    Args:
+        path: a file, or the name of a shipped recipe (`shapes_gspo`).
+        overrides: `group.name=value` each; a value that starts with `[`, `{` or a quote is read as YAML, any other as
+            one scalar to its end; no value is null.
+        cls: what the recipe sets.
+
+    Raises:
+        ConfigError: with the file and line, or the override, of the first problem.
+    """
+    named = _default_names(cls)
+    merged = Entry({}, str(path))
+    for layer in (*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)):
+        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
+    try:
+        return cls.model_validate(_plain(merged))
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, merged, cls)) from None
+
+
+def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
+    """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
+    return Path(name) if Path(name).is_file() else _find_shipped(Path(name), shipped)
+
+
+def _find_shipped(name: Path, shipped: Path) -> Path:
+    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    stem = name.name.removesuffix(".yaml")
+    if name.parent in (Path(), Path("recipes")) and stem in known:
+        return shipped / f"{stem}.yaml"
+    raise ConfigError(
+        f"no recipe {str(name)!r}{suggestion(stem, known)}; give the path of a YAML file or one of the shipped: "
+        f"{', '.join(known)}"
+    )
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of one YAML file as they stand, without base, defaults or checks of the settings."""
+    return _plain(_read_file(path))
+
+
+def to_yaml(settings: Settings) -> str:
+    """Settings as YAML that `load_recipe` reads back to equal settings."""
+    values = settings.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path; an empty mapping is a value."""
+    flat = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {prefix + key: value}
+    return flat
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+class _Loader(yaml.BaseLoader):
+    """Composes nodes whose scalars are all text, and refuses aliases, which could make a value contain itself."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed; write the value out", mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that would be read back as something else."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _read_with_base(path: Path, chain: tuple[Path, ...]) -> list[Entry]:
+    """The layers of a recipe file, its base first; `chain` holds the files that led here."""
+    entry = _read_file(path)
+    chain = (*chain, path)
+    if "base" not in entry.value:
+        return [entry]
+    base = entry.value["base"]
+    if not isinstance(base.value, str):
+        raise ConfigError(f"{base.where}: base must be the path of one recipe, found {_plain(base)!r}")
+    beside = path.parent / base.value
+    try:
+        found = beside if beside.is_file() else _find_shipped(Path(base.value), SHIPPED)
+    except ConfigError as error:
+        raise ConfigError(f"{base.where}: base is relative to {path.parent}/: {error}") from None
+    if found.resolve() in [file.resolve() for file in chain]:
+        circle = " -> ".join(str(file) for file in (*chain, found))
+        raise ConfigError(f"{base.where}: base goes in a circle: {circle}; remove one of these base lines")
+    own = Entry({key: value for key, value in entry.value.items() if key != "base"}, entry.where)
+    return [*_read_with_base(found, chain), own]
+
+
+def _read_file(path: Path) -> Entry:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a recipe: {error}") from None
+    entry = _compose(text, str(path), inline=False)
+    if entry.value is None:
+        return Entry({}, str(path))
+    if not isinstance(entry.value, dict):
+        raise ConfigError(f"{entry.where}: a recipe is a mapping of settings (name: value), found {entry.value!r}")
+    return entry
+
+
+def _read_override(text: str) -> Entry:
+    where = f"override {text!r}"
+    path, equals, written = (part.strip() for part in text.partition("="))
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{where}: an override is written group.name=value, such as train.steps=100")
+    inline = written.startswith(("[", "{", "'", '"'))
+    entry = _compose(written, where, inline=True) if inline else Entry(_scalar(written), where)
+    for key in reversed(keys):
+        entry = Entry({key: entry}, where)
+    return entry
+
+
+def _compose(text: str, source: str, inline: bool) -> Entry:
+    """YAML text as an entry; places are `source` itself for an inline value, else `source:line`."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        return Entry(None, source) if node is None else _entry(node, source, inline)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = source if inline or mark is None else f"{source}:{mark.line + 1}"
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _entry(node: yaml.Node, source: str, inline: bool, where: str = "") -> Entry:
+    """`where` is the line of the key, which may stand above its value."""
+    where = where or _line(node, source, inline)
+    if not node.tag.startswith("tag:yaml.org,2002:"):
+        raise ConfigError(f"{where}: the tag {node.tag} is not allowed; write a plain value")
+    if isinstance(node, yaml.ScalarNode):
+        return Entry(node.value if node.style else _scalar(node.value), where)
+    if isinstance(node, yaml.SequenceNode):
+        return Entry([_plain(_entry(item, source, inline)) for item in node.value], where)
+    entries: dict[str, Entry] = {}
+    for key, value in node.value:
+        line = _line(key, source, inline)
+        name = _key(key, line)
+        if name in entries:
+            raise ConfigError(f"{line}: {name} is set twice, first at {entries[name].where}; keep one of them")
+        entries[name] = _entry(value, source, inline, line)
+    return Entry(entries, where)
+
+
+def _line(node: yaml.Node, source: str, inline: bool) -> str:
+    return source if inline or node.start_mark is None else f"{source}:{node.start_mark.line + 1}"
+
+
+def _key(node: yaml.Node, where: str) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{where}: the name of a setting must be a plain word")
+    if "." in node.value:
+        group, _, rest = node.value.partition(".")
+        raise ConfigError(f"{where}: dotted names are for the command line; write `{group}:` and, indented, `{rest}:`")
+    return node.value
+
+
+def _scalar(text: str) -> Any:
+    """An unquoted scalar by the rules of YAML 1.2 (YAML 1.1 reads 1e-6 as text, `no` as false and 1:30 as 90)."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+# -------------------------------------------------------------------------------------------------------- merging
+
+
+def _plain(entry: Entry) -> Any:
+    return {key: _plain(e) for key, e in entry.value.items()} if isinstance(entry.value, dict) else entry.value
+
+
+def _default_names(cls: type[Settings]) -> dict[str, str]:
+    """The choices by name, by dotted path, each with the name that stands when none is given."""
+    fields = dict(walk(cls))
+    return {path: fields[f"{path}.name"].default for path, field in fields.items() if is_group(field, Named)}
+
+
+def _spell_out(entry: Entry, named: Mapping[str, str], path: str) -> Entry:
+    """Bare names as mappings: `algorithm: gspo` becomes `algorithm: {name: gspo}`."""
+    if path in named and isinstance(entry.value, str):
+        return Entry({"name": entry}, entry.where)
+    if not isinstance(entry.value, dict):
+        return entry
+    return Entry({key: _spell_out(e, named, _join(path, key)) for key, e in entry.value.items()}, entry.where)
+
+
+def _merge(lower: Entry, upper: Entry, named: Mapping[str, str], path: str) -> Entry:
+    if not (isinstance(lower.value, dict) and isinstance(upper.value, dict)):
+        return upper
+    if path in named and "name" in upper.value:
+        former = lower.value["name"].value if "name" in lower.value else named[path]
+        if upper.value["name"].value != former:
+            return upper
+    merged = dict(lower.value)
+    for key, entry in upper.value.items():
+        merged[key] = _merge(merged[key], entry, named, _join(path, key)) if key in merged else entry
+    return Entry(merged, lower.where)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+def _first_problem(error: ValidationError, entry: Entry, cls: type[Settings]) -> str:
+    """One line for all problems: the first, and how many more. Unknown names come first: they explain missing ones."""
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    problem = problems[0]
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "together":
+        context = problem["ctx"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        path, text = context["path"], context["text"]
+        location = path.split(".")
+    else:
+        path = ".".join(part for part in location if not part.isdigit())
+        text = explain(problem)
+    if problem["type"] == "extra_forbidden":
+        message = f"unknown setting {path}{_nearest(path, cls)}"
+    else:
+        numbers = [f"entry {int(part) + 1}" for part in location if part.isdigit()]
+        message = f"{' '.join([path, *numbers])} {text}"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{_place(entry, location)}: {message}{more}"
+
+
+def _place(entry: Entry, location: Sequence[str]) -> str:
+    """Where the value at `location` was written, or the nearest mapping above it."""
+    for key in location:
+        if not isinstance(entry.value, dict) or key not in entry.value:
+            break
+        entry = entry.value[key]
+    return entry.where
+
+
+def _nearest(path: str, cls: type[Settings]) -> str:
+    """The settings that an unknown one may stand for: the same name in another group, else one spelled alike."""
+    group, _, name = path.rpartition(".")
+    known = {dotted: dotted.rpartition(".") for dotted, _ in walk(cls) if dotted != group}
+    same = [dotted for dotted, (_, _, last) in known.items() if last == name]
+    siblings = {last: dotted for dotted, (above, _, last) in known.items() if above == group}
+    lasts = {last: dotted for dotted, (_, _, last) in known.items()}
+    alike = [siblings[last] for last in get_close_matches(name, siblings, n=1)]
+    alike = alike or get_close_matches(path, known, n=1, cutoff=0.75)
+    alike = alike or [lasts[last] for last in get_close_matches(name, lasts, n=1)]
+    if same or alike:
+        return f"; did you mean {' or '.join(same or alike)}?"
+    above = f"{group} has" if group else "there are"
+    return f"; {above} {', '.join(siblings)}"

@@ -1,0 +1,104 @@
+"""Optimizer, length and batches of a run, evaluation and logging."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from foveate.config.base import Settings, refuse
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+
+
+class OptimSettings(Settings):
+    lr: float = Field(gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    betas: Betas = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="constant",
+        description="Learning rate after the warm-up: held, or falling towards 0, to be reached behind the last step.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradients with a larger global L2 norm are scaled down to it."
+    )
+
+
+class TrainSettings(Settings):
+    steps: int = Field(ge=1, description="Length of the run, in steps.")
+    tokens_per_micro_batch: int = Field(
+        default=16384, ge=1, description="Token budget of one forward pass on one device."
+    )
+    save_every: int = Field(
+        default=50, ge=0, description="Steps from one checkpoint to the next; 0: only after the last step."
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept; older ones are deleted.")
+    save_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy of weights and optimizer in host memory.",
+    )
+    disk_wait: float | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none; null: "
+        "900, or half of cluster.timeout where that is less.",
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; null: as many as PyTorch chooses.")
+
+
+class RLTrainSettings(TrainSettings):
+    prompts_per_step: int = Field(default=32, ge=1, description="Prompts answered and learned from in one step.")
+    updates_per_step: int = Field(
+        default=1, ge=1, description="Optimizer updates that share the prompts of one step evenly."
+    )
+    passes: int = Field(
+        default=1,
+        ge=1,
+        description="Times that a step learns from its answers, each in `updates_per_step` updates (PPO's epochs).",
+    )
+
+
+class SFTTrainSettings(TrainSettings):
+    samples_per_step: int = Field(default=32, ge=1, description="Demonstrations in one optimizer update.")
+    weighting: Literal["token", "sample", "square"] = Field(
+        default="token", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
+    )
+
+
+class MPOTrainSettings(TrainSettings):
+    pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
+    reference_cache: str | None = Field(
+        default=None,
+        description="Folder of log-probs under the frozen start, which runs may share; null: in the run's folder.",
+    )
+
+
+class EvalSettings(Settings):
+    every: int = Field(
+        default=20,
+        ge=0,
+        description="Steps between evaluations, which also come before the first and after the last step; 0: none.",
+    )
+    prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first of data.test; null: all.")
+    samples: int = Field(
+        default=0, ge=0, description="Answers per prompt sampled at temperature 1, besides the greedy one."
+    )
+    gallery: int = Field(default=16, ge=0, description="Held-out pictures that the report shows at each evaluation.")
+
+
+class LogSettings(Settings):
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = Field(
+        default=(), description="Where metrics go besides metrics.jsonl; each must be installed."
+    )
+
+    @model_validator(mode="after")
+    def _installed(self) -> Self:
+        for name in self.to:
+            if find_spec(name) is None:
+                refuse("log.to", f"names {name}, which is not installed; run pip install {name}, or leave it out")
+        return self

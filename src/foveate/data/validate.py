@@ -1,0 +1,208 @@
+"""Every row of a table looked at before anything else is done with it, in worker processes where there are many."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from foveate.data.parsers import Parser
+from foveate.data.rows import Problem
+from foveate.data.table import TaskTable, open_tasks
+from foveate.log import progress as progress_bar
+from foveate.records import DataError, Task, require
+
+logger = logging.getLogger(__name__)
+
+OnBadRow = Literal["error", "skip"]
+Check = Callable[[Task], Sequence[tuple[str, str]]]
+"""The faults of a task, as (field, what is wrong)."""
+Measure = Callable[[Task], Any]
+Progress = Callable[[int, int], None]
+"""Called with the rows done and the rows in all."""
+
+CHUNK_ROWS = 256
+ROWS_PER_WORKER = 4000  # below this a process of its own takes longer to start than to work
+MAX_WORKERS = 8
+LISTED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is done to each row: its check, and a measure taken of every row that is good."""
+
+    check: Check | None = None
+    measure: Measure | None = None
+
+    def __call__(self, table: TaskTable, index: int, count: int) -> Iterator[tuple[list[Problem], Any]]:
+        for task, found in table.inspect_range(index, count):
+            problems = list(found)
+            if task is not None and self.check is not None:
+                problems = [Problem(task.where, field, what) for field, what in self.check(task)]
+            measured = None
+            if task is not None and not problems and self.measure is not None:
+                measured = self.measure(task)
+            yield problems, measured
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found: the indices of the good rows, all problems in order, and the measure of each good row."""
+
+    kept: list[int]
+    problems: list[Problem]
+    measures: list[Any]
+
+
+def survey(table: TaskTable, look: Look, *, workers: int | None = None, progress: Progress | None = None) -> Survey:
+    """Look at every row, headers of images included.
+
+    workers: processes; None for one per core and 4,000 rows, at most 8. With one, the rows are looked at in this
+    process, and so are they if `look` cannot be pickled (a check from a file of the user). Raises DataError if a worker
+    is killed from outside.
+    """
+    kept, problems, measures = [], [], []
+    for index, (found, measure) in enumerate(_results(table, look, _worker_count(table, look, workers))):
+        problems.extend(found)
+        if not found:
+            kept.append(index)
+            measures.append(measure)
+        if progress is not None:
+            progress(index + 1, len(table))
+    return Survey(kept, problems, measures)
+
+
+def validate(
+    table: TaskTable,
+    *,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[int], list[Problem]]:
+    """Look at every row and return the indices of the good ones and all problems.
+
+    check: further demands on a task, such as `rewards.boxes.check_truth`. workers: as for `survey`. With "error" any
+    problem raises one DataError: the first problem, and how many more there are; the first 20 are logged. With "skip"
+    bad rows are left out; that no row is left raises DataError too.
+    """
+    found = survey(table, Look(check), workers=workers, progress=progress)
+    judge(table, found, on_bad_row)
+    return found.kept, found.problems
+
+
+def judge(table: TaskTable, found: Survey, on_bad_row: OnBadRow) -> None:
+    """Raise DataError for bad rows that may not be skipped, and if no good row is left."""
+    require(on_bad_row in ("error", "skip"), f"setting on_bad_row: must be error or skip, not {on_bad_row!r}")
+    problems = found.problems
+    if problems and on_bad_row == "error":
+        more = f"; and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+        for problem in problems[:LISTED] if more else []:
+            logger.error("%s", problem)
+        hint = "mend the data (`foveate data check` lists all problems), or leave such rows out with --on-bad-row skip"
+        raise DataError(f"{problems[0]}{more} ({hint})")
+    if not found.kept:
+        raise DataError(f"{table.names}: none of the {len(table)} rows can be used; the first problem: {problems[0]}")
+
+
+def read_tasks(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    image_root: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    parser: Parser | None = None,
+    on_bad_row: OnBadRow = "error",
+    check: Check | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[TaskTable, list[Problem]]:
+    """Open and validate: the table of the good rows, and the problems of those that "skip" left out.
+
+    Arguments and errors as for `store.open_tasks` and `validate`.
+    """
+    table = open_tasks(paths, image_root=image_root, columns=columns, parser=parser)
+    kept, problems = validate(table, on_bad_row=on_bad_row, check=check, workers=workers, progress=progress)
+    return table.select(kept), problems
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the sources of a preparation are read: see `store.open_tasks`, `survey` and `validate`. Calling it reads."""
+
+    image_root: Path | None = None
+    columns: Mapping[str, str] | None = None
+    on_bad_row: OnBadRow = "error"
+    workers: int | None = None
+
+    def __call__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        parser: Parser | None = None,
+        check: Check | None = None,
+        measure: Measure | None = None,
+    ) -> tuple[TaskTable, Survey]:
+        """The table of the good rows, and what was found, its measures being those of the rows of the table."""
+        table = open_tasks(paths, image_root=self.image_root, columns=self.columns, parser=parser)
+        with progress_bar(f"checking {table.names:.60}", len(table)) as advance:
+            look = Look(check, measure)
+            found = survey(table, look, workers=self.workers, progress=lambda *_: advance(1))
+        judge(table, found, self.on_bad_row)
+        return table.select(found.kept), found
+
+
+AS_IS = Reading()
+"""Sources in the usual form, without bad rows."""
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+
+
+def _worker_count(table: TaskTable, look: Look, workers: int | None) -> int:
+    if workers is None:
+        workers = min(os.cpu_count() or 1, MAX_WORKERS, len(table) // ROWS_PER_WORKER)
+    if workers > 1:
+        try:
+            pickle.dumps(look)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            logger.info("the rows are checked in one process, since the check cannot be sent to others (%s)", error)
+            return 1
+    return max(1, workers)
+
+
+def _results(table: TaskTable, look: Look, workers: int) -> Iterator[tuple[list[Problem], Any]]:
+    if workers == 1:
+        yield from look(table, 0, len(table))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, _begin, (table, look)) as pool:
+        try:
+            for results in pool.map(_look_at, range(0, len(table), CHUNK_ROWS)):
+                yield from results
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"{table.names}: a process that checked rows was killed (out of memory?); use fewer with data.workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_WORK: list[tuple[TaskTable, Look]] = []
+"""In a worker process: what it was started for."""
+
+
+def _begin(table: TaskTable, look: Look) -> None:
+    _WORK[:] = [(table, look)]
+
+
+def _look_at(first: int) -> list[tuple[list[Problem], Any]]:
+    table, look = _WORK[0]
+    return list(look(table, first, CHUNK_ROWS))

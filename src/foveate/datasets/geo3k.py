@@ -1,0 +1,89 @@
+r"""Prepare Geometry3K (hiyouga/geometry3k on the Hugging Face hub): a problem, one picture, an answer in \boxed{}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.data.parsers import Parsed
+from foveate.data.rows import Place, parse_row
+from foveate.data.sources import split_of
+from foveate.data.validate import AS_IS, Reading
+from foveate.datasets.prepared import Prepared
+from foveate.datasets.tables import prepare_splits
+from foveate.errors import ConfigError
+from foveate.records import DataError
+
+SOURCE = "hiyouga/geometry3k"
+INSTRUCTION = (
+    "You FIRST think about the reasoning process as an internal monologue and then provide the final answer. The "
+    "reasoning process MUST BE enclosed within <think> </think> tags. The final answer MUST BE put in \\boxed{}."
+)
+_NEEDED = ("images", "problem", "answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Geo3kRows:
+    """Rows with images, problem and answer as tasks of the geo3k reward; the problem is followed by an instruction."""
+
+    instruction: str = INSTRUCTION
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        missing = [name for name in _NEEDED if name not in names]
+        if missing:
+            raise DataError(
+                f"column {', '.join(missing)} is missing; Geometry3K has {', '.join(_NEEDED)}, the file has "
+                f"{', '.join(names)}"
+            )
+        return list(_NEEDED)
+
+    def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed:
+        problem, answer = raw.get("problem"), raw.get("answer")
+        content = f"{problem} {self.instruction}" if isinstance(problem, str) else problem
+        return parse_row(
+            {
+                "data_source": SOURCE,
+                "prompt": [{"role": "user", "content": content}],
+                "images": raw.get("images"),
+                "ability": "math",
+                "reward_model": {"style": "rule", "ground_truth": answer},
+                "extra_info": {"answer": answer, "question": problem},
+            },
+            place,
+        )
+
+    def column_of(self, field: str) -> list[str]:
+        return [{"prompt": "problem", "reward_model.ground_truth": "answer"}.get(field, field)]
+
+
+def prepare_geo3k(source: str, out: Path, *, reading: Reading = AS_IS) -> Prepared:
+    """Geometry3K as one parquet file per split (train, validation, test), with a manifest.
+
+    source: a parquet file, a folder of them, a folder written by `datasets.save_to_disk`, or the name of a dataset on
+    the hub (`hiyouga/geometry3k`), which is downloaded. Splits come from the names of the files. Raises ConfigError
+    where the hub is not reached, DataError for rows that cannot be used.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        folder = _download(source)
+    settings = {"dataset": SOURCE, "instruction": INSTRUCTION}
+    return prepare_splits(folder, out, Geo3kRows(), split_of, settings=settings, reading=reading)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    local = "give the folder of a local copy: parquet files, or what datasets.save_to_disk wrote"
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
+    except HFValidationError:
+        raise ConfigError(f"{name}: no such file or folder, and no name of a dataset (owner/name); {local}") from None
+    except (HfHubHTTPError, OSError) as error:  # without network these are OSErrors of several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{name}: no such file or folder, and it could not be downloaded from the Hugging Face hub ({reason}); "
+            f"{local}"
+        ) from error

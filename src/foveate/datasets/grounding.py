@@ -1,0 +1,178 @@
+"""Prepare grounding data: RefCOCO-style JSONL to parquet files and manifest.json in one folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from foveate.data.parsers import SchemaRows
+from foveate.data.table import BOX, TaskTable, row_schema
+from foveate.data.validate import AS_IS, Reading
+from foveate.datasets.grounding_sets import REFCOCO_SPLITS, HardSet, SplitBy, hold_out, take_hard, take_share
+from foveate.datasets.prepared import Prepared, publish, sha256, task_row
+from foveate.files import atomic_path
+from foveate.records import Image, Task, require
+
+EXTRA_INFO = {
+    "split": pa.string(),
+    "index": pa.int64(),
+    "id": pa.string(),
+    "height": pa.int64(),
+    "width": pa.int64(),
+    "question": pa.string(),
+    "dataset": pa.string(),
+}
+
+
+def prepare_grounding(
+    sources: str | Path | Sequence[str | Path],
+    out: Path,
+    *,
+    prompt_form: str = "internvl",
+    box_field: str = "bbox",
+    hard: HardSet | None = None,
+    test_fraction: float = 0.1,
+    split_by: SplitBy = "image",
+    seed: int = 0,
+    copy_images: bool = False,
+    reading: Reading = AS_IS,
+) -> Prepared:
+    """Turn RefCOCO-style JSONL (see `rows.parse_referring`) into the parquet schema, ground truth in 0..1000.
+
+    test_fraction: the share of pictures (split_by "image": no picture is in both splits) or of rows ("row") that is
+    held out at random by `seed`; 0 and 1 put all rows into one split, whose file alone is written. Rows keep the order
+    of the sources. With `hard` the training rows are its choice of them, in random order. Pictures are referred to by
+    absolute path, or with copy_images copied into `out/images` and referred to from there, which makes the folder
+    self-contained.
+
+    The same sources, options and seed give the same bytes. All rows are checked before anything is touched; for the
+    order in which files appear see `prepared.publish`. Raises DataError for sources that are not .jsonl, bad rows
+    (unless they are skipped), a split that leaves one side empty, an empty hard set, and where `out` cannot be written.
+    """
+    require(0.0 <= test_fraction <= 1.0, f"setting test_fraction: must be within 0..1, not {test_fraction}")
+    require(split_by in ("image", "row"), f"setting split_by: must be image or row, not {split_by!r}")
+    paths = _source_paths(sources)
+    keep = (hard.iou_key, hard.teacher_iou_key) if hard is not None else ()
+    table, found = reading(paths, parser=SchemaRows(prompt_form, box_field, keep), check=check_referring)
+    rng = np.random.default_rng(seed)
+    keys = [_file(task.images[0]) for task in table] if split_by == "image" else range(len(table))
+    splits = hold_out(keys, test_fraction, rng, split_by)
+    counts: dict[str, int] = {}
+    if hard is not None:
+        splits["train"], counts = _hard(table, splits.get("train", []), hard, rng)
+    copy_to = out if copy_images else None
+    return publish(
+        out,
+        {name: _rows(table, indices, name, copy_to) for name, indices in splits.items()},
+        row_schema(BOX, EXTRA_INFO),
+        total=sum(map(len, splits.values())),
+        sources=paths,
+        settings={
+            "prompt_form": prompt_form,
+            "box_field": box_field,
+            "split_by": split_by,
+            "test_fraction": test_fraction,
+            "seed": seed,
+            "hard": asdict(hard) if hard is not None else None,
+        },
+        problems=found.problems,
+        counts=counts,
+    )
+
+
+def prepare_validation(
+    sources: Sequence[str | Path],
+    out: Path,
+    *,
+    fraction: float = 0.1,
+    prompt_form: str = "internvl",
+    box_field: str = "bbox",
+    seed: int = 42,
+    copy_images: bool = False,
+    reading: Reading = AS_IS,
+) -> Prepared:
+    """A share of each validation file, drawn at random by `seed`, at least one row: `test_NAME.parquet` for each
+    NAME.jsonl, and `test.parquet` with all of them in random order. `extra_info.dataset` is NAME, and so is
+    `data_source` for the eight splits of RefCOCO, RefCOCO+ and RefCOCOg. The rest as for `prepare_grounding`."""
+    require(0.0 < fraction <= 1.0, f"setting val_fraction: must be above 0 and at most 1, not {fraction}")
+    paths = _source_paths(sources)
+    names = [path.stem for path in paths]
+    require(len(set(names)) == len(names), f"two validation files have the same name: {', '.join(sorted(names))}")
+    table, found = reading(paths, parser=SchemaRows(prompt_form, box_field), check=check_referring)
+    members = {name: np.flatnonzero(table.path_of == number) for number, name in enumerate(names)}
+    empty = [name for name, rows in members.items() if not len(rows)]
+    require(not empty, f"{', '.join(empty)}: no row is left of this file")
+    chosen = {name: rows[take_share(len(rows), fraction, seed)].tolist() for name, rows in members.items()}
+    joined = np.random.default_rng(seed).permutation(np.concatenate(list(chosen.values()))).tolist()
+    copy_to = out if copy_images else None
+    files = {f"test_{name}": rows for name, rows in chosen.items()} | {"test": joined}
+    return publish(
+        out,
+        {name: _rows(table, rows, "test", copy_to) for name, rows in files.items()},
+        row_schema(BOX, EXTRA_INFO),
+        total=sum(map(len, files.values())),
+        sources=paths,
+        settings={"prompt_form": prompt_form, "box_field": box_field, "val_fraction": fraction, "seed": seed},
+        problems=found.problems,
+    )
+
+
+def check_referring(task: Task) -> list[tuple[str, str]]:
+    """JSONL may also hold rows of the parquet schema; those that do not come from an expression cannot be prepared."""
+    if "question" in task.meta and len(task.images) == 1 and task.images[0].path is not None:
+        return []
+    return [("prompt", "this is no RefCOCO-style row: give image, and sent with bbox, or conversations")]
+
+
+def _source_paths(sources: str | Path | Sequence[str | Path]) -> list[Path]:
+    paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
+    for path in paths:
+        require(path.suffix == ".jsonl", f"{path}: grounding data are prepared from .jsonl files, not {path.suffix!r}")
+    return paths
+
+
+def _hard(
+    table: TaskTable, train: list[int], hard: HardSet, rng: np.random.Generator
+) -> tuple[list[int], dict[str, int]]:
+    metas = [task.meta for task in table.select(train)]
+    model, teacher = ([meta[key] for meta in metas] for key in (hard.iou_key, hard.teacher_iou_key))
+    chosen, counts = take_hard(model, teacher, hard.buckets, rng)
+    return [train[position] for position in chosen], counts
+
+
+def _rows(table: TaskTable, indices: Sequence[int], split: str, copy_to: Path | None) -> Iterator[dict[str, Any]]:
+    names = [path.stem for path in table.paths]
+    path_of = table.path_of
+    copies: dict[Path, str] = {}
+    for position, (index, task) in enumerate(zip(indices, table.select(indices), strict=True)):
+        image = _file(task.images[0])
+        name = names[path_of[index]]
+        if copy_to is not None and image not in copies:
+            copies[image] = _copied(image, copy_to)
+        info = {field: task.meta[field] for field in ("height", "width", "question")}
+        yield {
+            **task_row(task),
+            "data_source": name if name in REFCOCO_SPLITS else task.source,
+            "images": [copies.get(image, str(image))],
+            "extra_info": {"split": split, "index": position, "id": task.id, "dataset": name, **info},
+        }
+
+
+def _file(image: Image) -> Path:
+    assert image.path is not None, "JSONL rows name pictures by path"
+    return image.path.resolve()
+
+
+def _copied(image: Path, folder: Path) -> str:
+    """Copy a picture under a name that its content makes unique; returns the path relative to `folder`."""
+    name = f"images/{image.stem}-{sha256(image)[:8]}{image.suffix}"
+    if not (folder / name).exists():
+        with atomic_path(folder / name) as temporary:
+            shutil.copyfile(image, temporary)
+    return name

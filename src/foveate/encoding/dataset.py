@@ -1,0 +1,85 @@
+"""The data of a run as it will be used: the encoder with the run's limits, and files with every row checked by it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from foveate.config.data import DataSettings
+from foveate.config.model import ModelSettings
+from foveate.data.rows import Problem
+from foveate.data.stream import Curriculum, Stream, ranks
+from foveate.data.table import TaskTable, open_tasks
+from foveate.data.validate import Check, validate
+from foveate.encoding.chat import THINKING_SYSTEM
+from foveate.encoding.encode import Encoder
+from foveate.encoding.family import PromptFamily, budget_of
+from foveate.log import progress
+from foveate.records import DataError, Task
+
+logger = logging.getLogger(__name__)
+
+
+def build_encoder(
+    tokenizer: PreTrainedTokenizerBase, family: PromptFamily, model: ModelSettings, data: DataSettings
+) -> Encoder:
+    """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
+    budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
+    system = THINKING_SYSTEM if data.thinking else data.system
+    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system)
+
+
+@dataclass(frozen=True, slots=True)
+class RowCheck:
+    """What a row must pass before a run: its ground truth, and its length as prompt from text and image headers. None
+    leaves one of them out."""
+
+    truth: Check | None
+    encoder: Encoder | None
+
+    def __call__(self, task: Task) -> list[tuple[str, str]]:
+        faults = list(self.truth(task)) if self.truth is not None else []
+        return faults + (self.encoder.faults(task) if self.encoder is not None else [])
+
+
+def read_checked(
+    paths: Sequence[str], data: DataSettings, encoder: Encoder, truth: Check | None
+) -> tuple[TaskTable, list[Problem]]:
+    """The usable rows of some files, every row checked from its text and image headers before anything else runs:
+    ground truth, images, marks, and length as prompt. Raises DataError unless bad rows are to be skipped."""
+    root = Path(data.image_root) if data.image_root is not None else None
+    table = open_tasks(paths, image_root=root, columns=data.columns)
+    with progress(f"checking {', '.join(paths)}", len(table)) as advance:
+        kept, problems = validate(
+            table,
+            on_bad_row=data.on_bad_row,
+            check=RowCheck(truth, encoder),
+            workers=data.workers,
+            progress=lambda *_: advance(1),
+        )
+    if problems:
+        left_out = len(table) - len(kept)
+        logger.warning("%d of %d rows are left out; the first: %s", left_out, len(table), problems[0])
+    return table.select(kept), problems
+
+
+def build_stream(table: TaskTable, data: DataSettings, seed: int, batch: int) -> Stream:
+    """The order of a run over its rows: weights of the files and curriculum as set. Raises DataError for a difficulty
+    that is no number."""
+    curriculum = None
+    if data.curriculum is not None:
+        chosen = data.curriculum
+        values = table.values(chosen.key)
+        for index, value in enumerate(values):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                where = table[index].where
+                raise DataError(
+                    f"{where}, field {chosen.key}: is {value!r}; data.curriculum needs a number in every row"
+                )
+        curriculum = Curriculum(ranks(values, chosen.descending), chosen.epochs, chosen.mixing)
+    return Stream(len(table), seed, batch, weights=data.weights, source_of=table.path_of, curriculum=curriculum)

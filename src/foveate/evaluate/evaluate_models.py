@@ -1,0 +1,276 @@
+"""`foveate eval`: models on some files, or the answers that `foveate generate` left, outside of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from foveate.config.data import DataSettings
+from foveate.config.model import ModelSettings
+from foveate.data.table import TaskTable, open_tasks
+from foveate.data.validate import OnBadRow, validate
+from foveate.encoding.dataset import build_encoder, read_checked
+from foveate.errors import ConfigError, DataError
+from foveate.evaluate.answers import Answer, Generated, read_generated
+from foveate.evaluate.evaluator import save_gallery
+from foveate.evaluate.generate import REQUEST
+from foveate.evaluate.metrics import box_reader, figures, likely_frame, paired
+from foveate.evaluate.predict import BATCH, predict, prediction
+from foveate.evaluate.predictions import Evaluation, Prediction, write_models, write_skipped
+from foveate.files import atomic_write_text
+from foveate.log import progress
+from foveate.models.policy import best_place, load_policy
+from foveate.records import Task
+from foveate.rewards.grade import truth_check
+from foveate.rewards.pool import Graders
+from foveate.rollout.native.engine import NativeEngine
+
+logger = logging.getLogger(__name__)
+
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grounding": ("grounding", {}),
+    "refcoco": ("refcoco", {"rule": "first"}),
+    "geo3k": ("geo3k", {}),
+    "mmpr": ("math", {"extraction": "text"}),
+    "multiple_choice": ("multiple_choice", {"extraction": "text"}),
+}
+"""What `--task` stands for: a reward and its settings."""
+Missing = Literal["error", "skip", "wrong"]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRequest:
+    """What `foveate eval` was asked; see its `--help`. `models` are asked `data` in process; `generated` are folders
+    of `foveate generate`, which name their data themselves."""
+
+    models: tuple[str, ...]
+    data: tuple[str, ...]
+    out: Path
+    reward: str = "grounding"
+    samples: int = 0
+    max_tokens: int = 256
+    max_prompt_tokens: int = 8192
+    max_tiles: int | None = None
+    system: str | None = None
+    rows: int | None = None
+    image_root: str | None = None
+    gallery: int = 40
+    seed: int = 0
+    threads: int | None = None
+    on_bad_row: OnBadRow = "error"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    generated: tuple[Path, ...] = ()
+    missing: Missing = "error"
+    critic: str | None = None
+    critic_settings: Mapping[str, Any] = field(default_factory=dict)
+    text_files: bool = False
+
+
+def run_eval(request: EvalRequest) -> None:
+    """Score all answers and write `predictions.jsonl`, `summary.json`, and the gallery into `out`.
+
+    The answers of a model in process are those of the evaluation of a run with the same weights, limits, reward and
+    seed. Raises ConfigError for an `out` that is a file or the folder of something else, and for rows without an
+    answer unless `missing` says what they are.
+    """
+    _check_out(request.out)
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    found: list[Evaluation] = []
+    costs: dict[str, dict[str, Any]] = {}
+    tasks: TaskTable | None = None
+    with Graders(request.reward, request.settings) as graders:
+        for model in request.models:
+            rows, tasks = _in_process(request, model, graders)
+            found.append(Evaluation(len(found), tuple(rows), _label(Path(model), found)))
+        for folder in request.generated:
+            rows, tasks, cost = _from_folder(request, folder, graders)
+            found.append(Evaluation(len(found), tuple(rows), _label(folder, found)))
+            costs[found[-1].label] = cost
+    if tasks is None:
+        raise ConfigError("nothing to evaluate: give --model with --data, or --generated")
+    write_models(request.out, found)
+    summary = _summary(request, found, costs)
+    atomic_write_text(request.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    if request.text_files:
+        write_text_files(request.out, found, costs)
+    save_gallery(request.out, tasks.first(request.gallery))
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, not a folder; choose another one")
+    for name, what in (("config.yaml", "a run"), (REQUEST, "answers")):
+        if (out / name).exists():
+            raise ConfigError(f"--out {out} is the folder of {what}, whose files would be replaced; choose another one")
+
+
+def _label(path: Path, found: Sequence[Evaluation]) -> str:
+    """The name of a folder; of several with the same name, the folder above joins it."""
+    name = path.resolve().name if path.exists() else str(path)
+    taken = {one.label for one in found}
+    if name in taken:
+        name = f"{path.resolve().parent.name}/{name}"
+    return name if name not in taken else f"{name} ({len(found) + 1})"
+
+
+def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list[Prediction], TaskTable]:
+    policy = load_policy(name, **best_place())
+    model = ModelSettings(path=name, max_tiles=request.max_tiles)
+    data = DataSettings(
+        train=request.data,
+        image_root=request.image_root,
+        on_bad_row=request.on_bad_row,
+        max_prompt_tokens=request.max_prompt_tokens,
+        system=request.system,
+    )
+    encoder = build_encoder(policy.tokenizer, policy.family, model, data)
+    table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))
+    tasks = table.first(request.rows)
+    write_skipped(request.out, [str(problem) for problem in left_out])
+    with progress("evaluating", len(tasks)) as advance:
+        predictions = predict(
+            NativeEngine(policy, encoder.decode),
+            tasks,
+            encoder,
+            graders,
+            samples=request.samples,
+            max_tokens=request.max_tokens,
+            seed=request.seed,
+            detailed=request.gallery,
+            read_box=box_reader(request.reward, request.settings),
+            advance=advance,
+        )
+    return predictions, tasks
+
+
+def _from_folder(
+    request: EvalRequest, folder: Path, graders: Graders
+) -> tuple[list[Prediction], TaskTable, dict[str, Any]]:
+    """The rows of a folder of `foveate generate` in the order of its data, and what they cost."""
+    asked = _request_of(folder)
+    root = Path(asked["image_root"]) if asked["image_root"] else None
+    table = open_tasks(asked["data"], image_root=root, columns=asked["columns"])
+    asked_rows = sorted(set(range(len(table))) - set(asked["left_out"]))[: asked["table_rows"]]
+    tasks = table.select(asked_rows).first(request.rows)
+    validate(tasks, check=truth_check(request.reward, request.settings))
+    rows = {row.index: row for row in read_generated(folder)}
+    lacking = [index for index in range(len(tasks)) if index not in rows]
+    if lacking and request.missing == "error":
+        raise ConfigError(
+            f"{folder}: {len(lacking)} of {len(tasks)} rows have no answer, the first is row {lacking[0]}; run the "
+            "same `foveate generate` again, or say --missing skip or --missing wrong"
+        )
+    way = "greedy" if asked["sampling"]["temperature"] == 0 else "sampled"
+    chosen = [index for index in range(len(tasks)) if index in rows or request.missing == "wrong"]
+    critic = Graders(request.critic, request.critic_settings) if request.critic else None
+    predictions: list[Prediction] = []
+    with critic or nullcontext(), progress(f"scoring {folder.name}", len(chosen)) as advance:
+        for begin in range(0, len(chosen), BATCH):
+            some = chosen[begin : begin + BATCH]
+            pairs = [(tasks[index], rows.get(index) or _no_answer(index, tasks[index])) for index in some]
+            predictions += _scored(request, folder, pairs, way, graders, critic, len(predictions))
+            advance(len(some))
+    return predictions, tasks, _cost(list(rows.values()), len(lacking))
+
+
+def _no_answer(index: int, task: Task) -> Generated:
+    return Generated(index, task.id, (Answer("", 0, "missing"),), None, 0, 0.0, 0, "")
+
+
+def _scored(
+    request: EvalRequest,
+    folder: Path,
+    pairs: Sequence[tuple[Task, Generated]],
+    way: str,
+    graders: Graders,
+    critic: Graders | None,
+    done: int,
+) -> Iterator[Prediction]:
+    """Some rows graded together. Single tokens are kept for the gallery, of which `done` rows have been."""
+    for task, row in pairs:
+        if row.id != task.id:
+            raise DataError(f"{folder}: row {row.index} is {row.id}, but {task.where} is {task.id}; the data changed")
+    asked = [(answer.text, task) for task, row in pairs for answer in row.answers]
+    scores = iter(graders.grade_many(asked))
+    ranks = iter(critic.grade_many(asked)) if critic is not None and way == "sampled" else None
+    reader = box_reader(request.reward, request.settings)
+    for place, (task, row) in enumerate(pairs, start=done):
+        scored = [(answer, next(scores)) for answer in row.answers]
+        answer, score = scored[0]
+        first = answer if place < request.gallery else replace(answer, pieces=())
+        own = None if ranks is None else [next(ranks).value for _ in row.answers]
+        drawn = scored if way == "sampled" else ()
+        yield prediction(task, (first, score), drawn, way=way, ranks=own, read_box=reader)
+
+
+def _request_of(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no folder of `foveate generate`: {REQUEST} cannot be read ({error})") from error
+
+
+def _cost(rows: Sequence[Generated], missing: int) -> dict[str, Any]:
+    tokens = [row.tokens for row in rows if row.tokens is not None]
+    ends = [answer.finish for row in rows for answer in row.answers]
+    return {
+        "missing": missing,
+        "seconds": sum(row.seconds for row in rows),
+        "tokens": sum(tokens),
+        "tokens_per_row": sum(tokens) / len(tokens) if tokens else None,
+        "cut": sum(end == "length" for end in ends) / len(ends) if ends else None,
+    }
+
+
+def _summary(
+    request: EvalRequest, found: Sequence[Evaluation], costs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    models = {one.label: {**figures(one.predictions, request.seed), **costs.get(one.label, {})} for one in found}
+    for label, one in models.items():
+        other = likely_frame(one, one["rows"]) if "frames" in one else None
+        frame = request.settings.get("frame", request.settings.get("answer_frame", "thousandths"))
+        if other is not None and other != frame:
+            logger.warning(
+                "%s: the boxes look like %s: mean IoU %.3f so read, %.3f as thousandths; give --box-frame %s",
+                label, other, one["frames"][other], one["frames"]["thousandths"], other,
+            )  # fmt: skip
+    first = found[0]
+    return {
+        "reward": request.reward,
+        "settings": dict(request.settings),
+        "models": models,
+        "against_first": {one.label: paired(first.predictions, one.predictions, request.seed) for one in found[1:]},
+    }
+
+
+def write_text_files(out: Path, found: Sequence[Evaluation], costs: Mapping[str, Mapping[str, Any]]) -> None:
+    """The predecessor's `iou.txt`, `iou_detail.json` and `latency.txt`, per model in a folder of its own where there
+    are several. Its pass rate counts IoU above 0.5, not from 0.5 on."""
+    for one in found:
+        folder = out if len(found) == 1 else out / "text" / one.label.replace("/", "_")
+        rows = [row for row in one.predictions if row.iou is not None]
+        if not rows:
+            raise ConfigError(f"--text-files are for boxes, and {one.label} has none")
+        overlaps = [row.iou or 0.0 for row in rows]
+        rate = sum(value > 0.5 for value in overlaps) / len(rows)
+        atomic_write_text(folder / "iou.txt", f"mean_iou: {sum(overlaps) / len(rows):.6f}\npass_rate@0.5: {rate:.6f}\n")
+        detail = {
+            str(index): {"v": row.iou, "hash": hashlib.sha256(row.question.encode()).hexdigest()}
+            for index, row in enumerate(rows)
+        }
+        atomic_write_text(folder / "iou_detail.json", json.dumps(detail) + "\n")
+        cost = costs.get(one.label)
+        if cost is not None:
+            atomic_write_text(
+                folder / "latency.txt",
+                f"total_time_sec: {cost['seconds']:.3f}\ntotal_tokens: {cost['tokens']}\ncase_number: {len(rows)}\n",
+            )

@@ -1,0 +1,247 @@
+"""What a run says while it works: log lines, progress bars, metrics.jsonl and experiment trackers.
+
+Bars and lines share one console on standard error, so that they never tear each other apart; standard output is left to
+results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from foveate.errors import ConfigError
+from foveate.files import atomic_write_text, disk_error, with_room
+
+console = Console(stderr=True)
+_results = Console()
+logger = logging.getLogger(__name__)
+
+Metric = float | int | str | None
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send foveate's log lines to standard error: with colours in a terminal, plain with date and time elsewhere.
+
+    Call it once per process, from the command line; a second call replaces the first.
+    """
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, log_time_format="[%X]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    package = logging.getLogger("foveate")
+    for former in list(package.handlers):
+        package.removeHandler(former)
+    package.addHandler(handler)
+    package.setLevel(level)
+
+
+def say(result: RenderableType) -> None:
+    """Print a result on standard output: text as it is, never wrapped or read as markup."""
+    if isinstance(result, str):
+        _results.print(Text(result), soft_wrap=True)
+    else:
+        _results.print(result)
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricsWriter:
+    """Appends one JSON object per step to a file; each line is on its way to disk when `write` returns.
+
+    Attributes:
+        nonfinite: values written so far that were NaN or infinite.
+    """
+
+    def __init__(self, path: Path, to: Sequence[str] = (), patience: float = 0.0) -> None:
+        """`to`: the trackers that get the finite numbers of each line too. `patience`: seconds
+        that a line waits for room on a full disk."""
+        self.path = path
+        self.nonfinite = 0
+        self._names = to
+        self._patience = patience
+        self._trackers: list[Tracker] | None = None
+
+    def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
+        """Append `{"step": step, **metrics}`. JSON knows no NaN and no infinity: these become null, and the line lists
+        their names under `nonfinite`.
+
+        Raises:
+            DiskError: the line could not be written.
+        """
+        bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+        record = {"step": step, **metrics, **dict.fromkeys(bad)} | ({"nonfinite": bad} if bad else {})
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        with_room(lambda: self._append(line), self._patience)
+        self.nonfinite += len(bad)
+        if self._trackers is None:
+            self._trackers = open_trackers(self._names, self.path.parent, step - 1)
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        for track in self._trackers:
+            track(step, {name: value for name, value in numbers.items() if name not in bad})
+
+    def _append(self, line: str) -> None:
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, whole)
+            raise disk_error(self.path, error) from error
+
+    def truncate_after(self, step: int) -> None:
+        """Keep the lines up to and including `step`, the one that a run continues from; -1 keeps none. A last line that
+        was only half written goes too. The file is replaced atomically."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step] if self.path.exists() else []
+        atomic_write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file in the order written, without a last line that was only half written.
+
+    Raises:
+        ConfigError: any other line is not an object with a step.
+    """
+    lines = path.read_bytes().split(b"\n")
+    # What follows the last newline is a torn line, or nothing.
+    whole = lines[:-1]
+    records = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            raise ConfigError(
+                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}; delete this line to go on"
+            ) from None
+    return records
+
+
+# -------------------------------------------------------------------------------------------------------- progress
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed) if task.speed else "", style="progress.data.speed")
+
+
+@contextmanager
+def progress(description: str, total: int, interval: float = 30.0, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show how far a long piece of work is, with its rate and the time left.
+
+    In a terminal this is a bar that vanishes when the work is done; bars may be nested. Elsewhere it is a log line at
+    most every `interval` seconds, so that short work is silent.
+
+    Args:
+        description: what is being done ("evaluating").
+        total: units of work in all.
+        interval: seconds between log lines where there is no terminal.
+        done: units that were there before; they count for the share, not for the rate.
+
+    Yields:
+        advance: call it with the units just done.
+    """
+    if not console.is_terminal:
+        yield _line_progress(description, total, interval, done)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda units: bar.advance(task, units)
+
+
+def _line_progress(description: str, total: int, interval: float, before: int) -> Callable[[int], None]:
+    start = last = time.monotonic()
+    done = before
+
+    def advance(units: int) -> None:
+        nonlocal done, last
+        done += units
+        now = time.monotonic()
+        if now - last >= interval:
+            last = now
+            rate = (done - before) / max(now - start, 1e-9)
+            pace = f", {_rate(rate)}, {(total - done) / rate:.0f} s left" if rate else ""
+            logger.info("%s: %d of %d%s", description, done, total, pace)
+
+    return advance
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+
+
+# -------------------------------------------------------------------------------------------------------- trackers
+
+Tracker = Callable[[int, Mapping[str, float]], object]
+"""Takes the step and its finite numbers."""
+
+PROJECT = "foveate"
+
+
+def open_trackers(names: Sequence[str], run: Path, step: int) -> list[Tracker]:
+    """The trackers of a run that goes on after `step`. What a tracker has of later steps it forgets or writes over, as
+    far as it can: TensorBoard purges it, the others get the same run again."""
+    return [OPENERS[name](run, step) for name in names]
+
+
+def _tensorboard(run: Path, step: int) -> Tracker:
+    writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def _wandb(run: Path, _step: int) -> Tracker:
+    wandb: Any = import_module("wandb")
+    opened = wandb.init(project=PROJECT, name=run.name, id=_identity(run), resume="allow", dir=str(run))
+    return lambda step, metrics: opened.log(dict(metrics), step=step)
+
+
+def _mlflow(run: Path, _step: int) -> Tracker:
+    mlflow: Any = import_module("mlflow")
+    mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=run.name, tags={"foveate.run": str(run.resolve())})
+    return lambda step, metrics: mlflow.log_metrics(dict(metrics), step=step)
+
+
+def _trackio(run: Path, _step: int) -> Tracker:
+    trackio: Any = import_module("trackio")
+    trackio.init(project=PROJECT, name=f"{run.name}-{_identity(run)}", resume="allow")
+    return lambda step, metrics: trackio.log(dict(metrics), step=step)
+
+
+def _identity(run: Path) -> str:
+    """The same for the same folder, so that a run that continues is one run there too."""
+    return hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
+
+
+OPENERS: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+}

@@ -1,0 +1,288 @@
+"""Attention over a forest of segments, registered with transformers under names of its own.
+
+`foveate_reference` builds the dense T x T mask of the forest: it is the truth. On a CPU, `foveate_forest` computes the
+same without padding the row, without a mask of T x T and without copying the keys of a prompt for each answer:
+
+- every segment attends causally to itself (segments of like length share one call), and
+- all descendants of a segment, which stand together in the row, attend to it in one call, without any mask.
+
+With a sliding window, where a token sees the last `window` tokens of its path (from the root to itself), segments are
+cut into chunks of a window's length: a chunk attends causally to itself, and under a band to what lies before it.
+
+Each call gives a partial softmax with its log-sum-exp; partial results are merged by the log-sum-exp identity used for
+attention over split keys (Flash-Decoding, Ring Attention: arXiv 2310.01889). In backward, the flash kernel is
+given the merged output and the merged log-sum-exp, with which its gradient for each part is already the exact one.
+A sink, the learned logit without a value that GPT-OSS has in each head, is one more part: it only adds to the
+log-sum-exp.
+
+On a GPU, `foveate_forest` is one call of FlexAttention instead (`foveate.models.attention.flex`), with the mask of the
+forest.
+
+Both are called by transformers' own modules through `AttentionInterface`; `layout=`, `cache=` and `split=` reach them
+as keyword arguments of the language model's forward. No module of transformers is patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from foveate.errors import ConfigError
+from foveate.models.attention.flex import flex_forest_attention
+from foveate.models.attention.runs import Part, parts, path_positions
+from foveate.records import Layout
+
+KERNELS = {
+    "auto": "foveate_forest",
+    "sdpa": "foveate_parts",
+    "flex": "foveate_blocks",
+    "reference": "foveate_reference",
+}
+"""Names under which transformers knows the kernels; it takes one with "sdpa" or "flash" in it for its own."""
+
+
+class KeyValueCache(Protocol):
+    """What a sampler passes as `cache=`: it sees the keys and values of every layer and may answer in their place."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras
+    ) -> Tensor | None:
+        """Tensors are (heads, T, head_dim), without repeated key-value heads. Returns the attention output in the
+        shape of `query`, or None to let the forest attention compute it (the prefill of prompts)."""
+        ...
+
+
+class Split(Protocol):
+    """What shares one row between ranks: each holds a part of its tokens, see `foveate.parallel.ulysses`."""
+
+    def attend(
+        self,
+        kernel: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scale: float,
+        extras: Extras,
+    ) -> Tensor:
+        """`kernel` on the whole row, for this rank's tokens: tensors as for `forest_attention`."""
+        ...
+
+    def see(self, policy: Any) -> Any:
+        """The `Features` of this rank's image tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a layer adds to plain attention: a sliding window (in tokens, itself included), and sinks (H,)."""
+
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
+PLAIN = Extras()
+
+
+def forest_mask(layout: Layout, device: torch.device | None = None, window: int | None = None) -> Tensor:
+    """The dense boolean mask of a forest, (T, T): True where the row's token may see the column's token."""
+    mask = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool, device=device)
+    for start, length, parent in zip(layout.start, layout.length, layout.parent, strict=True):
+        rows = slice(start, start + length)
+        mask[rows, rows] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        while parent >= 0:
+            above = slice(layout.start[parent], layout.start[parent] + layout.length[parent])
+            mask[rows, above] = True
+            parent = layout.parent[parent]
+    if window is not None:
+        position = path_positions(layout).to(mask.device)
+        mask &= position[:, None] - position < window
+    return mask
+
+
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """Softmax attention under the dense forest mask. Query (H, T, d); key, value (H_kv, T, d); returns (H, T, d)."""
+    repeat = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
+    scores = (query @ key.transpose(1, 2)) * scale
+    scores = scores.masked_fill(~forest_mask(layout, query.device, extras.window), float("-inf"))
+    scores = scores.float() if scores.dtype != torch.float64 else scores
+    if extras.sinks is not None:
+        sinks = extras.sinks[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
+    return torch.softmax(scores, -1)[..., : key.shape[1]].to(query.dtype) @ value
+
+
+# ------------------------------------------------------------------------------------------------- the fast kernel
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _ForestAttention(torch.autograd.Function):
+    """Query (T, H, d); key, value (T, H, d), heads already repeated; sinks (H,) or None; returns (T, H, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        calls: tuple[Part, ...],
+        scale: float,
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+        for part in calls:
+            partial, partial_lse = _flash(
+                part.query.take(query), part.key.take(key), part.key.take(value),
+                0.0, part.causal, attn_mask=_bias(part, query), scale=scale,
+            )  # fmt: skip
+            tokens, rows, rows_lse = part.query.tokens, part.query.flat(partial), part.query.flat(partial_lse)
+            if part.causal:
+                out[tokens], lse[tokens] = rows, rows_lse
+                continue
+            before = lse[tokens]
+            merged = torch.logaddexp(before, rows_lse)
+            kept, added = (before - merged).exp()[..., None], (rows_lse - merged).exp()[..., None]
+            out[tokens] = (out[tokens] * kept + rows * added).to(out.dtype)
+            lse[tokens] = merged
+        if sinks is not None:
+            merged = torch.logaddexp(lse, sinks.to(lse.dtype))
+            out, lse = (out * (lse - merged).exp()[..., None]).to(out.dtype), merged
+        ctx.save_for_backward(query, key, value, sinks, out, lse)
+        ctx.calls, ctx.scale = calls, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sinks, out, lse = ctx.saved_tensors
+        grad_out = grads[0].contiguous()
+        grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
+        for part in ctx.calls:
+            grad = part.query.take(grad_out)
+            if part.query.real is not None:
+                grad = grad * part.query.real.view(part.query.batch, 1, part.query.length, 1)
+            grad_q, grad_k, grad_v = _flash_backward(
+                grad, part.query.take(query), part.key.take(key), part.key.take(value),
+                part.query.take(out), part.query.take(lse),
+                0.0, part.causal, attn_mask=_bias(part, query), scale=ctx.scale,
+            )  # fmt: skip
+            for total, runs, share in (
+                (grad_query, part.query, grad_q), (grad_key, part.key, grad_k), (grad_value, part.key, grad_v),
+            ):  # fmt: skip
+                if part.causal:
+                    total[runs.tokens] = runs.flat(share)
+                elif part.shared and isinstance(runs.tokens, Tensor):
+                    total.index_add_(0, runs.tokens, runs.flat(share))
+                else:
+                    total[runs.tokens] += runs.flat(share)
+        grad_sinks = None
+        if sinks is not None:  # the sink's share of a row's probability, whose value is 0
+            share = (sinks.to(lse.dtype) - lse).exp()
+            grad_sinks = -(share * (grad_out * out).sum(-1)).sum(0).to(sinks.dtype)
+        return grad_query, grad_key, grad_value, grad_sinks, None, None
+
+
+def _bias(part: Part, query: Tensor) -> Tensor | None:
+    return None if part.bias is None else part.bias.to(query.dtype)
+
+
+def forest_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """Exact attention over the forest, equal to `reference_attention`, by the kernel that suits the device. Query
+    (H, T, d); key, value (H_kv, T, d)."""
+    kernel = flex_attention if query.device.type == "cuda" else parts_attention
+    return kernel(query, key, value, layout, scale, extras)
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """`forest_attention` on a GPU."""
+    if query.device.type != "cuda":
+        raise ConfigError("model.attention: flex is a kernel for GPUs; auto and sdpa compute on CPUs")
+    return flex_forest_attention(query, key, value, layout, scale, extras.window, extras.sinks)
+
+
+def parts_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+) -> Tensor:
+    """`forest_attention` on a CPU, by PyTorch's flash kernel for CPUs."""
+    if query.device.type == "cuda":
+        raise ConfigError("model.attention: sdpa is a kernel for CPUs; auto and flex compute on GPUs")
+    repeat = query.shape[0] // key.shape[0]
+    key, value = (rows.transpose(0, 1).repeat_interleave(repeat, 1) for rows in (key, value))
+    calls = parts(layout, query.device, extras.window)
+    # contiguous, as are the two above: the kernel takes the last dimension to have stride 1
+    query = query.transpose(0, 1).contiguous()
+    return _ForestAttention.apply(query, key, value, extras.sinks, calls, scale).transpose(0, 1)
+
+
+# ------------------------------------------------------------------------------------ the door into transformers
+
+
+def _attention(kernel: Any) -> Any:
+    def attend(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Tensor | None,
+        *,
+        scaling: float,
+        layout: Layout | None = None,
+        cache: KeyValueCache | None = None,
+        split: Split | None = None,
+        sliding_window: int | None = None,
+        s_aux: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention function: (1, heads, T, d) tensors in, (1, T, heads, d) out; `s_aux`: sinks."""
+        assert len(query) == 1, f"packed rows come one at a time, not {len(query)}"
+        rows = query[0].to(value.dtype), key[0].to(value.dtype), value[0]  # autocast leaves rotated ones in float32
+        extras, out = Extras(sliding_window, s_aux), None
+        if cache is not None:
+            out = cache.attend(module.layer_idx, *rows, scaling, extras)  # type: ignore[arg-type]
+        if out is None:
+            assert layout is not None, "the language model was called without layout="
+            within = (*rows, layout, scaling, extras)
+            out = kernel(*within) if split is None else split.attend(kernel, *within)
+        return out.transpose(0, 1)[None], None
+
+    return attend
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+_kernels = {
+    "auto": forest_attention,
+    "sdpa": parts_attention,
+    "flex": flex_attention,
+    "reference": reference_attention,
+}
+for _name, _kernel in _kernels.items():
+    AttentionInterface.register(KERNELS[_name], _attention(_kernel))
+    AttentionMaskInterface.register(KERNELS[_name], _no_mask)
+
+
+def keep_from_compiler() -> None:
+    """Let torch.compile of a module leave attention as it is: what it does follows from the forest, which is another
+    one in every row."""
+    for name, kernel in _kernels.items():
+        AttentionInterface.register(KERNELS[name], torch.compiler.disable(_attention(kernel)))

@@ -1,0 +1,179 @@
+"""Qwen2.5-VL and Qwen3-VL: pictures in their own shape, as patches with 3-D positions.
+
+Sources: transformers, `image_processing_pil_qwen2_vl.py` (resizing, order of the patches) and the models' own code;
+Qwen2-VL (arXiv 2409.12191), section 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from foveate.encoding.family import ImageShape
+from foveate.models.families.internvl import (
+    PER_MILLE,
+    Blank,
+    Features,
+    check_vocabulary,
+    is_count,
+    read_preprocessor,
+    stop_ids,
+)
+from foveate.records import DataError
+
+WORDS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_ASPECT = 200
+"""No picture may be longer than this many times its other side."""
+
+
+@dataclass(frozen=True, slots=True)
+class QwenVL:
+    """A picture is resized to whole blocks of `merge` x `merge` patches of `patch` pixels, one token a block, with an
+    area between `min_pixels` and the budget. `relative_boxes`: boxes are thousandths of the sides (Qwen3-VL), else
+    pixels of the resized picture (Qwen2.5-VL)."""
+
+    name: str
+    image_token_id: int
+    placeholder_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    patch: int
+    merge: int
+    repeats: int
+    min_pixels: int
+    budget: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    relative_boxes: bool
+    image_text: str = "<|vision_start|><|image_pad|><|vision_end|>"
+    reserved: tuple[str, ...] = WORDS
+    unit: str = "pixels"
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        return {
+            "vision": ("model.visual",),
+            "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+            "language": ("model.language_model",),
+            "head": ("lm_head",),
+        }
+
+    @property
+    def blank(self) -> Blank:
+        return Blank(torch.zeros(self.merge**2, 3, self.patch, self.patch), ((1, 1),))
+
+    def share(self, budget: int, images: int) -> int:  # noqa: ARG002 - each image has the whole budget
+        return budget
+
+    def frame_budget(self, budget: int) -> int:
+        return budget
+
+    def shape(self, width: int, height: int, budget: int) -> ImageShape:
+        wide, high = self._resized(width, height, budget)
+        grid = high // (self.patch * self.merge), wide // (self.patch * self.merge)
+        tokens = grid[0] * grid[1]
+        return ImageShape(tokens, tokens * self.merge**2, grid)
+
+    def box_frame(self, width: int, height: int, budget: int) -> tuple[int, int]:
+        return PER_MILLE if self.relative_boxes else self._resized(width, height, budget)
+
+    def pixels(self, image: Image.Image, budget: int) -> Tensor:
+        """Patches (N, 3, patch, patch), those of a block side by side. The model wants each `repeats` times, as frames
+        of a video; that is done on the way into it."""
+        size = self._resized(image.width, image.height, budget)
+        values = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / np.float32(255)
+        values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        side = self.merge, self.patch
+        blocks = values.reshape(size[1] // math.prod(side), *side, size[0] // math.prod(side), *side, 3)
+        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, self.patch, self.patch)
+        return torch.from_numpy(patches)
+
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:
+        pixels = pixels.to(next(model.parameters()).dtype)
+        patches = pixels[:, :, None].expand(-1, -1, self.repeats, -1, -1).flatten(1)
+        grid = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
+        seen = model.get_image_features(pixel_values=patches, image_grid_thw=torch.tensor(grid, device=pixels.device))
+        deeper = seen.get("deepstack_features") or ()  # of all images together before transformers 5.19
+        whole = tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in deeper)
+        return Features(torch.cat(seen.pooler_output), whole)
+
+    def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
+        """Width and height after resizing: whole blocks, the aspect ratio kept as far as they allow."""
+        if max(width, height) > _ASPECT * min(width, height):
+            raise DataError(f"a picture of {width} x {height} pixels is too narrow; {self.name} takes 1:{_ASPECT}")
+        block = self.patch * self.merge
+        wide, high = (round(side / block) * block for side in (width, height))
+        if wide * high > budget:
+            shrink = math.sqrt(width * height / budget)
+            wide, high = (max(block, math.floor(side / shrink / block) * block) for side in (width, height))
+        elif wide * high < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height))
+            wide, high = (math.ceil(side * grow / block) * block for side in (width, height))
+        return wide, high
+
+
+def qwen_family(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -> QwenVL:
+    """The family's facts from transformers' configuration and the folder. Raises DataError naming what is missing."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [word for word in WORDS if word not in vocabulary]
+    if missing:
+        raise DataError(f"{folder}: the tokenizer lacks {', '.join(missing)}; the model cannot see images without them")
+    if config.image_token_id != vocabulary["<|image_pad|>"]:
+        raise DataError(
+            f"{folder}/config.json: image_token_id is {config.image_token_id}, but the tokenizer's <|image_pad|> is "
+            f"{vocabulary['<|image_pad|>']}; correct image_token_id"
+        )
+    check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
+    vision, processor = config.vision_config, read_preprocessor(folder, [])
+    sizes = {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+    }
+    for key, value in sizes.items():
+        if processor.get(key, value) != value:
+            raise DataError(
+                f"{folder}: {key} of the image processor is {processor[key]}, the vision tower's is {value}"
+            )
+    least, most = _pixel_limits(folder, processor)
+    return QwenVL(
+        name=config.model_type,
+        image_token_id=config.image_token_id,
+        placeholder_ids=tuple(sorted(vocabulary[word] for word in WORDS)),
+        stop_ids=stop_ids(folder, tokenizer),
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        repeats=vision.temporal_patch_size,
+        min_pixels=least,
+        budget=most,
+        mean=tuple(processor["image_mean"]),
+        std=tuple(processor["image_std"]),
+        relative_boxes=config.model_type != "qwen2_5_vl",
+    )
+
+
+def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]:
+    """The fewest and the most pixels of a resized picture, as the image processor says them."""
+    size = processor.get("size") or {}
+    edges = size if isinstance(size, dict) else {}
+    least = processor.get("min_pixels") or edges.get("shortest_edge")
+    most = processor.get("max_pixels") or edges.get("longest_edge")
+    if least is None or most is None:
+        raise DataError(
+            f"{folder}: the image processor says neither min_pixels and max_pixels nor a size with shortest_edge and "
+            "longest_edge"
+        )
+    if not is_count(least) or not is_count(most) or least > most:
+        raise DataError(
+            f"{folder}: the image processor takes pictures of {least!r} to {most!r} pixels; these must be whole "
+            "numbers above 0, the smaller one first"
+        )
+    return least, most

@@ -1,0 +1,83 @@
+"""One packed row through the model: image features scattered by position, log-probs of the trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.models.attention.kernels import KeyValueCache, Split
+from foveate.models.logprobs import chunked_logprobs
+from foveate.models.policy import Policy
+from foveate.records import Batch
+
+
+def embed(policy: Policy, batch: Batch, split: Split | None = None) -> tuple[Tensor, dict[str, Any]]:
+    """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And what
+    the language model is to be told besides: features that enter behind its first layers, and where.
+
+    Features beyond those of the slots are of a blank, which keeps the ranks of a sharded model in step: they enter
+    with weight 0, so that the vision tower is in the graph."""
+    language: Any = policy.part("language")
+    embeddings = language.get_input_embeddings()(batch.token_ids_T)
+    if batch.pixels is None:
+        return embeddings, {}
+    seen = policy.family.features(policy.model, batch.pixels, batch.grids) if split is None else split.see(policy)
+    index, blank = batch.slot_index, len(seen.embeddings) - len(batch.slot_index)
+    assert blank == 0 or (blank > 0 and batch.blank), (
+        f"{len(seen.embeddings)} image features for {len(index)} image tokens"
+    )
+    embeddings = embeddings.index_copy(0, index, seen.embeddings[: len(index)].to(embeddings.dtype))
+    for features in (seen.embeddings, *seen.deeper) if blank else ():
+        embeddings = embeddings + 0 * features[len(index) :].sum().to(embeddings.dtype)
+    if not seen.deeper:
+        return embeddings, {}
+    mask = torch.zeros(1, len(embeddings), dtype=torch.bool, device=index.device).index_fill(1, index, True)
+    deeper = [features[: len(index)] for features in seen.deeper]
+    return embeddings, {"visual_pos_masks": mask, "deepstack_visual_embeds": deeper}
+
+
+def hidden_states(
+    policy: Policy, batch: Batch, cache: KeyValueCache | None = None, split: Split | None = None
+) -> Tensor:
+    """Final hidden states (T, D) of a packed row. A `cache` sees the keys and values of every layer; with a
+    `split`, the row is one rank's part."""
+    embeddings, more = embed(policy, batch, split)
+    out = policy.part("language")(
+        inputs_embeds=embeddings[None],
+        position_ids=batch.position_T[..., None, :],
+        layout=batch.layout,
+        cache=cache,
+        split=split,
+        use_cache=False,
+        **more,
+    )
+    return out.last_hidden_state[0]
+
+
+def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (M,) of the trained tokens, under softmax(logits / temperature)."""
+    hidden = hidden_states(policy, batch)
+    weight = policy.part("head").weight
+    assert isinstance(weight, Tensor)
+    return chunked_logprobs(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature)
+
+
+def token_values(policy: Policy, batch: Batch) -> Tensor:
+    """What a head of one number says before each trained token: (M,)."""
+    return policy.part("head")(hidden_states(policy, batch)[batch.source_M])[:, 0]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each module set back afterwards to what it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,118 @@
+"""Low-rank adapters through peft: put in after loading, merged into the weights when the model is saved.
+
+LoRA (arXiv 2106.09685): a linear layer W learns as W + alpha / rank * B A, with B = 0 at the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.config.model import LoraSettings
+from foveate.errors import ConfigError
+from foveate.models.policy import Policy, part_of
+from foveate.models.sharded import put
+
+_ADAPTER = "default"  # what peft calls one that has no name
+_WITHOUT_TARGETS = ("vision", "language")
+"""The parts whose linear layers get adapters when no targets are named; the projector is small and learns whole."""
+
+
+def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str]) -> None:
+    """Put adapters into linear layers of the parts `modules`, and say what learns: a part with adapters by these alone
+    (the head with the language model), a part without whole. Experts of mixture models are no linear layers
+    and get none.
+
+    Raises ConfigError where peft is missing, and for a target that no linear layer of these parts is called.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("model.lora needs peft; install it by: pip install 'foveate[lora]'") from error
+    linear = {name: part for name, part in _linear_layers(policy) if part in modules}
+    called = {name.rpartition(".")[2] for name in linear}
+    unknown = [target for target in settings.targets or () if target not in called]
+    if unknown:
+        raise ConfigError(
+            f"model.lora.targets: no linear layer of {', '.join(modules)} is called {unknown[0]}; "
+            f"there are {', '.join(sorted(called))}"
+        )
+    if settings.targets is None:
+        chosen = [name for name, part in linear.items() if part in _WITHOUT_TARGETS]
+    else:
+        chosen = [name for name in linear if name.rpartition(".")[2] in settings.targets]
+    learning = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
+    )
+    inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
+    if not policy.is_hollow:
+        reset_adapters(policy.model)
+    adapted = {linear[name] for name in chosen}
+    adapted |= {"head"} if "language" in adapted else set()
+    for name, parameter in policy.model.named_parameters():
+        if name in learning and part_of(policy.family, name) not in adapted:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def reset_adapters(model: nn.Module) -> None:
+    """The adapters as they start: A uniform as PyTorch makes linear layers, the same on all ranks, and B = 0."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in _adapted(model).values():
+        first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+        bound = first.shape[1] ** -0.5
+        put(first, torch.empty(first.shape).uniform_(-bound, bound, generator=generator))
+        second.zero_()
+
+
+def _linear_layers(policy: Policy) -> Iterator[tuple[str, str]]:
+    for name, module in policy.model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, part_of(policy.family, name)
+
+
+def learns_by_adapters_alone(model: nn.Module) -> bool:
+    """Whether the model with its adapters off is what it was before training."""
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(learning) and all(".lora_" in name for name in learning)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it learned by adapters: they count 0 times. (peft's own switch also says of their
+    weights that they need no gradient, which FSDP takes over for good.)"""
+    layers = _adapted(model)
+    for layer in layers.values():
+        layer.set_scale(_ADAPTER, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.set_scale(_ADAPTER, 1.0)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under the names of the model without adapters, with what the adapters learned added to them."""
+    layers = _adapted(model)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, rest = name.partition(".base_layer.")
+        if rest == "weight":
+            tensor = tensor + layers[owner].get_delta_weight(_ADAPTER).detach().to(tensor.dtype)
+        if ".lora_" not in name:
+            state[f"{owner}.{rest}" if rest else name] = tensor
+    return state
+
+
+def _adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers with adapters. Nothing is imported for a model without."""
+    return {
+        name.removesuffix(".lora_A"): model.get_submodule(name.removesuffix(".lora_A"))
+        for name, _ in model.named_modules()
+        if name.endswith(".lora_A")
+    }

@@ -1,0 +1,231 @@
+"""Checkpoint folders in and out: a Policy is a model with everything that turns tasks into its tokens and back."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    InternVLForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
+
+from foveate.config.base import has_gpu
+from foveate.errors import DataError
+from foveate.models.attention.kernels import KERNELS
+from foveate.models.checkpoint.configs import with_dtype
+from foveate.models.checkpoint.convert import write_hf_weights_as, write_json, write_other_files
+from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
+from foveate.models.checkpoint.inspect import Checkpoint, recognise
+from foveate.models.checkpoint.names import Layout
+from foveate.models.checkpoint.quiet import quiet_transformers
+from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
+from foveate.models.families.internvl import Family, InternVL
+from foveate.models.sizes import meta_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What transformers raises for folders that are damaged or contradict themselves."""
+_FILES = {"use_safetensors": True, "local_files_only": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A model on one device, its tokenizer, its family, the folder that it came from, and the layout of that folder."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    folder: Path
+    format: Layout
+
+    def part(self, name: str) -> nn.Module:
+        """The submodule `vision`, `projector`, `language` or `head`."""
+        return self.model.get_submodule(self.family.parts[name][0])
+
+    def tensors(self, name: str) -> list[str]:
+        """The names of the tensors of that part."""
+        return [f"{self.family.parts[name][0]}.{own}" for own in self.part(name).state_dict()]
+
+    @property
+    def is_hollow(self) -> bool:
+        """Whether the model has no memory yet (`foveate.models.sharded`)."""
+        return self.device.type == "meta"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def best_place() -> dict[str, str]:
+    """Where and in which type a model computes that only answers, if nobody says so: arguments of `load_policy`."""
+    return {"device": "cuda", "dtype": "bfloat16"} if has_gpu() else {"device": "cpu", "dtype": "float32"}
+
+
+def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", device: str = "cpu") -> Policy:
+    """Load a model folder of any family and layout, in evaluation mode.
+
+    Raises DataError for anything that is not one, or not whole; what can be told from the small files and from the
+    headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
+    """
+    found = recognise(path)
+    keep_float32(device)
+    options = {**model_options(found, attention, dtype), **_FILES}
+    with load_errors(found.folder), quiet_transformers():
+        model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+def keep_float32(device: str) -> None:
+    """On a GPU, the convolution that cuts pictures would have 10 bits in float32, by PyTorch's default."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+
+
+def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, Any]:
+    """What transformers is told of a model that it makes."""
+    kernels: Any = KERNELS[attention]
+    if found.family.unit:
+        kernels = {"text_config": kernels, "vision_config": "sdpa"}
+    return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
+
+
+def outline(path: str) -> Policy:
+    """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
+    without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
+    where it is missing. Raises DataError as `load_policy` does."""
+    found = recognise(path)
+    with load_errors(found.folder), quiet_transformers():
+        if isinstance(found.family, InternVL):
+            hf_tensors(found.folder, found.format, found.config)
+            model: Any = meta_model(found.config)
+        else:
+            there = {"device_map": "meta"} if find_spec("accelerate") else {}
+            model = _read(found, {"config": found.config, **_FILES, **there})
+    return Policy(model.to("meta").eval(), found.tokenizer, found.family, found.folder, found.format)
+
+
+@contextmanager
+def load_errors(folder: Path) -> Iterator[None]:
+    """Whatever a folder of weights is refused for, as a DataError about it."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise error if isinstance(error, DataError) else unreadable(folder, error) from error
+
+
+def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
+    hf_tensors(found.folder, found.format, found.config)
+    in_memory = found.format == "chat"
+    return InternVLForConditionalGeneration.from_pretrained(
+        None if in_memory else found.folder,
+        state_dict=hf_state_dict(found.folder, found.format) if in_memory else None,
+        **options,
+    )
+
+
+def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
+    """A model whose layouts transformers knows itself."""
+    held = read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
+    auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in auto.from_config(found.config).parameters())
+    if wanted > 2 * sum(math.prod(tensor.shape) for tensor in held.values()):  # transformers would make up the rest
+        raise DataError(f"{found.folder}: the weights hold less than half of the {wanted:,} parameters of config.json")
+    model, report = auto.from_pretrained(
+        found.folder, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+    )
+    for name, there, wanted in sorted(report["mismatched_keys"]):
+        raise DataError(f"{found.folder}: {name} has shape {tuple(there)}, config.json asks for {tuple(wanted)}")
+    require_fit(found.folder, "lack", report["missing_keys"])
+    require_fit(found.folder, "also hold", report["unexpected_keys"])
+    return model
+
+
+def parameters_by_part(policy: Policy) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of each part of the model by name; one that lies in a part of a part belongs to the inner one."""
+    found: dict[str, dict[str, nn.Parameter]] = {part: {} for part in policy.family.parts}
+    for name, parameter in policy.model.named_parameters():
+        found[part_of(policy.family, name)][name] = parameter
+    return found
+
+
+def part_of(family: Family, name: str) -> str:
+    """The part that a parameter or a submodule belongs to, by its name."""
+    places = {place: part for part, modules in family.parts.items() for place in modules}
+    inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
+    return places[max(inside, key=len)]
+
+
+def freeze_except(policy: Policy, modules: Sequence[str]) -> None:
+    """Let only the named modules train: `vision`, `projector`, `language`; `language` includes the head."""
+    parts = parameters_by_part(policy)
+    unknown = [name for name in modules if name not in parts]
+    if unknown:
+        raise DataError(f"cannot train {unknown[0]!r}: the parts of {policy.family.name} are {', '.join(parts)}")
+    trained = {*modules, *(["head"] if "language" in modules else [])}
+    for part, parameters in parts.items():
+        for parameter in parameters.values():
+            parameter.requires_grad_(part in trained)
+
+
+def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the model in the layout that it came in, with the weights `state` in place of its own where given.
+    Everything beside the weights (tokenizer, template, image preprocessing, the Python files of the GitHub format) is
+    that of the folder that the policy was loaded from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model: Any = policy.model
+    state = None if state is None else _without_tied_head(model, state)
+    if policy.format == "chat":
+        with tempfile.TemporaryDirectory(prefix=".hf-", dir=folder) as hf, quiet_transformers():
+            model.save_pretrained(hf, state_dict=state)
+            write_hf_weights_as(Path(hf), model.config, folder, "chat")
+    else:
+        turned = _turned_as_stored(policy, state)
+        with quiet_transformers():  # in the layout that transformers has read
+            model.save_pretrained(folder, state_dict=turned or state, save_original_format=not turned)
+    write_other_files(policy.folder, folder, policy.format, policy.format)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", with_dtype(read_config(folder), dtype))
+
+
+def _without_tied_head(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without the head where it is the embedding. Tensors that were gathered from ranks share no memory, by
+    which transformers would see that."""
+    if not model.config.tie_word_embeddings:
+        return state
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    head, other = state.get("lm_head.weight"), state.get(f"{embedding}.weight")
+    if head is None or other is None or not torch.equal(head, other):
+        return state
+    return {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+
+
+def _turned_as_stored(policy: Policy, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The weights with the matrices of experts transposed where the folder that the model came from has them so, or
+    None where it does not. Released Qwen3-VL mixtures store them as (expert, in, out), which transformers 5 turns as it
+    loads and does not turn back."""
+    if policy.family.name != "qwen3_vl_moe":
+        return None
+    stored = read_headers(weight_files(policy.folder))
+    state = dict(policy.model.state_dict() if state is None else state)
+    turned = {
+        name: tensor.transpose(1, 2)
+        for name, tensor in state.items()
+        if ".experts." in name and name in stored and stored[name].shape != tuple(tensor.shape)
+    }
+    return {**state, **turned} if turned else None

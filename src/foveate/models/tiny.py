@@ -1,0 +1,194 @@
+"""A small InternVL of the real architecture, for laptops, tests and the demo: an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from foveate.datasets.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
+from foveate.encoding.chat import CORRECTED_TEMPLATE
+from foveate.models.checkpoint.configs import tile_preprocessor
+from foveate.models.checkpoint.convert import write_json
+from foveate.models.checkpoint.quiet import quiet_transformers
+
+SPECIALS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
+)  # fmt: skip
+PREPROCESSOR = "preprocessor_config.json"
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen's pre-tokenisation: words with their space, single digits, runs of punctuation."""
+
+
+@dataclass(frozen=True, slots=True)
+class TinySize:
+    """Widths and depths. `tile` is the side of an image tile in pixels; a tile gives (tile / patch / 2)**2 tokens."""
+
+    tile: int = 112
+    patch: int = 14
+    vision_width: int = 96
+    vision_layers: int = 3
+    vision_heads: int = 4
+    vision_ffn: int = 256
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn: int = 320
+    vocabulary: int = 640
+    max_tiles: int = 12
+
+
+def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about `vocabulary` tokens, trained on the language of the shapes; it can spell any text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [*COLOURS, *SHAPES, *RELATIONS, "small", "big", "above", "below", "of", "the"]
+    corpus = [QUESTION.format(" ".join(words)), "the " + " ".join(words)] * 40
+    corpus += ["Please provide the bounding box coordinate of the region this sentence describes: the"] * 40
+    corpus += [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES] * 10
+    corpus += ["system\nYou are a helpful assistant.", "user\nWhat is shown?", "assistant\n[[1,2,3,4]]"] * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIALS])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=8192,
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+    )
+    fast.chat_template = CORRECTED_TEMPLATE
+    return fast
+
+
+def tiny_config(size: TinySize, tokenizer: PreTrainedTokenizerFast, padded_vocabulary: int = 0) -> InternVLConfig:
+    """The configuration of a tiny InternVL3.5 (Qwen3 language model, untied head). `padded_vocabulary` widens the
+    embedding and the head beyond the tokenizer, as large models do."""
+    vocabulary = tokenizer.get_vocab()
+    vision = InternVLVisionConfig(
+        hidden_size=size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        intermediate_size=size.vision_ffn,
+        image_size=[size.tile, size.tile],
+        patch_size=[size.patch, size.patch],
+        attention_bias=True,
+        use_qk_norm=False,
+        norm_type="layer_norm",
+        layer_scale_init_value=1.0,
+    )
+    text = Qwen3Config(
+        vocab_size=max(len(tokenizer), padded_vocabulary),
+        hidden_size=size.width,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        max_position_embeddings=40960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=False,
+        eos_token_id=vocabulary["<|im_end|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    return InternVLConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
+        image_token_id=vocabulary["<IMG_CONTEXT>"],
+        image_seq_length=(size.tile // size.patch // 2) ** 2,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def build_tiny(folder: Path, size: TinySize | None = None, *, seed: int = 0, padded_vocabulary: int = 0) -> Path:
+    """Write a randomly initialised tiny InternVL as a Hugging Face folder. The same seed gives the same weights."""
+    size = size or TinySize()
+    tokenizer = tiny_tokenizer(size.vocabulary)
+    config = tiny_config(size, tokenizer, padded_vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InternVLForConditionalGeneration(config).float()
+    positions = model.model.vision_tower.embeddings.position_embeddings
+    with torch.no_grad():  # transformers starts them at 0; a model this small finds places much sooner from waves
+        positions[0, 1:] = position_waves(size.tile // size.patch, size.vision_width)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    write_json(folder / PREPROCESSOR, tile_preprocessor(size.tile, size.max_tiles))
+    return folder
+
+
+def retile(source: Path, folder: Path, tile: int, max_tiles: int) -> Path:
+    """Write the model of a Hugging Face folder for image tiles of another size, its weights otherwise the same: the
+    positions of the vision tower are interpolated (bicubic), as InternViT does for larger pictures."""
+    config: Any = InternVLConfig.from_pretrained(source)
+    patch = config.vision_config.patch_size[0]
+    config.vision_config.image_size = [tile, tile]
+    config.image_seq_length = (tile // patch // 2) ** 2
+    with quiet_transformers():
+        old = InternVLForConditionalGeneration.from_pretrained(source)
+        model = InternVLForConditionalGeneration(config).float()
+        weights = old.state_dict()
+        name = "model.vision_tower.embeddings.position_embeddings"
+        weights[name] = _resized_positions(weights[name].float(), tile // patch)
+        model.load_state_dict(weights)
+        model.generation_config = old.generation_config
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    write_json(folder / PREPROCESSOR, tile_preprocessor(tile, max_tiles))
+    return folder
+
+
+def _resized_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
+    """Positions (1, 1 + n * n, D) for a grid of `side` x `side` patches; the first one, of the class token, stays."""
+    first, grid = positions[:, :1], positions[:, 1:]
+    before = math.isqrt(grid.shape[1])
+    image = grid.reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([first, image.permute(0, 2, 3, 1).reshape(1, side * side, -1)], 1)
+
+
+def position_waves(side: int, width: int) -> torch.Tensor:
+    """Sines and cosines of rows, then of columns, of a `side` x `side` grid of patches: (side * side, width), within
+    +-0.5. Their wavelengths run from four grids down to two patches."""
+    frequency = (math.pi / side) * torch.exp(torch.linspace(math.log(0.5), math.log(side), width // 4))
+    angle = (torch.arange(side) + 0.5)[:, None] * frequency
+    waves = 0.5 * torch.cat([angle.sin(), angle.cos()], -1)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], -1).reshape(side * side, width)

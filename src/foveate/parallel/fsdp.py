@@ -1,0 +1,133 @@
+"""One model over many ranks with PyTorch's FSDP2, applied from outside to a model that knows nothing of it.
+
+Every rank runs the same blocks in the same order, so a rank must not skip the vision tower while others run it: a batch
+without images beside others with them needs a blank (`foveate.parallel.packing.in_step`).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from foveate.config.cluster import ClusterSettings
+from foveate.models.attention.kernels import keep_from_compiler
+from foveate.models.forward import token_logprobs, token_values
+from foveate.models.policy import DTYPES, Policy
+from foveate.parallel.ulysses import token_logprobs_split, token_values_split
+from foveate.records import Batch
+
+
+class _OfPolicy(nn.Module):
+    """A module around the model of a policy."""
+
+    def __init__(
+        self, policy: Policy, sequence: ProcessGroup | None = None, autocast: torch.dtype | None = None
+    ) -> None:
+        """`sequence`: the ranks that share each row with this one; `autocast`: what the only rank computes in."""
+        super().__init__()
+        self.model = policy.model
+        self.policy = policy
+        self.sequence = sequence
+        self.autocast = autocast
+
+
+class LogProbs(_OfPolicy):
+    """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
+    those that belong to no block (the head, whose logits are never whole, and the embedding)."""
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (M,) of the trained tokens of this rank's batch."""
+        if self.sequence is not None:
+            return token_logprobs_split(self.policy, batch, temperature, self.sequence)
+        with _computing_in(self.autocast, self.policy):
+            return token_logprobs(self.policy, batch, temperature)
+
+
+class Values(_OfPolicy):
+    """`token_values` of a critic, as `LogProbs` is `token_logprobs` of a policy."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Values (M,) before the trained tokens of this rank's batch."""
+        if self.sequence is not None:
+            return token_values_split(self.policy, batch, self.sequence)
+        with _computing_in(self.autocast, self.policy):
+            return token_values(self.policy, batch)
+
+
+def _computing_in(dtype: torch.dtype | None, policy: Policy) -> AbstractContextManager[object]:
+    """Weights and activations of the products within are rounded to `dtype`; None: they stay as they are."""
+    return nullcontext() if dtype is None else torch.autocast(policy.device.type, dtype)
+
+
+Root = TypeVar("Root", LogProbs, Values)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of the vision tower and of the language model, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_blocks(model: nn.Module, *, sharded: bool = False) -> None:
+    """Let torch compile what a block does around its attention, for rows of any length. One that will be `sharded` is
+    compiled for the first length and then for any: told at once that lengths vary, PyTorch takes the numbers of such a
+    module for lengths, too, and cannot look up the compiled code in its cache a second time."""
+    keep_from_compiler()
+    for block in blocks(model):
+        block.compile(dynamic=None if sharded else True, recompile_limit=64)
+
+
+def mesh_of(cluster: ClusterSettings, device: str) -> DeviceMesh:
+    """All ranks; where a copy of the weights is on fewer than all, as (copies, ranks of a copy)."""
+    copies = cluster.ranks // cluster.shards
+    shape, names = ((copies, cluster.shards), ("copy", "shard")) if copies > 1 else ((cluster.ranks,), ("shard",))
+    return init_device_mesh(device, shape, mesh_dim_names=names)
+
+
+def shard(root: Root, mesh: DeviceMesh, cluster: ClusterSettings, *, checkpointing: bool = False) -> Root:
+    """Cut the weights of what computes log-probs or values over the ranks of `mesh`, in place.
+
+    Each block is gathered for its forward and again for its backward, and freed in between unless `cluster.reshard` is
+    false; what is in no block stays gathered from forward to backward. Gradients are added over ranks, in float32, and
+    not averaged: a loss divides by the totals of the whole step. With `checkpointing`, blocks keep nothing but their
+    inputs. The weights may be on the meta device, then nothing is allocated. Called once, before an optimizer is made.
+    """
+    if checkpointing:
+        model: Any = root.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; the models have no dropout
+    precision = MixedPrecisionPolicy(DTYPES[cluster.dtype] if cluster.dtype else None, reduce_dtype=torch.float32)
+    rest = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if cluster.offload else OffloadPolicy()
+    cut = partial(_cut, cluster.shards)
+    settings = {"mesh": mesh, "mp_policy": precision, "offload_policy": rest, "shard_placement_fn": cut}
+    if not cluster.reshard:
+        settings["reshard_after_forward"] = False
+    for module in (*blocks(root.model), root):
+        whole = fully_shard(module, **settings)
+        assert isinstance(whole, FSDPModule)
+        whole.set_gradient_divide_factor(1.0)
+        whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
+    return root
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, or all of one that is cut over ranks, which call this together and talk where they compute."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    there: Any = tensor.to(tensor.device_mesh.device_type)
+    return there.full_tensor()
+
+
+def _cut(ranks: int, weight: nn.Parameter) -> Shard | None:
+    """The dimension along which a weight is cut: its first, unless only another can be cut evenly. There are fewer
+    experts than ranks in a large run, and cut by experts half the ranks would hold twice their share."""
+    even = [dim for dim, size in enumerate(weight.shape) if size % ranks == 0]
+    return Shard(even[0]) if even else None

@@ -1,0 +1,235 @@
+"""Ulysses sequence parallelism (arXiv 2309.14509): neighbouring ranks share one packed row.
+
+Each rank holds an equal run of the row's tokens in every layer. For attention they exchange: a rank gives away its
+tokens' other heads and gets all tokens of its own heads, so that the kernels see the whole forest and know nothing of
+ranks. Images are dealt out as whole tiles (whole pictures, in families that see them whole), and their features are
+gathered. Every rank ends with the log-probs of all trained tokens, and computes the same loss; in backward each carries
+the gradient of its own tokens alone, so that gradients are added over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from foveate.errors import ConfigError
+from foveate.models.attention.kernels import Extras
+from foveate.models.families.internvl import Features
+from foveate.models.forward import hidden_states
+from foveate.models.logprobs import chunked_logprobs
+from foveate.models.policy import Policy
+from foveate.records import Batch, Layout
+
+Group = dist.ProcessGroup
+
+
+def check_heads(policy: Policy, ranks: int) -> None:
+    """Raise ConfigError unless the attention heads of the language model can be shared out evenly."""
+    config: Any = policy.model.config
+    heads = (config.text_config if policy.family.unit else config).num_attention_heads
+    if heads % ranks:
+        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ConfigError(
+            f"cluster.sequence_parallel is {ranks}, but {policy.family.name} at {policy.folder} has {heads} attention "
+            f"heads, which are shared out evenly; use one of {allowed}"
+        )
+
+
+def token_logprobs_split(policy: Policy, batch: Batch, temperature: float, group: Group) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` of one row on all ranks of `group`, which call it together with the same batch."""
+    weight = policy.part("head").weight
+    assert isinstance(weight, Tensor)
+    both = _of_trained(
+        policy,
+        batch,
+        group,
+        lambda hidden, target: torch.stack(chunked_logprobs(hidden, weight, target, temperature), -1),
+    )
+    return both[:, 0], both[:, 1]
+
+
+def token_values_split(policy: Policy, batch: Batch, group: Group) -> Tensor:
+    """`token_values` of one row on all ranks of `group`, which call it together with the same batch."""
+    return _of_trained(policy, batch, group, lambda hidden, _: policy.part("head")(hidden))[:, 0]
+
+
+def _of_trained(policy: Policy, batch: Batch, group: Group, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `head` says of hidden states (m, D) and their targets (m,), for all trained tokens of the row: (M, ...)."""
+    part = Part.of(batch, policy, group)
+    hidden = hidden_states(policy, part.batch, split=part)
+    target = batch.token_ids_T[batch.target_M[part.trained[part.rank]]]
+    own = head(hidden[part.batch.source_M], target)
+    everything = _gathered(own, [len(one) for one in part.trained], group, is_shared=True)
+    return everything[torch.cat(part.trained).argsort()]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one rank computes of a row that a group of ranks shares.
+
+    batch: its own tokens with the layout of the whole row, its own tiles, and the slots of its own image tokens.
+    features: the indices of its own image tokens among all of the row; shares: how many image tokens each rank's tiles
+    give; trained: for each rank, which of the M trained tokens it predicts.
+    """
+
+    batch: Batch
+    group: Group
+    rank: int
+    features: Tensor
+    shares: list[int]
+    trained: list[Tensor]
+
+    @classmethod
+    def of(cls, batch: Batch, policy: Policy, group: Group) -> Part:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        slots = len(batch.slot_index)
+        batch = _padded(batch, ranks)
+        size = batch.layout.tokens // ranks
+        own = slice(rank * size, (rank + 1) * size)
+        mine = (batch.slot_index // size == rank).nonzero()[:, 0]
+        owner_M = batch.source_M // size
+        trained = [(owner_M == one).nonzero()[:, 0] for one in range(ranks)]
+        pixels, grids, shares = _dealt(batch, slots, policy, rank, ranks)
+        part = replace(
+            batch,
+            token_ids_T=batch.token_ids_T[own],
+            position_T=batch.position_T[..., own],
+            pixels=pixels,
+            grids=grids,
+            blank=not shares[rank],
+            slot_index=batch.slot_index[mine] - own.start,
+            source_M=batch.source_M[trained[rank]] - own.start,
+        )
+        return cls(part, group, rank, mine, shares, trained)
+
+    def see(self, policy: Policy) -> Features:
+        """The features of this rank's image tokens, from tiles that all ranks have encoded; and behind them those of
+        a blank, where this rank had no tile to encode."""
+        assert self.batch.pixels is not None
+        seen = policy.family.features(policy.model, self.batch.pixels, self.batch.grids)
+
+        def own(values: Tensor) -> Tensor:
+            count = self.shares[self.rank]
+            if not any(self.shares):
+                return values
+            everything = _gathered(values[:count], self.shares, self.group, is_shared=False)
+            return torch.cat([everything[self.features], values[count:]])
+
+        return Features(own(seen.embeddings), tuple(map(own, seen.deeper)))
+
+    def attend(
+        self,
+        kernel: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scale: float,
+        extras: Extras,
+    ) -> Tensor:
+        """`kernel` on all tokens and this rank's share of the heads. Query (H, T / ranks, d); key and value (H_kv,
+        T / ranks, d), whose heads are repeated as often as makes their number a multiple of the ranks."""
+        ranks = len(self.trained)
+        repeat = math.lcm(len(key), ranks) // len(key)
+        key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
+        if extras.sinks is not None:
+            extras = replace(extras, sinks=extras.sinks.chunk(ranks)[self.rank])
+        rows = [_Exchange.apply(tensor, self.group, True) for tensor in (query, key, value)]
+        return _Exchange.apply(kernel(*rows, layout, scale, extras), self.group, False)
+
+
+def _padded(batch: Batch, ranks: int) -> Batch:
+    """The row, made a multiple of `ranks` long by a tree of its own that nothing sees."""
+    layout, more = batch.layout, -batch.layout.tokens % ranks
+    if not more:
+        return batch
+    return replace(
+        batch,
+        token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
+        position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
+        layout=Layout((*layout.start, layout.tokens), (*layout.length, more), (*layout.parent, -1)),
+    )
+
+
+def _dealt(
+    batch: Batch, slots: int, policy: Policy, rank: int, ranks: int
+) -> tuple[Tensor | None, tuple[tuple[int, int], ...], list[int]]:
+    """The pixels and grids of this rank, and how many image tokens the pixels of each rank give. Tiles, or whole
+    pictures, go in runs of about equal tokens; a rank that gets none encodes a blank, so that all make the same calls.
+    """
+    blank = policy.family.blank
+    if blank is None:
+        return None, (), [0] * ranks
+    pixels = batch.pixels
+    if pixels is None or batch.blank:
+        return blank.pixels.to(batch.token_ids_T.device), blank.grids, [0] * ranks
+    pictures = [rows * columns for rows, columns in batch.grids]
+    if pictures:
+        entries = len(pixels) // sum(pictures)
+        tokens, units = pictures, [count * entries for count in pictures]
+    else:
+        tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
+    middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]
+    owner = [min(ranks - 1, int(middle * ranks / slots)) for middle in middles]
+    shares = [sum(own for own, one in zip(tokens, owner, strict=True) if one == other) for other in range(ranks)]
+    if rank not in owner:
+        return blank.pixels.to(pixels.device), blank.grids, shares
+    pieces = [piece for piece, one in zip(pixels.split(units), owner, strict=True) if one == rank]
+    grids = tuple(grid for grid, one in zip(batch.grids, owner, strict=False) if one == rank)
+    return torch.cat(pieces), grids, shares
+
+
+class _Exchange(torch.autograd.Function):
+    """(H, T / n, d) on each of n ranks to (H / n, T, d), or back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group, to_heads: bool) -> Tensor:
+        ctx.group, ctx.to_heads = group, to_heads
+        return _exchanged(rows, group, to_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchanged(grads[0], ctx.group, not ctx.to_heads), None, None
+
+
+def _exchanged(rows: Tensor, group: Group, to_heads: bool) -> Tensor:
+    ranks = dist.get_world_size(group)
+    sent = torch.stack(rows.chunk(ranks, 0 if to_heads else 1))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(), 1 if to_heads else 0)
+
+
+def _gathered(values: Tensor, counts: Sequence[int], group: Group, *, is_shared: bool) -> Tensor:
+    """The rows of all ranks in their order, `counts` of each. is_shared: every rank makes the same use of the result,
+    so that the gradient of its own rows is whole on each; otherwise the gradients of the ranks are added."""
+    return _Gathered.apply(values, tuple(counts), group, is_shared)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: tuple[int, ...], group: Group, is_shared: bool) -> Tensor:
+        ctx.counts, ctx.group, ctx.is_shared = counts, group, is_shared
+        longest = max(counts)
+        filled = torch.cat([values, values.new_zeros(longest - len(values), *values.shape[1:])])
+        everything = [torch.empty_like(filled) for _ in counts]
+        dist.all_gather(everything, filled, group=group)
+        return torch.cat([rows[:count] for rows, count in zip(everything, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        if not ctx.is_shared:
+            grad = grad.clone()
+            dist.all_reduce(grad, group=ctx.group)
+        return grad.split(ctx.counts)[dist.get_rank(ctx.group)], None, None, None

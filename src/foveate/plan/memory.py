@@ -1,0 +1,170 @@
+"""Bytes of one GPU and of the host by part, for a workload on some machines."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from foveate.models.sizes import parameter_counts
+from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
+from foveate.plan.trace import RowShape, StepMemory, step_memory
+from foveate.plan.workload import Workload
+
+ENGINE_BYTES = 2
+"""Of a weight, key or value in an engine of its own: bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per GPU, on those that learn and those that answer. Where they are the same, an engine keeps weights of its
+    own while they learn, and there are no gradients and activations while they answer."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    features: float
+    chunk: float
+    scratch: float
+    engine: float
+    keys_values: float
+    host: float
+    apart: bool = False
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def learning(self) -> float:
+        """The most while learning: in a backward pass, or in the optimizer step with its copy of the weights."""
+        passes = self.gathered + self.activations + self.features + self.chunk
+        return self.state + (0 if self.apart else self.engine) + max(passes, self.scratch)
+
+    @property
+    def generating(self) -> float:
+        """The least that generating takes, with room for one longest answer."""
+        return (0 if self.apart else self.weights + self.optimizer) + self.engine + self.keys_values
+
+    def fits(self, machines: Machines) -> bool:
+        return max(self.learning, self.generating) <= machines.usable and self.host <= HOST_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters of the parts of a model, of one block of the language model, and of what is in no block."""
+
+    total: int
+    trained: int
+    block: int
+    root: int
+
+
+class _ByText:
+    """A configuration that is equal to another by its text, so that what is known of it can be kept."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.text = config.to_json_string()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ByText) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+def sizes_of(config: Any, train: tuple[str, ...]) -> Sizes:
+    return _sizes(_ByText(config), train)
+
+
+@lru_cache(maxsize=256)
+def _sizes(held: _ByText, train: tuple[str, ...]) -> Sizes:
+    counts = parameter_counts(held.config)
+    text = held.config.text_config
+    root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
+    block = (counts["language"] - root) // text.num_hidden_layers
+    return Sizes(sum(counts.values()), sum(counts[part] for part in train), block, root + counts["projector"])
+
+
+def key_value_bytes(config: Any, itemsize: int) -> int:
+    """Of one token in all layers."""
+    text = config.text_config
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+
+
+def memory_of(work: Workload) -> Memory:
+    """The memory of a workload. A single process without a cluster shares its weights with the engine."""
+    sizes, cluster = sizes_of(work.config, work.train), work.cluster
+    stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
+    shards, spread = cluster.shards, cluster.ranks > 1
+    weights = sizes.total * stored / shards * (2 if work.reference else 1)
+    gradients = sizes.trained * stored / shards
+    gathered = 0.0
+    if not spread and computed < stored:  # copies that autocast keeps: of a block alone where it is computed again
+        gathered = float(computed * (sizes.root + sizes.block if work.checkpointing else sizes.trained))
+    if spread:  # the root and two blocks, one of them on its way; gradients of the root and of a block, in float32
+        gathered = computed * (2 * sizes.root + 3 * sizes.block) + 4 * sizes.block
+    if spread and not cluster.reshard:
+        gathered += computed * (sizes.total - sizes.root)
+    step = activation_memory(work)
+    resident = weights + 3 * gradients
+    rest = cluster.offload and spread
+    apart = work.generates and cluster.engines > 0
+    own = spread or apart or computed != stored or work.overlaps  # the engine has weights of its own
+    one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
+    parallel = cluster.engine_tensor_parallel
+    learning = (resident + gradients if rest else 0) + _pixels(work) / cluster.ranks
+    return Memory(
+        weights=0 if rest else weights,
+        gradients=0 if rest else gradients,
+        optimizer=0 if rest else 2 * gradients,
+        gathered=gathered,
+        activations=step.activations,
+        features=step.features,
+        chunk=step.chunk,
+        scratch=0 if rest else gradients,
+        engine=sizes.total * ENGINE_BYTES / parallel if own and work.generates else 0,
+        keys_values=one_answer / parallel if work.generates else 0,
+        host=max(learning, sizes.total * ENGINE_BYTES / parallel if apart else 0) + 4 * GIB,
+        apart=apart,
+    )
+
+
+def _pixels(work: Workload) -> float:
+    """Float32 tiles of all prompts of a step."""
+    side = work.config.vision_config.image_size
+    return 4.0 * 3 * side[0] * side[1] * work.tiles * work.groups
+
+
+def activation_memory(work: Workload) -> StepMemory:
+    """The real step, traced in small depths and carried on to the full ones: every further block adds the same."""
+    on_gpu = work.cluster.device != "cpu"
+    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.train, work.checkpointing, on_gpu)
+
+
+@lru_cache(maxsize=256)
+def _extrapolated(
+    held: _ByText, row: RowShape, dtype: torch.dtype, train: tuple[str, ...], checkpointing: bool, on_gpu: bool
+) -> StepMemory:
+    vision, language = held.config.vision_config.num_hidden_layers, held.config.text_config.num_hidden_layers
+    depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
+    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu}
+    traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
+    base, deeper, higher = (memory.activations for memory in traced)
+    activations = base + (deeper - base) * (language - 2) / 2 + (higher - base) * (vision - 1)
+    return replace(traced[0], activations=int(activations))
+
+
+def shallow(config: Any, language: int, vision: int) -> Any:
+    """The same model with fewer blocks."""
+    cut = copy.deepcopy(config)
+    cut.text_config.num_hidden_layers, cut.vision_config.num_hidden_layers = language, vision
+    if "layer_types" in cut.text_config.to_dict():
+        cut.text_config.layer_types = cut.text_config.layer_types[:1] * language
+    return cut

@@ -1,0 +1,174 @@
+"""Memory of the real training step without doing it: its forward and backward run on the meta device, where tensors
+have shapes but no memory, while every storage is counted from the operation that makes it until nothing holds it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, InternVLForConditionalGeneration
+
+from foveate.models.attention.kernels import KERNELS
+from foveate.models.families.internvl import InternVL
+from foveate.models.forward import token_logprobs
+from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
+from foveate.models.policy import Policy, freeze_except
+from foveate.parallel.packing import Tree, pack
+from foveate.records import Batch, ImageSlot, Prompt
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of all storages made inside it that are still alive (`live`), and the most there were at once (`peak`).
+    Those of the tensors in `outside` do not count."""
+
+    def __init__(self, outside: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 1  # the value of a tensor, which transformers asks of its masks: any will do, no size hangs on it
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta":
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+@dataclass(frozen=True, slots=True)
+class RowShape:
+    """A packed row: prompt tokens with the image tokens among them, answer tokens, and image tiles."""
+
+    prompt: int
+    answer: int
+    tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes at the peak of a forward and backward, without weights and accumulated gradients.
+
+    `features`: pixels and image features; `chunk`: what the log-probs take beside their input; `activations`: the rest.
+    """
+
+    activations: int
+    features: int
+    chunk: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.features + self.chunk
+
+
+def step_memory(
+    config: Any,
+    row: RowShape,
+    *,
+    dtype: torch.dtype,
+    train: Sequence[str],
+    checkpointing: bool,
+    kernel: str = "auto",
+    on_gpu: bool = False,
+) -> StepMemory:
+    """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`. `on_gpu`:
+    log-probs are computed in the larger chunks of GPUs.
+
+    The gradient of each weight is dropped as soon as it is whole: the plan counts gradients by themselves.
+    """
+    policy = _meta_policy(config, dtype, kernel)
+    model: Any = policy.model
+    freeze_except(policy, train)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop)
+    batch = _meta_batch(row, config.image_seq_length, config.vision_config.image_size)
+    with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()]) as step:
+        logp_M, entropy_M = token_logprobs(policy, batch)
+        loss = (logp_M - entropy_M).sum()
+        loss.backward()
+    head: Any = policy.part("head").weight
+    traced = _chunk_memory(head, batch.target_M, CHUNK_ELEMENTS)
+    own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS) if on_gpu else traced
+    pixels = batch.pixels
+    features = (
+        0 if pixels is None else pixels.nbytes + row.tiles * config.image_seq_length * head.shape[1] * dtype.itemsize
+    )
+    return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - traced, features, own)
+
+
+def _chunk_memory(head: Any, target_M: Tensor, elements: int) -> int:
+    """What log-probs and their backward take beside hidden states and head."""
+    with StorageCounter([head, target_M]) as counter:
+        hidden = torch.empty(len(target_M), head.shape[1], dtype=head.dtype, device="meta", requires_grad=True)
+        before = counter.live
+        logp_M, entropy_M = chunked_logprobs(hidden, head, target_M, chunk_elements=elements)
+        (logp_M - entropy_M).sum().backward()
+    return counter.peak - before
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _fused(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """What `sdpa` keeps on a device: on the meta device it would compute all scores."""
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+_FUSED = "foveate_planned"
+AttentionInterface.register(_FUSED, _fused)
+
+
+def _meta_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
+    kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
+    side = config.vision_config.image_size[0]
+    family = InternVL(config.image_token_id, (), (), side, config.image_seq_length, 12, (), ())
+    tokenizer: Any = None
+    return Policy(model.eval(), tokenizer, family, Path(), "hf")
+
+
+def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:
+    """A batch on the meta device. Memory hangs on the totals alone, so the prompt is one of at least 128 tokens and its
+    answers are equal and at most a quarter as long: no run of tokens is filled up, which would need values."""
+    prompt = max(row.prompt, row.tiles * tokens_per_tile, 128)
+    count = max(1, -(-4 * row.answer // prompt))
+    slot = (ImageSlot(0, row.tiles * tokens_per_tile, row.tiles),) if row.tiles else ()
+    pixels = torch.empty(row.tiles, 3, *size, device="meta") if row.tiles else None
+    answers = ((0,) * max(1, row.answer // count),) * count
+    batch = pack([Tree(Prompt((0,) * prompt, slot, pixels, ()), answers)])
+    return replace(batch, **{name: tensor.to("meta") for name, tensor in _tensors(batch).items()})
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    values = {"pixels": batch.pixels} if batch.pixels is not None else {}
+    names = ("token_ids_T", "position_T", "slot_index", "target_M", "source_M", "sample_M")
+    return values | dict(zip(names, attrgetter(*names)(batch), strict=True))

@@ -1,0 +1,134 @@
+"""What a recipe asks of machines: a model, and a step's prompts, answers and tiles."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.config.cluster import ClusterSettings
+from foveate.config.recipe import find_recipe, load_recipe, read_values
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.errors import ConfigError
+from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
+from foveate.models.checkpoint.inspect import resolve_folder
+from foveate.models.policy import DTYPES
+from foveate.models.sizes import SIZES, published_config
+from foveate.plan.trace import RowShape
+from foveate.train.algorithm import build_method
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`prompt` (image tokens included), `answer` and `tiles` are means of one prompt; `longest` bounds the answer.
+
+    A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
+    `budget` tokens per device, which go `passes` times over the answers. `forwards` counts the passes beside the
+    update: old and reference log-probs. `overlaps`: the next answers are generated while these are learned from.
+    """
+
+    config: Any
+    train: tuple[str, ...]
+    dtype: torch.dtype
+    checkpointing: bool
+    cluster: ClusterSettings
+    budget: int
+    steps: int
+    groups: int
+    answers: int
+    updates: int
+    prompt: int
+    answer: int
+    tiles: int
+    longest: int
+    generates: bool
+    forwards: int
+    reference: bool
+    passes: int = 1
+    overlaps: bool = False
+
+    @property
+    def engines(self) -> int:
+        """Engines that answer: in processes of their own, or one on each rank."""
+        return self.cluster.engines or self.cluster.ranks
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return DTYPES[self.cluster.dtype] if self.cluster.dtype else self.dtype
+
+    @property
+    def row(self) -> RowShape:
+        """What one device holds of a full micro-batch, a share of it under sequence parallelism."""
+        share = self.cluster.sequence_parallel
+        tokens = self.budget * share
+        prompts = max(1, tokens // (self.prompt + self.answers * self.answer))
+        prompt = min(prompts * self.prompt, tokens - 1)
+        tiles = -(-min(prompts * self.tiles, prompt // self.config.image_seq_length) // share)
+        return RowShape(prompt // share, (tokens - prompt) // share, tiles)
+
+
+def workload_of(
+    settings: RLSettings | SFTSettings | MPOSettings, prompt: int | None, answer: int | None, tiles: int | None
+) -> Workload:
+    """The workload of a recipe. None for a mean: 7 tiles (a picture of 4:3 at 640 pixels with its thumbnail has 7 or
+    13) and 100 tokens of text, or the longest prompt if that is less; an eighth of the longest answer."""
+    model, data, train = settings.model, settings.data, settings.train
+    config = _config_of(model.path)
+    per_tile = config.image_seq_length
+    tiles = min(7, data.max_prompt_tokens // per_tile) if tiles is None else tiles
+    prompt = min(data.max_prompt_tokens, tiles * per_tile + 100) if prompt is None else prompt
+    if tiles * per_tile > prompt:
+        raise ConfigError(f"{tiles} tiles are {tiles * per_tile} tokens, more than a prompt of {prompt}")
+    common: dict[str, Any] = {
+        "config": config, "train": model.train, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
+        "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
+        "prompt": prompt, "tiles": tiles,
+    }  # fmt: skip
+    if not isinstance(settings, RLSettings):
+        longest = max(2, data.max_prompt_tokens - prompt)
+        pairs = isinstance(settings, MPOSettings)  # their reference log-probs are computed once, before the steps
+        groups = settings.train.pairs_per_step if pairs else settings.train.samples_per_step
+        return Workload(
+            **common, groups=groups, answers=2 if pairs else 1, updates=1, answer=answer or longest // 8 or 1,
+            longest=longest, generates=False, forwards=0, reference=False,
+        )  # fmt: skip
+    longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.passes
+    reference = build_method(settings.algorithm, longest).needs_reference
+    return Workload(
+        **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
+        passes=settings.train.passes, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
+        answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + reference,
+        reference=reference,
+    )  # fmt: skip
+
+
+def _config_of(path: str) -> Any:
+    """The configuration in a model folder, or the published one where the name says the size (InternVL3_5-8B-MPO)."""
+    if path == "demo" or Path(path).is_dir():
+        folder = resolve_folder(path)
+        return model_config(folder, hf_form(folder, read_tokenizer(folder)))
+    sizes = sorted((size for size in SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
+    if not sizes:
+        raise ConfigError(
+            f"model.path {path}: no such folder, and the name is not that of a published size: InternVL3_5- and one of "
+            f"{', '.join(SIZES)}"
+        )
+    return published_config(sizes[-1])
+
+
+def read_settings(recipe: str, overrides: list[str]) -> RLSettings | SFTSettings | MPOSettings:
+    """The settings of a recipe. Its kind is told by groups that only one has, in the recipe or its bases."""
+    path = find_recipe(recipe)
+    values = read_values(path)
+    groups = set(values)
+    while "base" in values:
+        path = find_recipe(path.parent / values["base"])
+        values = read_values(path)
+        groups |= set(values)
+    if "mpo" in groups:
+        raise ConfigError(f"{recipe}: has several stages; plan the recipe of one stage at a time")
+    kind = RLSettings if "rollout" in groups else MPOSettings if "loss" in groups else SFTSettings
+    return load_recipe(recipe, overrides, kind)

@@ -1,0 +1,69 @@
+"""The report's table of models: every figure of `summary.json` side by side, and accuracy over the thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.report.charts import Chart, Series, make_chart
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTable:
+    """Column names, lines of (label, values), and a chart where answers are boxes."""
+
+    names: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    chart: Chart | None
+
+
+def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
+    """None for a folder that is no evaluation of `foveate eval`."""
+    models: Mapping[str, Mapping[str, Any]] = summary.get("models") or {}
+    if not models:
+        return None
+    columns = [dict(_flat(one)) for one in models.values()]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    lines = tuple((label, tuple(column.get(label, "–") for column in columns)) for label in labels)
+    series = [
+        Series(name, tuple((round(100 * float(t)), value) for t, value in one["accuracy_at"].items()))
+        for name, one in models.items()
+        if "accuracy_at" in one
+    ]
+    chart = None
+    if series:
+        chart = make_chart("Accuracy by threshold", "IoU in percent", series, "%", smooth=False, dots=True)
+    return ModelTable(tuple(models), lines, chart)
+
+
+def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of one model as (label, text), in the order of the page."""
+    lines = [("rows", str(one["rows"]))]
+    for name, label in (("accuracy", "accuracy"), ("mean_iou", "mean IoU")):
+        if name in one:
+            lines.append((label, _with_interval(one[name])))
+    if "with_box" in one:
+        lines.append(("answers with a box", _percent(one["with_box"])))
+    sampled = one.get("sampled", {})
+    lines += [(name, _percent(value)) for name, value in sampled.items() if name != "n"]
+    splits = one.get("splits")
+    if splits:
+        lines += [(name, _percent(value)) for name, value in splits["accuracy"].items()]
+        lines.append(("mean of the 8 splits", _percent(splits["mean_of_8"])))
+    if "tokens_per_row" in one:
+        lines += [("rows without an answer", str(one["missing"])), ("answers cut off", _percent(one["cut"]))]
+        lines.append(("tokens per row", "–" if one["tokens_per_row"] is None else f"{one['tokens_per_row']:.1f}"))
+        lines.append(("seconds per row", f"{one['seconds'] / max(1, one['rows']):.2f}"))
+    return lines
+
+
+def _with_interval(figure: Mapping[str, Any]) -> str:
+    interval = figure["interval"]
+    if figure["value"] is None or interval is None:
+        return "–"
+    return f"{_percent(figure['value'])} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -1,0 +1,218 @@
+"""`report.html`: what a run did, as one page that opens from disk, with no server and no network.
+
+Everything it holds comes from the files of a run folder, whichever of them exist, so that a run can be looked at while
+it goes on and after a crash. Text of models and data reaches the page only through the template's escaping.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
+from foveate.files import atomic_write_text
+from foveate.log import read_metrics, say
+from foveate.records import DataError
+from foveate.report.charts import HEIGHT, LEFT, WIDTH, Chart, Series, chart_metrics, make_chart
+from foveate.report.gallery import gallery_cards, shorten
+from foveate.report.models import model_table
+from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
+from foveate.report.summary import Change, Comparison, compare, format_difference, format_figure
+from foveate.rewards.boxes import HIT_IOU
+
+INPUTS = (
+    "config.yaml", "versions.json", "metrics.jsonl", "evals", "predictions.jsonl", "gallery.json", "summary.json",
+    "notes.txt", "skipped.txt", FILE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The files of a run folder, read; what does not exist is empty."""
+
+    folder: Path
+    config: str
+    versions: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    evaluations: tuple[Evaluation, ...]
+    gallery: tuple[str, ...]
+    notes: str
+    skipped: tuple[str, ...]
+    summary: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def last_step(self) -> int:
+        steps = [row["step"] for row in self.metrics[-1:]] + [one.step for one in self.evaluations[-1:]]
+        return max(steps, default=0)
+
+    def moment(self, step: int) -> str:
+        """What the page calls a step: by the stage that ended there, where the run has stages, or by the model."""
+        label = next((one.label for one in self.evaluations if one.step == step), "")
+        return label or next((stage.name for stage in self.stages if stage.step == step), f"step {step}")
+
+    @property
+    def pictured(self) -> tuple[Evaluation, ...]:
+        """The evaluations whose answers the gallery shows: those at the ends of stages, else all."""
+        ends = {stage.step for stage in self.stages}
+        return tuple(one for one in self.evaluations if not ends or one.step in ends)
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into the run folder and return its path; an old one is replaced.
+
+    Raises DataError when the folder holds nothing to report, or when a file in it is not what its name says.
+    """
+    path = run_folder / "report.html"
+    atomic_write_text(path, render_report(run_folder))
+    return path
+
+
+def render_report(run_folder: Path) -> str:
+    """The page. Raises as `write_report`."""
+    run = read_run(run_folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("foveate.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
+    script = environment.get_template("report.js.j2").render()
+    charts, steady = chart_metrics(run.metrics)
+    cards = gallery_cards(run.folder, run.gallery, run.pictured)
+    comparison = compare(run.evaluations)
+    by_model = bool(run.evaluations and run.evaluations[0].label)
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        comparison=comparison,
+        stages=compare_stages(run.stages, run.evaluations),
+        headline_chart=accuracy_chart(run.evaluations, comparison) if comparison else None,
+        charts=charts,
+        steady=steady,
+        chart_box={"width": WIDTH, "height": HEIGHT, "left": LEFT},
+        cards=cards,
+        by_model=by_model,
+        table_name="Before and after" if not by_model else "Side by side" if len(run.evaluations) > 1 else "Breakdown",
+        models=model_table(run.summary),
+        gallery_steps=[frame.step for frame in cards[0].frames] if cards else [],
+        hit_iou=HIT_IOU,
+        has_boxes=any(card.true_box for card in cards),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def conclude(folder: Path) -> None:
+    """Write the report of a run or evaluation, and print the summary and where the report is."""
+    path = write_report(folder)
+    say(terminal_summary(folder))
+    say(f"Report: {path}")
+
+
+def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) -> Chart | None:
+    """The held-out accuracy over the steps, greedy and sampled; None before the second evaluation."""
+    if comparison.after_step is None or evaluations[0].label:
+        return None
+    summaries = [summarise(one.predictions, one.step) for one in evaluations if one.predictions]
+    series = []
+    for way in ("greedy", "sampled"):
+        points = tuple((one["step"], one[way]["accuracy"]) for one in summaries if one[way]["accuracy"] is not None)
+        if points:
+            series.append(Series(way, points))
+    unit = "%" if comparison.percent else ""
+    return make_chart(f"Held-out {comparison.measure}", "by training step", series, unit, smooth=False, dots=True)
+
+
+def terminal_summary(run_folder: Path) -> RenderableType:
+    """The result in words, and the table of before and after. Raises as `write_report`."""
+    run = read_run(run_folder)
+    comparison = compare(run.evaluations)
+    if comparison is None:
+        return Text(f"{run.name}: no evaluation yet; the last training step is {run.last_step}.")
+    stages = compare_stages(run.stages, run.evaluations)
+    if stages is not None:
+        return Group(Text(" ".join(comparison.sentences), style="bold"), stages_table(stages))
+    table = Table(title=None, header_style="bold", pad_edge=False)
+    table.add_column("held-out questions", overflow="fold")
+    table.add_column("rows", justify="right")
+    table.add_column(comparison.before_name, justify="right")
+    if comparison.after_step is not None:
+        table.add_column(comparison.after_name, justify="right")
+        table.add_column("difference", justify="right")
+    add_row = partial(_add_change, table, with_after=comparison.after_step is not None)
+    for change in comparison.overall:
+        add_row(change, change.label)
+    for tags in comparison.by_tag:
+        table.add_section()
+        for change in tags.greedy:
+            add_row(change, f"{tags.tag}: {change.label} (greedy)")
+    return Group(Text(" ".join(comparison.sentences), style="bold"), table)
+
+
+def _add_change(table: Table, change: Change, label: str, with_after: bool) -> None:
+    cells = [Text(label), Text(str(change.rows)), Text(format_figure(change.before, change.percent))]
+    if with_after:
+        style = "" if not change.difference else "green" if change.difference > 0 else "red"
+        cells.append(Text(format_figure(change.after, change.percent)))
+        cells.append(Text(format_difference(change.difference, change.percent), style=style))
+    table.add_row(*cells)
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def read_run(run_folder: Path) -> Run:
+    """Whatever the run has written so far. Raises DataError for a folder without any of it, or a broken file."""
+    if not any((run_folder / name).exists() for name in INPUTS):
+        state = "holds none of the files of a run" if run_folder.is_dir() else "is no folder"
+        raise DataError(f"{run_folder}: {state} ({', '.join(INPUTS)}); name the folder that `foveate rl` wrote")
+    metrics = run_folder / "metrics.jsonl"
+    return Run(
+        folder=run_folder,
+        config=_text(run_folder / "config.yaml"),
+        versions=_json(run_folder / "versions.json", {}),
+        metrics=tuple(read_metrics(metrics)) if metrics.exists() else (),
+        evaluations=read_evaluations(run_folder),
+        gallery=tuple(_json(run_folder / "gallery.json", [])),
+        notes=_text(run_folder / "notes.txt"),
+        skipped=tuple(_text(run_folder / "skipped.txt").splitlines()),
+        summary=_json(run_folder / "summary.json", {}),
+        stages=read_stages(run_folder),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _json(path: Path, default: Any) -> Any:
+    if not path.exists():
+        return default
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); delete the file, or let the run write it again") from error
+    if not isinstance(content, type(default)):
+        kind = "an object" if isinstance(default, dict) else "a list"
+        raise DataError(f"{path}: holds {type(content).__name__}, but must hold {kind}; let the run write it again")
+    return content

@@ -1,0 +1,110 @@
+"""Rewards made of rewards: a weighted sum of several, and one for each source of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.records import DataError, Score, Task
+from foveate.registry import ConfigError, suggestion
+from foveate.rewards.build import Check, Reward, make_check, make_reward
+
+ANY_SOURCE = "*"
+
+
+def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
+    """The sum of several rewards, each times its weight.
+
+    Args:
+        weights: reward (a name or an import path) -> weight. The weights need not add up to 1.
+        settings: reward -> its settings, for those that have any.
+
+    The parts of the score are the value of each reward by its name, and its own parts as `name/part`. Notes are joined.
+    An answer that one of them cannot grade is not graded at all. Raises ConfigError for no weights, an unknown reward
+    and settings of a reward without weight.
+    """
+    _require("weighted_sum", "weights", weights, settings)
+    rewards = {name: make_reward(name, settings.get(name, {})) for name in weights}
+
+    def reward(text: str, task: Task) -> Score:
+        scores = {name: single(text, task) for name, single in rewards.items()}
+        parts = {name: score.value for name, score in scores.items()}
+        for name, score in scores.items():
+            parts |= {f"{name}/{part}": value for part, value in score.parts.items()}
+        value = sum(weights[name] * score.value for name, score in scores.items())
+        return Score(value, parts, "; ".join(f"{name}: {score.note}" for name, score in scores.items() if score.note))
+
+    return reward
+
+
+def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> Check:  # noqa: B006
+    """The faults that any of the summed rewards finds in a task."""
+    return _AllChecks(tuple(check for name in weights if (check := make_check(name, settings.get(name, {})))))
+
+
+def by_source(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
+    """The reward that belongs to the source of a task.
+
+    Args:
+        rewards: source (`data_source` of the row) -> reward, a name or an import path. `*` stands for any other source.
+        settings: source -> settings of its reward, for those that have any.
+
+    Raises ConfigError for no rewards, an unknown one and settings of a source without reward; the reward raises
+    DataError for a task of a source that is not named.
+    """
+    _require("by_source", "rewards", rewards, settings)
+    built = {source: make_reward(name, settings.get(source, {})) for source, name in rewards.items()}
+
+    def reward(text: str, task: Task) -> Score:
+        chosen = built.get(task.source, built.get(ANY_SOURCE))
+        if chosen is None:
+            raise DataError(f"{task.where}, field data_source: {_no_reward(task.source, built)}")
+        return chosen(text, task)
+
+    return reward
+
+
+def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> Check:  # noqa: B006
+    """The faults that the reward of a task's source finds in it; a source without reward is a fault."""
+    return _SourceCheck({source: make_check(name, settings.get(source, {})) for source, name in rewards.items()})
+
+
+# Checks are objects and not closures, so that they can be sent to the processes that look at rows.
+
+
+@dataclass(frozen=True, slots=True)
+class _AllChecks:
+    checks: tuple[Check, ...]
+
+    def __call__(self, task: Task) -> list[tuple[str, str]]:
+        return list(dict.fromkeys(fault for check in self.checks for fault in check(task)))
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceCheck:
+    checks: Mapping[str, Check | None]
+
+    def __call__(self, task: Task) -> list[tuple[str, str]]:
+        if task.source not in self.checks and ANY_SOURCE not in self.checks:
+            return [("data_source", _no_reward(task.source, self.checks))]
+        chosen = self.checks.get(task.source, self.checks.get(ANY_SOURCE))
+        return chosen(task) if chosen else []
+
+
+def _no_reward(source: str, known: Mapping[str, Any]) -> str:
+    return (
+        f"no reward for source {source!r}{suggestion(source, known)}; known: {', '.join(known)}; "
+        f"add it under `rewards`, or '{ANY_SOURCE}' for any other source"
+    )
+
+
+def _require(name: str, field: str, chosen: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if not chosen:
+        raise ConfigError(f"reward {name}: {field} must have at least 1 entry")
+    for key in settings:
+        if key not in chosen:
+            raise ConfigError(
+                f"reward {name}: settings for {key!r}, which is not in {field}{suggestion(key, chosen)}; "
+                f"{field}: {', '.join(chosen)}"
+            )

@@ -1,0 +1,270 @@
+"""Graders in worker processes: no answer takes longer than its limit, and none ends the run.
+
+Answers to mathematics are graded by programs that can run for ever, take all memory or crash, on text that a model
+wrote. `Graders` keeps such a program in processes of its own. An answer whose grader raises, hangs, dies or returns NaN
+scores 0, with the reason as a note and a count; a process that was lost is replaced, and the run goes on. One that is
+half through its limit gets a successor at once, so that what a new process needs to start is not added to the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from multiprocessing import connection
+from types import TracebackType
+from typing import Any, Self
+
+from foveate.records import FAILED, DataError, Score, Task
+from foveate.registry import ConfigError
+from foveate.rewards import QUICK
+from foveate.rewards.grade import build_reward
+from foveate.rewards.worker import Failure, Job, serve
+
+logger = logging.getLogger(__name__)
+
+STARTING_LIMIT = 300.0
+"""Seconds that a worker process may take to import the reward before the run gives up."""
+_TRIES = 3
+"""Starts of a process in the place of one that was lost, until the reward itself must be at fault."""
+
+MOST_WORKERS = 8
+"""Worker processes unless the caller says how many."""
+
+PRELOADED = ["foveate.rewards.worker", "math_verify", "mathruler.grader"]
+"""What the fork server imports once for all workers; it passes over what is not installed."""
+
+
+class Graders:
+    """A reward behind a pool of worker processes, and itself a reward: `graders(text, task)`.
+
+    Workers are started once, from a fork server that has imported what they need (seconds, once; a replacement takes
+    tens of milliseconds, and what a reward of one's own imports), and end with `close`, with the `with` block, or with
+    the process that owns them. Late ones included there are at most twice as many as `workers`.
+
+    Args:
+        name, settings: the reward, as in `build_reward`. They are checked here, in the calling process.
+        workers: how many processes; 0 grades in the calling process, without limit, and is the default for the rewards
+            in `foveate.rewards.QUICK`. For others the default is one per CPU core, `MOST_WORKERS` at most. A reward
+            that waits for a server takes as many as requests are to be under way at once.
+        time_limit: seconds that one answer may take.
+        memory_limit: GB of memory that one worker may allocate; a grader that asks for more gets a MemoryError.
+
+    Attributes:
+        failures: how many answers were not graded so far, by reason: "raised", "not_finite", "timed_out", "died".
+
+    Raises ConfigError for an unknown reward or setting. A reward is wrong for every answer if it returns no Score, or
+    cannot be imported by a worker: grading then raises DataError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        workers: int | None = None,
+        time_limit: float = 10.0,
+        memory_limit: float = 8.0,
+    ) -> None:
+        if time_limit <= 0 or memory_limit <= 0 or (workers or 0) < 0:
+            raise ConfigError("reward: time_limit and memory_limit must be greater than 0, and workers at least 0")
+        self.failures: Counter[str] = Counter()
+        self.time_limit = time_limit
+        self._reward = build_reward(name, settings)
+        self._job = Job(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30))
+        usual = 0 if name in QUICK else min(os.cpu_count() or 1, MOST_WORKERS)
+        self._count = usual if workers is None else workers
+        self._workers = [_Worker(self._job) for _ in range(self._count)]
+        self._late: list[_Worker] = []
+        """Workers beyond half of their limit, whose places successors have taken."""
+
+    def __call__(self, text: str, task: Task) -> Score:
+        """The score of one answer."""
+        return self.grade_many([(text, task)])[0]
+
+    def grade_many(self, answers: Sequence[tuple[str, Task]]) -> list[Score]:
+        """The scores of answers to tasks, in their order. Answers to the same task should stand together: it is sent to
+        a worker once for all that follow each other."""
+        scores = self._grade_apart(answers) if self._count else [self._reward(text, task) for text, task in answers]
+        failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if _reason(score)]
+        self.failures.update(_reason(score) for _, score in failed)
+        if failed and self._count:
+            task, score = failed[0]
+            logger.warning("%s: %s (%d of %d answers score 0 so)", task.where, score.note, len(failed), len(answers))
+        return scores
+
+    def close(self) -> None:
+        """End the worker processes. Grading again would start new ones."""
+        for worker in self._workers + self._late:
+            worker.kill()
+        self._workers, self._late = [], []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _grade_apart(self, answers: Sequence[tuple[str, Task]]) -> list[Score]:
+        self._workers = self._workers or [_Worker(self._job) for _ in range(self._count)]
+        scores: dict[int, Score] = {}
+        waiting = Waiting([task for _, task in answers], self._count)
+        try:
+            while len(scores) < len(answers):
+                self._hand_out(answers, waiting)
+                scores.update(self._collect())
+        except BaseException:
+            self.close()  # or the answers under way would be taken for those of the next call
+            raise
+        return [scores[index] for index in range(len(answers))]
+
+    def _hand_out(self, answers: Sequence[tuple[str, Task]], waiting: Waiting) -> None:
+        """Give each idle worker the next answer. One that died while it had nothing to do is replaced."""
+        for position, worker in enumerate(self._workers):
+            if worker.is_idle and worker.pipe.poll():
+                worker.kill()
+                self._workers[position] = worker.successor(self._job)
+            elif worker.is_idle and (index := waiting.take(position)) is not None:
+                worker.send(index, *answers[index])
+
+    def _collect(self) -> dict[int, Score]:
+        """Wait for the next result, the next end of a time limit or of half of one; replace workers that are late or
+        lost."""
+        busy = [worker for worker in self._workers + self._late if not worker.is_idle]
+        events = [worker.deadline if worker in self._late else worker.halfway for worker in busy]
+        ready = set(connection.wait([worker.pipe for worker in busy], max(min(events) - time.monotonic(), 0.0)))
+        scores: dict[int, Score] = {}
+        for worker in busy:
+            if worker.pipe in ready:
+                scores.update(worker.receive())
+            elif time.monotonic() >= worker.deadline:
+                scores.update(worker.give_up())
+            if worker in self._late and (worker.is_idle or not worker.is_alive):
+                worker.kill()
+                self._late.remove(worker)
+            elif worker in self._workers and (worker.is_late or not worker.is_alive):
+                self._workers[self._workers.index(worker)] = worker.successor(self._job)
+                self._late += [worker] if worker.is_alive else []
+        return scores
+
+
+class Waiting:
+    """The answers that wait for a worker, in runs to one task. A worker keeps to its run: what its reward remembers of
+    a task, such as the parsed ground truth, need not be found out in every process. When no run is left, the longest of
+    those under way is shared."""
+
+    def __init__(self, tasks: Sequence[Task], workers: int) -> None:
+        self._runs: deque[deque[int]] = deque()
+        for index, task in enumerate(tasks):
+            if not index or task is not tasks[index - 1]:
+                self._runs.append(deque())
+            self._runs[-1].append(index)
+        self._under_way: list[deque[int]] = [deque() for _ in range(workers)]
+
+    def take(self, worker: int) -> int | None:
+        """The next answer for the worker at this place, or None if none waits."""
+        if not self._under_way[worker] and self._runs:
+            self._under_way[worker] = self._runs.popleft()
+        if self._under_way[worker]:
+            return self._under_way[worker].popleft()
+        longest = max(self._under_way, key=len)
+        return longest.pop() if longest else None
+
+
+class _Worker:
+    """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
+
+    def __init__(self, job: Job, tries: int = 0) -> None:
+        """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
+        start."""
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(PRELOADED)
+        self.pipe, theirs = processes.Pipe()
+        self.answer: int | None = None
+        self.is_alive = True
+        self.tries = tries
+        self._limit = job.time_limit
+        self._starting = True
+        self._task: Task | None = None
+        self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
+        self._process = processes.Process(target=serve, args=(job, theirs), daemon=True, name="grader")
+        self._process.start()
+        theirs.close()
+
+    def successor(self, job: Job) -> _Worker:
+        """One in its place."""
+        return _Worker(job, self.tries - 1 if self._starting else _TRIES)
+
+    @property
+    def is_idle(self) -> bool:
+        return self.answer is None and not self._starting
+
+    @property
+    def is_late(self) -> bool:
+        """Whether half of its time for an answer is over."""
+        return self.answer is not None and time.monotonic() >= self.halfway
+
+    def send(self, index: int, text: str, task: Task) -> None:
+        """Have an answer graded. A worker that is gone is noticed by the `receive` that follows."""
+        self.answer = index
+        now = time.monotonic()
+        self.halfway, self.deadline = now + self._limit / 2, now + self._limit
+        try:
+            self.pipe.send((text, None if task is self._task else task))
+        except OSError:
+            return
+        self._task = task
+
+    def receive(self) -> dict[int, Score]:
+        """What the worker has to say: the score of its answer by index, or nothing but that it is ready."""
+        try:
+            said = self.pipe.recv()
+        except (EOFError, OSError):
+            return self._lost(f"its process died ({self._end()})")
+        if isinstance(said, Failure):
+            raise DataError(said.message)
+        index, self.answer, self._starting = self.answer, None, False
+        return {} if index is None else {index: said}
+
+    def give_up(self) -> dict[int, Score]:
+        """End a worker whose time is over."""
+        return self._lost(f"timed out after {self._limit:g} s")
+
+    def kill(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
+        self.pipe.close()
+        self.is_alive = False
+
+    def _lost(self, how: str) -> dict[int, Score]:
+        self.kill()
+        if self._starting and self.tries:
+            logger.warning("a process for the reward did not start: %s; starting another one", how)
+            return {}
+        if self._starting or self.answer is None:
+            raise DataError(
+                f"a process for the reward did not start: {how}; a script that grades must begin its work under "
+                "`if __name__ == '__main__':`; workers 0 grades without processes"
+            )
+        return {self.answer: Score(0.0, note=f"{FAILED}: {how}")}
+
+    def _end(self) -> str:
+        self._process.join(1.0)
+        code = self._process.exitcode or 0
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _reason(score: Score) -> str:
+    """Why an answer was not graded, or "" for one that was."""
+    if not score.note.startswith(FAILED):
+        return ""
+    reasons = {"timed out": "timed_out", "its process died": "died", "gave": "not_finite"}
+    said = score.note.removeprefix(f"{FAILED}: ")
+    return next((reason for start, reason in reasons.items() if said.startswith(start)), "raised")

@@ -1,0 +1,121 @@
+"""The engine seam: prompts in, sampled answers with log-probs out, weights published by version."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from foveate.records import Completion, Prompt, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to answer. The answers depend on `seed`, the prompt, the weights and the sampling parameters alone:
+    not on what else is in the batch, nor on any state of the engine. (Served engines keep this up to the rounding of
+    their kernels, which may differ with the batch.)
+
+    begun: answers to an earlier request for the same, which was interrupted by `pause`, or nothing. Those with finish
+    "abort" go on from their tokens under the weights of now, whose keys and values are computed anew; the others stay
+    as they are."""
+
+    prompt: Prompt
+    seed: int
+    begun: tuple[Completion, ...] = ()
+
+
+class Answering(Protocol):
+    """What answers prompts: an engine, or all engines of a cluster."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """As `Engine.generate`."""
+        ...
+
+
+class Streaming(Answering, Protocol):
+    """What answers prompts and gives each group as it finishes."""
+
+    version: int
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        """As `Engine.stream`."""
+        ...
+
+    def pause(self) -> None:
+        """As `Engine.pause`."""
+        ...
+
+    def resume(self) -> None:
+        """As `Engine.resume`."""
+        ...
+
+
+@runtime_checkable
+class Sleeping(Protocol):
+    """What may share a device with the trainer."""
+
+    def sleep(self) -> None:
+        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
+        memory of weights and caches until then."""
+        ...
+
+
+class Engine(Sleeping, Protocol):
+    """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
+    tokenizer does not have. Every engine passes `tests/rollout/test_engine_conformance.py`."""
+
+    version: int
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """`sampling.samples` answers per request, in order, each with the version of the weights that sampled it."""
+        ...
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
+        what is unfinished. After a `pause` it gives what it has begun, unfinished answers with finish "abort", and
+        ends: indices that are missing were not begun."""
+        ...
+
+    def pause(self) -> None:
+        """Called beside a stream, from another thread: that stream ends early, and so does any that begins before
+        `resume`."""
+        ...
+
+    def resume(self) -> None:
+        """Streams are whole again. Called when none is under way."""
+        ...
+
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over the named weights; answers sampled from now on carry `version`. The tensors must keep their values
+        until the next `publish`: a server that dies before that gets them again."""
+        ...
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids that the engine's model reads for a prompt, images expanded."""
+        ...
+
+    def healthy(self) -> bool:
+        """Whether the engine can answer."""
+        ...
+
+    def statistics(self) -> dict[str, float]:
+        """Counters since the engine was made, and what it is doing now, by name."""
+        ...
+
+    def close(self) -> None:
+        """End whatever runs for the engine. It cannot be used afterwards; closing it again does nothing."""
+        ...
+
+
+def in_order(
+    groups: Iterable[tuple[int, tuple[Completion, ...]]], requests: Sequence[Request]
+) -> list[tuple[Completion, ...]]:
+    """A whole stream as a list in the order of the requests."""
+    found = dict(groups)
+    return [found[index] for index in range(len(requests))]

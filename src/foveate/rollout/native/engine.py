@@ -1,0 +1,256 @@
+"""The native engine: batched sampling with the policy's own modules, every prompt computed once for all its answers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.models.forward import evaluating, hidden_states
+from foveate.models.logprobs import logits_of
+from foveate.models.policy import DTYPES, Policy
+from foveate.parallel.fsdp import whole
+from foveate.parallel.packing import pack
+from foveate.records import Completion, DataError, Prompt, SamplingParams
+from foveate.rollout.engine import Request, in_order
+from foveate.rollout.native.batch import Wave
+from foveate.rollout.native.cache import GroupCache, cached_numbers
+from foveate.rollout.native.graphs import recorder
+from foveate.rollout.native.sampling import draw
+
+_TOKENS = 32_768
+_LOGITS = 1 << 24
+"""Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
+_SLACK, _WORTH = 0.25, 16
+"""Where steps are recorded: which share of the rows may be done before the rest is recorded anew, and how many steps
+must be ahead to record one."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine computed since it was made. `prefills` and `prefill_tokens` count prompts and their tokens, those
+    of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the answer
+    tokens that went through them (the last token of an answer is never fed back)."""
+
+    prefills: int = 0
+    prefill_tokens: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+
+
+class NativeEngine:
+    """Samples with a policy's model in this process (the `Engine` seam of `foveate.rollout.engine`).
+
+    Requests are answered in waves. The prompts of a wave go through the model as one packed row, each once, images
+    included; then every step takes one token of each live answer through it, and finished answers leave. Answers that
+    were interrupted go on behind their prompt: all their tokens go through the model in that first row. The reported
+    log-probs are those of `foveate.rollout.native.sampling.draw`: over the whole vocabulary, comparable with the
+    trainer's. On a GPU, steps are recorded and replayed (`foveate.rollout.native.graphs`).
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        token_budget: int | None = None,
+        own_weights: bool = False,
+    ) -> None:
+        """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
+        cache, prompts and longest possible answers together (None: `cache_tokens`); a prompt whose answers
+        alone exceed it is a wave of its own. With `own_weights` the model belongs to the engine and `publish` copies
+        into it; without, whoever trains the policy changes the very tensors that the engine reads."""
+        self.policy = policy
+        self.version = version
+        self.stats = Stats()
+        self._decode = decode
+        self._token_budget = token_budget
+        self._own_weights = own_weights
+        self._paused = threading.Event()
+        weight = policy.part("head").weight
+        assert isinstance(weight, Tensor)
+        self._banned = torch.arange(len(weight), device=policy.device) >= len(policy.tokenizer)
+        self._banned[list(policy.family.placeholder_ids)] = True
+        self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
+        self._record = recorder(policy)
+
+    @classmethod
+    def copy_of(
+        cls,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        token_budget: int | None = None,
+        dtype: str | None = None,
+    ) -> NativeEngine:
+        """An engine with its own copy of the policy's weights, in `dtype` (None: theirs), which changes by `publish`
+        alone."""
+        copies = {}
+        if dtype is not None:  # of no buffer: rotations stay as exact as they are
+            parameters = policy.model.parameters()
+            copies = {id(p): nn.Parameter(p.detach().to(DTYPES[dtype], copy=True)) for p in parameters}
+        own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
+        return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        """`sampling.samples` answers per request, in the order of the requests. An answer ends with a stop token, which
+        it includes (finish "stop"), or after `sampling.max_tokens` tokens (finish "length")."""
+        return in_order(self.stream(requests, sampling), requests)
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+        """Groups as they finish; what nobody asks for is not computed."""
+        open_ = [i for i, r in enumerate(requests) if not r.begun or any(c.finish == "abort" for c in r.begun)]
+        yield from ((i, request.begun) for i, request in enumerate(requests) if i not in open_)
+        budget = self._token_budget or cache_tokens(self.policy)
+        for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, budget):
+            if self._paused.is_set():
+                return
+            asked = [requests[open_[i]] for i in members]
+            wave = Wave(asked, sampling, self.version, self.policy.device, 0.0 if self._record is None else _SLACK)
+            while wave.live:
+                for number in self._advance(wave, sampling):
+                    yield open_[members[number]], wave.group(number, self._decode)
+
+    def pause(self) -> None:
+        self._paused.set()
+
+    def resume(self) -> None:
+        self._paused.clear()
+
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
+        in the model's state dict, one after the other; those that are cut over ranks are gathered for it. Raises
+        DataError, with nothing changed, where a name is unknown or missing or a shape differs. An engine that shares
+        the policy's weights has them already and looks at none."""
+        if self._own_weights:
+            _copy_weights(self.policy.model, dict(weights))
+        self.version = version
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's own: nothing is expanded here."""
+        return prompt.token_ids
+
+    def sleep(self) -> None:
+        """Nothing to give back: the weights are the trainer's, and the cache of a wave goes with it."""
+
+    def healthy(self) -> bool:
+        return True
+
+    def statistics(self) -> dict[str, float]:
+        return {name: float(count) for name, count in asdict(self.stats).items()}
+
+    def close(self) -> None:
+        """Nothing runs outside of a call."""
+
+    def _advance(self, wave: Wave, sampling: SamplingParams) -> list[int]:
+        """Sample until requests of the wave have all their answers: their numbers. Nobody else's code runs within,
+        where autograd is off and the model in evaluation mode."""
+        finished: list[int] = []
+        with torch.inference_mode(), evaluating(self.policy.model):
+            while not finished:
+                hidden = self._prefill(wave, sampling) if wave.cache is None else self._decode_step(wave, wave.cache)
+                token_B, logprob_B = self._sample(hidden, wave.uniform_B, sampling)
+                finished = wave.take(token_B, logprob_B, self._stop, self._paused.is_set())
+        return finished
+
+    def _prefill(self, wave: Wave, sampling: SamplingParams) -> Tensor:
+        """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
+        The wave gets its cache, with the keys and values of prompts and of what was begun."""
+        device, samples = self.policy.device, sampling.samples
+        batch = pack(wave.trees).to(device)
+        wave.cache = cache = GroupCache(batch.layout, samples, sampling.max_tokens - 1, device)
+        hidden = hidden_states(self.policy, batch, cache)
+        cache.branch()
+        self.stats.prefills += len(wave.trees)
+        self.stats.prefill_tokens += batch.layout.tokens
+        ends = [start + length - 1 for start, length in zip(batch.layout.start, batch.layout.length, strict=True)]
+        roots = [segment for segment, above in enumerate(batch.layout.parent) if above < 0]
+        rows: list[int] = []
+        for root, tree in zip(roots, wave.trees, strict=True):
+            below = len(tree.answers)
+            rows += ends[root + 1 : root + 1 + below] if below else ends[root : root + 1] * samples
+        return hidden[torch.tensor(rows, device=device)]
+
+    def _decode_step(self, wave: Wave, cache: GroupCache) -> Tensor:
+        """One token of each live answer through the language model: the hidden states (B, D)."""
+        language: Any = self.policy.part("language")
+
+        def through(last_B: Tensor, position_B: Tensor) -> Tensor:
+            embeddings = language.get_input_embeddings()(last_B)[None]
+            out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
+            return out.last_hidden_state[0]
+
+        if not cache.is_fixed:
+            wave.replay = None  # before another is recorded, so that its memory is free
+            cache.loosen()
+            if self._record is not None and wave.ahead > _WORTH:
+                cache.fix()
+                wave.replay = self._record(through, wave.last_B, wave.position_B)
+        hidden = (wave.replay or through)(wave.last_B, wave.position_B)
+        cache.advance()
+        self.stats.decode_steps += 1
+        self.stats.decode_tokens += len(wave.live)
+        return hidden
+
+    def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
+        weight = self.policy.part("head").weight
+        assert isinstance(weight, Tensor)
+        rows = max(1, _LOGITS // len(self._banned))
+        drawn = [
+            draw(logits_of(some, weight), uniform, sampling, self._banned)
+            for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
+        ]
+        return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
+
+
+def cache_tokens(policy: Policy) -> int:
+    """How many tokens a wave may hold if nobody says so: 32,768, or what half of a GPU's free memory has room for, each
+    with its keys and values in all layers, and with 16 hidden states while it is first computed."""
+    if policy.device.type != "cuda":
+        return _TOKENS
+    head = policy.part("head").weight
+    assert isinstance(head, Tensor)
+    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size()
+    held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+    return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
+
+
+def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
+    """Indices of the prompts of each wave, prompts of like length together, so that little of the cache is padding.
+
+    A prompt takes as many cache tokens as the longest of its wave, plus `max_tokens` for each of its answers.
+    """
+    waves: list[list[int]] = []
+    for index in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
+        tokens = prompt_lengths[index] + sampling.samples * sampling.max_tokens
+        if not waves or (len(waves[-1]) + 1) * tokens > token_budget:
+            waves.append([])
+        waves[-1].append(index)
+    return waves
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    known = model.state_dict()
+    missing = sorted({name for name, _ in model.named_parameters()} - weights.keys())
+    unknown = sorted(weights.keys() - known.keys())
+    if missing or unknown:
+        what, names = ("lack", missing) if missing else ("hold an unknown", unknown)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise DataError(f"published weights {what} {names[0]}{more}; publish the whole state dict of the same model")
+    for name, tensor in weights.items():
+        if tensor.shape != known[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(known[name].shape)
+            raise DataError(f"published weights: {name} has shape {found}, the engine's model has {wanted}")
+    for name, tensor in weights.items():
+        known[name].copy_(whole(tensor))

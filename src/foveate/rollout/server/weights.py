@@ -1,0 +1,169 @@
+"""Weights from the trainer to the workers of a server: buckets of whole tensors, broadcast, each with a checksum.
+
+The trainer is rank 0 of a small process group of its own, apart from any that trains. Gloo carries it between CPUs,
+NCCL between GPUs. The other end is in the server: `foveate.rollout.vllm.plugin`, or SGLang's own.
+"""
+
+from __future__ import annotations
+
+import pickle
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import (
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    ProcessGroupGloo,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
+from torch.multiprocessing.reductions import reduce_tensor
+
+from foveate.models.lora import merged_state
+
+ALIGNMENT = 16
+"""Tensors start at multiples of it, so that every dtype can be viewed in place."""
+_MEETING = timedelta(seconds=120)
+"""Patience while a group forms: a worker that dies just then is waited for."""
+TRAILER = 16
+"""Bytes behind the tensors of a bucket: the sum of all before as 64-bit integers, and the number of the bucket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors that travel together: (name, tensor, offset in bytes), and the size of the whole in bytes."""
+
+    tensors: tuple[tuple[str, Tensor, int], ...]
+    size: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one tensor and nothing else: it travels from where it is, its trailer in a message of its own.
+        Receivers tell by the same rule."""
+        tensor = self.tensors[0][1]
+        return len(self.tensors) == 1 and tensor.numel() * tensor.element_size() == self.size
+
+
+def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a server needs of a model: its parameters, adapters merged into them. Nothing is computed before the first
+    is asked for."""
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    yield from merged_state(model).items() if adapted else model.named_parameters()
+
+
+def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Bucket]:
+    """Tensors in order, as many to a bucket as fit `limit` bytes; a larger one is a bucket of its own."""
+    buckets: list[Bucket] = []
+    members: list[tuple[str, Tensor, int]] = []
+    size = 0
+    for name, tensor in weights:
+        needed = -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        if members and size + needed > limit:
+            buckets.append(Bucket(tuple(members), size))
+            members, size = [], 0
+        members.append((name, tensor, size))
+        size += needed
+    return [*buckets, Bucket(tuple(members), size)] if members else buckets
+
+
+@torch.no_grad()
+def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
+    """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors."""
+    end = 0
+    for _, tensor, offset in bucket.tensors:
+        size = tensor.numel() * tensor.element_size()
+        flat[end:offset] = 0
+        end = offset + size
+        flat[offset:end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    flat[end:-TRAILER] = 0
+    flat[-TRAILER:] = trailer(flat[:-TRAILER], number)
+    return flat
+
+
+def trailer(data: Tensor, number: int) -> Tensor:
+    """What goes behind the bytes of a bucket, uint8 (TRAILER,). The sum wraps around; any single changed bit changes
+    it."""
+    words = torch.empty(2, dtype=torch.int64, device=data.device)
+    words[0], words[1] = data.view(torch.int64).sum(), number
+    return words.view(torch.uint8)
+
+
+@torch.no_grad()
+def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
+    """What is broadcast, in order, made when it is asked for. Two buffers serve all buckets that are packed: a message
+    may be under way while the next is made, and not longer."""
+    packed = [bucket.size + TRAILER for bucket in buckets if not bucket.alone]
+    buffers = [torch.empty(max(packed), dtype=torch.uint8, device=device) for _ in packed[:2]]
+    for number, bucket in enumerate(buckets):
+        if bucket.alone:
+            data = bucket.tensors[0][1].to(device).contiguous().reshape(-1).view(torch.uint8)
+            yield data
+            yield trailer(data, number)
+        else:
+            buffers.reverse()
+            yield fill(buffers[0][: bucket.size + TRAILER], bucket, number)
+
+
+@torch.no_grad()
+def handles(buckets: Sequence[Bucket], device: torch.device) -> Iterator[tuple[Bucket, str]]:
+    """Each bucket with what another process finds it by on the same GPU, as base64 (CUDA IPC). It has been read when
+    the next one is asked for: all are packed into the same memory."""
+    room = torch.empty(max(bucket.size for bucket in buckets) + TRAILER, dtype=torch.uint8, device=device)
+    for number, bucket in enumerate(buckets):
+        packed = fill(room[: bucket.size + TRAILER], bucket, number)
+        torch.cuda.synchronize(device)
+        yield bucket, b64encode(pickle.dumps(reduce_tensor(packed)[1])).decode()
+
+
+class Sender:
+    """Rank 0 of a group with the workers of one server. Workers find it at `host` and `port`.
+
+    Weights travel from `device`: by NCCL from a GPU, by gloo from host memory, also to servers on GPUs
+    (`foveate.rollout.server.launch.sent_from`).
+    """
+
+    def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
+        self._device, self._group = device, None
+        self.host, self.port, self.world_size = host, self._store.port, world_size
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def connect(self, *prefixes: str) -> None:
+        """Returns when every worker has joined, by a store with these prefixes, the outermost last."""
+        store: Any = self._store
+        for prefix in prefixes:
+            store = PrefixStore(prefix, store)
+        group: Any
+        if self.backend == "nccl":
+            from torch.distributed import ProcessGroupNCCL
+
+            group = ProcessGroupNCCL(store, 0, self.world_size, ProcessGroupNCCL.Options())
+        else:
+            group = ProcessGroupGloo(store, 0, self.world_size, _MEETING)
+            group._set_default_timeout(self._timeout)
+        self._group = group
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group = None
+
+    def send(self, buckets: Sequence[Bucket]) -> None:
+        """Broadcast every bucket with its trailer; the next one is filled while one is under way."""
+        self.broadcast(messages(buckets, self._device))
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Send every tensor, contiguous ones, in order. The next is asked for while one is under way, and the one after
+        that when it has gone."""
+        assert self._group is not None, "connect comes first"
+        under_way: tuple[Any, Tensor] | None = None
+        for tensor in tensors:
+            work = self._group.broadcast(tensor, 0)
+            if under_way is not None:
+                under_way[0].wait()
+            under_way = work, tensor
+        if under_way is not None:
+            under_way[0].wait()

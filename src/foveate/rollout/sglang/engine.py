@@ -1,0 +1,272 @@
+"""Rollouts from SGLang: `sglang.launch_server` processes in an environment of their own, driven over HTTP.
+
+SGLang knows InternVL in the GitHub layout only, and cuts images into other tiles than InternVL's own processor; so the
+model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from base64 import b64encode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foveate.errors import ConfigError, EngineError
+from foveate.models.checkpoint.convert import write_json, write_other_files
+from foveate.models.checkpoint.names import from_hf
+from foveate.models.families.internvl import read_json
+from foveate.models.policy import Policy
+from foveate.records import Completion, Prompt, SamplingParams
+from foveate.rollout.engine import Request
+from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.launch import (
+    SHARE,
+    banned_ids,
+    dtype_name,
+    python_path,
+    require_place,
+    sent_from,
+    visible_devices,
+    write_plugin,
+)
+from foveate.rollout.server.process import HOST, PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.server.weights import Sender, plan_buckets, served_weights
+
+KNOWN = ("internvl", "qwen2", "qwen3")
+"""Families whose images and weights are handed over as SGLang reads them."""
+_GROUP = "weights"
+_ON_CPU = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
+    *("--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph"),
+)
+
+
+class SGLangEngine(ServedEngine):
+    """The `Engine` seam on SGLang servers that start with random weights and get the trainer's by `publish`.
+
+    The seeds of requests are not followed: SGLang's seeded sampling excludes top-p and top-k, and needs its kernels."""
+
+    SALT = "extra_key"
+    """The field of a request that keeps prefixes of different versions apart."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        program: str = "python",
+        longest: int | None = None,
+        replicas: int = 1,
+        tensor_parallel: int = 1,
+        device: str | None = None,
+        memory_fraction: float | None = None,
+        cache_tokens: int | None = None,
+        devices: list[str] | None = None,
+        shared: bool = False,
+        transfer: Literal["broadcast", "disk"] = "broadcast",
+        bucket_mb: int = 64,
+        start_s: float = 600.0,
+        stall_s: float = 120.0,
+        logs: str | None = None,
+        arguments: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`program` is the Python of SGLang's environment; `longest` the tokens of prompt and answer together (None: as
+        the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
+        cache (None: 0.8, or 0.4 where it is `shared`), `cache_tokens` the size of that cache in tokens (None: as fits);
+        the others are those of `foveate.rollout.vllm.engine.VLLMEngine`."""
+        if policy.family.name not in KNOWN:
+            raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+        if shutil.which(program) is None:
+            raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
+        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
+        memory_fraction = memory_fraction or (SHARE if shared else 0.8)
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
+        self._policy, self._decode = policy, decode
+        self._bucket, self._workers = bucket_mb << 19, tensor_parallel
+        self._logs = Path(logs) if logs else None
+        self._senders: dict[Replica, Sender] = {}
+        self._counters: dict[Replica, Path] = {}
+        self._banned = banned_ids(policy)
+        on_cpu = (device or policy.device.type) == "cpu"
+        self._environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
+        self._environment |= environment or {}
+        self._options = [
+            *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters())), "--trust-remote-code"),
+            *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
+            *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
+            *(_ON_CPU if on_cpu else ("--enable-memory-saver",) if shared else ()),
+            *(("--context-length", str(longest)) if longest else ()),
+            *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
+            *(arguments or ()),
+        ]
+        self._program = str(shutil.which(program))
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
+        self.start(version, served_weights(policy.model))
+
+    # --------------------------------------------------------------------------------------------------- the server
+
+    def new_replica(self, number: int) -> Replica:
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        if not model.exists():
+            _write_model(self._policy, model)
+            write_plugin(plugin, Path(__file__).with_name("plugin.py"), "sglang", "sglang.srt.plugins")
+        command = [self._program, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
+        log = (self._logs or self.folder) / f"sglang-{number}.log"
+        counter = self.folder / f"tokens-{number}"
+        counter.mkdir()
+        environment = {**self._environment, **self._devices[number]}
+        environment |= {"PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
+        replica = Replica([*command, "--port", PORT, *self._options], environment, log, "/health")
+        self._counters[replica] = counter
+        return replica
+
+    def connect(self, replica: Replica) -> None:
+        if replica in self._senders:
+            self._senders.pop(replica).close()
+        if self._transfer == "disk":
+            return
+        device = sent_from(self._policy, self._devices)
+        sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
+        where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
+        init = {**where, "group_name": _GROUP, "backend": sender.backend}
+        with meanwhile(replica, "/init_weights_update_group", init, TRANSFER_S):
+            sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
+        self._senders[replica] = sender
+
+    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        try:
+            self._send(replica, version, weights)
+        except EngineError as error:  # what goes wrong with weights is a refusal here
+            raise ReplicaLostError(str(error)) from error
+
+    def _send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        self.abort(replica)
+        named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
+        if self._transfer == "disk":
+            update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
+            _succeed(replica.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
+        else:
+            self._broadcast(replica, version, named)
+        replica.call("POST", "/flush_cache", timeout_s=self._stall_s)
+
+    def _broadcast(self, replica: Replica, version: int, named: list[tuple[str, Tensor]]) -> None:
+        _succeed(replica.call("POST", "/begin_weight_update", {}, timeout_s=self._stall_s))
+        for bucket in plan_buckets(named, self._bucket):
+            tensors = [tensor for _, tensor, _ in bucket.tensors]
+            update = {
+                "names": [name for name, _, _ in bucket.tensors],
+                "dtypes": [dtype_name(tensor) for tensor in tensors],
+                "shapes": [list(tensor.shape) for tensor in tensors],
+                "group_name": _GROUP,
+                "weight_version": str(version),
+                "load_format": "foveate",  # of the plug-in: a bucket with a trailer
+            }
+            with meanwhile(replica, "/update_weights_from_distributed", update, TRANSFER_S):
+                self._senders[replica].send([bucket])
+        _succeed(replica.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
+
+    def abort(self, replica: Replica) -> None:
+        replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
+
+    def tokens_made(self, replica: Replica) -> float:
+        """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
+        return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[replica].iterdir()))
+
+    def let_go(self, replica: Replica) -> None:
+        self.abort(replica)
+        tags = {"tags": ["kv_cache", "weights"]}
+        replica.call("POST", "/release_memory_occupation", tags, timeout_s=self._stall_s)
+
+    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+        replica.call("POST", "/resume_memory_occupation", {"tags": [what]}, timeout_s=self._stall_s)
+
+    # ------------------------------------------------------------------------------------------------- the requests
+
+    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+        """What was sent, if the server counts as many tokens: it does not show their ids."""
+        sampling = SamplingParams(max_tokens=1)
+        found = self._generate(replica, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
+        return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]
+
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        answers = self._generate(replica, request, sampling)
+        if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
+            raise ReplicaLostError("an answer was cut off")
+        return tuple(map(self._completion, answers))
+
+    def _completion(self, answer: dict[str, Any]) -> Completion:
+        token_ids, about = tuple(answer["output_ids"]), answer["meta_info"]
+        logprobs = tuple(entry[0] for entry in about["output_token_logprobs"])
+        version = int(about["weight_version"])
+        return Completion(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
+
+    def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
+        answers = replica.call("POST", "/generate", self._body(request, sampling))
+        return answers if isinstance(answers, list) else [answers]
+
+    def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
+        params = {
+            "n": sampling.samples,
+            "max_new_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "logit_bias": {str(token): BAN for token in self._banned},
+            "stop_token_ids": list(self._policy.family.stop_ids),
+            "skip_special_tokens": False,
+        }
+        version = str(self.version)
+        body: dict[str, Any] = {
+            "input_ids": list(request.prompt.token_ids),
+            "sampling_params": params,
+            "return_logprob": True,
+            self.SALT: version,
+        }
+        if request.prompt.pixels is not None:
+            body["image_data"] = [self._images(request.prompt, version)]
+        return body
+
+    def _images(self, prompt: Prompt, version: str) -> str:
+        """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
+        version are never taken from a cache."""
+        assert prompt.pixels is not None
+        tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
+        data = tiles.flatten().view(torch.uint8).numpy().tobytes()
+        name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
+        about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
+        return json.dumps({**about, "data": b64encode(data).decode()})
+
+
+def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Weights by their names in transformers -> by those of the GitHub layout, fused where that fuses them."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in weights:
+        target, part, _ = from_hf(name, "chat")
+        parts.setdefault(target, {})[part] = tensor.detach()
+    joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
+    return list(zip(parts, joined, strict=True))
+
+
+def _succeed(answer: Any) -> None:
+    if not answer["success"]:
+        raise EngineError(f"the server refused new weights: {answer['message']}")
+
+
+def _write_model(policy: Policy, folder: Path) -> None:
+    """The small files of the model, InternVL's in the GitHub layout and without the names of processors that SGLang
+    would build."""
+    folder.mkdir()
+    images = policy.family.name == "internvl"
+    write_other_files(policy.folder, folder, policy.format, "chat" if images else policy.format)
+    if not images:
+        return
+    path = folder / "tokenizer_config.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "processor_class"})

@@ -1,0 +1,113 @@
+"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, buckets with checksums, the trainer's
+log-probs, counted tokens.
+
+This file is copied beside each server (see `foveate.rollout.sglang.engine`), runs in SGLang's own environment, and
+imports nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the
+start of a run finds out where another version differs.
+"""
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from base64 import b64decode
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.multimodal.processors.internvl import InternVLProcessor
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def register() -> None:
+    """The entry point `sglang.srt.plugins`, called once in every process of a server."""
+    _take_tiles()
+    _check_buckets()
+    _report_trainers_logprobs()
+
+
+def _take_tiles() -> None:
+    """The image tiles of a prompt come as base64 in text: over HTTP, SGLang takes pictures as text only."""
+    plain = InternVLProcessor.process_mm_data_async
+
+    async def process(self: Any, image_data: Any, *args: Any, **kwargs: Any) -> Any:
+        images = [_decoded(json.loads(text)) for text in image_data or ()]
+        return await plain(self, images or image_data, *args, **kwargs)
+
+    InternVLProcessor.process_mm_data_async = process
+
+
+def _decoded(item: dict[str, Any]) -> dict[str, Any]:
+    flat = torch.frombuffer(bytearray(b64decode(item["data"])), dtype=DTYPES[item["dtype"]])
+    return {"format": "processor_output", "hash": item["hash"], "pixel_values": flat.view(item["shape"])}
+
+
+def _check_buckets() -> None:
+    """Weights come in buckets of `foveate.rollout.server.weights`, each with a trailer that is compared before it is
+    loaded."""
+    plain = WeightUpdater.receive_weights_from_distributed
+
+    def receive(self: Any, *, load_format: Any = None, **about: Any) -> Any:
+        if load_format != "foveate":
+            return plain(self, load_format=load_format, **about)
+        names, dtypes, shapes = about["names"], about["dtypes"], about["shapes"]
+        sizes = [DTYPES[name].itemsize * torch.Size(shape).numel() for name, shape in zip(dtypes, shapes, strict=True)]
+        places = [*accumulate((-(-size // 16) * 16 for size in sizes), initial=0)]
+        group = self._model_update_group[about["group_name"]]
+        device = self.device if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        flat = torch.empty(places[-1] + 16, dtype=torch.uint8, device=device)
+        for part in (flat[:-16], flat[-16:]) if sizes == places[1:] else (flat,):  # a lone tensor has its trailer apart
+            torch.distributed.broadcast(part, 0, group=group)
+        words = flat.view(torch.int64)
+        found, sent = int(words[:-2].sum()), int(words[-2])
+        if found != sent:
+            raise RuntimeError(f"the bucket of {names[0]} arrived with checksum {found}, not {sent}")
+        pieces = [flat[place : place + size] for place, size in zip(places, sizes, strict=False)]
+        return [(n, p.view(DTYPES[d]).view(s)) for n, p, d, s in zip(names, pieces, dtypes, shapes, strict=True)]
+
+    WeightUpdater.receive_weights_from_distributed = receive
+
+
+def _report_trainers_logprobs() -> None:
+    """Log-probs under softmax(logits / temperature) over the whole vocabulary, as a trainer computes them, where SGLang
+    reports those after the bias that bans tokens. The logits are seen before it."""
+    plain_bias, plain_report = SamplingBatchInfo.apply_logits_bias, OutputLogprobProcessor.compute_logprobs
+    seen: list[torch.Tensor] = []
+    count = _counter()
+
+    def bias(self: Any, logits: torch.Tensor) -> None:
+        count(len(logits))
+        seen[:] = [torch.log_softmax(logits.float() / self.temperatures, -1)]
+        plain_bias(self, logits)
+
+    def report(self: Any, logprobs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return plain_report(self, seen[0] if seen else logprobs, *args, **kwargs)
+
+    SamplingBatchInfo.apply_logits_bias = bias
+    OutputLogprobProcessor.compute_logprobs = report
+
+
+def _counter() -> Callable[[int], None]:
+    """Adds to this process's count of sampled tokens, 8 bytes in a file of the folder FOVEATE_TOKENS. Of the workers of
+    one server, which all sample the same, the first counts."""
+    shared: list[mmap.mmap] = []
+
+    def add(tokens: int) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return
+        if not shared:
+            path = Path(os.environ["FOVEATE_TOKENS"]) / str(os.getpid())
+            path.write_bytes(bytes(8))
+            with path.open("r+b") as file:
+                shared.append(mmap.mmap(file.fileno(), 8))
+        shared[0][:8] = (int.from_bytes(shared[0][:8], "little") + tokens).to_bytes(8, "little")
+
+    return add

@@ -1,0 +1,327 @@
+"""Rollouts from vLLM: `vllm serve` processes in an environment of their own, driven over HTTP.
+
+Prompts go in as token ids with every image expanded, and images as the tiles that the trainer sees: vLLM neither
+tokenises nor resizes anything. The endpoint is vLLM's own for tokens in and tokens out, the weights come by its own
+weight-transfer API; foveate adds a small plug-in (`plugin.py`), and nothing of vLLM is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from msgspec import msgpack
+from torch import Tensor
+
+from foveate.errors import ConfigError
+from foveate.models.checkpoint.convert import write_json, write_other_files
+from foveate.models.families.internvl import Family, read_json
+from foveate.models.families.qwen_vl import QwenVL
+from foveate.models.policy import Policy
+from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
+from foveate.rollout.engine import Request
+from foveate.rollout.native.cache import cached_numbers
+from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.launch import (
+    SHARE,
+    banned_ids,
+    dtype_name,
+    python_path,
+    require_place,
+    sent_from,
+    visible_devices,
+    write_plugin,
+)
+from foveate.rollout.server.process import HOST, PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.server.weights import Bucket, Sender, handles, plan_buckets, served_weights
+
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plug-in's log-probs are those of the other one
+    "HF_HUB_OFFLINE": "1",
+}
+_ON_CPU = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or every server takes the first core
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
+    "TORCH_COMPILE_DISABLE": "1",
+}
+KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
+"""Families whose images and weights are handed over as vLLM reads them."""
+_GENERATE = "/inference/v1/generate"
+_RAW = 3
+"""vLLM's MessagePack extension type for the bytes of a tensor."""
+
+
+class VLLMEngine(ServedEngine):
+    """The `Engine` seam on vLLM servers that start with random weights and get the trainer's by `publish`.
+
+    The model is always served in the Hugging Face layout, whatever layout the policy came in: only its small files are
+    written for the server, and the published names are those of the module in memory, which vLLM knows.
+    """
+
+    SALT = "cache_salt"
+    """The field of a request that keeps prefixes of different versions apart."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        version: int = 0,
+        program: str = "vllm",
+        longest: int | None = None,
+        replicas: int = 1,
+        tensor_parallel: int = 1,
+        device: str | None = None,
+        memory_fraction: float | None = None,
+        memory_mb: int | None = None,
+        devices: list[str] | None = None,
+        shared: bool = False,
+        transfer: Literal["broadcast", "ipc", "disk"] = "broadcast",
+        bucket_mb: int = 64,
+        start_s: float = 600.0,
+        stall_s: float = 120.0,
+        logs: str | None = None,
+        arguments: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
+        as the model's configuration says); `device` where the server computes (None: where the policy is);
+        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
+        (None: vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each replica, such as
+        ["4,5", "6,7"] (None: all see what the trainer sees, and weights travel through host memory); `shared` whether
+        the server computes on the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction`
+        0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the
+        folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc`
+        but for the largest tensor (a server takes as much, and the largest tensor); `arguments` are added to the
+        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
+        goes with the engine)."""
+        _require(policy, program)
+        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
+        self._devices, self._transfer = visible_devices(devices, replicas), transfer
+        self._policy, self._decode = policy, decode
+        self._bucket = bucket_mb << 19  # two of them are in memory at a time
+        self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
+        self._senders: dict[Replica, Sender] = {}
+        self._banned = banned_ids(policy)
+        on_cpu = (device or policy.device.type) == "cpu"
+        if on_cpu and memory_mb is None:
+            memory_mb = _cpu_memory(policy, longest)
+        self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
+        self._options = [
+            *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
+            *("--tensor-parallel-size", str(tensor_parallel)),
+            *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
+            *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
+            *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
+            *(_cpu_options(policy, longest) if on_cpu else _gpu_options(memory_fraction, shared)),
+            *(("--max-model-len", str(longest)) if longest else ()),
+            *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
+            *(arguments or ()),
+        ]
+        self._program = str(shutil.which(program))
+        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
+        self.start(version, served_weights(policy.model))
+
+    # ------------------------------------------------------------------------------------------------------- the server
+
+    def new_replica(self, number: int) -> Replica:
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        if not model.exists():
+            _write_model(self._policy, model)
+            write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
+        command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
+        log = (self._logs or self.folder) / f"vllm-{number}.log"
+        environment = {**self._environment, **self._devices[number], "PYTHONPATH": python_path(plugin)}
+        return Replica(command, environment, log, "/health")
+
+    def connect(self, replica: Replica) -> None:
+        if replica in self._senders:
+            self._senders.pop(replica).close()
+        if self._transfer != "broadcast":
+            nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
+            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody}, timeout_s=self._stall_s)
+            return
+        sender = Sender(HOST, 1 + self._workers, sent_from(self._policy, self._devices), TRANSFER_S)
+        where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
+        init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
+        with meanwhile(replica, "/init_weight_transfer_engine", init, TRANSFER_S):
+            sender.connect("weights")
+        self._senders[replica] = sender
+
+    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
+        soon = {"timeout_s": self._stall_s}
+        replica.call("POST", "/pause?mode=abort&clear_cache=true", **soon)
+        replica.call("POST", "/start_weight_update", **soon)
+        if self._transfer == "disk":
+            file = self.on_disk(weights) / "model.safetensors"
+            update = {"update_info": {"buckets": [], "file": str(file)}}
+            replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+        elif self._transfer == "ipc":
+            buckets = plan_buckets(weights, self._bucket)
+            for number, (bucket, handle) in enumerate(handles(buckets, self._policy.device)):
+                update = {"update_info": {"buckets": [_announced(bucket)], "handle": handle, "number": number}}
+                replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+        else:
+            buckets = plan_buckets(weights, self._bucket)
+            update = {"update_info": {"buckets": [*map(_announced, buckets)]}}
+            with meanwhile(replica, "/update_weights", update, TRANSFER_S):
+                self._senders[replica].send(buckets)
+        replica.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=TRANSFER_S)
+        for cache in ("prefix", "mm", "encoder"):
+            replica.call("POST", f"/reset_{cache}_cache", **soon)
+        replica.call("POST", "/resume", **soon)
+
+    def abort(self, replica: Replica) -> None:
+        replica.call("POST", "/abort_requests", {}, timeout_s=10)
+
+    def tokens_made(self, replica: Replica) -> float:
+        text = replica.call("GET", "/metrics", timeout_s=10)
+        counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
+        return sum(map(float, counts))
+
+    def let_go(self, replica: Replica) -> None:
+        replica.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
+
+    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+        replica.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
+
+    # ----------------------------------------------------------------------------------------------------- the requests
+
+    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+        body = self._body(Request(prompt, 0), SamplingParams(max_tokens=1))
+        answer = replica.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
+        return tuple(answer["prompt_token_ids"])
+
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+        alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
+        body = self._body(request, replace(sampling, samples=sampling.samples // alike))
+        choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
+        if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
+            raise ReplicaLostError("an answer was cut off")
+        return tuple(map(self._completion, choices))
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        token_ids = tuple(choice["token_ids"])
+        logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
+        version = min((int(span["version"]) for span in choice["weight_versions"]), default=self.version)
+        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
+
+    def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
+        version = str(self.version)
+        params = {
+            "n": sampling.samples,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": request.seed,
+            "logprobs": 0,
+            "logit_bias": dict.fromkeys(self._banned, BAN),
+            "ignore_eos": True,  # answers end where the family says
+            "stop_token_ids": list(self._policy.family.stop_ids),
+            "detokenize": False,
+        }
+        body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, self.SALT: version}
+        if request.prompt.pixels is not None:
+            body["features"] = self._images(request.prompt, version)
+        return body
+
+    def _images(self, prompt: Prompt, version: str) -> dict[str, Any]:
+        """The images as the model eats them. Their hashes name the weights, too: features of another version are never
+        taken from a cache."""
+        assert prompt.pixels is not None
+        dtype = next(self._policy.model.parameters()).dtype
+        images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
+        places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
+        family = self._policy.family
+        items = [_image_item(family, image, slot) for image, slot in zip(images, prompt.slots, strict=True)]
+        hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
+        data = [b64encode(item).decode() for item in items]
+        return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+
+def _require(policy: Policy, program: str) -> None:
+    """Raise ConfigError where vLLM cannot serve the family, or is not there."""
+    if policy.family.name not in KNOWN:
+        raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+    if shutil.which(program) is None:
+        raise ConfigError(
+            f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
+            "(scripts/install_vllm_cpu.sh, or its documentation) and name its bin/vllm"
+        )
+
+
+def _gpu_options(memory_fraction: float | None, shared: bool) -> tuple[str, ...]:
+    share = memory_fraction or (SHARE if shared else None)
+    memory = ("--gpu-memory-utilization", str(share)) if share else ()
+    return (*memory, "--enable-sleep-mode") if shared else memory
+
+
+def _cpu_memory(policy: Policy, longest: int | None) -> int:
+    """MB of keys and values: 1,024, or room for four of the longest. vLLM would take nearly all memory of the host, and
+    fill it by and by."""
+    config: Any = policy.model.config
+    tokens = 4 * longest if longest else config.get_text_config().max_position_embeddings
+    size = cached_numbers(policy) * next(policy.model.parameters()).itemsize
+    return max(1024, -(-size * tokens >> 20))
+
+
+def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
+    """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
+    generators of CPUs cannot do."""
+    config: Any = policy.model.config
+    tokens = longest or config.get_text_config().max_position_embeddings
+    return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
+
+
+def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:
+    """One image, the entries (N, 3, H, W) of its slot, as vLLM's MessagePack of a `MultiModalKwargsItem`: values by
+    name, each with how the values of several images are joined."""
+    flat = ["flat", {"slices": [[0, len(pixels), None]], "dim": 0, "keep_on_cpu": False}]
+    each = ["batched", {"keep_on_cpu": True}]
+    if isinstance(family, QwenVL):
+        assert slot.grid is not None
+        grid = torch.tensor([1, *(side * family.merge for side in slot.grid)])
+        patches = pixels[:, :, None].expand(-1, -1, family.repeats, -1, -1).flatten(1)
+        values = {"pixel_values": (patches, flat), "image_grid_thw": (grid, each)}
+    else:
+        shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
+        token = torch.tensor(family.image_token_id)
+        count = torch.tensor(len(pixels))
+        values = {"pixel_values": (pixels, flat), "image_num_patches": (count, each), "image_token_id": (token, shared)}
+    return msgpack.encode({name: {"data": _raw(tensor), "field": field} for name, (tensor, field) in values.items()})
+
+
+def _raw(tensor: Tensor) -> list[Any]:
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return [dtype_name(tensor), list(tensor.shape), msgpack.Ext(_RAW, data)]
+
+
+def _announced(bucket: Bucket) -> tuple[int, list[tuple[str, str, list[int], int]]]:
+    return bucket.size, [(name, dtype_name(tensor), list(tensor.shape), at) for name, tensor, at in bucket.tensors]
+
+
+def _write_model(policy: Policy, folder: Path) -> None:
+    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds for InternVL
+    at its start and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end
+    token."""
+    folder.mkdir()
+    write_other_files(policy.folder, folder, policy.format, "hf")
+    if policy.family.name != "internvl":
+        return
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path)
+    extra = settings.get("extra_special_tokens") or {}
+    if "video_token" not in settings and "video_token" not in extra:
+        write_json(path, {**settings, "video_token": policy.tokenizer.eos_token})

@@ -1,0 +1,177 @@
+"""What foveate adds to the vLLM processes that it starts: weights by broadcast, and log-probs at the temperature.
+
+This file is copied beside each server (see `foveate.rollout.vllm.engine`), runs in vLLM's own environment, and imports
+nothing of foveate. It is the only one that imports vLLM. Written for vLLM 0.32; the parity check at the start of a run
+finds out where another version differs.
+"""
+
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import pickle
+from base64 import b64decode
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.sample.sampler import Sampler
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def register() -> None:
+    """The entry point `vllm.general_plugins`, called once in every process of a server."""
+    WeightTransferEngineFactory.register_engine("foveate", Receiver)
+    _report_trainers_logprobs()
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where the trainer, rank 0, waits ("": nowhere, weights come in files); `rank_offset` is the rank of the server's
+    first worker. Over the backend gloo weights travel from and to the memory of the host."""
+
+    host: str
+    port: int
+    world_size: int
+    rank_offset: int
+    backend: str
+    timeout_s: float
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or one bucket and the
+    `handle` of its memory on this GPU, and its number; or a safetensors file."""
+
+    buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
+    file: str = ""
+    handle: str = ""
+    number: int = 0
+
+
+class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """The worker's end of `foveate.rollout.server.weights.Sender`: buckets of whole tensors, each checked before it is
+    loaded."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    group: Any = None
+    place: torch.device
+    """Where buckets arrive."""
+    missing: frozenset[str] = frozenset()
+    """Parameters of the model that have not come yet since the update began."""
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if not init_info.host:
+            return
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        timeout = timedelta(seconds=init_info.timeout_s)
+        store = TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
+        prefixed = PrefixStore("weights", store)
+        self.place = self.device if init_info.backend == "nccl" else torch.device("cpu")
+        if init_info.backend == "nccl":
+            from torch.distributed import ProcessGroupNCCL
+
+            self.group = ProcessGroupNCCL(prefixed, rank, init_info.world_size, ProcessGroupNCCL.Options())
+        else:
+            self.group = ProcessGroupGloo(prefixed, rank, init_info.world_size, timeout)
+
+    def start_weight_update(self) -> None:
+        self.missing = frozenset(name for name, _ in self.model.named_parameters())
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load bucket by bucket; the next is on its way while one is loaded."""
+        if update_info.file:
+            with safe_open(update_info.file, "pt", device=str(self.device)) as file:
+                self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+            return
+        if update_info.handle:
+            # a copy: the trainer fills that memory anew, and vLLM keeps tensors until it has all of a layer
+            flat = _opened(update_info.handle, self.device).clone()
+            torch.cuda.synchronize(self.device)
+            self._load(flat, update_info.number, update_info.buckets[0][1])
+            return
+        coming = (self._begin(size, tensors) for size, tensors in update_info.buckets)
+        ahead = next(coming, None)
+        for number, (_, tensors) in enumerate(update_info.buckets):
+            assert ahead is not None
+            flat, works = ahead
+            for work in works:
+                work.wait()
+            ahead = next(coming, None)
+            self._load(flat, number, tensors)
+
+    def _load(self, flat: torch.Tensor, number: int, tensors: list[tuple[str, str, list[int], int]]) -> None:
+        """The tensors of a bucket, if it is the one of this number and as it was sent."""
+        words = flat.view(torch.int64)
+        found, sent, place = int(words[:-2].sum()), int(words[-2]), int(words[-1])
+        if (found, number) != (sent, place):
+            what = f"as number {place} with checksum {found}, not as {number} with {sent}"
+            raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
+        self.missing -= self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+
+    def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
+        """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
+        `foveate.rollout.server.weights`) comes apart."""
+        flat = torch.empty(size + 16, dtype=torch.uint8, device=self.place)
+        alone = len(tensors) == 1 and _bytes(*tensors[0][1:3]) == size
+        parts = (flat[:-16], flat[-16:]) if alone else (flat,)
+        return flat, [self.group.broadcast(part, 0) for part in parts]
+
+    def finish_weight_update(self) -> None:
+        """Raises RuntimeError where a parameter of the model has not come: vLLM would go on with the old one."""
+        if self.missing:
+            raise RuntimeError(f"no weights came for {min(self.missing)} and {len(self.missing) - 1} more")
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+def _opened(handle: str, device: torch.device) -> torch.Tensor:
+    """The trainer's memory on this GPU, whose number may be another here."""
+    found = list(pickle.loads(b64decode(handle)))
+    found[6] = device.index or 0
+    return rebuild_cuda_tensor(*found)
+
+
+def _tensor(flat: torch.Tensor, dtype_name: str, shape: list[int], offset: int) -> torch.Tensor:
+    return flat[offset : offset + _bytes(dtype_name, shape)].view(DTYPES[dtype_name]).view(shape)
+
+
+def _bytes(dtype_name: str, shape: list[int]) -> int:
+    return DTYPES[dtype_name].itemsize * int(torch.Size(shape).numel())
+
+
+def _report_trainers_logprobs() -> None:
+    """Log-probs under softmax(logits / temperature) over the whole vocabulary, as a trainer computes them. vLLM has
+    either the raw ones, which know no temperature, or the processed ones, in which bans, top-k and top-p have cut the
+    vocabulary. The raw ones are taken, with the temperature (1 where greedy) put in."""
+    plain = Sampler.forward
+
+    def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        temperature = sampling_metadata.temperature
+        if temperature is None or self.logprobs_mode != "raw_logprobs":
+            return plain(self, logits, sampling_metadata, *args, **kwargs)
+        divisor = torch.where(temperature < 1e-5, torch.ones_like(temperature), temperature)[:, None]
+        self.compute_logprobs = lambda raw: Sampler.compute_logprobs(raw.float() / divisor)  # type: ignore[method-assign]
+        try:
+            return plain(self, logits, sampling_metadata, *args, **kwargs)
+        finally:
+            del self.compute_logprobs
+
+    Sampler.forward = forward  # type: ignore[method-assign]

@@ -1,0 +1,222 @@
+"""The folder that a run leaves behind: who may write to it, when a run continues in it, and whole files or none.
+
+config.yaml  versions.json  metrics.jsonl  rollouts/  checkpoints/  final/  report.html
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import foveate
+from foveate.config.base import Settings
+from foveate.config.recipe import flatten, read_values, to_yaml
+from foveate.errors import ConfigError
+from foveate.files import LOCK, atomic_write_text, disk_error, held, remove
+
+logger = logging.getLogger(__name__)
+
+# What may differ when a run continues: none of it reaches the weights, so the continued run stays bitwise equal to an
+# uninterrupted one. Evaluation draws from generators of its own. Threads and micro-batches are not here: they change
+# the order in which floats are summed. train.steps has a rule of its own.
+_FREE = ("run", "train.save_every", "train.keep_checkpoints")
+# cluster.* is free although ranks add up floats in another order: a run goes on with the machines that there are.
+_FREE_GROUPS = ("eval.", "cluster.", "log.")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of a run. `open_run` makes the folder and gives the right to write to it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, themselves a recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def versions(self) -> Path:
+        """A JSON object with the versions of foveate and its libraries at the last start."""
+        return self.path / "versions.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step (`foveate.log.MetricsWriter`)."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """The rows that were left out as bad, one per line."""
+        return self.path / "skipped.txt"
+
+    @property
+    def rollouts(self) -> Path:
+        """Folder of sampled answers with their scores."""
+        return self.path / "rollouts"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of everything that a continued run needs, one entry per saved step."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """Folder of the trained model, in the format it came in."""
+        return self.path / "final"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+@contextmanager
+def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> Iterator[RunFolder]:
+    """Make the folder of a run, or enter that of a run that continues, and hold it alone until the block ends.
+
+    A run continues with the settings that it began with; one that has left nothing yet may still change all of them.
+    Free to change later are eval.*, train.save_every, train.keep_checkpoints and, where the learning rate does not
+    depend on it, a larger train.steps; nothing where `frozen`. What fails before it has left anything leaves no folder.
+
+    Raises:
+        ConfigError: the folder belongs to something else, to a run with other settings, or is in use by a process.
+        DiskError: the folder cannot be written.
+    """
+    run = RunFolder(Path(path))
+    _refuse_foreign(run)
+    _make_folders(run)
+    with held(run.path, "another run="):
+        for folder in (run.path, run.rollouts, run.checkpoints):
+            for leftover in folder.glob(".*.tmp"):
+                remove(leftover)
+        if run.config.is_file() and _has_begun(run):
+            _refuse_other_settings(run, settings, frozen)
+        try:
+            atomic_write_text(run.config, to_yaml(settings))
+            _record_versions(run)
+            yield run
+        except BaseException:
+            if not _has_begun(run):
+                _remove_start(run)
+            raise
+
+
+# ------------------------------------------------------------------------------------------------ whose folder it is
+
+
+def _refuse_foreign(run: RunFolder) -> None:
+    """A folder with files of something else is left alone; a start that was killed at once leaves only our own."""
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"{run.path} is a file, not a folder; choose another run=")
+    if run.config.is_file() or not run.path.is_dir():
+        return
+    ours = {run.rollouts.name, run.checkpoints.name}
+    foreign = [entry.name for entry in run.path.iterdir() if entry.name not in ours and not entry.name.startswith(".")]
+    if foreign:
+        raise ConfigError(
+            f"{run.path} is not the folder of a run: it holds {min(foreign)} and no config.yaml; choose another run="
+        )
+
+
+def _make_folders(run: RunFolder) -> None:
+    try:
+        for folder in (run.path, run.rollouts, run.checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(run.path, error) from error
+
+
+def _has_begun(run: RunFolder) -> bool:
+    """Whether there is anything to continue: a file with content that every start does not write anew."""
+    return any(file.is_file() and file not in _of_a_start(run) and file.stat().st_size for file in run.path.rglob("*"))
+
+
+def _of_a_start(run: RunFolder) -> tuple[Path, ...]:
+    return run.config, run.versions, run.skipped, run.path / LOCK
+
+
+def _remove_start(run: RunFolder) -> None:
+    """Take back the files and folders of a start; a folder with anything else in it stays."""
+    for file in (*_of_a_start(run), run.metrics):
+        file.unlink(missing_ok=True)
+    for folder in (run.rollouts, run.checkpoints, run.path):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _refuse_other_settings(run: RunFolder, settings: Settings, frozen: bool) -> None:
+    old, new = flatten(read_values(run.config)), flatten(settings.model_dump(mode="json"))
+    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    changed = [name for name in changed if frozen or not _may_change(name, old, new)]
+    if not changed:
+        return
+    name = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    raise ConfigError(
+        f"{run.path} belongs to a run with other settings: {name} was {_shown(old, name)}, now {_shown(new, name)}"
+        f"{_reason(name, new)}{more}; choose another run=, or delete {run.path} to start over"
+    )
+
+
+def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    if name == "train.steps" and name in old and name in new:
+        return new["optim.schedule"] == "constant" and new[name] > old[name]
+    return name in _FREE or name.startswith(_FREE_GROUPS)
+
+
+def _reason(name: str, new: Mapping[str, Any]) -> str:
+    if name != "train.steps":
+        return ""
+    schedule = new["optim.schedule"]
+    return " (it can only grow)" if schedule == "constant" else f" (the {schedule} schedule ends at the last step)"
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], ensure_ascii=False) if name in values else "not set"
+
+
+# --------------------------------------------------------------------------------------------------------- versions
+
+
+def _record_versions(run: RunFolder) -> None:
+    """Write what this start runs on; when a run continues on something else, say so."""
+    now = _versions()
+    if run.versions.is_file():
+        last = json.loads(run.versions.read_text(encoding="utf-8"))
+        changes = ", ".join(f"{name} {last.get(name)} -> {now[name]}" for name in now if last.get(name) != now[name])
+        if changes:
+            logger.warning("%s continues with other versions, so maybe not bit for bit: %s", run.path, changes)
+    atomic_write_text(run.versions, json.dumps(now, indent=2) + "\n")
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "foveate": foveate.__version__,
+        "git": _git_revision(),
+        "python": sys.version.split()[0],
+        "torch": metadata.version("torch"),
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of foveate's own source tree, `+changes` when files differ from it; None when it is installed."""
+    root = Path(foveate.__file__).parent.parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True).stdout.strip()
+
+    revision = git("rev-parse", "--verify", "--quiet", "HEAD")
+    changes = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return f"{revision}{changes}" if revision else None

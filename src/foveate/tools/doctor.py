@@ -1,0 +1,92 @@
+"""`foveate doctor`: what this installation is, and what is recognised in a model folder."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import foveate
+from foveate.encoding.family import PromptFamily
+from foveate.models.checkpoint.names import LAYOUTS
+from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
+from foveate.models.families.internvl import PER_MILLE, InternVL
+from foveate.models.families.qwen_vl import QwenVL
+from foveate.models.policy import Policy, outline, parameters_by_part
+
+
+def examine(model: str | None) -> RenderableType:
+    """A table of facts. Raises DataError for a model folder that cannot be used, with the reason."""
+    table = Table(show_header=False, box=None)
+    facts = environment() if model is None else model_facts(outline(model))
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def environment() -> dict[str, str]:
+    """Versions, processors, memory and disk, each as text."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "foveate": foveate.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "pyarrow", "pillow")},
+        "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set (spinning threads slow their neighbours down)"),
+        "memory": f"{pages * size / 2**30:.1f} GiB",
+        "disk free here": f"{shutil.disk_usage(Path.cwd()).free / 2**30:.1f} GiB",
+        "gpus": ", ".join(devices) or "none",
+    }
+
+
+def model_facts(policy: Policy) -> dict[str, str]:
+    """What was recognised in a model folder."""
+    family, tokenizer = policy.family, policy.tokenizer
+    config: Any = policy.model.config
+    counts = {part: sum(p.numel() for p in own.values()) for part, own in parameters_by_part(policy).items()}
+    words = {word: tokenizer.convert_tokens_to_ids(word) for word in family.reserved}
+    relative = family.box_frame(700, 700, family.budget) == PER_MILLE
+    return {
+        "folder": str(policy.folder),
+        "format": LAYOUTS[policy.format],
+        "family": f"{family.name}, {config.get_text_config().model_type} language model",
+        "parameters": f"{sum(counts.values()):,}",
+        **{f"  {name}": f"{count:,}" for name, count in counts.items()},
+        "image": image_fact(family),
+        "boxes": "thousandths of the picture's sides" if relative else "pixels of the resized picture",
+        "chat template": "its own" if tokenizer.chat_template else "the corrected InternVL template (it has none)",
+        "image tokens": ", ".join(f"{word} = {number}" for word, number in words.items()) or "none",
+        "stop tokens": ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} = {i}" for i in family.stop_ids),
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in read_headers(weight_files(policy.folder)).values()})),
+        "missing": ", ".join(_missing(policy)) or "nothing",
+    }
+
+
+def image_fact(family: PromptFamily) -> str:
+    """How a family sees pictures, in one line."""
+    if isinstance(family, InternVL):
+        each = f"tiles of {family.tile} pixels, {family.tokens_per_tile} tokens each"
+        return f"{each}, at most {family.budget} and a thumbnail"
+    if isinstance(family, QwenVL):
+        block = family.patch * family.merge
+        return f"{block} x {block} pixels a token, {family.min_pixels:,} to {family.budget:,} pixels a picture"
+    return "none, it is a text-only model"
+
+
+def _missing(policy: Policy) -> list[str]:
+    """What checkpoints of the kind have, and this one goes without."""
+    missing = [name for name in ("generation_config.json",) if not (policy.folder / name).is_file()]
+    if not policy.tokenizer.chat_template:
+        missing.append("chat template")
+    if policy.format == "chat" and not list(policy.folder.glob("modeling_*.py")):
+        missing.append("modeling_*.py, which other programs run and foveate does not")
+    return missing

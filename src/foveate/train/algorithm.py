@@ -1,0 +1,147 @@
+"""From the settings of an algorithm to what a step computes with it. Whatever does not fit is refused here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from foveate.algorithms import ADVANTAGES, ALGORITHMS, CHOICES, POLICY_LOSSES, Algorithm
+from foveate.algorithms.checks import advantage_inputs, dry_run
+from foveate.algorithms.corrections import corrected_loss
+from foveate.algorithms.kl import KLPenalty
+from foveate.config.algorithm import AlgorithmSettings, CriticSettings
+from foveate.config.runs import RLSettings
+from foveate.errors import ConfigError
+from foveate.registry import bind, resolve
+from foveate.train.targets import PolicyLoss
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """An algorithm with its settings.
+
+    advantage is called with the tensors that `inputs` names (`algorithms.checks.ADVANTAGE_INPUTS`), `choice` marks
+    tokens for the loss (`algorithms.covariance`), `reward_kl` is taken from the rewards. gamma discounts the returns
+    of the critic.
+    """
+
+    name: str
+    advantage: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+    loss: PolicyLoss
+    needs_reference: bool
+    needs_old: bool
+    keeps_equal_groups: bool
+    choice: Callable[..., Tensor] | None = None
+    reward_kl: KLPenalty | None = None
+    advantage_clip: float | None = None
+    refills: int = 0
+    critic: CriticSettings | None = None
+    gamma: float = 1.0
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether a greedy answer to each prompt is sampled and graded too."""
+        return "baseline_S" in self.inputs
+
+    @property
+    def judges_tokens(self) -> bool:
+        """Whether rewards or advantages ask for log-probs or values, which are then computed for every answer."""
+        return self.reward_kl is not None or self.critic is not None
+
+
+def build_method(settings: AlgorithmSettings, max_tokens: int) -> Method:
+    """An algorithm with its settings filled in. max_tokens: the budget of an answer, by which a loss divides that asks
+    for a constant and names none. Raises ConfigError or DataError for whatever it refuses, before a run starts."""
+    row = resolve(ALGORITHMS, settings.name, "algorithm")
+    if not isinstance(row, Algorithm):
+        raise ConfigError(f"algorithm {settings.name} is a {type(row).__name__}, not a foveate.algorithms.Algorithm")
+    where = f"algorithm {settings.name}"
+    advantage = resolve(ADVANTAGES, row.advantage, "advantage")
+    loss = resolve(POLICY_LOSSES, row.loss, "policy loss")
+    advantage_settings = {**row.advantage_settings, **settings.advantage}
+    loss_settings = {**row.loss_settings, **settings.loss}
+    if {**_defaults(loss), **loss_settings}.get("aggregate") == "seq-mean-token-sum-norm":
+        loss_settings.setdefault("norm_length", max_tokens)
+    bound_advantage = bind(advantage, advantage_settings, f"{where}, advantage")
+    bound_loss = bind(loss, loss_settings, f"{where}, loss")
+    in_force = {**_defaults(loss), **loss_settings}
+    kl_in_loss = in_force.get("kl_coefficient", 0.0) > 0
+    if "kl_estimator" in settings.loss and not kl_in_loss:
+        raise ConfigError(
+            f"{where}: loss.kl_estimator is set, but loss.kl_coefficient is 0; set both, or use reward_kl"
+        )
+    dry_run(bound_loss, {}, reference=kl_in_loss)
+    if settings.correction is not None:
+        bound_loss = partial(corrected_loss, loss=bound_loss, **settings.correction.model_dump())
+        dry_run(bound_loss, {}, reference=kl_in_loss)
+    choice = _bound_choice(row.choice, in_force, where) if row.choice else None
+    inputs = advantage_inputs(advantage)
+    _check_critic(settings, "value_M" in inputs)
+    is_ours = row.loss in POLICY_LOSSES.values()  # ours are linear in the advantage but for their KL and entropy terms
+    other_terms = kl_in_loss or choice is not None or (is_ours and in_force["entropy_coefficient"] != 0)
+    return Method(
+        name=settings.name,
+        advantage=bound_advantage,
+        inputs=inputs,
+        loss=bound_loss,
+        needs_reference=kl_in_loss or settings.reward_kl is not None,
+        needs_old=settings.correction is not None or choice is not None or settings.reward_kl is not None,
+        keeps_equal_groups=not is_ours or other_terms or settings.critic is not None,
+        choice=choice,
+        reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),
+        advantage_clip=settings.advantage_clip,
+        refills=row.refills if settings.refills is None else settings.refills,
+        critic=settings.critic,
+        gamma={**_defaults(advantage), **advantage_settings}.get("gamma", 1.0),
+    )
+
+
+def check_run(method: Method, settings: RLSettings) -> None:
+    """Raise ConfigError where the algorithm and the rest of a run's settings do not fit together."""
+    rollout = settings.rollout
+    if method.refills and (rollout.samples == 1 or rollout.top_k == 1):
+        name = "samples" if rollout.samples == 1 else "top_k"
+        raise ConfigError(
+            f"rollout.{name} is 1, so that the rewards of a group are always equal, but algorithm {method.name}"
+            f" replaces groups of equal rewards: raise rollout.{name}, or set algorithm.refills=0"
+        )
+    if rollout.partial and method.needs_baseline:
+        raise ConfigError(
+            f"rollout.partial is true, but algorithm {method.name} compares answers with a greedy one, which has to be "
+            "of the same weights: set rollout.partial=false, or choose another algorithm"
+        )
+    if method.critic is not None and method.critic.warmup_steps >= settings.train.steps:
+        raise ConfigError(
+            f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"
+            " the policy would never learn; a few percent of the steps are usual"
+        )
+
+
+def _check_critic(settings: AlgorithmSettings, is_needed: bool) -> None:
+    if is_needed and settings.critic is None:
+        raise ConfigError(
+            f"algorithm {settings.name} needs a critic, and there is none: set algorithm.critic.lr (1e-5 is usual for"
+            " large models), or choose an algorithm without values, such as grpo"
+        )
+    if settings.critic is not None and not is_needed:
+        raise ConfigError(
+            f"algorithm.critic is set, but algorithm {settings.name} reads no values; leave it out, or choose ppo"
+        )
+
+
+def _bound_choice(path: str, loss_settings: dict[str, Any], where: str) -> Callable[..., Tensor]:
+    """A choice of tokens with those settings of the loss that it names."""
+    choice = resolve(CHOICES, path, "choice of tokens")
+    named = [p.name for p in inspect.signature(choice).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return bind(choice, {name: loss_settings[name] for name in named if name in loss_settings}, f"{where}, loss")
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

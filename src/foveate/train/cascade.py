@@ -1,0 +1,220 @@
+"""Cascade RL (InternVL3.5, arXiv 2508.18265, section 3): offline preference optimisation, then online RL, in one run.
+
+`run_cascade` reads like the paper's figure: (cold start) -> answers of the model -> pairs -> MPO -> online RL. Each
+stage is an ordinary run in a folder of its own, with the model of the one before; what is finished is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from foveate.cluster.base import start_workers
+from foveate.cluster.colocated_engines import GroupEngine
+from foveate.config.runs import CascadeSettings, RLSettings
+from foveate.data.stream import Stream
+from foveate.data.validate import Reading
+from foveate.datasets.answers import Rightness
+from foveate.datasets.prepared import MANIFEST
+from foveate.datasets.select import prepare_pairs
+from foveate.encoding.dataset import build_encoder, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.evaluator import Evaluator
+from foveate.evaluate.predictions import predictions_path, read_predictions, write_evaluation
+from foveate.files import atomic_write_text
+from foveate.log import MetricsWriter, progress, read_metrics, say
+from foveate.models.checkpoint.inspect import recognise
+from foveate.records import SamplingParams
+from foveate.report.page import terminal_summary, write_report
+from foveate.report.stages import Stage, write_stages
+from foveate.rewards.grade import build_reward, truth_check
+from foveate.rollout.build import choose_engine
+from foveate.rollout.seeds import seed_of
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.algorithm import build_method, check_run
+from foveate.train.clock import Clock
+from foveate.train.mpo import build_preference_loss, run_mpo
+from foveate.train.rank_engine import Answerer
+from foveate.train.rl import build_graders, new_engine, run_rl
+from foveate.train.rollout_records import rollout_metrics, write_rollouts
+from foveate.train.rollouts import Sampler
+from foveate.train.session import check_cluster, disk_patience, surviving, use_threads
+from foveate.train.sft import run_sft
+
+CHUNK = 64
+"""Prompts whose sampled answers become one file: what an interruption can lose."""
+
+
+def run_cascade(settings: CascadeSettings) -> RunFolder:
+    """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row."""
+    _check(settings)
+    use_threads(settings.rl.train.threads)
+    with open_run(settings.run, settings, frozen=True) as run:
+        model = settings.model.path
+        evaluate(settings, model, run.path / "start", step=0)
+        if settings.sft is not None:
+            model = _trained(run_sft, settings.stage("sft", model))
+            evaluate(settings, model, run.path / "sft", step=settings.sft.train.steps)
+            gather(settings, run)
+        pairs = make_pairs(settings, model, run)
+        model = _trained(run_mpo, settings.stage("mpo", model, (str(pairs),)))
+        gather(settings, run)
+        _trained(run_rl, settings.stage("rl", model))  # evaluates the model that MPO made before its first step
+        gather(settings, run)
+    return run
+
+
+def finish_cascade(run: RunFolder) -> None:
+    """Write the report that compares the stages, print its summary, and say where the model is."""
+    report = write_report(run.path)
+    say(terminal_summary(run.path))
+    say(f"Report: {report}")
+    say(f"Model: {RunFolder(run.path / 'rl').final}")
+
+
+def _check(settings: CascadeSettings) -> None:
+    """Refuse what a later stage would refuse, before the first one starts."""
+    rl = settings.stage("rl", "model")
+    assert isinstance(rl, RLSettings)
+    check_cluster(rl)
+    check_run(build_method(rl.algorithm, rl.rollout.max_tokens), rl)
+    build_preference_loss(settings.mpo.loss)
+    build_reward(settings.reward.name, settings.reward.settings)
+    new_engine(rl)
+
+
+def _trained(page: Callable[[Any], RunFolder], stage: Any) -> str:
+    """The folder of the model that a stage makes; a stage that has made it is not entered again."""
+    final = RunFolder(Path(stage.run)).final
+    if not final.exists():
+        page(stage)
+    return str(final)
+
+
+# ------------------------------------------------------------------------------------------- evaluation and answers
+
+
+def evaluate(settings: CascadeSettings, model: str, folder: Path, step: int) -> None:
+    """Ask a model the held-out rows, with the same luck for every stage; nothing is done that is there already."""
+    if not predictions_path(folder, step).with_suffix(".summary.json").exists():
+        surviving(settings.cluster.retries, partial(_evaluate, settings, model, folder, step))
+
+
+def _evaluate(settings: CascadeSettings, model: str, folder: Path, step: int, again: bool) -> None:
+    encoder = _encoder(settings, model)
+    truth = truth_check(settings.reward.name, settings.reward.settings)
+    held_out, _ = read_checked(settings.data.test, settings.data, encoder, truth)
+    tokens = settings.rollout.max_tokens
+    with _engine(settings, model, encoder, step, again) as engine, build_graders(settings.reward) as graders:
+        evaluator = Evaluator(
+            folder, settings.eval, held_out, encoder, graders, seed=settings.seed, max_tokens=tokens, last_step=step
+        )
+        evaluator.evaluate(engine, step)
+
+
+def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
+    """`pairs/pairs.parquet`: right against wrong answers of the model to some of the training prompts."""
+    folder, chosen, data = run.path / "pairs", settings.pairs, settings.data
+    if not (folder / MANIFEST).exists():
+        surviving(settings.cluster.retries, partial(answer_prompts, settings, model, run))
+        prepare_pairs(
+            [Path(path) for path in data.train],
+            folder,
+            rollouts=[run.rollouts],
+            max_per_prompt=chosen.max_per_prompt,
+            rightness=Rightness(chosen.part, chosen.threshold),
+            seed=settings.seed,
+            reading=Reading(
+                None if data.image_root is None else Path(data.image_root), data.columns, data.on_bad_row, data.workers
+            ),
+        )
+    return folder / "pairs.parquet"
+
+
+def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again: bool = False) -> None:
+    """`rollouts/step_*.jsonl`: answers with their scores to `pairs.prompts` training prompts, a file per 64 of them."""
+    encoder = _encoder(settings, model)
+    truth = truth_check(settings.reward.name, settings.reward.settings)
+    table, _ = read_checked(settings.data.train, settings.data, encoder, truth)
+    chosen, seed = settings.pairs, seed_of("pairs", settings.seed)
+    rollout = settings.rollout
+    sampling = SamplingParams(chosen.samples, rollout.max_tokens, chosen.temperature, rollout.top_p, rollout.top_k)
+    stream = Stream(len(table), seed, CHUNK)
+    prompts = min(chosen.prompts, len(table))
+    metrics = MetricsWriter(run.rollouts / "metrics.jsonl")
+    done = len(read_metrics(metrics.path)) if metrics.path.exists() else 0
+    metrics.truncate_after(done)
+    with (
+        _engine(settings, model, encoder, 0, again) as engine,
+        build_graders(settings.reward) as graders,
+        progress("answering for pairs", prompts) as advance,
+    ):
+        reader = Reader(table, stream, encoder)
+        sampler = Sampler(reader, engine, graders, sampling, seed, False, rollout.time_limit)
+        for step, first in enumerate(range(0, prompts, CHUNK), start=1):
+            count = min(CHUNK, prompts - first)
+            if step <= done:
+                stream.take(count)
+            else:
+                clock = Clock()
+                groups, _ = sampler.draw(step, count, 0, clock)
+                write_rollouts(run.rollouts, step, groups, patience=disk_patience(settings.rl.train, settings.cluster))
+                metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
+            engine.publish(step)  # the same weights under the next number, which the sampler expects
+            advance(count)
+
+
+def _encoder(settings: CascadeSettings, model: str) -> Encoder:
+    found = recognise(model)
+    return build_encoder(found.tokenizer, found.family, settings.model, settings.data)
+
+
+@contextmanager
+def _engine(
+    settings: CascadeSettings, model: str, encoder: Encoder, version: int, again: bool
+) -> Iterator[GroupEngine]:
+    """The engines of all ranks, with the weights of a model folder."""
+    build = partial(Answerer, settings.model.model_copy(update={"path": model}), settings.cluster.kind)
+    new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
+    rollout = settings.rollout.model_copy(update={"staleness": 0})
+    with start_workers(settings.cluster, build, again=again) as workers, GroupEngine(workers) as engine:
+        engine.start(new_engine, encoder, rollout, version)
+        yield engine
+
+
+# ------------------------------------------------------------------------------------------------- all stages in a row
+
+
+def gather(settings: CascadeSettings, run: RunFolder) -> None:
+    """Put the metrics and evaluations of the stages so far into the folder above them, their steps counted on, so that
+    a report can be written of it as of any run."""
+    labels = {"sft": "sft", "mpo": settings.mpo.loss.name, "rl": settings.rl.algorithm.name}
+    stages = [Stage("start", 0, 0.0)]
+    _gather_evaluations(run, "start", 0)
+    rows: list[dict[str, Any]] = []
+    for name, label in labels.items():
+        stage, offset = RunFolder(run.path / name), stages[-1].step
+        if not stage.metrics.exists():
+            continue
+        own = read_metrics(stage.metrics)
+        rows += [{**row, "step": offset + row["step"]} for row in own]
+        seconds = sum(row["seconds/step"] + row.get("seconds/reference", 0.0) for row in own)
+        if name == "mpo":  # its pairs are part of what it costs
+            seconds += sum(row["seconds/step"] for row in read_metrics(run.rollouts / "metrics.jsonl"))
+        _gather_evaluations(run, name, offset)
+        stages.append(Stage(label, rows[-1]["step"], seconds))
+    atomic_write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_stages(run.path, stages)
+    shutil.copytree(run.path / "start" / "gallery", run.path / "gallery", dirs_exist_ok=True)
+    shutil.copyfile(run.path / "start" / "gallery.json", run.path / "gallery.json")
+
+
+def _gather_evaluations(run: RunFolder, stage: str, offset: int) -> None:
+    for file in (run.path / stage / "evals").glob("step_*.jsonl"):
+        write_evaluation(run.path, offset + int(file.stem.removeprefix("step_")), read_predictions(file))

@@ -1,0 +1,59 @@
+"""A checkpoint of a run as a model folder: in one process, without a GPU, whatever number of ranks has written it."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from foveate.config.model import ModelSettings
+from foveate.errors import ConfigError
+from foveate.files import atomic_path
+from foveate.models.checkpoint.convert import convert
+from foveate.models.checkpoint.names import Layout
+from foveate.models.lora import add_adapters, merged_state
+from foveate.models.policy import freeze_except, load_policy, save_policy
+from foveate.train.checkpoint import load_weights
+
+
+def export_checkpoint(checkpoint: Path, target: Path, to: Layout | None = None) -> int:
+    """Write the model of `RUN/checkpoints/step_*` (or `latest`, `best`) to a new folder: in the layout that the run's
+    model came in, or `to`; adapters are merged. Returns the step of the checkpoint.
+
+    Raises ConfigError for what is no checkpoint of a run and for a target that is there already, DataError for a
+    checkpoint that is not as it was written.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} is there already; choose another folder")
+    checkpoint = checkpoint.resolve()
+    settings = _model_of(checkpoint)
+    policy = load_policy(settings.path, dtype=settings.dtype)
+    freeze_except(policy, settings.train)
+    if settings.lora is not None:
+        add_adapters(policy, settings.lora, settings.train)
+    step = load_weights(checkpoint, policy.model)
+    write = partial(save_policy, policy, state=dict(merged_state(policy.model)))
+    if to in (None, policy.format):
+        with atomic_path(target) as temporary:
+            write(temporary)
+        return step
+    assert to is not None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        write(Path(folder) / "model")
+        convert(Path(folder) / "model", target, to)
+    return step
+
+
+def _model_of(checkpoint: Path) -> ModelSettings:
+    """The settings of the model that a run has trained."""
+    config = checkpoint.parent.parent / "config.yaml"
+    if not (checkpoint / "state.json").is_file() or not config.is_file():
+        raise ConfigError(f"{checkpoint}: is no checkpoint of a run; name RUN/checkpoints/step_..., latest or best")
+    try:
+        return ModelSettings.model_validate(yaml.safe_load(config.read_text())["model"])
+    except (yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
+        raise ConfigError(f"{config}: does not say which model was trained ({error})") from error

@@ -1,0 +1,177 @@
+"""Mixed preference optimisation: learn from pairs of a better and a worse answer, before any online step.
+
+`run_mpo` reads like the algorithm: reference log-probs once, then take pairs, update, move the reward shift, save, log.
+The loss is MPO's mixture, or one of its terms alone (`foveate.algorithms.preference_losses`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from foveate.algorithms import PREFERENCE_LOSSES
+from foveate.algorithms.checks import dry_run_pairs
+from foveate.algorithms.preference_losses import RewardShift
+from foveate.cluster.base import WorkerGroup, everywhere, spread, spread_each, start_workers
+from foveate.config.algorithm import PreferenceSettings
+from foveate.config.runs import MPOSettings
+from foveate.data.demos import check_pair, pair_of
+from foveate.data.table import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.predictions import write_skipped
+from foveate.log import MetricsWriter, progress
+from foveate.models.checkpoint.inspect import recognise
+from foveate.parallel.balance import Costs
+from foveate.parallel.packing import Tree
+from foveate.records import Pair, Prompt, Task, Totals
+from foveate.registry import bind, resolve
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.clock import Clock
+from foveate.train.optim import learning_rate
+from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
+from foveate.train.session import (
+    Leaving,
+    check_offline,
+    disk_patience,
+    resume,
+    save,
+    save_is_due,
+    surviving,
+    use_threads,
+)
+from foveate.train.worker import Worker
+
+WITHOUT_REFERENCE = ("sft",)
+
+
+def run_mpo(settings: MPOSettings) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    return surviving(settings.cluster.retries, partial(_run, settings))
+
+
+def _run(settings: MPOSettings, again: bool) -> RunFolder:
+    check_offline(settings.cluster)
+    use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
+    loss = build_preference_loss(settings.loss)
+    model = recognise(settings.model.path)
+    costs = Costs.of(model.config)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    budget = settings.train.tokens_per_micro_batch
+    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
+    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    with (
+        open_run(settings.run, settings) as run,
+        start_workers(settings.cluster, build, again=again) as workers,
+        Leaving(workers) as leaving,
+    ):
+        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
+        write_skipped(run.path, [str(problem) for problem in left_out])
+        stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
+        compute = partial(_logprobs, workers, costs)
+        reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to, patience)
+        others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
+        step = resume(run, workers, stream, metrics, others)
+
+        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        with reader, progress("training", settings.train.steps, done=step) as advance:
+            while step < settings.train.steps:
+                step += 1
+                clock = Clock()
+                with clock.phase("encode"):
+                    pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
+                with clock.phase("update"):
+                    rate = learning_rate(step, settings.train.steps, settings.optim)
+                    rest, dear = (loss, _totals(pairs), shift.mean, rate), [costs(pair.tree) for pair in pairs]
+                    learned = next(spread(workers, "update_preference", pairs, dear, *rest))[1]
+                record = {**learned, "reward/shift": shift.mean, "lr": rate, "epoch": stream.epoch}
+                if reference is not None and step == 1:
+                    record["seconds/reference"] = reference.seconds
+                _move(shift, learned, len(pairs))
+                metrics.write(step, record | clock.metrics(update=sum(pair.tree.tokens for pair in pairs)))
+                if save_is_due(step, settings.train, leaving):
+                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                    save(workers, run, step, state, settings.train, patience)
+                advance(1)
+                leaving.check()
+        everywhere(workers, "export", run.final, patience)
+    return run
+
+
+def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
+    """A loss with its settings filled in. Raises ConfigError or DataError for whatever it refuses, before a run."""
+    function = resolve(PREFERENCE_LOSSES, settings.name, "preference loss")
+    loss = bind(function, settings.settings, f"preference loss {settings.name}")
+    dry_run_pairs(function, settings.settings, reference=settings.name not in WITHOUT_REFERENCE)
+    return loss
+
+
+# --------------------------------------------------------------------------------------------------- the reference
+
+
+def _logprobs(workers: WorkerGroup, costs: Costs, trees: Sequence[Tree]) -> list[Tensor]:
+    return spread_each(workers, "logprobs", trees, [*map(costs, trees)])
+
+
+def _reference(
+    run: RunFolder,
+    settings: MPOSettings,
+    model: Path,
+    table: TaskTable,
+    encoder: Encoder,
+    logprobs: Callable[[Sequence[Tree]], list[Tensor]],
+) -> Reference | None:
+    """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none."""
+    if settings.loss.name in WITHOUT_REFERENCE:
+        return None
+    cache = settings.train.reference_cache
+    also = {
+        "rows": len(table),
+        "columns": settings.data.columns,
+        "system": settings.data.system,
+        "budget": encoder.budget,
+        "dtype": settings.model.dtype,
+        "attention": settings.model.attention,
+    }
+    if settings.cluster.dtype is not None:
+        also["computed"] = settings.cluster.dtype
+    key = reference_key(model, table.files, also)
+    reference = Reference(run.path / "reference" if cache is None else Path(cache), key)
+    reference.complete(
+        len(table),
+        settings.train.pairs_per_step,
+        encode=lambda row: _tree(encoder, pair_of(table[row]), encoder(table[row])),
+        logprobs=logprobs,
+    )
+    return reference
+
+
+# ------------------------------------------------------------------------------------------------------- the pairs
+
+
+def _train_pair(task: Task, prompt: Prompt, encoder: Encoder, reference: Reference | None) -> TrainPair:
+    tree = _tree(encoder, pair_of(task), prompt)
+    return TrainPair(tree, None if reference is None else reference(tree, task.where))
+
+
+def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> Tree:
+    """Both answers as children of one prompt, which is computed once, with its images."""
+    return Tree(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
+
+
+def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
+    """Count a step into the shift. One that was skipped moves nothing: its rewards may not be finite."""
+    if not learned["update_skipped"] and "reward/chosen" in learned:
+        shift.add(learned["reward/chosen"], learned["reward/rejected"], pairs)
+
+
+def _totals(pairs: Sequence[TrainPair]) -> Totals:
+    """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
+    chosen_tokens = sum(len(pair.tree.answers[0]) for pair in pairs)
+    return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

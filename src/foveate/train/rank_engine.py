@@ -1,0 +1,109 @@
+"""The engine of one rank of training: made, fed with the weights of all, and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from foveate.cluster.weights import Outgoing, Packet
+from foveate.config.model import ModelSettings
+from foveate.config.rollout import RolloutSettings
+from foveate.encoding.encode import Encoder
+from foveate.errors import ConfigError
+from foveate.models.policy import Policy, load_policy
+from foveate.models.sharded import allocate, hollow_policy
+from foveate.parallel.ranks import Ranks
+from foveate.records import Completion, SamplingParams
+from foveate.rollout.build import Proof
+from foveate.rollout.engine import Engine, Request, Sleeping
+from foveate.rollout.native.engine import NativeEngine
+from foveate.rollout.server.weights import served_weights
+
+
+class RankEngine:
+    """What answers on a rank that trains `policy`. There is no engine before `start`."""
+
+    def __init__(self, policy: Policy, model: ModelSettings, ranks: Ranks | None) -> None:
+        """`ranks`: None where this rank is the only one."""
+        self._policy, self._model, self._ranks = policy, model, ranks
+        self._engine: Engine | None = None
+        self._apart = False
+        self._proof: Proof | None = None
+        self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
+
+    def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
+        """Make the engine of this rank. One that is alone may read the very weights that are trained."""
+        if self._ranks is None:
+            self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
+            if not isinstance(self._engine, Sleeping):
+                raise ConfigError(f"engine {rollout.engine}: it has no method sleep (foveate.rollout.engine.Engine)")
+            self._apart = rollout.staleness > 0
+            if self._apart:
+                self.publish(version)
+            self._proof = Proof(engine, self._policy, encoder, rollout)
+            return
+        computed = self._ranks.cluster.dtype or self._model.dtype
+        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=computed)
+        allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
+        own.model.requires_grad_(False)
+        self._engine = new_engine(own, encoder.decode, version=version, own_weights=True)
+        self.publish(version)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+        assert self._engine is not None
+        return self._engine.generate(requests, sampling) if requests else []
+
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams
+    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        assert self._engine is not None
+        return self._engine.stream(requests, sampling)
+
+    def pause(self) -> None:
+        assert self._engine is not None
+        self._engine.pause()
+
+    def resume(self) -> None:
+        assert self._engine is not None
+        self._engine.resume()
+
+    def sleep(self) -> None:
+        assert self._engine is not None
+        self._engine.sleep()
+
+    def publish(self, version: int) -> dict[str, float]:
+        """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
+        assert self._engine is not None
+        if self._ranks is None:
+            self._engine.publish(version, self._published())
+            return self._proof.after_publish() if self._proof is not None else {}
+        self._engine.publish(version, served_weights(self._policy.model))
+        return {}
+
+    def packet(self, first: bool) -> Packet | None:
+        """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
+        the first rank has it. None behind the last one."""
+        return self._outgoing.packet(first)
+
+    def _published(self) -> Iterable[tuple[str, Tensor]]:
+        """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
+        the policy's own tensors are others by then."""
+        is_native = isinstance(self._engine, NativeEngine)
+        weights = self._policy.model.named_parameters() if is_native else served_weights(self._policy.model)
+        if not self._apart or is_native:
+            return weights
+        return ((name, tensor.detach().clone()) for name, tensor in weights)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+class Answerer:
+    """A rank that learns nothing: an engine with a model of its own."""
+
+    def __init__(self, model: ModelSettings, device: str) -> None:
+        policy = load_policy(model.path, attention=model.attention, dtype=model.dtype, device=device)
+        self.engine = RankEngine(policy, model, None)

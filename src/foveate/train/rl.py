@@ -1,0 +1,248 @@
+"""Online reinforcement learning: sample a group of answers per prompt, score them, learn from the differences.
+
+`run_rl` reads like the algorithm: take tasks, generate, score, advantages, update, publish, evaluate, log, save.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any
+
+from foveate.cluster.base import WorkerGroup, everywhere, over_ray, patience_of, start_workers
+from foveate.cluster.colocated_engines import GroupEngine
+from foveate.cluster.remote_engines import EnginesApart
+from foveate.config.algorithm import RewardSettings
+from foveate.config.rollout import RolloutSettings
+from foveate.config.runs import RLSettings
+from foveate.data.stream import Stream
+from foveate.data.table import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.evaluator import Evaluator
+from foveate.evaluate.predictions import write_skipped
+from foveate.log import MetricsWriter, progress
+from foveate.models.checkpoint.inspect import recognise
+from foveate.models.policy import DTYPES, load_policy
+from foveate.parallel.balance import Costs
+from foveate.records import SamplingParams
+from foveate.rewards.grade import truth_check
+from foveate.rewards.pool import Graders
+from foveate.rollout.build import choose_engine, place_of_policy
+from foveate.rollout.engine import Streaming
+from foveate.rollout.seeds import seed_of
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.algorithm import Method, build_method, check_run
+from foveate.train.async_rollouts import Ahead
+from foveate.train.clock import Clock
+from foveate.train.optim import learning_rate
+from foveate.train.rollout_records import rollout_metrics, write_rollouts
+from foveate.train.rollouts import Sampler
+from foveate.train.session import (
+    Leaving,
+    check_cluster,
+    disk_patience,
+    resume,
+    save,
+    save_is_due,
+    surviving,
+    use_threads,
+)
+from foveate.train.update import prepare, update
+from foveate.train.worker import Worker
+
+
+def run_rl(settings: RLSettings) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    return surviving(settings.cluster.retries, partial(_run, settings))
+
+
+def _run(settings: RLSettings, again: bool) -> RunFolder:
+    check_cluster(settings)
+    use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
+    method = build_method(settings.algorithm, settings.rollout.max_tokens)
+    check_run(method, settings)
+    make_engine = new_engine(settings)
+    updates, passes = settings.train.updates_per_step, settings.train.passes
+    model = recognise(settings.model.path)
+    costs = Costs.of(model.config)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    with (
+        build_graders(settings.reward) as graders,
+        open_run(settings.run, settings) as run,
+        start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
+        _engines(settings, workers, again=again) as engine,
+        Leaving(workers) as leaving,
+    ):
+        table, held_out = _read_data(run, settings, encoder)
+        stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
+        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
+        step = resume(run, workers, stream, metrics, others)
+        engine.start(make_engine, encoder, settings.rollout, step)
+        evaluator = _evaluator(run, settings, held_out, encoder, graders)
+        if step == 0 and evaluator.is_due(step):
+            evaluator.evaluate(engine, step)
+
+        asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
+        with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
+            while step < settings.train.steps:
+                step += 1
+                clock = Clock()
+                groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.refills, clock)
+                if not settings.rollout.staleness:
+                    engine.sleep()
+                with clock.phase("logprobs"):
+                    examples, said = prepare(workers, groups, method, updates * passes, costs)
+                with clock.phase("update"):
+                    rates = _rates(step, settings)
+                    seed = seed_of("choice", settings.seed, step)
+                    learned = update(workers, examples, method, updates, rates, costs, passes=passes, seed=seed)
+                with sampler.at_rest(clock):
+                    with clock.phase("publish"):
+                        checked = engine.publish(step)
+                    record = {**rollout_metrics(drawn), **sampler.metrics(), **said, **learned, **checked, **rates}
+                    record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
+                    record["epoch"] = stream.epoch
+                    write_rollouts(run.rollouts, step, groups, examples, patience)
+                    if evaluator.is_due(step):
+                        record |= evaluator.evaluate(engine, step)
+                    metrics.write(step, record)
+                    if save_is_due(step, settings.train, leaving):
+                        state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                        state["score"] = record.get("eval/greedy_score")
+                        save(workers, run, step, state, settings.train, patience)
+                advance(1)
+                leaving.check()
+        everywhere(workers, "export", run.final, patience)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------- around the step
+
+
+def new_engine(settings: RLSettings) -> Callable[..., Any]:
+    """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
+    rollout, cluster = settings.rollout, settings.cluster
+    if not cluster.engines:
+        dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
+        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0, dtype=dtype)
+    given = {
+        "device": cluster.kind,
+        "tensor_parallel": cluster.engine_tensor_parallel,
+        "memory_fraction": cluster.engine_memory,
+    }
+    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
+
+
+def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> GroupEngine | EnginesApart:
+    """What answers: the ranks' own engines, or engines in processes of their own."""
+    cluster, model = settings.cluster, settings.model
+    if not cluster.engines:
+        return GroupEngine(workers)
+    dtype = cluster.dtype or model.dtype
+    place = place_of_policy(settings.rollout, cluster.kind)
+    load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
+    return EnginesApart(
+        over_ray(cluster, "engines")(cluster, patience_of(cluster, again)),
+        workers,
+        load,
+        timeout=cluster.timeout,
+        beside=settings.rollout.staleness > 0,
+        dtype=DTYPES[dtype],
+    )
+
+
+@contextmanager
+def _sampler(
+    settings: RLSettings,
+    method: Method,
+    table: TaskTable,
+    stream: Stream,
+    encoder: Encoder,
+    engine: Streaming,
+    graders: Graders,
+    step: int,
+) -> Iterator[Sampler | Ahead]:
+    """What gives each step its groups: in turn with learning, or, with a staleness, ahead of it."""
+    staleness, train = settings.rollout.staleness, settings.train
+    source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
+    with Reader(table, source, encoder, settings.data.image_workers) as reader:
+        sampling, limit = _sampling(settings.rollout), settings.rollout.time_limit
+        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
+        if not staleness:
+            yield sampler
+            return
+        place = {"count": train.prompts_per_step, "step": step, "last": train.steps}
+        how = settings.rollout.model_dump(include={"staleness", "partial", "over_sample"})
+        with closing(Ahead(sampler, stream, **place, **how)) as ahead:
+            yield ahead
+
+
+def _sampling(rollout: RolloutSettings) -> SamplingParams:
+    return SamplingParams(rollout.samples, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+
+
+def _worker(settings: RLSettings, method: Method) -> partial[Worker]:
+    return partial(
+        Worker,
+        settings.model,
+        settings.optim,
+        settings.train.tokens_per_micro_batch,
+        temperature=settings.rollout.temperature,
+        reference=method.needs_reference,
+        critic=method.critic,
+        cluster=settings.cluster,
+        seed=settings.seed,
+        threads=settings.train.threads,
+    )
+
+
+def _rates(step: int, settings: RLSettings) -> dict[str, float]:
+    """The learning rates of a step: lr of the policy, 0 while the critic warms up, and critic/lr where there is one."""
+    rate, critic = learning_rate(step, settings.train.steps, settings.optim), settings.algorithm.critic
+    if critic is None:
+        return {"lr": rate}
+    return {"lr": rate * (step > critic.warmup_steps), "critic/lr": rate / settings.optim.lr * critic.lr}
+
+
+def build_graders(reward: RewardSettings) -> Graders:
+    """The graders of a run with its limits."""
+    return Graders(
+        reward.name,
+        reward.settings,
+        workers=reward.workers,
+        time_limit=reward.time_limit,
+        memory_limit=reward.memory_limit,
+    )
+
+
+def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[TaskTable, TaskTable | None]:
+    """The tasks to learn from and those held out, every row checked; what is left out is listed in the folder."""
+    truth = truth_check(settings.reward.name, settings.reward.settings)
+    table, left_out = read_checked(settings.data.train, settings.data, encoder, truth)
+    held_out = None
+    if settings.eval.every:
+        held_out, more = read_checked(settings.data.test, settings.data, encoder, truth)
+        left_out += more
+    write_skipped(run.path, [str(problem) for problem in left_out])
+    return table, held_out
+
+
+def _evaluator(
+    run: RunFolder, settings: RLSettings, held_out: TaskTable | None, encoder: Encoder, graders: Graders
+) -> Evaluator:
+    return Evaluator(
+        run.path,
+        settings.eval,
+        held_out,
+        encoder,
+        graders,
+        seed=settings.seed,
+        max_tokens=settings.rollout.max_tokens,
+        last_step=settings.train.steps,
+    )

@@ -1,0 +1,234 @@
+"""From the next tasks of a run to groups of scored answers."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Timer
+from typing import Self
+
+from foveate.encoding.reader import Reader
+from foveate.errors import DataError
+from foveate.records import Completion, Group, SamplingParams, Score, Task
+from foveate.rewards.pool import Graders
+from foveate.rollout.engine import Request, Streaming
+from foveate.rollout.seeds import seed_of
+from foveate.train.clock import Clock
+
+Answers = tuple[Completion, ...]
+Scores = tuple[Score, ...]
+
+
+@dataclass(slots=True)
+class Work:
+    """A task that is being answered. `place`: its number in the stream; `request`: with what a pause left of its
+    answers; `seconds`: for which the engine has worked on it. `answers` and `scores` are there when it is finished."""
+
+    place: int
+    task: Task
+    request: Request
+    seconds: float = 0.0
+    answers: Answers = ()
+    scores: Future[Scores] | None = None
+
+    def scored(self) -> Scores:
+        """Its scores, as soon as they are there."""
+        assert self.scores is not None
+        return self.scores.result()
+
+    def as_group(self, baseline: Score | None) -> Group:
+        return Group(self.task, self.request.prompt, self.answers, self.scored(), baseline)
+
+
+class Grading:
+    """Grades groups beside what goes on, in a thread that takes all that wait at once. Leaving waits for the rest."""
+
+    def __init__(self, graders: Graders) -> None:
+        self._graders = graders
+        self._waiting: deque[tuple[Task, Answers, Future[Scores]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grading")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+    def submit(self, task: Task, answers: Answers) -> Future[Scores]:
+        future: Future[Scores] = Future()
+        self._waiting.append((task, answers, future))
+        self._pool.submit(self._grade)
+        return future
+
+    def _grade(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not batch:
+            return
+        try:
+            scores = iter(self._graders.grade_many([(a.text, task) for task, answers, _ in batch for a in answers]))
+            found = [tuple(next(scores) for _ in answers) for _, answers, _ in batch]
+        except BaseException as error:
+            for *_, future in batch:
+                future.set_exception(error)
+            return
+        for (*_, future), own in zip(batch, found, strict=True):
+            future.set_result(own)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Takes tasks from the stream, has them answered with the weights of the step before, and grades the answers, each
+    group while others are still being answered. time_limit: seconds for which the engine works on a group; what is
+    unfinished then is cut."""
+
+    reader: Reader
+    engine: Streaming
+    graders: Graders
+    sampling: SamplingParams
+    seed: int
+    greedy_baseline: bool
+    time_limit: float | None = None
+
+    def draw(self, step: int, count: int, refills: int, clock: Clock) -> tuple[list[Group], list[Group]]:
+        """The `count` groups that a step learns from, and all that were drawn for it (see `refilled`)."""
+        return refilled(lambda first, missing: self._draw(step, first, missing, clock), count, refills)
+
+    @contextmanager
+    def at_rest(self, _clock: Clock) -> Iterator[None]:
+        """Within it nothing is generated: always so between two calls of `draw`."""
+        yield
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beside what the groups themselves say."""
+        return {}
+
+    def _draw(self, step: int, first: int, count: int, clock: Clock) -> list[Group]:
+        """The groups of the next `count` tasks, which are number `first` and so on of the step. The answers depend on
+        the run's seed, the step and that number."""
+        with clock.phase("encode"):
+            tasks, prompts = zip(*self.reader.take(count), strict=True)
+        numbers = range(first, first + count)
+        requests = [Request(p, seed_of("train", self.seed, step, i)) for p, i in zip(prompts, numbers, strict=True)]
+        works = [*map(Work, numbers, tasks, requests)]
+        with Grading(self.graders) as grading:
+            with clock.phase("generate"):
+                self.answer(works, self.sampling, grading)
+                _require_version(works, step - 1)
+                greedy = self.greedy(works, grading)
+            with clock.phase("reward"):
+                baselines = [one.scored()[0] for one in greedy] or [None] * count
+                return [work.as_group(baseline) for work, baseline in zip(works, baselines, strict=True)]
+
+    def answer(
+        self,
+        works: Sequence[Work],
+        sampling: SamplingParams,
+        grading: Grading,
+        closing: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Have all of them answered, and handed over to be graded; or some, where all is `closing`."""
+        left = works
+        while left and not closing():
+            left = self.round(left, sampling, grading)
+
+    def greedy(
+        self, works: Sequence[Work], grading: Grading, closing: Callable[[], bool] = lambda: False
+    ) -> list[Work]:
+        """The same with their greedy answers, where the algorithm asks for these."""
+        if not self.greedy_baseline:
+            return []
+        ones = [Work(work.place, work.task, replace(work.request, begun=())) for work in works]
+        self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
+        return ones
+
+    def round(
+        self,
+        works: Sequence[Work],
+        sampling: SamplingParams,
+        grading: Grading,
+        finished: Callable[[Work], None] = lambda _: None,
+    ) -> list[Work]:
+        """Have them answered until all are finished, or the engine is paused: those that are left then, with what there
+        is of their answers. Each that is finished goes to be graded at once; `finished` is told."""
+        done: set[int] = set()
+
+        def finish(number: int, answers: Answers) -> None:
+            done.add(number)
+            works[number].answers = answers
+            works[number].scores = grading.submit(works[number].task, answers)
+            finished(works[number])
+
+        begin = time.monotonic()
+        with _limited(self.engine, self.time_limit, works):
+            stream = self.engine.stream([work.request for work in works], sampling)
+            try:
+                for number, answers in stream:
+                    if any(answer.finish == "abort" for answer in answers):
+                        works[number].request = replace(works[number].request, begun=answers)
+                    else:
+                        finish(number, answers)
+            finally:
+                stream.close()
+        spent = time.monotonic() - begin
+        for number, work in enumerate(works):
+            begun = work.request.begun
+            if number not in done and begun:
+                work.seconds += spent
+                if self._is_late(work) and all(answer.token_ids for answer in begun):
+                    finish(number, begun)
+                elif self._is_late(work):  # an answer that is still empty cannot be trained
+                    work.seconds = 0.0
+        return [work for number, work in enumerate(works) if number not in done]
+
+    def _is_late(self, work: Work) -> bool:
+        return self.time_limit is not None and work.seconds >= self.time_limit - 1e-3
+
+
+@contextmanager
+def _limited(engine: Streaming, seconds: float | None, works: Sequence[Work]) -> Iterator[None]:
+    """Within it the engine is paused when the first of them has had its time."""
+    if seconds is None:
+        yield
+        return
+    timer = Timer(max(0.0, seconds - max(work.seconds for work in works)), engine.pause)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        engine.resume()
+
+
+def refilled(draw: Callable[[int, int], list[Group]], count: int, refills: int) -> tuple[list[Group], list[Group]]:
+    """The `count` groups that a step learns from, and all that were drawn for it. draw(how many there are, how many
+    more to draw).
+
+    Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards, which teach nothing, are replaced by groups
+    of the next tasks, as many as are missing in each of at most `refills` rounds. What is missing even then is
+    filled with groups of equal rewards, so that the size of a step stays the same.
+    """
+    drawn = draw(0, count)
+    for _ in range(refills):
+        missing = count - sum(map(_is_informative, drawn))
+        if missing <= 0:
+            break
+        drawn += draw(len(drawn), missing)
+    wanted = [group for group in drawn if _is_informative(group)] if refills else drawn
+    spare = [group for group in drawn if not _is_informative(group)]
+    return [*wanted, *spare[: count - len(wanted)]], drawn
+
+
+def _is_informative(group: Group) -> bool:
+    return len({score.value for score in group.scores}) > 1
+
+
+def _require_version(works: Sequence[Work], version: int) -> None:
+    found = {completion.version for work in works for completion in work.answers}
+    if found != {version}:
+        raise DataError(f"the engine answered with weights of step {sorted(found)}, the policy is at step {version}")

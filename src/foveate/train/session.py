@@ -1,0 +1,176 @@
+"""What the pages share: what they cannot do yet, threads, the place to continue from, and when to save."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+
+from foveate.cluster.base import WorkerGroup, everywhere
+from foveate.config.base import has_gpu
+from foveate.config.cluster import ClusterSettings
+from foveate.config.runs import RLSettings
+from foveate.config.train import TrainSettings
+from foveate.data.stream import Stream
+from foveate.errors import ConfigError, RankLost
+from foveate.log import MetricsWriter
+from foveate.run_folder import RunFolder
+from foveate.train.checkpoint import checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+Result = TypeVar("Result")
+
+
+def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
+    """What `run` returns. Where it has lost a process it is run again, which continues from its last checkpoint, at
+    most `retries` times. It is told whether it runs again."""
+    for left in range(retries, 0, -1):
+        try:
+            return run(left < retries)
+        except RankLost as error:
+            logger.warning("%s; going on from the last checkpoint, %d more tries", error, left - 1)
+    return run(retries > 0)
+
+
+class Leaving:
+    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
+    ends, no checkpoint of `workers` is under way."""
+
+    def __init__(self, workers: WorkerGroup) -> None:
+        self.is_asked = False
+        self._workers = workers
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
+            everywhere(self._workers, "finish_saving")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._former)
+        if kind is RankLost:  # the machine may be going down, which told the ranks first
+            self.check()
+
+    def _ask(self, number: int, _: object) -> None:
+        self.is_asked = True
+        signal.signal(number, self._former)
+        logger.warning("SIGTERM: saving after this step, then leaving; the same command continues the run")
+
+    def check(self) -> None:
+        """Leave, with the exit code of SIGTERM, if asked to."""
+        if self.is_asked:
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+_OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", "retries"}
+"""Settings of a cluster that act where engines have processes of their own."""
+
+
+_OF_ONE_RANK = {"device", "dtype"}
+
+
+def require_one_process(cluster: ClusterSettings) -> None:
+    """Refuse settings of a cluster where they would not act, and a GPU that is not there."""
+    if cluster.device == "cuda" and not has_gpu():
+        raise ConfigError("cluster.device=cuda: PyTorch sees no GPU here; foveate doctor shows what it sees")
+    acting = _OF_ONE_RANK | (_OF_ENGINES if cluster.engines else set())
+    given = cluster.model_dump(exclude_defaults=True, exclude=acting)
+    differing = [f"cluster.{name}={value}" for name, value in given.items()]
+    if differing:
+        raise ConfigError(
+            f"{', '.join(differing)}: runs of one rank compute in one process, where of the settings of a cluster "
+            "device and dtype act; leave the others out, or set cluster.gpus_per_node"
+        )
+
+
+def check_offline(cluster: ClusterSettings) -> None:
+    """Raise ConfigError for settings of a cluster that would not act in a run that generates nothing."""
+    if cluster.engines:
+        raise ConfigError(
+            f"cluster.engines={cluster.engines}: this run generates nothing and has no engine; leave it out"
+        )
+    if cluster.ranks == 1:
+        require_one_process(cluster)
+
+
+def check_cluster(settings: RLSettings) -> None:
+    """Raise ConfigError for what a run on several ranks cannot do yet, and for settings that would not act."""
+    cluster = settings.cluster
+    if cluster.ranks == 1:
+        require_one_process(cluster)
+        if cluster.dtype and not cluster.engines and settings.rollout.engine in ("vllm", "sglang"):
+            raise ConfigError(
+                f"cluster.dtype={cluster.dtype}: a server beside a trainer in one process computes in model.dtype; "
+                "leave it out, or give the server a process of its own: cluster.engines=1"
+            )
+        return
+    if not cluster.engines:
+        _check_ranks_answer(settings)
+
+
+def _check_ranks_answer(settings: RLSettings) -> None:
+    """What cannot be where several ranks answer themselves."""
+    advice = "with several ranks that takes processes of its own: set cluster.engines to their number"
+    if settings.rollout.staleness:
+        raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
+    if settings.rollout.time_limit is not None:
+        raise ConfigError(f"rollout.time_limit={settings.rollout.time_limit:g}: {advice}, or leave it out")
+    if settings.rollout.engine != "native":
+        raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
+
+
+def use_threads(threads: int | None) -> None:
+    """Bound the CPU threads of torch; None leaves its own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+class Stateful(Protocol):
+    """What goes on where its `state()` was taken."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def resume(
+    run: RunFolder, workers: WorkerGroup, stream: Stream, metrics: MetricsWriter, others: Mapping[str, Stateful] = {}
+) -> int:
+    """Restore weights, optimizer, data position and `others` from the newest checkpoint, and cut the metrics back to
+    its step. Returns that step, 0 for a run that begins."""
+    found = checkpoints(run.checkpoints)
+    state: dict[str, Any] = {"step": 0}
+    if found:
+        state = everywhere(workers, "restore", found[-1][1])[0]
+        for name, thing in {"stream": stream, **others}.items():
+            thing.restore(state[name])
+        logger.info("continuing %s after step %d", run.path, state["step"])
+    metrics.truncate_after(state["step"])
+    return state["step"]
+
+
+def disk_patience(train: TrainSettings, cluster: ClusterSettings) -> float:
+    """Seconds to wait for room on a full disk: ranks that wait longer than `cluster.timeout` count as hung."""
+    if train.disk_wait is None:
+        return 900.0 if cluster.ranks == 1 else min(900.0, cluster.timeout / 2)
+    return train.disk_wait
+
+
+def save(
+    workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings, patience: float
+) -> None:
+    """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
+    everywhere(workers, "save", run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
+
+
+def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:
+    """Every `train.save_every` steps, after the last one, and before the run leaves."""
+    return leaving.is_asked or step == train.steps or (train.save_every > 0 and step % train.save_every == 0)

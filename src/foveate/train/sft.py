@@ -1,0 +1,84 @@
+"""Supervised fine-tuning: imitate demonstrated answers, image and text packed, the loss on answers only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from foveate.cluster.base import everywhere, spread, start_workers
+from foveate.config.runs import SFTSettings
+from foveate.data.demos import check_response, demo_of
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.encode import Encoder
+from foveate.encoding.reader import Reader
+from foveate.evaluate.predictions import write_skipped
+from foveate.log import MetricsWriter, progress
+from foveate.models.checkpoint.inspect import recognise
+from foveate.parallel.balance import Costs
+from foveate.parallel.packing import Tree
+from foveate.records import Demo, Prompt
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.clock import Clock
+from foveate.train.optim import learning_rate
+from foveate.train.session import (
+    Leaving,
+    check_offline,
+    disk_patience,
+    resume,
+    save,
+    save_is_due,
+    surviving,
+    use_threads,
+)
+from foveate.train.worker import Worker, sft_total
+
+
+def run_sft(settings: SFTSettings) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    return surviving(settings.cluster.retries, partial(_run, settings))
+
+
+def _run(settings: SFTSettings, again: bool) -> RunFolder:
+    check_offline(settings.cluster)
+    use_threads(settings.train.threads)
+    patience = disk_patience(settings.train, settings.cluster)
+    model = recognise(settings.model.path)
+    costs = Costs.of(model.config)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    budget = settings.train.tokens_per_micro_batch
+    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
+    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    with (
+        open_run(settings.run, settings) as run,
+        start_workers(settings.cluster, build, again=again) as workers,
+        Leaving(workers) as leaving,
+    ):
+        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
+        write_skipped(run.path, [str(problem) for problem in left_out])
+        stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
+        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        step = resume(run, workers, stream, metrics)
+
+        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        with reader, progress("training", settings.train.steps, done=step) as advance:
+            while step < settings.train.steps:
+                step += 1
+                clock = Clock()
+                with clock.phase("encode"):
+                    trees = [_tree(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
+                with clock.phase("update"):
+                    rate = learning_rate(step, settings.train.steps, settings.optim)
+                    weighting = settings.train.weighting
+                    rest = weighting, sft_total(trees, weighting), rate
+                    learned = next(spread(workers, "update_sft", trees, [*map(costs, trees)], *rest))[1]
+                tokens = sum(tree.tokens for tree in trees)
+                metrics.write(step, {**learned, "lr": rate, "epoch": stream.epoch, **clock.metrics(update=tokens)})
+                if save_is_due(step, settings.train, leaving):
+                    save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
+                advance(1)
+                leaving.check()
+        everywhere(workers, "export", run.final, patience)
+    return run
+
+
+def _tree(encoder: Encoder, demo: Demo, prompt: Prompt) -> Tree:
+    return Tree(prompt, (encoder.answer_ids(demo.response),))

@@ -1,0 +1,353 @@
+"""One rank of training: a policy with its optimizer, and what the pages ask of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.algorithms.metrics import Metrics, reduce_metrics
+from foveate.config.algorithm import CriticSettings
+from foveate.config.cluster import ClusterSettings
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
+from foveate.files import atomic_path, with_room
+from foveate.models.forward import evaluating
+from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
+from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
+from foveate.models.sharded import allocate, fill, hollow_policy
+from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, shard, whole
+from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack
+from foveate.parallel.ranks import Ranks
+from foveate.parallel.ulysses import check_heads
+from foveate.records import Batch, Totals, sum_by_sample
+from foveate.rollout.seeds import seed_of
+from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
+from foveate.train.critic import Critic
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer
+from foveate.train.rank_engine import RankEngine
+from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
+from foveate.train.session import use_threads
+from foveate.train.targets import PolicyLoss, TrainGroup, mismatch, policy_targets, split_group
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Holds the model of one rank, and its `engine`. Methods take what they need and keep nothing but weights and
+    optimizer state."""
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        optim: OptimSettings,
+        token_budget: int,
+        *,
+        temperature: float = 1.0,
+        reference: bool = False,
+        critic: CriticSettings | None = None,
+        cluster: ClusterSettings | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice."""
+        use_threads(threads)
+        self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
+        self.device = torch.device("cpu" if cluster is None else cluster.kind)
+        self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
+        self._compiles = model.compile
+        load = partial(load_policy, device=str(self.device)) if self.ranks is None else hollow_policy
+        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
+        freeze_except(self.policy, model.train)
+        if model.lora is not None:
+            add_adapters(self.policy, model.lora, model.train)
+        if model.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
+            self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
+        self._blank = self.policy.family.blank if self.ranks is not None else None
+        self.reference = _frozen_copy(self.policy) if reference else None
+        self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
+        self._logprobs = self._ready(LogProbs, self.policy)
+        self._reference_logprobs = None
+        if self.reference is not None:
+            is_own = self.reference is self.policy
+            self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
+        self.optimizer = build_optimizer(self.policy.model, optim)
+        self.max_grad_norm = optim.max_grad_norm
+        self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
+        self.temperature = temperature
+        self.scale = LossScale() if cluster is not None and cluster.dtype == "float16" else None
+        self._saving = Saving()
+        self._seed = seed if model.lora is not None and model.lora.dropout else None
+        self.engine = RankEngine(self.policy, model, self.ranks)
+
+    def _ready(self, kind: type[Root], policy: Policy) -> Root:
+        """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
+        and each reads its share."""
+        if self._compiles:
+            compile_blocks(policy.model, sharded=self.ranks is not None)
+        if self.ranks is None:
+            return kind(policy, autocast=self._autocast)
+        cluster = self.ranks.cluster
+        check_heads(policy, cluster.sequence_parallel)
+        root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
+        allocate(policy, root, "cpu" if cluster.offload else cluster.kind, cluster.kind)
+        fill(policy, without=policy.tensors("head") if kind is Values else ())
+        reset_adapters(policy.model)
+        return root
+
+    # ------------------------------------------------------------------------------------------------- log-probs
+
+    @torch.no_grad()
+    def logprobs(self, trees: Sequence[Tree], reference: bool = False) -> list[Tensor]:
+        """Log-probs of all answer tokens, one vector per tree, under the policy or the frozen reference."""
+        policy = self.reference if reference else self.policy
+        compute = self._reference_logprobs if reference else self._logprobs
+        assert policy is not None
+        assert compute is not None
+        as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
+        found: list[Tensor] = []
+        with evaluating(policy.model), as_it_was:
+            for batch, members in self._batches(trees):
+                logp_M, _ = compute(batch, self.temperature)
+                found.extend(logp_M.cpu().split([trees[i].answer_tokens for i in members]))
+        return found
+
+    @torch.no_grad()
+    def values(self, trees: Sequence[Tree]) -> list[Tensor]:
+        """What the critic expects before each answer token, one vector per tree."""
+        assert self.critic is not None
+        found: list[Tensor] = []
+        with evaluating(self.critic.model):
+            for batch, members in self._batches(trees):
+                value_M = self.critic.values(batch).cpu()
+                found.extend(value_M.split([trees[i].answer_tokens for i in members]))
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- updates
+
+    def update_policy(
+        self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
+        losses = self.policy_gradients(groups, loss, totals)
+        return self._step(self.policy, self.optimizer, losses, lr, [group.tree for group in groups])
+
+    def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
+        """Add up the gradients of a policy loss over micro-batches; their metrics."""
+        parts = [part for group in groups for part in split_group(group, self.token_budget)]
+        losses: list[Metrics] = []
+        for batch, members, logp_M, entropy_M in self._computed([group.tree for group in parts], self.temperature):
+            targets = policy_targets([parts[i] for i in members], logp_M)
+            out = loss(logp_M, entropy_M, batch, targets, totals)
+            self._backward(out.loss)
+            losses.append({**out.metrics, **mismatch(targets)})
+        return losses
+
+    def update_critic(self, groups: Sequence[TrainGroup], totals: Totals, lr: float) -> dict[str, float]:
+        """One optimizer step of the critic towards the returns of all `groups`."""
+        assert self.critic is not None
+        losses = self.critic_gradients(groups, totals)
+        trees = [group.tree for group in groups]
+        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, trees)
+        return {name if name.startswith("critic/") else f"critic/{name}": value for name, value in record.items()}
+
+    def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
+        """Add up the gradients of the value loss over micro-batches; their metrics."""
+        assert self.critic is not None
+        parts = [part for group in groups for part in split_group(group, self.token_budget)]
+        losses: list[Metrics] = []
+        self._seed_dropout(self.critic.optimizer)
+        for batch, members in self._batches([group.tree for group in parts]):
+            if not members:
+                self.critic.values(batch).sum().backward()
+                continue
+            chosen = [parts[i] for i in members]
+            out = self.critic.loss(batch, [p.value for p in chosen], [p.returns for p in chosen], totals)
+            self._backward(out.loss)
+            losses.append(out.metrics)
+        return losses
+
+    def update_sft(self, trees: Sequence[Tree], weighting: str, total: float, lr: float) -> dict[str, float]:
+        """One optimizer step of supervised training on the answers of `trees`; `total` is the sum of the weights
+        (`sft_total`) of the whole step over all ranks."""
+        losses = []
+        for batch, _, logp_M, entropy_M in self._computed(trees):
+            weight_M = sft_weights(batch, weighting)
+            loss = -(weight_M * logp_M).sum() / total
+            self._backward(loss)
+            tokens = float(len(logp_M))
+            losses.append(
+                {
+                    "loss": (loss.item(), weight_M.sum().item() / total),
+                    "nll": (-logp_M.detach().sum().item(), tokens),
+                    "entropy": (entropy_M.detach().sum().item(), tokens),
+                }
+            )
+        return self._step(self.policy, self.optimizer, losses, lr, trees)
+
+    def update_preference(
+        self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
+        losses = []
+        for batch, members, logp_M, entropy_M in self._computed([pair.tree for pair in pairs]):
+            targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
+            out = loss(logp_M, batch, targets, totals)
+            self._backward(out.loss)
+            entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
+            losses.append({**out.metrics, "entropy": entropy})
+        return self._step(self.policy, self.optimizer, losses, lr, [pair.tree for pair in pairs])
+
+    def _step(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.AdamW,
+        losses: Sequence[Metrics],
+        lr: float,
+        trees: Sequence[Tree],
+    ) -> dict[str, float]:
+        if self.ranks is not None:
+            pictures = any(tree.prompt.pixels is not None for tree in trees)
+            rows = self.ranks.gather((losses, pictures))[:: self.ranks.cluster.sequence_parallel]
+            losses = [record for own, _ in rows for record in own]
+            if not any(has_pictures for _, has_pictures in rows):
+                _forget_blanks(policy)
+        self._saving.check()
+        norm, taken = apply_gradients(
+            optimizer, lr, self.max_grad_norm, 1.0 if self.scale is None else self.scale.value
+        )
+        if self.scale is not None:
+            self.scale.update(taken)
+        if not taken:
+            logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
+        return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scale is None else loss * self.scale.value).backward()
+
+    def _computed(
+        self, trees: Sequence[Tree], temperature: float = 1.0
+    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
+        """Packed rows, the indices of their trees, and log-probs and entropies to learn from. Rows that only keep this
+        rank in step with the others are done with here."""
+        self._seed_dropout(self.optimizer)
+        for batch, members in self._batches(trees):
+            logp_M, entropy_M = self._logprobs(batch, temperature)
+            if members:
+                yield batch, members, logp_M, entropy_M
+            else:
+                (logp_M.sum() + entropy_M.sum()).backward()
+
+    def _seed_dropout(self, optimizer: torch.optim.AdamW) -> None:
+        """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
+        if self._seed is not None:
+            taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+            torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
+
+    def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[Batch, list[int]]]:
+        """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
+        rows of others are empty."""
+        rows = micro_batches(trees, self.token_budget)
+        if self.ranks is not None:
+            rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
+        for members in rows:
+            batch = pack([trees[i] for i in members]) if members else empty(self._blank)
+            yield in_step(batch, self._blank).to(self.device), members
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        state: Mapping[str, Any],
+        keep: int,
+        patience: float = 0.0,
+        apart: bool = False,
+    ) -> Path:
+        """Write a checkpoint (`save_checkpoint`); `apart`: while this rank goes on. Returns where it is to be."""
+        self.finish_saving()
+        if self.scale is not None:
+            state = {**state, "scale": asdict(self.scale)}
+        save = self._saving.start if apart else save_checkpoint
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+
+    def finish_saving(self) -> None:
+        """Return when no checkpoint is under way. Raises what ended the last one."""
+        self._saving.wait()
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        state = load_checkpoint(path, self._trained(), self.ranks)
+        scale = state.pop("scale", None)
+        if self.scale is not None and scale is not None:
+            self.scale = LossScale(**scale)
+        return state
+
+    def _trained(self) -> dict[str, Trained]:
+        critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
+        return {"": (self.policy.model, self.optimizer), **critic}
+
+    def export(self, folder: Path, patience: float = 0.0) -> None:
+        """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
+        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        self.finish_saving()
+        is_first = self.ranks is None or self.ranks.is_first
+        state: dict[str, Tensor] = {}
+        for name, tensor in merged_state(self.policy.model).items():
+            gathered = whole(tensor)
+            if is_first:
+                state[name] = gathered.cpu()
+        if is_first:
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            with_room(partial(_export, self.policy, folder, state), patience, size)
+        if self.ranks is not None:
+            self.ranks.gather(None)
+
+
+def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    with atomic_path(folder) as temporary:
+        save_policy(policy, temporary, state)
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
+    if learns_by_adapters_alone(policy.model):
+        return policy
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return replace(policy, model=model)
+
+
+def _forget_blanks(policy: Policy) -> None:
+    """Clear what blank pictures left in a step in which no rank had a real one: as in one process, the optimizer
+    leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
+    parts = parameters_by_part(policy)
+    for part in parts.keys() - {"language", "head"}:
+        for parameter in parts[part].values():
+            parameter.grad = None
+
+
+_SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
+
+
+def sft_total(trees: Sequence[Tree], weighting: str) -> float:
+    """The sum of `sft_weights` over all trained tokens."""
+    return math.fsum(len(answer) ** (1 - _SFT_EXPONENT[weighting]) for tree in trees for answer in tree.answers)
+
+
+def sft_weights(batch: Batch, weighting: str) -> Tensor:
+    """Weight of each trained token in an answer of n tokens: 1 (token), 1/n (sample) or 1/n**0.5 (square averaging,
+    InternVL3.5, arXiv 2508.18265, section 2)."""
+    ones = torch.ones(len(batch.sample_M), device=batch.sample_M.device)
+    lengths = sum_by_sample(ones, batch.sample_M, batch.samples)
+    return lengths[batch.sample_M] ** -_SFT_EXPONENT[weighting]

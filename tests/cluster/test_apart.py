@@ -1,0 +1,323 @@
+"""Engines in processes of their own: dealing, streaming, publishing, proof and loss, with threads in place of them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from foveate.cluster.engine_process import EngineHost, EngineLostError
+from foveate.cluster.local import LocalWorkers
+from foveate.cluster.remote_engines import EnginesApart
+from foveate.cluster.weights import Incoming, Outgoing
+from foveate.config.rollout import RolloutSettings
+from foveate.errors import DataError, EngineError, RankLost
+from foveate.models.policy import load_policy
+from foveate.records import SamplingParams
+from foveate.rollout import check
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
+
+SAMPLING = SamplingParams(samples=2, max_tokens=6)
+
+
+def nothing(_number, _method):
+    return False
+
+
+class ThreadHosts:
+    """Hosts in this process. `dies` says, before each call, whether the host dies instead of answering it."""
+
+    def __init__(self, size, dies=nothing):
+        self.size, self.dies = size, dies
+        self.hosts, self.starts, self.ended, self.packets = {}, [], [], []
+        self._pool = ThreadPoolExecutor(16)
+        self.lost = {}
+
+    def start(self, number, build):
+        self.starts.append(number)
+        self.hosts[number], self.lost[number] = build(), threading.Event()
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def ask(self, number, method, *arguments):
+        host, lost = self.hosts[number], self.lost[number]
+        if self.dies(number, method):
+            lost.set()
+        return self._pool.submit(self._call, host, lost, number, method, arguments)
+
+    def _call(self, host, lost, number, method, arguments):
+        if not lost.is_set():
+            result = getattr(host, method)(*arguments)
+        if lost.is_set():
+            raise EngineLostError(f"host {number} was killed")
+        return result
+
+    def share(self, packet):
+        self.packets.append(weakref.ref(packet.data))
+        return packet
+
+    def end(self, number):
+        self.ended.append(number)
+        self.lost[number].set()
+
+    def close(self):
+        for host in self.hosts.values():
+            host.close()
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def trainer(tiny_folder):
+    """A rank that trains, whose weights are others than those of the model's folder."""
+    policy = load_policy(str(tiny_folder))
+    learn(policy, 0)
+    outgoing = Outgoing(policy.model, limit=100_000)
+
+    def logprobs(trees):
+        return check._logprobs(policy, 1.0, trees)
+
+    return SimpleNamespace(policy=policy, engine=SimpleNamespace(packet=outgoing.packet), logprobs=logprobs)
+
+
+@torch.no_grad()
+def learn(policy, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.model.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def requests(encode, make_task, make_image):
+    """Prompts of several lengths, two of them with a picture."""
+    tasks = [make_task("one " * (1 + i)) for i in range(6)]
+    tasks += [make_task("<image>\nWhere?", make_image(56, 56, seed)) for seed in range(2)]
+    return [Request(encode(task), seed) for seed, task in enumerate(tasks)]
+
+
+@pytest.fixture
+def started(tiny_folder, trainer, encode):
+    """started(size, ...) -> engines apart with the weights of the trainer, and their hosts."""
+    opened = []
+
+    def start(size, *, dies=nothing, make=NativeEngine, timeout=60.0, beside=False, check_every=0):
+        hosts = ThreadHosts(size, dies)
+        load = partial(load_policy, str(tiny_folder))
+        workers = LocalWorkers(trainer)
+        engines = EnginesApart(hosts, workers, load, timeout=timeout, beside=beside, dtype=torch.float32)
+        opened.append(engines)
+        engines.start(make, encode, RolloutSettings(check_every=check_every), 3)
+        return engines, hosts
+
+    yield start
+    for engines in opened:
+        engines.__exit__()
+
+
+def alone(trainer, encode, version):
+    """The engine of a run in one process."""
+    return NativeEngine(trainer.policy, encode.decode, version=version)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_engines_apart_answer_as_the_trainers_own_engine_also_after_publishes(started, trainer, encode, requests, size):
+    engines, _ = started(size)
+    for version in (3, 4):
+        answers = engines.generate(requests, SAMPLING)
+        expected = alone(trainer, encode, version).generate(requests, SAMPLING)
+        assert [[(one.token_ids, one.version) for one in group] for group in answers] == [
+            [(one.token_ids, one.version) for one in group] for group in expected
+        ]
+        learn(trainer.policy, version)
+        engines.publish(version + 1)
+
+
+def test_each_group_comes_as_it_finishes(started, requests):
+    gate = threading.Event()
+
+    class Waiting(NativeEngine):
+        """Gives its first group at once, and the others when the gate opens."""
+
+        def stream(self, requests, sampling):
+            for index, request in enumerate(requests):
+                yield index, next(NativeEngine.stream(self, [request], sampling))[1]
+                assert gate.wait(60)
+
+    engines, _ = started(2, make=Waiting)
+    groups = engines.stream(requests, SAMPLING)
+    first = {next(groups)[0], next(groups)[0]}
+    gate.set()
+    rest = {index for index, _ in groups}
+    assert len(first) == 2
+    assert first | rest == {*range(len(requests))}
+    assert not first & rest
+
+
+def once(number, method, at):
+    """What dies: this engine, when it is asked this for the `at`-th time."""
+    left = [at]
+
+    def dies(asked, what):
+        if (asked, what) == (number, method):
+            left[0] -= 1
+            return left[0] == 0
+        return False
+
+    return dies
+
+
+@pytest.mark.parametrize("method", ["begin", "more", "take", "publish"])
+def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(started, trainer, requests, method):
+    engines, hosts = started(2, dies=once(1, method, at=2 if method in ("take", "publish") else 1))
+    learn(trainer.policy, 9)
+    engines.publish(4)
+    indices, groups = zip(*sorted(engines.stream(requests, SAMPLING)), strict=True)
+    assert hosts.starts == [0, 1, 1]
+    assert engines.publish(5)["engines_lost"] == 1
+    undisturbed, _ = started(2)
+    undisturbed.publish(4)
+    assert indices == (*range(len(requests)),)
+    assert list(groups) == undisturbed.generate(requests, SAMPLING)  # log-probs too, bit for bit
+
+
+def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(started, trainer, requests):
+    engines, hosts = started(2, dies=once(1, "more", 1), beside=True)
+    expected = started(2)[0].generate(requests, SAMPLING)
+    learn(trainer.policy, 9)
+    assert engines.generate(requests, SAMPLING) == expected
+    assert hosts.starts == [0, 1, 1]
+
+
+def test_the_only_engine_of_trainers_that_learn_meanwhile_takes_the_run_back_with_it(started, requests):
+    engines, _ = started(1, dies=once(0, "more", 1), beside=True)
+    with pytest.raises(RankLost, match="engine 0 died, and its weights with it"):
+        engines.generate(requests, SAMPLING)
+
+
+@pytest.mark.parametrize("dies", [nothing, once(1, "more", 2)])
+def test_a_pause_ends_a_stream_and_what_was_begun_goes_on_after_it(started, requests, dies):
+    gate = threading.Event()
+
+    class Gated(NativeEngine):
+        """Waits at the gate after its first group."""
+
+        def stream(self, requests, sampling):
+            for number, found in enumerate(NativeEngine.stream(self, requests, sampling)):
+                yield found
+                assert number or gate.wait(60)
+
+    engines, _ = started(2, make=partial(Gated, token_budget=100), dies=dies)
+    groups = engines.stream(requests, SAMPLING)
+    found = dict([next(groups), next(groups)])
+    engines.pause()
+    gate.set()
+    found |= dict(groups)
+    assert any(one.finish == "abort" for group in found.values() for one in group) or len(found) < len(requests)
+    engines.resume()
+    again = [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    answers = engines.generate(again, SAMPLING)
+    expected = started(1)[0].generate(requests, SAMPLING)
+    assert [[one.token_ids for one in group] for group in answers] == [
+        [one.token_ids for one in group] for group in expected
+    ]
+
+
+def test_an_engine_that_keeps_dying_ends_the_tries(started, requests):
+    engines, hosts = started(2, dies=lambda number, method: (number, method) == (0, "more"))
+    with pytest.raises(RankLost, match="engine 0 was lost 3 times without a finished group: host 0 was killed"):
+        engines.generate(requests, SAMPLING)
+    assert hosts.starts.count(0) == 3
+
+
+def test_an_engine_that_finishes_nothing_is_started_again(started, requests):
+    hangs = [True]
+
+    class Hanging(NativeEngine):
+        def stream(self, requests, sampling):
+            while hangs[0]:
+                hangs[0] = hosts.ended == []
+            yield from NativeEngine.stream(self, requests, sampling)
+
+    engines, hosts = started(1, make=Hanging)
+    end = hosts.end
+
+    def patient_again(number):
+        engines._timeout = 60.0
+        end(number)
+
+    hosts.end, engines._timeout = patient_again, 0.5
+    assert len(engines.generate(requests, SAMPLING)) == len(requests)
+    assert (hosts.starts, hosts.ended) == ([0, 0], [0])
+
+
+def test_what_an_engine_refuses_ends_the_run(started, requests):
+    class Refusing(NativeEngine):
+        def stream(self, _requests, _sampling):
+            raise EngineError("no")
+            yield
+
+    engines, hosts = started(2, make=Refusing)
+    with pytest.raises(EngineError, match=r"^no$"):
+        engines.generate(requests, SAMPLING)
+    assert hosts.starts == [0, 1]
+
+
+def test_at_most_two_packets_of_weights_are_in_memory(started):
+    engines, hosts = started(2)
+    alive = []
+    share = hosts.share
+
+    def counted(packet):
+        shared = share(packet)
+        gc.collect()
+        alive.append(sum(one() is not None for one in hosts.packets))
+        return shared
+
+    hosts.share = counted
+    engines.publish(4)
+    assert len(alive) >= 4
+    assert max(alive) <= 2
+
+
+def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
+    engines, hosts = started(1, check_every=1)
+    assert engines.publish(4)["engine_check"] < 1e-5
+    incoming = hosts.hosts[0]._incoming
+    incoming.take = lambda packet: incoming._taken.update(name for name, *_ in packet.tensors)
+    learn(trainer.policy, 5)
+    with pytest.raises(EngineError, match=r"at weights 5 the engine's log-probs .* differ"):
+        engines.publish(5)
+
+
+def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tiny_folder):
+    incoming, outgoing = Incoming(load_policy(str(tiny_folder)).model), Outgoing(trainer.policy.model, limit=100_000)
+    first = outgoing.packet(True)
+    assert first is not None
+    incoming.take(first)
+    with pytest.raises(DataError, match=r"published weights lack .* and \d+ more"):
+        incoming.finish()
+    with pytest.raises(DataError, match=r"has shape .*, the engine's model none of that name"):
+        Incoming(torch.nn.Linear(2, 2)).take(first)
+
+
+def test_an_engine_that_is_no_trainer_keeps_its_weights_until_the_next_publish(trainer, tiny_folder, encode):
+    host = EngineHost(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
+    sent = Outgoing(trainer.policy.model)
+    first = sent.packet(True)
+    assert first is not None
+    host.take(first)
+    host.publish(1)
+    kept, original = host.packet(True), sent.packet(True)
+    assert kept is not None
+    assert original is not None
+    assert kept.tensors == original.tensors
+    assert (kept.data == original.data).all()
+    assert sent.packet(False) is None

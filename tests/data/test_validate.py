@@ -1,0 +1,86 @@
+"""Rows are checked before a run, in one process or in several, with the same result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from foveate.data.table import open_tasks
+from foveate.data.validate import Look, survey, validate
+from foveate.encoding.dataset import RowCheck
+from foveate.records import DataError, Task
+from foveate.rewards.text import check_truth
+
+
+def rows_of_text(path, count, **changed):
+    """JSONL rows without pictures; `changed` maps a row to the fields that differ."""
+    with path.open("w") as file:
+        for i in range(count):
+            row = {
+                "data_source": "text",
+                "prompt": [{"role": "user", "content": f"Row {i}?"}],
+                "reward_model": {"style": "rule", "ground_truth": f"answer {i}"},
+            }
+            file.write(json.dumps(row | changed.get(f"row_{i}", {})) + "\n")
+    return path
+
+
+def length_of(task: Task) -> int:
+    return len(task.messages[0].content)
+
+
+def die(task: Task) -> int:
+    if task.where.endswith("(line 300)"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path, encode):
+    path = rows_of_text(
+        tmp_path / "x.jsonl",
+        600,
+        row_3={"prompt": []},
+        row_299={"reward_model": {"ground_truth": {"x": 1}}},
+        row_555={"data_source": 5, "prompt": None},
+    )
+    look = Look(RowCheck(check_truth, encode), length_of)
+    calls: list[tuple[int, int]] = []
+    one = survey(open_tasks(path), look, workers=1)
+    two = survey(open_tasks(path), look, workers=2, progress=lambda done, total: calls.append((done, total)))
+    assert two == one
+    assert [(p.where.split(", ")[1].split(" (")[0], p.field) for p in two.problems] == [
+        ("row 3", "prompt"),
+        ("row 299", "reward_model.ground_truth"),
+        ("row 555", "data_source"),
+        ("row 555", "prompt"),
+    ]
+    assert len(two.kept) == 597 == len(two.measures)
+    assert two.measures[-1] == len("Row 599?")
+    assert calls[-1] == (600, 600)
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path):
+    path = rows_of_text(tmp_path / "x.jsonl", 600)
+    with pytest.raises(DataError, match="a process that checked rows was killed"):
+        survey(open_tasks(path), Look(None, die), workers=2)
+
+
+def test_a_check_that_cannot_be_sent_to_workers_runs_here(tmp_path, caplog):
+    path = rows_of_text(tmp_path / "x.jsonl", 20)
+    with caplog.at_level("INFO", logger="foveate"):
+        kept, problems = validate(open_tasks(path), check=lambda _: [], workers=2)
+    assert (len(kept), problems) == (20, [])
+    assert "checked in one process" in caplog.text
+
+
+def test_the_first_problems_are_logged_when_there_are_several(tmp_path, caplog):
+    bad = {f"row_{i}": {"prompt": []} for i in range(30)}
+    path = rows_of_text(tmp_path / "x.jsonl", 40, **bad)
+    with pytest.raises(DataError, match="and 29 more problems"):
+        validate(open_tasks(path))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 20
+    assert ", row 19 (line 20), field prompt: must be a list of messages" in lines[19]

@@ -1,0 +1,92 @@
+"""A row that ranks share is computed as one process computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from family_cases import build_family
+from rank_cases import gradients, loss_of, rows, spawn
+from torch.distributed.device_mesh import init_device_mesh
+
+from foveate.config.cluster import ClusterSettings
+from foveate.errors import ConfigError
+from foveate.models.forward import token_logprobs
+from foveate.models.policy import load_policy
+from foveate.parallel.fsdp import LogProbs, mesh_of, shard
+from foveate.parallel.ulysses import check_heads, token_logprobs_split
+
+MODELS = ("internvl", "qwen3_vl_moe", "qwen3_moe", "gpt_oss")
+"""Dense with images, mixture of experts with images and DeepStack, without images, with windows and sinks."""
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families")
+    return {"internvl": tiny_folder} | {name: build_family(folder / name, name) for name in MODELS[1:]}
+
+
+def alone(folder, data_ranks, attention):
+    policy = load_policy(str(folder), attention=attention)
+    losses = [loss_of(*token_logprobs(policy, batch)) for batch in rows(policy.family, ranks=data_ranks)]
+    torch.stack(losses).sum().backward()
+    return [loss.item() for loss in losses], gradients(policy.model)
+
+
+def shared(rank, ranks, _, folders, attention, sequence):
+    """Loss and gradients of each model on `ranks`, which are cut into groups of `sequence` that share a row."""
+    mesh = init_device_mesh("cpu", (ranks // sequence, sequence), mesh_dim_names=("data", "sequence"))
+    group = mesh["sequence"].get_group()
+    found = {}
+    for name, folder in folders.items():
+        policy = load_policy(str(folder), attention=attention)
+        batch = rows(policy.family, ranks=ranks // sequence)[rank // sequence]
+        if ranks == sequence:
+            loss = loss_of(*token_logprobs_split(policy, batch, 1.0, group))
+            loss.backward()
+            for parameter in policy.model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+        else:
+            cluster = ClusterSettings(gpus_per_node=ranks, sequence_parallel=sequence)
+            step = shard(LogProbs(policy, group), mesh_of(cluster, "cpu"), cluster, checkpointing=True)
+            loss = loss_of(*step(batch))
+            loss.backward()
+        found[name] = loss.item(), gradients(policy.model)
+    return found
+
+
+def require_equal(found, losses, expected, sequence):
+    zero = 1e-4 * max(gradient.abs().max() for gradient in expected.values())  # such as biases of keys, always 0
+    for rank, (loss, own) in enumerate(found):
+        assert loss == pytest.approx(losses[rank // sequence], rel=1e-5)
+        assert own.keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = max(gradient.abs().max(), zero)
+            assert (own[name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_two_ranks_that_share_a_row_compute_what_one_computes(tmp_path, folders, attention):
+    found = spawn(shared, 2, tmp_path, folders, attention, 2)
+    for name, folder in folders.items():
+        require_equal([own[name] for own in found], *alone(folder, 1, attention), sequence=2)
+
+
+def test_four_ranks_share_key_value_heads_of_which_there_are_two(tmp_path, folders):
+    found = spawn(shared, 4, tmp_path, {name: folders[name] for name in ("internvl", "gpt_oss")}, "sdpa", 4)
+    for name in ("internvl", "gpt_oss"):
+        require_equal([own[name] for own in found], *alone(folders[name], 1, "sdpa"), sequence=4)
+
+
+def test_rows_shared_by_two_of_four_ranks_that_share_the_weights(tmp_path, folders):
+    chosen = {name: folders[name] for name in ("internvl", "qwen3_vl_moe")}
+    found = spawn(shared, 4, tmp_path, chosen, "sdpa", 2)
+    for name, folder in chosen.items():
+        require_equal([own[name] for own in found], *alone(folder, 2, "sdpa"), sequence=2)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused(tiny_policy):
+    check_heads(tiny_policy, 4)
+    with pytest.raises(ConfigError, match=r"sequence_parallel is 3, but internvl at .* has 4 attention heads.*1, 2, 4"):
+        check_heads(tiny_policy, 3)

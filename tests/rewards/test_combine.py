@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from foveate.records import Task
+from foveate.registry import ConfigError, resolve
+from foveate.rewards import BUILDERS, CHECK_BUILDERS, CHECKS, QUICK, REWARDS
+from foveate.rewards.build import make_check, make_reward
+from foveate.rewards.grade import build_reward, truth_check
+
+
+def task(source="a", answer="7", **meta):
+    return Task("t", source, (), (), answer, meta, "c.parquet, row 4")
+
+
+def test_every_name_of_the_tables_can_be_built():
+    for table in (REWARDS, BUILDERS, CHECKS, CHECK_BUILDERS):
+        for name in table:
+            assert callable(resolve(table, name, "reward"))
+    assert REWARDS.keys() & BUILDERS.keys() == set()
+    assert REWARDS.keys() | BUILDERS.keys() >= QUICK
+
+
+def test_a_weighted_sum_adds_values_and_keeps_all_parts():
+    settings = {
+        "weights": {"exact": 0.75, "repetition": 0.5, "format_tags": 0.25},
+        "settings": {"repetition": {"size": 1}, "format_tags": {"tags": ["answer"]}},
+    }
+    score = build_reward("weighted_sum", settings)("<answer>7</answer>", task())
+    assert score.value == 1.0
+    assert score.parts == {
+        "exact": 1.0, "exact/accuracy": 1.0, "exact/parsed": 1.0, "repetition": 0.0, "repetition/repeated": 0.0,
+        "format_tags": 1.0, "format_tags/format": 1.0,
+    }  # fmt: skip
+    repeated = build_reward("weighted_sum", settings)("no no", task())
+    assert repeated.value == -0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("weighted_sum", {"weights": {}}, "weights must have at least 1 entry"),
+        ("weighted_sum", {"weights": {"exakt": 1.0}}, "unknown reward 'exakt'; did you mean 'exact'"),
+        ("weighted_sum", {"weights": {"exact": "1"}}, "weights must be a number, found '1'"),
+        (
+            "weighted_sum",
+            {"weights": {"exact": 1}, "settings": {"exat": {}}},
+            "settings for 'exat', which is not in weights",
+        ),
+        ("weighted_sum", {"weights": {"exact": 1}, "settings": {"exact": {"size": 1}}}, "unknown setting 'size'"),
+        ("by_source", {"rewards": {"a": "exakt"}}, "did you mean 'exact'"),
+        ("by_source", {"rewards": {"a": "exact"}, "settings": {"b": {}}}, "settings for 'b', which is not in rewards"),
+        ("by_source", {}, "setting 'rewards' is missing"),
+    ],
+)
+def test_a_wrong_combination_is_refused_before_any_answer(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(name, settings)
+
+
+def test_each_source_has_its_reward():
+    settings = {
+        "rewards": {"a": "exact", "b": "repetition", "*": "weighted_sum"},
+        "settings": {"b": {"size": 1}, "*": {"weights": {"exact": 2.0}}},
+    }
+    reward = build_reward("by_source", settings)
+    assert [reward("7", task(source)).value for source in ("a", "c")] == [1.0, 2.0]
+    assert reward("7 7", task("b")).value == -0.5
+
+
+def test_a_source_without_reward_is_a_fault_of_the_row():
+    settings = {"rewards": {"a": "exact", "boxes": "grounding"}}
+    check = truth_check("by_source", settings)
+    assert check is not None
+    assert check(task("a")) == []
+    assert check(task("a", None))[0][0] == "reward_model.ground_truth"
+    assert [field for field, _ in check(task("boxes"))] == ["reward_model.ground_truth", "images"]
+    ((field, what),) = check(task("box"))
+    assert field == "data_source"
+    assert "no reward for source 'box'; did you mean 'boxes'?; known: a, boxes" in what
+    assert "no reward for source 'box'" in build_reward("by_source", settings)("7", task("box")).note
+
+
+def test_the_checks_of_all_summed_rewards_are_made():
+    check = truth_check("weighted_sum", {"weights": {"grounding": 1.0, "exact": 1.0, "repetition": 1.0}})
+    assert check is not None
+    assert len(check(task(answer=None))) == 3
+    assert check(task(answer="[1,2,3,4]", width=5, height=5)) == []
+
+
+COMPUTE = """
+def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0, **kwargs):
+    if solution_str == "mapping":
+        return {"score": 0.5, "length": 3, "pred": "x", "share": kwargs["share"]}
+    if solution_str == "lost":
+        return {"value": 1.0}
+    return float(solution_str == ground_truth) + bonus + extra_info["index"]
+
+def strict(data_source, solution_str, ground_truth, extra_info):
+    extra_info["index"] = 9
+    return ground_truth.sum()
+
+async def later(data_source, solution_str, ground_truth, extra_info):
+    return 1.0
+"""
+
+
+def test_a_compute_score_function_of_a_file_is_a_reward(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(COMPUTE)
+    reward = build_reward("compute_score", {"path": str(file), "arguments": {"bonus": 0.25, "share": 0.125}})
+    assert reward("7", task(index=1)).value == 2.25
+    score = reward("mapping", task(index=1))
+    assert (score.value, score.parts) == (0.5, {"length": 3.0, "share": 0.125})
+    assert reward("lost", task()).note == 'grader failed: ValueError: a mapping without "score": value'
+    assert reward("7", task()).note == "grader failed: KeyError: 'index'"
+
+    row = task(answer=np.array([1, 2]), index=1)
+    assert build_reward("compute_score", {"path": str(file), "name": "strict"})("7", row).value == 3.0
+    assert row.meta["index"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "nowhere.py"}, "no such file nowhere.py"),
+        ({"name": "score"}, "has no 'score'"),
+        ({"name": "later"}, "must be a plain function"),
+        ({"name": "strict", "arguments": {"bonus": 1}}, "got an unexpected keyword argument 'bonus'"),
+        ({"arguments": {"ground_truth": 1}}, "multiple values"),
+    ],
+)
+def test_a_compute_score_function_that_cannot_be_called_is_refused(tmp_path, settings, message):
+    file = tmp_path / "mine.py"
+    file.write_text(COMPUTE)
+    with pytest.raises(ConfigError, match=message):
+        make_reward("compute_score", {"path": str(file), **settings})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("weighted_sum", {"weights": {"math": 1.0, "format_tags": 0.1}}),
+        ("by_source", {"rewards": {"a": "grounding", "*": "exact"}}),
+    ],
+)
+def test_the_check_of_a_combined_reward_can_be_sent_to_other_processes(name, settings):
+    check = make_check(name, settings)
+    bad = Task("0", "a", (), (), None, {}, "x.parquet, row 0")
+    sent = pickle.loads(pickle.dumps(check))
+    assert sent(bad) == check(bad) != []

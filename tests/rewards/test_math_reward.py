@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from geo3k_answers import ANSWERS
+
+from foveate.records import DataError, Message, Task
+from foveate.rewards import math
+from foveate.rewards.math import math_reward, same_answer
+from foveate.rewards.text import check_truth
+
+
+def exercise(answer, question="How much?", **meta):
+    return Task("t", "math", (Message("user", question),), (), answer, meta, "m.parquet, row 1")
+
+
+SAME = [
+    # numbers
+    ("−5", "-5", True),
+    ("+5", "5", True),
+    ("1e-7", "0", False),
+    ("1e-7", "0.0000001", True),
+    ("3e-7", "1e-7", False),
+    ("1.5e3", "1.5\\times 10^3", True),
+    ("\\frac{1}{3}", "0.3333333333", True),
+    ("12,345.5", "12345.5", True),
+    (".5", "5", False),
+    ("5²", "52", False),
+    ("5²", "25", True),
+    ("5!", "5", False),
+    ("5!", "120", True),
+    # expressions
+    ("√(3)/2", "\\frac{\\sqrt3}{2}", True),
+    ("2x+1", "1 + 2x", True),
+    ("2x+1", "2y+1", False),
+    ("y = 2x+1", "2x+1", True),
+    ("x^2 = 4", "4", False),
+    ("2x = 4", "4", False),
+    ("A = \\frac12 \\cdot 4 \\cdot 5 = 10", "10", True),
+    ("2 + 3i", "3i + 2", True),
+    ("x < 3", "x > 3", False),
+    # intervals and sets
+    ("(-∞, 3]", "(-\\infty, 3]", True),
+    ("(-\\infty, 3)", "(-\\infty, 3]", False),
+    ("[1, 2] ∪ [3, 4]", "[3,4] \\cup [1,2]", True),
+    ("x \\in [1,2]", "[1,2]", True),
+    ("\\pm 2", "\\{2,-2\\}", True),
+    ("1, 2", "2, 1", True),
+    ("1, 2, 3", "2, 1", False),
+    ("2 \\text{ or } 3", "2, 3", True),
+    # units
+    ("5 m²", "50000\\text{ cm}^2", True),
+    ("12 square feet", "12 ft^2", True),
+    ("12 square feet", "12 ft", False),
+    ("300 cm^3", "300 mL", True),
+    ("7 1/2 cm", "75 mm", True),
+    ("5 kg", "5 m", False),
+    ("5 kg", "5000", False),
+    ("2\\sqrt{3}\\text{ units}", "2\\sqrt{3}", True),
+    ("\\frac{12}{5} \\mathrm{~cm}", "2.4 cm", True),
+    ("\\$5", "500 cents", True),
+    # percent and ratio
+    ("12.5\\%", "1/8", True),
+    ("12.5%", "12.5", True),
+    ("12.5%", "1.25", False),
+    ("3:4", "\\frac{3}{4}", True),
+    # words and dress
+    ("\\text{Yes}", "yes", True),
+    ("no", "yes", False),
+    ("$\\frac{1}{2}$", "0.5", True),
+    ("\\(7\\)", "7", True),
+    ("**7**", "7", True),
+    ("5.", "5", True),
+]
+
+
+@pytest.mark.parametrize(("answer", "truth", "same"), SAME)
+def test_two_answers_have_the_same_value_or_not(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+def numbers_and_intervals(count):
+    """Pairs of answers of which the shortcut reads many, and of which about half are equal or nearly so."""
+    rng = np.random.default_rng(0)
+
+    def number(a, b):
+        forms = [
+            f"{a}/{b}",
+            rf"\frac{{{a}}}{{{b}}}",
+            rf"\dfrac{{{2 * a}}}{{{2 * b}}}",
+            f"{a / b:.6f}",
+            f"{a / b:.3f}",
+            f"{a}",
+        ]
+        return str(rng.choice(["", "", "-"])) + str(rng.choice(forms))
+
+    for _ in range(count):
+        a, b = (int(value) for value in rng.integers(1, 20, 2))
+        c = int(rng.integers(15, 40))
+        ends = [(number(a, b), str(rng.choice([f"{c}", f"{c}.0", f"{c}.0000001", f"{a}"]))) for _ in range(2)]
+        kinds = ["{}"] * 2 if rng.random() < 0.5 else ["[{}, {}]", "[{}, {}]", "[{},{})", "({}, {})"]
+        yield tuple(str(rng.choice(kinds)).format(*end) for end in ends)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_the_shortcut_of_numbers_and_intervals_says_what_math_verify_says(count, monkeypatch):
+    cases = [*SAME, *((a, t, None) for a, t, *_ in ANSWERS), *((a, t, None) for a, t in numbers_and_intervals(count))]
+    pairs = [(math._read(answer).value, math._read(truth).value) for answer, truth, _ in cases]
+    short = [math._plain_equality(answer, truth, 6) for answer, truth in pairs]
+    monkeypatch.setattr(math, "_plain_equality", lambda *_: None)
+    math._same_value.cache_clear()
+    try:
+        for said, (answer, truth) in zip(short, pairs, strict=True):
+            if said is not None and "%" not in answer + truth:
+                assert math._same_value(answer, truth, 6) is said, (answer, truth)
+    finally:
+        math._same_value.cache_clear()
+    assert short.count(True) > 10 + count / 20
+    assert short.count(False) > 10 + count / 4
+    assert short.count(None) > 10 + count / 20
+
+
+def test_digits_say_how_close_a_number_must_be():
+    assert same_answer("3.14", "3.142", digits=2)
+    assert not same_answer("3.14", "3.142", digits=4)
+    assert not same_answer("1.2e-19", "1.6e-19", digits=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "parsed"),
+    [
+        ("so \\boxed{7}", 1.0, 1.0),
+        ("so \\boxed {7}", 1.0, 1.0),
+        ("\\boxed{8} or rather \\boxed{7}", 1.0, 1.0),
+        ("\\boxed{7} or rather \\boxed{8}", 0.0, 1.0),
+        ("\\boxed{7} and \\boxed{\\frac{8}{", 1.0, 1.0),
+        ("\\boxed{\\boxed{7}}", 1.0, 1.0),
+        ("} a stray brace { and \\boxed{7}", 1.0, 1.0),
+        ("7", 0.0, 0.0),
+    ],
+)
+def test_the_answer_is_the_last_balanced_box(text, value, parsed):
+    score = math_reward(text, exercise("7"))
+    assert (score.value, score.parts["parsed"]) == (value, parsed)
+    assert score.note == ("" if parsed else "no final answer in the text")
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>6?</think> 7", "<think>6</think> <answer> 7 </answer> done", "\\boxed{7}", "7"]
+)
+def test_without_a_box_the_text_itself_may_be_the_answer(text):
+    assert math_reward(text, exercise("7"), extraction="text").value == 1.0
+
+
+QUESTION = "<image>How long is AB?\nA. 5 cm\nB. 7 cm\nC. \\sqrt{8}\nD. 12\nChoose one."
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("B", "B", True),
+        ("(b)", "B", True),
+        ("\\text{B}", "B", True),
+        ("B. 7 cm", "B", True),
+        ("Option B", "B", True),
+        ("7", "B", True),
+        ("7 cm", "B", True),
+        ("2\\sqrt{2}", "C", True),
+        ("5", "B", False),
+        ("A", "B", False),
+        ("B", "7", True),
+        ("C", "2\\sqrt2", True),
+        ("A", "7", False),
+        ("B", "B. 7 cm", True),
+        ("7 cm", "B. 7 cm", True),
+        ("E", "B", False),
+    ],
+)
+def test_a_choice_is_named_by_its_letter_or_by_its_value(answer, truth, right):
+    text = f"\\boxed{{{answer}}}"
+    assert math_reward(text, exercise(truth, QUESTION)).value == right
+    for choices in (["5 cm", "7 cm", "\\sqrt{8}", "12"], {"A": "5 cm", "B": "7 cm", "C": "\\sqrt{8}", "D": "12"}):
+        assert math_reward(text, exercise(truth, choices=choices)).value == right
+
+
+def test_lists_and_arrays_accept_any_of_their_entries():
+    for truth in (["6", "7"], np.array(["6", "7"]), np.array([6, 7]), np.int64(7), 7, 7.0):
+        assert check_truth(exercise(truth)) == []
+        assert math_reward("\\boxed{7}", exercise(truth)).value == 1.0
+    assert math_reward("\\boxed{8}", exercise(np.array([6, 7]))).value == 0.0
+
+
+@pytest.mark.parametrize("truth", [None, "", " ", [], {"a": 1}, float("nan"), True, ["7", ""]])
+def test_a_ground_truth_that_is_no_answer_is_a_fault(truth):
+    assert [field for field, _ in check_truth(exercise(truth))] == ["reward_model.ground_truth"]
+    with pytest.raises(DataError, match=r"^m\.parquet, row 1, field reward_model\.ground_truth: "):
+        math_reward("\\boxed{7}", exercise(truth))
+
+
+@pytest.mark.parametrize("noise", ["\\boxed{", "{", "}", "\\boxed{}", "<answer>", "$", "\\", "9", "(", "1 "])
+def test_a_degenerate_answer_of_a_hundred_thousand_characters_is_graded(noise):
+    text = noise * (100_000 // len(noise))
+    assert math_reward(text, exercise("7")).value == 0.0
+    assert math_reward(text + " \\boxed{7}", exercise("7")).value == 1.0
+    assert math_reward(text, exercise("7"), extraction="text").value == 0.0

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from foveate.records import Image, Message, Task
+from foveate.registry import ConfigError
+from foveate.rewards import remote
+from foveate.rewards.grade import build_reward
+from foveate.rewards.remote import data_url
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that keeps what it is sent and answers with its `replies` in turn: (status, JSON value)."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            http.received.append((self.path, dict(self.headers), body))
+            status, value = http.replies.pop(0)
+            said = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        received: list = []  # noqa: RUF012
+        replies: list = []  # noqa: RUF012
+
+    with Server(("127.0.0.1", 0), Handler) as http:
+        http.received, http.replies = [], []
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        http.url = f"http://127.0.0.1:{http.server_port}"
+        yield http
+        http.shutdown()
+        thread.join()
+
+
+def asked(answer="seven", images=()):
+    return Task(
+        "t", "vqa", (Message("user", "<image>\nHow many?"),), images, answer, {"index": np.int64(3)}, "r.parquet, row 5"
+    )
+
+
+def chat(text):
+    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def test_a_judge_is_asked_and_its_last_score_counts(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    server.replies = [chat("score: 2? On reflection\n**Score:** 7.5"), chat("score = 12"), chat("score: -3")]
+    settings = {"url": server.url + "/v1/", "model": "judge-7b", "api_key_variable": "JUDGE_KEY"}
+    reward = build_reward("judge", settings)
+    assert [reward("It is {truth} 7.", asked()).value for _ in range(3)] == [0.75, 1.0, 0.0]
+    path, headers, body = server.received[0]
+    assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
+    assert (body["model"], body["temperature"]) == ("judge-7b", 0.0)
+    content = body["messages"][0]["content"]
+    assert "Question:\nHow many?" in content
+    assert "Reference answer:\nseven" in content
+    assert "Answer to grade:\nIt is {truth} 7." in content
+    assert "to 10 (right)" in content
+
+
+def test_a_judge_can_see_the_pictures(server, tmp_path):
+    file = tmp_path / "a.png"
+    Picture.new("RGB", (3, 2)).save(file)
+    server.replies = [chat("score: 1")]
+    settings = {"url": server.url, "model": "m", "images": True, "scale": 1.0, "prompt": "{answer}!"}
+    images = (Image(file, None, 3, 2), Image(None, file.read_bytes(), 3, 2))
+    assert build_reward("judge", settings)("x", asked(images=images)).value == 1.0
+    first, second, text = server.received[0][2]["messages"][0]["content"]
+    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+    assert first == second == {"type": "image_url", "image_url": {"url": url}}
+    assert text == {"type": "text", "text": "x!"}
+    assert data_url(images[0]) == url
+
+
+def test_a_judge_without_a_verdict_gives_0_and_a_note(server):
+    server.replies = [chat("I cannot tell.")]
+    score = build_reward("judge", {"url": server.url, "model": "m"})("x", asked())
+    assert score.value == 0.0
+    assert score.note == "grader failed: ValueError: the judge wrote no `score: N`: 'I cannot tell.'"
+
+
+def test_an_endpoint_gets_the_row_and_gives_a_number_or_a_mapping(server):
+    server.replies = [(200, 0.25), (200, {"score": 1, "recall": 0.5, "why": "fine"})]
+    reward = build_reward("endpoint", {"url": server.url + "/score"})
+    assert reward("7", asked(np.array([1, 2]))).value == 0.25
+    score = reward("7", asked())
+    assert (score.value, score.parts) == (1.0, {"recall": 0.5})
+    path, headers, body = server.received[0]
+    assert path == "/score"
+    assert "Authorization" not in headers
+    assert body == {
+        "data_source": "vqa", "question": "How many?", "solution_str": "7", "ground_truth": [1, 2],
+        "extra_info": {"index": 3},
+    }  # fmt: skip
+
+
+def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
+    server.replies = [(503, "busy"), (429, "busy"), (200, 1.0), (400, "bad row")]
+    reward = build_reward("endpoint", {"url": server.url, "retries": 2})
+    assert reward("7", asked()).value == 1.0
+    refused = reward("7", asked())
+    assert refused.value == 0.0
+    assert f'{server.url} replied 400 Bad Request: "bad row"' in refused.note
+    server.replies = [(503, "busy")] * 3
+    assert "replied 503" in reward("7", asked()).note
+    assert len(server.received) == 7
+
+
+@pytest.mark.usefixtures("server")
+def test_a_server_that_is_gone_gives_0_and_a_note():
+    gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1})("7", asked())
+    assert gone.value == 0.0
+    assert "http://127.0.0.1:9 does not answer" in gone.note
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("endpoint", {"url": "localhost:80"}, "url must begin with http"),
+        ("judge", {"url": "http://x", "model": "m", "prompt": "?"}, r"prompt must contain \{answer\}"),
+        ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be greater than 0"),
+        ("judge", {"url": "http://x"}, "setting 'model' is missing"),
+    ],
+)
+def test_wrong_settings_of_a_remote_reward_are_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(name, settings)

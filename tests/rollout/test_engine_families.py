@@ -1,0 +1,98 @@
+"""Real servers on models beside the one of the conformance test: other families, and InternVL in the GitHub layout.
+
+Needs the environments that tests/rollout/test_engine_conformance.py needs. A server for each pair, so that this takes
+minutes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from family_cases import build_family
+from test_engine_conformance import SAMPLING, SIZE, Case, start
+
+from foveate.encoding.encode import Encoder
+from foveate.models.checkpoint.convert import convert
+from foveate.models.policy import load_policy
+from foveate.models.tiny import build_tiny
+from foveate.records import SamplingParams
+from foveate.rollout.check import check_engine
+from foveate.rollout.native.engine import NativeEngine
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
+    "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
+    "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
+    "qwen2": HEADS,
+    "qwen3": {**HEADS, "head_dim": 32},
+}
+PAIRS = [*(("vllm", name) for name in ("chat", *SIZES)), ("sglang", "qwen2"), ("sglang", "qwen3")]
+THROUGH_A_FILE = (("vllm", "qwen3"), ("sglang", "qwen3"))
+"""Whose weights travel through a file."""
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def case(request, tmp_path_factory, make_image, make_task):
+    engine, name = request.param
+    folder = tmp_path_factory.mktemp(name)
+    if name == "chat":
+        convert(build_tiny(folder / "hf", SIZE, padded_vocabulary=700), folder / "model", "chat")
+    else:
+        (folder / "model").mkdir()
+        build_family(folder / "model", name, **SIZES[name])
+    policy = load_policy(str(folder / "model"))
+    if name == "chat":
+        with torch.no_grad():
+            for key, parameter in policy.model.named_parameters():
+                if "norm" not in key:
+                    parameter.mul_(4 if "embed_tokens" in key or "lm_head" in key else 2)
+    encoder = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
+    tasks = [make_task("the big blue square"), make_task("a red circle above it")]
+    if policy.family.unit:
+        tasks += [
+            make_task("<image>\nWhat is shown?", make_image(168, 56, 1)),
+            make_task("<image> above <image>\nthe circle", make_image(56, 112, 3), make_image(224, 168, 4)),
+        ]
+    transfer = "disk" if (engine, name) in THROUGH_A_FILE else "broadcast"
+    running = start(engine, policy, encoder, transfer=transfer)
+    yield Case(running, policy, encoder, [encoder(task) for task in tasks])
+    running.close()
+
+
+def test_the_engine_reads_the_prompts_of_the_trainer(case):
+    assert [case.engine.prompt_ids(prompt) for prompt in case.prompts] == [prompt.token_ids for prompt in case.prompts]
+
+
+def test_logprobs_are_the_trainers_before_and_after_changes_of_all_weights(case):
+    assert case.largest_difference() < 1e-4
+    for _ in range(5):
+        case.change_weights(0.01)
+        case.publish()
+        assert case.largest_difference(SamplingParams(4, 16, temperature=0.7)) < 1e-4
+
+
+def test_every_change_of_a_part_shows_and_arrives(case):
+    for part in case.policy.family.parts:
+        with torch.no_grad():
+            for parameter in case.policy.part(part).parameters():
+                parameter.mul_(1.3)
+        assert case.largest_difference() > 1e-3, part
+        case.publish()
+        assert case.largest_difference() < 1e-4, part
+
+
+def test_greedy_answers_are_the_native_engines(case):
+    native = NativeEngine.copy_of(case.policy, case.encoder.decode)
+    greedy = SamplingParams(samples=2, max_tokens=12, temperature=0.0)
+    found, expected = (engine.generate(case.requests(), greedy) for engine in (case.engine, native))
+    assert [[c.token_ids for c in group] for group in found] == [[c.token_ids for c in group] for group in expected]
+
+
+def test_the_parity_check_passes(case):
+    assert check_engine(case.engine, case.policy, case.encoder, 1.0, case.version) < 1e-5
+
+
+def test_groups_are_complete(case):
+    assert [len(group) for group in case.engine.generate(case.requests(), SAMPLING)] == [4] * len(case.prompts)

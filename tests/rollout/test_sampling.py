@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate.records import SamplingParams
+from foveate.rollout.native.sampling import draw, uniforms
+
+NOTHING = torch.zeros(6, dtype=torch.bool)
+PROBS = torch.tensor([0.30, 0.05, 0.25, 0.20, 0.12, 0.08])
+
+
+def draws(count, sampling, logits=None, banned=NOTHING):
+    """`count` tokens drawn at evenly spaced uniforms, which makes frequencies exact to 1 / count."""
+    logits = PROBS.log() if logits is None else logits
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    token, logp = draw(logits.expand(count, -1), uniform, sampling, banned)
+    return token, logp
+
+
+def shares(token):
+    return torch.bincount(token, minlength=6) / len(token)
+
+
+def test_uniforms_depend_on_seed_answer_and_place_alone():
+    assert uniforms(3, 1, 50)[:20].equal(uniforms(3, 1, 20))
+    assert not uniforms(3, 1, 20).equal(uniforms(3, 2, 20))
+    assert not uniforms(3, 1, 20).equal(uniforms(4, 1, 20))
+    assert not uniforms(1 << 40, 1, 20).equal(uniforms(0, 1, 20))
+
+
+def test_uniforms_are_uniform():
+    values = torch.cat([uniforms(seed, answer, 100) for seed in range(20) for answer in range(5)])
+    counts = torch.histc(values.float(), bins=20, min=0, max=1)
+    assert ((counts - 500) ** 2 / 500).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probability():
+    token, _ = draws(10_000, SamplingParams())
+    torch.testing.assert_close(shares(token), PROBS, atol=2e-4, rtol=0)
+
+
+def test_seeded_draws_follow_the_distribution():
+    uniform = torch.cat([uniforms(seed, 0, 50) for seed in range(200)])
+    token, _ = draw(PROBS.log().expand(len(uniform), -1), uniform, SamplingParams(), NOTHING)
+    expected = PROBS * len(uniform)
+    assert ((torch.bincount(token, minlength=6) - expected) ** 2 / expected).sum() < 20.5  # 5 degrees, p = 0.001
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_temperature_divides_the_logits_and_the_log_prob_is_of_that_distribution(temperature):
+    token, logp = draws(10_000, SamplingParams(temperature=temperature))
+    expected = (PROBS.log() / temperature).log_softmax(-1)
+    torch.testing.assert_close(shares(token), expected.exp(), atol=2e-4, rtol=0)
+    torch.testing.assert_close(logp, expected[token])
+
+
+def test_top_k_keeps_the_k_most_probable():
+    token, _ = draws(10_000, SamplingParams(top_k=3))
+    kept = torch.tensor([0.30, 0, 0.25, 0.20, 0, 0])
+    torch.testing.assert_close(shares(token), kept / kept.sum(), atol=2e-4, rtol=0)
+
+
+def test_top_k_of_one_is_greedy():
+    logits = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    uniform = uniforms(0, 0, 64)
+    one, _ = draw(logits, uniform, SamplingParams(top_k=1), NOTHING)
+    greedy, _ = draw(logits, uniform, SamplingParams(temperature=0), NOTHING)
+    assert one.equal(greedy)
+    assert greedy.equal(logits.argmax(-1))
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_the_share():
+    for top_p, kept in (
+        (0.5, [0.30, 0, 0.25, 0, 0, 0]),
+        (0.6, [0.30, 0, 0.25, 0.20, 0, 0]),
+        (0.0, [1.0, 0, 0, 0, 0, 0]),
+    ):
+        token, _ = draws(10_000, SamplingParams(top_p=top_p))
+        kept = torch.tensor(kept)
+        torch.testing.assert_close(shares(token), kept / kept.sum(), atol=2e-4, rtol=0)
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    token, _ = draws(10_000, SamplingParams(top_k=3, top_p=0.7))
+    assert set(token.tolist()) == {0, 2}  # of 0.30, 0.25, 0.20 the first two hold 0.73
+
+
+def test_top_p_over_a_wide_vocabulary_equals_a_full_sort():
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(1))
+    logits[0] *= 8  # a row whose nucleus is small beside rows whose nucleus is most of the vocabulary
+    uniform = uniforms(0, 0, 8)
+    token, _ = draw(logits, uniform, SamplingParams(top_p=0.9), torch.zeros(3000, dtype=torch.bool))
+    alone = [
+        draw(logits[i : i + 1], uniform[i : i + 1], SamplingParams(top_p=0.9), torch.zeros(3000, dtype=torch.bool))[0]
+        for i in range(8)
+    ]
+    assert token.equal(torch.cat(alone))
+    for row, chosen in zip(logits.double().softmax(-1), token, strict=True):
+        assert row[row > row[chosen]].sum() < 0.9
+
+
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=4, top_p=0.9)]
+)
+def test_banned_tokens_are_never_drawn_however_probable(sampling):
+    banned = torch.tensor([True, False, False, False, False, True])
+    logits = PROBS.log() + 1e4 * banned
+    token, logp = draws(2000, sampling, logits, banned)
+    assert not set(token.tolist()) & {0, 5}
+    assert logp.isfinite().all()
+    assert (logp < -1000).all()  # the log-prob is of the distribution that the trainer sees, without bans
+
+
+def test_a_token_without_probability_is_not_drawn_at_the_edges():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf"), float("-inf")]]).expand(3, -1)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-50], dtype=torch.float64)
+    token, _ = draw(logits, uniform, SamplingParams(), NOTHING)
+    assert token.tolist() == [1, 3, 3]
+
+
+def test_filters_leave_the_log_prob_that_of_the_whole_distribution():
+    token, logp = draws(100, SamplingParams(top_k=2, top_p=0.6))
+    torch.testing.assert_close(logp, PROBS.log()[token])
+    token, logp = draws(10, SamplingParams(temperature=0))
+    torch.testing.assert_close(logp, PROBS.log()[token])

@@ -1,0 +1,172 @@
+"""The gradient of every algorithm, with all its terms, is that of the whole step: however the answers are packed,
+ordered, split over micro-batches and shared by ranks. In float64, through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_toy_runs import algorithm_of
+from toy import make_data
+
+from foveate.algorithms import ALGORITHMS
+from foveate.cluster.local import LocalWorkers
+from foveate.config.algorithm import AlgorithmSettings
+from foveate.config.model import ModelSettings
+from foveate.config.train import OptimSettings
+from foveate.data.table import open_tasks
+from foveate.encoding.encode import Encoder
+from foveate.parallel.balance import Costs
+from foveate.parallel.packing import Tree
+from foveate.records import Completion, Group, Score, Totals
+from foveate.train.algorithm import Method, build_method
+from foveate.train.targets import TrainGroup
+from foveate.train.update import prepare
+from foveate.train.worker import Worker
+
+LENGTHS = ((12, 5, 20, 9), (8, 1, 16, 4), (3, 20, 11, 7), (15, 6, 6, 14))
+REWARDS = ((0.0, 1.0, 0.5, 0.0), (1.0, 1.0, 0.9, 0.3), (0.2, 0.9, 0.0, 0.4), (0.0, 0.1, 0.0, 0.8))
+RANKS = 2
+
+
+def method_of(name: str) -> Method:
+    """The algorithm with a KL and an entropy term, a KL in its reward, and a correction for its sampler."""
+    settings: dict[str, Any] = algorithm_of(name) | {
+        "loss": {"kl_coefficient": 0.1, "entropy_coefficient": 0.01},
+        "reward_kl": {"coefficient": 0.01},
+        "correction": {"mode": "sequence-truncate", "high": 1.5},
+    }
+    return build_method(AlgorithmSettings.model_validate(settings), 16)
+
+
+def worker_of(folder: Path) -> Worker:
+    settings = AlgorithmSettings.model_validate(algorithm_of("ppo"))
+    optim = OptimSettings(lr=1.0)
+    worker = Worker(ModelSettings(path=str(folder)), optim, 4096, reference=True, critic=settings.critic)
+    assert worker.critic is not None
+    for model in (worker.policy.model, worker.critic.model):
+        model.double()
+    torch.nn.init.normal_(worker.critic.policy.part("head").weight, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    return worker
+
+
+def examples_of(worker: Worker, method: Method, groups: Sequence[Group]) -> list[TrainGroup]:
+    """The groups of a step as its later updates see them: the policy has moved away from the old one."""
+    examples, _ = prepare(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(values: torch.Tensor | None) -> torch.Tensor:
+        assert values is not None
+        return values.double() + 0.3 * torch.randn(len(values), generator=generator, dtype=torch.float64)
+
+    return [
+        replace(
+            example,
+            old=moved(example.old),
+            ref=moved(example.ref),
+            engine=moved(example.old),
+            value=moved(example.value) if example.value is not None else None,
+            mark=torch.rand(example.tree.answer_tokens, generator=generator) > 0.7,
+        )
+        for example in examples
+    ]
+
+
+def singles(example: TrainGroup) -> list[TrainGroup]:
+    """A group of its own for every answer."""
+    parts, first = [], 0
+    for answer in example.tree.answers:
+        parts.append(example.part(Tree(example.tree.prompt, (answer,)), slice(first, first + len(answer))))
+        first += len(answer)
+    return parts
+
+
+def gradient(
+    worker: Worker, method: Method, examples: Sequence[TrainGroup], totals: Totals, budget: int
+) -> torch.Tensor:
+    """The gradient of the policy, and of the critic where there is one, as one vector."""
+    worker.token_budget = budget
+    worker.policy_gradients(examples, method.loss, totals)
+    models = [worker.policy.model]
+    if method.critic is not None:
+        assert worker.critic is not None
+        worker.critic_gradients(examples, totals)
+        models.append(worker.critic.model)
+    found = []
+    for model in models:
+        found += [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+    return torch.cat(found)
+
+
+def totals_of(examples: Sequence[TrainGroup]) -> Totals:
+    tokens = sum(example.tree.answer_tokens for example in examples)
+    return Totals(tokens, sum(len(example.tree.answers) for example in examples), len(examples))
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_folder):
+    return worker_of(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def cases(worker, tmp_path_factory):
+    """The groups of a step by algorithm."""
+    encoder = Encoder(worker.policy.tokenizer, worker.policy.family, 1, 128)
+    data = make_data(tmp_path_factory.mktemp("shapes"))
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
+        task = open_tasks(data / "train.parquet")[number]
+        ids = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in lengths]
+        answers = tuple(Completion(own, (-1.0,) * len(own), "", "stop", 0) for own in ids)
+        groups.append(Group(task, encoder(task), answers, tuple(map(Score, rewards)), Score(0.25)))
+    return {name: examples_of(worker, method_of(name), groups) for name in ALGORITHMS}
+
+
+@pytest.fixture(scope="module")
+def by_ranks(cases, tiny_folder, tmp_path_factory):
+    """The gradients by algorithm, summed over two processes that have half of the groups each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(cases, folder / "cases.pt")
+    torch.multiprocessing.spawn(_rank, (folder, tiny_folder), nprocs=RANKS)
+    return torch.load(folder / "gradients.pt")
+
+
+def _rank(rank: int, folder: Path, model: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
+    worker, found = worker_of(model), {}
+    for name, examples in torch.load(folder / "cases.pt", weights_only=False).items():
+        found[name] = gradient(worker, method_of(name), examples[rank::RANKS], totals_of(examples), 4096)
+        dist.all_reduce(found[name])
+    if rank == 0:
+        torch.save(found, folder / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.norm() > 1e-3
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_packing_order_and_micro_batches_change_no_gradient(worker, cases, name):
+    method, examples = method_of(name), cases[name]
+    totals = totals_of(examples)
+    whole = gradient(worker, method, examples, totals, 4096)
+    assert_same(gradient(worker, method, examples, totals, 50), whole)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2)).tolist()
+    alone = [single for example in examples for single in singles(example)]
+    assert_same(gradient(worker, method, [alone[i] for i in order], totals, 150), whole)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_gradients_of_two_ranks_add_up_to_that_of_one(worker, cases, by_ranks, name):
+    whole = gradient(worker, method_of(name), cases[name], totals_of(cases[name]), 4096)
+    assert_same(by_ranks[name], whole)
