@@ -21,7 +21,7 @@ import PIL.Image
 import pyarrow as pa
 
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
-from foveate.data.validate import Look, Reading, survey
+from foveate.data.validate import ReadOptions, RowInspection, inspect_rows
 from foveate.datasets.select import Limits, prepare_filter
 from foveate.encoding.dataset import RowCheck
 from foveate.models.prompt import load_encoder
@@ -79,13 +79,13 @@ def main() -> None:
         )
         for workers in ([1] if options.one else []) + [options.workers]:
             begin = time.perf_counter()
-            found = survey(open_tasks(file), Look(RowCheck(check_truth, encoder)), workers=workers)
+            found = inspect_rows(open_tasks(file), RowInspection(RowCheck(check_truth, encoder)), workers=workers)
             took = time.perf_counter() - begin
             print(f"check, {workers} processes: {took:.1f} s, {options.rows / took:.0f} rows/s, kept {len(found.kept)}")
         begin, busy = time.perf_counter(), os.times()
         made = prepare_filter(
             [file], folder / "out", Limits(prompt_tokens=512), length=encoder.length,
-            reading=Reading(workers=options.workers),
+            reading=ReadOptions(workers=options.workers),
         )  # fmt: skip
         took, after = time.perf_counter() - begin, os.times()
         cpu = sum(after[:4]) - sum(busy[:4])

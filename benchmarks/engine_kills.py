@@ -135,7 +135,7 @@ def main() -> None:
             "the groups of each step, once each and in order": ids_of(run) == ids_of(whole),
         }
         restarts = run.with_suffix(".log").read_text().count("starting it again")
-        largest = max(record["engine_logprob_difference_max"] for record in read_metrics(metrics))
+        largest = max(record["engine/logprob_difference_max"] for record in read_metrics(metrics))
     wrong = [what for what, holds in found.items() if not holds]
     print(
         f"{len(killed)} kills, in steps {killed}; {restarts} starts again; {time.monotonic() - begin:.0f} s; log-probs"

@@ -61,19 +61,19 @@ def run(engine: str, program: str | None, chosen: argparse.Namespace, seed: int)
         changes |= {"rollout.engine": engine, "rollout.engine_settings": json.dumps(settings)}
     from staleness import settings_of  # graders import this file from elsewhere
 
-    layout = "chat" if chosen.chat else "hf"
+    forest = "chat" if chosen.chat else "hf"
     if not (out / "data").exists():
         prepare_shapes(out / "data", {"train": 2000, "test": 320})
-    folder = out / f"{'toy-' if chosen.toy else ''}{engine}-{layout}-{seed}"
+    folder = out / f"{'toy-' if chosen.toy else ''}{engine}-{forest}-{seed}"
     rows = read_metrics(run_rl(settings_of(folder, out / "data", 0, **changes)).metrics)
     return {
         "engine": engine,
         "toy": chosen.toy,
-        "layout": layout,
+        "layout": forest,
         "seed": seed,
         "reward": [round(row["reward/mean"], 4) for row in rows],
-        "seconds_per_step": statistics.median(row["seconds/step"] for row in rows),
-        "logprob_difference_max": max(row["engine_logprob_difference_max"] for row in rows),
+        "seconds_per_step": statistics.median(row["time/step"] for row in rows),
+        "logprob_difference_max": max(row["engine/logprob_difference_max"] for row in rows),
     }
 
 

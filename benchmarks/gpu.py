@@ -37,7 +37,7 @@ from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
 from foveate.models.sizes import SIZES
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
 from foveate.records import ImageSlot, Prompt, SamplingParams, Totals
@@ -50,7 +50,7 @@ VOCABULARY, CLIP = 151_936, 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PendingGroup:
     """`groups` prompts of `prompt` tokens, 256 of them for each tile, and `answers` answers of `answer` tokens each."""
 
     groups: int
@@ -66,10 +66,10 @@ class Work:
 
 
 WORKS = {
-    "grounding-short": Work(16, 1088, 4, 64, 16),
-    "grounding-reasoning": Work(8, 1856, 7, 256, 16),
-    "reasoning": Work(4, 512, 1, 1024, 8),
-    "text": Work(16, 128, 0, 512, 8),
+    "grounding-short": PendingGroup(16, 1088, 4, 64, 16),
+    "grounding-reasoning": PendingGroup(8, 1856, 7, 256, 16),
+    "reasoning": PendingGroup(4, 512, 1, 1024, 8),
+    "text": PendingGroup(16, 128, 0, 512, 8),
 }
 
 
@@ -84,7 +84,7 @@ def size_of(name: str) -> TinySize:
     )  # fmt: skip
 
 
-def prompt_of(policy: Policy, work: Work, generator: torch.Generator) -> Prompt:
+def prompt_of(policy: Policy, work: PendingGroup, generator: torch.Generator) -> Prompt:
     """Random words, the tiles of one picture behind the first eight."""
     ids = words(8, generator)
     slots: tuple[ImageSlot, ...] = ()
@@ -102,26 +102,26 @@ def words(count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(1000, VOCABULARY, (count,), generator=generator).tolist()  # none that means something
 
 
-def groups_of(policy: Policy, work: Work) -> list[TrainGroup]:
+def groups_of(policy: Policy, work: PendingGroup) -> list[TrainGroup]:
     generator = torch.Generator().manual_seed(0)
     groups = []
     for _ in range(work.groups):
         answers = tuple(tuple(words(work.answer, generator)) for _ in range(work.answers))
-        tree = Tree(prompt_of(policy, work, generator), answers)
+        packed = PackedGroup(prompt_of(policy, work, generator), answers)
         advantage = torch.randn(work.answers, generator=generator).repeat_interleave(work.answer)
         old = torch.full((work.answers * work.answer,), -11.9)  # near what a random model says
-        groups.append(TrainGroup(tree, old, advantage, old))
+        groups.append(TrainGroup(packed, old, advantage, old))
     return groups
 
 
-def updating(worker: Worker, work: Work) -> Callable[[], dict[str, float]]:
+def updating(worker: Worker, work: PendingGroup) -> Callable[[], dict[str, float]]:
     groups = groups_of(worker.policy, work)
     totals = Totals(work.tokens, work.groups * work.answers, work.groups)
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP, aggregate="seq-mean-token-mean")
     return lambda: worker.update_policy(groups, loss, totals, 0.0)
 
 
-def sampling_of(policy: Policy, work: Work) -> Callable[[], int]:
+def sampling_of(policy: Policy, work: PendingGroup) -> Callable[[], int]:
     """No stop token, so that every answer has the full length."""
     generator = torch.Generator().manual_seed(1)
     engine = NativeEngine(replace(policy, family=replace(policy.family, stop_ids=(-1,))), lambda _: "")
@@ -145,7 +145,9 @@ def timed(run: Callable[[], Any], steps: int, warm: int) -> tuple[float, list[fl
     return took[0], took[warm:], torch.cuda.max_memory_allocated() / 2**30, out
 
 
-def said(part: str, name: str, work: Work, config: Any, found: tuple[float, list[float], float, Any]) -> dict[str, Any]:
+def said(
+    part: str, name: str, work: PendingGroup, config: Any, found: tuple[float, list[float], float, Any]
+) -> dict[str, Any]:
     first, took, peak, out = found
     seconds = statistics.median(took)
     forward = language_flops(config, work.prompt, work.answer, work.answers) + vision_flops(config, work.tiles)
@@ -158,7 +160,7 @@ def said(part: str, name: str, work: Work, config: Any, found: tuple[float, list
         names = torch.cuda.get_device_name().split()
         gpu = next((gpu for key, gpu in GPUS.items() if key.split("-")[0] in names), None)
         record["share_of_data_sheet"] = 3 * work.groups * forward / seconds / gpu.flops if gpu else None
-        record["metrics"] = {key: out[key] for key in ("policy_loss", "grad_norm", "entropy") if key in out}
+        record["metrics"] = {key: out[key] for key in ("loss/policy", "optim/grad_norm", "loss/entropy") if key in out}
     return record
 
 
@@ -171,7 +173,7 @@ def worker_of(folder: Path, settings: dict[str, Any], budget: int) -> Worker:
     return Worker(model, OptimSettings(lr=1e-6), budget, cluster=ClusterSettings(device="cuda", **own["cluster"]))
 
 
-def trl_updating(folder: Path, work: Work, rows: int) -> tuple[Any, Callable[[], dict[str, float]]]:
+def trl_updating(folder: Path, work: PendingGroup, rows: int) -> tuple[Any, Callable[[], dict[str, float]]]:
     """An update as TRL computes it from the same groups: prompt and pixels once for each answer."""
     from datasets import Dataset
     from transformers import AutoTokenizer, InternVLForConditionalGeneration
@@ -184,7 +186,7 @@ def trl_updating(folder: Path, work: Work, rows: int) -> tuple[Any, Callable[[],
         report_to=[], gradient_checkpointing=False, max_completion_length=work.answer,
     )  # fmt: skip
     trainer: Any = GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+        model=model, reward_funcs=lambda answers, **_: [0.0] * len(answers), args=config,
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         train_dataset=Dataset.from_list([{"prompt": "x"}] * 8),
     )  # fmt: skip
@@ -205,14 +207,14 @@ def trl_updating(folder: Path, work: Work, rows: int) -> tuple[Any, Callable[[],
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"policy_loss": total, "grad_norm": norm}
+        return {"loss/policy": total, "optim/grad_norm": norm}
 
     return model.config, step
 
 
-def _trl_inputs(group: TrainGroup, work: Work, first: int, rows: int, totals: torch.Tensor) -> dict[str, Any]:
-    prompt = torch.tensor(group.tree.prompt.token_ids, device="cuda").repeat(rows, 1)
-    answers = torch.tensor(group.tree.answers[first : first + rows], device="cuda")
+def _trl_inputs(group: TrainGroup, work: PendingGroup, first: int, rows: int, totals: torch.Tensor) -> dict[str, Any]:
+    prompt = torch.tensor(group.packed.prompt.token_ids, device="cuda").repeat(rows, 1)
+    answers = torch.tensor(group.packed.answers[first : first + rows], device="cuda")
     assert group.advantage is not None
     inputs = {
         "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": answers,
@@ -221,14 +223,14 @@ def _trl_inputs(group: TrainGroup, work: Work, first: int, rows: int, totals: to
         "old_per_token_logps": group.engine.view(work.answers, -1)[first : first + rows].cuda(),
         "num_items_in_batch": totals,
     }  # fmt: skip
-    pixels = group.tree.prompt.pixels
+    pixels = group.packed.prompt.pixels
     if pixels is not None:
         more = {"num_images": [1] * rows, "num_tiles": [work.tiles] * rows}
         inputs |= {"pixel_values": pixels.cuda().repeat(rows, 1, 1, 1), **more}
     return inputs
 
 
-def copies_sampling(folder: Path, work: Work, rows: int = 64) -> tuple[Any, Callable[[], int]]:
+def copies_sampling(folder: Path, work: PendingGroup, rows: int = 64) -> tuple[Any, Callable[[], int]]:
     """transformers' generate in bfloat16, with a copy of the prompt for each answer."""
     from transformers import InternVLForConditionalGeneration
 
@@ -306,7 +308,7 @@ def measured(options: argparse.Namespace, folder: Path, settings: dict[str, Any]
                     kernels_of(run, f"{part} {name}")
 
 
-def sampling(worker: Worker, work: Work) -> Callable[[], int]:
+def sampling(worker: Worker, work: PendingGroup) -> Callable[[], int]:
     """By the engine's own policy, in the type that it computes in."""
     engine = NativeEngine.copy_of(worker.policy, lambda _: "", dtype="bfloat16")
     return sampling_of(engine.policy, work)

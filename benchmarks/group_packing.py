@@ -24,7 +24,7 @@ from foveate.models.families.internvl import PARTS
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import ImageSlot, Prompt
 
 TILE = 112
@@ -46,47 +46,47 @@ packed way computes once more in backward, are then most of its work."""
 GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS = 2, 16, 1024, 60, 64
 
 
-def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> list[Tree]:
+def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> list[PackedGroup]:
     """Groups of random tokens: an image of `TILES` tiles with text around it, and `ANSWERS` answers."""
 
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
 
     image_tokens = TILES * policy.family.tokens_per_tile
-    trees = []
+    packed_groups = []
     for _ in range(GROUPS):
         before = words(8)
         after = words(PROMPT_TOKENS - image_tokens - len(before))
         ids = (*before, *[policy.family.image_token_id] * image_tokens, *after)
         pixels = torch.randn(TILES, 3, TILE, TILE, generator=generator)
         prompt = Prompt(ids, (ImageSlot(len(before), image_tokens, TILES),), pixels, ids)
-        trees.append(Tree(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
-    return trees
+        packed_groups.append(PackedGroup(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
+    return packed_groups
 
 
-def packed_step(policy: Policy, trees: list[Tree]) -> float:
+def packed_step(policy: Policy, packed_groups: list[PackedGroup]) -> float:
     """Loss of one packed row, after its backward pass."""
-    logp_M, _ = token_logprobs(policy, pack(trees))
+    logp_M, _ = token_logprobs(policy, pack(packed_groups))
     loss = -logp_M.mean()
     loss.backward()
     return loss.item()
 
 
-def padded_step(model: InternVLForConditionalGeneration, trees: list[Tree]) -> float:
+def padded_step(model: InternVLForConditionalGeneration, packed_groups: list[PackedGroup]) -> float:
     """Loss of all copies, a group at a time to spare memory, after its backward pass."""
     total = 0.0
-    for tree in trees:
-        assert tree.prompt.pixels is not None
-        input_ids = torch.tensor([(*tree.prompt.token_ids, *answer) for answer in tree.answers])
+    for packed in packed_groups:
+        assert packed.prompt.pixels is not None
+        input_ids = torch.tensor([(*packed.prompt.token_ids, *answer) for answer in packed.answers])
         out = model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            pixel_values=tree.prompt.pixels.repeat(len(tree.answers), 1, 1, 1),
+            pixel_values=packed.prompt.pixels.repeat(len(packed.answers), 1, 1, 1),
             logits_to_keep=ANSWER_TOKENS + 1,
             use_cache=False,
         )
         logp = torch.log_softmax(out.logits[:, :-1].float(), -1)
-        loss = -logp.gather(2, input_ids[:, -ANSWER_TOKENS:, None]).mean() / len(trees)
+        loss = -logp.gather(2, input_ids[:, -ANSWER_TOKENS:, None]).mean() / len(packed_groups)
         loss.backward()
         total += loss.item()
     return total
@@ -118,20 +118,20 @@ def main() -> None:
         policy = load_policy(str(folder))
         with quiet_transformers():
             plain = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    trees = make_groups(policy, vocabulary, generator)
+    packed_groups = make_groups(policy, vocabulary, generator)
     counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in PARTS}
     print("parameters:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
 
     packed_s: list[float] = []
     padded_s: list[float] = []
-    timed(lambda: packed_step(policy, trees), policy.model)
+    timed(lambda: packed_step(policy, packed_groups), policy.model)
     for _ in range(arguments.repeats):
-        seconds, packed_loss = timed(lambda: packed_step(policy, trees), policy.model)
+        seconds, packed_loss = timed(lambda: packed_step(policy, packed_groups), policy.model)
         packed_s.append(seconds)
         if arguments.packed_only:
             continue
-        seconds, padded_loss = timed(lambda: padded_step(plain, trees), plain)
+        seconds, padded_loss = timed(lambda: padded_step(plain, packed_groups), plain)
         padded_s.append(seconds)
         print(f"loss {packed_loss:.7f} packed, {padded_loss:.7f} copies; gradient norm", end=" ")
         print(f"{gradient_norm(policy.model):.7f} packed, {gradient_norm(plain):.7f} copies")

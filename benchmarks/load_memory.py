@@ -24,7 +24,7 @@ from transformers import InternVLConfig
 
 from foveate.config.cluster import ClusterSettings
 from foveate.models.policy import load_policy
-from foveate.models.sharded import allocate, fill, hollow_policy
+from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.models.sizes import IMAGE_TOKEN_ID, SIZES
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
@@ -60,15 +60,15 @@ def on_rank(rank: int, ranks: int, how: str, folder: str, meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     cluster, path = ClusterSettings(gpus_per_node=ranks), f"{folder}/chat"
-    hollow_policy(path, dtype="bfloat16")  # imports what a model needs
+    meta_policy(path, dtype="bfloat16")  # imports what a model needs
     gc.collect()
     before, start = resident("VmRSS"), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    policy = (load_policy if how == "whole" else hollow_policy)(path, dtype="bfloat16")
+    policy = (load_policy if how == "whole" else meta_policy)(path, dtype="bfloat16")
     root = shard(LogProbs(policy), mesh_of(cluster, "cpu"), cluster)
     if how == "filled":
         allocate(policy, root, "cpu")
-        fill(policy)
+        load_sharded(policy)
     torch.save((resident("VmHWM") - before, time.perf_counter() - start), f"{meeting}.{rank}")
     dist.destroy_process_group()
 

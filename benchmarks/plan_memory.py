@@ -47,7 +47,7 @@ def case(size: str, shape: str) -> tuple[float, float]:
         worker = _updated(Path(folder) / "model", tiny, SIZES[size]["vocabulary"], SHAPES[shape])
         measured = resident("VmHWM") - baseline
     work = Workload(
-        config=worker.policy.model.config, train=("vision", "projector", "language"), dtype=torch.float32,
+        config=worker.policy.model.config, trainable=("vision", "projector", "language"), dtype=torch.float32,
         checkpointing=checkpointing, cluster=ClusterSettings(device="cpu"), budget=prompt + answers * length, steps=1,
         groups=2, answers=answers, updates=1, prompt=prompt, answer=length, tiles=tiles, longest=length, generates=True,
         forwards=0, reference=False,
@@ -64,7 +64,7 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     from foveate.config.model import ModelSettings
     from foveate.config.train import OptimSettings
     from foveate.models.tiny import build_tiny
-    from foveate.parallel.packing import Tree
+    from foveate.parallel.packing import PackedGroup
     from foveate.records import ImageSlot, Prompt, Totals
     from foveate.train.targets import TrainGroup
     from foveate.train.worker import Worker
@@ -78,9 +78,9 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     for _ in range(2):
         ids = (image,) * 16 * tiles + (7,) * (prompt - 16 * tiles)
         full = Prompt(ids, (ImageSlot(0, 16 * tiles, tiles),), torch.randn(tiles, 3, 112, 112), ())
-        tree = Tree(full, tuple(tuple(torch.randint(0, 300, (length,)).tolist()) for _ in range(answers)))
+        packed = PackedGroup(full, tuple(tuple(torch.randint(0, 300, (length,)).tolist()) for _ in range(answers)))
         advantage = torch.tensor((1.0, -1.0) * (answers // 2)).repeat_interleave(length)
-        groups.append(TrainGroup(tree, torch.zeros(answers * length), advantage))
+        groups.append(TrainGroup(packed, torch.zeros(answers * length), advantage))
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         worker.update_policy(groups, gspo, Totals(2 * answers * length, 2 * answers, 2), 1e-6)

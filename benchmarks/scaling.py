@@ -29,7 +29,7 @@ from foveate.algorithms.policy_losses import grpo
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.tiny import build_tiny
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import Prompt, Totals
 from foveate.train.targets import TrainGroup
 from foveate.train.worker import Worker
@@ -61,9 +61,9 @@ def measure(worker: Worker, n: int, prompt: int, answer: int, repeats: int) -> d
         return tuple(torch.randint(700, 4096, (count,), generator=generator).tolist())
 
     ids = words(prompt)
-    tree = Tree(Prompt(ids, (), None, ids), tuple(words(answer) for _ in range(n)))
+    packed = PackedGroup(Prompt(ids, (), None, ids), tuple(words(answer) for _ in range(n)))
     engine = torch.full((n * answer,), -math.log(4096))
-    group = TrainGroup(tree, engine, torch.randn(n * answer, generator=generator))
+    group = TrainGroup(packed, engine, torch.randn(n * answer, generator=generator))
     totals = Totals(tokens=n * answer, samples=n, groups=1)
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP)
     seconds, loaded, gradients = [], reset_peak(), 0

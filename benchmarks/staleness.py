@@ -34,13 +34,13 @@ from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
 from foveate.datasets.shapes import prepare_shapes
 from foveate.log import read_metrics
-from foveate.records import Completion, Prompt, SamplingParams, Score, Task
+from foveate.records import Answer, Prompt, SamplingParams, Score, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
-from foveate.train.async_rollouts import Ahead
+from foveate.train.async_rollouts import AsyncRollouts
 from foveate.train.clock import Clock
 from foveate.train.rl import run_rl
-from foveate.train.rollouts import Sampler
+from foveate.train.rollouts import SyncRollouts
 
 HERE = Path(__file__)
 SECONDS = "FOVEATE_BENCHMARK_SECONDS"
@@ -51,7 +51,7 @@ class SleepingEngine(NativeEngine):
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         time.sleep(float(os.environ[SECONDS]))
         yield from super().stream(requests, sampling)
 
@@ -87,7 +87,7 @@ def measure_time(seconds: float, steps: int) -> None:
         prepare_shapes(Path(name), {"train": 64, "test": 8})
         for staleness in (0, 1, 2):
             run = run_rl(settings_of(Path(name) / str(staleness), Path(name), staleness, **small))
-            found[staleness] = statistics.median(row["seconds/step"] for row in read_metrics(run.metrics)[1:])
+            found[staleness] = statistics.median(row["time/step"] for row in read_metrics(run.metrics)[1:])
             saved = 1 - found[staleness] / found[0]
             print(f"staleness {staleness}: {found[staleness]:.3f} s a step, {saved:.0%} saved", flush=True)
 
@@ -113,15 +113,17 @@ class TailEngine:
         self.version, self._tick, self._paused = 0, tick, threading.Event()
 
     def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[Any]:
-        grown = {i: request.begun[0] if request.begun else None for i, request in enumerate(requests)}
+        grown = {
+            i: request.partial_answers[0] if request.partial_answers else None for i, request in enumerate(requests)
+        }
         while grown and not self._paused.is_set():
             time.sleep(self._tick)
             for index, before in [*grown.items()]:
                 [row] = requests[index].prompt.token_ids
                 made = 1 + (0 if before is None else len(before.token_ids))
                 finish = "stop" if made == (160 if row % 12 == 0 else 20) else "abort"
-                one = Completion((row,), (0.0,), "", finish, self.version)
-                grown[index] = one if before is None else before.then(one, "")
+                one = Answer((row,), (0.0,), "", finish, self.version)
+                grown[index] = one if before is None else before.continued_by(one, "")
                 if finish == "stop":
                     yield index, (grown.pop(index),) * sampling.samples
         yield from ((index, (one,) * sampling.samples) for index, one in grown.items() if one is not None)
@@ -141,22 +143,22 @@ def measure_tail(tick: float, steps: int) -> None:
         engine: Any = TailEngine(tick)
         stream, reader = Stream(960, 0, 8), Numbers(Stream(960, 0, 8))
         parts: Any = reader
-        sampler = Sampler(parts, engine, parts, SamplingParams(2), 0, False, limit)
+        sampler = SyncRollouts(parts, engine, parts, SamplingParams(2), 0, False, limit)
         said: list[dict[str, float]] = []
         cut = 0
         begin = time.monotonic()
-        with closing(Ahead(sampler, stream, count=8, step=0, last=steps, **case)) as ahead:
+        with closing(AsyncRollouts(sampler, stream, count=8, step=0, last=steps, **case)) as ahead:
             for step in range(1, steps + 1):
                 clock = Clock()
                 groups, _ = ahead.draw(step, 8, 0, clock)
-                cut += sum(group.completions[0].finish == "abort" for group in groups)
+                cut += sum(group.answers[0].finish == "abort" for group in groups)
                 said.append(ahead.metrics())
                 time.sleep(40 * tick)
                 with ahead.at_rest(clock):
                     engine.version = step
         ticks = (time.monotonic() - begin) / steps / tick
-        mixed = statistics.mean(row.get("staleness/mixed", 0.0) for row in said)
-        dropped = sum(row["groups_dropped"] for row in said)
+        mixed = statistics.mean(row.get("rollout/staleness_mixed", 0.0) for row in said)
+        dropped = sum(row["rollout/groups_dropped"] for row in said)
         what = ", ".join(f"{name} {value}" for name, value in {**case, "time_limit": limit}.items() if value)
         print(
             f"{what}: {ticks:.1f} ticks a step; {mixed:.1%} of the answers of several versions, {dropped:.0f} groups "
@@ -179,7 +181,7 @@ def measure_curves(steps: int, seeds: Sequence[int], staleness: Sequence[int], p
             rows = read_metrics(run.metrics)
             reward = [row["reward/mean"] for row in rows]
             tenths = [statistics.mean(reward[i : i + 10]) for i in range(0, steps, 10)]
-            step_s = statistics.median(row["seconds/step"] for row in rows)
+            step_s = statistics.median(row["time/step"] for row in rows)
             print(
                 f"staleness {k}, seed {seed}: reward by tens of steps {' '.join(f'{x:.3f}' for x in tenths)}; held out "
                 f"{rows[-1]['eval/greedy_accuracy']:.3f}; {step_s:.2f} s a step, {time.perf_counter() - begin:.0f} s",

@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(log.read_text())
         records = read_metrics(Path(folder) / "run" / "metrics.jsonl")
         print(*said, sep="\n")
-        for name in ("reward/mean", "engine_logprob_difference_max", "engine_check"):
+        for name in ("reward/mean", "engine/logprob_difference_max", "engine/check"):
             print(f"{name} by step:", " ".join(f"{record[name]:.2g}" for record in records if name in record))
 
 

@@ -25,9 +25,52 @@ import pyarrow.parquet as pq
 HEAD = Path(__file__).resolve().parent.parent
 EXACT_STEPS, TOLERANCE = 2, 1e-6
 
-METRICS: dict[str, str] = {}
+METRICS: dict[str, str] = {
+    "policy_loss": "loss/policy",
+    "approx_kl": "loss/approx_kl",
+    "clip_fraction": "loss/clip_fraction",
+    "kl_ref": "loss/kl_ref",
+    "ratio_min": "loss/ratio_min",
+    "ratio_max": "loss/ratio_max",
+    "nll": "loss/nll",
+    "logp/chosen": "loss/logp_chosen",
+    "logp/rejected": "loss/logp_rejected",
+    "mismatch_cut": "engine/correction_truncated",
+    "mismatch_kl": "engine/correction_kl",
+    "mismatch_weight_max": "engine/correction_weight_max",
+    "mismatch_weight": "engine/correction_weight",
+    "engine_kl_k1": "engine/kl_k1",
+    "engine_kl_k3": "engine/kl_k3",
+    "engine_logprob_difference_max": "engine/logprob_difference_max",
+    "engine_logprob_difference": "engine/logprob_difference",
+    "engine_ratio_beyond_2": "engine/ratio_beyond_2",
+    "engine_check": "engine/check",
+    "engines_lost": "engine/lost",
+    "staleness/mean": "rollout/staleness_mean",
+    "staleness/max": "rollout/staleness_max",
+    "groups_dropped": "rollout/groups_dropped",
+    "groups_waiting": "rollout/groups_waiting",
+    "groups_without_advantage": "rollout/groups_without_advantage",
+    "tokens/generate": "rollout/tokens",
+    "tokens/update": "optim/tokens",
+    "answer/cut": "answer/truncated",
+    "reward_kl": "reward/kl",
+    "reward_kl_coefficient": "reward/kl_coefficient",
+    "grad_norm": "optim/grad_norm",
+    "update_skipped": "optim/update_skipped",
+    "loss": "loss/total",
+    "entropy": "loss/entropy",
+    "lr": "optim/lr",
+    "epoch": "data/epoch",
+    "updates": "optim/updates",
+    "groups": "rollout/groups",
+}
 """Name of a metric at the parent -> name at this commit, where they differ."""
-SETTINGS: dict[str, str] = {}
+SETTINGS: dict[str, str] = {
+    "model.train": "model.trainable",
+    "train.passes": "train.epochs_per_step",
+    "algorithm.refills": "algorithm.resample_rounds",
+}
 """Path of a setting at the parent -> path at this commit, where they differ."""
 IGNORED = ("seconds", "tokens_per_second", "time/")
 """Metrics that measure time, by the beginnings of their names at either commit."""

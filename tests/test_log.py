@@ -12,7 +12,7 @@ from rich.console import Console
 
 from foveate import log
 from foveate.errors import ConfigError
-from foveate.log import MetricsWriter, progress, read_metrics, say, setup_logging
+from foveate.log import MetricsWriter, print_result, progress, read_metrics, setup_logging
 
 
 @pytest.fixture
@@ -173,5 +173,5 @@ except DiskError as error:
 
 def test_results_go_to_standard_output_as_they_are(capsys):
     text = "runs/[bold]/" + "very/" * 40 + "report.html"
-    say(text)
+    print_result(text)
     assert capsys.readouterr() == (text + "\n", "")

@@ -24,8 +24,8 @@ from foveate.parallel.balance import Costs
 from foveate.records import Group, Image, Message, SamplingParams, Score, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
-from foveate.train.algorithm import build_method
-from foveate.train.update import prepare, update
+from foveate.train.algorithm import build_algorithm
+from foveate.train.update import compute_advantages, update
 from foveate.train.worker import Worker
 
 
@@ -47,7 +47,7 @@ def run(folder: str, threads: int) -> None:
     # no stop token, so that every answer has the full length, as in TRL's run
     engine = NativeEngine(replace(policy, family=replace(policy.family, stop_ids=(-1,))), encoder.decode)
     loss = {"clip_low": CLIP, "clip_high": CLIP}
-    method = build_method(AlgorithmSettings(name="grpo", loss=loss), task.ANSWER_TOKENS)
+    method = build_algorithm(AlgorithmSettings(name="grpo", loss=loss), task.ANSWER_TOKENS)
     sampling = SamplingParams(samples=task.ANSWERS, max_tokens=task.ANSWER_TOKENS)
     rows, steps = tasks(), 0
 
@@ -61,11 +61,11 @@ def run(folder: str, threads: int) -> None:
         generated = clock()
         scores = [tuple(Score(task.reward(list(a.token_ids))) for a in group) for group in answers]
         groups = [*map(Group, rows, prompts, answers, scores)]
-        examples, _ = prepare(workers, groups, method, 1, costs)
+        examples, _ = compute_advantages(workers, groups, method, 1, costs)
         learned = update(workers, examples, method, 1, {"lr": task.LEARNING_RATE}, costs)
         engine.publish(steps, ())
         return Done(
-            learned["policy_loss"], learned["grad_norm"],
+            learned["loss/policy"], learned["optim/grad_norm"],
             {"encode": encoded - started, "generate": generated - encoded, "update": clock() - generated},
             {
                 "prompt_tokens": sum(map(len, prompts)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from work import CLIP, PATCH, TILE, WORKS, Done, Prints, Work, prints_of, serve
+from work import CLIP, PATCH, TILE, WORKS, Done, PendingGroup, Prints, prints_of, serve
 
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.policy_losses import grpo
@@ -21,7 +21,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import ImageSlot, Prompt, Totals
 from foveate.train.targets import TrainGroup
 from foveate.train.worker import Worker
@@ -34,7 +34,7 @@ SIZE = TinySize(
 BUDGET = 16_384
 
 
-def make(folder: str, path: str, work: Work, vocabulary: int) -> None:
+def make(folder: str, path: str, work: PendingGroup, vocabulary: int) -> None:
     """A model folder, and a file with random prompts, pictures, answers, advantages and old log-probs (the current
     ones and some noise, so that clipping acts)."""
     build_tiny(Path(folder), SIZE, padded_vocabulary=vocabulary)
@@ -48,7 +48,7 @@ def make(folder: str, path: str, work: Work, vocabulary: int) -> None:
     torch.save({"groups": groups, "vocabulary": vocabulary}, path)
 
 
-def _group(policy: Policy, work: Work, vocabulary: int, generator: torch.Generator) -> dict[str, Any]:
+def _group(policy: Policy, work: PendingGroup, vocabulary: int, generator: torch.Generator) -> dict[str, Any]:
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
 
@@ -68,7 +68,7 @@ def _group(policy: Policy, work: Work, vocabulary: int, generator: torch.Generat
     }
 
 
-def _tree(group: dict[str, Any]) -> Tree:
+def _tree(group: dict[str, Any]) -> PackedGroup:
     ids, token = group["prompt"], group["image_token_id"]
     slots, position = [], 0
     for tiles in group["tiles"]:
@@ -76,7 +76,7 @@ def _tree(group: dict[str, Any]) -> Tree:
         count = next((i for i, found in enumerate(ids[position:]) if found != token), len(ids) - position)
         slots.append(ImageSlot(position, count, tiles))
         position += count
-    return Tree(
+    return PackedGroup(
         Prompt(tuple(ids), tuple(slots), group["pixels"], tuple(ids)), tuple(map(tuple, group["answers"].tolist()))
     )
 
@@ -90,21 +90,21 @@ def steps_of(folder: str, path: str) -> tuple[Callable[[], Done], Callable[[], t
         advantage = group["advantage"].repeat_interleave(group["answers"].shape[1])
         groups.append(TrainGroup(_tree(group), old, advantage, old))
     totals = Totals(
-        tokens=sum(group.tree.answer_tokens for group in groups),
-        samples=sum(len(group.tree.answers) for group in groups),
+        tokens=sum(group.packed.answer_tokens for group in groups),
+        samples=sum(len(group.packed.answers) for group in groups),
         groups=len(groups),
     )
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP, aggregate="seq-mean-token-mean")
 
     def step() -> Done:
         found = worker.update_policy(groups, loss, totals, 0.0)
-        return Done(found["policy_loss"], found["grad_norm"])
+        return Done(found["loss/policy"], found["optim/grad_norm"])
 
     def gradients() -> tuple[Done, Prints]:
         metrics = reduce_metrics(worker.policy_gradients(groups, loss, totals))
         prints = prints_of(worker.policy.model)
         worker.optimizer.zero_grad()
-        return Done(metrics["policy_loss"], math.hypot(*(norm for norm, _ in prints.values()))), prints
+        return Done(metrics["loss/policy"], math.hypot(*(norm for norm, _ in prints.values()))), prints
 
     return step, gradients
 

@@ -28,7 +28,7 @@ def trainer(folder: str, answer_tokens: int, answers: int, rows: int) -> GRPOTra
     )  # fmt: skip
     return GRPOTrainer(
         model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        reward_funcs=lambda answers, **_: [0.0] * len(answers),
         args=config,
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         train_dataset=Dataset.from_list([{"prompt": "x"}] * 8),

@@ -19,7 +19,7 @@ CLIP = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PendingGroup:
     """One update: `groups` prompts of `prompt` tokens, `tiles` x 16 of them for each entry of `images`, and `answers`
     answers of `answer` tokens to each. The peers take `micro` answers at a time: a whole group (0) needs too much
     memory where prompts and answers are long."""
@@ -43,12 +43,12 @@ class Work:
 
 
 WORKS = {
-    "check": Work(groups=2, prompt=96, images=(2, 1), answer=8, answers=4, micro=2),
-    "grounding-short": Work(groups=2, prompt=1024, images=(60,), answer=64, answers=16),
-    "grounding-reasoning": Work(groups=1, prompt=1792, images=(108,), answer=256, answers=16, micro=4),
-    "reasoning": Work(groups=1, prompt=512, images=(28,), answer=1024, answers=8),
-    "text": Work(groups=2, prompt=128, images=(), answer=512, answers=8),
-    "several-images": Work(groups=1, prompt=1024, images=(15, 15, 15, 15), answer=64, answers=16),
+    "check": PendingGroup(groups=2, prompt=96, images=(2, 1), answer=8, answers=4, micro=2),
+    "grounding-short": PendingGroup(groups=2, prompt=1024, images=(60,), answer=64, answers=16),
+    "grounding-reasoning": PendingGroup(groups=1, prompt=1792, images=(108,), answer=256, answers=16, micro=4),
+    "reasoning": PendingGroup(groups=1, prompt=512, images=(28,), answer=1024, answers=8),
+    "text": PendingGroup(groups=2, prompt=128, images=(), answer=512, answers=8),
+    "several-images": PendingGroup(groups=1, prompt=1024, images=(15, 15, 15, 15), answer=64, answers=16),
 }
 
 

@@ -52,7 +52,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     package.setLevel(level)
 
 
-def say(result: RenderableType) -> None:
+def print_result(result: RenderableType) -> None:
     """Print a result on standard output: text as it is, never wrapped or read as markup."""
     if isinstance(result, str):
         _results.print(Text(result), soft_wrap=True)

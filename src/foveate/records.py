@@ -141,7 +141,7 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Answer:
     """One sampled answer. `logprobs` are of the sampled tokens, stop token included, under softmax(logits /
     temperature) over the whole vocabulary (temperature 1 where greedy): the trainer's own, whatever top-k, top-p and
     bans did to the draw. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause
@@ -161,7 +161,7 @@ class Completion:
         """(version, tokens) of all weights that sampled it, in order."""
         return self.spans or ((self.version, len(self.token_ids)),)
 
-    def then(self, more: Completion, text: str) -> Completion:
+    def continued_by(self, more: Answer, text: str) -> Answer:
         """This one, interrupted, and what was sampled after it; `text` is that of both."""
         spans: list[tuple[int, int]] = []
         for version, tokens in (*self.sampled_by, *more.sampled_by):
@@ -170,7 +170,7 @@ class Completion:
                 spans.append((version, before + tokens))
         ids, logprobs = self.token_ids + more.token_ids, self.logprobs + more.logprobs
         oldest = min((version for version, _ in spans), default=more.version)
-        return Completion(ids, logprobs, text, more.finish, oldest, tuple(spans) if len(spans) > 1 else ())
+        return Answer(ids, logprobs, text, more.finish, oldest, tuple(spans) if len(spans) > 1 else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Group:
 
     task: Task
     prompt: Prompt
-    completions: tuple[Completion, ...]
+    answers: tuple[Answer, ...]
     scores: tuple[Score, ...]
     baseline: Score | None = None
 
@@ -201,7 +201,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Forest:
     """A forest of token segments packed into one row of T tokens.
 
     Segment k covers tokens `start[k] : start[k] + length[k]`; `parent[k]` is the segment it continues, or -1 for a
@@ -226,14 +226,14 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     grids: rows and columns of the tokens of each image, in order, for families that need them; blank: whether the last
-    image has no slots and is there for its own sake (`Family.blank`).
+    image has no slots and is there for its own sake (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """
 
     token_ids_T: Tensor
     position_T: Tensor
-    layout: Layout
+    forest: Forest
     pixels: Tensor | None
     slot_index: Tensor
     target_M: Tensor
@@ -241,7 +241,7 @@ class Batch:
     sample_M: Tensor
     samples: int
     grids: tuple[tuple[int, int], ...] = ()
-    blank: bool = False
+    dummy_image: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
@@ -270,7 +270,7 @@ class PolicyTargets:
     engine_M: Tensor
     advantage_M: Tensor
     ref_M: Tensor | None = None
-    mark_M: Tensor | None = None
+    masked_M: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from loss_cases import LOSSES, double, make_batch, random_case, read_reference, take_answers
 
-from foveate.algorithms import ADVANTAGES, ALGORITHMS, CHOICES, POLICY_LOSSES
+from foveate.algorithms import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import correct_mismatch
 from foveate.algorithms.kl import KLPenalty
@@ -20,7 +20,7 @@ from foveate.algorithms.policy_losses import grpo, gspo
 from foveate.algorithms.values import gae, value_loss
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.records import DataError, LossOut, PolicyTargets, Totals
-from foveate.train.algorithm import build_method
+from foveate.train.algorithm import build_algorithm
 
 
 def load(path: str):
@@ -39,7 +39,7 @@ def test_every_algorithm_runs_with_its_own_settings(name):
     loss, advantage = load(row.loss), load(row.advantage)
     assert set(row.loss_settings) <= settings_of(loss)
     assert set(row.advantage_settings) <= settings_of(advantage)
-    method = build_method(AlgorithmSettings(name=name, critic={"lr": 1e-5} if name == "ppo" else None), 24)
+    method = build_algorithm(AlgorithmSettings(name=name, critic={"lr": 1e-5} if name == "ppo" else None), 24)
     dry_run(method.loss, {}, reference=False)
     available = {
         "rewards_S": double([0, 1, 0.5, 0.25]),
@@ -58,7 +58,7 @@ def test_every_algorithm_runs_with_its_own_settings(name):
 def test_every_advantage_and_every_loss_is_used_by_an_algorithm():
     assert {row.advantage for row in ALGORITHMS.values()} == set(ADVANTAGES.values())
     assert {row.loss for row in ALGORITHMS.values()} == set(POLICY_LOSSES.values())
-    assert {row.choice for row in ALGORITHMS.values()} == {"", *CHOICES.values()}
+    assert {row.token_mask for row in ALGORITHMS.values()} == {"", *TOKEN_MASKS.values()}
     assert {load(path) for path in POLICY_LOSSES.values()} == set(LOSSES)
 
 
@@ -80,9 +80,9 @@ def test_gspo_has_the_clip_range_of_its_paper_in_the_table_and_by_default():
 
 @pytest.mark.parametrize(("loss", "length"), [({}, 24), ({"norm_length": 100}, 100)])
 def test_dr_grpo_divides_by_the_answer_budget_of_the_run_unless_told_otherwise(loss, length):
-    method = build_method(AlgorithmSettings(name="dr_grpo", loss=loss), 24)
+    method = build_algorithm(AlgorithmSettings(name="dr_grpo", loss=loss), 24)
     assert method.loss.keywords["norm_length"] == length
-    assert "norm_length" not in build_method(AlgorithmSettings(name="grpo"), 24).loss.keywords
+    assert "norm_length" not in build_algorithm(AlgorithmSettings(name="grpo"), 24).loss.keywords
 
 
 def test_a_loss_that_needs_a_reference_is_refused_before_the_start():
@@ -128,10 +128,10 @@ def test_corrections_weigh_advantages_as_written_out(settings, expected, cut):
     corrected, metrics = correct_mismatch(TWO_ANSWERS, MISMATCHED, **settings)
     torch.testing.assert_close(corrected.advantage_M, double(expected), atol=1e-12, rtol=0)
     reduced = reduce_metrics([metrics])
-    assert reduced["mismatch_cut"] == pytest.approx(cut)
-    assert reduced["mismatch_weight"] == pytest.approx(sum(expected) / 5)
-    assert reduced["mismatch_weight_max"] == pytest.approx(max(expected))
-    assert reduced["mismatch_kl"] == pytest.approx((WEIGHT_M - WEIGHT_M.log() - 1).mean().item())
+    assert reduced["engine/correction_truncated"] == pytest.approx(cut)
+    assert reduced["engine/correction_weight"] == pytest.approx(sum(expected) / 5)
+    assert reduced["engine/correction_weight_max"] == pytest.approx(max(expected))
+    assert reduced["engine/correction_kl"] == pytest.approx((WEIGHT_M - WEIGHT_M.log() - 1).mean().item())
 
 
 @pytest.mark.parametrize("mode", ["token-truncate", "sequence-mask", "sequence-reject"])
@@ -139,7 +139,7 @@ def test_a_sampler_that_agrees_with_the_trainer_is_not_corrected(mode):
     agreeing = dataclasses.replace(MISMATCHED, engine_M=MISMATCHED.old_M)
     corrected, metrics = correct_mismatch(TWO_ANSWERS, agreeing, mode=mode)
     assert corrected.advantage_M.tolist() == [1] * 5
-    assert reduce_metrics([metrics])["mismatch_cut"] == 0
+    assert reduce_metrics([metrics])["engine/correction_truncated"] == 0
 
 
 def test_a_weight_on_the_advantage_is_a_weight_on_the_token_loss():
@@ -175,18 +175,18 @@ def test_metrics_are_what_their_names_say():
     clipped_M = ((ratio_M > 1.2) & (advantage_M > 0)) | ((ratio_M < 0.8) & (advantage_M < 0))
     found = reduce_metrics([out.metrics])
     expected = {
-        "policy_loss": out.loss + 0.5 * (-logp_M).mean(),
-        "approx_kl": (ratio_M - log_ratio_M - 1).mean(),
-        "entropy": (-logp_M).mean(),
-        "ratio_min": ratio_M.min(),
-        "ratio_max": ratio_M.max(),
-        "clip_fraction": clipped_M.double().mean(),
+        "loss/policy": out.loss + 0.5 * (-logp_M).mean(),
+        "loss/approx_kl": (ratio_M - log_ratio_M - 1).mean(),
+        "loss/entropy": (-logp_M).mean(),
+        "loss/ratio_min": ratio_M.min(),
+        "loss/ratio_max": ratio_M.max(),
+        "loss/clip_fraction": clipped_M.double().mean(),
     }
-    assert 0 < expected["clip_fraction"] < 1
+    assert 0 < expected["loss/clip_fraction"] < 1
     assert {name: found[name] for name in expected} == pytest.approx(
         {name: value.item() for name, value in expected.items()}
     )
-    assert set(found) == {*expected, "kl_ref"}
+    assert set(found) == {*expected, "loss/kl_ref"}
 
 
 def test_names_choose_how_metrics_are_reduced_and_parts_may_lack_them():
@@ -245,6 +245,6 @@ def test_the_docs_say_source_and_defaults_of_every_algorithm(name):
     assert f"Source: arXiv {row.source}." in section
     defaults = {f"loss.{key}": value for key, value in row.loss_settings.items()}
     defaults |= {f"advantage.{key}": value for key, value in row.advantage_settings.items()}
-    defaults |= {"refills": row.refills} if row.refills else {}
+    defaults |= {"resample_rounds": row.resample_rounds} if row.resample_rounds else {}
     for key, value in defaults.items():
         assert f"`{key}` {value}" in section

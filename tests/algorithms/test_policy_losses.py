@@ -113,8 +113,8 @@ def test_clip_cov_and_kl_cov_equal_verl_tokens_included(name, choice):
         clip = {"clip_low": case["eps"], "clip_high": case["eps_high"]} if name == "clip_cov" else {}
         bounds = {"cov_low": 1.0, "cov_high": 5.0} if name == "clip_cov" else {}
         generator = torch.Generator().manual_seed(0)
-        mark_M = choice(logp_M, old_M, advantage_M, generator, share=2e-4, **clip, **bounds)
-        targets = PolicyTargets(old_M, old_M, advantage_M, mark_M=mark_M)
+        masked_M = choice(logp_M, old_M, advantage_M, generator, share=2e-4, **clip, **bounds)
+        targets = PolicyTargets(old_M, old_M, advantage_M, masked_M=masked_M)
         settings = {"aggregate": case["agg"], **clip} | ({"penalty": 0.1} if name == "kl_cov" else {})  # verl's default
         if case["agg"] == "seq-mean-token-sum-norm":
             settings["norm_length"] = 7
@@ -122,7 +122,7 @@ def test_clip_cov_and_kl_cov_equal_verl_tokens_included(name, choice):
         value, gradient_M = value_and_gradient(loss, logp_M, batch, targets, totals, settings)
         torch.testing.assert_close(value, double(case["loss"]), atol=1e-8, rtol=0)
         torch.testing.assert_close(gradient_M, double(case["grad"])[mask], atol=1e-8, rtol=0)
-        assert mark_M.sum() == 1
+        assert masked_M.sum() == 1
     assert len(cases) == 12
 
 
@@ -287,7 +287,7 @@ def test_the_common_terms_are_added_with_their_coefficients():
 def test_a_ratio_beyond_float32_gives_a_finite_loss_and_gradient(loss, shift):
     logp_M, batch, targets, totals = random_case(seed=6)
     logp_M, old_M, advantage_M = logp_M.float(), (logp_M - shift).float(), targets.advantage_M.float()
-    far = PolicyTargets(old_M, old_M, advantage_M, mark_M=targets.mark_M)
+    far = PolicyTargets(old_M, old_M, advantage_M, masked_M=targets.masked_M)
     value, gradient_M = value_and_gradient(loss, logp_M, batch, far, totals, {})
     assert value.dtype == torch.float32
     assert torch.isfinite(value)

@@ -146,7 +146,7 @@ def test_neither_order_nor_micro_batches_bias_a_loss(loss, parts):
         torch.testing.assert_close(part_M, gradient_M[index_M], rtol=1e-10, atol=1e-15)
     assert total == pytest.approx(whole.loss.item(), rel=1e-12)
     assert reduce_metrics(metrics) == pytest.approx(reduce_metrics([whole.metrics]), rel=1e-9)
-    assert reduce_metrics(metrics)["loss"] == pytest.approx(total, rel=1e-12)
+    assert reduce_metrics(metrics)["loss/total"] == pytest.approx(total, rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", [dpo, ipo, bco, mpo])

@@ -156,7 +156,7 @@ def test_bad_rows_can_be_left_out_counted_and_listed(tmp_path, foveate, recipe, 
     [line] = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert line.startswith(f"{rows}, row 1 (line 2), field images: no such file: gone.png")
     assert "gone.png" in (tmp_path / "run" / "report.html").read_text()
-    assert [record["epoch"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4 / 3]
+    assert [record["data/epoch"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [4 / 3]
 
 
 def test_a_skipping_start_that_fails_later_leaves_nothing_either(tmp_path, foveate, recipe, data):

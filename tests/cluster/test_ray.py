@@ -61,7 +61,7 @@ def trained_ids(run):
 def test_two_ranks_answer_and_learn_as_one_process(tmp_path, tiny_folder, data, whole):
     alone = run_rl(rl_settings(tmp_path / "alone", tiny_folder, data))
     first, other = read_metrics(whole.metrics)[0], read_metrics(alone.metrics)[0]
-    for name in ("reward/mean", "answer/length", "policy_loss", "grad_norm", "entropy"):
+    for name in ("reward/mean", "answer/length", "loss/policy", "optim/grad_norm", "loss/entropy"):
         assert first[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
     assert trained_ids(whole) == trained_ids(alone)
 
@@ -129,10 +129,10 @@ def test_engines_apart_answer_ranks_that_learn_as_one_process(tmp_path, tiny_fol
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, cluster=cluster, rollout={"check_every": 1}))
     assert trained_ids(run) == trained_ids(whole)
     for record, other in zip(read_metrics(run.metrics), read_metrics(whole.metrics), strict=True):
-        assert record["engine_check"] < 1e-5
-        assert record["engine_logprob_difference_max"] < 1e-4
+        assert record["engine/check"] < 1e-5
+        assert record["engine/logprob_difference_max"] < 1e-4
         if record["step"] == 1:
-            for name in ("reward/mean", "answer/length", "grad_norm", "entropy"):
+            for name in ("reward/mean", "answer/length", "optim/grad_norm", "loss/entropy"):
                 assert record[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
 
 
@@ -145,13 +145,13 @@ def test_ranks_learn_while_engines_apart_answer_as_in_one_process(tmp_path, tiny
     first, second, _ = zip(read_metrics(run.metrics), read_metrics(alone.metrics), strict=True)
     for record, other in (first, second):  # what the second learns from was answered before the first had learned
         assert record["reward/mean"] == pytest.approx(other["reward/mean"], rel=1e-6)
-        assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert record["optim/grad_norm"] == pytest.approx(other["optim/grad_norm"], rel=1e-3)
 
 
 def test_an_engine_that_is_killed_is_started_again_and_changes_nothing(tmp_path, tiny_folder, data, monkeypatch):
-    from foveate.cluster.ray import RayHosts
+    from foveate.cluster.ray import RayEngineProcesses
 
-    ask, asked, lost = RayHosts.ask, [], []
+    ask, asked, lost = RayEngineProcesses.ask, [], []
 
     def killing(self, number, method, *arguments):
         asked.append(method)
@@ -163,10 +163,10 @@ def test_an_engine_that_is_killed_is_started_again_and_changes_nothing(tmp_path,
 
     cluster = {"engines": 1, "timeout": 240}
     undisturbed = run_rl(rl_settings(tmp_path / "undisturbed", tiny_folder, data, cluster=cluster))
-    monkeypatch.setattr(RayHosts, "ask", killing)
+    monkeypatch.setattr(RayEngineProcesses, "ask", killing)
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, cluster=cluster))
     assert len(lost) >= 3
-    assert read_metrics(run.metrics)[-1]["engines_lost"] >= 3
+    assert read_metrics(run.metrics)[-1]["engine/lost"] >= 3
     assert trained_ids(run) == trained_ids(undisturbed)
     own, other = weights(run), weights(undisturbed)
     assert all(torch.equal(own[name], other[name]) for name in other)

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from toy import rl_settings, sft_settings
 
 from foveate.cluster.commands import job_command, runtime_env, start_node
-from foveate.cluster.network import interface_of, talk_through
+from foveate.cluster.network import interface_of, set_network_interface
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost
 from foveate.train.rl import run_rl
-from foveate.train.session import Leaving, require_one_process
+from foveate.train.session import GracefulShutdown, require_one_process
 from foveate.train.sft import run_sft
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
@@ -104,9 +104,9 @@ def test_ranks_talk_through_the_interface_of_their_node_unless_the_environment_s
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is put back
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
-    talk_through("203.0.113.7")
+    set_network_interface("203.0.113.7")
     assert "GLOO_SOCKET_IFNAME" not in os.environ
-    talk_through("127.0.0.1")
+    set_network_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == loopback
     assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
 
@@ -146,7 +146,7 @@ class Workers:
 
 def test_a_machine_that_goes_down_ends_the_run_though_it_took_a_rank_first():
     def lost(asked):
-        with Leaving(Workers()) as leaving:
+        with GracefulShutdown(Workers()) as leaving:
             if asked:
                 os.kill(os.getpid(), signal.SIGTERM)
             assert leaving.is_asked == asked

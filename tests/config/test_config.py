@@ -90,7 +90,7 @@ def test_types_are_taken_literally(bad):
         ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps is 11, more than train.steps=10"),
         ({"data": {"test": []}}, "eval.every is 20, but data.test is empty"),
         ({"eval": {"prompts": 4}}, "eval.gallery is 16, more than eval.prompts=4"),
-        ({"model": {"train": ["vision", "vision"]}}, "model.train names a part twice"),
+        ({"model": {"trainable": ["vision", "vision"]}}, "model.trainable names a part twice"),
         (
             {"train": {"tokens_per_micro_batch": 8447}},
             "train.tokens_per_micro_batch is 8447, less than one longest prompt and answer: "

@@ -149,9 +149,9 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path):
 
 def test_entries_of_a_list_are_counted(tmp_path):
     path = write(tmp_path, RECIPE)
-    said = problem(path, "model.train=[vision, head]")
+    said = problem(path, "model.trainable=[vision, head]")
     allowed = "'vision', 'projector' or 'language'"
-    assert said == f"override 'model.train=[vision, head]': model.train entry 2 must be {allowed}, found 'head'"
+    assert said == f"override 'model.trainable=[vision, head]': model.trainable entry 2 must be {allowed}, found 'head'"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSet
 from foveate.registry import resolve
 from foveate.rewards.grade import build_reward
 from foveate.rollout import ENGINES
-from foveate.train.algorithm import build_method
+from foveate.train.algorithm import build_algorithm
 from foveate.train.mpo import build_preference_loss
 from foveate.train.rl import new_engine
 from foveate.train.session import check_cluster
@@ -37,7 +37,7 @@ def test_a_shipped_recipe_loads_and_what_it_names_takes_its_settings(name):
         assert build_preference_loss(settings.mpo.loss)
         settings = settings.stage("rl", "model")
     if isinstance(settings, RLSettings):
-        assert build_method(settings.algorithm, 1).name == settings.algorithm.name
+        assert build_algorithm(settings.algorithm, 1).name == settings.algorithm.name
         build_reward(settings.reward.name, settings.reward.settings)
         resolve(ENGINES, settings.rollout.engine, "engine")
         check_cluster(settings)

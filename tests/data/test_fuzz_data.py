@@ -22,7 +22,7 @@ from geo3k_answers import ANSWERS
 
 from foveate.data.images import load_image, read_image
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
-from foveate.data.validate import Look, survey
+from foveate.data.validate import RowInspection, inspect_rows
 from foveate.encoding.dataset import RowCheck
 from foveate.records import FAILED, DataError, Image, Message, Task
 from foveate.rewards import QUICK
@@ -92,7 +92,7 @@ def test_mutated_rows_are_taken_or_refused_by_row_and_field(tmp_path, encode, co
     rng = np.random.default_rng(count)
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([b"[" * 100_000, b"9" * 5000, *broken_lines(rng, count)]))
     table = open_tasks(tmp_path / "x.jsonl")
-    found = survey(table, Look(RowCheck(check_truth, encode)), workers=1)
+    found = inspect_rows(table, RowInspection(RowCheck(check_truth, encode)), workers=1)
     assert len(found.problems) > count / 4
     assert len(found.kept) > count / 50
     for problem in found.problems:
@@ -258,7 +258,7 @@ def test_damaged_files_are_refused_or_their_rows_are(tmp_path, kind, count):
         (tmp_path / f"y.{kind}").write_bytes(data)
         try:
             table = open_tasks(tmp_path / f"y.{kind}")
-            found = survey(table, Look(), workers=1)
+            found = inspect_rows(table, RowInspection(), workers=1)
             table.values("extra_info.id")
             said += [str(problem) for problem in found.problems[:1]] or ["taken"]
         except DataError as error:

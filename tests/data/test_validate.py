@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from foveate.data.table import open_tasks
-from foveate.data.validate import Look, survey, validate
+from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.encoding.dataset import RowCheck
 from foveate.records import DataError, Task
 from foveate.rewards.text import check_truth
@@ -46,10 +46,10 @@ def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path
         row_299={"reward_model": {"ground_truth": {"x": 1}}},
         row_555={"data_source": 5, "prompt": None},
     )
-    look = Look(RowCheck(check_truth, encode), length_of)
+    look = RowInspection(RowCheck(check_truth, encode), length_of)
     calls: list[tuple[int, int]] = []
-    one = survey(open_tasks(path), look, workers=1)
-    two = survey(open_tasks(path), look, workers=2, progress=lambda done, total: calls.append((done, total)))
+    one = inspect_rows(open_tasks(path), look, workers=1)
+    two = inspect_rows(open_tasks(path), look, workers=2, progress=lambda done, total: calls.append((done, total)))
     assert two == one
     assert [(p.where.split(", ")[1].split(" (")[0], p.field) for p in two.problems] == [
         ("row 3", "prompt"),
@@ -65,7 +65,7 @@ def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path):
     path = rows_of_text(tmp_path / "x.jsonl", 600)
     with pytest.raises(DataError, match="a process that checked rows was killed"):
-        survey(open_tasks(path), Look(None, die), workers=2)
+        inspect_rows(open_tasks(path), RowInspection(None, die), workers=2)
 
 
 def test_a_check_that_cannot_be_sent_to_workers_runs_here(tmp_path, caplog):

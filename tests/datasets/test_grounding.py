@@ -10,7 +10,7 @@ import pytest
 
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import open_tasks
-from foveate.data.validate import Reading, read_tasks
+from foveate.data.validate import ReadOptions, read_tasks
 from foveate.datasets.grounding import prepare_grounding
 from foveate.records import DataError
 from foveate.rewards.boxes import check_truth
@@ -170,7 +170,7 @@ def test_a_bad_row_is_refused_by_row_and_field_and_nothing_is_written(tmp_path, 
 def test_skipped_rows_are_counted_and_listed(tmp_path):
     source = jsonl(tmp_path, {}, {"bbox": [1, 2, 3]}, {"sent": "the cat"}, {"image": "gone.png"})
     prepared = prepare_grounding(
-        source, tmp_path / "out", split_by="row", test_fraction=0.5, reading=Reading(on_bad_row="skip")
+        source, tmp_path / "out", split_by="row", test_fraction=0.5, reading=ReadOptions(on_bad_row="skip")
     )
     assert prepared.rows == {"train": 1, "test": 1}
     assert [problem.field for problem in prepared.problems] == ["bbox", "image"]

@@ -12,8 +12,8 @@ import pytest
 
 from foveate.data.demos import check_pair, pair_of
 from foveate.data.table import open_tasks
-from foveate.data.validate import Reading, read_tasks
-from foveate.datasets.answers import Rightness
+from foveate.data.validate import ReadOptions, read_tasks
+from foveate.datasets.answers import CorrectnessRule
 from foveate.datasets.geo3k import INSTRUCTION, prepare_geo3k
 from foveate.datasets.grounding import prepare_grounding, prepare_validation
 from foveate.datasets.grounding_sets import Buckets, HardSet, take_hard, take_share
@@ -278,7 +278,7 @@ def test_own_rows_are_prepared_with_a_share_held_out(tmp_path, pictures):
     rows = [{"q": f"Q{i}?", "img": "a.png", "a": i, "level": i / 10} for i in range(10)]
     source = jsonl(tmp_path / "x.jsonl", rows)
     columns = {"prompt": "q", "images": "img", "answer": "a", "difficulty": "level"}
-    reading = Reading(image_root=pictures, columns=columns)
+    reading = ReadOptions(image_root=pictures, columns=columns)
     made = prepare_rows([source], tmp_path / "out", test_fraction=0.3, seed=2, reading=reading)
     assert made.rows == {"train": 7, "test": 3}
     tasks = [task for name in ("train", "test") for task in open_tasks(tmp_path / "out" / f"{name}.parquet")]
@@ -289,7 +289,7 @@ def test_own_rows_are_prepared_with_a_share_held_out(tmp_path, pictures):
 
 def test_answers_of_different_types_are_refused(tmp_path):
     source = jsonl(tmp_path / "x.jsonl", [{"q": "?", "a": 1}, {"q": "?", "a": "one"}])
-    reading = Reading(columns={"prompt": "q", "answer": "a", "level": "l"})
+    reading = ReadOptions(columns={"prompt": "q", "answer": "a", "level": "l"})
     with pytest.raises(DataError, match=r"rows 0\.\.1, field reward_model\.ground_truth: values of different types"):
         prepare_rows([source], tmp_path / "out", reading=reading)
     jsonl(source, [{"q": "?", "a": 1, "l": 1}, {"q": "?", "a": 2, "l": 10**30}])
@@ -306,7 +306,7 @@ def test_a_folder_with_somebody_else_s_manifest_is_not_touched(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text('{"name": "an app"}')
     with pytest.raises(DataError, match="not a manifest of foveate"):
-        prepare_rows([source], tmp_path / "out", reading=Reading(columns={"prompt": "q", "answer": "a"}))
+        prepare_rows([source], tmp_path / "out", reading=ReadOptions(columns={"prompt": "q", "answer": "a"}))
 
 
 def test_a_source_is_never_replaced_by_what_is_made_from_it(tmp_path, sums):
@@ -367,12 +367,16 @@ def test_rows_are_kept_by_the_share_of_right_answers_over_all_steps(tmp_path, su
 
 
 def test_what_is_right_may_be_the_score_or_a_part_of_it(tmp_path, sums, rollouts):
-    lax = Rightness(part="accuracy", threshold=0.0)
+    lax = CorrectnessRule(part="accuracy", threshold=0.0)
     with pytest.raises(DataError, match="no row is within the limits"):
-        prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0, 0.8)), rollouts=[rollouts], rightness=lax)
+        prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0, 0.8)), rollouts=[rollouts], correctness_rule=lax)
     with pytest.raises(DataError, match="an answer has no part 'iou'; it has accuracy"):
         prepare_filter(
-            [sums], tmp_path / "out", Limits(accuracy=(0, 1)), rollouts=[rollouts], rightness=Rightness("iou")
+            [sums],
+            tmp_path / "out",
+            Limits(accuracy=(0, 1)),
+            rollouts=[rollouts],
+            correctness_rule=CorrectnessRule("iou"),
         )
 
 

@@ -104,7 +104,7 @@ def test_text_that_does_not_fit_its_images_is_refused_by_row(text, images, messa
         assert str(error.value).startswith("rows.parquet, row 3, field prompt: ")
         assert message in str(error.value)
         assert "\n" not in str(error.value)
-    [(field, fault)] = encode.faults(task)
+    [(field, fault)] = encode.validation_errors(task)
     assert field == "prompt"
     assert fault == str(error.value).removeprefix("rows.parquet, row 3, field prompt: ")
 
@@ -114,11 +114,11 @@ def test_a_prompt_over_the_limit_is_refused_with_its_image_tokens_counted(encode
     length = encode.length(task)
     fits, short = (replace(encode, max_prompt_tokens=limit) for limit in (length, length - 1))
     assert len(fits(task)) == length
-    assert fits.faults(task) == []
+    assert fits.validation_errors(task) == []
     message = f"{length} tokens with its images, the limit is {length - 1}"
     with pytest.raises(DataError, match=f"^rows.parquet, row 3, field prompt: {message}"):
         short(task)
-    assert short.faults(task)[0][1].startswith(message)
+    assert short.validation_errors(task)[0][1].startswith(message)
 
 
 def test_a_picture_that_cannot_be_decoded_is_refused_by_row(encode, make_task):

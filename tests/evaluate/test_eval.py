@@ -18,7 +18,16 @@ from foveate.errors import ConfigError
 from foveate.evaluate.client import ClientSettings
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
-from foveate.evaluate.metrics import bootstrap, figures, likely_frame, paired, pass_at, split_of, splits, vote
+from foveate.evaluate.metrics import (
+    bootstrap,
+    likely_frame,
+    paired,
+    pass_at,
+    split_of,
+    splits,
+    summary_statistics,
+    vote,
+)
 from foveate.evaluate.predictions import Prediction, SampledAnswer, read_evaluations
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.models.tiny import retile
@@ -60,14 +69,14 @@ def test_sampled_figures_by_hand():
         sampled_row("7", "8", "7", "9", rank=[-3.0, -1.0, -2.0, -4.0]),
         sampled_row("8", "8", "7", "9", rank=[-3.0, -4.0, -0.5, -4.0]),
     ]
-    found = figures(rows)["sampled"]
+    found = summary_statistics(rows)["sampled"]
     assert found["avg@4"] == pytest.approx((0.5 + 0.25) / 2)
     assert found["pass@1"] == found["avg@4"]
     assert found["pass@2"] == pytest.approx((pass_at(4, 2, 2) + pass_at(4, 1, 2)) / 2)
     assert found["pass@4"] == 1.0
     assert found["majority@4"] == 0.5
     assert found["best_of@4"] == 0.5
-    assert figures(rows)["accuracy"]["value"] == found["avg@4"]
+    assert summary_statistics(rows)["accuracy"]["value"] == found["avg@4"]
 
 
 def test_boxes_vote_by_overlap_and_texts_by_what_they_end_on():
@@ -94,7 +103,7 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_thresholds_and_mean_iou_are_those_of_the_rows():
-    found = figures([box_row(str(i), "", overlap) for i, overlap in enumerate((0.0, 0.5, 0.72, 0.95))])
+    found = summary_statistics([box_row(str(i), "", overlap) for i, overlap in enumerate((0.0, 0.5, 0.72, 0.95))])
     assert found["accuracy_at"]["0.5"] == 0.75
     assert found["accuracy_at"]["0.7"] == 0.5
     assert found["accuracy_at"]["0.95"] == 0.25
@@ -103,7 +112,7 @@ def test_thresholds_and_mean_iou_are_those_of_the_rows():
 
 def test_accuracy_is_told_by_the_tags_of_rows():
     rows = [box_row(str(i), "", float(i % 2), tags={"box size": "under 1 %" if i else "1 to 5 %"}) for i in range(4)]
-    by_size = figures(rows)["by_tag"]["box size"]
+    by_size = summary_statistics(rows)["by_tag"]["box size"]
     assert {size: (one["rows"], one["greedy_accuracy"]) for size, one in by_size.items()} == {
         "under 1 %": (3, pytest.approx(2 / 3)),
         "1 to 5 %": (1, 0.0),
@@ -114,7 +123,7 @@ def test_accuracy_is_told_by_the_tags_of_rows():
     ("frame", "text"), [("pixels", "[64,96,320,288]"), ("fractions", "[0.1,0.2,0.5,0.6]"), (None, "[100,200,500,600]")]
 )
 def test_boxes_in_another_frame_are_noticed(frame, text):
-    found = figures([box_row(str(i), text, 1.0 if frame is None else 0.1) for i in range(9)])
+    found = summary_statistics([box_row(str(i), text, 1.0 if frame is None else 0.1) for i in range(9)])
     assert likely_frame(found, 9) == frame
     assert likely_frame(found, 3) is None
 

@@ -5,26 +5,26 @@ import random
 import pytest
 import torch
 
-from foveate.models.attention.kernels import Extras, forest_attention, forest_mask, reference_attention
+from foveate.models.attention.kernels import AttentionOptions, forest_attention, forest_mask, reference_attention
 from foveate.models.attention.runs import parts, path_positions
-from foveate.records import Layout
+from foveate.records import Forest
 
 
-def layout_of(trees):
+def forest_of(packed_groups):
     """A layout from nested pairs (length, [subtrees]), in depth-first order."""
     start, length, parent = [], [], []
 
-    def add(tree, above):
+    def add(packed, above):
         index = len(start)
         start.append(start[-1] + length[-1] if start else 0)
-        length.append(tree[0])
+        length.append(packed[0])
         parent.append(above)
-        for child in tree[1]:
+        for child in packed[1]:
             add(child, index)
 
-    for tree in trees:
-        add(tree, -1)
-    return Layout(tuple(start), tuple(length), tuple(parent))
+    for packed in packed_groups:
+        add(packed, -1)
+    return Forest(tuple(start), tuple(length), tuple(parent))
 
 
 def random_tree(rng, depth, longest):
@@ -34,59 +34,59 @@ def random_tree(rng, depth, longest):
 
 def random_forest(seed, depth=3, longest=24):
     rng = random.Random(seed)
-    return layout_of([random_tree(rng, depth, longest) for _ in range(rng.randint(1, 4))])
+    return forest_of([random_tree(rng, depth, longest) for _ in range(rng.randint(1, 4))])
 
 
 CASES = {
-    "one token": layout_of([(1, [])]),
-    "single root": layout_of([(37, [])]),
-    "roots of one length": layout_of([(9, []), (9, []), (9, [])]),
-    "group": layout_of([(50, [(7, []), (7, []), (7, [])])]),
-    "group of unequal answers": layout_of([(50, [(1, []), (13, []), (70, [])])]),
-    "two groups": layout_of([(30, [(5, []), (5, [])]), (64, [(5, []), (5, []), (5, [])])]),
-    "group and lone root": layout_of([(3, []), (20, [(4, []), (2, [])]), (11, [])]),
-    "chain of three": layout_of([(8, [(6, [(5, [])])])]),
-    "turns under turns": layout_of([(16, [(4, [(3, []), (9, [])]), (12, []), (4, [(1, [(2, []), (2, [])])])])]),
+    "one token": forest_of([(1, [])]),
+    "single root": forest_of([(37, [])]),
+    "roots of one length": forest_of([(9, []), (9, []), (9, [])]),
+    "group": forest_of([(50, [(7, []), (7, []), (7, [])])]),
+    "group of unequal answers": forest_of([(50, [(1, []), (13, []), (70, [])])]),
+    "two groups": forest_of([(30, [(5, []), (5, [])]), (64, [(5, []), (5, []), (5, [])])]),
+    "group and lone root": forest_of([(3, []), (20, [(4, []), (2, [])]), (11, [])]),
+    "chain of three": forest_of([(8, [(6, [(5, [])])])]),
+    "turns under turns": forest_of([(16, [(4, [(3, []), (9, [])]), (12, []), (4, [(1, [(2, []), (2, [])])])])]),
     **{f"random {seed}": random_forest(seed) for seed in range(6)},
     "random long": random_forest(99, depth=1, longest=150),
 }
 
 
-def inputs(layout, dtype, heads=4, kv_heads=2, dim=8, scale=2.0, seed=0):
+def inputs(forest, dtype, heads=4, kv_heads=2, dim=8, scale=2.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def noise(count):
-        values = torch.randn(count, layout.tokens, dim, generator=generator, dtype=torch.float64)
+        values = torch.randn(count, forest.tokens, dim, generator=generator, dtype=torch.float64)
         return (values * scale).to(dtype).requires_grad_()
 
     return noise(heads), noise(kv_heads), noise(kv_heads)
 
 
-def value_and_gradients(attention, tensors, layout, seed=5, window=None):
+def value_and_gradients(attention, tensors, forest, seed=5, window=None):
     """`tensors` are query, key, value, and sinks where there are any."""
-    out = attention(*tensors[:3], layout, tensors[0].shape[-1] ** -0.5, Extras(window, *tensors[3:]))
+    out = attention(*tensors[:3], forest, tensors[0].shape[-1] ** -0.5, AttentionOptions(window, *tensors[3:]))
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)]
 
 
-def require_reference_with_sinks(kernel, layout, window):
+def require_reference_with_sinks(kernel, forest, window):
     """A kernel gives the values and gradients of the reference, in float64."""
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=torch.float64).requires_grad_()
-    tensors = (*inputs(layout, torch.float64), sinks)
-    fast = value_and_gradients(kernel, tensors, layout, window=window)
-    truth = value_and_gradients(reference_attention, tensors, layout, window=window)
+    tensors = (*inputs(forest, torch.float64), sinks)
+    fast = value_and_gradients(kernel, tensors, forest, window=window)
+    truth = value_and_gradients(reference_attention, tensors, forest, window=window)
     for got, wanted in zip(fast, truth, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_the_mask_shows_each_token_what_leads_to_it_and_nothing_else(layout):
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_the_mask_shows_each_token_what_leads_to_it_and_nothing_else(forest):
     before = {}  # the token that each token directly follows
-    for start, length, parent in zip(layout.start, layout.length, layout.parent, strict=True):
-        before[start] = layout.start[parent] + layout.length[parent] - 1 if parent >= 0 else None
+    for start, length, parent in zip(forest.start, forest.length, forest.parent, strict=True):
+        before[start] = forest.start[parent] + forest.length[parent] - 1 if parent >= 0 else None
         before |= {token: token - 1 for token in range(start + 1, start + length)}
-    mask = forest_mask(layout)
-    for token in range(layout.tokens):
+    mask = forest_mask(forest)
+    for token in range(forest.tokens):
         seen, at = set(), token
         while at is not None:
             seen.add(at)
@@ -95,26 +95,26 @@ def test_the_mask_shows_each_token_what_leads_to_it_and_nothing_else(layout):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["all heads", "grouped", "one key head"])
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_the_fast_kernel_equals_the_reference_in_float64(layout, heads):
-    tensors = inputs(layout, torch.float64, *heads)
-    fast = value_and_gradients(forest_attention, tensors, layout)
-    truth = value_and_gradients(reference_attention, tensors, layout)
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_the_fast_kernel_equals_the_reference_in_float64(forest, heads):
+    tensors = inputs(forest, torch.float64, *heads)
+    fast = value_and_gradients(forest_attention, tensors, forest)
+    truth = value_and_gradients(reference_attention, tensors, forest)
     for got, wanted in zip(fast, truth, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 60])
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_windows_and_sinks_equal_the_reference_in_float64(layout, window):
-    require_reference_with_sinks(forest_attention, layout, window)
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_windows_and_sinks_equal_the_reference_in_float64(forest, window):
+    require_reference_with_sinks(forest_attention, forest, window)
 
 
 @pytest.mark.parametrize("window", [1, 4, 30])
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_a_window_shows_the_last_tokens_of_the_path(layout, window):
-    mask, narrow, position = forest_mask(layout), forest_mask(layout, window=window), path_positions(layout)
-    for token in range(layout.tokens):
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_a_window_shows_the_last_tokens_of_the_path(forest, window):
+    mask, narrow, position = forest_mask(forest), forest_mask(forest, window=window), path_positions(forest)
+    for token in range(forest.tokens):
         path = mask[token].nonzero().flatten()
         assert position[path].sort().values.tolist() == list(range(len(path)))
         last = path[position[path] > position[token] - window]
@@ -123,42 +123,42 @@ def test_a_window_shows_the_last_tokens_of_the_path(layout, window):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_sinks_and_windows_stay_finite_for_scores_of_thousands(window):
-    layout = CASES["turns under turns"]
+    forest = CASES["turns under turns"]
     sinks = torch.tensor([100.0, -300.0, 0.0, 5.0]).requires_grad_()
-    tensors = (*inputs(layout, torch.float32, scale=60.0), sinks)
-    for got in value_and_gradients(forest_attention, tensors, layout, window=window):
+    tensors = (*inputs(forest, torch.float32, scale=60.0), sinks)
+    for got in value_and_gradients(forest_attention, tensors, forest, window=window):
         assert torch.isfinite(got).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_the_fast_kernel_equals_the_reference_in_lower_precision(layout, dtype, tolerance):
-    tensors = inputs(layout, dtype, scale=1.0)
-    fast = value_and_gradients(forest_attention, tensors, layout)
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_the_fast_kernel_equals_the_reference_in_lower_precision(forest, dtype, tolerance):
+    tensors = inputs(forest, dtype, scale=1.0)
+    fast = value_and_gradients(forest_attention, tensors, forest)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    for got, wanted in zip(fast, value_and_gradients(reference_attention, exact, layout), strict=True):
+    for got, wanted in zip(fast, value_and_gradients(reference_attention, exact, forest), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_scores_of_thousands_give_finite_gradients(layout):
-    tensors = inputs(layout, torch.float32, scale=60.0)
-    for got in value_and_gradients(forest_attention, tensors, layout):
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_scores_of_thousands_give_finite_gradients(forest):
+    tensors = inputs(forest, torch.float32, scale=60.0)
+    for got in value_and_gradients(forest_attention, tensors, forest):
         assert torch.isfinite(got).all()
 
 
 def test_the_order_of_roots_does_not_matter():
-    trees = [(20, [(4, []), (9, [])]), (33, []), (7, [(7, []), (7, [(2, [])])]), (1, [])]
-    layout = layout_of(trees)
-    tensors = inputs(layout, torch.float64)
-    results = value_and_gradients(forest_attention, tensors, layout)
+    packed_groups = [(20, [(4, []), (9, [])]), (33, []), (7, [(7, []), (7, [(2, [])])]), (1, [])]
+    forest = forest_of(packed_groups)
+    tensors = inputs(forest, torch.float64)
+    results = value_and_gradients(forest_attention, tensors, forest)
 
-    lengths = [layout_of([tree]).tokens for tree in trees]
-    tokens = torch.arange(layout.tokens).split(lengths)
+    lengths = [forest_of([packed]).tokens for packed in packed_groups]
+    tokens = torch.arange(forest.tokens).split(lengths)
     order = [2, 0, 3, 1]
     index = torch.cat([tokens[i] for i in order])
-    shuffled_layout = layout_of([trees[i] for i in order])
+    shuffled_layout = forest_of([packed_groups[i] for i in order])
     shuffled = [tensor.detach()[:, index].requires_grad_() for tensor in tensors]
     out = forest_attention(*shuffled, shuffled_layout, 8**-0.5)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -169,9 +169,9 @@ def test_the_order_of_roots_does_not_matter():
 
 
 def test_a_token_does_not_feel_another_branch():
-    layout = layout_of([(10, [(5, []), (5, [])]), (10, [])])
-    query, key, value = inputs(layout, torch.float64)
-    out = forest_attention(query, key, value, layout, 0.3)
+    forest = forest_of([(10, [(5, []), (5, [])]), (10, [])])
+    query, key, value = inputs(forest, torch.float64)
+    out = forest_attention(query, key, value, forest, 0.3)
     _, grad_key, grad_value = torch.autograd.grad(out[:, 10:15].sum(), (query, key, value))
     for grad in (grad_key, grad_value):
         assert grad[:, :15].abs().sum() > 0
@@ -179,43 +179,43 @@ def test_a_token_does_not_feel_another_branch():
 
 
 @pytest.mark.parametrize("name", ["two groups", "single root", "slices"])
-def test_any_memory_layout_of_inputs_and_gradient_is_right(name):
-    layout = {**CASES, "slices": layout_of([(200, [(60, []), (60, [])])])}[name]
-    tensors = inputs(layout, torch.float64)
-    wanted = value_and_gradients(reference_attention, tensors, layout)
+def test_any_memory_forest_of_inputs_and_gradient_is_right(name):
+    forest = {**CASES, "slices": forest_of([(200, [(60, []), (60, [])])])}[name]
+    tensors = inputs(forest, torch.float64)
+    wanted = value_and_gradients(reference_attention, tensors, forest)
     strided = [t.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_() for t in tensors]
-    for got, truth in zip(value_and_gradients(forest_attention, strided, layout), wanted, strict=True):
+    for got, truth in zip(value_and_gradients(forest_attention, strided, forest), wanted, strict=True):
         torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
     sums = [
-        torch.autograd.grad(f(*tensors, layout, 0.3).sum(), tensors) for f in (forest_attention, reference_attention)
+        torch.autograd.grad(f(*tensors, forest, 0.3).sum(), tensors) for f in (forest_attention, reference_attention)
     ]
     for got, truth in zip(*sums, strict=True):  # the gradient of a sum is one number expanded, with strides of 0
         torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_causal_calls_cover_every_token_once_and_padding_is_bounded(layout):
-    calls = parts(layout, torch.device("cpu"))
-    row = torch.arange(layout.tokens)
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_causal_calls_cover_every_token_once_and_padding_is_bounded(forest):
+    calls = parts(forest, torch.device("cpu"))
+    row = torch.arange(forest.tokens)
     covered = torch.cat([row[part.query.tokens] for part in calls if part.causal])
     assert sorted(covered.tolist()) == row.tolist()
     done = sum(part.query.batch * part.query.length * part.key.length for part in calls)
-    needed = sum(length * length for length in layout.length)
-    mask = forest_mask(layout)
-    for start, length in zip(layout.start, layout.length, strict=True):
+    needed = sum(length * length for length in forest.length)
+    mask = forest_mask(forest)
+    for start, length in zip(forest.start, forest.length, strict=True):
         needed += int(mask[start, :start].sum()) * length
     assert done <= 1.5 * needed + 4096 * len(calls)
 
 
 def test_a_short_answer_is_not_padded_to_the_length_of_a_prompt():
-    layout = layout_of([(1024, [(64, [])] * 4), (1024, [(64, [])] * 4)])
-    causal = [part.query for part in parts(layout, torch.device("cpu")) if part.causal]
+    forest = forest_of([(1024, [(64, [])] * 4), (1024, [(64, [])] * 4)])
+    causal = [part.query for part in parts(forest, torch.device("cpu")) if part.causal]
     assert sorted((runs.batch, runs.length) for runs in causal) == [(2, 1024), (8, 64)]
 
 
 def test_runs_that_stand_back_to_back_are_taken_without_a_copy():
-    layout = layout_of([(200, [(60, []), (60, []), (60, [])])])
-    rows = torch.randn(layout.tokens, 2, 4)
-    for part in parts(layout, torch.device("cpu")):
+    forest = forest_of([(200, [(60, []), (60, []), (60, [])])])
+    rows = torch.randn(forest.tokens, 2, 4)
+    for part in parts(forest, torch.device("cpu")):
         for runs in (part.query, part.key):
             assert runs.take(rows).untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()

@@ -14,7 +14,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -33,10 +33,12 @@ def folder_of(tiny_folder, tmp_path):
     return lambda name: tiny_folder if name == "internvl" else build_family(tmp_path / name, name)
 
 
-def learned(worker, trees):
+def learned(worker, packed_groups):
     """The metrics of an update per group of answers, and what the model says afterwards."""
-    records = [worker.update_sft([tree], "token", float(tree.answer_tokens), 1e-3) for tree in trees]
-    return [(record["loss"], record["grad_norm"]) for record in records], torch.cat(worker.logprobs(trees))
+    records = [worker.update_sft([packed], "token", float(packed.answer_tokens), 1e-3) for packed in packed_groups]
+    return [(record["loss/total"], record["optim/grad_norm"]) for record in records], torch.cat(
+        worker.logprobs(packed_groups)
+    )
 
 
 @pytest.mark.parametrize("name", ["internvl", "qwen3_moe"])
@@ -50,19 +52,21 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     ]
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     groups = NativeEngine(policy, encode.decode).generate(requests, SamplingParams(3, 7))
-    trees = [Tree(p, tuple(one.token_ids for one in group)) for p, group in zip(prompts, groups, strict=True)]
-    parts = {} if policy.family.unit else {"train": ("language",)}
+    packed_groups = [
+        PackedGroup(p, tuple(one.token_ids for one in group)) for p, group in zip(prompts, groups, strict=True)
+    ]
+    parts = {} if policy.family.unit else {"trainable": ("language",)}
     settings, place = OptimSettings(lr=1e-3), ClusterSettings(device=DEVICE)
     plain = Worker(ModelSettings(path=folder, **parts), settings, 4096, cluster=place)
     compiled = Worker(ModelSettings(path=folder, compile=True, **parts), settings, 4096, cluster=place)
     again = NativeEngine(compiled.policy, encode.decode).generate(requests, SamplingParams(3, 7))
     assert [[one.token_ids for one in group] for group in again] == [[o.token_ids for o in group] for group in groups]
-    records, wanted = learned(plain, trees[:2])
-    torch.testing.assert_close(learned(compiled, trees[:2])[0], records, rtol=1e-5, atol=1e-6)
+    records, wanted = learned(plain, packed_groups[:2])
+    torch.testing.assert_close(learned(compiled, packed_groups[:2])[0], records, rtol=1e-5, atol=1e-6)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
-    records, wanted = learned(plain, trees[2:])
-    found, said = learned(compiled, trees[2:])
+    records, wanted = learned(plain, packed_groups[2:])
+    found, said = learned(compiled, packed_groups[2:])
     torch.testing.assert_close(found, records, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(said, wanted, rtol=1e-3, atol=1e-4)
     if DEVICE == "cpu":  # rows of other lengths and forests take no new ones; on GPUs, FlexAttention's count, too

@@ -24,7 +24,7 @@ from foveate.encoding.family import budget_of
 from foveate.models.checkpoint.convert import convert
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import DataError, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.engine import Request
@@ -58,11 +58,11 @@ def encoder_of(policy):
     return Encoder(policy.tokenizer, policy.family, policy.family.budget, 2048)
 
 
-def alone(model, policy, tree):
+def alone(model, policy, packed):
     """Log-probs of the answers of a tree in plain transformers, each answer in its own row, with its own pixels and the
     positions that the model computes itself."""
-    family, prompt, found = policy.family, tree.prompt, []
-    for answer in tree.answers:
+    family, prompt, found = policy.family, packed.prompt, []
+    for answer in packed.answers:
         ids = torch.tensor([[*prompt.token_ids, *answer]])
         inputs = {}
         if prompt.pixels is not None:
@@ -89,7 +89,7 @@ def random_answers(seed, lengths):
 def trees_for(make_task, make_image):
     """Packed rows for a policy: without images, with one, with three of unlike shapes."""
 
-    def trees(policy):
+    def packed_groups(policy):
         encode = encoder_of(policy)
         tasks = [make_task("What is two and three? Tell me more about the numbers, please.")]
         if policy.family.unit:
@@ -100,9 +100,9 @@ def trees_for(make_task, make_image):
                 ),
             ]
         tasks += [make_task("again no image")]
-        return [Tree(encode(task), random_answers(i, (4, 1, 19, 30))) for i, task in enumerate(tasks)]
+        return [PackedGroup(encode(task), random_answers(i, (4, 1, 19, 30))) for i, task in enumerate(tasks)]
 
-    return trees
+    return packed_groups
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
@@ -110,20 +110,20 @@ def trees_for(make_task, make_image):
 def test_packed_groups_give_the_logprobs_of_plain_rows(name, attention, folders, trees_for):
     policy = load_policy(str(folders(name)), attention=attention)
     model = plain_model(folders(name), name)
-    trees = trees_for(policy)
+    packed_groups = trees_for(policy)
     with torch.no_grad():
-        got, _ = token_logprobs(policy, pack(trees))
-        wanted = torch.cat([alone(model, policy, tree) for tree in trees])
+        got, _ = token_logprobs(policy, pack(packed_groups))
+        wanted = torch.cat([alone(model, policy, packed) for packed in packed_groups])
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_packed_groups_give_the_gradients_of_plain_rows(name, folders, trees_for):
     policy, model = load_policy(str(folders(name))), plain_model(folders(name), name)
-    trees = trees_for(policy)
-    weights = torch.linspace(-1, 2, sum(tree.answer_tokens for tree in trees)).roll(7)
-    (weights * token_logprobs(policy, pack(trees))[0]).sum().backward()
-    (weights * torch.cat([alone(model, policy, tree) for tree in trees])).sum().backward()
+    packed_groups = trees_for(policy)
+    weights = torch.linspace(-1, 2, sum(packed.answer_tokens for packed in packed_groups)).roll(7)
+    (weights * token_logprobs(policy, pack(packed_groups))[0]).sum().backward()
+    (weights * torch.cat([alone(model, policy, packed) for packed in packed_groups])).sum().backward()
     plain = dict(model.named_parameters())
     pairs = {key: (p.grad, plain[key].grad) for key, p in policy.model.named_parameters()}
     norm = torch.stack([b.norm() for _, b in pairs.values() if b is not None]).norm()
@@ -137,14 +137,16 @@ def test_packed_groups_give_the_gradients_of_plain_rows(name, folders, trees_for
 def test_sampled_answers_carry_the_trainers_logprobs(name, folders, trees_for):
     policy = load_policy(str(folders(name)))
     encode = encoder_of(policy)
-    prompts = [tree.prompt for tree in trees_for(policy)]
+    prompts = [packed.prompt for packed in trees_for(policy)]
     engine = NativeEngine(policy, encode.decode)
     requests = [Request(prompt, 11 + i) for i, prompt in enumerate(prompts)]
     answers = engine.generate(requests, SamplingParams(3, 40, temperature=1.0))
-    trees = [Tree(p, tuple(a.token_ids for a in group)) for p, group in zip(prompts, answers, strict=True)]
-    assert max(tree.answer_tokens for tree in trees) > 40
+    packed_groups = [
+        PackedGroup(p, tuple(a.token_ids for a in group)) for p, group in zip(prompts, answers, strict=True)
+    ]
+    assert max(packed.answer_tokens for packed in packed_groups) > 40
     with torch.no_grad():
-        got, _ = token_logprobs(policy, pack(trees))
+        got, _ = token_logprobs(policy, pack(packed_groups))
     sampled = torch.tensor([value for group in answers for answer in group for value in answer.logprobs])
     torch.testing.assert_close(sampled, got, rtol=0, atol=2e-5)
     words = {token for group in answers for answer in group for token in answer.token_ids}
@@ -239,7 +241,7 @@ def test_a_picture_that_is_too_narrow_is_an_error_of_its_row(folders, make_image
     task = make_task("<image>", make_image(2010, 10))
     with pytest.raises(DataError, match="row 3, field images: a picture of 2010 x 10 pixels is too narrow"):
         encode(task)
-    assert encode.faults(task)[0][0] == "images"
+    assert encode.validation_errors(task)[0][0] == "images"
 
 
 def test_a_text_model_refuses_images_and_their_limits(folders, make_image, make_task):
@@ -263,7 +265,7 @@ def test_a_limit_in_another_unit_is_refused(folders, tiny_policy):
 def test_the_grounding_reward_reads_boxes_in_the_frame_of_the_family(folders, make_image, make_task):
     encode = encoder_of(load_policy(str(folders("qwen2_5_vl"))))
     task = replace(make_task("<image>Where?", make_image(640, 480)), answer=[250, 250, 500, 500])
-    framed = encode.framed(task)
+    framed = encode.with_box_frame(task)
     width, height = framed.meta["box_frame"]
     assert (width, height) == encode.family.box_frame(640, 480, encode.budget) != (640, 480)
     text = f"[{width / 4}, {height / 4}, {width / 2}, {height / 2}]"
@@ -273,9 +275,9 @@ def test_the_grounding_reward_reads_boxes_in_the_frame_of_the_family(folders, ma
         grounding_reward(text, task, answer_frame="model")
 
 
-def _train_group(tree, advantage_G):
-    lengths = torch.tensor([len(answer) for answer in tree.answers])
-    return TrainGroup(tree, torch.zeros(tree.answer_tokens), advantage_G.repeat_interleave(lengths))
+def _train_group(packed, advantage_G):
+    lengths = torch.tensor([len(answer) for answer in packed.answers])
+    return TrainGroup(packed, torch.zeros(packed.answer_tokens), advantage_G.repeat_interleave(lengths))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -284,16 +286,18 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
         part for part in ("vision", "projector", "language") if part in load_policy(str(folders(name))).family.parts
     ]
     for trained in (whole, whole[:1]):
-        worker = Worker(ModelSettings(path=str(folders(name)), train=tuple(trained)), OptimSettings(lr=1e-3), 4096)
-        trees = trees_for(worker.policy)
+        worker = Worker(ModelSettings(path=str(folders(name)), trainable=tuple(trained)), OptimSettings(lr=1e-3), 4096)
+        packed_groups = trees_for(worker.policy)
         before = {key: tensor.clone() for key, tensor in worker.policy.model.state_dict().items()}
-        first = worker.update_sft(trees, "token", sft_total(trees, "token"), 1e-3)
-        groups = [_train_group(tree, torch.tensor([1.0, -1.0, 0.5, -0.5])) for tree in trees]
-        totals = Totals(sum(tree.answer_tokens for tree in trees), 4 * len(trees), len(trees))
+        first = worker.update_sft(packed_groups, "token", sft_total(packed_groups, "token"), 1e-3)
+        groups = [_train_group(packed, torch.tensor([1.0, -1.0, 0.5, -0.5])) for packed in packed_groups]
+        totals = Totals(
+            sum(packed.answer_tokens for packed in packed_groups), 4 * len(packed_groups), len(packed_groups)
+        )
         second = worker.update_policy(groups, grpo, totals, 1e-3)
-        assert first["grad_norm"] > 0
-        assert second["grad_norm"] > 0
-        assert second["update_skipped"] == 0
+        assert first["optim/grad_norm"] > 0
+        assert second["optim/grad_norm"] > 0
+        assert second["optim/update_skipped"] == 0
         after = worker.policy.model.state_dict()
         changed = {key for key, tensor in before.items() if not torch.equal(after[key], tensor)}
         for part, parameters in parameters_by_part(worker.policy).items():
@@ -305,12 +309,14 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(name, folders, trees_for):
     policy = load_policy(str(folders(name)))
-    trees = trees_for(policy)
+    packed_groups = trees_for(policy)
     with torch.no_grad():
-        together = token_logprobs(policy, pack(trees))[0].split([tree.answer_tokens for tree in trees])
-        for tree, found in zip(trees, together, strict=True):
+        together = token_logprobs(policy, pack(packed_groups))[0].split(
+            [packed.answer_tokens for packed in packed_groups]
+        )
+        for packed, found in zip(packed_groups, together, strict=True):
             torch.testing.assert_close(
-                found.mean(), token_logprobs(policy, pack([tree]))[0].mean(), rtol=1e-5, atol=1e-5
+                found.mean(), token_logprobs(policy, pack([packed]))[0].mean(), rtol=1e-5, atol=1e-5
             )
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import CASES, inputs, layout_of, random_forest, require_reference_with_sinks, value_and_gradients
+from test_attention import CASES, forest_of, inputs, random_forest, require_reference_with_sinks, value_and_gradients
 from torch.nn.attention import flex_attention as of_torch
 
 from foveate.errors import ConfigError
 from foveate.models.attention.flex import BLOCK, block_mask, flex_forest_attention
-from foveate.models.attention.kernels import Extras, flex_attention, forest_mask, reference_attention
+from foveate.models.attention.kernels import AttentionOptions, flex_attention, forest_mask, reference_attention
 
 LONG = {
-    "prompt and answers": layout_of([(300, [(128, []), (90, []), (200, [])]), (700, [(64, [])] * 4)]),
-    "whole blocks": layout_of([(256, [(128, []), (128, [])]), (128, [])]),
-    "turns": layout_of([(200, [(150, [(140, []), (10, [])]), (260, [])])]),
+    "prompt and answers": forest_of([(300, [(128, []), (90, []), (200, [])]), (700, [(64, [])] * 4)]),
+    "whole blocks": forest_of([(256, [(128, []), (128, [])]), (128, [])]),
+    "turns": forest_of([(200, [(150, [(140, []), (10, [])]), (260, [])])]),
     **{f"random {seed}": random_forest(seed, longest=160) for seed in range(4)},
 }
-EVERY = {**CASES, **{f"long {name}": layout for name, layout in LONG.items()}}
+EVERY = {**CASES, **{f"long {name}": forest for name, forest in LONG.items()}}
 
 
 @pytest.fixture
@@ -26,44 +26,44 @@ def flex(monkeypatch):
     monkeypatch.setattr(of_torch, "_validate_device", lambda *_: None)
     monkeypatch.setattr(of_torch, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
 
-    def attend(query, key, value, layout, scale, extras):
-        return flex_forest_attention(query, key, value, layout, scale, extras.window, extras.sinks)
+    def attend(query, key, value, forest, scale, options):
+        return flex_forest_attention(query, key, value, forest, scale, options.window, options.sinks)
 
     return attend
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 60])
-@pytest.mark.parametrize("layout", CASES.values(), ids=CASES)
-def test_flex_attention_equals_the_reference_in_float64(layout, window, flex):
-    require_reference_with_sinks(flex, layout, window)
+@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+def test_flex_attention_equals_the_reference_in_float64(forest, window, flex):
+    require_reference_with_sinks(flex, forest, window)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 1), (14, 2)], ids=["all heads", "one key head", "seven to one"])
 def test_flex_attention_shares_key_heads_like_the_reference(heads, flex):
-    layout = LONG["turns"]
-    tensors = inputs(layout, torch.float64, *heads)
-    fast = value_and_gradients(flex, tensors, layout)
-    for got, wanted in zip(fast, value_and_gradients(reference_attention, tensors, layout), strict=True):
+    forest = LONG["turns"]
+    tensors = inputs(forest, torch.float64, *heads)
+    fast = value_and_gradients(flex, tensors, forest)
+    for got, wanted in zip(fast, value_and_gradients(reference_attention, tensors, forest), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
 
 
 def test_flex_attention_stays_finite_for_scores_of_thousands(flex):
-    layout = CASES["turns under turns"]
+    forest = CASES["turns under turns"]
     sinks = torch.tensor([100.0, -300.0, 0.0, 5.0]).requires_grad_()
     for window in (None, 5):
-        tensors = (*inputs(layout, torch.float32, scale=60.0), sinks)
-        for got in value_and_gradients(flex, tensors, layout, window=window):
+        tensors = (*inputs(forest, torch.float32, scale=60.0), sinks)
+        for got in value_and_gradients(flex, tensors, forest, window=window):
             assert torch.isfinite(got).all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 30, 129, 400])
-@pytest.mark.parametrize("layout", EVERY.values(), ids=EVERY)
-def test_a_block_that_is_skipped_holds_nothing_and_one_without_a_mask_all(layout, window):
-    mask = block_mask(layout, torch.device("cpu"), window)
-    count = -(-layout.tokens // BLOCK)
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
+def test_a_block_that_is_skipped_holds_nothing_and_one_without_a_mask_all(forest, window):
+    mask = block_mask(forest, torch.device("cpu"), window)
+    count = -(-forest.tokens // BLOCK)
     dense = torch.zeros(count * BLOCK, count * BLOCK, dtype=torch.bool)
-    dense[: layout.tokens, : layout.tokens] = forest_mask(layout, window=window)
-    tail = torch.arange(layout.tokens, count * BLOCK)
+    dense[: forest.tokens, : forest.tokens] = forest_mask(forest, window=window)
+    tail = torch.arange(forest.tokens, count * BLOCK)
     dense[tail, tail] = True  # what fills the row up sees itself, and nothing sees it
     index = torch.arange(count * BLOCK)
     seen = mask.mask_mod(index[:0].sum(), index[:0].sum(), index[:, None], index)
@@ -85,12 +85,12 @@ def test_a_block_that_is_skipped_holds_nothing_and_one_without_a_mask_all(layout
 
 
 def test_most_of_a_row_of_groups_is_skipped():
-    layout = layout_of([(1024, [(256, [])] * 8)] * 4)
-    assert block_mask(layout, torch.device("cpu")).sparsity() > 75  # percent
+    forest = forest_of([(1024, [(256, [])] * 8)] * 4)
+    assert block_mask(forest, torch.device("cpu")).sparsity() > 75  # percent
 
 
 def test_kernels_of_the_other_device_are_refused_by_name():
-    layout = CASES["group"]
-    rows = inputs(layout, torch.float32)
+    forest = CASES["group"]
+    rows = inputs(forest, torch.float32)
     with pytest.raises(ConfigError, match=r"model\.attention: flex is a kernel for GPUs"):
-        flex_attention(*rows, layout, 0.3, Extras())
+        flex_attention(*rows, forest, 0.3, AttentionOptions())

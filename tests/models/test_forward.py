@@ -10,7 +10,7 @@ from transformers import InternVLForConditionalGeneration
 from foveate.models.forward import embed, token_logprobs
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import ImageSlot, Prompt
 
 
@@ -20,9 +20,9 @@ def plain_model(folder):
     return model.eval()
 
 
-def padded_logprobs(model, trees, side, temperature=1.0):
+def padded_logprobs(model, packed_groups, side, temperature=1.0):
     """Log-probs and entropies of all answers, every answer with its own copy of prompt and pixels in a padded batch."""
-    rows = [(tree.prompt, answer) for tree in trees for answer in tree.answers]
+    rows = [(packed.prompt, answer) for packed in packed_groups for answer in packed.answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -65,11 +65,11 @@ def assert_same_gradients(got, wanted, tolerance=1e-5):
         assert error <= 10 * tolerance * norm + 1e-7 * norms.norm(), name
 
 
-def assert_equal_steps(policy, plain, trees, side):
+def assert_equal_steps(policy, plain, packed_groups, side):
     policy.model.zero_grad()
     plain.zero_grad()
-    logp, entropy = token_logprobs(policy, pack(trees))
-    plain_logp, plain_entropy = padded_logprobs(plain, trees, side)
+    logp, entropy = token_logprobs(policy, pack(packed_groups))
+    plain_logp, plain_entropy = padded_logprobs(plain, packed_groups, side)
     torch.testing.assert_close(logp, plain_logp, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(entropy, plain_entropy, rtol=1e-5, atol=2e-5)
     loss, plain_loss = loss_of(logp, entropy), loss_of(plain_logp, plain_entropy)
@@ -90,10 +90,10 @@ def random_group(policy, generator, tiles, before, after, answers):
     head = random_words(generator, before)
     ids = (*head, *[family.image_token_id] * count, *random_words(generator, after))
     if not tiles:
-        return Tree(Prompt(ids, (), None, ids), tuple(random_words(generator, n) for n in answers))
+        return PackedGroup(Prompt(ids, (), None, ids), tuple(random_words(generator, n) for n in answers))
     pixels = torch.randn(tiles, 3, family.tile, family.tile, generator=generator)
     prompt = Prompt(ids, (ImageSlot(before, count, tiles),), pixels, ids)
-    return Tree(prompt, tuple(random_words(generator, n) for n in answers))
+    return PackedGroup(prompt, tuple(random_words(generator, n) for n in answers))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -105,11 +105,11 @@ def test_groups_of_unequal_answers_equal_padded_copies(checkpointing, side, tiny
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert policy.model.is_gradient_checkpointing
     generator = torch.Generator().manual_seed(3)
-    trees = [
+    packed_groups = [
         random_group(policy, generator, 12, 5, 9, (7, 1, 30, 12)),
         random_group(policy, generator, 3, 1, 4, (5, 5, 5)),
     ]
-    assert_equal_steps(policy, plain, trees, side)
+    assert_equal_steps(policy, plain, packed_groups, side)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
@@ -124,21 +124,21 @@ def test_rows_with_and_without_images_give_the_logprobs_that_they_have_alone(
         make_task("<image> and <image>, not <image>", *(make_image(60 * i, 70, i) for i in (1, 2, 3))),
         make_task("again no image"),
     ]
-    trees = [Tree(encode(task), tuple(random_words(generator, n) for n in (4, 9))) for task in tasks]
+    packed_groups = [PackedGroup(encode(task), tuple(random_words(generator, n) for n in (4, 9))) for task in tasks]
     with torch.no_grad():
-        together = token_logprobs(policy, pack(trees), 0.7)
+        together = token_logprobs(policy, pack(packed_groups), 0.7)
         for kind in (0, 1):
-            alone = [token_logprobs(policy, pack([tree]), 0.7)[kind] for tree in trees]
+            alone = [token_logprobs(policy, pack([packed]), 0.7)[kind] for packed in packed_groups]
             torch.testing.assert_close(together[kind], torch.cat(alone), rtol=1e-5, atol=2e-5)
-            peers = [padded_logprobs(plain, [tree], "right", 0.7)[kind] for tree in trees]
+            peers = [padded_logprobs(plain, [packed], "right", 0.7)[kind] for packed in packed_groups]
             torch.testing.assert_close(together[kind], torch.cat(peers), rtol=1e-5, atol=2e-5)
 
 
 def test_gradients_reach_the_vision_tower_from_mixed_rows(tiny_folder, encode, make_image, make_task):
     policy, plain = load_policy(str(tiny_folder)), plain_model(tiny_folder)
     tasks = [make_task("no image"), make_task("<image>\nWhat is shown?", make_image(120, 56))]
-    trees = [Tree(encode(task), ((5, 6, 7), (8,))) for task in tasks]
-    assert_equal_steps(policy, plain, trees, "left")
+    packed_groups = [PackedGroup(encode(task), ((5, 6, 7), (8,))) for task in tasks]
+    assert_equal_steps(policy, plain, packed_groups, "left")
     assert all(p.grad.abs().sum() > 0 for p in policy.part("projector").parameters())
 
 
@@ -149,7 +149,7 @@ def test_the_pixels_matter_and_stay_in_their_own_rows(tiny_policy, encode, make_
             make_task("<image>\nsecond", make_image(56, 56)),
         ]
         with torch.no_grad():
-            return token_logprobs(tiny_policy, pack([Tree(encode(task), ((5, 6, 7),)) for task in tasks]))[0]
+            return token_logprobs(tiny_policy, pack([PackedGroup(encode(task), ((5, 6, 7),)) for task in tasks]))[0]
 
     one, other = logprobs(1), logprobs(2)
     assert (one[:3] - other[:3]).abs().max() > 1e-3
@@ -159,32 +159,32 @@ def test_the_pixels_matter_and_stay_in_their_own_rows(tiny_policy, encode, make_
 def test_a_placeholder_in_an_answer_does_not_move_the_image_features(tiny_policy, encode, make_image, make_task):
     prompt = encode(make_task("<image>\nWhat is shown?", make_image(56, 56)))
     placeholder = tiny_policy.family.image_token_id
-    batch = pack([Tree(prompt, ((5, placeholder, 6), (7,)))])
+    batch = pack([PackedGroup(prompt, ((5, placeholder, 6), (7,)))])
     with torch.no_grad():
         embeddings, _ = embed(tiny_policy, batch)
         table = tiny_policy.part("language").get_input_embeddings().weight
         assert torch.equal(embeddings[len(prompt) + 1], table[placeholder])
         logp, _ = token_logprobs(tiny_policy, batch)
-        alone, _ = token_logprobs(tiny_policy, pack([Tree(prompt, ((7,),))]))
+        alone, _ = token_logprobs(tiny_policy, pack([PackedGroup(prompt, ((7,),))]))
     torch.testing.assert_close(logp[3:], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_features_that_do_not_fit_the_slots_are_caught(tiny_policy):
-    batch = pack([Tree(Prompt(tuple(range(10)), (), None, ()), ())])
+    batch = pack([PackedGroup(Prompt(tuple(range(10)), (), None, ()), ())])
     with pytest.raises(AssertionError, match="8 image features for 3 image tokens"):
         embed(tiny_policy, replace(batch, pixels=torch.zeros(2, 3, 56, 56), slot_index=torch.arange(3)))
 
 
 def test_autocast_stays_near_float32(tiny_folder, tiny_policy):
     policy = load_policy(str(tiny_folder))
-    trees = [random_group(policy, torch.Generator().manual_seed(5), 6, 3, 5, (9, 4, 9))]
+    packed_groups = [random_group(policy, torch.Generator().manual_seed(5), 6, 3, 5, (9, 4, 9))]
     with torch.autocast("cpu", torch.bfloat16):
-        logp, entropy = token_logprobs(policy, pack(trees))
+        logp, entropy = token_logprobs(policy, pack(packed_groups))
     assert logp.dtype == entropy.dtype == torch.float32
     loss_of(logp, entropy).backward()
     assert all(torch.isfinite(p.grad).all() for p in policy.model.parameters() if p.grad is not None)
     with torch.no_grad():
-        exact, _ = token_logprobs(tiny_policy, pack(trees))
+        exact, _ = token_logprobs(tiny_policy, pack(packed_groups))
     assert 0 < (logp - exact).abs().mean() < 0.15
 
 
@@ -201,9 +201,9 @@ def test_two_groups_of_sixteen_with_a_thousand_prompt_tokens_equal_padded_copies
         policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         assert policy.model.is_gradient_checkpointing
     generator = torch.Generator().manual_seed(6)
-    trees = [
+    packed_groups = [
         random_group(policy, generator, 60, 8, 56, (64,) * 16),
         random_group(policy, generator, 60, 20, 44, (64,) * 15 + (33,)),
     ]
-    assert all(len(tree.prompt) == 1024 for tree in trees)
-    assert_equal_steps(policy, plain, trees, "left")
+    assert all(len(packed.prompt) == 1024 for packed in packed_groups)
+    assert_equal_steps(policy, plain, packed_groups, "left")

@@ -13,7 +13,7 @@ from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.train.worker import Worker
 
 NAMES = ["internvl", *VISION_MODELS, "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
@@ -34,12 +34,12 @@ def folder_of(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def tree_of(make_task, make_image):
-    def tree(policy):
+    def packed(policy):
         task = make_task("<image> what?", make_image(90, 60)) if policy.family.unit else make_task("what?")
         encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
-        return Tree(encode(task), ((20, 30, 40), (50, 60)))
+        return PackedGroup(encode(task), ((20, 30, 40), (50, 60)))
 
-    return tree
+    return packed
 
 
 def modules_of(policy):
@@ -101,7 +101,7 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
 
 
 def worker_of(folder, seed=0, **lora):
-    model = ModelSettings(path=str(folder), train=LANGUAGE, lora=LoraSettings(rank=2, **lora))
+    model = ModelSettings(path=str(folder), trainable=LANGUAGE, lora=LoraSettings(rank=2, **lora))
     return Worker(model, OptimSettings(lr=0.01), 1024, reference=True, seed=seed)
 
 
@@ -109,11 +109,11 @@ def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, t
     worker = worker_of(tiny_folder)
     assert learns_by_adapters_alone(worker.policy.model)
     assert worker.reference is worker.policy
-    tree = tree_of(worker.policy)
-    start = worker.logprobs([tree])[0]
-    worker.update_sft([tree], "token", 5.0, 0.01)
-    assert (worker.logprobs([tree])[0] - start).abs().max() > 1e-4
-    assert torch.equal(worker.logprobs([tree], True)[0], start)
+    packed = tree_of(worker.policy)
+    start = worker.logprobs([packed])[0]
+    worker.update_sft([packed], "token", 5.0, 0.01)
+    assert (worker.logprobs([packed])[0] - start).abs().max() > 1e-4
+    assert torch.equal(worker.logprobs([packed], True)[0], start)
     learning = [key for key, parameter in worker.policy.model.named_parameters() if parameter.requires_grad]
     assert learning
     assert all(".lora_" in key for key in learning)
@@ -121,11 +121,11 @@ def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, t
 
 def test_dropout_acts_in_updates_and_nowhere_else(tiny_folder, tree_of):
     worker = worker_of(tiny_folder, dropout=0.5)
-    tree = tree_of(worker.policy)
-    worker.update_sft([tree], "token", 5.0, 0.1)
-    assert torch.equal(worker.logprobs([tree])[0], worker.logprobs([tree])[0])
+    packed = tree_of(worker.policy)
+    worker.update_sft([packed], "token", 5.0, 0.1)
+    assert torch.equal(worker.logprobs([packed])[0], worker.logprobs([packed])[0])
     with torch.no_grad():
-        one, other = (token_logprobs(worker.policy, pack([tree]))[0] for _ in range(2))
+        one, other = (token_logprobs(worker.policy, pack([packed]))[0] for _ in range(2))
     assert not torch.equal(one, other)
 
 
@@ -148,17 +148,17 @@ def test_dropout_draws_by_the_seed_and_goes_on_where_it_was(tiny_folder, tree_of
 
 def test_a_worker_goes_on_from_its_checkpoint_and_exports_plain_weights(tiny_folder, tree_of, tmp_path):
     worker = worker_of(tiny_folder)
-    tree = tree_of(worker.policy)
-    worker.update_sft([tree], "token", 5.0, 0.01)
+    packed = tree_of(worker.policy)
+    worker.update_sft([packed], "token", 5.0, 0.01)
     path = worker.save(tmp_path, 1, {}, 2)
     again = worker_of(tiny_folder)
     again.restore(path)
-    assert torch.equal(again.logprobs([tree])[0], worker.logprobs([tree])[0])
+    assert torch.equal(again.logprobs([packed])[0], worker.logprobs([packed])[0])
     worker.export(tmp_path / "final")
     policy = load_policy(str(tmp_path / "final"))
     with torch.no_grad():
-        merged = token_logprobs(policy, pack([tree]))[0]
-    torch.testing.assert_close(merged, worker.logprobs([tree])[0], rtol=0, atol=2e-5)
+        merged = token_logprobs(policy, pack([packed]))[0]
+    torch.testing.assert_close(merged, worker.logprobs([packed])[0], rtol=0, atol=2e-5)
 
 
 def test_an_unknown_target_names_the_linear_layers(tiny_folder):

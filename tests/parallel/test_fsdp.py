@@ -12,7 +12,7 @@ from foveate.config.cluster import ClusterSettings
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy
 from foveate.parallel.fsdp import LogProbs, blocks, mesh_of, shard
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import ImageSlot, Prompt
 
 RANKS = 2
@@ -24,7 +24,7 @@ CASES = {
     "kept": {"reshard": False},
     "kept, checkpointing": {"reshard": False, "checkpointing": True},
     "hybrid": {"nodes": 2, "gpus_per_node": 1, "shard": "hybrid"},
-    "frozen vision": {"train": ["projector", "language"]},
+    "frozen vision": {"trainable": ["projector", "language"]},
 }
 
 
@@ -35,7 +35,7 @@ def batch_of(rank, image_token):
     prompt = (*ids[:3], *[image_token] * 4, *ids[3 : 8 + 3 * rank])
     pixels = torch.randn(1, 3, 56, 56, generator=generator)
     answers = (tuple(ids[20:27]), tuple(ids[27 : 30 + rank]))
-    return pack([Tree(Prompt(prompt, (ImageSlot(3, 4, 1),), pixels, ()), answers)])
+    return pack([PackedGroup(Prompt(prompt, (ImageSlot(3, 4, 1),), pixels, ()), answers)])
 
 
 def loss_of(logp_M, entropy_M):
@@ -64,7 +64,7 @@ def on_rank(rank, folder, meeting, out):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
     for case, changes in CASES.items():
         changes = {"gpus_per_node": RANKS, **changes}
-        train = changes.pop("train", ["vision", "projector", "language"])
+        train = changes.pop("trainable", ["vision", "projector", "language"])
         checkpointing = changes.pop("checkpointing", False)
         cluster = ClusterSettings(**changes)
         policy = load_policy(folder)
@@ -88,7 +88,7 @@ def results(tiny_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients_over_ranks_are_those_of_one_process(results, tiny_folder, case):
-    train = CASES[case].get("train", ["vision", "projector", "language"])
+    train = CASES[case].get("trainable", ["vision", "projector", "language"])
     losses, expected = on_one_process(str(tiny_folder), train)
     for rank in range(RANKS):
         loss, found, _ = torch.load(results / f"{case}-{rank}.pt")

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from foveate.parallel.packing import Tree, micro_batches, pack
+from foveate.parallel.packing import PackedGroup, micro_batches, pack
 from foveate.records import ImageSlot, Prompt, sum_by_sample
 
 IMAGE = 99
@@ -22,10 +22,10 @@ def image_prompt(before, tiles, after, value):
 
 
 def test_a_group_is_packed_as_one_root_with_its_answers():
-    batch = pack([Tree(text_prompt(1, 2, 3), ((4, 5), (6,)))])
+    batch = pack([PackedGroup(text_prompt(1, 2, 3), ((4, 5), (6,)))])
     assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.position_T.tolist() == [0, 1, 2, 3, 4, 3]
-    assert (batch.layout.start, batch.layout.length, batch.layout.parent) == ((0, 3, 5), (3, 2, 1), (-1, 0, 0))
+    assert (batch.forest.start, batch.forest.length, batch.forest.parent) == ((0, 3, 5), (3, 2, 1), (-1, 0, 0))
     assert batch.target_M.tolist() == [3, 4, 5]
     assert batch.source_M.tolist() == [2, 3, 2]
     assert batch.sample_M.tolist() == [0, 0, 1]
@@ -42,12 +42,12 @@ def test_images_stand_once_per_group_in_the_order_of_the_row():
         torch.tensor([2.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2),
         (IMAGE, 5, IMAGE),
     )
-    trees = [
-        Tree(image_prompt((7,), 2, (8, 9), 1.0), ((4,), (4,), (4,))),
-        Tree(text_prompt(1, 2), ((3,),)),
-        Tree(two, ((4, 4), (4,))),
+    packed_groups = [
+        PackedGroup(image_prompt((7,), 2, (8, 9), 1.0), ((4,), (4,), (4,))),
+        PackedGroup(text_prompt(1, 2), ((3,),)),
+        PackedGroup(two, ((4, 4), (4,))),
     ]
-    batch = pack(trees)
+    batch = pack(packed_groups)
     assert batch.pixels is not None
     assert batch.pixels[:, 0, 0, 0].tolist() == [1.0, 1.0, 2.0, 3.0]
     assert batch.slot_index.tolist() == (batch.token_ids_T == IMAGE).nonzero().flatten().tolist()
@@ -62,14 +62,14 @@ def test_a_packed_row_says_the_same_as_its_samples_one_by_one(seed):
     def words(low, high):
         return tuple(rng.randrange(90) for _ in range(rng.randint(low, high)))
 
-    trees = [
-        Tree(text_prompt(*words(1, 9)), tuple(words(1, 6) for _ in range(rng.randint(0, 4))))
+    packed_groups = [
+        PackedGroup(text_prompt(*words(1, 9)), tuple(words(1, 6) for _ in range(rng.randint(0, 4))))
         for _ in range(rng.randint(1, 5))
     ]
-    batch = pack(trees)
-    samples = [(tree.prompt.token_ids, answer) for tree in trees for answer in tree.answers]
+    batch = pack(packed_groups)
+    samples = [(packed.prompt.token_ids, answer) for packed in packed_groups for answer in packed.answers]
     assert batch.samples == len(samples)
-    assert batch.layout.tokens == len(batch.token_ids_T) == sum(tree.tokens for tree in trees)
+    assert batch.forest.tokens == len(batch.token_ids_T) == sum(packed.tokens for packed in packed_groups)
     for index, (prompt, answer) in enumerate(samples):
         mine = batch.sample_M == index
         targets, sources = batch.target_M[mine], batch.source_M[mine]
@@ -82,13 +82,13 @@ def test_a_packed_row_says_the_same_as_its_samples_one_by_one(seed):
 
 
 def tree_of(tokens):
-    return Tree(text_prompt(*range(tokens - 1)), ((0,),))
+    return PackedGroup(text_prompt(*range(tokens - 1)), ((0,),))
 
 
 def test_micro_batches_fill_the_budget_and_do_not_pass_it():
-    trees = [tree_of(n) for n in (4, 6, 5, 5, 1, 9, 2)]
-    assert micro_batches(trees, 10) == [[0, 1], [2, 3], [4, 5], [6]]
-    assert micro_batches(trees, 1000) == [list(range(7))]
+    packed_groups = [tree_of(n) for n in (4, 6, 5, 5, 1, 9, 2)]
+    assert micro_batches(packed_groups, 10) == [[0, 1], [2, 3], [4, 5], [6]]
+    assert micro_batches(packed_groups, 1000) == [list(range(7))]
     assert micro_batches([], 10) == []
 
 
@@ -99,10 +99,10 @@ def test_a_tree_longer_than_the_budget_stands_alone():
 @pytest.mark.parametrize("seed", range(20))
 def test_micro_batches_keep_every_tree_in_order(seed):
     rng = random.Random(seed)
-    trees = [tree_of(rng.randint(2, 30)) for _ in range(rng.randint(1, 40))]
-    batches = micro_batches(trees, 50)
-    assert [index for batch in batches for index in batch] == list(range(len(trees)))
-    sizes = [sum(trees[i].tokens for i in batch) for batch in batches]
+    packed_groups = [tree_of(rng.randint(2, 30)) for _ in range(rng.randint(1, 40))]
+    batches = micro_batches(packed_groups, 50)
+    assert [index for batch in batches for index in batch] == list(range(len(packed_groups)))
+    sizes = [sum(packed_groups[i].tokens for i in batch) for batch in batches]
     assert max(sizes) <= 50
     for size, following in zip(sizes, batches[1:], strict=False):
-        assert size + trees[following[0]].tokens > 50
+        assert size + packed_groups[following[0]].tokens > 50

@@ -34,7 +34,7 @@ ON_CPU = ClusterSettings(device="cpu")
 
 def work_of(config, **changes) -> Workload:
     values = {
-        "config": config, "train": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ON_CPU,
+        "config": config, "trainable": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ON_CPU,
         "budget": 512, "steps": 10, "groups": 8, "answers": 4, "updates": 1, "prompt": 200, "answer": 70, "tiles": 3,
         "longest": 100, "generates": True, "forwards": 0, "reference": False,
     }  # fmt: skip
@@ -69,7 +69,7 @@ def test_storages_are_counted_while_they_live_and_those_from_outside_never():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_small_depths_carry_on_to_the_full_one(config, train, checkpointing):
     deep = shallow(config, 9, 5)
-    work = work_of(deep, train=train, checkpointing=checkpointing)
+    work = work_of(deep, trainable=train, checkpointing=checkpointing)
     whole = step_memory(deep, work.row, dtype=torch.float32, train=train, checkpointing=checkpointing)
     assert activation_memory(work).total == pytest.approx(whole.total, rel=0.01)
 
@@ -103,7 +103,7 @@ def test_one_rank_that_computes_in_bfloat16_keeps_copies_of_its_weights(config):
     plain, halved = memory(None), memory()
     assert (plain.gathered, halved.gathered) == (0.0, 2.0 * sizes.total)
     assert plain.weights == halved.weights
-    assert memory(train=("projector",)).gathered == 2.0 * sizes_of(config, ("projector",)).trained
+    assert memory(trainable=("projector",)).gathered == 2.0 * sizes_of(config, ("projector",)).trained
     assert memory(checkpointing=True).gathered < halved.gathered
 
 
@@ -152,7 +152,7 @@ def test_arithmetic_is_what_the_model_does(config):
     batch = _meta_batch(RowShape(256, 64, 3), per_tile, side)
     with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():
         token_logprobs(policy, batch)
-    answers = len(batch.layout.length) - 1
+    answers = len(batch.forest.length) - 1
     answer = len(batch.target_M) // answers
     expected = language_flops(config, 256, answer, answers) + vision_flops(config, 3)
     text, vision = config.text_config, config.vision_config
@@ -167,9 +167,9 @@ def test_arithmetic_is_what_the_model_does(config):
 
 def test_keys_and_values_are_those_of_the_engines_cache(config):
     text = config.text_config
-    from foveate.records import Layout
+    from foveate.records import Forest
 
-    cache = GroupCache(Layout((0,), (10,), (-1,)), 1, 4, torch.device("cpu"))
+    cache = GroupCache(Forest((0,), (10,), (-1,)), 1, 4, torch.device("cpu"))
     for layer in range(text.num_hidden_layers):
         row = torch.zeros(text.num_key_value_heads, 10, text.head_dim)
         cache.attend(layer, torch.zeros(text.num_attention_heads, 10, text.head_dim), row, row, 1.0)

@@ -95,6 +95,6 @@ def test_one_step_and_equal_values_still_make_a_chart() -> None:
 
 
 def test_values_are_told_as_finely_as_the_axis_shows_them() -> None:
-    rows = [{"step": step, "ratio_max": 1 + step * 1e-4} for step in range(6)]
+    rows = [{"step": step, "loss/ratio_max": 1 + step * 1e-4} for step in range(6)]
     (chart,), _ = chart_metrics(rows)
     assert chart.lines[0].last == "1.0005"

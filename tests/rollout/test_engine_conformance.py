@@ -64,7 +64,7 @@ class Case:
 
     def largest_difference(self, sampling=SAMPLING, first_seed=0):
         groups = self.engine.generate(self.requests(first_seed), sampling)
-        assert {completion.version for group in groups for completion in group} == {self.version}
+        assert {answer.version for group in groups for answer in group} == {self.version}
         differences = logprob_differences(self.policy, self.prompts, groups, sampling.temperature or 1.0)
         return float(torch.cat(differences).max())
 
@@ -117,14 +117,14 @@ def test_groups_are_complete_and_in_order(case):
     assert [len(group) for group in groups] == [4] * 5
     stop_ids = case.policy.family.stop_ids
     for group in groups:
-        for completion in group:
-            assert completion.version == case.version
-            assert len(completion.logprobs) == len(completion.token_ids) <= 16
-            stops = [token in stop_ids for token in completion.token_ids]
+        for answer in group:
+            assert answer.version == case.version
+            assert len(answer.logprobs) == len(answer.token_ids) <= 16
+            stops = [token in stop_ids for token in answer.token_ids]
             assert not any(stops[:-1])
-            assert completion.finish == ("stop" if stops[-1] else "length")
-            assert completion.text == case.encoder.decode(completion.token_ids)
-    assert len({completion.token_ids for group in groups for completion in group}) > 15
+            assert answer.finish == ("stop" if stops[-1] else "length")
+            assert answer.text == case.encoder.decode(answer.token_ids)
+    assert len({answer.token_ids for group in groups for answer in group}) > 15
 
 
 def test_an_answer_ends_with_its_stop_token(case):
@@ -135,10 +135,10 @@ def test_an_answer_ends_with_its_stop_token(case):
         head[case.policy.family.stop_ids[0]] = head[likely[0]]
     case.publish()
     groups = case.engine.generate(case.requests(), SamplingParams(samples=8, max_tokens=40))
-    assert {completion.finish for group in groups for completion in group} >= {"stop"}
+    assert {answer.finish for group in groups for answer in group} >= {"stop"}
     for group in groups:
-        for completion in group:
-            assert (completion.token_ids[-1] in case.policy.family.stop_ids) == (completion.finish == "stop")
+        for answer in group:
+            assert (answer.token_ids[-1] in case.policy.family.stop_ids) == (answer.finish == "stop")
     with torch.no_grad():
         head.copy_(before)
     case.publish()
@@ -219,7 +219,7 @@ def test_greedy_answers_are_the_native_engines(case):
     for found, expected in zip(
         case.engine.generate(case.requests(), greedy), native.generate(case.requests(), greedy), strict=True
     ):
-        assert [completion.token_ids for completion in found] == [completion.token_ids for completion in expected]
+        assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
 
 
 def test_equal_seeds_give_equal_answers_and_others_differ(case):
@@ -244,7 +244,7 @@ def test_tokens_without_meaning_are_never_sampled_and_stay_in_the_softmax(case):
     case.publish()
     for temperature in (0.0, 1.0):
         groups = case.engine.generate(case.requests(), SamplingParams(4, 16, temperature=temperature))
-        drawn = {token for group in groups for completion in group for token in completion.token_ids}
+        drawn = {token for group in groups for answer in group for token in answer.token_ids}
         assert max(drawn) < len(case.policy.tokenizer)
         assert not drawn & set(case.policy.family.placeholder_ids)
     assert case.largest_difference() < 1e-4
@@ -273,23 +273,23 @@ def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logp
         case.engine.pause()
         found = stream.result()
     case.engine.resume()
-    assert "abort" in {completion.finish for group in found.values() for completion in group}
+    assert "abort" in {answer.finish for group in found.values() for answer in group}
     old, first = replace(case.policy, model=copy.deepcopy(case.policy.model)), case.version
     case.change_weights()
     case.publish()
-    again = [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    again = [replace(request, partial_answers=found.get(i, ())) for i, request in enumerate(requests)]
     groups = case.engine.generate(again, sampling)
     differences = [logprob_differences(policy, case.prompts, groups, 1.0) for policy in (old, case.policy)]
     assert (differences[0][0] - differences[1][0]).abs().max() > 1e-2
     mixed = 0
     for request, group, *both in zip(again, groups, *differences, strict=True):
-        for begun, whole in zip(request.begun, group, strict=bool(request.begun)):
+        for begun, whole in zip(request.partial_answers, group, strict=bool(request.partial_answers)):
             assert whole.token_ids[: len(begun.token_ids)] == begun.token_ids
             mixed += len(whole.spans) == 2
         versions = torch.tensor([v for c in group for v, tokens in c.sampled_by for _ in range(tokens)])
         assert set(versions.tolist()) <= {first, case.version}
         assert float(torch.where(versions == first, *both).max()) < 1e-4
-        assert all(completion.finish in ("stop", "length") for completion in group)
+        assert all(answer.finish in ("stop", "length") for answer in group)
     assert mixed > 0
     assert case.largest_difference() < 1e-4
 
@@ -338,7 +338,7 @@ def test_a_server_that_is_killed_goes_on_with_the_weights_of_the_last_publish(ca
             time.sleep(0.01)
         os.kill(victim, signal.SIGKILL)
         assert [len(group) for group in groups.result()] == [4] * 5
-    assert {completion.version for group in groups.result() for completion in group} == {case.version}
+    assert {answer.version for group in groups.result() for answer in group} == {case.version}
     assert case.engine.counts.restarts == restarts + 1
     assert case.largest_difference() < 1e-4
 

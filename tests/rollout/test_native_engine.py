@@ -11,15 +11,15 @@ from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 
 from foveate.encoding.encode import Encoder
-from foveate.models.attention.kernels import Extras
+from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import Tree, pack
-from foveate.records import DataError, Image, Layout, Message, SamplingParams, Task
+from foveate.parallel.packing import PackedGroup, pack
+from foveate.records import DataError, Forest, Image, Message, SamplingParams, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import GroupCache
-from foveate.rollout.native.engine import NativeEngine, plan_waves
+from foveate.rollout.native.engine import NativeEngine, plan_decode_batches
 
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=1, vision_ffn=64, width=64, layers=2, head_dim=16, ffn=96)
 
@@ -71,7 +71,7 @@ def requests_of(policy):
 
 
 def ids(answers):
-    return [[completion.token_ids for completion in group] for group in answers]
+    return [[answer.token_ids for answer in group] for group in answers]
 
 
 def often_stopping(policy):
@@ -85,11 +85,11 @@ def test_logprobs_equal_the_trainers(policy, temperature):
     requests = requests_of(policy)
     answers = engine_of(often_stopping(policy)).generate(requests, sampling)
     batch = pack(
-        [Tree(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
     )
     expected, entropy = token_logprobs(policy, batch, temperature)
     assert 0.2 < entropy.mean() < 5
-    found = torch.tensor([value for group in answers for completion in group for value in completion.logprobs])
+    found = torch.tensor([value for group in answers for answer in group for value in answer.logprobs])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -98,9 +98,9 @@ def test_logprobs_equal_the_trainers_under_bfloat16_up_to_its_precision(folder):
     requests = requests_of(policy)
     answers = engine_of(policy).generate(requests, SamplingParams(samples=4, max_tokens=12))
     batch = pack(
-        [Tree(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
     )
-    found = torch.tensor([value for group in answers for completion in group for value in completion.logprobs])
+    found = torch.tensor([value for group in answers for answer in group for value in answer.logprobs])
     assert (found - token_logprobs(policy, batch)[0]).abs().mean() < 0.1
 
 
@@ -109,7 +109,7 @@ def test_greedy_equals_transformers_generate(policy, folder):
     requests = requests_of(policy)
     answers = engine_of(policy).generate(requests, SamplingParams(max_tokens=24, temperature=0))
     banned = [[token] for token in (*policy.family.placeholder_ids, *range(len(policy.tokenizer), 700))]
-    for request, (completion,) in zip(requests, answers, strict=True):
+    for request, (answer,) in zip(requests, answers, strict=True):
         token_ids = torch.tensor([request.prompt.token_ids])
         out = plain.generate(
             input_ids=token_ids,
@@ -119,7 +119,7 @@ def test_greedy_equals_transformers_generate(policy, folder):
             bad_words_ids=banned,
             **({} if request.prompt.pixels is None else {"pixel_values": request.prompt.pixels}),
         )
-        assert out[0, len(request.prompt) :].tolist() == list(completion.token_ids)
+        assert out[0, len(request.prompt) :].tolist() == list(answer.token_ids)
 
 
 def test_a_prompt_costs_one_prefill_whatever_the_number_of_answers(policy):
@@ -132,7 +132,7 @@ def test_a_prompt_costs_one_prefill_whatever_the_number_of_answers(policy):
 def test_finished_answers_leave_the_batch(policy):
     engine = engine_of(often_stopping(policy))
     answers = engine.generate(requests_of(policy), SamplingParams(samples=8, max_tokens=60))
-    lengths = [len(completion.token_ids) for group in answers for completion in group]
+    lengths = [len(answer.token_ids) for group in answers for answer in group]
     assert len(set(lengths)) > 5
     assert engine.stats.decode_tokens == sum(lengths) - len(lengths)
     assert engine.stats.decode_steps == max(lengths) - 1
@@ -142,7 +142,7 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
     generator = torch.Generator().manual_seed(0)
     lengths, samples, heads, kv_heads, width = (5, 9, 3, 7), 3, 4, 2, 8
     starts = (0, 5, 14, 17)
-    cache = GroupCache(Layout(starts, lengths, (-1,) * 4), samples, 6, torch.device("cpu"))
+    cache = GroupCache(Forest(starts, lengths, (-1,) * 4), samples, 6, torch.device("cpu"))
 
     def random(count, tokens):
         return torch.randn(count, tokens, width, generator=generator)
@@ -176,9 +176,9 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
 def test_the_cache_goes_on_from_answers_that_were_begun(window):
     """Two prompts whose answers were begun, of unlike lengths, and between them one whose answers begin now."""
     generator = torch.Generator().manual_seed(0)
-    layout = Layout((0, 5, 8, 9, 18, 21), (5, 3, 1, 9, 3, 6), (-1, 0, 0, -1, -1, 4))
+    forest = Forest((0, 5, 8, 9, 18, 21), (5, 3, 1, 9, 3, 6), (-1, 0, 0, -1, -1, 4))
     heads, kv_heads, width, tokens = 4, 2, 8, 27
-    cache = GroupCache(layout, 2, 12, torch.device("cpu"))
+    cache = GroupCache(forest, 2, 12, torch.device("cpu"))
 
     def random(count, length):
         return torch.randn(count, length, width, generator=generator)
@@ -187,14 +187,14 @@ def test_the_cache_goes_on_from_answers_that_were_begun(window):
     assert cache.attend(0, random(heads, tokens), key, value, 0.3) is None
     cache.branch()
     paths = [(0, 1), (0, 2), (3,), (3,), (4, 5)]
-    spans = [[slice(layout.start[k], layout.start[k] + layout.length[k]) for k in path] for path in paths]
+    spans = [[slice(forest.start[k], forest.start[k] + forest.length[k]) for k in path] for path in paths]
     seen = [tuple(torch.cat([rows[:, span] for span in path], 1) for rows in (key, value)) for path in spans]
     rows = list(range(5))
     for keep in ((0, 1, 2, 3, 4), (0, 2, 3, 4), (0, 2, 4), (4,), (4,)):
         if len(keep) < len(rows):
             rows = [rows[row] for row in cache.keep([rows.index(answer) for answer in sorted(keep, key=rows.index)])]
         query, key, value = random(heads, len(rows)), random(kv_heads, len(rows)), random(kv_heads, len(rows))
-        out = cache.attend(0, query, key, value, 0.3, Extras(window, None))
+        out = cache.attend(0, query, key, value, 0.3, AttentionOptions(window, None))
         for row, answer in enumerate(rows):
             new = key[:, [row]], value[:, [row]]
             seen[answer] = tuple(torch.cat(pair, 1) for pair in zip(seen[answer], new, strict=True))
@@ -214,11 +214,11 @@ def interrupted(engine, requests, sampling, after):
         if len(found) == after:
             engine.pause()
     engine.resume()
-    return [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    return [replace(request, partial_answers=found.get(i, ())) for i, request in enumerate(requests)]
 
 
 def finishes(requests):
-    return [[completion.finish for completion in request.begun] for request in requests]
+    return [[answer.finish for answer in request.partial_answers] for request in requests]
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -232,15 +232,15 @@ def test_interrupted_answers_go_on_as_if_nothing_had_been(policy, after):
     found = engine.generate(again, sampling)
     assert ids(found) == ids(whole)
     for group, expected in zip(found, whole, strict=True):
-        for completion, other in zip(group, expected, strict=True):
-            assert (completion.text, completion.finish, completion.spans) == (other.text, other.finish, ())
-            torch.testing.assert_close(completion.logprobs, other.logprobs, atol=1e-4, rtol=0)
+        for answer, other in zip(group, expected, strict=True):
+            assert (answer.text, answer.finish, answer.spans) == (other.text, other.finish, ())
+            torch.testing.assert_close(answer.logprobs, other.logprobs, atol=1e-4, rtol=0)
 
 
 def test_what_was_not_begun_is_not_given_and_a_paused_engine_begins_nothing(policy):
     engine = engine_of(policy, token_budget=200)
     begun = interrupted(engine, requests_of(policy), SamplingParams(samples=2, max_tokens=20), 1)
-    assert 0 < sum(not request.begun for request in begun) < 5
+    assert 0 < sum(not request.partial_answers for request in begun) < 5
     engine.pause()
     assert [*engine.stream(requests_of(policy), SamplingParams())] == []
     engine.resume()
@@ -259,20 +259,20 @@ def test_an_answer_over_a_change_of_weights_has_the_logprobs_of_those_that_sampl
     engine.publish(2, policy.model.named_parameters())
     answers = engine.generate(requests, sampling)
     batch = pack(
-        [Tree(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
     )
-    completions = [completion for group in answers for completion in group]
-    versions = torch.tensor([v for c in completions for v, tokens in c.sampled_by for _ in range(tokens)])
+    answers = [answer for group in answers for answer in group]
+    versions = torch.tensor([v for c in answers for v, tokens in c.sampled_by for _ in range(tokens)])
     by_version = {1: token_logprobs(old, batch)[0], 2: token_logprobs(policy, batch)[0]}
-    found = torch.tensor([value for completion in completions for value in completion.logprobs])
+    found = torch.tensor([value for answer in answers for value in answer.logprobs])
     torch.testing.assert_close(found, torch.where(versions == 1, *by_version.values()), atol=1e-4, rtol=0)
     assert (by_version[1] - by_version[2]).abs().max() > 0.1
-    mixed = [completion for completion in completions if completion.spans]
+    mixed = [answer for answer in answers if answer.spans]
     assert mixed
-    assert {completion.version for completion in mixed} == {1}
-    for completion in mixed:
-        assert [version for version, _ in completion.spans] == [1, 2]
-        assert sum(tokens for _, tokens in completion.spans) == len(completion.token_ids)
+    assert {answer.version for answer in mixed} == {1}
+    for answer in mixed:
+        assert [version for version, _ in answer.spans] == [1, 2]
+        assert sum(tokens for _, tokens in answer.spans) == len(answer.token_ids)
 
 
 def test_answers_do_not_depend_on_what_else_is_in_the_batch(policy):
@@ -297,7 +297,7 @@ def test_answer_i_does_not_depend_on_the_number_of_answers_nor_on_their_limit(po
 def test_seeds_and_answers_differ(policy):
     prompt = prompts(policy)[0]
     first, second = engine_of(policy).generate([Request(prompt, 1), Request(prompt, 2)], SamplingParams(4, 12))
-    assert len({completion.token_ids for completion in (*first, *second)}) == 8
+    assert len({answer.token_ids for answer in (*first, *second)}) == 8
 
 
 def test_sampling_leaves_the_global_generators_alone(policy):
@@ -309,22 +309,22 @@ def test_sampling_leaves_the_global_generators_alone(policy):
 def test_an_answer_ends_with_its_stop_token_or_at_the_limit(policy):
     policy = often_stopping(policy)
     answers = engine_of(policy).generate(requests_of(policy), SamplingParams(samples=8, max_tokens=20))
-    completions = [completion for group in answers for completion in group]
-    assert {completion.finish for completion in completions} == {"stop", "length"}
-    for completion in completions:
-        assert len(completion.logprobs) == len(completion.token_ids) <= 20
-        stops = [token in policy.family.stop_ids for token in completion.token_ids]
+    answers = [answer for group in answers for answer in group]
+    assert {answer.finish for answer in answers} == {"stop", "length"}
+    for answer in answers:
+        assert len(answer.logprobs) == len(answer.token_ids) <= 20
+        stops = [token in policy.family.stop_ids for token in answer.token_ids]
         assert not any(stops[:-1])
-        assert completion.finish == ("stop" if stops[-1] else "length")
-        assert completion.finish == "stop" or len(stops) == 20
-        text = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
-        assert completion.text == policy.tokenizer.decode(list(text), skip_special_tokens=False)
+        assert answer.finish == ("stop" if stops[-1] else "length")
+        assert answer.finish == "stop" or len(stops) == 20
+        text = answer.token_ids[:-1] if answer.finish == "stop" else answer.token_ids
+        assert answer.text == policy.tokenizer.decode(list(text), skip_special_tokens=False)
 
 
 def test_one_token_is_drawn_without_a_decode_step(policy):
     engine = engine_of(policy)
     answers = engine.generate(requests_of(policy), SamplingParams(samples=3, max_tokens=1))
-    assert all(len(completion.token_ids) == 1 for group in answers for completion in group)
+    assert all(len(answer.token_ids) == 1 for group in answers for answer in group)
     assert engine.stats.decode_steps == 0
 
 
@@ -338,9 +338,9 @@ def test_placeholders_and_padded_rows_of_the_vocabulary_are_never_sampled(policy
     head.register_forward_hook(lambda _module, _input, logits: logits + bias)
     answers = engine_of(policy).generate(requests_of(policy), SamplingParams(4, 20, temperature=temperature))
     for group in answers:
-        for completion in group:
-            assert max(completion.token_ids) < known
-            assert not set(completion.token_ids) & set(policy.family.placeholder_ids)
+        for answer in group:
+            assert max(answer.token_ids) < known
+            assert not set(answer.token_ids) & set(policy.family.placeholder_ids)
 
 
 def test_a_shared_engine_sees_the_policys_weights_at_once(policy):
@@ -367,7 +367,7 @@ def test_a_copied_engine_serves_the_old_weights_until_they_are_published(policy)
     engine.publish(2, policy.model.named_parameters())
     after = engine.generate(requests, sampling)
     assert ids(after) == ids(engine_of(policy).generate(requests, sampling)) != ids(before)
-    assert {completion.version for group in after for completion in group} == {2}
+    assert {answer.version for group in after for answer in group} == {2}
 
 
 def test_published_weights_that_do_not_fit_are_refused_and_nothing_changes(policy):
@@ -393,7 +393,7 @@ def test_sampling_does_not_disturb_training(policy):
     modes = [module.training for module in policy.model.modules()]
     engine_of(policy).generate(requests, SamplingParams(2, 6))
     assert [module.training for module in policy.model.modules()] == modes
-    same_layout = pack([Tree(request.prompt, ()) for request in requests])
+    same_layout = pack([PackedGroup(request.prompt, ()) for request in requests])
     batch = replace(same_layout, target_M=torch.tensor([1]), source_M=torch.tensor([0]))
     token_logprobs(policy, batch)[0].sum().backward()
     assert policy.part("head").weight.grad.isfinite().all()
@@ -401,9 +401,9 @@ def test_sampling_does_not_disturb_training(policy):
 
 def test_waves_respect_the_token_budget_and_keep_like_lengths_together():
     sampling = SamplingParams(samples=2, max_tokens=10)
-    assert plan_waves([50, 5, 300, 6], sampling, 110) == [[1, 3], [0], [2]]
-    assert plan_waves([50, 50, 50], sampling, 140) == [[0, 1], [2]]
-    assert plan_waves([], sampling, 140) == []
+    assert plan_decode_batches([50, 5, 300, 6], sampling, 110) == [[1, 3], [0], [2]]
+    assert plan_decode_batches([50, 50, 50], sampling, 140) == [[0, 1], [2]]
+    assert plan_decode_batches([], sampling, 140) == []
 
 
 def test_no_requests_give_no_answers(policy):

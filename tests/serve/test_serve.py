@@ -15,7 +15,7 @@ from serving import served
 from starlette.testclient import TestClient
 
 from foveate.errors import ConfigError
-from foveate.records import Completion, SamplingParams
+from foveate.records import Answer, SamplingParams
 from foveate.rewards.remote import data_url
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -136,7 +136,7 @@ class RecordingEngine:
         self.waves.append((len(requests), sampling))
         if any(request.seed == 13 for request in requests):
             raise RuntimeError("out of memory")
-        return [(Completion((1,), (0.0,), str(request.seed), "stop", 0),) for request in requests]
+        return [(Answer((1,), (0.0,), str(request.seed), "stop", 0),) for request in requests]
 
     def publish(self, version, weights):
         raise NotImplementedError

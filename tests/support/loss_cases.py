@@ -23,7 +23,7 @@ from foveate.algorithms.policy_losses import (
     reinforce,
     sapo,
 )
-from foveate.records import Batch, Layout, LossOut, PolicyTargets, Totals
+from foveate.records import Batch, Forest, LossOut, PolicyTargets, Totals
 
 LOSSES = (grpo, gspo, gspo_token, reinforce, cispo, sapo, gmpo, dppo, clip_cov, kl_cov)
 
@@ -39,7 +39,7 @@ def double(rows: Any) -> Tensor:
 def make_batch(sample_M: Tensor, samples: int) -> Batch:
     """A batch of which only the fields that a loss reads are filled."""
     empty = torch.empty(0, dtype=torch.long)
-    return Batch(empty, empty, Layout((), (), ()), None, empty, empty, empty, sample_M, samples)
+    return Batch(empty, empty, Forest((), (), ()), None, empty, empty, empty, sample_M, samples)
 
 
 def pack(mask: Tensor) -> Batch:
@@ -83,12 +83,12 @@ def take_answers(
     lengths = [int((batch.sample_M == answer).sum()) for answer in answers]
     sample_M = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(lengths))
     assert targets.ref_M is not None
-    assert targets.mark_M is not None
+    assert targets.masked_M is not None
     part = PolicyTargets(
         targets.old_M[index_M],
         targets.engine_M[index_M],
         targets.advantage_M[index_M],
         targets.ref_M[index_M],
-        targets.mark_M[index_M],
+        targets.masked_M[index_M],
     )
     return values_M[index_M], make_batch(sample_M, len(answers)), part, index_M

@@ -194,12 +194,12 @@ def pretend_gpu(patch):
     """`patch`: pytest's monkeypatch."""
     from foveate.models.attention import kernels
 
-    def on_the_gpu(query, key, value, layout, scale, window=None, sinks=None):
+    def on_the_gpu(query, key, value, forest, scale, window=None, sinks=None):
         """In the place of FlexAttention, which other tests hold equal to the reference."""
         assert all(isinstance(tensor, OnGpu) for tensor in (query, key, value))
-        extras = kernels.Extras(window, None if sinks is None else sinks.to("cpu"))
+        options = kernels.AttentionOptions(window, None if sinks is None else sinks.to("cpu"))
         rows = (tensor.to("cpu") for tensor in (query, key, value))
-        return kernels.parts_attention(*rows, layout, scale, extras).to("cuda")
+        return kernels.parts_attention(*rows, forest, scale, options).to("cuda")
 
     patch.setattr(kernels, "flex_forest_attention", on_the_gpu)
     patch.setattr(torch, "inference_mode", torch.no_grad)  # which such tensors do not know

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from foveate.parallel.packing import Tree, empty, in_step, pack
+from foveate.parallel.packing import PackedGroup, empty, pack, pad_with_dummy_image
 from foveate.records import ImageSlot, Prompt
 
 
@@ -22,14 +22,14 @@ def tree_of(seed, family, *, images=1):
     token_ids, slots, pixels = list(ids[:3]), [], []
     for _ in range(images):
         grid = (2, 2) if family.unit == "pixels" else None
-        shape = family.blank.pixels.shape
+        shape = family.dummy_image.pixels.shape
         entries = shape[0] * 4 if grid else 1
         slots.append(ImageSlot(len(token_ids), 4, entries, grid))
         pixels.append(torch.randn(entries, *shape[1:], generator=generator))
         token_ids += [family.image_token_id] * 4 + [ids[3]]
     token_ids += ids[4 : 9 + seed % 7]
     prompt = Prompt(tuple(token_ids), tuple(slots), torch.cat(pixels) if pixels else None, ())
-    return Tree(prompt, (tuple(ids[20:27]), tuple(ids[27 : 30 + seed % 5])))
+    return PackedGroup(prompt, (tuple(ids[20:27]), tuple(ids[27 : 30 + seed % 5])))
 
 
 def loss_of(logp_M, entropy_M):
@@ -43,12 +43,14 @@ def gradients(model):
 
 def rows(family, *, ranks):
     """A row for each of `ranks` data ranks: the first has images of several prompts, the last of several has none."""
-    vision = family.blank is not None
+    vision = family.dummy_image is not None
     first = pack(
         [tree_of(0, family, images=3 * vision), tree_of(1, family, images=0), tree_of(2, family, images=vision)]
     )
     second = pack([tree_of(3, family, images=0)])
-    return [in_step(batch, family.blank) for batch in (first, second, empty(family.blank))[:ranks]]
+    return [
+        pad_with_dummy_image(batch, family.dummy_image) for batch in (first, second, empty(family.dummy_image))[:ranks]
+    ]
 
 
 def spawn(function, ranks, folder, *arguments):

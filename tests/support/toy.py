@@ -133,7 +133,7 @@ def a_number(_text: str, _task: Task) -> float:
 def not_finite(logp_M: Tensor, _entropy_M: Tensor, _batch: Any, _targets: Any, totals: Totals) -> LossOut:
     """Sound on the two answers of a dry run, and infinite in training."""
     factor = 1.0 if totals.samples == 2 else float("inf")
-    return LossOut(logp_M.sum() * factor, {"policy_loss": (0.0, 1.0)})
+    return LossOut(logp_M.sum() * factor, {"loss/policy": (0.0, 1.0)})
 
 
 def half_gspo(logp_M: Tensor, entropy_M: Tensor, batch: Any, targets: Any, totals: Any, *, share: float) -> LossOut:

@@ -12,7 +12,7 @@ from family_cases import VISION_MODELS, build_family
 from rich.console import Console
 
 from foveate.errors import DataError
-from foveate.models.policy import load_policy, outline
+from foveate.models.policy import load_on_meta, load_policy
 from foveate.tools.doctor import environment, examine, model_facts
 
 
@@ -74,7 +74,7 @@ def test_other_families_are_told_too(name, image, boxes, tmp_path):
 @pytest.mark.parametrize("name", ["300M-qwen2", "6B-qwen3_moe", "6B-gpt_oss", *VISION_MODELS, "qwen3_moe", "gpt_oss"])
 def test_a_model_is_told_without_reading_its_weights(name, tmp_path):
     folder = write_chat_folder(tmp_path / name, name) if name in CASES else build_family(tmp_path / name, name)
-    seen = outline(str(folder))
+    seen = load_on_meta(str(folder))
     assert all(parameter.is_meta for parameter in seen.model.parameters())
     assert model_facts(seen) == model_facts(load_policy(str(folder)))
 

@@ -87,7 +87,7 @@ def test_a_script_becomes_a_recipe_with_its_values(script, tmp_path):
     assert (settings.cluster.nodes, settings.cluster.gpus_per_node, settings.cluster.engines) == (2, 4, 8)
     assert settings.cluster.offload
     assert settings.cluster.sequence_parallel == 2
-    assert (settings.eval.every, settings.algorithm.refills, settings.rollout.engine) == (5, 3, "vllm")
+    assert (settings.eval.every, settings.algorithm.resample_rounds, settings.rollout.engine) == (5, 3, "vllm")
 
 
 def test_every_key_is_mapped_idle_or_named_as_not_honoured(script):

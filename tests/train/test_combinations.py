@@ -16,7 +16,7 @@ from foveate.models.checkpoint.formats import detect_format
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import add_adapters, merged_state
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 
 PARTS = ("vision", "projector", "language")
 SUBSETS = [subset for count in (1, 2, 3) for subset in combinations(PARTS, count)]
@@ -39,27 +39,29 @@ def folders(tmp_path_factory):
 def trees_of(make_task, make_image):
     """Rows without a picture, with one, with three of unlike shapes."""
 
-    def trees(policy):
+    def packed_groups(policy):
         encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 2048)
         tasks = [
             make_task("What is two and three?"),
             make_task("<image>\nWhat is shown?", make_image(130, 70, 1)),
             make_task("<image> and <image>, not <image>", *(make_image(90 * i, 200 - 40 * i, i) for i in (1, 2, 3))),
         ]
-        return [Tree(encode(task), ((20, 30, 40 + i), (50,))) for i, task in enumerate(tasks)]
+        return [PackedGroup(encode(task), ((20, 30, 40 + i), (50,))) for i, task in enumerate(tasks)]
 
-    return trees
+    return packed_groups
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(case, folders, trees_of):
     policy = load_policy(str(folders(case)))
-    trees = trees_of(policy)
-    assert [len(tree.prompt.slots) for tree in trees] == [0, 1, 3]
+    packed_groups = trees_of(policy)
+    assert [len(packed.prompt.slots) for packed in packed_groups] == [0, 1, 3]
     with torch.no_grad():
-        together = token_logprobs(policy, pack(trees))[0].split([tree.answer_tokens for tree in trees])
-        for tree, found in zip(trees, together, strict=True):
-            alone = token_logprobs(policy, pack([tree]))[0]
+        together = token_logprobs(policy, pack(packed_groups))[0].split(
+            [packed.answer_tokens for packed in packed_groups]
+        )
+        for packed, found in zip(packed_groups, together, strict=True):
+            alone = token_logprobs(policy, pack([packed]))[0]
             torch.testing.assert_close(found.mean(), alone.mean(), rtol=1e-5, atol=1e-5)
 
 

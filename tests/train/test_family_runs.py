@@ -46,7 +46,7 @@ def test_a_run_of_every_family_learns_and_gives_its_model_back_in_its_own_layout
     chat, sees = name == "internvl-chat", name not in ("qwen3", "gpt_oss")
     start = write_chat_folder(tmp_path / "m", "300M-qwen3") if chat else build_family(tmp_path / "m", name)
     parts = ["vision", "projector", "language"] if sees else ["language"]
-    changes = {"model": {"path": str(start), "train": parts}, "train": {"steps": 2}}
+    changes = {"model": {"path": str(start), "trainable": parts}, "train": {"steps": 2}}
     if not sees:
         changes["data"] = {split: [str(questions / f"{split}.jsonl")] for split in ("train", "test")}
     settings = settings_of(tmp_path / "run", start, pictures, **changes)
@@ -57,8 +57,8 @@ def test_a_run_of_every_family_learns_and_gives_its_model_back_in_its_own_layout
     run = RunFolder(tmp_path / "run")
     records = read_metrics(run.metrics)
     assert [record["step"] for record in records] == [1, 2]
-    assert all(record["grad_norm"] > 0 and not record["update_skipped"] for record in records)
-    assert all(record["engine_logprob_difference_max"] < 1e-4 for record in records)
+    assert all(record["optim/grad_norm"] > 0 and not record["optim/update_skipped"] for record in records)
+    assert all(record["engine/logprob_difference_max"] < 1e-4 for record in records)
     assert "eval/greedy_accuracy" in records[-1] or not sees
     assert run.report.is_file()
     assert detect_format(run.final) == detect_format(start)
@@ -109,7 +109,7 @@ def test_rows_of_text_of_pictures_and_of_a_video_are_learned_together(name, verb
     (tmp_path / "data").mkdir()
     settings = {
         "run": str(tmp_path / "run"),
-        "model": {"path": str(start), "train": ["vision", "projector", "language"]},
+        "model": {"path": str(start), "trainable": ["vision", "projector", "language"]},
         "data": {"train": [mixed_rows(tmp_path / "data")], "max_prompt_tokens": 256},
         "optim": {"lr": 1e-3},
         "train": {"steps": 2, "threads": 1, "tokens_per_micro_batch": 512},
@@ -126,7 +126,7 @@ def test_rows_of_text_of_pictures_and_of_a_video_are_learned_together(name, verb
     assert result.exit_code == 0, result.output + str(result.exception)
     run = RunFolder(tmp_path / "run")
     records = read_metrics(run.metrics)
-    assert all(record["grad_norm"] > 0 and not record["update_skipped"] for record in records)
+    assert all(record["optim/grad_norm"] > 0 and not record["optim/update_skipped"] for record in records)
     if verb == "rl":
         answered = "".join(file.read_text() for file in run.rollouts.glob("*.jsonl"))
         assert answered.count("Frame3: <image>") == 2

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import build_family
+from family_cases import TEXT_MODELS, VISION_MODELS, build_family
 from pretend_gpu import OnGpu, pretend_gpu
 from safetensors.torch import load_file
-from test_families import NAMES
 from toy import make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.encoding.encode import Encoder
@@ -16,7 +15,7 @@ from foveate.errors import ConfigError
 from foveate.log import read_metrics
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import Tree, pack
+from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -82,7 +81,7 @@ def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, data, name):
     changes = {"eval": {"every": 0}, "train": {"steps": 2}, **VARIANTS[name]}
     run = run_rl(rl_settings(tmp_path / "gpu", tiny_folder, data, cluster={"device": "cuda"}, **changes))
     alone = run_rl(rl_settings(tmp_path / "cpu", tiny_folder, data, cluster={"device": "cpu"}, **changes))
-    require_same(run, alone, ("reward/mean", "policy_loss", "grad_norm", "entropy", "answer/length"))
+    require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm", "loss/entropy", "answer/length"))
 
 
 @pytest.mark.usefixtures("gpu")
@@ -92,7 +91,7 @@ def test_adapters_learn_on_a_gpu_and_go_on_from_a_checkpoint(tmp_path, tiny_fold
     run_rl(rl_settings(tmp_path / "gpu", tiny_folder, data, **{**changes, "train": {"steps": 1}}))
     run = run_rl(rl_settings(tmp_path / "gpu", tiny_folder, data, **changes))
     alone = run_rl(rl_settings(tmp_path / "cpu", tiny_folder, data, **{**changes, "cluster": {"device": "cpu"}}))
-    require_same(run, alone, ("reward/mean", "policy_loss", "grad_norm"))
+    require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm"))
 
 
 @pytest.mark.parametrize("save_async", [False, True])
@@ -101,7 +100,7 @@ def test_supervised_training_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, da
     train = {"save_async": save_async}
     run = run_sft(sft_settings(tmp_path / "gpu", tiny_folder, data, cluster={"device": "cuda"}, train=train))
     alone = run_sft(sft_settings(tmp_path / "cpu", tiny_folder, data, cluster={"device": "cpu"}))
-    require_same(run, alone, ("loss", "nll", "entropy", "grad_norm"))
+    require_same(run, alone, ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm"))
 
 
 @pytest.mark.parametrize("loss", ["mpo", "dpo", "ipo", "bco", "sft"])
@@ -110,10 +109,10 @@ def test_preference_optimisation_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder
     pairs = make_pairs(data)
     run = run_mpo(mpo_settings(tmp_path / "gpu", tiny_folder, pairs, cluster={"device": "cuda"}, loss=loss))
     alone = run_mpo(mpo_settings(tmp_path / "cpu", tiny_folder, pairs, cluster={"device": "cpu"}, loss=loss))
-    require_same(run, alone, ("loss", "grad_norm", "entropy"))
+    require_same(run, alone, ("loss/total", "optim/grad_norm", "loss/entropy"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*VISION_MODELS, *TEXT_MODELS])
 @pytest.mark.usefixtures("gpu")
 def test_every_family_computes_and_samples_on_a_gpu(tmp_path, name, make_image, make_task):
     folder = build_family(tmp_path / "model", name)
@@ -124,7 +123,9 @@ def test_every_family_computes_and_samples_on_a_gpu(tmp_path, name, make_image, 
         pictures = [make_image(130, 70, 1), make_image(60, 90, 2)] if policy.family.unit else []
         prompt = encode(make_task("<image> " * len(pictures) + "What is two and three?", *pictures))
         group = NativeEngine(policy, encode.decode).generate([Request(prompt, 5)], SamplingParams(2, 6))[0]
-        logp, _ = token_logprobs(policy, pack([Tree(prompt, tuple(one.token_ids for one in group))]).to(policy.device))
+        logp, _ = token_logprobs(
+            policy, pack([PackedGroup(prompt, tuple(one.token_ids for one in group))]).to(policy.device)
+        )
         (logp * 0.5).sum().backward()
         grads = {key: p.grad.cpu() for key, p in policy.model.named_parameters() if p.grad is not None}
         found.append((group, logp.detach().cpu(), grads))
@@ -142,9 +143,9 @@ def test_one_rank_computes_in_another_type_near_float32(tmp_path, tiny_folder, d
     run = run_rl(rl_settings(tmp_path / dtype, tiny_folder, data, cluster={"dtype": dtype}, **changes))
     alone = run_rl(rl_settings(tmp_path / "float32", tiny_folder, data, **changes))
     record, other = read_metrics(run.metrics)[0], read_metrics(alone.metrics)[0]
-    assert record["entropy"] == pytest.approx(other["entropy"], rel=0.02)
-    assert record["entropy"] != other["entropy"]
-    assert record["engine_logprob_difference"] < 0.02  # the engine computes in it as well
+    assert record["loss/entropy"] == pytest.approx(other["loss/entropy"], rel=0.02)
+    assert record["loss/entropy"] != other["loss/entropy"]
+    assert record["engine/logprob_difference"] < 0.02  # the engine computes in it as well
     kept = load_file(run.final / "model.safetensors")
     assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 

@@ -22,11 +22,11 @@ from foveate.config.train import OptimSettings
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import Tree
-from foveate.records import Completion, Group, Score, Totals
-from foveate.train.algorithm import Method, build_method
+from foveate.parallel.packing import PackedGroup
+from foveate.records import Answer, Group, Score, Totals
+from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
 from foveate.train.targets import TrainGroup
-from foveate.train.update import prepare
+from foveate.train.update import compute_advantages
 from foveate.train.worker import Worker
 
 LENGTHS = ((12, 5, 20, 9), (8, 1, 16, 4), (3, 20, 11, 7), (15, 6, 6, 14))
@@ -34,14 +34,14 @@ REWARDS = ((0.0, 1.0, 0.5, 0.0), (1.0, 1.0, 0.9, 0.3), (0.2, 0.9, 0.0, 0.4), (0.
 RANKS = 2
 
 
-def method_of(name: str) -> Method:
+def method_of(name: str) -> ResolvedAlgorithm:
     """The algorithm with a KL and an entropy term, a KL in its reward, and a correction for its sampler."""
     settings: dict[str, Any] = algorithm_of(name) | {
         "loss": {"kl_coefficient": 0.1, "entropy_coefficient": 0.01},
         "reward_kl": {"coefficient": 0.01},
         "correction": {"mode": "sequence-truncate", "high": 1.5},
     }
-    return build_method(AlgorithmSettings.model_validate(settings), 16)
+    return build_algorithm(AlgorithmSettings.model_validate(settings), 16)
 
 
 def worker_of(folder: Path) -> Worker:
@@ -55,9 +55,9 @@ def worker_of(folder: Path) -> Worker:
     return worker
 
 
-def examples_of(worker: Worker, method: Method, groups: Sequence[Group]) -> list[TrainGroup]:
+def examples_of(worker: Worker, method: ResolvedAlgorithm, groups: Sequence[Group]) -> list[TrainGroup]:
     """The groups of a step as its later updates see them: the policy has moved away from the old one."""
-    examples, _ = prepare(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
+    examples, _ = compute_advantages(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
     generator = torch.Generator().manual_seed(1)
 
     def moved(values: torch.Tensor | None) -> torch.Tensor:
@@ -71,7 +71,7 @@ def examples_of(worker: Worker, method: Method, groups: Sequence[Group]) -> list
             ref=moved(example.ref),
             engine=moved(example.old),
             value=moved(example.value) if example.value is not None else None,
-            mark=torch.rand(example.tree.answer_tokens, generator=generator) > 0.7,
+            masked=torch.rand(example.packed.answer_tokens, generator=generator) > 0.7,
         )
         for example in examples
     ]
@@ -80,14 +80,14 @@ def examples_of(worker: Worker, method: Method, groups: Sequence[Group]) -> list
 def singles(example: TrainGroup) -> list[TrainGroup]:
     """A group of its own for every answer."""
     parts, first = [], 0
-    for answer in example.tree.answers:
-        parts.append(example.part(Tree(example.tree.prompt, (answer,)), slice(first, first + len(answer))))
+    for answer in example.packed.answers:
+        parts.append(example.part(PackedGroup(example.packed.prompt, (answer,)), slice(first, first + len(answer))))
         first += len(answer)
     return parts
 
 
 def gradient(
-    worker: Worker, method: Method, examples: Sequence[TrainGroup], totals: Totals, budget: int
+    worker: Worker, method: ResolvedAlgorithm, examples: Sequence[TrainGroup], totals: Totals, budget: int
 ) -> torch.Tensor:
     """The gradient of the policy, and of the critic where there is one, as one vector."""
     worker.token_budget = budget
@@ -105,8 +105,8 @@ def gradient(
 
 
 def totals_of(examples: Sequence[TrainGroup]) -> Totals:
-    tokens = sum(example.tree.answer_tokens for example in examples)
-    return Totals(tokens, sum(len(example.tree.answers) for example in examples), len(examples))
+    tokens = sum(example.packed.answer_tokens for example in examples)
+    return Totals(tokens, sum(len(example.packed.answers) for example in examples), len(examples))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def cases(worker, tmp_path_factory):
     for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
         task = open_tasks(data / "train.parquet")[number]
         ids = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in lengths]
-        answers = tuple(Completion(own, (-1.0,) * len(own), "", "stop", 0) for own in ids)
+        answers = tuple(Answer(own, (-1.0,) * len(own), "", "stop", 0) for own in ids)
         groups.append(Group(task, encoder(task), answers, tuple(map(Score, rewards)), Score(0.25)))
     return {name: examples_of(worker, method_of(name), groups) for name in ALGORITHMS}
 

@@ -22,7 +22,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import Totals
 from foveate.run_folder import RunFolder
 from foveate.train.mpo import build_preference_loss, run_mpo
@@ -38,10 +38,10 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trees(tiny_policy, pairs):
+def packed_groups(tiny_policy, pairs):
     encoder = Encoder(tiny_policy.tokenizer, tiny_policy.family, 1, 128)
     found = [pair_of(open_tasks(pairs)[i]) for i in range(4)]
-    return [Tree(encoder(p.task), (encoder.answer_ids(p.chosen), encoder.answer_ids(p.rejected))) for p in found]
+    return [PackedGroup(encoder(p.task), (encoder.answer_ids(p.chosen), encoder.answer_ids(p.rejected))) for p in found]
 
 
 def plain_logprobs(model, prompt, answer):
@@ -51,25 +51,29 @@ def plain_logprobs(model, prompt, answer):
     return F.log_softmax(logits, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def plain_mpo(model, trees, ref):
+def plain_mpo(model, packed_groups, ref):
     """MPO with its default weights, one answer at a time."""
-    logps = [[plain_logprobs(model, tree.prompt, answer) for answer in tree.answers] for tree in trees]
+    logps = [[plain_logprobs(model, packed.prompt, answer) for answer in packed.answers] for packed in packed_groups]
     rewards = [[0.1 * (logp.sum() - r) for logp, r in zip(*pair, strict=True)] for pair in zip(logps, ref, strict=True)]
-    dpo = sum(-F.logsigmoid(c - r) for c, r in rewards) / len(trees)
-    bco = sum(-F.logsigmoid(c - SHIFT) - F.logsigmoid(SHIFT - r) for c, r in rewards) / len(trees)
+    dpo = sum(-F.logsigmoid(c - r) for c, r in rewards) / len(packed_groups)
+    bco = sum(-F.logsigmoid(c - SHIFT) - F.logsigmoid(SHIFT - r) for c, r in rewards) / len(packed_groups)
     chosen = torch.cat([pair[0] for pair in logps])
     return 0.8 * dpo + 0.2 * bco - chosen.mean()
 
 
-def learned(folder, trees, ref, budget):
+def learned(folder, packed_groups, ref, budget):
     """The metrics of one step, and its gradient: plain descent with learning rate 1 moves the weights by it."""
     worker = Worker(ModelSettings(path=str(folder)), OptimSettings(lr=1.0, max_grad_norm=1e9), budget)
     before = {name: p.detach().clone() for name, p in worker.policy.model.named_parameters()}
     worker.optimizer = torch.optim.SGD(worker.policy.model.parameters(), lr=1.0)  # type: ignore[assignment]
-    totals = Totals(tokens=sum(len(tree.answers[0]) for tree in trees), samples=2 * len(trees), groups=len(trees))
+    totals = Totals(
+        tokens=sum(len(packed.answers[0]) for packed in packed_groups),
+        samples=2 * len(packed_groups),
+        groups=len(packed_groups),
+    )
     loss = build_preference_loss(mpo_settings("run", folder, "pairs").loss)
     said = worker.update_preference(
-        [TrainPair(tree, r) for tree, r in zip(trees, ref, strict=True)], loss, totals, SHIFT, 1.0
+        [TrainPair(packed, r) for packed, r in zip(packed_groups, ref, strict=True)], loss, totals, SHIFT, 1.0
     )
     return said, {name: before[name] - p.detach() for name, p in worker.policy.model.named_parameters()}
 
@@ -77,20 +81,20 @@ def learned(folder, trees, ref, budget):
 REF = [(-30.0, -20.0), (-35.0, -22.0), (-40.0, -31.0), (-32.0, -9.0)]
 
 
-def test_the_packed_loss_and_gradient_are_those_of_one_answer_at_a_time(tiny_folder, trees):
+def test_the_packed_loss_and_gradient_are_those_of_one_answer_at_a_time(tiny_folder, packed_groups):
     model = AutoModelForImageTextToText.from_pretrained(tiny_folder, attn_implementation="eager")
-    loss = plain_mpo(model, trees, REF)
+    loss = plain_mpo(model, packed_groups, REF)
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    said, gradient = learned(tiny_folder, trees, REF, budget=4096)
-    assert said["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert said["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+    said, gradient = learned(tiny_folder, packed_groups, REF, budget=4096)
+    assert said["loss/total"] == pytest.approx(loss.item(), rel=1e-5)
+    assert said["optim/grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
     assert distance(gradient, expected) <= 1e-3 * norm(expected)
 
 
-def test_the_token_budget_biases_neither_loss_nor_gradient(tiny_folder, trees):
-    whole, gradient = learned(tiny_folder, trees, REF, budget=4096)
-    parted, other = learned(tiny_folder, trees, REF, budget=60)
+def test_the_token_budget_biases_neither_loss_nor_gradient(tiny_folder, packed_groups):
+    whole, gradient = learned(tiny_folder, packed_groups, REF, budget=4096)
+    parted, other = learned(tiny_folder, packed_groups, REF, budget=60)
     assert parted == pytest.approx(whole, rel=1e-4)
     assert distance(gradient, other) <= 1e-4 * norm(gradient)
 
@@ -102,9 +106,15 @@ def test_a_run_leaves_metrics_checkpoints_reference_and_a_model(tmp_path, tiny_f
     run = run_mpo(mpo_settings(tmp_path / "run", tiny_folder, pairs))
     records = read_metrics(run.metrics)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert {"loss", "loss/dpo", "loss/bco", "loss/sft", "reward/margin", "reward/preferred", "entropy"} <= set(
-        records[0]
-    )
+    assert {
+        "loss/total",
+        "loss/dpo",
+        "loss/bco",
+        "loss/sft",
+        "reward/margin",
+        "reward/preferred",
+        "loss/entropy",
+    } <= set(records[0])
     first = records[0]
     assert first["reward/margin"] == pytest.approx(0, abs=1e-5)  # the policy is the reference
     assert first["loss/dpo"] == pytest.approx(np.log(2), rel=1e-5)
@@ -129,7 +139,7 @@ def test_imitation_of_the_chosen_answers_computes_no_reference(tmp_path, tiny_fo
     run = run_mpo(mpo_settings(tmp_path / "run", tiny_folder, pairs, loss="sft"))
     records = read_metrics(run.metrics)
     assert not (run.path / "reference").exists()
-    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["loss/total"] < records[0]["loss/total"]
 
 
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, pairs):
@@ -164,7 +174,7 @@ def test_a_step_that_was_skipped_does_not_move_the_shift(tmp_path, tiny_folder, 
 
     monkeypatch.setattr(Worker, "update_preference", breaking)
     records = read_metrics(run_mpo(mpo_settings(tmp_path / "run", tiny_folder, pairs)).metrics)
-    assert [record["update_skipped"] for record in records] == [0.0, 1.0, 0.0]
+    assert [record["optim/update_skipped"] for record in records] == [0.0, 1.0, 0.0]
     assert records[2]["reward/shift"] == records[1]["reward/shift"]
 
 
@@ -188,9 +198,9 @@ def test_a_reference_that_was_cut_off_is_completed(tmp_path, tiny_folder, pairs,
     file.write_bytes(whole[: len(whole) // 3 + 5])
     original, asked = Worker.logprobs, []
 
-    def counting(self, trees, reference=False):
-        asked.append(len(trees))
-        return original(self, trees, reference)
+    def counting(self, packed_groups, reference=False):
+        asked.append(len(packed_groups))
+        return original(self, packed_groups, reference)
 
     monkeypatch.setattr(Worker, "logprobs", counting)
     run_mpo(mpo_settings(tmp_path / "two", tiny_folder, pairs, train=train))
@@ -201,32 +211,32 @@ def test_a_reference_that_was_cut_off_is_completed(tmp_path, tiny_folder, pairs,
     np.testing.assert_allclose(before["logp"], after["logp"], rtol=1e-5)
 
 
-def test_the_reference_is_that_of_the_start_whatever_the_token_budget(tmp_path, tiny_folder, pairs, trees):
+def test_the_reference_is_that_of_the_start_whatever_the_token_budget(tmp_path, tiny_folder, pairs, packed_groups):
     run = run_mpo(mpo_settings(tmp_path / "run", tiny_folder, pairs))
     model = AutoModelForImageTextToText.from_pretrained(tiny_folder, attn_implementation="eager")
     [file] = (run.path / "reference").iterdir()
     reference = Reference(file.parent, file.stem)
     reference.complete(0, 1, None, None)
-    for tree in trees:
-        expected = [plain_logprobs(model, tree.prompt, answer).sum().item() for answer in tree.answers]
-        assert reference(tree, "here") == pytest.approx(expected, rel=1e-5)
+    for packed in packed_groups:
+        expected = [plain_logprobs(model, packed.prompt, answer).sum().item() for answer in packed.answers]
+        assert reference(packed, "here") == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_pair_that_changed_is_found_when_its_reference_is_used(tmp_path, tiny_folder, pairs, trees):
+def test_a_pair_that_changed_is_found_when_its_reference_is_used(tmp_path, tiny_folder, pairs, packed_groups):
     run = run_mpo(mpo_settings(tmp_path / "run", tiny_folder, pairs))
     [file] = (run.path / "reference").iterdir()
     reference = Reference(file.parent, file.stem)
     reference.complete(0, 1, None, None)
-    prompt = trees[0].prompt
+    prompt = packed_groups[0].prompt
     pixels = prompt.pixels.clone()
     pixels[0, 0, 0, 0] += 1
     others = [
-        Tree(prompt, trees[0].answers[::-1]),
-        Tree(type(prompt)(prompt.token_ids, prompt.slots, pixels, prompt.engine_ids), trees[0].answers),
+        PackedGroup(prompt, packed_groups[0].answers[::-1]),
+        PackedGroup(type(prompt)(prompt.token_ids, prompt.slots, pixels, prompt.engine_ids), packed_groups[0].answers),
     ]
-    for tree in others:
+    for packed in others:
         with pytest.raises(DataError, match=r"pairs\.parquet, row 0: the row, its picture or the model's template"):
-            reference(tree, "pairs.parquet, row 0")
+            reference(packed, "pairs.parquet, row 0")
 
 
 def test_the_key_of_a_reference_names_model_data_and_what_else_counts(tmp_path):

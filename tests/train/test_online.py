@@ -44,21 +44,21 @@ def test_groups_of_equal_rewards_are_replaced_by_those_of_the_next_tasks(tmp_pat
         rows = rows_of(run, step)
         assert len(rows) == 4
         assert all(len({answer["score"] for answer in row["answers"]}) > 1 for row in rows)
-        assert record["groups_without_advantage"] == 0
-        taken += record["groups"]
-        assert record["epoch"] == pytest.approx(taken / 16)
+        assert record["rollout/groups_without_advantage"] == 0
+        taken += record["rollout/groups"]
+        assert record["data/epoch"] == pytest.approx(taken / 16)
     assert taken > 12  # or nothing had to be replaced
 
 
 def test_dynamic_sampling_ends_after_its_rounds_and_keeps_the_size_of_a_step(tmp_path, tiny_folder, data):
-    algorithm = {"name": "dapo", "refills": 2}
+    algorithm = {"name": "dapo", "resample_rounds": 2}
     changes = {"train": {"steps": 1}, "eval": {"every": 0}}
     settings = rl_settings(
         tmp_path / "run", tiny_folder, data, algorithm=algorithm, reward={"name": f"{__file__}:never"}, **changes
     )
     run = run_rl(settings)
     record = metrics_of(run)[0]
-    assert (record["groups"], record["groups_without_advantage"], record["updates"]) == (12, 4, 0)
+    assert (record["rollout/groups"], record["rollout/groups_without_advantage"], record["optim/updates"]) == (12, 4, 0)
     assert len(rows_of(run, 1)) == 4
 
 
@@ -99,8 +99,8 @@ def test_the_critic_alone_learns_while_it_warms_up(tmp_path, tiny_folder, data):
     algorithm = {"name": "ppo", "critic": {"lr": 1e-3, "warmup_steps": 2}}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm))
     records = metrics_of(run)
-    assert [record["lr"] > 0 for record in records] == [False, False, True]
-    assert [record["updates"] for record in records] == [0, 0, 1]
+    assert [record["optim/lr"] > 0 for record in records] == [False, False, True]
+    assert [record["optim/updates"] for record in records] == [0, 0, 1]
     assert records[0]["critic/value"] == 0.0  # its head says 0 at first
     assert records[2]["critic/value"] != 0.0
     assert all(record["critic/lr"] == 1e-3 and record["critic/grad_norm"] > 0 for record in records)
@@ -111,12 +111,12 @@ def test_a_kl_in_the_reward_adapts_its_coefficient_to_the_target(tmp_path, tiny_
     algorithm = {"name": "grpo", "reward_kl": penalty}
     changes = {"train": {"steps": 4}, "eval": {"every": 0}}
     records = metrics_of(run_rl(rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm, **changes)))
-    assert records[0]["reward_kl"] == pytest.approx(0.0, abs=1e-4)
-    assert records[3]["reward_kl"] != records[0]["reward_kl"]
-    coefficients = [record["reward_kl_coefficient"] for record in records]
+    assert records[0]["reward/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert records[3]["reward/kl"] != records[0]["reward/kl"]
+    coefficients = [record["reward/kl_coefficient"] for record in records]
     factors = [after / now for now, after in pairwise(coefficients)]
     for record, factor in zip(records, factors, strict=False):
-        sign = 1 if record["reward_kl"] > 1e-9 else -1
+        sign = 1 if record["reward/kl"] > 1e-9 else -1
         assert factor == pytest.approx(1 + sign * 0.2 * 16 / 160, rel=1e-6)
 
 
@@ -127,11 +127,11 @@ def test_a_correction_says_what_it_did_and_changes_nothing_for_an_exact_sampler(
     algorithm = {"name": "grpo", "correction": correction}
     settings = rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm, **changes)
     record = metrics_of(run_rl(settings))[0]
-    assert record["mismatch_cut"] == 0.0
-    assert record["mismatch_weight"] == pytest.approx(1.0, abs=1e-4)
-    assert record["mismatch_kl"] == pytest.approx(0.0, abs=1e-6)
-    assert record["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
-    assert record["engine_logprob_difference_max"] < 1e-4
+    assert record["engine/correction_truncated"] == 0.0
+    assert record["engine/correction_weight"] == pytest.approx(1.0, abs=1e-4)
+    assert record["engine/correction_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert record["optim/grad_norm"] == pytest.approx(plain["optim/grad_norm"], rel=1e-3)
+    assert record["engine/logprob_difference_max"] < 1e-4
 
 
 def test_advantages_are_cut_to_the_clip(tmp_path, tiny_folder, data):
@@ -154,10 +154,10 @@ def test_a_second_pass_learns_from_the_same_answers_once_more(tmp_path, tiny_fol
     """Its ratios are to the weights before the first one, so that they have left 1."""
     train = {"steps": 1, "updates_per_step": 2}
     one, two = (
-        metrics_of(run_rl(rl_settings(tmp_path / str(n), tiny_folder, data, train={**train, "passes": n})))[0]
+        metrics_of(run_rl(rl_settings(tmp_path / str(n), tiny_folder, data, train={**train, "epochs_per_step": n})))[0]
         for n in (1, 2)
     )
-    assert (one["updates"], two["updates"]) == (2, 4)
-    assert two["tokens/update"] == 2 * one["tokens/update"]
+    assert (one["optim/updates"], two["optim/updates"]) == (2, 4)
+    assert two["optim/tokens"] == 2 * one["optim/tokens"]
     assert two["reward/mean"] == one["reward/mean"]
-    assert two["ratio_max"] > one["ratio_max"] > 1
+    assert two["loss/ratio_max"] > one["loss/ratio_max"] > 1

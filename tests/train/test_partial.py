@@ -8,7 +8,7 @@ import time
 from typing import Any, ClassVar
 
 import pytest
-from ahead_cases import Bench, Engine, Rewards, Tasks, TokenByToken, rows
+from async_cases import Bench, Engine, Rewards, Tasks, TokenByToken, rows
 from pydantic import ValidationError
 from toy import make_data, rl_settings
 
@@ -17,18 +17,18 @@ import foveate.train.rollouts
 from foveate.data.stream import Stream
 from foveate.errors import ConfigError
 from foveate.log import read_metrics
-from foveate.records import Completion, SamplingParams, Task
+from foveate.records import Answer, SamplingParams, Task
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.clock import Clock
 from foveate.train.rl import run_rl
-from foveate.train.rollouts import Grading, Sampler
+from foveate.train.rollouts import Grading, SyncRollouts
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
 
 
 def spans_of(bench: Bench, row: int) -> Any:
     [group] = [group for group in bench.groups if group.task.answer == row]
-    return group.completions[0].spans
+    return group.answers[0].spans
 
 
 # -------------------------------------------------------------------------------------------------- partial rollouts
@@ -42,7 +42,7 @@ def test_a_publish_waits_for_no_answer_and_each_goes_on_under_the_new_weights():
     assert [row for step in bench.trained for row in step] == rows(24)
     assert spans_of(bench, slow) == ((0, 3), (1, 3))
     assert (slow, 3) in engine.asked
-    assert bench.said[1]["staleness/mixed"] >= 0.25
+    assert bench.said[1]["rollout/staleness_mixed"] >= 0.25
 
 
 def test_an_answer_may_go_over_several_updates_and_each_token_keeps_its_weights():
@@ -56,13 +56,13 @@ def test_an_answer_may_go_over_several_updates_and_each_token_keeps_its_weights(
 
     bench = Bench(engine, 2, last=6, partial=True).run(between=wait)
     [group] = [group for group in bench.groups if group.task.answer == slow]
-    answer = group.completions[0]
+    answer = group.answers[0]
     assert answer.sampled_by == ((0, 2), (1, 2), (2, 2))
     assert answer.logprobs == (0.0, 0.0, -1.0, -1.0, -2.0, -2.0)
     assert answer.version == 0
     assert max(age for step in bench.ages for age in step) <= 2
     assert [row for step in bench.trained for row in step] == rows(24)
-    assert all(said["groups_dropped"] == 0 for said in bench.said)
+    assert all(said["rollout/groups_dropped"] == 0 for said in bench.said)
 
 
 @pytest.mark.parametrize("staleness", [1, 2, 5])
@@ -71,9 +71,9 @@ def test_partial_rollouts_train_every_task_once_in_order_and_none_that_is_too_ol
     bench = Bench(engine, staleness, partial=True).run()
     assert [row for step in bench.trained for row in step] == rows(32)
     assert max(age for step in bench.ages for age in step) <= staleness
-    assert all(said["groups_dropped"] == 0 for said in bench.said)
+    assert all(said["rollout/groups_dropped"] == 0 for said in bench.said)
     for group in bench.groups:
-        for answer in group.completions:
+        for answer in group.answers:
             assert answer.logprobs == tuple(float(-v) for v, tokens in answer.sampled_by for _ in range(tokens))
 
 
@@ -82,7 +82,7 @@ def test_groups_of_equal_rewards_are_replaced_while_others_are_under_way():
     take their place in step 2 are begun beside it."""
     equal, slow, last = set(rows(4)), rows(8)[7], rows(12)[11]
     engine = TokenByToken(lambda row, made: row == slow and made == 1 and (last, 0) not in engine.asked)
-    bench = Bench(engine, 1, last=4, partial=True, refills=2, rewards=Rewards(equal)).run()
+    bench = Bench(engine, 1, last=4, partial=True, resample_rounds=2, rewards=Rewards(equal)).run()
     assert [row for step in bench.trained for row in step] == [row for row in rows(20) if row not in equal]
 
 
@@ -111,11 +111,11 @@ def test_an_answer_that_never_ends_is_dropped_and_counted_when_it_is_too_old():
     trained = [row for step in bench.trained for row in step]
     assert len(trained) == len({*trained}) == 24
     assert stuck not in trained
-    assert sum(said["groups_dropped"] for said in bench.said) >= 1
+    assert sum(said["rollout/groups_dropped"] for said in bench.said) >= 1
     assert max(age for step in bench.ages for age in step) <= 1
     done = {rows(40)[place] for place in (*range(bench.saved["position"]), *bench.saved["beyond"])}
     assert {*trained, stuck} <= done
-    assert len(done) - 24 >= sum(said["groups_dropped"] for said in bench.said)
+    assert len(done) - 24 >= sum(said["rollout/groups_dropped"] for said in bench.said)
 
 
 def test_a_continued_run_loses_and_doubles_nothing_whatever_order_groups_finished_in():
@@ -129,7 +129,7 @@ def test_a_continued_run_loses_and_doubles_nothing_whatever_order_groups_finishe
     assert len(trained) == len({*trained}) == 24
     assert slow <= {*trained}
     done = [rows(40)[place] for place in (*range(second.saved["position"]), *second.saved["beyond"])]
-    dropped = sum(said["groups_dropped"] for said in first.said + second.said)
+    dropped = sum(said["rollout/groups_dropped"] for said in first.said + second.said)
     assert {*trained} <= {*done}
     assert len(done) >= 24 + dropped
 
@@ -163,8 +163,8 @@ def limited(monkeypatch):
     return 1e-9
 
 
-def sampler_of(engine: Engine, limit: float | None = None, rewards: Rewards | None = None) -> Sampler:
-    return Sampler(Tasks(Stream(40, 0, 4)), engine, rewards or Rewards(), SamplingParams(2), 0, False, limit)  # type: ignore[arg-type]
+def sampler_of(engine: Engine, limit: float | None = None, rewards: Rewards | None = None) -> SyncRollouts:
+    return SyncRollouts(Tasks(Stream(40, 0, 4)), engine, rewards or Rewards(), SamplingParams(2), 0, False, limit)  # type: ignore[arg-type]
 
 
 def test_what_is_unfinished_when_time_is_up_is_cut_and_trained(limited):
@@ -173,7 +173,7 @@ def test_what_is_unfinished_when_time_is_up_is_cut_and_trained(limited):
     engine.stuck = Timer.fire
     groups, _ = sampler_of(engine, limited).draw(1, 4, 0, Clock())
     assert [group.task.answer for group in groups] == rows(4)
-    found = {group.task.answer: [(a.finish, len(a.token_ids)) for a in group.completions] for group in groups}
+    found = {group.task.answer: [(a.finish, len(a.token_ids)) for a in group.answers] for group in groups}
     assert found == {row: [("abort", 2)] * 2 if row == slow else [("stop", 6)] * 2 for row in rows(4)}
     assert not engine.paused
     assert not Timer.running
@@ -189,7 +189,7 @@ def test_prompts_that_were_not_begun_when_time_is_up_get_as_long_again(limited):
 
 def test_answers_are_whole_where_no_time_is_up():
     groups, _ = sampler_of(TokenByToken(at_once=3), 1000.0).draw(1, 3, 0, Clock())
-    assert {answer.finish for group in groups for answer in group.completions} == {"stop"}
+    assert {answer.finish for group in groups for answer in group.answers} == {"stop"}
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -200,7 +200,7 @@ def test_the_time_limit_holds_ahead_of_the_steps_too(limited, partial):
     bench = Bench(engine, 2, last=5, partial=partial, time_limit=limited).run()
     assert [row for step in bench.trained for row in step] == rows(20)
     [group] = [group for group in bench.groups if group.task.answer == slow]
-    assert {(answer.finish, len(answer.token_ids)) for answer in group.completions} == {("abort", 3)}
+    assert {(answer.finish, len(answer.token_ids)) for answer in group.answers} == {("abort", 3)}
 
 
 # ----------------------------------------------------------------------------------------------------------- rewards
@@ -224,10 +224,10 @@ class Batches(Rewards):
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun, self.let, self.sizes = threading.Event(), threading.Event(), []
+        self.partial_answers, self.let, self.sizes = threading.Event(), threading.Event(), []
 
     def grade_many(self, pairs):
-        self.begun.set()
+        self.partial_answers.set()
         assert self.let.wait(20)
         self.sizes.append(len(pairs))
         if pairs[0][0] == "bad":
@@ -236,7 +236,7 @@ class Batches(Rewards):
 
 
 def answers_of(text: str) -> Any:
-    return (Completion((1,), (0.0,), text, "stop", 0),) * 3
+    return (Answer((1,), (0.0,), text, "stop", 0),) * 3
 
 
 def test_groups_that_wait_are_graded_together_and_each_gets_its_own_scores():
@@ -244,7 +244,7 @@ def test_groups_that_wait_are_graded_together_and_each_gets_its_own_scores():
     tasks = [Task(str(i), "made up", (), (), i) for i in range(4)]
     with Grading(rewards) as grading:  # type: ignore[arg-type]
         futures = [grading.submit(tasks[0], answers_of("a"))]
-        rewards.begun.wait(20)
+        rewards.partial_answers.wait(20)
         futures += [grading.submit(task, answers_of("a")) for task in tasks[1:]]
         rewards.let.set()
         scores = [[score.value for score in future.result(20)] for future in futures]
@@ -299,9 +299,9 @@ def test_a_run_with_partial_rollouts_learns_and_says_which_weights_sampled_what(
         assert sum(tokens for _, tokens in answer["versions"]) == answer["tokens"]
         assert min(version for version, _ in answer["versions"]) == answer["version"]
     assert [[1, 3], [2, 3]] in [answer["versions"][:2] for answer in answers]
-    assert max(record["staleness/mixed"] for record in records) > 0
-    assert max(record["staleness/max"] for record in records) <= 2
-    assert records[0]["engine_logprob_difference_max"] < 1e-4 < records[-1]["engine_logprob_difference_max"]
+    assert max(record["rollout/staleness_mixed"] for record in records) > 0
+    assert max(record["rollout/staleness_max"] for record in records) <= 2
+    assert records[0]["engine/logprob_difference_max"] < 1e-4 < records[-1]["engine/logprob_difference_max"]
     assert {record["answer/timed_out"] for record in records} == {0}
 
 

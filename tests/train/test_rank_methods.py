@@ -13,7 +13,7 @@ from rank_cases import spawn
 from test_ranks import COSTS, LOSS, Calls, groups_of, require_same
 
 from foveate.algorithms.preference_losses import RewardShift
-from foveate.cluster.base import spread, spread_each
+from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import CriticSettings, PreferenceSettings
 from foveate.config.cluster import ClusterSettings
@@ -25,7 +25,7 @@ from foveate.train.mpo import _logprobs, _move, _totals, build_preference_loss
 from foveate.train.reference import TrainPair
 from foveate.train.worker import Worker, sft_total
 
-ADAPTED = {"train": ("language",), "lora": LoraSettings(rank=4, targets=("q_proj", "v_proj"))}
+ADAPTED = {"trainable": ("language",), "lora": LoraSettings(rank=4, targets=("q_proj", "v_proj"))}
 CASES = {
     "sft": ("dense", "sft", {}, {}),
     "sft, shared rows": ("dense", "sft", {}, {"sequence_parallel": 2}),
@@ -64,48 +64,51 @@ def worker_of(folder, kind, settings, cluster):
 
 
 def learn_by_sft(workers, groups):
-    trees = [group.tree for group in groups]
-    rest = "square", sft_total(trees, "square"), 1e-2
-    return [next(spread(workers, "update_sft", trees, [*map(COSTS, trees)], *rest))[1]]
+    packed_groups = [group.packed for group in groups]
+    rest = "square", sft_total(packed_groups, "square"), 1e-2
+    return [next(scatter(workers, "update_sft", packed_groups, [*map(COSTS, packed_groups)], *rest))[1]]
 
 
 def learn_by_mpo(workers, groups):
     """Reference log-probs of the start, then three steps between which the shift moves."""
     loss, shift, said = build_preference_loss(PreferenceSettings()), RewardShift(), []
-    trees = [replace(group.tree, answers=group.tree.answers[:2]) for group in groups]
-    known = [[part.sum().item() for part in own.split([*map(len, tree.answers)])]
-             for tree, own in zip(trees, _logprobs(workers, COSTS, trees), strict=True)]  # fmt: skip
+    packed_groups = [replace(group.packed, answers=group.packed.answers[:2]) for group in groups]
+    known = [[part.sum().item() for part in own.split([*map(len, packed.answers)])]
+             for packed, own in zip(packed_groups, _logprobs(workers, COSTS, packed_groups), strict=True)]  # fmt: skip
     apart = [(0.3, -0.2), (-0.4, 0.5), (0.1, 0.7), (-0.6, -0.2), (0.9, 0.1)]  # else rewards of 0, and signs by chance
-    pairs = [TrainPair(tree, (own[0] + x, own[1] + y)) for tree, own, (x, y) in zip(trees, known, apart, strict=True)]
+    pairs = [
+        TrainPair(packed, (own[0] + x, own[1] + y))
+        for packed, own, (x, y) in zip(packed_groups, known, apart, strict=True)
+    ]
     for some in (pairs, pairs[-1:], pairs[:3]):
-        dear = [COSTS(pair.tree) for pair in some]
-        record = next(spread(workers, "update_preference", some, dear, loss, _totals(some), shift.mean, 1e-2))[1]
+        costs = [COSTS(pair.packed) for pair in some]
+        record = next(scatter(workers, "update_preference", some, costs, loss, _totals(some), shift.mean, 1e-2))[1]
         _move(shift, record, len(some))
         said.append(record)
     return [*said, {"shift": shift.mean, **{f"{i}": value for i, own in enumerate(known) for value in [sum(own)]}}]
 
 
 def totals_of(groups):
-    return Totals(sum(g.tree.answer_tokens for g in groups), sum(len(g.tree.answers) for g in groups), len(groups))
+    return Totals(sum(g.packed.answer_tokens for g in groups), sum(len(g.packed.answers) for g in groups), len(groups))
 
 
 def learn_by_rl(workers, groups):
     said = []
     for some in (groups, groups[-1:]):
-        dear = [COSTS(group.tree) for group in some]
-        said.append(next(spread(workers, "update_policy", some, dear, LOSS, totals_of(some), 1e-1))[1])
-    trees = [group.tree for group in groups]
-    ref = spread_each(workers, "logprobs", trees, [*map(COSTS, trees)], True)
+        costs = [COSTS(group.packed) for group in some]
+        said.append(next(scatter(workers, "update_policy", some, costs, LOSS, totals_of(some), 1e-1))[1])
+    packed_groups = [group.packed for group in groups]
+    ref = scatter_gather(workers, "logprobs", packed_groups, [*map(COSTS, packed_groups)], True)
     return [*said, {str(i): own.sum().item() for i, own in enumerate(ref)}]
 
 
 def learn_by_critic(workers, groups):
     said = []
     for some in (groups, groups[-1:], groups):
-        dear, trees = [COSTS(group.tree) for group in some], [group.tree for group in some]
-        values = spread_each(workers, "values", trees, dear)
+        costs, packed_groups = [COSTS(group.packed) for group in some], [group.packed for group in some]
+        values = scatter_gather(workers, "values", packed_groups, costs)
         some = [replace(g, value=v, returns=g.advantage + 1) for g, v in zip(some, values, strict=True)]
-        record = next(spread(workers, "update_critic", some, dear, totals_of(some), 1e-1))[1]
+        record = next(scatter(workers, "update_critic", some, costs, totals_of(some), 1e-1))[1]
         said.append({**record, **{str(i): value.sum().item() for i, value in enumerate(values)}})
     return said
 
@@ -175,10 +178,10 @@ def in_half_precision(rank, ranks, out, folder):
     worker = worker_of(folder, "rl", {}, {"gpus_per_node": ranks, "dtype": "float16"})
     workers = Calls(worker, rank, ranks, 1)
     groups = groups_of(worker.policy.family)
-    dear, totals = [COSTS(group.tree) for group in groups], totals_of(groups)
+    costs, totals = [COSTS(group.packed) for group in groups], totals_of(groups)
 
     def step():
-        return next(spread(workers, "update_policy", groups, dear, LOSS, totals, 1e-2))[1]
+        return next(scatter(workers, "update_policy", groups, costs, LOSS, totals, 1e-2))[1]
 
     worker.scale.value = 1024.0
     first = step()
@@ -193,13 +196,13 @@ def in_half_precision(rank, ranks, out, folder):
 def test_float16_learns_with_a_scaled_loss_and_skips_what_overflows(tmp_path, folders):
     worker = worker_of(folders["dense"], "rl", {}, {})
     groups = groups_of(worker.policy.family)
-    dear = [COSTS(group.tree) for group in groups]
+    costs = [COSTS(group.packed) for group in groups]
     rest = LOSS, totals_of(groups), 1e-2
-    whole = next(spread(LocalWorkers(worker), "update_policy", groups, dear, *rest))[1]
+    whole = next(scatter(LocalWorkers(worker), "update_policy", groups, costs, *rest))[1]
     for first, second, scale, state, restored in spawn(in_half_precision, 2, tmp_path, folders["dense"]):
-        assert first["update_skipped"] == 0
-        assert first["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.02)
-        assert first["entropy"] == pytest.approx(whole["entropy"], rel=0.01)
-        assert second["update_skipped"] == 1
+        assert first["optim/update_skipped"] == 0
+        assert first["optim/grad_norm"] == pytest.approx(whole["optim/grad_norm"], rel=0.02)
+        assert first["loss/entropy"] == pytest.approx(whole["loss/entropy"], rel=0.01)
+        assert second["optim/update_skipped"] == 1
         assert scale == restored == 2.0**39
         assert state == {"step": 1, "stream": 7}

@@ -17,7 +17,7 @@ import foveate.train.sft
 from foveate.cluster.local import LocalWorkers
 from foveate.log import read_metrics
 
-ADAPTED = {"lora": {"rank": 2}, "train": ("vision", "language")}
+ADAPTED = {"lora": {"rank": 2}, "trainable": ("vision", "language")}
 PAGES = {
     "sft": (foveate.train.sft, "run_sft", sft_settings, {"train": {"save_async": True, "weighting": "square"}}),
     "mpo": (foveate.train.mpo, "run_mpo", mpo_settings, {"optim": {"lr": 1e-4}}),
@@ -29,9 +29,9 @@ PAGES = {
     ),
 }
 SAME = {
-    "sft": ("loss", "nll", "entropy", "grad_norm"),
-    "mpo": ("loss", "loss/bco", "loss/sft", "entropy", "grad_norm"),
-    "rl": ("reward/mean", "answer/length", "policy_loss", "grad_norm", "critic/grad_norm", "entropy"),
+    "sft": ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm"),
+    "mpo": ("loss/total", "loss/bco", "loss/sft", "loss/entropy", "optim/grad_norm"),
+    "rl": ("reward/mean", "answer/length", "loss/policy", "optim/grad_norm", "critic/grad_norm", "loss/entropy"),
 }
 TWO = {"gpus_per_node": 2, "device": "cpu"}
 

@@ -12,7 +12,7 @@ from family_cases import build_family
 from rank_cases import spawn, tree_of
 
 from foveate.algorithms.policy_losses import gspo
-from foveate.cluster.base import spread, spread_each
+from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
@@ -21,7 +21,7 @@ from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.models.policy import load_policy
-from foveate.parallel.balance import Costs, deal
+from foveate.parallel.balance import Costs, balance
 from foveate.records import SamplingParams, Totals
 from foveate.rollout.build import choose_engine
 from foveate.rollout.engine import Request
@@ -52,14 +52,14 @@ class Calls:
 
 def groups_of(family, count=5):
     """Groups of different lengths; only the first two have pictures, one of them many."""
-    vision = family.blank is not None
+    vision = family.dummy_image is not None
     made = []
     for seed in range(count):
-        tree = tree_of(seed, family, images=vision * {0: 3, 1: 1}.get(seed, 0))
+        packed = tree_of(seed, family, images=vision * {0: 3, 1: 1}.get(seed, 0))
         generator = torch.Generator().manual_seed(seed)
-        vectors = [torch.randn(tree.answer_tokens, generator=generator) for _ in range(2)]
+        vectors = [torch.randn(packed.answer_tokens, generator=generator) for _ in range(2)]
         old = -3 + 0.1 * vectors[0]
-        made.append(TrainGroup(tree, old, advantage=vectors[1], old=old, ref=old - 0.1))
+        made.append(TrainGroup(packed, old, advantage=vectors[1], old=old, ref=old - 0.1))
     return made
 
 
@@ -74,9 +74,11 @@ def worker_of(folder, budget, *, adam=False, **cluster):
 
 
 def step(workers, groups, rate=1e-2):
-    costs = [COSTS(group.tree) for group in groups]
-    totals = Totals(sum(g.tree.answer_tokens for g in groups), sum(len(g.tree.answers) for g in groups), len(groups))
-    return next(spread(workers, "update_policy", groups, costs, LOSS, totals, rate))[1]
+    costs = [COSTS(group.packed) for group in groups]
+    totals = Totals(
+        sum(g.packed.answer_tokens for g in groups), sum(len(g.packed.answers) for g in groups), len(groups)
+    )
+    return next(scatter(workers, "update_policy", groups, costs, LOSS, totals, rate))[1]
 
 
 def two_steps(workers, groups):
@@ -95,7 +97,7 @@ def on_ranks(rank, ranks, out, cases, adam=False):
         worker.save(Path(out) / case, 2, {"stream": 7}, 1)
         worker.export(Path(out) / f"{case}-model")
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
         found[case] = said, two_steps(workers, groups), answers
     return found
 
@@ -127,7 +129,7 @@ def alone(folders, tmp_path_factory):
         out = tmp_path_factory.mktemp("alone") / "model"
         worker.export(out)
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].tree.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
         found[name] = said, two_steps(workers, groups), answers, out
     return found
 
@@ -206,22 +208,22 @@ def test_a_checkpoint_of_four_ranks_continues_on_two_and_on_one(tmp_path, folder
 
 def test_work_is_dealt_out_evenly_and_in_order():
     costs = [5.0, 1.0, 4.0, 3.0, 3.0, 2.0]
-    shares = deal(costs, 2)
+    shares = balance(costs, 2)
     assert sorted(i for share in shares for i in share) == list(range(6))
     assert all(share == sorted(share) for share in shares)
     assert [sum(costs[i] for i in share) for share in shares] == [9.0, 9.0]
-    assert deal(costs, 1) == [list(range(6))]
-    assert deal([1.0], 3) == [[0], [], []]
+    assert balance(costs, 1) == [list(range(6))]
+    assert balance([1.0], 3) == [[0], [], []]
 
 
 def test_a_group_costs_its_prompt_and_its_pictures_once(tiny_policy):
-    tree = tree_of(1, tiny_policy.family, images=2)
-    twice = replace(tree, answers=tree.answers * 2)
+    packed = tree_of(1, tiny_policy.family, images=2)
+    twice = replace(packed, answers=packed.answers * 2)
     costs = Costs(0.5, 7.0)
-    prompt, lengths = len(tree.prompt), [len(answer) for answer in tree.answers]
+    prompt, lengths = len(packed.prompt), [len(answer) for answer in packed.answers]
     answers = sum(n * (1 + 0.5 * (prompt + n / 2)) for n in lengths)
-    assert costs(tree) == pytest.approx(prompt * (1 + 0.5 * prompt / 2) + 2 * 7.0 + answers)
-    assert costs(twice) - costs(tree) == pytest.approx(answers)
+    assert costs(packed) == pytest.approx(prompt * (1 + 0.5 * prompt / 2) + 2 * 7.0 + answers)
+    assert costs(twice) - costs(packed) == pytest.approx(answers)
 
 
 def test_costs_follow_from_the_configuration(tiny_policy):
@@ -243,11 +245,11 @@ class Recorder:
 
 def test_neighbours_that_share_rows_get_the_same_share_and_results_keep_the_order():
     workers = Recorder()
-    results = spread_each(workers, "logprobs", ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
+    results = scatter_gather(workers, "logprobs", ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
     assert workers.calls == [(["b"], "more")] * 2 + [(["a", "c"], "more")] * 2
     assert results == [(2, "a"), (0, "b"), (2, "c")]
     assert [own[0] for own in workers.calls] != [None]
-    spread_each(workers, "engine.generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
+    scatter_gather(workers, "engine.generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
     assert [own[0] for own in workers.calls] == [["b"], ["c"], ["a"], []]
 
 

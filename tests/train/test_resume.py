@@ -84,7 +84,7 @@ def interrupt() -> None:
 
 
 def without_times(run: RunFolder) -> list[dict[str, Any]]:
-    timed = ("seconds/", "tokens_per_second/")
+    timed = ("time/",)
     return [{name: v for name, v in row.items() if not name.startswith(timed)} for row in read_metrics(run.metrics)]
 
 

@@ -27,14 +27,14 @@ from foveate.log import read_metrics
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import Tree, pack
-from foveate.records import Completion, Group, Score
+from foveate.parallel.packing import PackedGroup, pack
+from foveate.records import Answer, Group, Score
 from foveate.run_folder import RunFolder
-from foveate.train.algorithm import Method, build_method
+from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
 from foveate.train.finish import finish
 from foveate.train.rl import run_rl
 from foveate.train.rollout_records import rollout_metrics
-from foveate.train.update import prepare, update
+from foveate.train.update import compute_advantages, update
 from foveate.train.worker import Worker
 
 
@@ -80,10 +80,10 @@ def test_a_run_leaves_one_line_of_metrics_per_step(whole):
     "names",
     [
         ("reward/mean", "reward/std", "reward/iou", "reward/hit", "reward/parsed", "reward/failed"),
-        ("answer/length", "answer/length_max", "answer/cut"),
-        ("seconds/generate", "seconds/reward", "seconds/update", "seconds/step"),
-        ("tokens_per_second/generate", "tokens_per_second/update"),
-        ("update_skipped", "updates", "groups_without_advantage", "lr", "epoch"),
+        ("answer/length", "answer/length_max", "answer/truncated"),
+        ("time/generate", "time/reward", "time/update", "time/step"),
+        ("time/generate_tokens_per_second", "time/update_tokens_per_second"),
+        ("optim/update_skipped", "optim/updates", "rollout/groups_without_advantage", "optim/lr", "data/epoch"),
     ],
 )
 def test_every_step_says(whole, names):
@@ -93,12 +93,20 @@ def test_every_step_says(whole, names):
 
 def test_a_step_that_learned_says_how(tmp_path, tiny_folder, data):
     record = metrics_of(run_rl(rl_settings(tmp_path / "run", tiny_folder, data, train={"steps": 1})))[0]
-    learned = {"policy_loss", "entropy", "clip_fraction", "ratio_min", "ratio_max", "approx_kl", "grad_norm"}
-    assert learned | {"engine_logprob_difference", "engine_logprob_difference_max"} <= set(record)
-    assert record["engine_logprob_difference_max"] < 1e-4
-    assert record["engine_ratio_beyond_2"] == 0
-    assert record["ratio_min"] == record["ratio_max"] == 1.0
-    assert record["entropy"] > 0
+    learned = {
+        "loss/policy",
+        "loss/entropy",
+        "loss/clip_fraction",
+        "loss/ratio_min",
+        "loss/ratio_max",
+        "loss/approx_kl",
+        "optim/grad_norm",
+    }
+    assert learned | {"engine/logprob_difference", "engine/logprob_difference_max"} <= set(record)
+    assert record["engine/logprob_difference_max"] < 1e-4
+    assert record["engine/ratio_beyond_2"] == 0
+    assert record["loss/ratio_min"] == record["loss/ratio_max"] == 1.0
+    assert record["loss/entropy"] > 0
 
 
 def test_a_run_leaves_its_answers_with_scores_and_advantages(whole):
@@ -175,7 +183,10 @@ def test_an_engine_with_old_weights_is_refused(tmp_path, tiny_folder, data):
         ({"algorithm": {"name": "gspo", "critic": {"lr": 1e-5}}}, "algorithm gspo reads no values; leave it out"),
         ({"algorithm": {"name": "ppo", "critic": {"lr": 1e-5, "warmup_steps": 3}}}, "the policy would never learn"),
         ({"algorithm": "dapo", "rollout": {"top_k": 1}}, "rollout.top_k is 1, so that the rewards of a group"),
-        ({"algorithm": {"name": "remax", "refills": 2}, "rollout": {"samples": 1}}, "rollout.samples is 1, so that"),
+        (
+            {"algorithm": {"name": "remax", "resample_rounds": 2}, "rollout": {"samples": 1}},
+            "rollout.samples is 1, so that",
+        ),
         ({"algorithm": {"name": "gspo", "correction": {"mode": "token-truncate", "low": 0.5}}}, "no lower bound"),
         ({"algorithm": f"{HERE}:text_length"}, "is a function, not a foveate.algorithms.Algorithm"),
         ({"reward": {"name": "groundin"}}, "unknown reward 'groundin'; did you mean 'grounding'"),
@@ -214,14 +225,18 @@ def test_equal_rewards_leave_the_weights_as_they_are(tmp_path, tiny_folder, data
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward={"name": f"{HERE}:always_one"}))
     assert same(weights(run.final), weights(tiny_folder))
     for record in metrics_of(run):
-        assert (record["updates"], record["groups_without_advantage"], record["tokens/update"]) == (0, 4, 0)
+        assert (record["optim/updates"], record["rollout/groups_without_advantage"], record["optim/tokens"]) == (
+            0,
+            4,
+            0,
+        )
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, tiny_folder, data, caplog):
     changes = {"algorithm": f"{HERE}:EXPLODING", "train": {"steps": 2, "updates_per_step": 2}}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, **changes))
-    assert [record["update_skipped"] for record in metrics_of(run)] == [2, 2]
-    assert [record["nonfinite"] for record in metrics_of(run)] == [["grad_norm"]] * 2
+    assert [record["optim/update_skipped"] for record in metrics_of(run)] == [2, 2]
+    assert [record["nonfinite"] for record in metrics_of(run)] == [["optim/grad_norm"]] * 2
     assert same(weights(run.final), weights(tiny_folder))
     assert sum("is not finite" in message for message in caplog.messages) == 4
 
@@ -229,10 +244,10 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, tiny_fo
 def test_the_kl_to_the_frozen_start_grows_from_zero(tmp_path, tiny_folder, data):
     loss = {"kl_coefficient": 0.1}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, algorithm={"name": "gspo", "loss": loss}))
-    divergence = [record["kl_ref"] for record in metrics_of(run)]
+    divergence = [record["loss/kl_ref"] for record in metrics_of(run)]
     assert divergence[0] == pytest.approx(0.0, abs=1e-9)
     assert divergence[2] > 1e-6
-    assert all(record["tokens/update"] > 0 for record in metrics_of(run))
+    assert all(record["optim/tokens"] > 0 for record in metrics_of(run))
 
 
 def test_the_reference_stays_frozen_when_a_run_continues(tmp_path, tiny_folder, data):
@@ -240,12 +255,12 @@ def test_the_reference_stays_frozen_when_a_run_continues(tmp_path, tiny_folder, 
     algorithm = {"name": "gspo", "loss": {"kl_coefficient": 0.1}}
     run_rl(rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm))
     settings = rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm, train={"steps": 4})
-    assert metrics_of(run_rl(settings))[3]["kl_ref"] > 1e-6
+    assert metrics_of(run_rl(settings))[3]["loss/kl_ref"] > 1e-6
 
 
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
 def test_the_named_part_of_the_model_learns_and_the_others_stay(tmp_path, tiny_folder, data, part):
-    settings = rl_settings(tmp_path / "run", tiny_folder, data, model={"train": [part]}, train={"steps": 1})
+    settings = rl_settings(tmp_path / "run", tiny_folder, data, model={"trainable": [part]}, train={"steps": 1})
     before, after = weights(tiny_folder), weights(run_rl(settings).final)
     prefix = {"vision": "model.vision_tower", "projector": "model.multi_modal", "language": ("model.language", "lm_")}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -270,7 +285,7 @@ def test_rows_without_and_with_two_pictures_are_learned_from_together(tmp_path, 
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     mixed = {"train": [str(tmp_path / "mixed.jsonl")], "test": [str(tmp_path / "mixed.jsonl")]}
     settings = rl_settings(tmp_path / "run", tiny_folder, data, data=mixed, train={"steps": 2, "prompts_per_step": 3})
-    assert metrics_of(run_rl(settings))[1]["engine_logprob_difference_max"] < 1e-4
+    assert metrics_of(run_rl(settings))[1]["engine/logprob_difference_max"] < 1e-4
 
 
 def test_sampling_filters_and_temperature_reach_the_engine(tmp_path, tiny_folder, data):
@@ -316,20 +331,20 @@ def groups(tiny_policy, data):
     for task, lengths, values in zip(tasks, LENGTHS, VALUES, strict=True):
         ids = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in lengths]
         prompt = encoder(task)
-        logp_M, _ = token_logprobs(tiny_policy, pack([Tree(prompt, tuple(ids))]))
+        logp_M, _ = token_logprobs(tiny_policy, pack([PackedGroup(prompt, tuple(ids))]))
         logprobs = [tuple(values.tolist()) for values in logp_M.detach().split(list(lengths))]
-        answers = tuple(Completion(own, sampled, "", "stop", 0) for own, sampled in zip(ids, logprobs, strict=True))
+        answers = tuple(Answer(own, sampled, "", "stop", 0) for own, sampled in zip(ids, logprobs, strict=True))
         made.append(Group(task, prompt, answers, tuple(Score(value) for value in values)))
     return made
 
 
 def learn(
-    worker: Worker | LocalWorkers, groups: Sequence[Group], method: Method, updates: int = 1, lr: float = 1.0
+    worker: Worker | LocalWorkers, groups: Sequence[Group], method: ResolvedAlgorithm, updates: int = 1, lr: float = 1.0
 ) -> dict[str, float]:
     workers = worker if isinstance(worker, LocalWorkers) else LocalWorkers(worker)
     costs = Costs(0.01, 1.0)
-    examples, said = prepare(workers, groups, method, updates, costs)
-    return {**said, **update(workers, examples, method, updates, {"lr": lr, "critic/lr": lr}, costs)}
+    examples, said = compute_advantages(workers, groups, method, updates, costs)
+    return {**said, **update(workers, examples, method, updates, {"optim/lr": lr, "critic/lr": lr}, costs)}
 
 
 def change(worker: Worker, folder: Path) -> torch.Tensor:
@@ -338,8 +353,8 @@ def change(worker: Worker, folder: Path) -> torch.Tensor:
     return torch.cat([(trained[name] - start[name]).flatten() for name in start])
 
 
-def method_of(name: str, **loss: Any) -> Method:
-    return build_method(AlgorithmSettings(name=name, loss=loss), 16)
+def method_of(name: str, **loss: Any) -> ResolvedAlgorithm:
+    return build_algorithm(AlgorithmSettings(name=name, loss=loss), 16)
 
 
 @pytest.mark.parametrize("name", ["gspo", "grpo", "dapo", "dr_grpo"])
@@ -349,7 +364,7 @@ def test_leaving_out_groups_of_equal_rewards_changes_no_gradient(tiny_folder, gr
     for keeps in (False, True):
         worker = a_worker(tiny_folder)
         said = learn(worker, groups, replace(method, keeps_equal_groups=keeps))
-        assert said["groups_without_advantage"] == 2
+        assert said["rollout/groups_without_advantage"] == 2
         changes.append(change(worker, tiny_folder))
     assert changes[0].norm() > 0
     assert (changes[0] - changes[1]).norm() <= 1e-5 * changes[1].norm()
@@ -359,7 +374,7 @@ def test_leaving_out_groups_of_equal_rewards_changes_no_gradient(tiny_folder, gr
 def test_the_token_budget_changes_no_gradient(tiny_folder, groups, name, updates):
     """The budgets hold no whole group, two of them, and all."""
     method = method_of(name, kl_coefficient=0.1, entropy_coefficient=0.01)
-    sizes = [len(group.prompt) + sum(len(answer.token_ids) for answer in group.completions) for group in groups]
+    sizes = [len(group.prompt) + sum(len(answer.token_ids) for answer in group.answers) for group in groups]
     assert 50 < min(sizes) < max(sizes) < 90
     changes, said = [], []
     for budget in (50, 180, 4096):
@@ -368,7 +383,7 @@ def test_the_token_budget_changes_no_gradient(tiny_folder, groups, name, updates
         changes.append(change(worker, tiny_folder))
     for other, record in zip(changes[:2], said[:2], strict=True):
         assert (other - changes[2]).norm() <= 2e-4 * changes[2].norm()
-        for metric in ("policy_loss", "entropy", "kl_ref", "ratio_max", "ratio_min"):
+        for metric in ("loss/policy", "loss/entropy", "loss/kl_ref", "loss/ratio_max", "loss/ratio_min"):
             assert record[metric] == pytest.approx(said[2][metric], rel=1e-3, abs=1e-6)
 
 
@@ -377,7 +392,7 @@ def test_one_update_needs_no_pass_for_the_old_policy(tiny_folder, groups):
     workers = CountingWorkers(a_worker(tiny_folder))
     said = learn(workers, groups, method, 1, 1e-3)
     assert workers.asked == ["update_policy"]
-    assert said["ratio_max"] == said["ratio_min"] == 1.0
+    assert said["loss/ratio_max"] == said["loss/ratio_min"] == 1.0
 
 
 def test_several_updates_hold_on_to_the_policy_that_sampled(tiny_folder, groups):
@@ -385,9 +400,9 @@ def test_several_updates_hold_on_to_the_policy_that_sampled(tiny_folder, groups)
     workers = CountingWorkers(a_worker(tiny_folder))
     said = learn(workers, groups, method, 2, 1e-2)
     assert workers.asked == ["logprobs", "update_policy", "update_policy"]
-    assert said["updates"] == 2
-    assert said["ratio_max"] > 1 + 1e-4
-    assert said["engine_logprob_difference_max"] < 1e-4
+    assert said["optim/updates"] == 2
+    assert said["loss/ratio_max"] > 1 + 1e-4
+    assert said["engine/logprob_difference_max"] < 1e-4
 
 
 def test_updates_share_the_prompts_in_order_and_evenly(tiny_folder, groups):
@@ -427,7 +442,7 @@ def test_a_kl_that_is_on_by_default_gets_its_reference(tmp_path):
 
 
 def test_rewards_of_one_answer_have_no_spread(groups):
-    alone = Group(groups[0].task, groups[0].prompt, groups[0].completions[:1], groups[0].scores[:1])
+    alone = Group(groups[0].task, groups[0].prompt, groups[0].answers[:1], groups[0].scores[:1])
     assert rollout_metrics([alone])["reward/std"] == 0.0
 
 

@@ -17,7 +17,7 @@ from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.train.sft import run_sft
 from foveate.train.worker import Worker, sft_total
 
@@ -30,34 +30,36 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trees(tiny_policy, data):
+def packed_groups(tiny_policy, data):
     """Four demonstrations of very different lengths."""
     encoder = Encoder(tiny_policy.tokenizer, tiny_policy.family, 1, 128)
     demos = [demo_of(open_tasks(data / "train.parquet")[i]) for i in range(4)]
     answers = ["no", demos[1].response, "left " * 20, demos[3].response]
-    return [Tree(encoder(demo.task), (encoder.answer_ids(text),)) for demo, text in zip(demos, answers, strict=True)]
+    return [
+        PackedGroup(encoder(demo.task), (encoder.answer_ids(text),)) for demo, text in zip(demos, answers, strict=True)
+    ]
 
 
-def plain_loss(model, trees, weighting):
+def plain_loss(model, packed_groups, weighting):
     """One sample at a time, with the model's own loss: the mean over the tokens of an answer, weighted by hand."""
     total, weights = torch.zeros(()), 0.0
-    for tree in trees:
-        [answer] = tree.answers
-        ids = torch.tensor([[*tree.prompt.token_ids, *answer]])
+    for packed in packed_groups:
+        [answer] = packed.answers
+        ids = torch.tensor([[*packed.prompt.token_ids, *answer]])
         labels = ids.clone()
-        labels[:, : len(tree.prompt)] = -100
-        mean = model(input_ids=ids, pixel_values=tree.prompt.pixels, labels=labels).loss
+        labels[:, : len(packed.prompt)] = -100
+        mean = model(input_ids=ids, pixel_values=packed.prompt.pixels, labels=labels).loss
         weight = len(answer) ** (1 - EXPONENT[weighting])
         total, weights = total + weight * mean, weights + weight
     return total / weights
 
 
-def learned(folder, trees, weighting, budget):
+def learned(folder, packed_groups, weighting, budget):
     """The metrics of one step, and its gradient: plain descent with learning rate 1 moves the weights by it."""
     worker = Worker(ModelSettings(path=str(folder)), OptimSettings(lr=1.0, max_grad_norm=1e9), budget)
     before = {name: p.detach().clone() for name, p in worker.policy.model.named_parameters()}
     worker.optimizer = torch.optim.SGD(worker.policy.model.parameters(), lr=1.0)  # type: ignore[assignment]
-    said = worker.update_sft(trees, weighting, sft_total(trees, weighting), 1.0)
+    said = worker.update_sft(packed_groups, weighting, sft_total(packed_groups, weighting), 1.0)
     return said, {name: before[name] - p.detach() for name, p in worker.policy.model.named_parameters()}
 
 
@@ -70,35 +72,38 @@ def norm(gradient):
 
 
 @pytest.mark.parametrize("weighting", EXPONENT)
-def test_the_packed_loss_and_gradient_are_those_of_one_sample_at_a_time(tiny_folder, trees, weighting):
+def test_the_packed_loss_and_gradient_are_those_of_one_sample_at_a_time(tiny_folder, packed_groups, weighting):
     model = AutoModelForImageTextToText.from_pretrained(tiny_folder, attn_implementation="eager")
-    loss = plain_loss(model, trees, weighting)
+    loss = plain_loss(model, packed_groups, weighting)
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    said, gradient = learned(tiny_folder, trees, weighting, budget=4096)
-    assert said["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert said["grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
+    said, gradient = learned(tiny_folder, packed_groups, weighting, budget=4096)
+    assert said["loss/total"] == pytest.approx(loss.item(), rel=1e-5)
+    assert said["optim/grad_norm"] == pytest.approx(norm(expected), rel=1e-4)
     assert distance(gradient, expected) <= 1e-3 * norm(expected)
 
 
 @pytest.mark.parametrize("weighting", EXPONENT)
-def test_the_token_budget_biases_neither_loss_nor_gradient(tiny_folder, trees, weighting):
-    assert max(tree.tokens for tree in trees) > 36 > min(tree.tokens for tree in trees)
-    whole, gradient = learned(tiny_folder, trees, weighting, budget=4096)
-    parted, other = learned(tiny_folder, trees, weighting, budget=36)
-    for name in ("loss", "nll", "entropy", "grad_norm"):
+def test_the_token_budget_biases_neither_loss_nor_gradient(tiny_folder, packed_groups, weighting):
+    assert max(packed.tokens for packed in packed_groups) > 36 > min(packed.tokens for packed in packed_groups)
+    whole, gradient = learned(tiny_folder, packed_groups, weighting, budget=4096)
+    parted, other = learned(tiny_folder, packed_groups, weighting, budget=36)
+    for name in ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm"):
         assert parted[name] == pytest.approx(whole[name], rel=1e-5)
     assert distance(gradient, other) <= 1e-4 * norm(gradient)
 
 
-def test_the_weightings_differ_where_lengths_do(tiny_folder, trees):
-    losses = {learned(tiny_folder, trees, weighting, 4096)[0]["loss"] for weighting in EXPONENT}
+def test_the_weightings_differ_where_lengths_do(tiny_folder, packed_groups):
+    losses = {learned(tiny_folder, packed_groups, weighting, 4096)[0]["loss/total"] for weighting in EXPONENT}
     assert len(losses) == 3
 
 
-def test_four_demonstrations_are_learned_by_heart(tiny_folder, trees):
+def test_four_demonstrations_are_learned_by_heart(tiny_folder, packed_groups):
     worker = Worker(ModelSettings(path=str(tiny_folder)), OptimSettings(lr=3e-3), 4096)
-    losses = [worker.update_sft(trees, "token", sft_total(trees, "token"), 3e-3)["loss"] for _ in range(30)]
+    losses = [
+        worker.update_sft(packed_groups, "token", sft_total(packed_groups, "token"), 3e-3)["loss/total"]
+        for _ in range(30)
+    ]
     assert losses[-1] < losses[0] / 5
 
 
@@ -106,8 +111,16 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(tmp_path, tiny_folder, dat
     run = run_sft(sft_settings(tmp_path / "run", tiny_folder, data))
     records = read_metrics(run.metrics)
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert {"loss", "nll", "entropy", "grad_norm", "lr", "epoch", "tokens_per_second/update"} <= set(records[0])
-    assert [record["epoch"] for record in records] == [0.25, 0.5, 0.75]
+    assert {
+        "loss/total",
+        "loss/nll",
+        "loss/entropy",
+        "optim/grad_norm",
+        "optim/lr",
+        "data/epoch",
+        "time/update_tokens_per_second",
+    } <= set(records[0])
+    assert [record["data/epoch"] for record in records] == [0.25, 0.5, 0.75]
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["latest", "step_000002", "step_000003"]
     start, end = (load_policy(str(folder)).model.state_dict() for folder in (tiny_folder, run.final))
     assert any(not torch.equal(start[name], end[name]) for name in start)

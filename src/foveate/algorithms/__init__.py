@@ -31,7 +31,7 @@ POLICY_LOSSES: dict[str, str] = {
     "sapo": "foveate.algorithms.policy_losses:sapo",
 }
 
-CHOICES: dict[str, str] = {
+TOKEN_MASKS: dict[str, str] = {
     "clip_cov": "foveate.algorithms.covariance:clip_cov_tokens",
     "kl_cov": "foveate.algorithms.covariance:kl_cov_tokens",
 }
@@ -50,8 +50,8 @@ class Algorithm:
     """A named algorithm: where its advantage and its policy loss are ("module:function"), the settings in which it
     differs from their defaults, and the arXiv number of its paper.
 
-    choice: a function that marks the tokens which the loss treats apart; its settings are those of the loss that it
-    names. refills: rounds of dynamic sampling, in which new groups replace those of equal rewards.
+    token_mask: a function that marks the tokens which the loss treats apart; its settings are those of the loss that it
+    names. resample_rounds: rounds of dynamic sampling, in which new groups replace those of equal rewards.
     """
 
     advantage: str
@@ -59,8 +59,8 @@ class Algorithm:
     source: str
     advantage_settings: Mapping[str, Any] = field(default_factory=dict)
     loss_settings: Mapping[str, Any] = field(default_factory=dict)
-    choice: str = ""
-    refills: int = 0
+    token_mask: str = ""
+    resample_rounds: int = 0
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -100,7 +100,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         loss=POLICY_LOSSES["grpo"],
         source="2503.14476",
         loss_settings={"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0, "aggregate": "token-mean"},
-        refills=9,
+        resample_rounds=9,
     ),
     "cispo": Algorithm(
         advantage=ADVANTAGES["grpo"],
@@ -131,14 +131,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         loss=POLICY_LOSSES["clip_cov"],
         source="2505.22617",
         loss_settings={"share": 2e-4, "cov_low": 1.0, "cov_high": 5.0, "aggregate": "token-mean"},
-        choice=CHOICES["clip_cov"],
+        token_mask=TOKEN_MASKS["clip_cov"],
     ),
     "kl_cov": Algorithm(
         advantage=ADVANTAGES["grpo"],
         loss=POLICY_LOSSES["kl_cov"],
         source="2505.22617",
         loss_settings={"share": 2e-4, "penalty": 1.0, "aggregate": "token-mean"},
-        choice=CHOICES["kl_cov"],
+        token_mask=TOKEN_MASKS["kl_cov"],
     ),
     "ppo": Algorithm(
         advantage=ADVANTAGES["gae"],

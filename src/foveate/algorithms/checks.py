@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.records import Batch, Layout, LossOut, PairTargets, PolicyTargets, Totals, require
+from foveate.records import Batch, Forest, LossOut, PairTargets, PolicyTargets, Totals, require
 
 ADVANTAGE_INPUTS = ("rewards_S", "group_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
 """reward_M, value_M and sample_M are per token, as in `values.gae`, whose result is per token too."""
@@ -60,8 +60,8 @@ def dry_run_pairs(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, 
 def _two_answers() -> Batch:
     """Answers of two tokens and of one."""
     index_M = torch.arange(3)
-    layout, sample_M = Layout((0,), (3,), (-1,)), torch.tensor([0, 0, 1])
-    return Batch(index_M, index_M, layout, None, index_M[:0], index_M, index_M, sample_M, 2)
+    forest, sample_M = Forest((0,), (3,), (-1,)), torch.tensor([0, 0, 1])
+    return Batch(index_M, index_M, forest, None, index_M[:0], index_M, index_M, sample_M, 2)
 
 
 def _require_finite(kind: str, loss: Callable[..., LossOut], out: LossOut) -> None:

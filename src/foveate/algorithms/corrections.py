@@ -51,10 +51,10 @@ def correct_mismatch(
     tokens = float(len(weight_M))
     metrics = to_metrics(
         {
-            "mismatch_kl": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
-            "mismatch_weight": (weight_M.sum(), tokens),
-            "mismatch_weight_max": (weight_M.max(), tokens),
-            "mismatch_cut": (cut_M.sum(), tokens),
+            "engine/correction_kl": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
+            "engine/correction_weight": (weight_M.sum(), tokens),
+            "engine/correction_weight_max": (weight_M.max(), tokens),
+            "engine/correction_truncated": (cut_M.sum(), tokens),
         }
     )
     return dataclasses.replace(targets, advantage_M=targets.advantage_M * weight_M), metrics

@@ -319,8 +319,8 @@ def kl_cov(
 
 
 def _marked(targets: PolicyTargets) -> Tensor:
-    assert targets.mark_M is not None, "this loss needs an algorithm with a choice of tokens"
-    return targets.mark_M
+    assert targets.masked_M is not None, "this loss needs an algorithm with a choice of tokens"
+    return targets.masked_M
 
 
 def _require_narrow_clip(clip_low: float, clip_high: float, allow_wide: bool) -> None:

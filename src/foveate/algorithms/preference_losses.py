@@ -157,10 +157,10 @@ def _combine(terms: Terms, pairs: _Pairs, totals: Totals) -> LossOut:
     ]
     loss = torch.stack(weighted).sum()
     values = {
-        "loss": (loss, count / totals.groups),
+        "loss/total": (loss, count / totals.groups),
         **{f"loss/{name}": (term, tokens if name == "sft" else count) for name, (_, term) in terms.items()},
-        "logp/chosen": (pairs.chosen_logp, tokens),
-        "logp/rejected": (pairs.rejected_logp, float(rejected_length_P.sum())),
+        "loss/logp_chosen": (pairs.chosen_logp, tokens),
+        "loss/logp_rejected": (pairs.rejected_logp, float(rejected_length_P.sum())),
     }
     if pairs.has_reference:
         chosen_P, rejected_P = _split(pairs.reward_S.detach())

@@ -70,17 +70,17 @@ def combine(
     loss = policy_loss
     tokens = float(len(logp_M))
     values = {
-        "policy_loss": (policy_loss, tokens / totals.tokens),
-        "approx_kl": (kl(targets.old_M, logp_M.detach(), "k3").sum(), tokens),
-        "entropy": (entropy_M.sum(), tokens),
-        "ratio_min": (policy.ratio_M.min(), tokens),
-        "ratio_max": (policy.ratio_M.max(), tokens),
+        "loss/policy": (policy_loss, tokens / totals.tokens),
+        "loss/approx_kl": (kl(targets.old_M, logp_M.detach(), "k3").sum(), tokens),
+        "loss/entropy": (entropy_M.sum(), tokens),
+        "loss/ratio_min": (policy.ratio_M.min(), tokens),
+        "loss/ratio_max": (policy.ratio_M.max(), tokens),
     }
     if policy.clipped_M is not None:
-        values["clip_fraction"] = (policy.clipped_M.sum(), tokens)
+        values["loss/clip_fraction"] = (policy.clipped_M.sum(), tokens)
     if targets.ref_M is not None:
         kl_M = kl(logp_M, targets.ref_M, terms.kl_estimator)
-        values["kl_ref"] = (kl_M.sum(), tokens)
+        values["loss/kl_ref"] = (kl_M.sum(), tokens)
         if terms.kl_coefficient:
             loss = loss + terms.kl_coefficient * (weight_M * kl_M).sum()
     if terms.entropy_coefficient:

@@ -27,10 +27,12 @@ def up_command(
 ) -> None:
     """Start the head of a cluster on this machine. Those alone get in that have its token (~/.ray/auth_token)."""
     from foveate.cluster.commands import LOOPBACK, start_node
-    from foveate.log import say
+    from foveate.log import print_result
 
     join = f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS"
-    say(f"{join if host != LOOPBACK else 'this machine alone; with --host, others can join'}; stop by: ray stop")
+    print_result(
+        f"{join if host != LOOPBACK else 'this machine alone; with --host, others can join'}; stop by: ray stop"
+    )
     start_node(head=None, host=host, port=port, cpus=cpus, gpus=gpus, dashboard=dashboard, block=block)
 
 

@@ -24,7 +24,7 @@ def show_command(
 ) -> None:
     """Print rows as a person reads them: question, pictures, answer."""
     from foveate.data.table import open_tasks
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.report.show import row_text, write_page
 
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
@@ -32,11 +32,11 @@ def show_command(
         raise DataError(f"--first {first}: {table.names} has {len(table)} rows, from 0 on")
     shown = range(first, min(first + rows, len(table)))
     for index in shown:
-        say(row_text(table, index))
-    say(f"rows {first}..{shown[-1]} of {len(table)}")
+        print_result(row_text(table, index))
+    print_result(f"rows {first}..{shown[-1]} of {len(table)}")
     if html is not None:
         write_page(html, table, shown)
-        say(f"{html}: {len(shown)} rows with their pictures")
+        print_result(f"{html}: {len(shown)} rows with their pictures")
 
 
 @data.command("check")
@@ -52,9 +52,9 @@ def check_command(
 ) -> None:
     """List every problem of every row, by file, row and field. The exit code is 1 if there is one."""
     from foveate.data.table import open_tasks
-    from foveate.data.validate import Look, survey
+    from foveate.data.validate import RowInspection, inspect_rows
     from foveate.encoding.dataset import RowCheck
-    from foveate.log import progress, say
+    from foveate.log import print_result, progress
     from foveate.models.prompt import load_encoder
     from foveate.rewards.grade import truth_check
 
@@ -62,10 +62,10 @@ def check_command(
     check = RowCheck(truth_check(reward) if reward else None, encoder)
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
     with progress("checking rows", len(table)) as advance:
-        found = survey(table, Look(check), workers=workers, progress=lambda *_: advance(1))
+        found = inspect_rows(table, RowInspection(check), workers=workers, progress=lambda *_: advance(1))
     for problem in found.problems:
-        say(str(problem))
+        print_result(str(problem))
     if found.problems:
         bad = len(table) - len(found.kept)
         raise DataError(f"{len(found.problems)} problems in {bad} of {len(table)} rows")
-    say(f"{len(table)} rows, no problem")
+    print_result(f"{len(table)} rows, no problem")

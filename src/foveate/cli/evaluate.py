@@ -50,7 +50,7 @@ def generate(
     from foveate.encoding.chat import THINKING_SYSTEM
     from foveate.evaluate.client import ClientSettings, endpoints_of
     from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.records import SamplingParams
 
     if thinking and system is not None:
@@ -70,7 +70,7 @@ def generate(
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
     limits = (max_prompt_tokens, max_tiles)
     summary = run_generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
-    say(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
+    print_result(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
 
 
 def evaluate(
@@ -110,7 +110,7 @@ def evaluate(
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
     from foveate.evaluate.evaluate_models import EvalRequest, run_eval
-    from foveate.report.page import conclude
+    from foveate.report.page import write_and_print_report
 
     if model and not data:
         raise ConfigError("--model needs --data: the files whose rows are asked")
@@ -123,14 +123,14 @@ def evaluate(
             text_files,
         )
     )  # fmt: skip
-    conclude(out)
+    write_and_print_report(out)
 
 
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]) -> None:
     """Write report.html for a run and print its summary."""
-    from foveate.report.page import conclude
+    from foveate.report.page import write_and_print_report
 
-    conclude(run)
+    write_and_print_report(run)
 
 
 def view(
@@ -138,10 +138,10 @@ def view(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any free one.")] = 8700,
 ) -> None:
     """Serve the report of a run on this machine, always as the files of the run are now."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.report.live import serve_report
 
-    serve_report(run, port, lambda address: say(f"{run} at {address}"))
+    serve_report(run, port, lambda address: print_result(f"{run} at {address}"))
 
 
 def _scoring(

@@ -10,10 +10,10 @@ import typer
 
 def doctor(model: Annotated[str | None, typer.Argument(help="Model folder to look at, or demo.")] = None) -> None:
     """Say what this installation is, and what is recognised in a model folder."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.tools.doctor import examine
 
-    say(examine(model))
+    print_result(examine(model))
 
 
 def convert(
@@ -26,13 +26,13 @@ def convert(
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
 ) -> None:
     """Turn a checkpoint of one layout into another, bit for bit, without holding the model in memory."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.models.checkpoint.convert import convert as convert_checkpoint
-    from foveate.models.checkpoint.names import LAYOUTS
+    from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 
     made = convert_checkpoint(source, target, to, shard_bytes=int(max_shard_gb * 1e9))
-    say(
-        f"{target}: {LAYOUTS[made.source]} -> {LAYOUTS[made.target]}, {made.tensors:,} tensors, "
+    print_result(
+        f"{target}: {CHECKPOINT_FORMATS[made.source]} -> {CHECKPOINT_FORMATS[made.target]}, {made.tensors:,} tensors, "
         f"{made.bytes / 1e9:.2f} GB in {made.files} file{'s' if made.files > 1 else ''}"
     )
 
@@ -45,8 +45,8 @@ def export(
     ] = None,
 ) -> None:
     """Write the model of a run's checkpoint as a model folder, without a GPU; adapters are merged."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.train.export import export_checkpoint
 
     step = export_checkpoint(checkpoint, target, to)
-    say(f"{target}: the model after step {step}")
+    print_result(f"{target}: the model after step {step}")

@@ -11,7 +11,7 @@ import typer
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foveate.data.validate import Reading
+    from foveate.data.validate import ReadOptions
 
 OnBadRow = Annotated[
     Literal["error", "skip"] | None,
@@ -53,11 +53,11 @@ def columns_of(pairs: Sequence[str] | None) -> Mapping[str, str] | None:
 
 def reading_of(
     image_root: Path | None, on_bad_row: str | None, workers: int | None, columns: Sequence[str] | None = None
-) -> Reading:
+) -> ReadOptions:
     """How sources are read, from the options of a verb."""
-    from foveate.data.validate import Reading
+    from foveate.data.validate import ReadOptions
 
-    return Reading(image_root, columns_of(columns), "skip" if on_bad_row == "skip" else "error", workers)
+    return ReadOptions(image_root, columns_of(columns), "skip" if on_bad_row == "skip" else "error", workers)
 
 
 def with_bad_rows(overrides: list[str] | None, on_bad_row: str | None) -> list[str]:

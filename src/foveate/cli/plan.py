@@ -20,7 +20,7 @@ def plan_command(
     tiles: Annotated[int | None, typer.Option(min=0, help="Mean image tiles of a prompt.")] = None,
 ) -> None:
     """Memory, time and GPU hours of a recipe before anything starts, from the shapes of its model."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.plan.advice import plan
     from foveate.plan.hardware import parse_machines
     from foveate.plan.report import report
@@ -28,7 +28,7 @@ def plan_command(
 
     machines = parse_machines(gpus)
     settings = read_settings(recipe, overrides or [])
-    say(report(plan(workload_of(settings, prompt_tokens, answer_tokens, tiles), machines)))
+    print_result(report(plan(workload_of(settings, prompt_tokens, answer_tokens, tiles), machines)))
 
 
 def import_verl_command(
@@ -38,12 +38,12 @@ def import_verl_command(
 ) -> None:
     """Turn a verl launch script into a recipe, and say what became of each of its settings."""
     from foveate.files import atomic_write_text
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.tools.import_verl import import_script
 
     imported = import_script(script, os.environ, rows)
     if out is None:
-        say(imported.recipe)
+        print_result(imported.recipe)
     else:
         atomic_write_text(out, imported.recipe)
-    say(imported.account)
+    print_result(imported.account)

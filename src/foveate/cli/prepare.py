@@ -174,7 +174,7 @@ def prepare_filter_command(
     workers: Workers = None,
 ) -> None:
     """Keep rows by difficulty for a model, by length and by size of their pictures."""
-    from foveate.datasets.answers import Rightness
+    from foveate.datasets.answers import CorrectnessRule
     from foveate.datasets.select import Limits, prepare_filter
 
     if (model is None) != (max_prompt_tokens is None):
@@ -186,7 +186,7 @@ def prepare_filter_command(
         length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
     made = prepare_filter(
         sources, out, Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side), name=name,
-        rollouts=rollouts or (), rightness=Rightness(part, threshold), length=length,
+        rollouts=rollouts or (), correctness_rule=CorrectnessRule(part, threshold), length=length,
         reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
     _tell(made)
@@ -207,14 +207,14 @@ def prepare_pairs_command(
     workers: Workers = None,
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""
-    from foveate.datasets.answers import Rightness
+    from foveate.datasets.answers import CorrectnessRule
     from foveate.datasets.select import prepare_pairs
 
     if not rollouts:
         raise ConfigError("--rollouts is missing: pairs are made of the answers of a model")
     made = prepare_pairs(
-        sources, out, rollouts=rollouts, max_per_prompt=max_per_prompt, rightness=Rightness(part, threshold), seed=seed,
-        reading=reading_of(image_root, on_bad_row, workers, column),
+        sources, out, rollouts=rollouts, max_per_prompt=max_per_prompt, seed=seed,
+        correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
     _tell(made)
 
@@ -242,12 +242,12 @@ def _range(text: str | None) -> tuple[float, float] | None:
 
 
 def _tell(made: Prepared) -> None:
-    from foveate.log import say
+    from foveate.log import print_result
 
     for problem in made.problems:
-        say(f"left out: {problem}")
+        print_result(f"left out: {problem}")
     for line in made.summary():
-        say(line)
+        print_result(line)
 
 
 @prepare.command("shapes")
@@ -265,7 +265,7 @@ def prepare_shapes_command(
 ) -> None:
     """Scenes of coloured shapes with referring expressions."""
     from foveate.datasets.shapes import KINDS, prepare_shapes
-    from foveate.log import progress, say
+    from foveate.log import print_result, progress
 
     chosen = tuple(kinds.split(","))
     unknown = [kind for kind in chosen if kind not in KINDS]
@@ -276,7 +276,7 @@ def prepare_shapes_command(
         raise ConfigError("--train and --test are both 0; ask for at least one row")
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
-    say(f"{out}: " + ", ".join(f"{count} {split} rows" for split, count in rows.items()))
+    print_result(f"{out}: " + ", ".join(f"{count} {split} rows" for split, count in rows.items()))
 
 
 @prepare.command("tiny")
@@ -290,7 +290,7 @@ def prepare_tiny_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
 ) -> None:
     """A small InternVL with random weights, or with those of another one: the real architecture."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.models.checkpoint.inspect import resolve_folder
     from foveate.models.tiny import TinySize, build_tiny, retile
 
@@ -300,4 +300,4 @@ def prepare_tiny_command(
         build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
     else:
         retile(resolve_folder(start), out, tile, max_tiles)
-    say(f"{out}: a tiny InternVL with {tile}-pixel tiles")
+    print_result(f"{out}: a tiny InternVL with {tile}-pixel tiles")

@@ -45,7 +45,7 @@ def serve(
     """Serve a model: /v1/chat/completions with pictures, /v1/models and /health, on this machine only by default.
 
     The API key is that of the environment variable FOVEATE_API_KEY, or a new one that is printed."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.serve.engines import EngineRequest, default_name, serve_engine
 
     key = None if no_key else os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(24)
@@ -55,8 +55,8 @@ def serve(
 
     def ready(address: str) -> None:
         if key is not None and KEY_VARIABLE not in os.environ:
-            say(f"API key: {key}")
-        say(f"Serving {chosen} at {address}")
+            print_result(f"API key: {key}")
+        print_result(f"Serving {chosen} at {address}")
         sys.stdout.flush()
 
     if engine == "native":
@@ -82,7 +82,7 @@ def serve(
             ),
             ready,
         )  # fmt: skip
-    say("stopped")
+    print_result("stopped")
 
 
 def _native() -> Callable[[ServeRequest, Callable[[str], None]], None]:

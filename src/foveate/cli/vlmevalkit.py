@@ -31,7 +31,7 @@ def config(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of the served model.")] = 1024,
 ) -> None:
     """Write the file for VLMEvalKit's --config: a checkpoint, with and without thinking, or a served model."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.tools.vlmevalkit import checkpoint_models, endpoint_models, write_config
 
     if (model is None) == (endpoint is None):
@@ -47,17 +47,17 @@ def config(
     write_config(out, models, dataset or (), tsv)
     folder = f"LMUData={tsv.parent.resolve()} " if tsv is not None else ""
     flags = f"{folder}PRED_FORMAT=tsv USE_COT=1 SPLIT_THINK=True"
-    say(f"{', '.join(models)}: {out}\n{flags} python -m vlmeval.run --config {out} --work-dir outputs")
-    say("In a clone of VLMEvalKit it is run.py in place of -m vlmeval.run.")
+    print_result(f"{', '.join(models)}: {out}\n{flags} python -m vlmeval.run --config {out} --work-dir outputs")
+    print_result("In a clone of VLMEvalKit it is run.py in place of -m vlmeval.run.")
 
 
 @vlmevalkit.command()
 def tsv(sources: Sources, out: OutFile, image_root: ImageRoot = None, columns: Columns = None) -> None:
     """Turn rows into a TSV; put it into $LMUData (by default ~/LMUData)."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.tools.vlmevalkit import write_tsv
 
-    say(f"{out}: {write_tsv(out, _source(sources, image_root, columns))} rows")
+    print_result(f"{out}: {write_tsv(out, _source(sources, image_root, columns))} rows")
 
 
 @vlmevalkit.command()
@@ -69,10 +69,10 @@ def answers(
     columns: Columns = None,
 ) -> None:
     """Turn VLMEvalKit's predictions into answers of ours."""
-    from foveate.log import say
+    from foveate.log import print_result
     from foveate.tools.vlmevalkit import read_predictions
 
-    say(f"{out}: {read_predictions(predictions, _source(sources, image_root, columns), out)} rows")
+    print_result(f"{out}: {read_predictions(predictions, _source(sources, image_root, columns), out)} rows")
 
 
 def _source(sources: list[Path], image_root: Path | None, columns: list[str] | None) -> RowsRequest:

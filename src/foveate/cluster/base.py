@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from foveate.cluster.commands import has_token, keep_priority, stay_inside, use_token
+from foveate.cluster.commands import bind_to_loopback, has_token, keep_priority, use_token
 from foveate.cluster.local import LocalWorkers
 from foveate.config.cluster import ClusterSettings
-from foveate.parallel.balance import deal
+from foveate.parallel.balance import balance
 from foveate.registry import resolve
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ REMOTE = {
 }
 """What needs ray, which is imported only where it is asked for."""
 
-FIRST = 120.0
+STARTUP_TIMEOUT_S = 120.0
 """Seconds in which the machines of a run have to be there when it starts."""
 
 
@@ -44,49 +44,49 @@ def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: 
     if cluster.ranks == 1:
         yield LocalWorkers(build())
         return
-    with over_ray(cluster, "ray")(cluster, build, patience_of(cluster, again)) as workers:
+    with ray_backend(cluster, "ray")(cluster, build, startup_timeout(cluster, again)) as workers:
         yield workers
 
 
-def over_ray(cluster: ClusterSettings, name: str) -> Any:
+def ray_backend(cluster: ClusterSettings, name: str) -> Any:
     """An entry of REMOTE, for a run on `cluster`."""
     keep_priority()
     if cluster.nodes == 1 and "RAY_ADDRESS" not in os.environ:
-        stay_inside()
+        bind_to_loopback()
     elif has_token():
         use_token()
     return resolve(REMOTE, name, "cluster")
 
 
-def patience_of(cluster: ClusterSettings, again: bool) -> float:
+def startup_timeout(cluster: ClusterSettings, again: bool) -> float:
     """Seconds in which the machines of a run have to be there."""
-    return max(FIRST, cluster.timeout) if again else FIRST
+    return max(STARTUP_TIMEOUT_S, cluster.timeout) if again else STARTUP_TIMEOUT_S
 
 
-def everywhere(workers: WorkerGroup, method: str, *arguments: Any) -> list[Any]:
+def broadcast(workers: WorkerGroup, method: str, *arguments: Any) -> list[Any]:
     """The same call on every rank."""
     return workers.call(method, [arguments] * workers.size)
 
 
-def spread(
+def scatter(
     workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
 ) -> Iterator[tuple[list[int], Any]]:
     """Call `method` with `items` dealt out by their costs, and with `rest`. Yields, for each share, the indices of its
     items and the result. `row` neighbouring ranks get the same share (None: those that share a row of tokens)."""
     row = workers.row if row is None else row
-    shares = deal(costs, workers.size // row)
+    shares = balance(costs, workers.size // row)
     arguments = [([items[i] for i in share], *rest) for share in shares]
     results = workers.call(method, [own for own in arguments for _ in range(row)])
     yield from zip(shares, results[::row], strict=True)
 
 
-def spread_each(
+def scatter_gather(
     workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
 ) -> list[Any]:
-    """`spread` where a result has one entry per item: the entries in the order of the items."""
+    """`scatter` where a result has one entry per item: the entries in the order of the items."""
     found = {
         i: one
-        for share, own in spread(workers, method, items, costs, *rest, row=row)
+        for share, own in scatter(workers, method, items, costs, *rest, row=row)
         for i, one in zip(share, own, strict=True)
     }
     return [found[i] for i in range(len(items))]

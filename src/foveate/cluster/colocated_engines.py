@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, Self
 
-from foveate.cluster.base import WorkerGroup, everywhere, spread_each
+from foveate.cluster.base import WorkerGroup, broadcast, scatter_gather
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
-from foveate.records import Completion, SamplingParams
+from foveate.records import Answer, SamplingParams
 from foveate.rollout.engine import Request
 
 
-class GroupEngine:
+class ColocatedEngines:
     """Deals out requests to the workers' engines. Answers do not depend on who gives them."""
 
     def __init__(self, workers: WorkerGroup) -> None:
@@ -24,20 +24,20 @@ class GroupEngine:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None or self._workers.size == 1:  # several ranks end with their processes, which may be gone already
-            everywhere(self._workers, "engine.close")
+            broadcast(self._workers, "engine.close")
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Each worker makes its engine by `new_engine` and proves that it has the weights of `version`."""
-        everywhere(self._workers, "engine.start", new_engine, encoder, rollout, version)
+        broadcast(self._workers, "engine.start", new_engine, encoder, rollout, version)
         self.version = version
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
-        return spread_each(self._workers, "engine.generate", requests, costs, sampling, row=1)
+        return scatter_gather(self._workers, "engine.generate", requests, costs, sampling, row=1)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns. Those of
         several ranks come all at once."""
         if self._workers.size > 1:
@@ -48,18 +48,18 @@ class GroupEngine:
 
     def pause(self) -> None:
         """As `Engine.pause`, in a cluster of one rank."""
-        everywhere(self._workers, "engine.pause")
+        broadcast(self._workers, "engine.pause")
 
     def resume(self) -> None:
         """As `Engine.resume`."""
-        everywhere(self._workers, "engine.resume")
+        broadcast(self._workers, "engine.resume")
 
     def sleep(self) -> None:
         """As `Engine.sleep`."""
-        everywhere(self._workers, "engine.sleep")
+        broadcast(self._workers, "engine.sleep")
 
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
-        checked = everywhere(self._workers, "engine.publish", version)[0]
+        checked = broadcast(self._workers, "engine.publish", version)[0]
         self.version = version
         return checked

@@ -32,7 +32,7 @@ def start_node(
     command = [*_ray(), "start", f"--node-ip-address={host}", "--disable-usage-stats"]
     if head is None:
         if host == LOOPBACK:
-            stay_inside()
+            bind_to_loopback()
         command += ["--head", f"--port={port}", f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard}"]
     else:
         if host == LOOPBACK and not head.startswith(("127.", "localhost:")):
@@ -51,7 +51,7 @@ def start_node(
         raise ConfigError(f"ray did not start (exit code {ended.returncode}): {' '.join(ended.stdout.split())}")
 
 
-def stay_inside() -> None:
+def bind_to_loopback() -> None:
     """Let Ray keep to 127.0.0.1, which it otherwise takes for this machine's outer address, and listens everywhere. It
     has a variable for systems whose firewalls ask. To be called before ray is imported."""
     os.environ.setdefault(_INSIDE, "0")

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
-Finished = tuple[list[tuple[int, tuple[Completion, ...]]], bool]
+Finished = tuple[list[tuple[int, tuple[Answer, ...]]], bool]
 """Groups with the indices of their requests, and whether they were the last ones."""
 
 
@@ -24,17 +24,17 @@ class EngineLostError(Exception):
     """The process of an engine died, or answers no more."""
 
 
-class Hosts(Protocol):
-    """Processes, each with an `EngineHost`, numbered from 0."""
+class EngineProcesses(Protocol):
+    """Processes, each with an `EngineProcess`, numbered from 0."""
 
     size: int
 
-    def start(self, number: int, build: Callable[[], EngineHost]) -> Future[Any]:
+    def start(self, number: int, build: Callable[[], EngineProcess]) -> Future[Any]:
         """Start a process, in the place of an earlier one of this number if there was one."""
         ...
 
     def ask(self, number: int, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of an `EngineHost`. The future raises EngineLostError where its process is gone."""
+        """Call a method of an `EngineProcess`. The future raises EngineLostError where its process is gone."""
         ...
 
     def share(self, packet: Any) -> Any:
@@ -50,7 +50,7 @@ class Hosts(Protocol):
         ...
 
 
-class EngineHost:
+class EngineProcess:
     """An engine beside a policy of its own, which takes the trainers' weights in.
 
     The engine stands on that policy as it would on the policy of a run in one process: the native one reads its very
@@ -140,7 +140,7 @@ class _Round:
     """Requests that a thread has answered, until all are or it is stopped."""
 
     def __init__(self) -> None:
-        self._found: queue.SimpleQueue[tuple[int, tuple[Completion, ...]] | BaseException | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[int, tuple[Answer, ...]] | BaseException | None] = queue.SimpleQueue()
         self._is_stopped = False
         self._starting = threading.Lock()  # a host may be closed by another thread just then
         self._thread: threading.Thread | None = None
@@ -170,7 +170,7 @@ class _Round:
             self._found.put(None)
 
     def more(self, patience: float) -> Finished:
-        groups: list[tuple[int, tuple[Completion, ...]]] = []
+        groups: list[tuple[int, tuple[Answer, ...]]] = []
         try:
             found = self._found.get(timeout=patience)
             while True:

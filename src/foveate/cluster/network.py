@@ -23,7 +23,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def talk_through(address: str) -> None:
+def set_network_interface(address: str) -> None:
     """Let gloo and NCCL meet at the interface with this address, unless the environment names one. Left alone, gloo
     takes the address that the name of the machine leads to, which is on loopback on many."""
     name = interface_of(address)

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.engine_process import EngineLostError
-from foveate.cluster.network import free_port, talk_through
+from foveate.cluster.network import free_port, set_network_interface
 from foveate.cluster.weights import Packet
-from foveate.cluster.worker_process import Member
+from foveate.cluster.worker_process import WorkerProcess
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
 from foveate.registry import FILE_MODULES
@@ -47,7 +47,7 @@ _GRACE = 60.0
 when it has been silent for half a minute."""
 
 
-class _Actor(Member):
+class _Actor(WorkerProcess):
     def call(self, method: str, packed: bytes, pixels: list[ray.ObjectRef]) -> Any:
         arguments = _Unpickler(packed, pixels).load()
         result = self._workers.call(method, [arguments])[0]
@@ -66,7 +66,7 @@ class _Rank(_Actor):
 
     def join(self, meeting: str, rank: int, cluster: ClusterSettings, build: bytes) -> None:
         """Meet the other ranks, and make the worker."""
-        talk_through(ray.util.get_node_ip_address())
+        set_network_interface(ray.util.get_node_ip_address())
         patience = timedelta(seconds=cluster.timeout)
         if cluster.kind == "cuda":
             torch.cuda.set_device(0)  # Ray lets a process see no other
@@ -176,8 +176,9 @@ class RayWorkers:
         return f"rank {names} did not answer for {self._cluster.timeout:g} s (cluster.timeout); the log has the stacks"
 
 
-class RayHosts:
-    """Engines on a Ray cluster (`foveate.cluster.engine_process.Hosts`): an actor each, beside those that train."""
+class RayEngineProcesses:
+    """Engines on a Ray cluster (`foveate.cluster.engine_process.EngineProcesses`): an actor each, beside those that
+    train."""
 
     def __init__(self, cluster: ClusterSettings, patience: float = 120.0) -> None:
         """Raises ConfigError where the cluster has no room for them within `patience` seconds."""
@@ -220,7 +221,7 @@ class RayHosts:
 
 
 def _future(ref: Any) -> Future[Any]:
-    """What becomes of a call, with the errors of `Hosts.ask`."""
+    """What becomes of a call, with the errors of `EngineProcesses.ask`."""
     own: Future[Any] = Future()
 
     def copy(done: Future[Any]) -> None:

@@ -14,21 +14,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from foveate.cluster.base import WorkerGroup, everywhere, spread_each
-from foveate.cluster.engine_process import EngineHost, EngineLostError, Hosts
+from foveate.cluster.base import WorkerGroup, broadcast, scatter_gather
+from foveate.cluster.engine_process import EngineLostError, EngineProcess, EngineProcesses
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import RankLost
 from foveate.models.policy import Policy
-from foveate.parallel.balance import deal
-from foveate.parallel.packing import Tree
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.parallel.balance import balance
+from foveate.parallel.packing import PackedGroup
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.check import compare
 from foveate.rollout.engine import Request, in_order
 
 logger = logging.getLogger(__name__)
 
-Groups = Generator[tuple[int, tuple[Completion, ...]]]
+Groups = Generator[tuple[int, tuple[Answer, ...]]]
 
 _LOOK = 2.0
 """Seconds after which an engine says that nothing has finished."""
@@ -47,30 +47,31 @@ class _Share:
     heard: float
 
 
-class EnginesApart:
-    """Stands where `foveate.cluster.colocated_engines.GroupEngine` stands, in a run whose engines have processes of
-    their own.
+class RemoteEngines:
+    """Stands where `foveate.cluster.colocated_engines.ColocatedEngines` stands, in a run whose engines have processes
+    of their own.
 
     One that dies, or finishes no group for `timeout` seconds, is started again, gets the weights of the last publish
     and answers what is missing of its share: no group is lost or doubled. Its weights come from the trainers; where
-    these learn meanwhile (`beside`), from another engine, and without one the run goes back to its last checkpoint.
+    these learn meanwhile (`asynchronous`), from another engine, and without one the run goes back to its last
+    checkpoint.
     """
 
     def __init__(
         self,
-        hosts: Hosts,
+        hosts: EngineProcesses,
         workers: WorkerGroup,
         load: Callable[[], Policy],
         *,
         timeout: float,
-        beside: bool,
+        asynchronous: bool,
         dtype: torch.dtype,
     ) -> None:
         """`load` makes the policy on which an engine stands; `dtype` is the coarsest that it and the trainers compute
         in."""
         self.version = -1
         self._hosts, self._workers, self._load = hosts, workers, load
-        self._timeout, self._beside, self._dtype = timeout, beside, dtype
+        self._timeout, self._asynchronous, self._dtype = timeout, asynchronous, dtype
         self._every = range(hosts.size)
         self._fails = [0] * hosts.size
         self._losses = self._publishes = self._ticket = 0
@@ -87,7 +88,7 @@ class EnginesApart:
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Start all engines, each made by `new_engine`, with the trainers' weights, and prove that they have them."""
-        self._build = partial(EngineHost, self._load, new_engine, encoder.decode)
+        self._build = partial(EngineProcess, self._load, new_engine, encoder.decode)
         self._encoder, self._rollout = encoder, rollout
         started = [self._hosts.start(number, self._build) for number in self._every]
         lost = self._failing(dict(zip(self._every, started, strict=True)))
@@ -95,13 +96,13 @@ class EnginesApart:
         if rollout.check_every:
             self._prove()
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         return in_order(self.stream(requests, sampling), requests)
 
     def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
         """Groups as they finish. Answers do not depend on who gives them."""
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
-        return self._answers(requests, deal(costs, self._hosts.size), sampling)
+        return self._answers(requests, balance(costs, self._hosts.size), sampling)
 
     def pause(self) -> None:
         """As `Engine.pause`."""
@@ -120,7 +121,7 @@ class EnginesApart:
         self._publish(version, {})
         self._publishes += 1
         due = self._rollout.check_every and self._publishes % self._rollout.check_every == 0
-        return {"engines_lost": float(self._losses), **({"engine_check": self._prove()} if due else {})}
+        return {"engine/lost": float(self._losses), **({"engine/check": self._prove()} if due else {})}
 
     def _tell(self, method: str, *, paused: bool) -> None:
         """An engine that is lost does not matter here: another one is told when it has been started."""
@@ -197,11 +198,11 @@ class EnginesApart:
         return lost | self._failing(told)
 
     def _trainers(self, first: bool) -> Any:
-        return everywhere(self._workers, "engine.packet", first)[0]
+        return broadcast(self._workers, "engine.packet", first)[0]
 
     def _source(self, number: int) -> Callable[[bool], Any]:
         """Who has the weights of the last publish when an engine has been lost while it answered."""
-        if not self._beside:
+        if not self._asynchronous:
             return self._trainers
         others = [other for other in self._every if other != number]
         if not others:
@@ -264,8 +265,10 @@ class EnginesApart:
             compared(_One(self, number), temperature=temperature, version=self.version) for number in self._every
         )
 
-    def _logprobs(self, trees: list[Tree]) -> list[Tensor]:
-        return spread_each(self._workers, "logprobs", trees, [float(tree.tokens) for tree in trees])
+    def _logprobs(self, packed_groups: list[PackedGroup]) -> list[Tensor]:
+        return scatter_gather(
+            self._workers, "logprobs", packed_groups, [float(packed.tokens) for packed in packed_groups]
+        )
 
     def answers_of(self, number: int, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
         """All answers from one engine."""
@@ -278,10 +281,10 @@ class EnginesApart:
 class _One:
     """One of the engines, as the proof asks it."""
 
-    def __init__(self, engines: EnginesApart, number: int) -> None:
+    def __init__(self, engines: RemoteEngines, number: int) -> None:
         self._engines, self._number = engines, number
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         return in_order(self._engines.answers_of(self._number, requests, sampling), requests)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.errors import DataError
 from foveate.models.policy import DTYPES
-from foveate.parallel.fsdp import whole
+from foveate.parallel.fsdp import full_tensor
 from foveate.rollout.server.launch import dtype_name
 from foveate.rollout.server.weights import plan_buckets, served_weights
 
@@ -51,7 +51,7 @@ class Outgoing:
         for bucket in plan_buckets(served_weights(self._model), self._limit):
             data = torch.empty(bucket.size if self._keeps else 0, dtype=torch.uint8)
             for _, tensor, offset in bucket.tensors:
-                gathered, end = whole(tensor), offset + tensor.numel() * tensor.element_size()
+                gathered, end = full_tensor(tensor), offset + tensor.numel() * tensor.element_size()
                 if self._keeps:
                     data[offset:end].view(tensor.dtype).view(tensor.shape).copy_(gathered)
             places = ((name, dtype_name(tensor), tuple(tensor.shape), at) for name, tensor, at in bucket.tensors)

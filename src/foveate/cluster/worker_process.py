@@ -13,7 +13,7 @@ from foveate.cluster.local import LocalWorkers
 from foveate.log import setup_logging
 
 
-class Member:
+class WorkerProcess:
     """What is asked of such a process, but for the calls of its worker."""
 
     def __init__(self, folder: str, kind: str) -> None:

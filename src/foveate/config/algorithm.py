@@ -54,7 +54,7 @@ class AlgorithmSettings(Named):
     correction: CorrectionSettings | None = Field(
         default=None, description="Correction for a sampler whose log-probs differ from the trainer's; null: none."
     )
-    refills: int | None = Field(
+    resample_rounds: int | None = Field(
         default=None,
         ge=0,
         description="Rounds in which groups of equal rewards are replaced by new ones; null: as the algorithm has it.",

@@ -17,7 +17,7 @@ class LoraSettings(Settings):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs set to 0 in updates.")
     targets: Strings | None = Field(
         default=None,
-        description="Linear layers that get adapters, such as [q_proj, v_proj], in the parts that model.train names; "
+        description="Linear layers that get adapters, such as [q_proj, v_proj], of the parts in model.trainable; "
         "null: all of the language model and of the vision tower.",
     )
 
@@ -32,13 +32,13 @@ class ModelSettings(Settings):
         description="Attention kernel: sdpa on CPUs, flex (FlexAttention) on GPUs; auto takes the one for the device, "
         "reference is the slow one that the others are held equal to.",
     )
-    train: Modules = Field(
+    trainable: Modules = Field(
         default=("vision", "projector", "language"),
         description="Parts of the model that learn; the others stay frozen.",
     )
     lora: LoraSettings | None = Field(
         default=None,
-        description="Parts of model.train with low-rank adapters learn by these alone, the others whole; null: none.",
+        description="Low-rank adapters in the parts of model.trainable, which alone are trained there; null: none.",
     )
     max_tiles: int | None = Field(
         default=None,

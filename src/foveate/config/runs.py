@@ -287,8 +287,8 @@ def is_group(field: FieldInfo, of: type[Settings] = Settings) -> bool:
 
 
 def _check_modules(model: ModelSettings) -> None:
-    if len(set(model.train)) < len(model.train):
-        refuse("model.train", f"names a part twice: {', '.join(model.train)}; name each once")
+    if len(set(model.trainable)) < len(model.trainable):
+        refuse("model.trainable", f"names a part twice: {', '.join(model.trainable)}; name each once")
 
 
 def _check_weights(data: DataSettings) -> None:

@@ -56,7 +56,7 @@ class RLTrainSettings(TrainSettings):
     updates_per_step: int = Field(
         default=1, ge=1, description="Optimizer updates that share the prompts of one step evenly."
     )
-    passes: int = Field(
+    epochs_per_step: int = Field(
         default=1,
         ge=1,
         description="Times that a step learns from its answers, each in `updates_per_step` updates (PPO's epochs).",

@@ -35,7 +35,7 @@ LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class RowInspection:
     """What is done to each row: its check, and a measure taken of every row that is good."""
 
     check: Check | None = None
@@ -53,7 +53,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class ValidationReport:
     """What was found: the indices of the good rows, all problems in order, and the measure of each good row."""
 
     kept: list[int]
@@ -61,7 +61,9 @@ class Survey:
     measures: list[Any]
 
 
-def survey(table: TaskTable, look: Look, *, workers: int | None = None, progress: Progress | None = None) -> Survey:
+def inspect_rows(
+    table: TaskTable, look: RowInspection, *, workers: int | None = None, progress: Progress | None = None
+) -> ValidationReport:
     """Look at every row, headers of images included.
 
     workers: processes; None for one per core and 4,000 rows, at most 8. With one, the rows are looked at in this
@@ -76,7 +78,7 @@ def survey(table: TaskTable, look: Look, *, workers: int | None = None, progress
             measures.append(measure)
         if progress is not None:
             progress(index + 1, len(table))
-    return Survey(kept, problems, measures)
+    return ValidationReport(kept, problems, measures)
 
 
 def validate(
@@ -89,16 +91,16 @@ def validate(
 ) -> tuple[list[int], list[Problem]]:
     """Look at every row and return the indices of the good ones and all problems.
 
-    check: further demands on a task, such as `rewards.boxes.check_truth`. workers: as for `survey`. With "error" any
-    problem raises one DataError: the first problem, and how many more there are; the first 20 are logged. With "skip"
-    bad rows are left out; that no row is left raises DataError too.
+    check: further demands on a task, such as `rewards.boxes.check_truth`. workers: as for `inspect_rows`. With "error"
+    any problem raises one DataError: the first problem, and how many more there are; the first 20 are logged. With
+    "skip" bad rows are left out; that no row is left raises DataError too.
     """
-    found = survey(table, Look(check), workers=workers, progress=progress)
-    judge(table, found, on_bad_row)
+    found = inspect_rows(table, RowInspection(check), workers=workers, progress=progress)
+    raise_on_bad_rows(table, found, on_bad_row)
     return found.kept, found.problems
 
 
-def judge(table: TaskTable, found: Survey, on_bad_row: OnBadRow) -> None:
+def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnBadRow) -> None:
     """Raise DataError for bad rows that may not be skipped, and if no good row is left."""
     require(on_bad_row in ("error", "skip"), f"setting on_bad_row: must be error or skip, not {on_bad_row!r}")
     problems = found.problems
@@ -133,8 +135,9 @@ def read_tasks(
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How the sources of a preparation are read: see `store.open_tasks`, `survey` and `validate`. Calling it reads."""
+class ReadOptions:
+    """How the sources of a preparation are read: see `store.open_tasks`, `inspect_rows` and `validate`. Calling it
+    reads."""
 
     image_root: Path | None = None
     columns: Mapping[str, str] | None = None
@@ -148,24 +151,24 @@ class Reading:
         parser: Parser | None = None,
         check: Check | None = None,
         measure: Measure | None = None,
-    ) -> tuple[TaskTable, Survey]:
+    ) -> tuple[TaskTable, ValidationReport]:
         """The table of the good rows, and what was found, its measures being those of the rows of the table."""
         table = open_tasks(paths, image_root=self.image_root, columns=self.columns, parser=parser)
         with progress_bar(f"checking {table.names:.60}", len(table)) as advance:
-            look = Look(check, measure)
-            found = survey(table, look, workers=self.workers, progress=lambda *_: advance(1))
-        judge(table, found, self.on_bad_row)
+            look = RowInspection(check, measure)
+            found = inspect_rows(table, look, workers=self.workers, progress=lambda *_: advance(1))
+        raise_on_bad_rows(table, found, self.on_bad_row)
         return table.select(found.kept), found
 
 
-AS_IS = Reading()
+AS_IS = ReadOptions()
 """Sources in the usual form, without bad rows."""
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
-def _worker_count(table: TaskTable, look: Look, workers: int | None) -> int:
+def _worker_count(table: TaskTable, look: RowInspection, workers: int | None) -> int:
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS, len(table) // ROWS_PER_WORKER)
     if workers > 1:
@@ -177,7 +180,7 @@ def _worker_count(table: TaskTable, look: Look, workers: int | None) -> int:
     return max(1, workers)
 
 
-def _results(table: TaskTable, look: Look, workers: int) -> Iterator[tuple[list[Problem], Any]]:
+def _results(table: TaskTable, look: RowInspection, workers: int) -> Iterator[tuple[list[Problem], Any]]:
     if workers == 1:
         yield from look(table, 0, len(table))
         return
@@ -195,11 +198,11 @@ def _results(table: TaskTable, look: Look, workers: int) -> Iterator[tuple[list[
             pool.shutdown(cancel_futures=True)
 
 
-_WORK: list[tuple[TaskTable, Look]] = []
+_WORK: list[tuple[TaskTable, RowInspection]] = []
 """In a worker process: what it was started for."""
 
 
-def _begin(table: TaskTable, look: Look) -> None:
+def _begin(table: TaskTable, look: RowInspection) -> None:
     _WORK[:] = [(table, look)]
 
 

@@ -15,7 +15,7 @@ RIGHT_PARTS = ("accuracy", "hit")
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ScoredAnswer:
     """An answer with its score, the parts of the score, and whether it ended by itself ("stop")."""
 
     text: str
@@ -25,14 +25,14 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class Rightness:
+class CorrectnessRule:
     """What makes an answer right: the named part of its score (None: accuracy or hit where the reward has one, else the
     score itself) is at least `threshold`."""
 
     part: str | None = None
     threshold: float = 0.5
 
-    def __call__(self, answer: Judged) -> bool:
+    def __call__(self, answer: ScoredAnswer) -> bool:
         if self.part is None:
             known = (answer.parts[name] for name in RIGHT_PARTS if name in answer.parts)
             return next(known, answer.score) >= self.threshold
@@ -43,17 +43,17 @@ class Rightness:
         return answer.parts[self.part] >= self.threshold
 
 
-RIGHT = Rightness()
+RIGHT = CorrectnessRule()
 
 
-def read_answers(paths: Sequence[Path]) -> dict[str, list[Judged]]:
+def read_answers(paths: Sequence[Path]) -> dict[str, list[ScoredAnswer]]:
     """Answers by the id of their row, over all files; those that no grader could judge are left out.
 
     paths: rollouts (step_*.jsonl as `foveate rl` writes them), predictions of an evaluation, or folders: of a run, or
     with such files. Of a prediction with sampled answers these count, otherwise the greedy one does. Raises DataError
     naming file and line for what is neither, and if there is nothing.
     """
-    found: dict[str, list[Judged]] = {}
+    found: dict[str, list[ScoredAnswer]] = {}
     for file in _files(paths):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -95,15 +95,15 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from files
 
 
-def _answers(record: Mapping[str, Any]) -> list[Judged]:
+def _answers(record: Mapping[str, Any]) -> list[ScoredAnswer]:
     if "answers" in record:
         return [
-            Judged(str(a["text"]), float(a["score"]), a["parts"], a["finish"] == "stop")
+            ScoredAnswer(str(a["text"]), float(a["score"]), a["parts"], a["finish"] == "stop")
             for a in record["answers"]
             if not a["note"].startswith(FAILED)
         ]
     drawn = record["sampled"] or [record]
-    return [Judged(str(a["text"]), float(a["score"]), _box_parts(a), True) for a in drawn]
+    return [ScoredAnswer(str(a["text"]), float(a["score"]), _box_parts(a), True) for a in drawn]
 
 
 def _box_parts(answer: Mapping[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 from foveate.data.parsers import Parsed
 from foveate.data.rows import Place, parse_row
 from foveate.data.sources import split_of
-from foveate.data.validate import AS_IS, Reading
+from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared
 from foveate.datasets.tables import prepare_splits
 from foveate.errors import ConfigError
@@ -58,7 +58,7 @@ class Geo3kRows:
         return [{"prompt": "problem", "reward_model.ground_truth": "answer"}.get(field, field)]
 
 
-def prepare_geo3k(source: str, out: Path, *, reading: Reading = AS_IS) -> Prepared:
+def prepare_geo3k(source: str, out: Path, *, reading: ReadOptions = AS_IS) -> Prepared:
     """Geometry3K as one parquet file per split (train, validation, test), with a manifest.
 
     source: a parquet file, a folder of them, a folder written by `datasets.save_to_disk`, or the name of a dataset on

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import BOX, TaskTable, row_schema
-from foveate.data.validate import AS_IS, Reading
+from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.grounding_sets import REFCOCO_SPLITS, HardSet, SplitBy, hold_out, take_hard, take_share
 from foveate.datasets.prepared import Prepared, publish, sha256, task_row
 from foveate.files import atomic_path
@@ -41,7 +41,7 @@ def prepare_grounding(
     split_by: SplitBy = "image",
     seed: int = 0,
     copy_images: bool = False,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
 ) -> Prepared:
     """Turn RefCOCO-style JSONL (see `rows.parse_referring`) into the parquet schema, ground truth in 0..1000.
 
@@ -95,7 +95,7 @@ def prepare_validation(
     box_field: str = "bbox",
     seed: int = 42,
     copy_images: bool = False,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
 ) -> Prepared:
     """A share of each validation file, drawn at random by `seed`, at least one row: `test_NAME.parquet` for each
     NAME.jsonl, and `test.parquet` with all of them in random order. `extra_info.dataset` is NAME, and so is

@@ -14,7 +14,7 @@ from foveate.data.demos import check_pair
 from foveate.data.parsers import OPTIONAL, REQUIRED, MappedRows, Parsed, SchemaRows
 from foveate.data.rows import Place, Problem, parse_row
 from foveate.data.table import TaskTable
-from foveate.data.validate import AS_IS, Reading
+from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, infer_schema, publish, task_row
 from foveate.datasets.tables import prepare_rows
 from foveate.records import DataError, require
@@ -71,7 +71,7 @@ def prepare_mmpr_tiny(
     source: str = TINY_SOURCE,
     test_fraction: float = 0.0,
     seed: int = 0,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
 ) -> Prepared:
     """MMPR-Tiny as train.parquet (and test.parquet) with a manifest, pictures named by absolute path.
 
@@ -104,7 +104,7 @@ class Annotation:
 
 
 def prepare_mmpr(
-    meta: Path, out: Path, *, root: Path | None = None, seed: int = 0, reading: Reading = AS_IS
+    meta: Path, out: Path, *, root: Path | None = None, seed: int = 0, reading: ReadOptions = AS_IS
 ) -> Prepared:
     """MMPR's preference pairs as pairs.parquet with a manifest: the schema, with extra_info.chosen and
     extra_info.rejected in place of a ground truth.

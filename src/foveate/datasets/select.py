@@ -11,8 +11,8 @@ import numpy as np
 
 from foveate.data.demos import CHOSEN, REJECTED
 from foveate.data.table import TaskTable
-from foveate.data.validate import AS_IS, Reading
-from foveate.datasets.answers import RIGHT, Judged, Rightness, by_id, read_answers
+from foveate.data.validate import AS_IS, ReadOptions
+from foveate.datasets.answers import RIGHT, CorrectnessRule, ScoredAnswer, by_id, read_answers
 from foveate.datasets.prepared import Prepared, infer_schema, publish, sha256, task_row
 from foveate.datasets.tables import publish_tables
 from foveate.records import Task, require
@@ -55,9 +55,9 @@ def prepare_filter(
     *,
     name: str = "train",
     rollouts: Sequence[Path] = (),
-    rightness: Rightness = RIGHT,
+    correctness_rule: CorrectnessRule = RIGHT,
     length: Callable[[Task], int] | None = None,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
 ) -> Prepared:
     """The rows within `limits` as NAME.parquet with a manifest, in the order of the sources.
 
@@ -74,7 +74,9 @@ def prepare_filter(
     kept = _by_size(found.measures, limits, counts)
     accuracy: dict[str, dict[str, Any]] = {}
     if limits.accuracy is not None:
-        accuracy = {key: _accuracy(answers, rightness) for key, answers in read_answers(rollouts).items() if answers}
+        accuracy = {
+            key: _accuracy(answers, correctness_rule) for key, answers in read_answers(rollouts).items() if answers
+        }
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({_shown(counts)})")
     return publish_tables(
@@ -84,7 +86,7 @@ def prepare_filter(
         settings={
             "limits": asdict(limits),
             **({"columns": dict(reading.columns)} if reading.columns else {}),
-            **({"right": asdict(rightness), "rollouts": _hashes(rollouts)} if rollouts else {}),
+            **({"right": asdict(correctness_rule), "rollouts": _hashes(rollouts)} if rollouts else {}),
         },
         counts=counts,
         extra=(lambda task_id: accuracy[task_id]) if accuracy else None,
@@ -107,8 +109,8 @@ def _by_size(measures: Sequence[Any], limits: Limits, counts: dict[str, int]) ->
     return kept
 
 
-def _accuracy(answers: Sequence[Judged], rightness: Rightness) -> dict[str, Any]:
-    return {"accuracy": sum(map(rightness, answers)) / len(answers), "answers": len(answers)}
+def _accuracy(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:
+    return {"accuracy": sum(map(correctness_rule, answers)) / len(answers), "answers": len(answers)}
 
 
 def _by_accuracy(
@@ -146,9 +148,9 @@ def prepare_pairs(
     *,
     rollouts: Sequence[Path],
     max_per_prompt: int = 15,
-    rightness: Rightness = RIGHT,
+    correctness_rule: CorrectnessRule = RIGHT,
     seed: int = 0,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
 ) -> Prepared:
     """Preference pairs as pairs.parquet with a manifest: for each row a right answer and a wrong one, at most
     `max_per_prompt` of all such pairs, drawn at random by `seed` and the row (MMPR's correctness pairs take 15).
@@ -164,11 +166,11 @@ def prepare_pairs(
     for task_id, index in by_id(table).items():
         rng = np.random.default_rng((seed, index))
         given = answers.get(task_id, [])
-        pairs = _draw_pairs(given, rightness, max_per_prompt, rng)
+        pairs = _draw_pairs(given, correctness_rule, max_per_prompt, rng)
         if pairs:
             drawn[index] = pairs
         counts["prompts"] += 1
-        counts[_outcome(given, rightness, bool(pairs))] += 1
+        counts[_outcome(given, correctness_rule, bool(pairs))] += 1
     require(bool(drawn), f"{table.names}: {_no_pairs(counts)} ({_shown(counts)})")
     schema = infer_schema(_pair_rows(table, drawn, pictures=False))
     return publish(
@@ -179,7 +181,7 @@ def prepare_pairs(
         sources=table.files,
         settings={
             "max_per_prompt": max_per_prompt,
-            "right": asdict(rightness),
+            "right": asdict(correctness_rule),
             "seed": seed,
             "rollouts": _hashes(rollouts),
             **({"columns": dict(reading.columns)} if reading.columns else {}),
@@ -194,13 +196,13 @@ ALL_RIGHT, ALL_WRONG = "all answers right", "all answers wrong"
 ALL_CUT, UNANSWERED = "all right answers cut", "without answers"
 
 
-def _outcome(answers: Sequence[Judged], rightness: Rightness, paired: bool) -> str:
+def _outcome(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule, paired: bool) -> str:
     """The count that a prompt belongs to."""
     if not answers:
         return UNANSWERED
     if paired:
         return PAIRED
-    right = [answer for answer in answers if rightness(answer)]
+    right = [answer for answer in answers if correctness_rule(answer)]
     if not right:
         return ALL_WRONG
     return ALL_CUT if not any(answer.finished for answer in right) else ALL_RIGHT
@@ -220,10 +222,12 @@ def _no_pairs(counts: Mapping[str, int]) -> str:
 
 
 def _draw_pairs(
-    answers: Sequence[Judged], rightness: Rightness, most: int, rng: np.random.Generator
+    answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule, most: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    right = list(dict.fromkeys(answer.text for answer in answers if rightness(answer) and answer.finished))
-    wrong = list(dict.fromkeys(answer.text for answer in answers if not rightness(answer) and answer.text not in right))
+    right = list(dict.fromkeys(answer.text for answer in answers if correctness_rule(answer) and answer.finished))
+    wrong = list(
+        dict.fromkeys(answer.text for answer in answers if not correctness_rule(answer) and answer.text not in right)
+    )
     wrong = [text for text in wrong if text.strip()]
     chosen = rng.permutation(len(right) * len(wrong))[:most]
     return [(right[number // len(wrong)], wrong[number % len(wrong)]) for number in sorted(chosen.tolist())]

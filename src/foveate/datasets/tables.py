@@ -12,7 +12,7 @@ from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.sources import expand
 from foveate.data.table import TaskTable
-from foveate.data.validate import AS_IS, Reading
+from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.grounding_sets import hold_out
 from foveate.datasets.prepared import Prepared, infer_schema, publish, task_row
 from foveate.records import require
@@ -25,7 +25,7 @@ def prepare_rows(
     parser: Parser | None = None,
     test_fraction: float = 0.0,
     seed: int = 0,
-    reading: Reading = AS_IS,
+    reading: ReadOptions = AS_IS,
     settings: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Rows of any parquet, JSONL or Arrow files as train.parquet, test.parquet and manifest.json.
@@ -54,7 +54,7 @@ def prepare_splits(
     split_of: Callable[[Path], str],
     *,
     settings: Mapping[str, Any],
-    reading: Reading,
+    reading: ReadOptions,
 ) -> Prepared:
     """The files of a dataset as one parquet file per split; `split_of` names the split of a file."""
     members: dict[str, list[Path]] = {}

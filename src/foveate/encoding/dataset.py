@@ -44,7 +44,7 @@ class RowCheck:
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
         faults = list(self.truth(task)) if self.truth is not None else []
-        return faults + (self.encoder.faults(task) if self.encoder is not None else [])
+        return faults + (self.encoder.validation_errors(task) if self.encoder is not None else [])
 
 
 def read_checked(

@@ -40,7 +40,7 @@ class Encoder:
             pixels = torch.cat([self.family.pixels(load_image(image, task.where), budget) for image, budget in pairs])
         return Prompt(tuple(token_ids), slots, pixels, tuple(engine_ids))
 
-    def framed(self, task: Task) -> Task:
+    def with_box_frame(self, task: Task) -> Task:
         """The task with the frame of the boxes that the model will write about its first picture, for the graders."""
         if not task.images:
             return task
@@ -48,7 +48,7 @@ class Encoder:
         frame = self.family.box_frame(picture.width, picture.height, budget)
         return replace(task, meta={**task.meta, "box_frame": frame})
 
-    def faults(self, task: Task) -> list[tuple[str, str]]:
+    def validation_errors(self, task: Task) -> list[tuple[str, str]]:
         """What keeps a task from being encoded, as (field, what is wrong), from its text and image headers alone."""
         try:
             length = self.length(task)

@@ -23,7 +23,7 @@ Piece = tuple[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GeneratedAnswer:
     """One answer: its text, its length in tokens (None where the server does not say), why it ended ("stop" or
     "length"), and its tokens with log-probs where they were asked for."""
 
@@ -40,7 +40,7 @@ class Generated:
 
     index: int
     id: str
-    answers: tuple[Answer, ...]
+    answers: tuple[GeneratedAnswer, ...]
     prompt_tokens: int | None
     tokens: int | None
     seconds: float
@@ -146,7 +146,7 @@ def _plain(row: Generated) -> dict[str, Any]:
 
 def _generated(content: dict[str, Any]) -> Generated:
     answers = tuple(
-        Answer(**one | {"pieces": tuple((text, logprob) for text, logprob in one.get("pieces", ()))})
+        GeneratedAnswer(**one | {"pieces": tuple((text, logprob) for text, logprob in one.get("pieces", ()))})
         for one in content.pop("answers")
     )
     return Generated(answers=answers, **content)

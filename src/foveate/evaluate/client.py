@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from foveate.data.table import TaskTable
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import Answer, Failed, Generated
+from foveate.evaluate.answers import Failed, Generated, GeneratedAnswer
 from foveate.records import SamplingParams, Task
 from foveate.rewards.remote import data_url
 from foveate.rollout.seeds import seed_of
@@ -78,7 +78,7 @@ class BadReply(Exception):
 
 
 @dataclass(slots=True)
-class Asker:
+class ChatClient:
     """Asks servers for rows of a table; `deliver` is called with every outcome, in the order in which they come."""
 
     settings: ClientSettings
@@ -215,7 +215,7 @@ def messages_of(task: Task, system: str | None, *, verbatim: bool) -> Any:
     return turns
 
 
-def _answers(reply: Any, wanted: int) -> tuple[Answer, ...]:
+def _answers(reply: Any, wanted: int) -> tuple[GeneratedAnswer, ...]:
     """The answers of a reply. Raises BadReply where it lacks any of them: an answer that is not there is not empty."""
     try:
         choices = sorted(reply.choices, key=lambda choice: choice.index)
@@ -227,7 +227,7 @@ def _answers(reply: Any, wanted: int) -> tuple[Answer, ...]:
     return tuple(_answer(choice, total) for choice in choices)
 
 
-def _answer(choice: Any, total: int | None) -> Answer:
+def _answer(choice: Any, total: int | None) -> GeneratedAnswer:
     extra = choice.message.model_extra or {}
     thought = extra.get("reasoning_content") or extra.get("reasoning")
     if choice.finish_reason in _BROKEN_OFF:
@@ -238,7 +238,7 @@ def _answer(choice: Any, total: int | None) -> Answer:
     text = (f"<think>{thought}</think>\n" if thought else "") + (said or "")
     listed = choice.logprobs.content if choice.logprobs and choice.logprobs.content else ()
     pieces = tuple((entry.token, round(entry.logprob, 4)) for entry in listed)
-    return Answer(text, len(pieces) or total, choice.finish_reason or "stop", pieces)
+    return GeneratedAnswer(text, len(pieces) or total, choice.finish_reason or "stop", pieces)
 
 
 def _openai() -> Any:

@@ -19,10 +19,10 @@ from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
 from foveate.encoding.dataset import build_encoder, read_checked
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import Answer, Generated, read_generated
+from foveate.evaluate.answers import Generated, GeneratedAnswer, read_generated
 from foveate.evaluate.evaluator import save_gallery
 from foveate.evaluate.generate import REQUEST
-from foveate.evaluate.metrics import box_reader, figures, likely_frame, paired
+from foveate.evaluate.metrics import box_reader, likely_frame, paired, summary_statistics
 from foveate.evaluate.predict import BATCH, predict, prediction
 from foveate.evaluate.predictions import Evaluation, Prediction, write_models, write_skipped
 from foveate.files import atomic_write_text
@@ -183,7 +183,7 @@ def _from_folder(
 
 
 def _no_answer(index: int, task: Task) -> Generated:
-    return Generated(index, task.id, (Answer("", 0, "missing"),), None, 0, 0.0, 0, "")
+    return Generated(index, task.id, (GeneratedAnswer("", 0, "missing"),), None, 0, 0.0, 0, "")
 
 
 def _scored(
@@ -234,7 +234,9 @@ def _cost(rows: Sequence[Generated], missing: int) -> dict[str, Any]:
 def _summary(
     request: EvalRequest, found: Sequence[Evaluation], costs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    models = {one.label: {**figures(one.predictions, request.seed), **costs.get(one.label, {})} for one in found}
+    models = {
+        one.label: {**summary_statistics(one.predictions, request.seed), **costs.get(one.label, {})} for one in found
+    }
     for label, one in models.items():
         other = likely_frame(one, one["rows"]) if "frames" in one else None
         frame = request.settings.get("frame", request.settings.get("answer_frame", "thousandths"))

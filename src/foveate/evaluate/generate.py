@@ -17,7 +17,7 @@ from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
 from foveate.errors import ConfigError, DataError, UserError
 from foveate.evaluate.answers import AnswerStore, Failed, Generated, read_generated
-from foveate.evaluate.client import Asker, ClientSettings
+from foveate.evaluate.client import ChatClient, ClientSettings
 from foveate.files import LOCK, atomic_write_text, held
 from foveate.log import progress
 from foveate.records import SamplingParams
@@ -139,7 +139,7 @@ def _prepare(request: GenerateRequest) -> tuple[TaskTable, Produce, list[int], l
 
 def _from_servers(request: GenerateRequest, client: ClientSettings) -> Produce:
     def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
-        Asker(client, request.sampling, request.seed, deliver).run(table, todo)
+        ChatClient(client, request.sampling, request.seed, deliver).run(table, todo)
 
     return produce
 

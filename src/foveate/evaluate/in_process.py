@@ -10,7 +10,7 @@ from foveate.config.model import ModelSettings
 from foveate.data.table import TaskTable
 from foveate.encoding.dataset import RowCheck, build_encoder
 from foveate.encoding.encode import Encoder
-from foveate.evaluate.answers import Answer, Generated
+from foveate.evaluate.answers import Generated, GeneratedAnswer
 from foveate.evaluate.generate import Deliver, GenerateRequest, Produce
 from foveate.evaluate.predict import BATCH
 from foveate.models.policy import best_place, load_policy
@@ -41,7 +41,7 @@ def _producer(request: GenerateRequest, engine: Engine, encoder: Encoder) -> Pro
             seconds = round(time.monotonic() - start, 4)  # of the whole wave: an answer is there when all are
             for index, task, prompt, reply in zip(some, tasks, prompts, replies, strict=True):
                 answers = tuple(
-                    Answer(
+                    GeneratedAnswer(
                         one.text, len(one.token_ids), one.finish,
                         tuple(zip(encoder.pieces(one.token_ids), (round(v, 4) for v in one.logprobs), strict=True))
                         if request.logprobs else (),

@@ -29,7 +29,7 @@ FRAMES: tuple[BoxFrame, ...] = ("thousandths", "pixels", "fractions")
 _FEW_BOXES, _CLEARLY = 8, 0.1
 
 
-def figures(rows: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
+def summary_statistics(rows: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
     """Everything that is said of one model. An interval is [low, high], the 95 % percentile bootstrap over rows
     (Efron 1979): it covers the choice of the questions, not of the training seed nor, beyond its mean, of the draws."""
     values = [row_value(row) for row in rows]

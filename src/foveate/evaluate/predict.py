@@ -10,9 +10,9 @@ import numpy as np
 
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
-from foveate.evaluate.answers import Answer
+from foveate.evaluate.answers import GeneratedAnswer
 from foveate.evaluate.predictions import Box, Prediction, SampledAnswer
-from foveate.records import Completion, SamplingParams, Score, Task
+from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import BOX_FRAME, in_thousandths, parse_box, truth_box
 from foveate.rewards.pool import Graders
 from foveate.rollout.engine import Answering, Request
@@ -25,7 +25,7 @@ SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (math.inf,
 """Shares of the picture below which the true box lies."""
 WORDS = ((2, "1 to 2"), (5, "3 to 5"), (9, "6 to 9"), (math.inf, "10 or more"))
 """Lengths up to which an expression goes."""
-Scored = tuple[Answer, Score]
+Scored = tuple[GeneratedAnswer, Score]
 BoxReader = Callable[[str, Task], Box | None]
 """From an answer to its box in thousandths."""
 
@@ -48,10 +48,10 @@ def predict(
     keep the log-probs of their tokens, which the report shows."""
     predictions: list[Prediction] = []
     for begin in range(0, len(tasks), BATCH):
-        some = [encoder.framed(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
+        some = [encoder.with_box_frame(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
         requests = [Request(encoder(task), seed_of("eval", seed, begin + i)) for i, task in enumerate(some)]
         greedy = engine.generate(requests, SamplingParams(1, max_tokens, temperature=0.0))
-        drawn: list[tuple[Completion, ...]] = [()] * len(some)
+        drawn: list[tuple[Answer, ...]] = [()] * len(some)
         if samples:
             drawn = engine.generate(requests, SamplingParams(samples, max_tokens, temperature=1.0))
         answers = [(*best, *others) for best, others in zip(greedy, drawn, strict=True)]
@@ -65,10 +65,10 @@ def predict(
     return predictions
 
 
-def _answer(completion: Completion, encoder: Encoder, detailed: bool) -> Answer:
-    ids = completion.token_ids
-    pieces = tuple(zip(encoder.pieces(ids), completion.logprobs, strict=True)) if detailed else ()
-    return Answer(completion.text, len(ids), completion.finish, pieces)
+def _answer(answer: Answer, encoder: Encoder, detailed: bool) -> GeneratedAnswer:
+    ids = answer.token_ids
+    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs, strict=True)) if detailed else ()
+    return GeneratedAnswer(answer.text, len(ids), answer.finish, pieces)
 
 
 def model_box(text: str, task: Task) -> Box | None:
@@ -112,7 +112,7 @@ def prediction(
     )
 
 
-def _sampled(answer: Answer, score: Score, rank: float | None) -> SampledAnswer:
+def _sampled(answer: GeneratedAnswer, score: Score, rank: float | None) -> SampledAnswer:
     if rank is None and answer.pieces:
         rank = sum(logprob for _, logprob in answer.pieces) / len(answer.pieces)
     return SampledAnswer(answer.text, score.value, score.parts.get("iou"), _hit(score), rank)

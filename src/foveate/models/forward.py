@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.models.attention.kernels import KeyValueCache, Split
+from foveate.models.attention.kernels import KeyValueCache, SequenceParallelAttention
 from foveate.models.logprobs import chunked_logprobs
 from foveate.models.policy import Policy
 from foveate.records import Batch
 
 
-def embed(policy: Policy, batch: Batch, split: Split | None = None) -> tuple[Tensor, dict[str, Any]]:
+def embed(
+    policy: Policy, batch: Batch, split: SequenceParallelAttention | None = None
+) -> tuple[Tensor, dict[str, Any]]:
     """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And what
     the language model is to be told besides: features that enter behind its first layers, and where.
 
@@ -26,12 +28,12 @@ def embed(policy: Policy, batch: Batch, split: Split | None = None) -> tuple[Ten
     if batch.pixels is None:
         return embeddings, {}
     seen = policy.family.features(policy.model, batch.pixels, batch.grids) if split is None else split.see(policy)
-    index, blank = batch.slot_index, len(seen.embeddings) - len(batch.slot_index)
-    assert blank == 0 or (blank > 0 and batch.blank), (
+    index, dummy_image = batch.slot_index, len(seen.embeddings) - len(batch.slot_index)
+    assert dummy_image == 0 or (dummy_image > 0 and batch.dummy_image), (
         f"{len(seen.embeddings)} image features for {len(index)} image tokens"
     )
     embeddings = embeddings.index_copy(0, index, seen.embeddings[: len(index)].to(embeddings.dtype))
-    for features in (seen.embeddings, *seen.deeper) if blank else ():
+    for features in (seen.embeddings, *seen.deeper) if dummy_image else ():
         embeddings = embeddings + 0 * features[len(index) :].sum().to(embeddings.dtype)
     if not seen.deeper:
         return embeddings, {}
@@ -41,7 +43,7 @@ def embed(policy: Policy, batch: Batch, split: Split | None = None) -> tuple[Ten
 
 
 def hidden_states(
-    policy: Policy, batch: Batch, cache: KeyValueCache | None = None, split: Split | None = None
+    policy: Policy, batch: Batch, cache: KeyValueCache | None = None, split: SequenceParallelAttention | None = None
 ) -> Tensor:
     """Final hidden states (T, D) of a packed row. A `cache` sees the keys and values of every layer; with a
     `split`, the row is one rank's part."""
@@ -49,7 +51,7 @@ def hidden_states(
     out = policy.part("language")(
         inputs_embeds=embeddings[None],
         position_ids=batch.position_T[..., None, :],
-        layout=batch.layout,
+        forest=batch.forest,
         cache=cache,
         split=split,
         use_cache=False,

@@ -50,7 +50,7 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
     )
     inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
-    if not policy.is_hollow:
+    if not policy.is_meta:
         reset_adapters(policy.model)
     adapted = {linear[name] for name in chosen}
     adapted |= {"head"} if "language" in adapted else set()

@@ -28,8 +28,8 @@ from foveate.models.attention.kernels import KERNELS
 from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_json, write_other_files
 from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
-from foveate.models.checkpoint.inspect import Checkpoint, recognise
-from foveate.models.checkpoint.names import Layout
+from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
+from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.quiet import quiet_transformers
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
 from foveate.models.families.internvl import Family, InternVL
@@ -51,7 +51,7 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     family: Family
     folder: Path
-    format: Layout
+    format: CheckpointFormat
 
     def part(self, name: str) -> nn.Module:
         """The submodule `vision`, `projector`, `language` or `head`."""
@@ -62,7 +62,7 @@ class Policy:
         return [f"{self.family.parts[name][0]}.{own}" for own in self.part(name).state_dict()]
 
     @property
-    def is_hollow(self) -> bool:
+    def is_meta(self) -> bool:
         """Whether the model has no memory yet (`foveate.models.sharded`)."""
         return self.device.type == "meta"
 
@@ -82,7 +82,7 @@ def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", d
     Raises DataError for anything that is not one, or not whole; what can be told from the small files and from the
     headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
     """
-    found = recognise(path)
+    found = inspect_model_folder(path)
     keep_float32(device)
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
@@ -96,7 +96,7 @@ def keep_float32(device: str) -> None:
         torch.backends.cudnn.allow_tf32 = False
 
 
-def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, Any]:
+def model_options(found: ModelFolder, attention: str, dtype: str) -> dict[str, Any]:
     """What transformers is told of a model that it makes."""
     kernels: Any = KERNELS[attention]
     if found.family.unit:
@@ -104,11 +104,11 @@ def model_options(found: Checkpoint, attention: str, dtype: str) -> dict[str, An
     return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
 
 
-def outline(path: str) -> Policy:
+def load_on_meta(path: str) -> Policy:
     """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
     without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
     where it is missing. Raises DataError as `load_policy` does."""
-    found = recognise(path)
+    found = inspect_model_folder(path)
     with load_errors(found.folder), quiet_transformers():
         if isinstance(found.family, InternVL):
             hf_tensors(found.folder, found.format, found.config)
@@ -128,7 +128,7 @@ def load_errors(folder: Path) -> Iterator[None]:
         raise error if isinstance(error, DataError) else unreadable(folder, error) from error
 
 
-def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
+def _read_internvl(found: ModelFolder, options: dict[str, Any]) -> Any:
     hf_tensors(found.folder, found.format, found.config)
     in_memory = found.format == "chat"
     return InternVLForConditionalGeneration.from_pretrained(
@@ -138,7 +138,7 @@ def _read_internvl(found: Checkpoint, options: dict[str, Any]) -> Any:
     )
 
 
-def _read(found: Checkpoint, options: dict[str, Any]) -> Any:
+def _read(found: ModelFolder, options: dict[str, Any]) -> Any:
     """A model whose layouts transformers knows itself."""
     held = read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
     auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM

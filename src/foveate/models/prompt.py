@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import budget_of
-from foveate.models.checkpoint.inspect import recognise
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.families.internvl import Family
 
 
@@ -26,5 +26,5 @@ def load_encoder(
 
 def read_prompt_parts(path: str) -> tuple[PreTrainedTokenizerBase, Family]:
     """The tokenizer and the family of a model folder of any layout. Raises DataError for what is none."""
-    found = recognise(path)
+    found = inspect_model_folder(path)
     return found.tokenizer, found.family

@@ -21,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import hf_tensors, require_fit
-from foveate.models.checkpoint.inspect import recognise
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.quiet import quiet_transformers
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, weight_files
 from foveate.models.families.internvl import InternVL
@@ -33,10 +33,10 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def hollow_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -> Policy:
+def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -> Policy:
     """The policy of a model folder on the meta device, to be cut, allocated and filled. Raises DataError as
     `load_policy` does, and for weights that are quantised."""
-    found = recognise(path)
+    found = inspect_model_folder(path)
     if "quantization_config" in found.config.to_dict():
         raise DataError(f"{found.folder}: the weights are quantised; several ranks read weights that are not")
     auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
@@ -66,7 +66,7 @@ def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None
 
 
 @torch.no_grad()
-def fill(policy: Policy, without: Sequence[str] = ()) -> None:
+def load_sharded(policy: Policy, without: Sequence[str] = ()) -> None:
     """Read the weights of a policy that has memory from the folder that it came from, all but `without`. Raises
     DataError where folder and model do not fit."""
     lacking = _targets(policy.model)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class Costs:
             entry = side**2 * layers * vision["hidden_size"] ** 2 / language
         return cls(1 / (6 * text.hidden_size), entry)
 
-    def __call__(self, tree: Tree) -> float:
+    def __call__(self, packed: PackedGroup) -> float:
         """The prompt and its images count once; each answer sees the prompt and itself."""
-        prompt = len(tree.prompt)
-        pairs = prompt**2 / 2 + sum(len(answer) * (prompt + len(answer) / 2) for answer in tree.answers)
-        entries = 0 if tree.prompt.pixels is None else len(tree.prompt.pixels)
-        return tree.tokens + self.pair * pairs + self.entry * entries
+        prompt = len(packed.prompt)
+        pairs = prompt**2 / 2 + sum(len(answer) * (prompt + len(answer) / 2) for answer in packed.answers)
+        entries = 0 if packed.prompt.pixels is None else len(packed.prompt.pixels)
+        return packed.tokens + self.pair * pairs + self.entry * entries
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Indices of the work of each rank, in order: the dearest first, each to the rank that has least so far (LPT,
     whose busiest rank has at most 4/3 of the best possible; Graham 1969). The result depends on `costs` alone."""
     heap = [(0.0, rank) for rank in range(ranks)]

@@ -1,7 +1,7 @@
 """One model over many ranks with PyTorch's FSDP2, applied from outside to a model that knows nothing of it.
 
 Every rank runs the same blocks in the same order, so a rank must not skip the vision tower while others run it: a batch
-without images beside others with them needs a blank (`foveate.parallel.packing.in_step`).
+without images beside others with them needs a blank (`foveate.parallel.packing.pad_with_dummy_image`).
 """
 
 from __future__ import annotations
@@ -111,14 +111,14 @@ def shard(root: Root, mesh: DeviceMesh, cluster: ClusterSettings, *, checkpointi
     if not cluster.reshard:
         settings["reshard_after_forward"] = False
     for module in (*blocks(root.model), root):
-        whole = fully_shard(module, **settings)
-        assert isinstance(whole, FSDPModule)
-        whole.set_gradient_divide_factor(1.0)
-        whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
+        full_tensor = fully_shard(module, **settings)
+        assert isinstance(full_tensor, FSDPModule)
+        full_tensor.set_gradient_divide_factor(1.0)
+        full_tensor.set_force_sum_reduction_for_comms(True)  # gloo has no sum that scales
     return root
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor, or all of one that is cut over ranks, which call this together and talk where they compute."""
     if not isinstance(tensor, DTensor):
         return tensor

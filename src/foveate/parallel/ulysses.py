@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.errors import ConfigError
-from foveate.models.attention.kernels import Extras
+from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.families.internvl import Features
 from foveate.models.forward import hidden_states
 from foveate.models.logprobs import chunked_logprobs
 from foveate.models.policy import Policy
-from foveate.records import Batch, Layout
+from foveate.records import Batch, Forest
 
 Group = dist.ProcessGroup
 
@@ -92,7 +92,7 @@ class Part:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         slots = len(batch.slot_index)
         batch = _padded(batch, ranks)
-        size = batch.layout.tokens // ranks
+        size = batch.forest.tokens // ranks
         own = slice(rank * size, (rank + 1) * size)
         mine = (batch.slot_index // size == rank).nonzero()[:, 0]
         owner_M = batch.source_M // size
@@ -104,7 +104,7 @@ class Part:
             position_T=batch.position_T[..., own],
             pixels=pixels,
             grids=grids,
-            blank=not shares[rank],
+            dummy_image=not shares[rank],
             slot_index=batch.slot_index[mine] - own.start,
             source_M=batch.source_M[trained[rank]] - own.start,
         )
@@ -131,31 +131,31 @@ class Part:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: Layout,
+        forest: Forest,
         scale: float,
-        extras: Extras,
+        options: AttentionOptions,
     ) -> Tensor:
         """`kernel` on all tokens and this rank's share of the heads. Query (H, T / ranks, d); key and value (H_kv,
         T / ranks, d), whose heads are repeated as often as makes their number a multiple of the ranks."""
         ranks = len(self.trained)
         repeat = math.lcm(len(key), ranks) // len(key)
         key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
-        if extras.sinks is not None:
-            extras = replace(extras, sinks=extras.sinks.chunk(ranks)[self.rank])
+        if options.sinks is not None:
+            options = replace(options, sinks=options.sinks.chunk(ranks)[self.rank])
         rows = [_Exchange.apply(tensor, self.group, True) for tensor in (query, key, value)]
-        return _Exchange.apply(kernel(*rows, layout, scale, extras), self.group, False)
+        return _Exchange.apply(kernel(*rows, forest, scale, options), self.group, False)
 
 
 def _padded(batch: Batch, ranks: int) -> Batch:
     """The row, made a multiple of `ranks` long by a tree of its own that nothing sees."""
-    layout, more = batch.layout, -batch.layout.tokens % ranks
+    forest, more = batch.forest, -batch.forest.tokens % ranks
     if not more:
         return batch
     return replace(
         batch,
         token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
         position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
-        layout=Layout((*layout.start, layout.tokens), (*layout.length, more), (*layout.parent, -1)),
+        forest=Forest((*forest.start, forest.tokens), (*forest.length, more), (*forest.parent, -1)),
     )
 
 
@@ -165,12 +165,12 @@ def _dealt(
     """The pixels and grids of this rank, and how many image tokens the pixels of each rank give. Tiles, or whole
     pictures, go in runs of about equal tokens; a rank that gets none encodes a blank, so that all make the same calls.
     """
-    blank = policy.family.blank
-    if blank is None:
+    dummy_image = policy.family.dummy_image
+    if dummy_image is None:
         return None, (), [0] * ranks
     pixels = batch.pixels
-    if pixels is None or batch.blank:
-        return blank.pixels.to(batch.token_ids_T.device), blank.grids, [0] * ranks
+    if pixels is None or batch.dummy_image:
+        return dummy_image.pixels.to(batch.token_ids_T.device), dummy_image.grids, [0] * ranks
     pictures = [rows * columns for rows, columns in batch.grids]
     if pictures:
         entries = len(pixels) // sum(pictures)
@@ -181,7 +181,7 @@ def _dealt(
     owner = [min(ranks - 1, int(middle * ranks / slots)) for middle in middles]
     shares = [sum(own for own, one in zip(tokens, owner, strict=True) if one == other) for other in range(ranks)]
     if rank not in owner:
-        return blank.pixels.to(pixels.device), blank.grids, shares
+        return dummy_image.pixels.to(pixels.device), dummy_image.grids, shares
     pieces = [piece for piece, one in zip(pixels.split(units), owner, strict=True) if one == rank]
     grids = tuple(grid for grid, one in zip(batch.grids, owner, strict=False) if one == rank)
     return torch.cat(pieces), grids, shares

@@ -43,8 +43,8 @@ class Memory:
     @property
     def learning(self) -> float:
         """The most while learning: in a backward pass, or in the optimizer step with its copy of the weights."""
-        passes = self.gathered + self.activations + self.features + self.chunk
-        return self.state + (0 if self.apart else self.engine) + max(passes, self.scratch)
+        epochs = self.gathered + self.activations + self.features + self.chunk
+        return self.state + (0 if self.apart else self.engine) + max(epochs, self.scratch)
 
     @property
     def generating(self) -> float:
@@ -100,7 +100,7 @@ def key_value_bytes(config: Any, itemsize: int) -> int:
 
 def memory_of(work: Workload) -> Memory:
     """The memory of a workload. A single process without a cluster shares its weights with the engine."""
-    sizes, cluster = sizes_of(work.config, work.train), work.cluster
+    sizes, cluster = sizes_of(work.config, work.trainable), work.cluster
     stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
@@ -145,7 +145,7 @@ def _pixels(work: Workload) -> float:
 def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and carried on to the full ones: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
-    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.train, work.checkpointing, on_gpu)
+    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.trainable, work.checkpointing, on_gpu)
 
 
 @lru_cache(maxsize=256)

@@ -66,18 +66,18 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
     vision = pieces * vision_flops(work.config, work.tiles)
     # backward is twice a forward; a checkpointed block is computed once more
     again = 3 + work.checkpointing
-    learned = again * language + (again if "vision" in work.train else 1) * vision
+    learned = again * language + (again if "vision" in work.trainable else 1) * vision
     ranks = work.cluster.ranks
     rate = machines.gpu.flops * FLOPS_SHARE * ranks / work.groups
     batches = max(
-        work.updates / work.passes,
+        work.updates / work.epochs,
         work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel),
     )
     gather = _gather(work, machines)
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
         forward=work.forwards * max((language + vision) / rate, batches * gather),
-        update=work.passes * max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
+        update=work.epochs * max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
         publish=_publish(work, machines),
         overlaps=work.overlaps,
     )
@@ -86,14 +86,14 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
 def _gather(work: Workload, machines: Machines) -> float:
     """All weights brought together once on every rank."""
     shards = work.cluster.shards
-    total = sizes_of(work.config, work.train).total * work.compute_dtype.itemsize
+    total = sizes_of(work.config, work.trainable).total * work.compute_dtype.itemsize
     host = total / shards / (machines.gpu.host * BANDWIDTH_SHARE) if work.cluster.offload else 0.0
     return total * (shards - 1) / shards / machines.reach(shards) + host
 
 
 def _optimizer(work: Workload, machines: Machines) -> float:
     """Weights, gradients and both moments read, three of them written, in each update of a step."""
-    moved = 7 * sizes_of(work.config, work.train).trained * work.dtype.itemsize / work.cluster.shards
+    moved = 7 * sizes_of(work.config, work.trainable).trained * work.dtype.itemsize / work.cluster.shards
     speed = HOST_BANDWIDTH if work.cluster.offload else machines.gpu.bandwidth * BANDWIDTH_SHARE
     return work.updates * moved / speed
 
@@ -101,7 +101,7 @@ def _optimizer(work: Workload, machines: Machines) -> float:
 def _publish(work: Workload, machines: Machines) -> float:
     if not work.generates or work.cluster.gpus == 1:
         return 0.0
-    return sizes_of(work.config, work.train).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
+    return sizes_of(work.config, work.trainable).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
 
 
 def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
@@ -121,7 +121,7 @@ def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     live = min(queue, in_flight(work, machines, memory))
     flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel
     head = work.config.text_config.vocab_size * work.config.text_config.hidden_size
-    active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.train).total
+    active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.trainable).total
     context = (work.prompt + work.answer / 2) * key_value_bytes(work.config, ENGINE_BYTES)
     read = min(weights, active * live) * ENGINE_BYTES
     token = max((read + live * context) / speed, 2 * active * live / flops)

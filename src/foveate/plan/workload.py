@@ -18,7 +18,7 @@ from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.models.policy import DTYPES
 from foveate.models.sizes import SIZES, published_config
 from foveate.plan.trace import RowShape
-from foveate.train.algorithm import build_method
+from foveate.train.algorithm import build_algorithm
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,12 @@ class Workload:
     """`prompt` (image tokens included), `answer` and `tiles` are means of one prompt; `longest` bounds the answer.
 
     A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
-    `budget` tokens per device, which go `passes` times over the answers. `forwards` counts the passes beside the
+    `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
     update: old and reference log-probs. `overlaps`: the next answers are generated while these are learned from.
     """
 
     config: Any
-    train: tuple[str, ...]
+    trainable: tuple[str, ...]
     dtype: torch.dtype
     checkpointing: bool
     cluster: ClusterSettings
@@ -47,7 +47,7 @@ class Workload:
     generates: bool
     forwards: int
     reference: bool
-    passes: int = 1
+    epochs: int = 1
     overlaps: bool = False
 
     @property
@@ -83,7 +83,7 @@ def workload_of(
     if tiles * per_tile > prompt:
         raise ConfigError(f"{tiles} tiles are {tiles * per_tile} tokens, more than a prompt of {prompt}")
     common: dict[str, Any] = {
-        "config": config, "train": model.train, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
+        "config": config, "trainable": model.trainable, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
         "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
         "prompt": prompt, "tiles": tiles,
     }  # fmt: skip
@@ -95,11 +95,11 @@ def workload_of(
             **common, groups=groups, answers=2 if pairs else 1, updates=1, answer=answer or longest // 8 or 1,
             longest=longest, generates=False, forwards=0, reference=False,
         )  # fmt: skip
-    longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.passes
-    reference = build_method(settings.algorithm, longest).needs_reference
+    longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
+    reference = build_algorithm(settings.algorithm, longest).needs_reference
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
-        passes=settings.train.passes, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
+        epochs=settings.train.epochs_per_step, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
         answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + reference,
         reference=reference,
     )  # fmt: skip

@@ -23,14 +23,14 @@ def choose_engine(
     rollout: RolloutSettings,
     max_prompt_tokens: int,
     *,
-    apart: bool = False,
+    asynchronous: bool = False,
     dtype: str | None = None,
     given: Mapping[str, Any] = {},
 ) -> Callable[..., Any]:
     """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
     keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
-    prompt with its answer. `given`: more arguments, for engines that know them. `apart`: it answers while the policy
-    learns, so that the native one gets weights of its own; and so it does to compute in another `dtype`.
+    prompt with its answer. `given`: more arguments, for engines that know them. `asynchronous`: it answers while the
+    policy learns, so that the native one gets weights of its own; and so it does to compute in another `dtype`.
 
     Raises ConfigError for whatever does not fit; nothing is started yet."""
     make: Any = resolve(ENGINES, rollout.engine, "engine")
@@ -38,11 +38,11 @@ def choose_engine(
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
     known = inspect.signature(function).parameters
     given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
-    if keywords.get("shared") and (apart or "device" in given):
-        what = "answers while the policy learns" if apart else "has devices of its own"
+    if keywords.get("shared") and (asynchronous or "device" in given):
+        what = "answers while the policy learns" if asynchronous else "has devices of its own"
         raise ConfigError(f"rollout.engine_settings.shared: the engine {what}; leave it out")
     keywords = {**{name: value for name, value in given.items() if name in known}, **keywords}
-    if (apart or dtype is not None) and inspect.isclass(make) and issubclass(make, NativeEngine):
+    if (asynchronous or dtype is not None) and inspect.isclass(make) and issubclass(make, NativeEngine):
         own = {name: value for name, value in keywords.items() if name != "own_weights"}
         return partial(make.copy_of, dtype=dtype, **own)
     return partial(make, **keywords)
@@ -54,7 +54,7 @@ def place_of_policy(rollout: RolloutSettings, device: str) -> str:
     return "cpu" if inspect.isclass(make) and issubclass(make, ServedEngine) else device
 
 
-class Proof:
+class WeightCheck:
     """Compares an engine with the trainer when it is made, and after every `rollout.check_every` publishes; a
     difference ends the run. The native engine computes with the trainer's own tensors and needs none."""
 
@@ -71,7 +71,7 @@ class Proof:
         self._published += 1
         if not self._every or self._published % self._every:
             return {}
-        return {"engine_check": self._check()}
+        return {"engine/check": self._check()}
 
     def _check(self) -> float:
         return check_engine(self._engine, self._policy, self._encoder, self._temperature, self._engine.version)

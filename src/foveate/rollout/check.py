@@ -17,8 +17,8 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy
-from foveate.parallel.packing import Tree, pack
-from foveate.records import Completion, DataError, Image, Message, Prompt, SamplingParams, Task
+from foveate.parallel.packing import PackedGroup, pack
+from foveate.records import Answer, DataError, Image, Message, Prompt, SamplingParams, Task
 from foveate.rollout.engine import Answering, Request
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -43,7 +43,7 @@ def check_engine(engine: Probed, policy: Policy, encoder: Encoder, temperature: 
 
 def compare(
     engine: Probed,
-    trainer: Callable[[list[Tree]], list[Tensor]],
+    trainer: Callable[[list[PackedGroup]], list[Tensor]],
     encoder: Encoder,
     dtype: torch.dtype,
     temperature: float,
@@ -60,9 +60,9 @@ def compare(
     sampling = SamplingParams(_ANSWERS.samples, _ANSWERS.max_tokens, temperature)
     groups = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], sampling)
     for group in groups:
-        for completion in group:
-            if completion.version != version:
-                raise EngineError(f"the engine answers with weights {completion.version}, the trainer is at {version}")
+        for answer in group:
+            if answer.version != version:
+                raise EngineError(f"the engine answers with weights {answer.version}, the trainer is at {version}")
     differences = _differences(trainer, prompts, groups)
     for prompt, difference in zip(prompts, differences, strict=True):
         mean = float(difference.mean())
@@ -77,7 +77,7 @@ def compare(
 
 
 def logprob_differences(
-    policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]], temperature: float
+    policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Answer]], temperature: float
 ) -> list[Tensor]:
     """Absolute differences between the engine's log-probs and the trainer's, a vector over the answer tokens of each
     prompt."""
@@ -85,17 +85,17 @@ def logprob_differences(
 
 
 def _differences(
-    trainer: Callable[[list[Tree]], list[Tensor]], prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+    trainer: Callable[[list[PackedGroup]], list[Tensor]], prompts: Sequence[Prompt], groups: Sequence[Sequence[Answer]]
 ) -> list[Tensor]:
     pairs = zip(prompts, groups, strict=True)
-    expected = trainer([Tree(prompt, tuple(one.token_ids for one in group)) for prompt, group in pairs])
+    expected = trainer([PackedGroup(prompt, tuple(one.token_ids for one in group)) for prompt, group in pairs])
     sampled = [torch.tensor([value for one in group for value in one.logprobs]) for group in groups]
     return [(own.to(other) - other).abs() for own, other in zip(sampled, expected, strict=True)]
 
 
 @torch.no_grad()
-def _logprobs(policy: Policy, temperature: float, trees: list[Tree]) -> list[Tensor]:
-    return [token_logprobs(policy, pack([tree]).to(policy.device), temperature)[0] for tree in trees]
+def _logprobs(policy: Policy, temperature: float, packed_groups: list[PackedGroup]) -> list[Tensor]:
+    return [token_logprobs(policy, pack([packed]).to(policy.device), temperature)[0] for packed in packed_groups]
 
 
 def probe_prompts(encoder: Encoder) -> list[Prompt]:
@@ -107,7 +107,7 @@ def probe_prompts(encoder: Encoder) -> list[Prompt]:
         tasks.append(Task("probe", "probe", (message,), (image,), None, where="the probe"))
     prompts: list[Prompt] = []
     for task in tasks:
-        if not encoder.faults(task):
+        if not encoder.validation_errors(task):
             prompts.append(encoder(task))
     if not prompts:
         limit = encoder.max_prompt_tokens

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,13 @@ class Request:
 
     prompt: Prompt
     seed: int
-    begun: tuple[Completion, ...] = ()
+    partial_answers: tuple[Answer, ...] = ()
 
 
 class Answering(Protocol):
     """What answers prompts: an engine, or all engines of a cluster."""
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         """As `Engine.generate`."""
         ...
 
@@ -41,7 +41,7 @@ class Streaming(Answering, Protocol):
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """As `Engine.stream`."""
         ...
 
@@ -70,13 +70,13 @@ class Engine(Sleeping, Protocol):
 
     version: int
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         """`sampling.samples` answers per request, in order, each with the version of the weights that sampled it."""
         ...
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
         what is unfinished. After a `pause` it gives what it has begun, unfinished answers with finish "abort", and
         ends: indices that are missing were not begun."""
@@ -113,9 +113,7 @@ class Engine(Sleeping, Protocol):
         ...
 
 
-def in_order(
-    groups: Iterable[tuple[int, tuple[Completion, ...]]], requests: Sequence[Request]
-) -> list[tuple[Completion, ...]]:
+def in_order(groups: Iterable[tuple[int, tuple[Answer, ...]]], requests: Sequence[Request]) -> list[tuple[Answer, ...]]:
     """A whole stream as a list in the order of the requests."""
     found = dict(groups)
     return [found[index] for index in range(len(requests))]

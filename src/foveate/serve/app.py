@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
-from foveate.records import Completion
+from foveate.records import Answer
 from foveate.rollout.engine import Request as PromptRequest
 from foveate.serve.batcher import Batcher
 from foveate.serve.protocol import ChatRequest, Refused, events, read_request, reply
@@ -76,7 +76,7 @@ class Chat:
         if not secrets.compare_digest(said.encode(), f"Bearer {self.key}".encode()):
             raise Refused(401, "the API key is missing or wrong; send it as `Authorization: Bearer <key>`")
 
-    def _pieces(self, asked: ChatRequest, answers: Sequence[Completion]) -> list[list[str]] | None:
+    def _pieces(self, asked: ChatRequest, answers: Sequence[Answer]) -> list[list[str]] | None:
         if not asked.logprobs:
             return None
         return [self.encoder.pieces(answer.token_ids) for answer in answers]

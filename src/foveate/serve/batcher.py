@@ -8,7 +8,7 @@ import queue
 import threading
 from dataclasses import dataclass, field
 
-from foveate.records import Completion, SamplingParams
+from foveate.records import Answer, SamplingParams
 from foveate.rollout.engine import Engine, Request
 
 logger = logging.getLogger(__name__)
@@ -19,15 +19,15 @@ class _Waiting:
     request: Request
     sampling: SamplingParams
     loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[tuple[Completion, ...]] = field(init=False)
+    future: asyncio.Future[tuple[Answer, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.future = self.loop.create_future()
 
-    def settle(self, answers: tuple[Completion, ...] | None, error: BaseException | None) -> None:
+    def settle(self, answers: tuple[Answer, ...] | None, error: BaseException | None) -> None:
         self.loop.call_soon_threadsafe(self._settle, answers, error)
 
-    def _settle(self, answers: tuple[Completion, ...] | None, error: BaseException | None) -> None:
+    def _settle(self, answers: tuple[Answer, ...] | None, error: BaseException | None) -> None:
         if self.future.done():  # the client has gone
             return
         if error is not None:
@@ -47,7 +47,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def answer(self, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+    async def answer(self, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         """The answers to one request; raises what the engine raised."""
         waiting = _Waiting(request, sampling, asyncio.get_running_loop())
         self._arrived.put(waiting)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foveate.data.images import read_image
 from foveate.errors import DataError
-from foveate.records import Completion, Image, Message, Prompt, SamplingParams, Task
+from foveate.records import Answer, Image, Message, Prompt, SamplingParams, Task
 
 MARK = "<image>"
 _DATA_URL = re.compile(r"data:[\w.+/-]+;base64,")
@@ -142,7 +142,7 @@ def _picture(url: str) -> Image:
 
 
 def reply(
-    model: str, prompt: Prompt, answers: Sequence[Completion], pieces: Sequence[Sequence[str]] | None
+    model: str, prompt: Prompt, answers: Sequence[Answer], pieces: Sequence[Sequence[str]] | None
 ) -> dict[str, Any]:
     """A chat completion. `pieces` are the texts of the tokens of each answer where their log-probs are wanted."""
     tokens = sum(len(answer.token_ids) for answer in answers)
@@ -177,7 +177,7 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _logprobs(pieces: Sequence[str], answer: Completion) -> dict[str, Any]:
+def _logprobs(pieces: Sequence[str], answer: Answer) -> dict[str, Any]:
     return {
         "content": [
             {"token": piece, "logprob": logprob, "bytes": list(piece.encode()), "top_logprobs": []}

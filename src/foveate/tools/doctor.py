@@ -16,17 +16,17 @@ from rich.text import Text
 
 import foveate
 from foveate.encoding.family import PromptFamily
-from foveate.models.checkpoint.names import LAYOUTS
+from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
 from foveate.models.families.internvl import PER_MILLE, InternVL
 from foveate.models.families.qwen_vl import QwenVL
-from foveate.models.policy import Policy, outline, parameters_by_part
+from foveate.models.policy import Policy, load_on_meta, parameters_by_part
 
 
 def examine(model: str | None) -> RenderableType:
     """A table of facts. Raises DataError for a model folder that cannot be used, with the reason."""
     table = Table(show_header=False, box=None)
-    facts = environment() if model is None else model_facts(outline(model))
+    facts = environment() if model is None else model_facts(load_on_meta(model))
     for name, value in facts.items():
         table.add_row(name, Text(value))
     return table
@@ -57,7 +57,7 @@ def model_facts(policy: Policy) -> dict[str, str]:
     relative = family.box_frame(700, 700, family.budget) == PER_MILLE
     return {
         "folder": str(policy.folder),
-        "format": LAYOUTS[policy.format],
+        "format": CHECKPOINT_FORMATS[policy.format],
         "family": f"{family.name}, {config.get_text_config().model_type} language model",
         "parameters": f"{sum(counts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in counts.items()},

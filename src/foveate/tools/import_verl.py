@@ -46,7 +46,7 @@ MAPPED = {
     _A + "optim.warmup_style": "optim.schedule",
     _A + "grad_clip": "optim.max_grad_norm",
     _A + "ppo_mini_batch_size": "train.updates_per_step (prompts of a step / this)",
-    _A + "ppo_epochs": "train.passes",
+    _A + "ppo_epochs": "train.epochs_per_step",
     _A + "ppo_max_token_len_per_gpu": "train.tokens_per_micro_batch",
     _A + "ulysses_sequence_parallel_size": "cluster.sequence_parallel",
     _A + "fsdp_config.fsdp_size": "cluster.shard (a machine: hybrid, else full)",
@@ -54,8 +54,8 @@ MAPPED = {
     _A + "fsdp_config.optimizer_offload": "cluster.offload",
     "algorithm.use_kl_in_reward": "algorithm.reward_kl",
     "algorithm.kl_ctrl.kl_coef": "algorithm.reward_kl.coefficient, where algorithm.use_kl_in_reward",
-    "algorithm.filter_groups.enable": "algorithm.refills",
-    "algorithm.filter_groups.max_num_gen_batches": "algorithm.refills (one less)",
+    "algorithm.filter_groups.enable": "algorithm.resample_rounds",
+    "algorithm.filter_groups.max_num_gen_batches": "algorithm.resample_rounds (one less)",
     "custom_reward_function.path": "reward.name (the predecessor's grounding is ours; others: compute_score)",
     "custom_reward_function.name": "reward.settings.name of compute_score",
     "custom_reward_function.reward_kwargs.reward_type": "reward.settings.kind",
@@ -218,14 +218,14 @@ def _shown(value: Any) -> str:
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:
-    tree: dict[str, Any] = {}
+    packed: dict[str, Any] = {}
     for path, value in settings.items():
         *groups, name = path.split(".")
-        inner = tree
+        inner = packed
         for group in groups:
             inner = inner.setdefault(group, {})
         inner[name] = value
-    text = yaml.safe_dump(tree, sort_keys=False, width=120)
+    text = yaml.safe_dump(packed, sort_keys=False, width=120)
     return re.sub(r": (\d+)e(-\d+)$", r": \1.0e\2", text, flags=re.MULTILINE)
 
 
@@ -249,7 +249,7 @@ def _settings(path: Path, verl: Mapping[str, Any], rows: int | None) -> tuple[di
     settings = {
         "run": verl.get("trainer.default_local_dir", f"runs/{path.stem}"),
         "model.path": verl["actor_rollout_ref.model.path"],
-        "model.train": ["projector", "language"],  # what the predecessor trains, whatever it is told
+        "model.trainable": ["projector", "language"],  # what the predecessor trains, whatever it is told
         "model.gradient_checkpointing": verl.get("actor_rollout_ref.model.enable_gradient_checkpointing", False),
         "data.train": _listed(verl["data.train_files"]),
         "data.test": _listed(verl.get("data.val_files", [])),
@@ -270,7 +270,7 @@ def _settings(path: Path, verl: Mapping[str, Any], rows: int | None) -> tuple[di
         "train.steps": train_steps,
         "train.prompts_per_step": prompts,
         "train.updates_per_step": max(1, prompts // mini),
-        "train.passes": max(1, verl.get(_A + "ppo_epochs", 1)),
+        "train.epochs_per_step": max(1, verl.get(_A + "ppo_epochs", 1)),
         "train.tokens_per_micro_batch": verl.get(_A + "ppo_max_token_len_per_gpu", 16384),
         "train.save_every": max(0, verl.get("trainer.save_freq", 0)),
         "eval.every": max(0, every) if verl.get("data.val_files") else 0,
@@ -305,7 +305,7 @@ def _algorithm(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
     if verl.get("algorithm.use_kl_in_reward"):
         chosen["algorithm.reward_kl.coefficient"] = float(verl.get("algorithm.kl_ctrl.kl_coef", 0.001))
     if verl.get("algorithm.filter_groups.enable"):
-        chosen["algorithm.refills"] = max(0, verl.get("algorithm.filter_groups.max_num_gen_batches", 1) - 1)
+        chosen["algorithm.resample_rounds"] = max(0, verl.get("algorithm.filter_groups.max_num_gen_batches", 1) - 1)
     return {**chosen, **{f"algorithm.loss.{key}": value for key, value in loss.items()}}
 
 

@@ -18,7 +18,7 @@ from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import validate
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import Answer, AnswerStore, Generated
+from foveate.evaluate.answers import AnswerStore, Generated, GeneratedAnswer
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
 from foveate.files import atomic_path, atomic_write_text
 from foveate.models.checkpoint.formats import read_config
@@ -103,7 +103,7 @@ def read_predictions(predictions: Path, source: RowsRequest, out: Path) -> int:
         if store.done:
             raise DataError(f"{out}: has answers already; choose another folder")
         for index, text in _predicted(predictions, len(table)):
-            answer = Answer(text, None, "stop")
+            answer = GeneratedAnswer(text, None, "stop")
             store.write(Generated(index, table[index].id, (answer,), None, None, 0.0, 1, "VLMEvalKit"))
         identity = request.identity(table, [])
         atomic_write_text(out / REQUEST, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import ADVANTAGES, ALGORITHMS, CHOICES, POLICY_LOSSES, Algorithm
+from foveate.algorithms import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import corrected_loss
 from foveate.algorithms.kl import KLPenalty
@@ -22,10 +22,10 @@ from foveate.train.targets import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class ResolvedAlgorithm:
     """An algorithm with its settings.
 
-    advantage is called with the tensors that `inputs` names (`algorithms.checks.ADVANTAGE_INPUTS`), `choice` marks
+    advantage is called with the tensors that `inputs` names (`algorithms.checks.ADVANTAGE_INPUTS`), `token_mask` marks
     tokens for the loss (`algorithms.covariance`), `reward_kl` is taken from the rewards. gamma discounts the returns
     of the critic.
     """
@@ -37,10 +37,10 @@ class Method:
     needs_reference: bool
     needs_old: bool
     keeps_equal_groups: bool
-    choice: Callable[..., Tensor] | None = None
+    token_mask: Callable[..., Tensor] | None = None
     reward_kl: KLPenalty | None = None
     advantage_clip: float | None = None
-    refills: int = 0
+    resample_rounds: int = 0
     critic: CriticSettings | None = None
     gamma: float = 1.0
 
@@ -50,12 +50,12 @@ class Method:
         return "baseline_S" in self.inputs
 
     @property
-    def judges_tokens(self) -> bool:
+    def needs_token_values(self) -> bool:
         """Whether rewards or advantages ask for log-probs or values, which are then computed for every answer."""
         return self.reward_kl is not None or self.critic is not None
 
 
-def build_method(settings: AlgorithmSettings, max_tokens: int) -> Method:
+def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlgorithm:
     """An algorithm with its settings filled in. max_tokens: the budget of an answer, by which a loss divides that asks
     for a constant and names none. Raises ConfigError or DataError for whatever it refuses, before a run starts."""
     row = resolve(ALGORITHMS, settings.name, "algorithm")
@@ -80,32 +80,32 @@ def build_method(settings: AlgorithmSettings, max_tokens: int) -> Method:
     if settings.correction is not None:
         bound_loss = partial(corrected_loss, loss=bound_loss, **settings.correction.model_dump())
         dry_run(bound_loss, {}, reference=kl_in_loss)
-    choice = _bound_choice(row.choice, in_force, where) if row.choice else None
+    token_mask = _bound_token_mask(row.token_mask, in_force, where) if row.token_mask else None
     inputs = advantage_inputs(advantage)
     _check_critic(settings, "value_M" in inputs)
     is_ours = row.loss in POLICY_LOSSES.values()  # ours are linear in the advantage but for their KL and entropy terms
-    other_terms = kl_in_loss or choice is not None or (is_ours and in_force["entropy_coefficient"] != 0)
-    return Method(
+    other_terms = kl_in_loss or token_mask is not None or (is_ours and in_force["entropy_coefficient"] != 0)
+    return ResolvedAlgorithm(
         name=settings.name,
         advantage=bound_advantage,
         inputs=inputs,
         loss=bound_loss,
         needs_reference=kl_in_loss or settings.reward_kl is not None,
-        needs_old=settings.correction is not None or choice is not None or settings.reward_kl is not None,
+        needs_old=settings.correction is not None or token_mask is not None or settings.reward_kl is not None,
         keeps_equal_groups=not is_ours or other_terms or settings.critic is not None,
-        choice=choice,
+        token_mask=token_mask,
         reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),
         advantage_clip=settings.advantage_clip,
-        refills=row.refills if settings.refills is None else settings.refills,
+        resample_rounds=row.resample_rounds if settings.resample_rounds is None else settings.resample_rounds,
         critic=settings.critic,
         gamma={**_defaults(advantage), **advantage_settings}.get("gamma", 1.0),
     )
 
 
-def check_run(method: Method, settings: RLSettings) -> None:
+def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
     """Raise ConfigError where the algorithm and the rest of a run's settings do not fit together."""
     rollout = settings.rollout
-    if method.refills and (rollout.samples == 1 or rollout.top_k == 1):
+    if method.resample_rounds and (rollout.samples == 1 or rollout.top_k == 1):
         name = "samples" if rollout.samples == 1 else "top_k"
         raise ConfigError(
             f"rollout.{name} is 1, so that the rewards of a group are always equal, but algorithm {method.name}"
@@ -135,11 +135,11 @@ def _check_critic(settings: AlgorithmSettings, is_needed: bool) -> None:
         )
 
 
-def _bound_choice(path: str, loss_settings: dict[str, Any], where: str) -> Callable[..., Tensor]:
+def _bound_token_mask(path: str, loss_settings: dict[str, Any], where: str) -> Callable[..., Tensor]:
     """A choice of tokens with those settings of the loss that it names."""
-    choice = resolve(CHOICES, path, "choice of tokens")
-    named = [p.name for p in inspect.signature(choice).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return bind(choice, {name: loss_settings[name] for name in named if name in loss_settings}, f"{where}, loss")
+    token_mask = resolve(TOKEN_MASKS, path, "choice of tokens")
+    named = [p.name for p in inspect.signature(token_mask).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return bind(token_mask, {name: loss_settings[name] for name in named if name in loss_settings}, f"{where}, loss")
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:

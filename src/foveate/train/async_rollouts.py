@@ -29,11 +29,11 @@ from functools import partial
 
 from foveate.data.stream import Stream
 from foveate.errors import EngineError
-from foveate.records import Completion, Group, Score
+from foveate.records import Answer, Group, Score
 from foveate.rollout.engine import Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
-from foveate.train.rollouts import Grading, Sampler, Scores, Work, refilled
+from foveate.train.rollouts import Grading, PendingGroup, Scores, SyncRollouts, resample_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class _Made:
     seconds: dict[str, float]
 
 
-class Ahead:
-    """Stands where `Sampler` stands on the page, with `staleness` 1 or more. The thread runs until `close`; an error in
-    it is raised by the next call.
+class AsyncRollouts:
+    """Stands where `SyncRollouts` stands on the page, with `staleness` 1 or more. The thread runs until `close`; an
+    error in it is raised by the next call.
 
     sampler: whose reader is at the position of `stream`, and has a stream of its own; stream: counts the tasks whose
     groups were trained, or dropped: what a continued run starts from. count: groups of a step; step, last: the steps
@@ -57,7 +57,7 @@ class Ahead:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: SyncRollouts,
         stream: Stream,
         *,
         staleness: int,
@@ -71,7 +71,7 @@ class Ahead:
         self._staleness, self._count, self._last = staleness, count, last
         self._partial, self._over_sample = partial, over_sample
         self._source = copy.copy(stream)  # at the next group to begin
-        self._open: list[Work] = []  # begun, and to go on in the next round
+        self._open: list[PendingGroup] = []  # begun, and to go on in the next round
         self._spent: dict[str, float] = {}  # seconds that no group has been given yet
         self._changed = threading.Condition()
         # What follows is shared with the thread, and touched only by who holds `_changed`.
@@ -95,22 +95,22 @@ class Ahead:
 
     # ------------------------------------------------------------------------------------------------ what a step asks
 
-    def draw(self, step: int, count: int, refills: int, clock: Clock) -> tuple[list[Group], list[Group]]:
-        """As `Sampler.draw`: the next groups. Waiting for them is the phase "wait" of the clock; encoding, generation
-        and reward ran beside other phases."""
+    def draw(self, step: int, count: int, resample_rounds: int, clock: Clock) -> tuple[list[Group], list[Group]]:
+        """As `SyncRollouts.draw`: the next groups. Waiting for them is the phase "wait" of the clock; encoding,
+        generation and reward ran beside other phases."""
         with self._changed:
             self._begun, self._drawing = step, True
-        groups, drawn = refilled(lambda _, missing: self._take(step, missing, clock), count, refills)
-        answers = [answer for group in drawn for answer in group.completions]
+        groups, drawn = resample_groups(lambda _, missing: self._take(step, missing, clock), count, resample_rounds)
+        answers = [answer for group in drawn for answer in group.answers]
         ages = [step - 1 - answer.version for answer in answers]
         mixed = sum(len(answer.spans) > 1 for answer in answers) / len(answers)
         with self._changed:
             self._said = {
-                "groups_dropped": float(self._dropped),
-                "groups_waiting": float(len(self._ready) + self._in_work),
-                "staleness/mean": sum(ages) / len(ages),
-                "staleness/max": float(max(ages)),
-                **({"staleness/mixed": mixed} if self._partial else {}),
+                "rollout/groups_dropped": float(self._dropped),
+                "rollout/groups_waiting": float(len(self._ready) + self._in_work),
+                "rollout/staleness_mean": sum(ages) / len(ages),
+                "rollout/staleness_max": float(max(ages)),
+                **({"rollout/staleness_mixed": mixed} if self._partial else {}),
             }
             self._dropped, self._drawing = 0, False
         return groups, drawn
@@ -163,7 +163,7 @@ class Ahead:
                     continue
                 taken.append(made.group)
                 for name, seconds in made.seconds.items():
-                    clock.beside[name] = clock.beside.get(name, 0.0) + seconds
+                    clock.overlapped[name] = clock.overlapped.get(name, 0.0) + seconds
             self._wanted = 0
         return taken
 
@@ -240,9 +240,13 @@ class Ahead:
     def _drop_open(self) -> None:
         """Give up what can no longer be trained, however soon it finishes."""
         oldest = self._oldest(self._begun if self._drawing else self._begun + 1)
-        for work in [work for work in self._open if _oldest_of(work.request.begun, self._engine.version) < oldest]:
-            self._open.remove(work)
-            self._stream.finish(work.place)
+        for pending in [
+            pending
+            for pending in self._open
+            if _oldest_of(pending.request.partial_answers, self._engine.version) < oldest
+        ]:
+            self._open.remove(pending)
+            self._stream.finish(pending.place)
             self._in_work -= 1
             self._dropped += 1
 
@@ -250,22 +254,22 @@ class Ahead:
         """Go on with what was begun, and begin the next `fresh` tasks. Each group is graded while the others are still
         being answered."""
         sampler, version = self._sampler, self._engine.version
-        works = self._open + self._begin(fresh)
+        pending_groups = self._open + self._begin(fresh)
         self._since = time.monotonic()
         with Grading(sampler.graders) as grading:
             if self._partial:
-                self._open = sampler.round(works, sampler.sampling, grading, partial(self._finish, version))
+                self._open = sampler.round(pending_groups, sampler.sampling, grading, partial(self._finish, version))
                 self._engine.resume()
                 return
-            self._open, left = [], works
+            self._open, left = [], pending_groups
             tell = (lambda _: None) if sampler.greedy_baseline else partial(self._finish, version)
             while left and not self._closing:
                 left = sampler.round(left, sampler.sampling, grading, tell)
-            ones = sampler.greedy(works, grading, lambda: self._closing)
-            for work, one in zip(works, ones, strict=True) if ones and not self._closing else ():
-                self._finish(version, work, one.scored()[0])
+            ones = sampler.greedy(pending_groups, grading, lambda: self._closing)
+            for pending, one in zip(pending_groups, ones, strict=True) if ones and not self._closing else ():
+                self._finish(version, pending, one.scored()[0])
 
-    def _begin(self, count: int) -> list[Work]:
+    def _begin(self, count: int) -> list[PendingGroup]:
         if not count:
             return []
         clock, sampler = Clock(), self._sampler
@@ -275,30 +279,32 @@ class Ahead:
         places = self._source.coming(count)
         self._source.take(count)
         return [
-            Work(place, task, Request(prompt, seed_of("ahead", sampler.seed, place)))
+            PendingGroup(place, task, Request(prompt, seed_of("ahead", sampler.seed, place)))
             for place, (task, prompt) in zip(places, taken, strict=True)
         ]
 
-    def _finish(self, version: int, work: Work, baseline: Score | None = None) -> None:
+    def _finish(self, version: int, pending: PendingGroup, baseline: Score | None = None) -> None:
         """A group is answered: it is ready as soon as it is graded."""
-        newest = max(sampler for answer in work.answers for sampler, _ in answer.sampled_by)
+        newest = max(sampler for answer in pending.answers for sampler, _ in answer.sampled_by)
         if newest > version:
             raise EngineError(f"the engine answered with weights of step {newest}, but was given those of {version}")
         now = time.monotonic()
         self._spend("generate", now - self._since)
         self._since = now
         seconds, self._spent = self._spent, {}
-        assert work.scores is not None
-        work.scores.add_done_callback(partial(self._ripen, work, baseline, seconds))
+        assert pending.scores is not None
+        pending.scores.add_done_callback(partial(self._ripen, pending, baseline, seconds))
 
-    def _ripen(self, work: Work, baseline: Score | None, seconds: dict[str, float], scores: Future[Scores]) -> None:
+    def _ripen(
+        self, pending: PendingGroup, baseline: Score | None, seconds: dict[str, float], scores: Future[Scores]
+    ) -> None:
         error = scores.exception()
         if error is not None:
             self._fail(error)
             return
-        oldest = _oldest_of(work.answers, self._engine.version)
+        oldest = _oldest_of(pending.answers, self._engine.version)
         with self._changed:
-            self._ready[work.place] = _Made(work.as_group(baseline), oldest, seconds)
+            self._ready[pending.place] = _Made(pending.as_group(baseline), oldest, seconds)
             self._in_work -= 1
             self._changed.notify_all()
 
@@ -306,6 +312,6 @@ class Ahead:
         self._spent[name] = self._spent.get(name, 0.0) + seconds
 
 
-def _oldest_of(answers: tuple[Completion, ...], now: int) -> int:
+def _oldest_of(answers: tuple[Answer, ...], now: int) -> int:
     """The oldest weights that sampled any of them; those of now where there is no token yet."""
     return min((answer.version for answer in answers if answer.token_ids), default=now)

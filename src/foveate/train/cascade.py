@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.cluster.base import start_workers
-from foveate.cluster.colocated_engines import GroupEngine
+from foveate.cluster.colocated_engines import ColocatedEngines
 from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.stream import Stream
-from foveate.data.validate import Reading
-from foveate.datasets.answers import Rightness
+from foveate.data.validate import ReadOptions
+from foveate.datasets.answers import CorrectnessRule
 from foveate.datasets.prepared import MANIFEST
 from foveate.datasets.select import prepare_pairs
 from foveate.encoding.dataset import build_encoder, read_checked
@@ -28,8 +28,8 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.evaluator import Evaluator
 from foveate.evaluate.predictions import predictions_path, read_predictions, write_evaluation
 from foveate.files import atomic_write_text
-from foveate.log import MetricsWriter, progress, read_metrics, say
-from foveate.models.checkpoint.inspect import recognise
+from foveate.log import MetricsWriter, print_result, progress, read_metrics
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.records import SamplingParams
 from foveate.report.page import terminal_summary, write_report
 from foveate.report.stages import Stage, write_stages
@@ -37,14 +37,14 @@ from foveate.rewards.grade import build_reward, truth_check
 from foveate.rollout.build import choose_engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
-from foveate.train.algorithm import build_method, check_run
+from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.clock import Clock
 from foveate.train.mpo import build_preference_loss, run_mpo
-from foveate.train.rank_engine import Answerer
+from foveate.train.rank_engine import InferenceWorker
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
-from foveate.train.rollouts import Sampler
-from foveate.train.session import check_cluster, disk_patience, surviving, use_threads
+from foveate.train.rollouts import SyncRollouts
+from foveate.train.session import check_cluster, disk_patience, retry_on_lost_rank, use_threads
 from foveate.train.sft import run_sft
 
 CHUNK = 64
@@ -73,9 +73,9 @@ def run_cascade(settings: CascadeSettings) -> RunFolder:
 def finish_cascade(run: RunFolder) -> None:
     """Write the report that compares the stages, print its summary, and say where the model is."""
     report = write_report(run.path)
-    say(terminal_summary(run.path))
-    say(f"Report: {report}")
-    say(f"Model: {RunFolder(run.path / 'rl').final}")
+    print_result(terminal_summary(run.path))
+    print_result(f"Report: {report}")
+    print_result(f"Model: {RunFolder(run.path / 'rl').final}")
 
 
 def _check(settings: CascadeSettings) -> None:
@@ -83,7 +83,7 @@ def _check(settings: CascadeSettings) -> None:
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)
     check_cluster(rl)
-    check_run(build_method(rl.algorithm, rl.rollout.max_tokens), rl)
+    check_run(build_algorithm(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
     new_engine(rl)
@@ -103,7 +103,7 @@ def _trained(page: Callable[[Any], RunFolder], stage: Any) -> str:
 def evaluate(settings: CascadeSettings, model: str, folder: Path, step: int) -> None:
     """Ask a model the held-out rows, with the same luck for every stage; nothing is done that is there already."""
     if not predictions_path(folder, step).with_suffix(".summary.json").exists():
-        surviving(settings.cluster.retries, partial(_evaluate, settings, model, folder, step))
+        retry_on_lost_rank(settings.cluster.retries, partial(_evaluate, settings, model, folder, step))
 
 
 def _evaluate(settings: CascadeSettings, model: str, folder: Path, step: int, again: bool) -> None:
@@ -122,15 +122,15 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
     """`pairs/pairs.parquet`: right against wrong answers of the model to some of the training prompts."""
     folder, chosen, data = run.path / "pairs", settings.pairs, settings.data
     if not (folder / MANIFEST).exists():
-        surviving(settings.cluster.retries, partial(answer_prompts, settings, model, run))
+        retry_on_lost_rank(settings.cluster.retries, partial(answer_prompts, settings, model, run))
         prepare_pairs(
             [Path(path) for path in data.train],
             folder,
             rollouts=[run.rollouts],
             max_per_prompt=chosen.max_per_prompt,
-            rightness=Rightness(chosen.part, chosen.threshold),
+            correctness_rule=CorrectnessRule(chosen.part, chosen.threshold),
             seed=settings.seed,
-            reading=Reading(
+            reading=ReadOptions(
                 None if data.image_root is None else Path(data.image_root), data.columns, data.on_bad_row, data.workers
             ),
         )
@@ -156,7 +156,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
         progress("answering for pairs", prompts) as advance,
     ):
         reader = Reader(table, stream, encoder)
-        sampler = Sampler(reader, engine, graders, sampling, seed, False, rollout.time_limit)
+        sampler = SyncRollouts(reader, engine, graders, sampling, seed, False, rollout.time_limit)
         for step, first in enumerate(range(0, prompts, CHUNK), start=1):
             count = min(CHUNK, prompts - first)
             if step <= done:
@@ -171,19 +171,19 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
 
 
 def _encoder(settings: CascadeSettings, model: str) -> Encoder:
-    found = recognise(model)
+    found = inspect_model_folder(model)
     return build_encoder(found.tokenizer, found.family, settings.model, settings.data)
 
 
 @contextmanager
 def _engine(
     settings: CascadeSettings, model: str, encoder: Encoder, version: int, again: bool
-) -> Iterator[GroupEngine]:
+) -> Iterator[ColocatedEngines]:
     """The engines of all ranks, with the weights of a model folder."""
-    build = partial(Answerer, settings.model.model_copy(update={"path": model}), settings.cluster.kind)
+    build = partial(InferenceWorker, settings.model.model_copy(update={"path": model}), settings.cluster.kind)
     new_engine = choose_engine(settings.rollout, settings.data.max_prompt_tokens)
     rollout = settings.rollout.model_copy(update={"staleness": 0})
-    with start_workers(settings.cluster, build, again=again) as workers, GroupEngine(workers) as engine:
+    with start_workers(settings.cluster, build, again=again) as workers, ColocatedEngines(workers) as engine:
         engine.start(new_engine, encoder, rollout, version)
         yield engine
 
@@ -204,9 +204,9 @@ def gather(settings: CascadeSettings, run: RunFolder) -> None:
             continue
         own = read_metrics(stage.metrics)
         rows += [{**row, "step": offset + row["step"]} for row in own]
-        seconds = sum(row["seconds/step"] + row.get("seconds/reference", 0.0) for row in own)
+        seconds = sum(row["time/step"] + row.get("time/reference", 0.0) for row in own)
         if name == "mpo":  # its pairs are part of what it costs
-            seconds += sum(row["seconds/step"] for row in read_metrics(run.rollouts / "metrics.jsonl"))
+            seconds += sum(row["time/step"] for row in read_metrics(run.rollouts / "metrics.jsonl"))
         _gather_evaluations(run, name, offset)
         stages.append(Stage(label, rows[-1]["step"], seconds))
     atomic_write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -13,7 +13,7 @@ class Clock:
     """Seconds of each phase of one step, and of what ran beside them, in other threads, for it."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    beside: dict[str, float] = field(default_factory=dict)
+    overlapped: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -23,9 +23,9 @@ class Clock:
 
     def metrics(self, **tokens: float) -> dict[str, float]:
         """Seconds by phase and in all, and tokens per second for the phases whose number of tokens is given."""
-        every = self.seconds | self.beside
+        every = self.seconds | self.overlapped
         return {
-            **{f"seconds/{name}": seconds for name, seconds in every.items()},
-            "seconds/step": sum(self.seconds.values()),
-            **{f"tokens_per_second/{name}": count / every[name] for name, count in tokens.items()},
+            **{f"time/{name}": seconds for name, seconds in every.items()},
+            "time/step": sum(self.seconds.values()),
+            **{f"time/{name}_tokens_per_second": count / every[name] for name, count in tokens.items()},
         }

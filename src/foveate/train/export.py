@@ -13,13 +13,13 @@ from foveate.config.model import ModelSettings
 from foveate.errors import ConfigError
 from foveate.files import atomic_path
 from foveate.models.checkpoint.convert import convert
-from foveate.models.checkpoint.names import Layout
+from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.lora import add_adapters, merged_state
 from foveate.models.policy import freeze_except, load_policy, save_policy
 from foveate.train.checkpoint import load_weights
 
 
-def export_checkpoint(checkpoint: Path, target: Path, to: Layout | None = None) -> int:
+def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | None = None) -> int:
     """Write the model of `RUN/checkpoints/step_*` (or `latest`, `best`) to a new folder: in the layout that the run's
     model came in, or `to`; adapters are merged. Returns the step of the checkpoint.
 
@@ -31,9 +31,9 @@ def export_checkpoint(checkpoint: Path, target: Path, to: Layout | None = None) 
     checkpoint = checkpoint.resolve()
     settings = _model_of(checkpoint)
     policy = load_policy(settings.path, dtype=settings.dtype)
-    freeze_except(policy, settings.train)
+    freeze_except(policy, settings.trainable)
     if settings.lora is not None:
-        add_adapters(policy, settings.lora, settings.train)
+        add_adapters(policy, settings.lora, settings.trainable)
     step = load_weights(checkpoint, policy.model)
     write = partial(save_policy, policy, state=dict(merged_state(policy.model)))
     if to in (None, policy.format):

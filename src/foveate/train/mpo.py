@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.algorithms import PREFERENCE_LOSSES
 from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.preference_losses import RewardShift
-from foveate.cluster.base import WorkerGroup, everywhere, spread, spread_each, start_workers
+from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
 from foveate.data.demos import check_pair, pair_of
@@ -25,9 +25,9 @@ from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import recognise
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
@@ -35,13 +35,13 @@ from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
 from foveate.train.session import (
-    Leaving,
+    GracefulShutdown,
     check_offline,
     disk_patience,
     resume,
+    retry_on_lost_rank,
     save,
     save_is_due,
-    surviving,
     use_threads,
 )
 from foveate.train.worker import Worker
@@ -51,7 +51,7 @@ WITHOUT_REFERENCE = ("sft",)
 
 def run_mpo(settings: MPOSettings) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    return surviving(settings.cluster.retries, partial(_run, settings))
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
 
 
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
@@ -59,7 +59,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     patience = disk_patience(settings.train, settings.cluster)
     loss = build_preference_loss(settings.loss)
-    model = recognise(settings.model.path)
+    model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
@@ -68,7 +68,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
     with (
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, build, again=again) as workers,
-        Leaving(workers) as leaving,
+        GracefulShutdown(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
         write_skipped(run.path, [str(problem) for problem in left_out])
@@ -88,19 +88,19 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                     pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
-                    rest, dear = (loss, _totals(pairs), shift.mean, rate), [costs(pair.tree) for pair in pairs]
-                    learned = next(spread(workers, "update_preference", pairs, dear, *rest))[1]
-                record = {**learned, "reward/shift": shift.mean, "lr": rate, "epoch": stream.epoch}
+                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.packed) for pair in pairs]
+                    learned = next(scatter(workers, "update_preference", pairs, estimates, *rest))[1]
+                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
                 if reference is not None and step == 1:
-                    record["seconds/reference"] = reference.seconds
+                    record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
-                metrics.write(step, record | clock.metrics(update=sum(pair.tree.tokens for pair in pairs)))
+                metrics.write(step, record | clock.metrics(update=sum(pair.packed.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                     save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final, patience)
+        broadcast(workers, "export", run.final, patience)
     return run
 
 
@@ -115,8 +115,8 @@ def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
 # --------------------------------------------------------------------------------------------------- the reference
 
 
-def _logprobs(workers: WorkerGroup, costs: Costs, trees: Sequence[Tree]) -> list[Tensor]:
-    return spread_each(workers, "logprobs", trees, [*map(costs, trees)])
+def _logprobs(workers: WorkerGroup, costs: Costs, packed_groups: Sequence[PackedGroup]) -> list[Tensor]:
+    return scatter_gather(workers, "logprobs", packed_groups, [*map(costs, packed_groups)])
 
 
 def _reference(
@@ -125,7 +125,7 @@ def _reference(
     model: Path,
     table: TaskTable,
     encoder: Encoder,
-    logprobs: Callable[[Sequence[Tree]], list[Tensor]],
+    logprobs: Callable[[Sequence[PackedGroup]], list[Tensor]],
 ) -> Reference | None:
     """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none."""
     if settings.loss.name in WITHOUT_REFERENCE:
@@ -156,22 +156,22 @@ def _reference(
 
 
 def _train_pair(task: Task, prompt: Prompt, encoder: Encoder, reference: Reference | None) -> TrainPair:
-    tree = _tree(encoder, pair_of(task), prompt)
-    return TrainPair(tree, None if reference is None else reference(tree, task.where))
+    packed = _tree(encoder, pair_of(task), prompt)
+    return TrainPair(packed, None if reference is None else reference(packed, task.where))
 
 
-def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> Tree:
+def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> PackedGroup:
     """Both answers as children of one prompt, which is computed once, with its images."""
-    return Tree(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
+    return PackedGroup(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
 
 
 def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
     """Count a step into the shift. One that was skipped moves nothing: its rewards may not be finite."""
-    if not learned["update_skipped"] and "reward/chosen" in learned:
+    if not learned["optim/update_skipped"] and "reward/chosen" in learned:
         shift.add(learned["reward/chosen"], learned["reward/rejected"], pairs)
 
 
 def _totals(pairs: Sequence[TrainPair]) -> Totals:
     """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
-    chosen_tokens = sum(len(pair.tree.answers[0]) for pair in pairs)
+    chosen_tokens = sum(len(pair.packed.answers[0]) for pair in pairs)
     return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

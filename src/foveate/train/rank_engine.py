@@ -13,10 +13,10 @@ from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
 from foveate.models.policy import Policy, load_policy
-from foveate.models.sharded import allocate, hollow_policy
+from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
-from foveate.records import Completion, SamplingParams
-from foveate.rollout.build import Proof
+from foveate.records import Answer, SamplingParams
+from foveate.rollout.build import WeightCheck
 from foveate.rollout.engine import Engine, Request, Sleeping
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
@@ -29,8 +29,8 @@ class RankEngine:
         """`ranks`: None where this rank is the only one."""
         self._policy, self._model, self._ranks = policy, model, ranks
         self._engine: Engine | None = None
-        self._apart = False
-        self._proof: Proof | None = None
+        self._asynchronous = False
+        self._proof: WeightCheck | None = None
         self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
@@ -39,25 +39,23 @@ class RankEngine:
             self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
             if not isinstance(self._engine, Sleeping):
                 raise ConfigError(f"engine {rollout.engine}: it has no method sleep (foveate.rollout.engine.Engine)")
-            self._apart = rollout.staleness > 0
-            if self._apart:
+            self._asynchronous = rollout.staleness > 0
+            if self._asynchronous:
                 self.publish(version)
-            self._proof = Proof(engine, self._policy, encoder, rollout)
+            self._proof = WeightCheck(engine, self._policy, encoder, rollout)
             return
         computed = self._ranks.cluster.dtype or self._model.dtype
-        own = hollow_policy(self._model.path, attention=self._model.attention, dtype=computed)
+        own = meta_policy(self._model.path, attention=self._model.attention, dtype=computed)
         allocate(own, own.model, self._ranks.cluster.kind)  # what it holds comes with the first publish
         own.model.requires_grad_(False)
         self._engine = new_engine(own, encoder.decode, version=version, own_weights=True)
         self.publish(version)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         assert self._engine is not None
         return self._engine.generate(requests, sampling) if requests else []
 
-    def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, tuple[Answer, ...]]]:
         assert self._engine is not None
         return self._engine.stream(requests, sampling)
 
@@ -92,7 +90,7 @@ class RankEngine:
         the policy's own tensors are others by then."""
         is_native = isinstance(self._engine, NativeEngine)
         weights = self._policy.model.named_parameters() if is_native else served_weights(self._policy.model)
-        if not self._apart or is_native:
+        if not self._asynchronous or is_native:
             return weights
         return ((name, tensor.detach().clone()) for name, tensor in weights)
 
@@ -101,7 +99,7 @@ class RankEngine:
             self._engine.close()
 
 
-class Answerer:
+class InferenceWorker:
     """A rank that learns nothing: an engine with a model of its own."""
 
     def __init__(self, model: ModelSettings, device: str) -> None:

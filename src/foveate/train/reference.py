@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.errors import DataError
 from foveate.files import disk_error
 from foveate.log import progress
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import LossOut, PairTargets
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class TrainPair:
     """A preference pair as the update eats it: one prompt with two answers, the chosen one first, and the log-probs of
     both under the frozen reference, sums over their tokens (None: the loss needs none)."""
 
-    tree: Tree
+    packed: PackedGroup
     ref: tuple[float, float] | None
 
 
@@ -70,8 +70,8 @@ class Reference:
         self,
         rows: int,
         chunk: int,
-        encode: Callable[[int], Tree],
-        logprobs: Callable[[Sequence[Tree]], Sequence[Tensor]],
+        encode: Callable[[int], PackedGroup],
+        logprobs: Callable[[Sequence[PackedGroup]], Sequence[Tensor]],
     ) -> None:
         """Compute what is missing of `rows` pairs, `chunk` at a time.
 
@@ -82,19 +82,19 @@ class Reference:
             while len(self._entries) < rows:
                 begin = time.perf_counter()
                 first = len(self._entries)
-                trees = [encode(row) for row in range(first, min(first + chunk, rows))]
-                found = np.zeros(len(trees), _ENTRY)
-                for entry, tree, logp in zip(found, trees, logprobs(trees), strict=True):
-                    chosen, rejected = (part.double().sum().item() for part in logp.split([*map(len, tree.answers)]))
-                    entry["pair"], entry["chosen"], entry["rejected"] = digest(tree), chosen, rejected
-                found["seconds"] = (time.perf_counter() - begin) / len(trees)
+                packed_groups = [encode(row) for row in range(first, min(first + chunk, rows))]
+                found = np.zeros(len(packed_groups), _ENTRY)
+                for entry, packed, logp in zip(found, packed_groups, logprobs(packed_groups), strict=True):
+                    chosen, rejected = (part.double().sum().item() for part in logp.split([*map(len, packed.answers)]))
+                    entry["pair"], entry["chosen"], entry["rejected"] = digest(packed), chosen, rejected
+                found["seconds"] = (time.perf_counter() - begin) / len(packed_groups)
                 self._append(found)
-                advance(len(trees))
+                advance(len(packed_groups))
         self._number = {entry["pair"].tobytes(): number for number, entry in enumerate(self._entries)}
 
-    def __call__(self, tree: Tree, where: str) -> tuple[float, float]:
+    def __call__(self, packed: PackedGroup, where: str) -> tuple[float, float]:
         """The log-probs of the chosen and the rejected answer of a pair. Raises DataError if its row has changed."""
-        number = self._number.get(digest(tree))
+        number = self._number.get(digest(packed))
         if number is None:
             raise DataError(
                 f"{where}: the row, its picture or the model's template changed since its reference log-probs were "
@@ -137,9 +137,11 @@ def reference_key(model: Path, data: Sequence[Path], settings: Mapping[str, Any]
     return key.hexdigest()[:32]
 
 
-def digest(tree: Tree) -> bytes:
+def digest(packed: PackedGroup) -> bytes:
     """16 bytes that stand for a pair as it was encoded: tokens, pixels, answers."""
-    found = hashlib.blake2b(repr((tree.prompt.token_ids, tree.prompt.slots, tree.answers)).encode(), digest_size=16)
-    if tree.prompt.pixels is not None:
-        found.update(tree.prompt.pixels.contiguous().numpy().data)
+    found = hashlib.blake2b(
+        repr((packed.prompt.token_ids, packed.prompt.slots, packed.answers)).encode(), digest_size=16
+    )
+    if packed.prompt.pixels is not None:
+        found.update(packed.prompt.pixels.contiguous().numpy().data)
     return found.digest()

@@ -11,9 +11,9 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
-from foveate.cluster.base import WorkerGroup, everywhere, over_ray, patience_of, start_workers
-from foveate.cluster.colocated_engines import GroupEngine
-from foveate.cluster.remote_engines import EnginesApart
+from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, start_workers, startup_timeout
+from foveate.cluster.colocated_engines import ColocatedEngines
+from foveate.cluster.remote_engines import RemoteEngines
 from foveate.config.algorithm import RewardSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.config.runs import RLSettings
@@ -25,7 +25,7 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.evaluator import Evaluator
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import recognise
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
 from foveate.records import SamplingParams
@@ -35,40 +35,40 @@ from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.engine import Streaming
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
-from foveate.train.algorithm import Method, build_method, check_run
-from foveate.train.async_rollouts import Ahead
+from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm, check_run
+from foveate.train.async_rollouts import AsyncRollouts
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
-from foveate.train.rollouts import Sampler
+from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
-    Leaving,
+    GracefulShutdown,
     check_cluster,
     disk_patience,
     resume,
+    retry_on_lost_rank,
     save,
     save_is_due,
-    surviving,
     use_threads,
 )
-from foveate.train.update import prepare, update
+from foveate.train.update import compute_advantages, update
 from foveate.train.worker import Worker
 
 
 def run_rl(settings: RLSettings) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    return surviving(settings.cluster.retries, partial(_run, settings))
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
 
 
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
     patience = disk_patience(settings.train, settings.cluster)
-    method = build_method(settings.algorithm, settings.rollout.max_tokens)
+    method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
-    updates, passes = settings.train.updates_per_step, settings.train.passes
-    model = recognise(settings.model.path)
+    updates, epochs = settings.train.updates_per_step, settings.train.epochs_per_step
+    model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
@@ -76,7 +76,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
-        Leaving(workers) as leaving,
+        GracefulShutdown(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
@@ -93,21 +93,21 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()
-                groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.refills, clock)
+                groups, drawn = sampler.draw(step, settings.train.prompts_per_step, method.resample_rounds, clock)
                 if not settings.rollout.staleness:
                     engine.sleep()
                 with clock.phase("logprobs"):
-                    examples, said = prepare(workers, groups, method, updates * passes, costs)
+                    examples, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, passes=passes, seed=seed)
+                    learned = update(workers, examples, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
-                    record = {**rollout_metrics(drawn), **sampler.metrics(), **said, **learned, **checked, **rates}
-                    record |= clock.metrics(generate=record["tokens/generate"], update=record["tokens/update"])
-                    record["epoch"] = stream.epoch
+                    record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
+                    record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
+                    record["data/epoch"] = stream.epoch
                     write_rollouts(run.rollouts, step, groups, examples, patience)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
@@ -118,7 +118,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                         save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final, patience)
+        broadcast(workers, "export", run.final, patience)
     return run
 
 
@@ -130,7 +130,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     rollout, cluster = settings.rollout, settings.cluster
     if not cluster.engines:
         dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
-        return choose_engine(rollout, settings.data.max_prompt_tokens, apart=rollout.staleness > 0, dtype=dtype)
+        return choose_engine(rollout, settings.data.max_prompt_tokens, asynchronous=rollout.staleness > 0, dtype=dtype)
     given = {
         "device": cluster.kind,
         "tensor_parallel": cluster.engine_tensor_parallel,
@@ -139,20 +139,20 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
 
 
-def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> GroupEngine | EnginesApart:
+def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> ColocatedEngines | RemoteEngines:
     """What answers: the ranks' own engines, or engines in processes of their own."""
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
-        return GroupEngine(workers)
+        return ColocatedEngines(workers)
     dtype = cluster.dtype or model.dtype
     place = place_of_policy(settings.rollout, cluster.kind)
     load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
-    return EnginesApart(
-        over_ray(cluster, "engines")(cluster, patience_of(cluster, again)),
+    return RemoteEngines(
+        ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
         load,
         timeout=cluster.timeout,
-        beside=settings.rollout.staleness > 0,
+        asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],
     )
 
@@ -160,26 +160,26 @@ def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> Grou
 @contextmanager
 def _sampler(
     settings: RLSettings,
-    method: Method,
+    method: ResolvedAlgorithm,
     table: TaskTable,
     stream: Stream,
     encoder: Encoder,
     engine: Streaming,
     graders: Graders,
     step: int,
-) -> Iterator[Sampler | Ahead]:
+) -> Iterator[SyncRollouts | AsyncRollouts]:
     """What gives each step its groups: in turn with learning, or, with a staleness, ahead of it."""
     staleness, train = settings.rollout.staleness, settings.train
     source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
     with Reader(table, source, encoder, settings.data.image_workers) as reader:
         sampling, limit = _sampling(settings.rollout), settings.rollout.time_limit
-        sampler = Sampler(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
+        sampler = SyncRollouts(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
         if not staleness:
             yield sampler
             return
         place = {"count": train.prompts_per_step, "step": step, "last": train.steps}
         how = settings.rollout.model_dump(include={"staleness", "partial", "over_sample"})
-        with closing(Ahead(sampler, stream, **place, **how)) as ahead:
+        with closing(AsyncRollouts(sampler, stream, **place, **how)) as ahead:
             yield ahead
 
 
@@ -187,7 +187,7 @@ def _sampling(rollout: RolloutSettings) -> SamplingParams:
     return SamplingParams(rollout.samples, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
 
-def _worker(settings: RLSettings, method: Method) -> partial[Worker]:
+def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
     return partial(
         Worker,
         settings.model,
@@ -203,11 +203,12 @@ def _worker(settings: RLSettings, method: Method) -> partial[Worker]:
 
 
 def _rates(step: int, settings: RLSettings) -> dict[str, float]:
-    """The learning rates of a step: lr of the policy, 0 while the critic warms up, and critic/lr where there is one."""
+    """The learning rates of a step: `optim/lr` of the policy, 0 while the critic warms up, and `critic/lr` where there
+    is one."""
     rate, critic = learning_rate(step, settings.train.steps, settings.optim), settings.algorithm.critic
     if critic is None:
-        return {"lr": rate}
-    return {"lr": rate * (step > critic.warmup_steps), "critic/lr": rate / settings.optim.lr * critic.lr}
+        return {"optim/lr": rate}
+    return {"optim/lr": rate * (step > critic.warmup_steps), "critic/lr": rate / settings.optim.lr * critic.lr}
 
 
 def build_graders(reward: RewardSettings) -> Graders:

@@ -19,7 +19,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Means over the answers of a step: reward, its parts, length, and how many were cut or could not be graded; with
     several sources of tasks also the reward, length and number of answers of each."""
     scores: list[Score] = [score for group in groups for score in group.scores]
-    answers = [completion for group in groups for completion in group.completions]
+    answers = [answer for group in groups for answer in group.answers]
     values = torch.tensor([score.value for score in scores], dtype=torch.float64)
     lengths = torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.float64)
     names = sorted({name for score in scores for name in score.parts})
@@ -31,9 +31,9 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward/failed": float(sum(score.note.startswith(FAILED) for score in scores)),
         "answer/length": lengths.mean().item(),
         "answer/length_max": lengths.max().item(),
-        "tokens/generate": lengths.sum().item(),
-        "groups": float(len(groups)),
-        "answer/cut": _mean([float(answer.finish == "length") for answer in answers]),
+        "rollout/tokens": lengths.sum().item(),
+        "rollout/groups": float(len(groups)),
+        "answer/truncated": _mean([float(answer.finish == "length") for answer in answers]),
         "answer/timed_out": _mean([float(answer.finish == "abort") for answer in answers]),
         **_by_source(groups),
     }
@@ -44,7 +44,7 @@ def _by_source(groups: Sequence[Group]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sources if len(sources) > 1 else ():
         members = [group for group in groups if group.task.source == source]
-        lengths = [float(len(answer.token_ids)) for group in members for answer in group.completions]
+        lengths = [float(len(answer.token_ids)) for group in members for answer in group.answers]
         metrics[f"source/{source}/reward"] = _mean([score.value for group in members for score in group.scores])
         metrics[f"source/{source}/length"] = _mean(lengths)
         metrics[f"source/{source}/answers"] = float(len(lengths))
@@ -60,7 +60,7 @@ def _advantages(examples: Sequence[TrainGroup]) -> list[float]:
     means: list[float] = []
     for example in examples:
         assert example.advantage is not None
-        lengths = [len(answer) for answer in example.tree.answers]
+        lengths = [len(answer) for answer in example.packed.answers]
         means.extend(part.double().mean().item() for part in example.advantage.split(lengths))
     return means
 
@@ -79,17 +79,17 @@ def write_rollouts(
     for group in groups:
         answers = [
             {
-                "text": completion.text,
-                "tokens": len(completion.token_ids),
-                "finish": completion.finish,
-                "version": completion.version,
-                "versions": completion.sampled_by,
+                "text": answer.text,
+                "tokens": len(answer.token_ids),
+                "finish": answer.finish,
+                "version": answer.version,
+                "versions": answer.sampled_by,
                 "score": score.value,
                 "parts": dict(score.parts),
                 "note": score.note,
                 "advantage": next(advantages),
             }
-            for completion, score in zip(group.completions, group.scores, strict=True)
+            for answer, score in zip(group.answers, group.scores, strict=True)
         ]
         images = [str(image.path) if image.path else None for image in group.task.images]
         messages = [{"role": message.role, "content": message.content} for message in group.task.messages]

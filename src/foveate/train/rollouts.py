@@ -13,18 +13,18 @@ from typing import Self
 
 from foveate.encoding.reader import Reader
 from foveate.errors import DataError
-from foveate.records import Completion, Group, SamplingParams, Score, Task
+from foveate.records import Answer, Group, SamplingParams, Score, Task
 from foveate.rewards.pool import Graders
 from foveate.rollout.engine import Request, Streaming
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
 
-Answers = tuple[Completion, ...]
+Answers = tuple[Answer, ...]
 Scores = tuple[Score, ...]
 
 
 @dataclass(slots=True)
-class Work:
+class PendingGroup:
     """A task that is being answered. `place`: its number in the stream; `request`: with what a pause left of its
     answers; `seconds`: for which the engine has worked on it. `answers` and `scores` are there when it is finished."""
 
@@ -80,7 +80,7 @@ class Grading:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampler:
+class SyncRollouts:
     """Takes tasks from the stream, has them answered with the weights of the step before, and grades the answers, each
     group while others are still being answered. time_limit: seconds for which the engine works on a group; what is
     unfinished then is cut."""
@@ -93,9 +93,9 @@ class Sampler:
     greedy_baseline: bool
     time_limit: float | None = None
 
-    def draw(self, step: int, count: int, refills: int, clock: Clock) -> tuple[list[Group], list[Group]]:
-        """The `count` groups that a step learns from, and all that were drawn for it (see `refilled`)."""
-        return refilled(lambda first, missing: self._draw(step, first, missing, clock), count, refills)
+    def draw(self, step: int, count: int, resample_rounds: int, clock: Clock) -> tuple[list[Group], list[Group]]:
+        """The `count` groups that a step learns from, and all that were drawn for it (see `resample_groups`)."""
+        return resample_groups(lambda first, missing: self._draw(step, first, missing, clock), count, resample_rounds)
 
     @contextmanager
     def at_rest(self, _clock: Clock) -> Iterator[None]:
@@ -113,88 +113,93 @@ class Sampler:
             tasks, prompts = zip(*self.reader.take(count), strict=True)
         numbers = range(first, first + count)
         requests = [Request(p, seed_of("train", self.seed, step, i)) for p, i in zip(prompts, numbers, strict=True)]
-        works = [*map(Work, numbers, tasks, requests)]
+        pending_groups = [*map(PendingGroup, numbers, tasks, requests)]
         with Grading(self.graders) as grading:
             with clock.phase("generate"):
-                self.answer(works, self.sampling, grading)
-                _require_version(works, step - 1)
-                greedy = self.greedy(works, grading)
+                self.answer(pending_groups, self.sampling, grading)
+                _require_version(pending_groups, step - 1)
+                greedy = self.greedy(pending_groups, grading)
             with clock.phase("reward"):
                 baselines = [one.scored()[0] for one in greedy] or [None] * count
-                return [work.as_group(baseline) for work, baseline in zip(works, baselines, strict=True)]
+                return [pending.as_group(baseline) for pending, baseline in zip(pending_groups, baselines, strict=True)]
 
     def answer(
         self,
-        works: Sequence[Work],
+        pending_groups: Sequence[PendingGroup],
         sampling: SamplingParams,
         grading: Grading,
         closing: Callable[[], bool] = lambda: False,
     ) -> None:
         """Have all of them answered, and handed over to be graded; or some, where all is `closing`."""
-        left = works
+        left = pending_groups
         while left and not closing():
             left = self.round(left, sampling, grading)
 
     def greedy(
-        self, works: Sequence[Work], grading: Grading, closing: Callable[[], bool] = lambda: False
-    ) -> list[Work]:
+        self, pending_groups: Sequence[PendingGroup], grading: Grading, closing: Callable[[], bool] = lambda: False
+    ) -> list[PendingGroup]:
         """The same with their greedy answers, where the algorithm asks for these."""
         if not self.greedy_baseline:
             return []
-        ones = [Work(work.place, work.task, replace(work.request, begun=())) for work in works]
+        ones = [
+            PendingGroup(pending.place, pending.task, replace(pending.request, partial_answers=()))
+            for pending in pending_groups
+        ]
         self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
         return ones
 
     def round(
         self,
-        works: Sequence[Work],
+        pending_groups: Sequence[PendingGroup],
         sampling: SamplingParams,
         grading: Grading,
-        finished: Callable[[Work], None] = lambda _: None,
-    ) -> list[Work]:
+        finished: Callable[[PendingGroup], None] = lambda _: None,
+    ) -> list[PendingGroup]:
         """Have them answered until all are finished, or the engine is paused: those that are left then, with what there
         is of their answers. Each that is finished goes to be graded at once; `finished` is told."""
         done: set[int] = set()
 
         def finish(number: int, answers: Answers) -> None:
             done.add(number)
-            works[number].answers = answers
-            works[number].scores = grading.submit(works[number].task, answers)
-            finished(works[number])
+            pending_groups[number].answers = answers
+            pending_groups[number].scores = grading.submit(pending_groups[number].task, answers)
+            finished(pending_groups[number])
 
         begin = time.monotonic()
-        with _limited(self.engine, self.time_limit, works):
-            stream = self.engine.stream([work.request for work in works], sampling)
+        with _limited(self.engine, self.time_limit, pending_groups):
+            stream = self.engine.stream([pending.request for pending in pending_groups], sampling)
             try:
                 for number, answers in stream:
                     if any(answer.finish == "abort" for answer in answers):
-                        works[number].request = replace(works[number].request, begun=answers)
+                        pending_groups[number].request = replace(
+                            pending_groups[number].request, partial_answers=answers
+                        )
                     else:
                         finish(number, answers)
             finally:
                 stream.close()
         spent = time.monotonic() - begin
-        for number, work in enumerate(works):
-            begun = work.request.begun
+        for number, pending in enumerate(pending_groups):
+            begun = pending.request.partial_answers
             if number not in done and begun:
-                work.seconds += spent
-                if self._is_late(work) and all(answer.token_ids for answer in begun):
+                pending.seconds += spent
+                if self._is_late(pending) and all(answer.token_ids for answer in begun):
                     finish(number, begun)
-                elif self._is_late(work):  # an answer that is still empty cannot be trained
-                    work.seconds = 0.0
-        return [work for number, work in enumerate(works) if number not in done]
+                elif self._is_late(pending):  # an answer that is still empty cannot be trained
+                    pending.seconds = 0.0
+        return [pending for number, pending in enumerate(pending_groups) if number not in done]
 
-    def _is_late(self, work: Work) -> bool:
-        return self.time_limit is not None and work.seconds >= self.time_limit - 1e-3
+    def _is_late(self, pending: PendingGroup) -> bool:
+        return self.time_limit is not None and pending.seconds >= self.time_limit - 1e-3
 
 
 @contextmanager
-def _limited(engine: Streaming, seconds: float | None, works: Sequence[Work]) -> Iterator[None]:
+def _limited(engine: Streaming, seconds: float | None, pending_groups: Sequence[PendingGroup]) -> Iterator[None]:
     """Within it the engine is paused when the first of them has had its time."""
     if seconds is None:
         yield
         return
-    timer = Timer(max(0.0, seconds - max(work.seconds for work in works)), engine.pause)
+    timer = Timer(max(0.0, seconds - max(pending.seconds for pending in pending_groups)), engine.pause)
     timer.daemon = True
     timer.start()
     try:
@@ -205,21 +210,23 @@ def _limited(engine: Streaming, seconds: float | None, works: Sequence[Work]) ->
         engine.resume()
 
 
-def refilled(draw: Callable[[int, int], list[Group]], count: int, refills: int) -> tuple[list[Group], list[Group]]:
+def resample_groups(
+    draw: Callable[[int, int], list[Group]], count: int, resample_rounds: int
+) -> tuple[list[Group], list[Group]]:
     """The `count` groups that a step learns from, and all that were drawn for it. draw(how many there are, how many
     more to draw).
 
     Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards, which teach nothing, are replaced by groups
-    of the next tasks, as many as are missing in each of at most `refills` rounds. What is missing even then is
+    of the next tasks, as many as are missing in each of at most `resample_rounds` rounds. What is missing even then is
     filled with groups of equal rewards, so that the size of a step stays the same.
     """
     drawn = draw(0, count)
-    for _ in range(refills):
+    for _ in range(resample_rounds):
         missing = count - sum(map(_is_informative, drawn))
         if missing <= 0:
             break
         drawn += draw(len(drawn), missing)
-    wanted = [group for group in drawn if _is_informative(group)] if refills else drawn
+    wanted = [group for group in drawn if _is_informative(group)] if resample_rounds else drawn
     spare = [group for group in drawn if not _is_informative(group)]
     return [*wanted, *spare[: count - len(wanted)]], drawn
 
@@ -228,7 +235,7 @@ def _is_informative(group: Group) -> bool:
     return len({score.value for score in group.scores}) > 1
 
 
-def _require_version(works: Sequence[Work], version: int) -> None:
-    found = {completion.version for work in works for completion in work.answers}
+def _require_version(pending_groups: Sequence[PendingGroup], version: int) -> None:
+    found = {answer.version for pending in pending_groups for answer in pending.answers}
     if found != {version}:
         raise DataError(f"the engine answered with weights of step {sorted(found)}, the policy is at step {version}")

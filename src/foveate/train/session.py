@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 import torch
 
-from foveate.cluster.base import WorkerGroup, everywhere
+from foveate.cluster.base import WorkerGroup, broadcast
 from foveate.config.base import has_gpu
 from foveate.config.cluster import ClusterSettings
 from foveate.config.runs import RLSettings
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
+def retry_on_lost_rank(retries: int, run: Callable[[bool], Result]) -> Result:
     """What `run` returns. Where it has lost a process it is run again, which continues from its last checkpoint, at
     most `retries` times. It is told whether it runs again."""
     for left in range(retries, 0, -1):
@@ -38,7 +38,7 @@ def surviving(retries: int, run: Callable[[bool], Result]) -> Result:
     return run(retries > 0)
 
 
-class Leaving:
+class GracefulShutdown:
     """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
     ends, no checkpoint of `workers` is under way."""
 
@@ -53,7 +53,7 @@ class Leaving:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
-            everywhere(self._workers, "finish_saving")
+            broadcast(self._workers, "finish_saving")
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
         if kind is RankLost:  # the machine may be going down, which told the ranks first
@@ -149,7 +149,7 @@ def resume(
     found = checkpoints(run.checkpoints)
     state: dict[str, Any] = {"step": 0}
     if found:
-        state = everywhere(workers, "restore", found[-1][1])[0]
+        state = broadcast(workers, "restore", found[-1][1])[0]
         for name, thing in {"stream": stream, **others}.items():
             thing.restore(state[name])
         logger.info("continuing %s after step %d", run.path, state["step"])
@@ -168,9 +168,9 @@ def save(
     workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings, patience: float
 ) -> None:
     """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
-    everywhere(workers, "save", run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
+    broadcast(workers, "save", run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
 
 
-def save_is_due(step: int, train: TrainSettings, leaving: Leaving) -> bool:
+def save_is_due(step: int, train: TrainSettings, leaving: GracefulShutdown) -> bool:
     """Every `train.save_every` steps, after the last one, and before the run leaves."""
     return leaving.is_asked or step == train.steps or (train.save_every > 0 and step % train.save_every == 0)

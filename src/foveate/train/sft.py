@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from foveate.cluster.base import everywhere, spread, start_workers
+from foveate.cluster.base import broadcast, scatter, start_workers
 from foveate.config.runs import SFTSettings
 from foveate.data.demos import check_response, demo_of
 from foveate.encoding.dataset import build_encoder, build_stream, read_checked
@@ -12,21 +12,21 @@ from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import recognise
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import Demo, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.session import (
-    Leaving,
+    GracefulShutdown,
     check_offline,
     disk_patience,
     resume,
+    retry_on_lost_rank,
     save,
     save_is_due,
-    surviving,
     use_threads,
 )
 from foveate.train.worker import Worker, sft_total
@@ -34,14 +34,14 @@ from foveate.train.worker import Worker, sft_total
 
 def run_sft(settings: SFTSettings) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    return surviving(settings.cluster.retries, partial(_run, settings))
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
 
 
 def _run(settings: SFTSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
     patience = disk_patience(settings.train, settings.cluster)
-    model = recognise(settings.model.path)
+    model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
@@ -50,7 +50,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
     with (
         open_run(settings.run, settings) as run,
         start_workers(settings.cluster, build, again=again) as workers,
-        Leaving(workers) as leaving,
+        GracefulShutdown(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
         write_skipped(run.path, [str(problem) for problem in left_out])
@@ -64,21 +64,25 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                 step += 1
                 clock = Clock()
                 with clock.phase("encode"):
-                    trees = [_tree(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
+                    packed_groups = [_tree(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
-                    rest = weighting, sft_total(trees, weighting), rate
-                    learned = next(spread(workers, "update_sft", trees, [*map(costs, trees)], *rest))[1]
-                tokens = sum(tree.tokens for tree in trees)
-                metrics.write(step, {**learned, "lr": rate, "epoch": stream.epoch, **clock.metrics(update=tokens)})
+                    rest = weighting, sft_total(packed_groups, weighting), rate
+                    learned = next(scatter(workers, "update_sft", packed_groups, [*map(costs, packed_groups)], *rest))[
+                        1
+                    ]
+                tokens = sum(packed.tokens for packed in packed_groups)
+                metrics.write(
+                    step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
+                )
                 if save_is_due(step, settings.train, leaving):
                     save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
                 advance(1)
                 leaving.check()
-        everywhere(workers, "export", run.final, patience)
+        broadcast(workers, "export", run.final, patience)
     return run
 
 
-def _tree(encoder: Encoder, demo: Demo, prompt: Prompt) -> Tree:
-    return Tree(prompt, (encoder.answer_ids(demo.response),))
+def _tree(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
+    return PackedGroup(prompt, (encoder.answer_ids(demo.response),))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.kl import kl
-from foveate.parallel.packing import Tree, split
+from foveate.parallel.packing import PackedGroup, split
 from foveate.records import LossOut, PolicyTargets
 
 
@@ -21,27 +21,27 @@ class TrainGroup:
 
     engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
     the frozen reference (None: there is none); advantage; value, returns: what the critic expected and what it learns;
-    mark: bool, the tokens that the loss treats apart.
+    masked: bool, the tokens that the loss treats apart.
     """
 
-    tree: Tree
+    packed: PackedGroup
     engine: Tensor
     advantage: Tensor | None = None
     old: Tensor | None = None
     ref: Tensor | None = None
     value: Tensor | None = None
     returns: Tensor | None = None
-    mark: Tensor | None = None
+    masked: Tensor | None = None
 
     @property
     def has_advantage(self) -> bool:
         """Whether any token has an advantage other than 0."""
         return self.advantage is not None and bool(self.advantage.any())
 
-    def part(self, tree: Tree, tokens: slice) -> TrainGroup:
-        """The group of some of the answers: `tree`, whose tokens are `tokens`."""
-        rest = (self.advantage, self.old, self.ref, self.value, self.returns, self.mark)
-        return TrainGroup(tree, self.engine[tokens], *(None if vector is None else vector[tokens] for vector in rest))
+    def part(self, packed: PackedGroup, tokens: slice) -> TrainGroup:
+        """The group of some of the answers: `packed`, whose tokens are `tokens`."""
+        rest = (self.advantage, self.old, self.ref, self.value, self.returns, self.masked)
+        return TrainGroup(packed, self.engine[tokens], *(None if vector is None else vector[tokens] for vector in rest))
 
 
 PolicyLoss = Callable[..., LossOut]
@@ -49,11 +49,11 @@ PolicyLoss = Callable[..., LossOut]
 
 def split_group(group: TrainGroup, budget: int) -> list[TrainGroup]:
     """The group, cut by answers into parts that fit the token budget where the whole does not."""
-    cuts = split(group.tree, budget)
+    cuts = split(group.packed, budget)
     if len(cuts) == 1:
         return [group]
-    ends = list(accumulate(tree.answer_tokens for tree in cuts))
-    return [group.part(tree, slice(end - tree.answer_tokens, end)) for tree, end in zip(cuts, ends, strict=True)]
+    ends = list(accumulate(packed.answer_tokens for packed in cuts))
+    return [group.part(packed, slice(end - packed.answer_tokens, end)) for packed, end in zip(cuts, ends, strict=True)]
 
 
 def policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTargets:
@@ -65,14 +65,14 @@ def policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTarget
     engine_M, advantage_M = joined([group.engine for group in groups]), joined([group.advantage for group in groups])
     assert engine_M is not None
     assert advantage_M is not None
-    marks = [group.mark for group in groups if group.mark is not None]
+    masks = [group.masked for group in groups if group.masked is not None]
     old_M = joined([group.old for group in groups])
     return PolicyTargets(
         old_M=logp_M.detach() if old_M is None else old_M,
         engine_M=engine_M,
         advantage_M=advantage_M,
         ref_M=joined([group.ref for group in groups]),
-        mark_M=torch.cat(marks).to(logp_M.device) if marks else None,
+        masked_M=torch.cat(masks).to(logp_M.device) if masks else None,
     )
 
 
@@ -83,9 +83,9 @@ def mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
     difference = (targets.old_M - targets.engine_M).abs()
     tokens = float(len(difference))
     return {
-        "engine_kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum().item(), tokens),
-        "engine_kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
-        "engine_logprob_difference": (difference.sum().item(), tokens),
-        "engine_logprob_difference_max": (difference.max().item(), tokens),
-        "engine_ratio_beyond_2": ((difference > math.log(2)).sum().item(), tokens),
+        "engine/kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum().item(), tokens),
+        "engine/kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
+        "engine/logprob_difference": (difference.sum().item(), tokens),
+        "engine/logprob_difference_max": (difference.max().item(), tokens),
+        "engine/ratio_beyond_2": ((difference > math.log(2)).sum().item(), tokens),
     }

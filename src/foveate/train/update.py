@@ -12,16 +12,16 @@ from torch import Tensor
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.values import gae
-from foveate.cluster.base import WorkerGroup, spread, spread_each
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import Tree
+from foveate.parallel.packing import PackedGroup
 from foveate.records import Group, Totals, sum_by_sample
-from foveate.train.algorithm import Method
+from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.targets import TrainGroup
 
 
-def prepare(
-    workers: WorkerGroup, groups: Sequence[Group], method: Method, updates: int, costs: Costs
+def compute_advantages(
+    workers: WorkerGroup, groups: Sequence[Group], method: ResolvedAlgorithm, updates: int, costs: Costs
 ) -> tuple[list[TrainGroup], dict[str, float]]:
     """The groups of a step with their advantages and the log-probs that `updates` updates on them need, and metrics.
 
@@ -31,83 +31,86 @@ def prepare(
     """
     examples = [_example(group) for group in groups]
     old = updates > 1 or method.needs_old
-    if method.judges_tokens:
+    if method.needs_token_values:
         examples = _with_passes(workers, examples, method, costs, old=old)
     examples, metrics = _with_advantages(groups, examples, method)
-    if not method.judges_tokens:
-        kept = [i for i, example in enumerate(examples) if learns_from(method, example)]
+    if not method.needs_token_values:
+        kept = [i for i, example in enumerate(examples) if contributes_gradient(method, example)]
         for i, example in zip(
             kept, _with_passes(workers, [examples[i] for i in kept], method, costs, old=old), strict=True
         ):
             examples[i] = example
     without = sum(not example.has_advantage for example in examples)
-    return examples, {**metrics, "groups_without_advantage": float(without)}
+    return examples, {**metrics, "rollout/groups_without_advantage": float(without)}
 
 
 def update(
     workers: WorkerGroup,
     examples: Sequence[TrainGroup],
-    method: Method,
+    method: ResolvedAlgorithm,
     updates: int,
     rates: Mapping[str, float],
     costs: Costs,
     *,
-    passes: int = 1,
+    epochs: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Learn in `updates` optimizer steps, each on its share of the prompts, in order; all of it `passes` times.
+    """Learn in `updates` optimizer steps, each on its share of the prompts, in order; all of it `epochs` times.
 
-    Groups that were left out by `prepare` still count in the denominators, so that leaving them out changes no result.
-    An update whose groups are all like that is not taken. rates: the learning rates "lr", of the policy, and
-    "critic/lr" where there is a critic; a policy of rate 0 is left alone. seed: of a random choice of tokens.
+    Groups that were left out by `compute_advantages` still count in the denominators, so that leaving them out changes
+    no result. An update whose groups are all like that is not taken. rates: the learning rates "optim/lr", of the
+    policy, and "critic/lr" where there is a critic; a policy of rate 0 is left alone. seed: of a random choice of
+    tokens.
     """
     generator = torch.Generator().manual_seed(seed)
     share = len(examples) // updates
     records: list[dict[str, float]] = []
     critic_records: list[dict[str, float]] = []
     tokens = 0
-    for first in [*range(0, len(examples), share)] * passes:
+    for first in [*range(0, len(examples), share)] * epochs:
         members = examples[first : first + share]
-        chosen = [example for example in members if learns_from(method, example)]
+        chosen = [example for example in members if contributes_gradient(method, example)]
         if not chosen:
             continue
-        tokens += sum(example.tree.tokens for example in chosen)
+        tokens += sum(example.packed.tokens for example in chosen)
         totals = _totals(members)
         if method.critic is not None:
             critic_records.append(_learn(workers, "update_critic", chosen, costs, totals, rates["critic/lr"]))
-        if rates["lr"]:
+        if rates["optim/lr"]:
             chosen = _marked(workers, chosen, method, generator, costs, is_fresh=not records)
-            records.append(_learn(workers, "update_policy", chosen, costs, method.loss, totals, rates["lr"]))
+            records.append(_learn(workers, "update_policy", chosen, costs, method.loss, totals, rates["optim/lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
         **reduce_metrics(every),
-        "updates": float(len(records)),
-        "update_skipped": sum(record["update_skipped"] for record in records),
-        "tokens/update": float(tokens),
+        "optim/updates": float(len(records)),
+        "optim/update_skipped": sum(record["optim/update_skipped"] for record in records),
+        "optim/tokens": float(tokens),
     }
 
 
-def learns_from(method: Method, example: TrainGroup) -> bool:
+def contributes_gradient(method: ResolvedAlgorithm, example: TrainGroup) -> bool:
     """Whether a group can move the weights."""
     return method.keeps_equal_groups or example.has_advantage
 
 
 def _example(group: Group) -> TrainGroup:
-    tree = Tree(group.prompt, tuple(completion.token_ids for completion in group.completions))
-    engine = torch.tensor([logp for completion in group.completions for logp in completion.logprobs])
-    return TrainGroup(tree, engine)
+    packed = PackedGroup(group.prompt, tuple(answer.token_ids for answer in group.answers))
+    engine = torch.tensor([logp for answer in group.answers for logp in answer.logprobs])
+    return TrainGroup(packed, engine)
 
 
 def _with_passes(
-    workers: WorkerGroup, examples: Sequence[TrainGroup], method: Method, costs: Costs, *, old: bool
+    workers: WorkerGroup, examples: Sequence[TrainGroup], method: ResolvedAlgorithm, costs: Costs, *, old: bool
 ) -> list[TrainGroup]:
     """The groups with the log-probs of the old and the reference policy and with values, each where it is needed."""
-    trees = [example.tree for example in examples]
-    nothing = [None] * len(trees)
-    dear = [*map(costs, trees)]
-    old_logprobs = spread_each(workers, "logprobs", trees, dear) if old else nothing
-    ref_logprobs = spread_each(workers, "logprobs", trees, dear, True) if method.needs_reference else nothing
-    values = spread_each(workers, "values", trees, dear) if method.critic is not None else nothing
+    packed_groups = [example.packed for example in examples]
+    nothing = [None] * len(packed_groups)
+    estimates = [*map(costs, packed_groups)]
+    old_logprobs = scatter_gather(workers, "logprobs", packed_groups, estimates) if old else nothing
+    ref_logprobs = (
+        scatter_gather(workers, "logprobs", packed_groups, estimates, True) if method.needs_reference else nothing
+    )
+    values = scatter_gather(workers, "values", packed_groups, estimates) if method.critic is not None else nothing
     return [
         replace(example, old=old_M, ref=ref_M, value=value_M)
         for example, old_M, ref_M, value_M in zip(examples, old_logprobs, ref_logprobs, values, strict=True)
@@ -115,21 +118,21 @@ def _with_passes(
 
 
 def _with_advantages(
-    groups: Sequence[Group], examples: Sequence[TrainGroup], method: Method
+    groups: Sequence[Group], examples: Sequence[TrainGroup], method: ResolvedAlgorithm
 ) -> tuple[list[TrainGroup], dict[str, float]]:
-    length_S = torch.tensor([len(answer) for example in examples for answer in example.tree.answers])
+    length_S = torch.tensor([len(answer) for example in examples for answer in example.packed.answers])
     sample_M = torch.arange(len(length_S)).repeat_interleave(length_S)
     reward_M, metrics = _token_rewards(groups, examples, method, length_S, sample_M)
     available = {
         "rewards_S": sum_by_sample(reward_M, sample_M, len(length_S)),
-        "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.completions]),
+        "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.answers]),
         "length_S": length_S,
         "reward_M": reward_M,
         "sample_M": sample_M,
     }
     if method.needs_baseline:
-        available["baseline_S"] = torch.tensor([g.baseline.value for g in groups if g.baseline for _ in g.completions])
-    sizes = [example.tree.answer_tokens for example in examples]
+        available["baseline_S"] = torch.tensor([g.baseline.value for g in groups if g.baseline for _ in g.answers])
+    sizes = [example.packed.answer_tokens for example in examples]
     returns: Sequence[Tensor | None] = [None] * len(examples)
     if method.critic is not None:
         available["value_M"] = value_M = torch.cat([example.value for example in examples if example.value is not None])
@@ -145,7 +148,11 @@ def _with_advantages(
 
 
 def _token_rewards(
-    groups: Sequence[Group], examples: Sequence[TrainGroup], method: Method, length_S: Tensor, sample_M: Tensor
+    groups: Sequence[Group],
+    examples: Sequence[TrainGroup],
+    method: ResolvedAlgorithm,
+    length_S: Tensor,
+    sample_M: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
     """The reward of each token: the score on the last one of its answer, less the KL to the reference of each."""
     reward_M = torch.zeros(len(sample_M))
@@ -158,7 +165,7 @@ def _token_rewards(
     kl_M = kl(old_M, ref_M, penalty.estimator)
     reward_M -= penalty.coefficient * kl_M
     divergence = kl_M.sum().item() / len(length_S)
-    metrics = {"reward_kl": divergence, "reward_kl_coefficient": penalty.coefficient}
+    metrics = {"reward/kl": divergence, "reward/kl_coefficient": penalty.coefficient}
     penalty.observe(divergence, len(length_S))
     return reward_M, metrics
 
@@ -166,7 +173,7 @@ def _token_rewards(
 def _marked(
     workers: WorkerGroup,
     examples: list[TrainGroup],
-    method: Method,
+    method: ResolvedAlgorithm,
     generator: torch.Generator,
     costs: Costs,
     *,
@@ -174,27 +181,27 @@ def _marked(
 ) -> list[TrainGroup]:
     """The groups of one update with the tokens marked that its loss treats apart, under the weights of this moment:
     those of the old policy in the first update, later on those of another pass."""
-    if method.choice is None:
+    if method.token_mask is None:
         return examples
     old = [example.old for example in examples if example.old is not None]
-    trees = [example.tree for example in examples]
-    now = old if is_fresh else spread_each(workers, "logprobs", trees, [*map(costs, trees)])
+    packed_groups = [example.packed for example in examples]
+    now = old if is_fresh else scatter_gather(workers, "logprobs", packed_groups, [*map(costs, packed_groups)])
     advantage_M = torch.cat([example.advantage for example in examples if example.advantage is not None])
-    mark_M = method.choice(torch.cat(now), torch.cat(old), advantage_M, generator)
-    marks = mark_M.split([example.tree.answer_tokens for example in examples])
-    return [replace(example, mark=mark) for example, mark in zip(examples, marks, strict=True)]
+    masked_M = method.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
+    masks = masked_M.split([example.packed.answer_tokens for example in examples])
+    return [replace(example, masked=masked) for example, masked in zip(examples, masks, strict=True)]
 
 
 def _learn(
     workers: WorkerGroup, method: str, examples: Sequence[TrainGroup], costs: Costs, *rest: Any
 ) -> dict[str, float]:
     """One optimizer step of all ranks together; its metrics, which are those of all on each."""
-    return next(spread(workers, method, examples, [costs(example.tree) for example in examples], *rest))[1]
+    return next(scatter(workers, method, examples, [costs(example.packed) for example in examples], *rest))[1]
 
 
 def _totals(examples: Sequence[TrainGroup]) -> Totals:
     return Totals(
-        tokens=sum(example.tree.answer_tokens for example in examples),
-        samples=sum(len(example.tree.answers) for example in examples),
+        tokens=sum(example.packed.answer_tokens for example in examples),
+        samples=sum(len(example.packed.answers) for example in examples),
         groups=len(examples),
     )

@@ -24,9 +24,9 @@ from foveate.files import atomic_path, with_room
 from foveate.models.forward import evaluating
 from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.models.sharded import allocate, fill, hollow_policy
-from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, shard, whole
-from foveate.parallel.packing import Tree, empty, in_step, micro_batches, pack
+from foveate.models.sharded import allocate, load_sharded, meta_policy
+from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
+from foveate.parallel.packing import PackedGroup, empty, micro_batches, pack, pad_with_dummy_image
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
 from foveate.records import Batch, Totals, sum_by_sample
@@ -65,16 +65,16 @@ class Worker:
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
         self._compiles = model.compile
-        load = partial(load_policy, device=str(self.device)) if self.ranks is None else hollow_policy
+        load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
-        freeze_except(self.policy, model.train)
+        freeze_except(self.policy, model.trainable)
         if model.lora is not None:
-            add_adapters(self.policy, model.lora, model.train)
+            add_adapters(self.policy, model.lora, model.trainable)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
-        self._blank = self.policy.family.blank if self.ranks is not None else None
+        self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
         self.reference = _frozen_copy(self.policy) if reference else None
         self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
         self._logprobs = self._ready(LogProbs, self.policy)
@@ -102,14 +102,14 @@ class Worker:
         check_heads(policy, cluster.sequence_parallel)
         root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
         allocate(policy, root, "cpu" if cluster.offload else cluster.kind, cluster.kind)
-        fill(policy, without=policy.tensors("head") if kind is Values else ())
+        load_sharded(policy, without=policy.tensors("head") if kind is Values else ())
         reset_adapters(policy.model)
         return root
 
     # ------------------------------------------------------------------------------------------------- log-probs
 
     @torch.no_grad()
-    def logprobs(self, trees: Sequence[Tree], reference: bool = False) -> list[Tensor]:
+    def logprobs(self, packed_groups: Sequence[PackedGroup], reference: bool = False) -> list[Tensor]:
         """Log-probs of all answer tokens, one vector per tree, under the policy or the frozen reference."""
         policy = self.reference if reference else self.policy
         compute = self._reference_logprobs if reference else self._logprobs
@@ -118,20 +118,20 @@ class Worker:
         as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
-            for batch, members in self._batches(trees):
+            for batch, members in self._batches(packed_groups):
                 logp_M, _ = compute(batch, self.temperature)
-                found.extend(logp_M.cpu().split([trees[i].answer_tokens for i in members]))
+                found.extend(logp_M.cpu().split([packed_groups[i].answer_tokens for i in members]))
         return found
 
     @torch.no_grad()
-    def values(self, trees: Sequence[Tree]) -> list[Tensor]:
+    def values(self, packed_groups: Sequence[PackedGroup]) -> list[Tensor]:
         """What the critic expects before each answer token, one vector per tree."""
         assert self.critic is not None
         found: list[Tensor] = []
         with evaluating(self.critic.model):
-            for batch, members in self._batches(trees):
+            for batch, members in self._batches(packed_groups):
                 value_M = self.critic.values(batch).cpu()
-                found.extend(value_M.split([trees[i].answer_tokens for i in members]))
+                found.extend(value_M.split([packed_groups[i].answer_tokens for i in members]))
         return found
 
     # ---------------------------------------------------------------------------------------------------- updates
@@ -141,13 +141,13 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
         losses = self.policy_gradients(groups, loss, totals)
-        return self._step(self.policy, self.optimizer, losses, lr, [group.tree for group in groups])
+        return self._step(self.policy, self.optimizer, losses, lr, [group.packed for group in groups])
 
     def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
         parts = [part for group in groups for part in split_group(group, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members, logp_M, entropy_M in self._computed([group.tree for group in parts], self.temperature):
+        for batch, members, logp_M, entropy_M in self._computed([group.packed for group in parts], self.temperature):
             targets = policy_targets([parts[i] for i in members], logp_M)
             out = loss(logp_M, entropy_M, batch, targets, totals)
             self._backward(out.loss)
@@ -158,9 +158,12 @@ class Worker:
         """One optimizer step of the critic towards the returns of all `groups`."""
         assert self.critic is not None
         losses = self.critic_gradients(groups, totals)
-        trees = [group.tree for group in groups]
-        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, trees)
-        return {name if name.startswith("critic/") else f"critic/{name}": value for name, value in record.items()}
+        packed_groups = [group.packed for group in groups]
+        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, packed_groups)
+        return {
+            name if name.startswith("critic/") else f"critic/{name.removeprefix('optim/')}": value
+            for name, value in record.items()
+        }
 
     def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
         """Add up the gradients of the value loss over micro-batches; their metrics."""
@@ -168,7 +171,7 @@ class Worker:
         parts = [part for group in groups for part in split_group(group, self.token_budget)]
         losses: list[Metrics] = []
         self._seed_dropout(self.critic.optimizer)
-        for batch, members in self._batches([group.tree for group in parts]):
+        for batch, members in self._batches([group.packed for group in parts]):
             if not members:
                 self.critic.values(batch).sum().backward()
                 continue
@@ -178,36 +181,38 @@ class Worker:
             losses.append(out.metrics)
         return losses
 
-    def update_sft(self, trees: Sequence[Tree], weighting: str, total: float, lr: float) -> dict[str, float]:
-        """One optimizer step of supervised training on the answers of `trees`; `total` is the sum of the weights
-        (`sft_total`) of the whole step over all ranks."""
+    def update_sft(
+        self, packed_groups: Sequence[PackedGroup], weighting: str, total: float, lr: float
+    ) -> dict[str, float]:
+        """One optimizer step of supervised training on the answers of `packed_groups`; `total` is the sum of the
+        weights (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, logp_M, entropy_M in self._computed(trees):
+        for batch, _, logp_M, entropy_M in self._computed(packed_groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
             self._backward(loss)
             tokens = float(len(logp_M))
             losses.append(
                 {
-                    "loss": (loss.item(), weight_M.sum().item() / total),
-                    "nll": (-logp_M.detach().sum().item(), tokens),
-                    "entropy": (entropy_M.detach().sum().item(), tokens),
+                    "loss/total": (loss.item(), weight_M.sum().item() / total),
+                    "loss/nll": (-logp_M.detach().sum().item(), tokens),
+                    "loss/entropy": (entropy_M.detach().sum().item(), tokens),
                 }
             )
-        return self._step(self.policy, self.optimizer, losses, lr, trees)
+        return self._step(self.policy, self.optimizer, losses, lr, packed_groups)
 
     def update_preference(
         self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, logp_M, entropy_M in self._computed([pair.tree for pair in pairs]):
+        for batch, members, logp_M, entropy_M in self._computed([pair.packed for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
             self._backward(out.loss)
             entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
-            losses.append({**out.metrics, "entropy": entropy})
-        return self._step(self.policy, self.optimizer, losses, lr, [pair.tree for pair in pairs])
+            losses.append({**out.metrics, "loss/entropy": entropy})
+        return self._step(self.policy, self.optimizer, losses, lr, [pair.packed for pair in pairs])
 
     def _step(
         self,
@@ -215,14 +220,14 @@ class Worker:
         optimizer: torch.optim.AdamW,
         losses: Sequence[Metrics],
         lr: float,
-        trees: Sequence[Tree],
+        packed_groups: Sequence[PackedGroup],
     ) -> dict[str, float]:
         if self.ranks is not None:
-            pictures = any(tree.prompt.pixels is not None for tree in trees)
+            pictures = any(packed.prompt.pixels is not None for packed in packed_groups)
             rows = self.ranks.gather((losses, pictures))[:: self.ranks.cluster.sequence_parallel]
             losses = [record for own, _ in rows for record in own]
             if not any(has_pictures for _, has_pictures in rows):
-                _forget_blanks(policy)
+                _forget_dummy_images(policy)
         self._saving.check()
         norm, taken = apply_gradients(
             optimizer, lr, self.max_grad_norm, 1.0 if self.scale is None else self.scale.value
@@ -231,18 +236,18 @@ class Worker:
             self.scale.update(taken)
         if not taken:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
-        return {**reduce_metrics(losses), "grad_norm": norm, "update_skipped": float(not taken)}
+        return {**reduce_metrics(losses), "optim/grad_norm": norm, "optim/update_skipped": float(not taken)}
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     def _computed(
-        self, trees: Sequence[Tree], temperature: float = 1.0
+        self, packed_groups: Sequence[PackedGroup], temperature: float = 1.0
     ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
         """Packed rows, the indices of their trees, and log-probs and entropies to learn from. Rows that only keep this
         rank in step with the others are done with here."""
         self._seed_dropout(self.optimizer)
-        for batch, members in self._batches(trees):
+        for batch, members in self._batches(packed_groups):
             logp_M, entropy_M = self._logprobs(batch, temperature)
             if members:
                 yield batch, members, logp_M, entropy_M
@@ -255,15 +260,15 @@ class Worker:
             taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, trees: Sequence[Tree]) -> Iterator[tuple[Batch, list[int]]]:
+    def _batches(self, packed_groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
         """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
         rows of others are empty."""
-        rows = micro_batches(trees, self.token_budget)
+        rows = micro_batches(packed_groups, self.token_budget)
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
-            batch = pack([trees[i] for i in members]) if members else empty(self._blank)
-            yield in_step(batch, self._blank).to(self.device), members
+            batch = pack([packed_groups[i] for i in members]) if members else empty(self._dummy_image)
+            yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -274,13 +279,14 @@ class Worker:
         state: Mapping[str, Any],
         keep: int,
         patience: float = 0.0,
-        apart: bool = False,
+        in_background: bool = False,
     ) -> Path:
-        """Write a checkpoint (`save_checkpoint`); `apart`: while this rank goes on. Returns where it is to be."""
+        """Write a checkpoint (`save_checkpoint`); `in_background`: while this rank continues. Returns where it is to
+        be."""
         self.finish_saving()
         if self.scale is not None:
             state = {**state, "scale": asdict(self.scale)}
-        save = self._saving.start if apart else save_checkpoint
+        save = self._saving.start if in_background else save_checkpoint
         return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
 
     def finish_saving(self) -> None:
@@ -305,7 +311,7 @@ class Worker:
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
         for name, tensor in merged_state(self.policy.model).items():
-            gathered = whole(tensor)
+            gathered = full_tensor(tensor)
             if is_first:
                 state[name] = gathered.cpu()
         if is_first:
@@ -328,7 +334,7 @@ def _frozen_copy(policy: Policy) -> Policy:
     return replace(policy, model=model)
 
 
-def _forget_blanks(policy: Policy) -> None:
+def _forget_dummy_images(policy: Policy) -> None:
     """Clear what blank pictures left in a step in which no rank had a real one: as in one process, the optimizer
     leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
     parts = parameters_by_part(policy)
@@ -340,9 +346,11 @@ def _forget_blanks(policy: Policy) -> None:
 _SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
 
 
-def sft_total(trees: Sequence[Tree], weighting: str) -> float:
+def sft_total(packed_groups: Sequence[PackedGroup], weighting: str) -> float:
     """The sum of `sft_weights` over all trained tokens."""
-    return math.fsum(len(answer) ** (1 - _SFT_EXPONENT[weighting]) for tree in trees for answer in tree.answers)
+    return math.fsum(
+        len(answer) ** (1 - _SFT_EXPONENT[weighting]) for packed in packed_groups for answer in packed.answers
+    )
 
 
 def sft_weights(batch: Batch, weighting: str) -> Tensor:

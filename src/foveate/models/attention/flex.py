@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from foveate.models.attention.runs import path_positions
-from foveate.records import Layout
+from foveate.records import Forest
 
 BLOCK = 128
 """Rows are filled up to whole blocks with tokens that see themselves alone."""
@@ -27,14 +27,14 @@ def flex_forest_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    forest: Forest,
     scale: float,
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Exact attention over the forest. Query (H, T, d); key, value (H_kv, T, d); sinks (H,); returns (H, T, d)."""
     tokens = query.shape[1]
-    mask = block_mask(layout, query.device, window)
+    mask = block_mask(forest, query.device, window)
     room = mask.seq_lengths[0] - tokens
     rows = (functional.pad(t, (0, 0, 0, room)).contiguous()[None] for t in (query, key, value))
     attend: Any = _compiled() if query.device.type == "cuda" else flex_attention
@@ -55,10 +55,10 @@ def _compiled() -> Any:
 @lru_cache(maxsize=64)
 @torch.no_grad()
 @torch.inference_mode(False)  # one that was made for sampling must also do for learning
-def block_mask(layout: Layout, device: torch.device, window: int | None = None) -> BlockMask:
+def block_mask(forest: Forest, device: torch.device, window: int | None = None) -> BlockMask:
     """The mask of a forest, and which of its blocks are empty, full or neither."""
-    count = -(-layout.tokens // BLOCK)
-    end_T, position_T = _filled(_ends(layout), 1, count), _filled(path_positions(layout), 0, count)
+    count = -(-forest.tokens // BLOCK)
+    end_T, position_T = _filled(_ends(forest), 1, count), _filled(path_positions(forest), 0, count)
     some, whole = _blocks(end_T, position_T, window)
     end, position = end_T.to(device), position_T.to(device)
     earliest = position - (window or 0) + 1  # a tensor: FlexAttention compiles no mask that depends on a number
@@ -75,14 +75,14 @@ def block_mask(layout: Layout, device: torch.device, window: int | None = None) 
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mod, seq_lengths=(length, length))
 
 
-def _ends(layout: Layout) -> Tensor:
+def _ends(forest: Forest) -> Tensor:
     """For each token, the place in the row behind the last descendant of its segment, int64 (T,)."""
-    ends = [start + length for start, length in zip(layout.start, layout.length, strict=True)]
+    ends = [start + length for start, length in zip(forest.start, forest.length, strict=True)]
     for segment in reversed(range(len(ends))):
-        parent = layout.parent[segment]
+        parent = forest.parent[segment]
         if parent >= 0:
             ends[parent] = max(ends[parent], ends[segment])
-    return torch.tensor(ends).repeat_interleave(torch.tensor(layout.length))
+    return torch.tensor(ends).repeat_interleave(torch.tensor(forest.length))
 
 
 def _filled(values_T: Tensor, step: int, count: int) -> Tensor:

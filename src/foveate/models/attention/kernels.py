@@ -18,7 +18,7 @@ log-sum-exp.
 On a GPU, `foveate_forest` is one call of FlexAttention instead (`foveate.models.attention.flex`), with the mask of the
 forest.
 
-Both are called by transformers' own modules through `AttentionInterface`; `layout=`, `cache=` and `split=` reach them
+Both are called by transformers' own modules through `AttentionInterface`; `forest=`, `cache=` and `split=` reach them
 as keyword arguments of the language model's forward. No module of transformers is patched.
 """
 
@@ -37,7 +37,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from foveate.errors import ConfigError
 from foveate.models.attention.flex import flex_forest_attention
 from foveate.models.attention.runs import Part, parts, path_positions
-from foveate.records import Layout
+from foveate.records import Forest
 
 KERNELS = {
     "auto": "foveate_forest",
@@ -52,14 +52,14 @@ class KeyValueCache(Protocol):
     """What a sampler passes as `cache=`: it sees the keys and values of every layer and may answer in their place."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions
     ) -> Tensor | None:
         """Tensors are (heads, T, head_dim), without repeated key-value heads. Returns the attention output in the
         shape of `query`, or None to let the forest attention compute it (the prefill of prompts)."""
         ...
 
 
-class Split(Protocol):
+class SequenceParallelAttention(Protocol):
     """What shares one row between ranks: each holds a part of its tokens, see `foveate.parallel.ulysses`."""
 
     def attend(
@@ -68,9 +68,9 @@ class Split(Protocol):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: Layout,
+        forest: Forest,
         scale: float,
-        extras: Extras,
+        options: AttentionOptions,
     ) -> Tensor:
         """`kernel` on the whole row, for this rank's tokens: tensors as for `forest_attention`."""
         ...
@@ -81,43 +81,43 @@ class Split(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Extras:
+class AttentionOptions:
     """What a layer adds to plain attention: a sliding window (in tokens, itself included), and sinks (H,)."""
 
     window: int | None = None
     sinks: Tensor | None = None
 
 
-PLAIN = Extras()
+PLAIN = AttentionOptions()
 
 
-def forest_mask(layout: Layout, device: torch.device | None = None, window: int | None = None) -> Tensor:
+def forest_mask(forest: Forest, device: torch.device | None = None, window: int | None = None) -> Tensor:
     """The dense boolean mask of a forest, (T, T): True where the row's token may see the column's token."""
-    mask = torch.zeros(layout.tokens, layout.tokens, dtype=torch.bool, device=device)
-    for start, length, parent in zip(layout.start, layout.length, layout.parent, strict=True):
+    mask = torch.zeros(forest.tokens, forest.tokens, dtype=torch.bool, device=device)
+    for start, length, parent in zip(forest.start, forest.length, forest.parent, strict=True):
         rows = slice(start, start + length)
         mask[rows, rows] = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         while parent >= 0:
-            above = slice(layout.start[parent], layout.start[parent] + layout.length[parent])
+            above = slice(forest.start[parent], forest.start[parent] + forest.length[parent])
             mask[rows, above] = True
-            parent = layout.parent[parent]
+            parent = forest.parent[parent]
     if window is not None:
-        position = path_positions(layout).to(mask.device)
+        position = path_positions(forest).to(mask.device)
         mask &= position[:, None] - position < window
     return mask
 
 
 def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, options: AttentionOptions = PLAIN
 ) -> Tensor:
     """Softmax attention under the dense forest mask. Query (H, T, d); key, value (H_kv, T, d); returns (H, T, d)."""
     repeat = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
     scores = (query @ key.transpose(1, 2)) * scale
-    scores = scores.masked_fill(~forest_mask(layout, query.device, extras.window), float("-inf"))
+    scores = scores.masked_fill(~forest_mask(forest, query.device, options.window), float("-inf"))
     scores = scores.float() if scores.dtype != torch.float64 else scores
-    if extras.sinks is not None:
-        sinks = extras.sinks[:, None, None].expand(-1, scores.shape[1], 1)
+    if options.sinks is not None:
+        sinks = options.sinks[:, None, None].expand(-1, scores.shape[1], 1)
         scores = torch.cat([scores, sinks.to(scores.dtype)], -1)
     return torch.softmax(scores, -1)[..., : key.shape[1]].to(query.dtype) @ value
 
@@ -201,35 +201,35 @@ def _bias(part: Part, query: Tensor) -> Tensor | None:
 
 
 def forest_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, options: AttentionOptions = PLAIN
 ) -> Tensor:
     """Exact attention over the forest, equal to `reference_attention`, by the kernel that suits the device. Query
     (H, T, d); key, value (H_kv, T, d)."""
     kernel = flex_attention if query.device.type == "cuda" else parts_attention
-    return kernel(query, key, value, layout, scale, extras)
+    return kernel(query, key, value, forest, scale, options)
 
 
 def flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, options: AttentionOptions = PLAIN
 ) -> Tensor:
     """`forest_attention` on a GPU."""
     if query.device.type != "cuda":
         raise ConfigError("model.attention: flex is a kernel for GPUs; auto and sdpa compute on CPUs")
-    return flex_forest_attention(query, key, value, layout, scale, extras.window, extras.sinks)
+    return flex_forest_attention(query, key, value, forest, scale, options.window, options.sinks)
 
 
 def parts_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, extras: Extras = PLAIN
+    query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, options: AttentionOptions = PLAIN
 ) -> Tensor:
     """`forest_attention` on a CPU, by PyTorch's flash kernel for CPUs."""
     if query.device.type == "cuda":
         raise ConfigError("model.attention: sdpa is a kernel for CPUs; auto and flex compute on GPUs")
     repeat = query.shape[0] // key.shape[0]
     key, value = (rows.transpose(0, 1).repeat_interleave(repeat, 1) for rows in (key, value))
-    calls = parts(layout, query.device, extras.window)
+    calls = parts(forest, query.device, options.window)
     # contiguous, as are the two above: the kernel takes the last dimension to have stride 1
     query = query.transpose(0, 1).contiguous()
-    return _ForestAttention.apply(query, key, value, extras.sinks, calls, scale).transpose(0, 1)
+    return _ForestAttention.apply(query, key, value, options.sinks, calls, scale).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------ the door into transformers
@@ -244,9 +244,9 @@ def _attention(kernel: Any) -> Any:
         _mask: Tensor | None,
         *,
         scaling: float,
-        layout: Layout | None = None,
+        forest: Forest | None = None,
         cache: KeyValueCache | None = None,
-        split: Split | None = None,
+        split: SequenceParallelAttention | None = None,
         sliding_window: int | None = None,
         s_aux: Tensor | None = None,
         **_: Any,
@@ -254,12 +254,12 @@ def _attention(kernel: Any) -> Any:
         """transformers' attention function: (1, heads, T, d) tensors in, (1, T, heads, d) out; `s_aux`: sinks."""
         assert len(query) == 1, f"packed rows come one at a time, not {len(query)}"
         rows = query[0].to(value.dtype), key[0].to(value.dtype), value[0]  # autocast leaves rotated ones in float32
-        extras, out = Extras(sliding_window, s_aux), None
+        options, out = AttentionOptions(sliding_window, s_aux), None
         if cache is not None:
-            out = cache.attend(module.layer_idx, *rows, scaling, extras)  # type: ignore[arg-type]
+            out = cache.attend(module.layer_idx, *rows, scaling, options)  # type: ignore[arg-type]
         if out is None:
-            assert layout is not None, "the language model was called without layout="
-            within = (*rows, layout, scaling, extras)
+            assert forest is not None, "the language model was called without layout="
+            within = (*rows, forest, scaling, options)
             out = kernel(*within) if split is None else split.attend(kernel, *within)
         return out.transpose(0, 1)[None], None
 

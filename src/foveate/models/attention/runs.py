@@ -13,20 +13,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from foveate.records import Layout
+from foveate.records import Forest
 
 
-def path_positions(layout: Layout) -> Tensor:
+def path_positions(forest: Forest) -> Tensor:
     """How many tokens each token has before it on its path from the root, int64 (T,)."""
-    begin = _path_begins(layout)
-    return torch.cat([torch.arange(b, b + n) for b, n in zip(begin, layout.length, strict=True)])
+    begin = _path_begins(forest)
+    return torch.cat([torch.arange(b, b + n) for b, n in zip(begin, forest.length, strict=True)])
 
 
-def _path_begins(layout: Layout) -> list[int]:
+def _path_begins(forest: Forest) -> list[int]:
     """The path position of each segment's first token."""
     begin: list[int] = []
-    for parent in layout.parent:
-        begin.append(0 if parent < 0 else begin[parent] + layout.length[parent])
+    for parent in forest.parent:
+        begin.append(0 if parent < 0 else begin[parent] + forest.length[parent])
     return begin
 
 
@@ -80,17 +80,17 @@ class _Run:
     distance: int = 0
 
 
-def _runs(layout: Layout) -> tuple[list[_Run], list[list[_Run]]]:
+def _runs(forest: Forest) -> tuple[list[_Run], list[list[_Run]]]:
     """Each segment against itself, and the descendants of each inner segment against it: these by depth, because the
     queries of nested segments overlap and may not share a call."""
-    own = [_Run(s, n, s, n) for s, n in zip(layout.start, layout.length, strict=True)]
+    own = [_Run(s, n, s, n) for s, n in zip(forest.start, forest.length, strict=True)]
     depth: list[int] = []
-    for parent in layout.parent:
+    for parent in forest.parent:
         depth.append(0 if parent < 0 else depth[parent] + 1)
-    end = [s + n for s, n in zip(layout.start, layout.length, strict=True)]
+    end = [s + n for s, n in zip(forest.start, forest.length, strict=True)]
     below = list(end)
     for k in range(len(own) - 1, -1, -1):
-        parent = layout.parent[k]
+        parent = forest.parent[k]
         if parent >= 0:
             below[parent] = max(below[parent], below[k])
     inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
@@ -100,16 +100,16 @@ def _runs(layout: Layout) -> tuple[list[_Run], list[list[_Run]]]:
     return own, inner
 
 
-def _window_runs(layout: Layout, window: int) -> list[list[_Run]]:
+def _window_runs(forest: Forest, window: int) -> list[list[_Run]]:
     """Chunks of each segment against themselves, then against the nearest piece before them, the one before that, ...:
     pieces are chunks of the same path, cut where segments end, as far as the window reaches."""
     levels: list[list[_Run]] = [[]]
-    begin = _path_begins(layout)
-    for k, length in enumerate(layout.length):
+    begin = _path_begins(forest)
+    for k, length in enumerate(forest.length):
         for first in range(0, length, window):
-            query, size = layout.start[k] + first, min(window, length - first)
+            query, size = forest.start[k] + first, min(window, length - first)
             levels[0].append(_Run(query, size, query, size))
-            for level, (key, keys, distance) in enumerate(_before(layout, begin, k, first, window), 1):
+            for level, (key, keys, distance) in enumerate(_before(forest, begin, k, first, window), 1):
                 if level == len(levels):
                     levels.append([])
                 seeing = min(size, keys - 1 + window - distance)  # queries further on see nothing of this piece
@@ -117,18 +117,18 @@ def _window_runs(layout: Layout, window: int) -> list[list[_Run]]:
     return levels
 
 
-def _before(layout: Layout, begin: list[int], k: int, first: int, window: int) -> Iterator[tuple[int, int, int]]:
+def _before(forest: Forest, begin: list[int], k: int, first: int, window: int) -> Iterator[tuple[int, int, int]]:
     """The pieces that token `first` of segment `k` sees before it on its path, nearest first, each as its first token,
     its length, and how far back its first token is."""
     where, segment, end = begin[k] + first, k, first
     while segment >= 0:
         reach = max(0, where - window + 1 - begin[segment])
         if reach < end:
-            yield layout.start[segment] + reach, end - reach, where - begin[segment] - reach
+            yield forest.start[segment] + reach, end - reach, where - begin[segment] - reach
         if reach > 0:
             return
-        segment = layout.parent[segment]
-        end = layout.length[segment]
+        segment = forest.parent[segment]
+        end = forest.length[segment]
 
 
 def _buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
@@ -189,18 +189,18 @@ def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
 
 
-def parts(layout: Layout, device: torch.device, window: int | None = None) -> tuple[Part, ...]:
+def parts(forest: Forest, device: torch.device, window: int | None = None) -> tuple[Part, ...]:
     """The kernel calls for a layout. The causal calls come first and cover every token exactly once."""
     if window is not None:
-        longest = max(begin + length for begin, length in zip(_path_begins(layout), layout.length, strict=True))
+        longest = max(begin + length for begin, length in zip(_path_begins(forest), forest.length, strict=True))
         window = window if window < longest else None
-    return _parts(layout, device, window)
+    return _parts(forest, device, window)
 
 
 @lru_cache(maxsize=64)
-def _parts(layout: Layout, device: torch.device, window: int | None) -> tuple[Part, ...]:
-    own, inner = _runs(layout)
-    levels = [own, *inner] if window is None else _window_runs(layout, window)
+def _parts(forest: Forest, device: torch.device, window: int | None) -> tuple[Part, ...]:
+    own, inner = _runs(forest)
+    levels = [own, *inner] if window is None else _window_runs(forest, window)
     return tuple(
         _part(bucket, level == 0, device, window) for level, runs in enumerate(levels) for bucket in _buckets(runs)
     )

@@ -37,7 +37,7 @@ from foveate.models.checkpoint.formats import (
     read_config,
     read_image_tokenizer,
 )
-from foveate.models.checkpoint.names import Layout, from_hf
+from foveate.models.checkpoint.names import CheckpointFormat, from_hf
 from foveate.models.checkpoint.safetensors_io import Stored, write_weights
 from foveate.models.families.internvl import is_count, read_json
 
@@ -66,14 +66,14 @@ _DEFAULT_TILES = 12
 class Conversion:
     """What was converted: the layouts, the numbers of tensors, of their bytes, and of weight files."""
 
-    source: Layout
-    target: Layout
+    source: CheckpointFormat
+    target: CheckpointFormat
     tensors: int
     bytes: int
     files: int
 
 
-def convert(source: Path, target: Path, to: Layout, *, shard_bytes: int = SHARD_BYTES) -> Conversion:
+def convert(source: Path, target: Path, to: CheckpointFormat, *, shard_bytes: int = SHARD_BYTES) -> Conversion:
     """Write the checkpoint `source` in the layout `to` as the new folder `target`, whole or not at all.
 
     Memory stays at one buffer of bytes, whatever the model's size; every tensor arrives bit for bit. Everything is
@@ -99,14 +99,14 @@ def convert(source: Path, target: Path, to: Layout, *, shard_bytes: int = SHARD_
     return Conversion(layout, to, len(tensors), total, len(files))
 
 
-def write_hf_weights_as(source: Path, config: InternVLConfig, folder: Path, to: Layout) -> None:
+def write_hf_weights_as(source: Path, config: InternVLConfig, folder: Path, to: CheckpointFormat) -> None:
     """Write the weights of a Hugging Face folder, and nothing else, in another layout."""
     tensors = in_layout(hf_tensors(source, "hf", config), to)
     with _mebibytes("saving (MiB)", sum(tensor.size for tensor in tensors.values())) as advance:
         write_weights(folder, tensors, SHARD_BYTES, advance)
 
 
-def in_layout(tensors: Mapping[str, Stored], layout: Layout) -> dict[str, Stored]:
+def in_layout(tensors: Mapping[str, Stored], layout: CheckpointFormat) -> dict[str, Stored]:
     """Tensors by hf name -> by their names in another layout; parts of a fused tensor are joined."""
     parts: dict[str, dict[int, Stored]] = {}
     for name, stored in tensors.items():
@@ -152,7 +152,7 @@ def _mebibytes(description: str, total: int) -> Iterator[Callable[[int], None]]:
 # ----------------------------------------------------------------------------------------------------- small files
 
 
-def write_other_files(source: Path, target: Path, layout: Layout, to: Layout) -> None:
+def write_other_files(source: Path, target: Path, layout: CheckpointFormat, to: CheckpointFormat) -> None:
     """Everything of a checkpoint except its weights, as the layout `to` has it.
 
     Files that both formats share (tokenizer, chat template, generation config, licence, readme) are copied. The others

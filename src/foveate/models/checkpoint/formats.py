@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, InternVLConfig, PreTrainedTokenizerBase
 
 from foveate.errors import DataError
 from foveate.models.checkpoint.configs import Json, chat_to_hf, tied
-from foveate.models.checkpoint.names import Layout, from_hf, split_parts, to_hf
+from foveate.models.checkpoint.names import CheckpointFormat, from_hf, split_parts, to_hf
 from foveate.models.checkpoint.quiet import quiet_transformers
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, weight_files
 from foveate.models.families.internvl import read_json
@@ -32,7 +32,7 @@ OTHER_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen
 IMAGE_WORDS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
 
-def detect_format(folder: Path) -> Layout:
+def detect_format(folder: Path) -> CheckpointFormat:
     """The layout of a checkpoint folder: `chat` (GitHub), `hf`, or `hf-old`.
 
     The two Hugging Face layouts have the same configuration and are told apart by the names of their tensors.
@@ -132,7 +132,7 @@ def model_config(folder: Path, form: Mapping[str, Any]) -> InternVLConfig:
         raise unreadable(folder, error) from error
 
 
-def hf_tensors(folder: Path, layout: Layout, config: InternVLConfig) -> dict[str, Stored]:
+def hf_tensors(folder: Path, layout: CheckpointFormat, config: InternVLConfig) -> dict[str, Stored]:
     """The tensors of a checkpoint by their hf names, in the order of their bytes.
 
     Raises DataError, naming the tensor, where the weights lack one that the configuration asks for, hold another one,
@@ -202,7 +202,7 @@ def _experts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]] | 
     return {f"{prefix}.{i}.{half}.weight": (rows // 2, columns) for i in range(count) for half in halves}
 
 
-def hf_state_dict(folder: Path, layout: Layout) -> dict[str, Tensor]:
+def hf_state_dict(folder: Path, layout: CheckpointFormat) -> dict[str, Tensor]:
     """The weights of a checkpoint by their hf names, mapped into memory from disk: pages are read when used."""
     state: dict[str, Tensor] = {}
     for file in weight_files(folder):

@@ -25,7 +25,7 @@ from foveate.models.checkpoint.formats import (
     read_tokenizer,
     unreadable,
 )
-from foveate.models.checkpoint.names import Layout
+from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.quiet import quiet_transformers
 from foveate.models.families.internvl import Family, internvl_family
 from foveate.models.families.qwen_vl import qwen_family
@@ -39,11 +39,11 @@ LANGUAGE_MODELS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class ModelFolder:
     """A recognised folder. `config` is transformers' configuration."""
 
     folder: Path
-    format: Layout
+    format: CheckpointFormat
     config: Any
     tokenizer: PreTrainedTokenizerBase
     family: Family
@@ -54,7 +54,7 @@ def resolve_folder(path: str) -> Path:
     return Path(str(files("foveate") / "assets" / "demo")) if path == "demo" else Path(path)
 
 
-def recognise(path: str) -> Checkpoint:
+def inspect_model_folder(path: str) -> ModelFolder:
     """What is in a model folder of any family and layout. Raises DataError, naming the file, for what is none, for
     weights that are not safetensors, for a model that is not known, and for parts that do not fit each other. No code
     that comes with a checkpoint is run."""
@@ -74,10 +74,10 @@ def recognise(path: str) -> Checkpoint:
     text = config.get_text_config()
     _check_language(folder, text.model_type)
     family = text_family if text is config else qwen_family
-    return _with_template(Checkpoint(folder, layout, config, tokenizer, family(folder, config, tokenizer)))
+    return _with_template(ModelFolder(folder, layout, config, tokenizer, family(folder, config, tokenizer)))
 
 
-def _internvl(folder: Path, layout: Layout) -> Checkpoint:
+def _internvl(folder: Path, layout: CheckpointFormat) -> ModelFolder:
     tokenizer = read_image_tokenizer(folder)
     form = hf_form(folder, tokenizer)
     _check_language(folder, (form.get("text_config") or {}).get("model_type"))
@@ -87,10 +87,10 @@ def _internvl(folder: Path, layout: Layout) -> Checkpoint:
         raise DataError(f"{folder / 'config.json'}: images are taken from layer {layer} of a tower of {layers} layers")
     processor = mapped(folder, hf_preprocessor, read_config(folder)) if layout == "chat" else None
     family = internvl_family(folder, config, tokenizer, processor)
-    return _with_template(Checkpoint(folder, layout, config, tokenizer, family))
+    return _with_template(ModelFolder(folder, layout, config, tokenizer, family))
 
 
-def _with_template(found: Checkpoint) -> Checkpoint:
+def _with_template(found: ModelFolder) -> ModelFolder:
     """Refuse a chat template that cannot be used, and a tokenizer without one where the one that would stand in has
     words it does not know."""
     if not found.tokenizer.chat_template and "<|im_start|>" not in found.tokenizer.get_vocab():

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from foveate.errors import DataError
 
-Layout = Literal["chat", "hf-old", "hf"]
+CheckpointFormat = Literal["chat", "hf-old", "hf"]
 
-LAYOUTS: dict[Layout, str] = {
+CHECKPOINT_FORMATS: dict[CheckpointFormat, str] = {
     "chat": "GitHub (internvl_chat)",
     "hf": "Hugging Face",
     "hf-old": "Hugging Face, old layout",
@@ -63,18 +63,18 @@ _THIRDS = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 """The rows of the fused projection, in this order."""
 
 
-def to_hf(name: str, layout: Layout) -> tuple[str, ...]:
+def to_hf(name: str, layout: CheckpointFormat) -> tuple[str, ...]:
     """The hf names of a tensor of another layout: one, or three where the tensor is fused along its first axis.
 
     Raises DataError for a name that the layout does not have.
     """
     names = {"chat": _chat_to_hf, "hf-old": _old_to_hf, "hf": _known_hf}[layout](name)
     if not names:
-        raise DataError(f"{name} is not a tensor of InternVL in the {LAYOUTS[layout]} layout")
+        raise DataError(f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS[layout]} layout")
     return names
 
 
-def from_hf(name: str, layout: Layout) -> tuple[str, int, int]:
+def from_hf(name: str, layout: CheckpointFormat) -> tuple[str, int, int]:
     """The name in another layout of the tensor called `name` in hf, which part of that tensor it is, and of how many.
 
     The parts follow each other along the first axis: (".. attn.qkv.weight", 1, 3) is the middle third.
@@ -82,7 +82,7 @@ def from_hf(name: str, layout: Layout) -> tuple[str, int, int]:
     """
     found = {"chat": _hf_to_chat, "hf-old": _hf_to_old, "hf": _same}[layout](name)
     if found is None:
-        raise DataError(f"{name} is not a tensor of InternVL in the {LAYOUTS['hf']} layout")
+        raise DataError(f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS['hf']} layout")
     return found
 
 

@@ -37,7 +37,7 @@ class Family(PromptFamily, Protocol):
         ...
 
     @property
-    def blank(self) -> Blank | None:
+    def dummy_image(self) -> DummyImage | None:
         """The smallest picture, for ranks that have none while others have; None for a family without images."""
         ...
 
@@ -47,7 +47,7 @@ class Family(PromptFamily, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Blank:
+class DummyImage:
     """Pixels and grids, as in `Batch`, of a picture that nothing depends on."""
 
     pixels: Tensor
@@ -92,8 +92,8 @@ class InternVL:
         }
 
     @property
-    def blank(self) -> Blank:
-        return Blank(torch.zeros(1, 3, self.tile, self.tile))
+    def dummy_image(self) -> DummyImage:
+        return DummyImage(torch.zeros(1, 3, self.tile, self.tile))
 
     def share(self, budget: int, images: int) -> int:
         return tile_budget(budget, images)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from foveate.encoding.family import ImageShape
 from foveate.models.families.internvl import (
     PER_MILLE,
-    Blank,
+    DummyImage,
     Features,
     check_vocabulary,
     is_count,
@@ -67,8 +67,8 @@ class QwenVL:
         }
 
     @property
-    def blank(self) -> Blank:
-        return Blank(torch.zeros(self.merge**2, 3, self.patch, self.patch), ((1, 1),))
+    def dummy_image(self) -> DummyImage:
+        return DummyImage(torch.zeros(self.merge**2, 3, self.patch, self.patch), ((1, 1),))
 
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002 - each image has the whole budget
         return budget

@@ -28,7 +28,7 @@ class TextOnly:
     reserved: tuple[str, ...] = ()
     unit: str = ""
     budget: int = 0
-    blank: None = None
+    dummy_image: None = None
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foveate.parallel.packing import Tree
-from foveate.records import Completion, SamplingParams
+from foveate.parallel.packing import PackedGroup
+from foveate.records import Answer, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import GroupCache
 from foveate.rollout.native.graphs import Step
 from foveate.rollout.native.sampling import uniforms
 
 
-class Wave:
+class DecodeBatch:
     """Some requests with their S answers, numbered request by request. A row of the batch is a live answer: `answers`
     says which one, and `last_B`, `position_B` and `uniform_B` hold what its next token needs. Where a request was begun
     before, its unfinished answers go on and the others are what they were.
@@ -36,10 +36,13 @@ class Wave:
         self.cache: GroupCache | None = None
         self.replay: Step | None = None
         self._samples, self._version, self._device, self._slack = samples, version, device, slack
-        self._before = [one for request in requests for one in request.begun or [None] * samples]
+        self._before = [one for request in requests for one in request.partial_answers or [None] * samples]
         self.answers = [i for i, one in enumerate(self._before) if one is None or one.finish == "abort"]
         self.live = [*range(len(self.answers))]
-        self.trees = [Tree(r.prompt, tuple(c.token_ids for c in r.begun if c.finish == "abort")) for r in requests]
+        self.packed_groups = [
+            PackedGroup(r.prompt, tuple(c.token_ids for c in r.partial_answers if c.finish == "abort"))
+            for r in requests
+        ]
         self._finish = ["" if one is None else one.finish for one in self._before]
         self._lengths = [0 if one is None else len(one.token_ids) for one in self._before]
         self._open = [0] * len(requests)
@@ -99,11 +102,11 @@ class Wave:
         self._answer_B, self._length_B = self._answer_B[rows], self._length_B[rows]
         self.position_B, self.last_B = self.position_B[rows], self.last_B[rows]
 
-    def group(self, number: int, decode: Callable[[tuple[int, ...]], str]) -> tuple[Completion, ...]:
+    def group(self, number: int, decode: Callable[[tuple[int, ...]], str]) -> tuple[Answer, ...]:
         """All answers to a request."""
         own = slice(number * self._samples, (number + 1) * self._samples)
         rows = zip(self._token_ids[own].tolist(), self._logprobs[own].tolist(), strict=True)
-        group: list[Completion] = []
+        group: list[Answer] = []
         for answer, (token_ids, logprobs) in zip(range(own.start, own.stop), rows, strict=True):
             before = self._before[answer]
             if before is not None and before.finish != "abort":
@@ -112,8 +115,8 @@ class Wave:
             new = slice(0 if before is None else len(before.token_ids), self._lengths[answer])
             ids, finish = tuple(token_ids[new]), self._finish[answer]
             whole = ids if before is None else before.token_ids + ids
-            more = Completion(ids, tuple(logprobs[new]), decode(whole), finish, self._version)
-            group.append(more if before is None else before.then(more, more.text))
+            more = Answer(ids, tuple(logprobs[new]), decode(whole), finish, self._version)
+            group.append(more if before is None else before.continued_by(more, more.text))
         return tuple(group)
 
     def _on_device(self, numbers: list[int]) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.models.attention.kernels import PLAIN, Extras
+from foveate.models.attention.kernels import PLAIN, AttentionOptions
 from foveate.models.policy import Policy
-from foveate.records import Layout
+from foveate.records import Forest
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
@@ -39,20 +39,20 @@ class GroupCache:
     end at the same place; shorter ones have `pads` places before them, masked likewise.
     """
 
-    def __init__(self, layout: Layout, samples: int, capacity: int, device: torch.device) -> None:
-        """`layout` is that of the packed prompts: roots, whose children are the answers that were begun. A root without
+    def __init__(self, forest: Forest, samples: int, capacity: int, device: torch.device) -> None:
+        """`forest` is that of the packed prompts: roots, whose children are the answers that were begun. A root without
         children gets `samples` answers."""
-        roots = [segment for segment, above in enumerate(layout.parent) if above < 0]
-        below: list[list[int]] = [[] for _ in layout.parent]
-        for segment, above in enumerate(layout.parent):
+        roots = [segment for segment, above in enumerate(forest.parent) if above < 0]
+        below: list[list[int]] = [[] for _ in forest.parent]
+        for segment, above in enumerate(forest.parent):
             if above >= 0:
                 below[above].append(segment)
         rows = [(group, child) for group, root in enumerate(roots) for child in below[root] or [None] * samples]
-        begun = [0 if child is None else layout.length[child] for _, child in rows]
+        begun = [0 if child is None else forest.length[child] for _, child in rows]
         self.step = max(begun)
         self._pads = [self.step - tokens for tokens in begun]
         self._capacity = capacity + max(self._pads)
-        self._lengths = [layout.length[root] for root in roots]
+        self._lengths = [forest.length[root] for root in roots]
         self._groups = [group for group, _ in rows]
         self._branched = False
         self._device = device
@@ -62,10 +62,10 @@ class GroupCache:
         self._prompt: list[tuple[Tensor, Tensor]] = []
         self._begun: list[tuple[Tensor, Tensor]] = []
         self._own: list[tuple[Tensor, Tensor]] = []
-        starts = torch.tensor([layout.start[root] for root in roots])[:, None]
+        starts = torch.tensor([forest.start[root] for root in roots])[:, None]
         ends = torch.tensor(self._lengths)[:, None] - 1
         self._index = (starts + torch.arange(max(self._lengths)).minimum(ends)).to(device)
-        first = torch.tensor([0 if child is None else layout.start[child] for _, child in rows])[:, None]
+        first = torch.tensor([0 if child is None else forest.start[child] for _, child in rows])[:, None]
         offsets = torch.arange(self.step) - torch.tensor(self._pads)[:, None]
         self._begun_index = (first + offsets.clamp(min=0)).to(device)
 
@@ -156,7 +156,7 @@ class GroupCache:
             self._own_bias = zeros.masked_fill(before, float("-inf"))[:, None, None]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, extras: Extras = PLAIN
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions = PLAIN
     ) -> Tensor | None:
         """The door of `foveate.models.attention.kernels.KeyValueCache`: query (H, T, d), key and value (H_kv, T, d).
         Layers come in order. Returns None during the prefill, else the output (H, B, d)."""
@@ -171,13 +171,13 @@ class GroupCache:
             self._biases.clear()
         heads, rows, width = query.shape
         rows_query = query.to(value.dtype).transpose(0, 1).reshape(rows, key.shape[0], -1, width)
-        prompt, prompt_lse = self._attend_prompt(layer, rows_query, scale, extras.window)
-        own, own_lse = self._attend_own(layer, rows_query, key, value, scale, extras.window)
+        prompt, prompt_lse = self._attend_prompt(layer, rows_query, scale, options.window)
+        own, own_lse = self._attend_own(layer, rows_query, key, value, scale, options.window)
         share = torch.sigmoid(prompt_lse - own_lse)[..., None]
         out = torch.lerp(own.float(), prompt.float(), share)
-        if extras.sinks is not None:
+        if options.sinks is not None:
             lse = torch.logaddexp(prompt_lse, own_lse)
-            out *= torch.sigmoid(lse - extras.sinks.float().view(lse.shape[1:]))[..., None]
+            out *= torch.sigmoid(lse - options.sinks.float().view(lse.shape[1:]))[..., None]
         return out.to(value.dtype).view(rows, heads, width).transpose(0, 1)
 
     def _attend_prompt(self, layer: int, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:

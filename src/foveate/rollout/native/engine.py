@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from foveate.models.forward import evaluating, hidden_states
 from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
-from foveate.parallel.fsdp import whole
+from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
-from foveate.records import Completion, DataError, Prompt, SamplingParams
+from foveate.records import Answer, DataError, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
-from foveate.rollout.native.batch import Wave
+from foveate.rollout.native.batch import DecodeBatch
 from foveate.rollout.native.cache import GroupCache, cached_numbers
 from foveate.rollout.native.graphs import recorder
 from foveate.rollout.native.sampling import draw
@@ -99,26 +99,32 @@ class NativeEngine:
         own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
         return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         """`sampling.samples` answers per request, in the order of the requests. An answer ends with a stop token, which
         it includes (finish "stop"), or after `sampling.max_tokens` tokens (finish "length")."""
         return in_order(self.stream(requests, sampling), requests)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish; what nobody asks for is not computed."""
-        open_ = [i for i, r in enumerate(requests) if not r.begun or any(c.finish == "abort" for c in r.begun)]
-        yield from ((i, request.begun) for i, request in enumerate(requests) if i not in open_)
+        open_ = [
+            i
+            for i, r in enumerate(requests)
+            if not r.partial_answers or any(c.finish == "abort" for c in r.partial_answers)
+        ]
+        yield from ((i, request.partial_answers) for i, request in enumerate(requests) if i not in open_)
         budget = self._token_budget or cache_tokens(self.policy)
-        for members in plan_waves([len(requests[i].prompt) for i in open_], sampling, budget):
+        for members in plan_decode_batches([len(requests[i].prompt) for i in open_], sampling, budget):
             if self._paused.is_set():
                 return
             asked = [requests[open_[i]] for i in members]
-            wave = Wave(asked, sampling, self.version, self.policy.device, 0.0 if self._record is None else _SLACK)
-            while wave.live:
-                for number in self._advance(wave, sampling):
-                    yield open_[members[number]], wave.group(number, self._decode)
+            decode_batch = DecodeBatch(
+                asked, sampling, self.version, self.policy.device, 0.0 if self._record is None else _SLACK
+            )
+            while decode_batch.live:
+                for number in self._advance(decode_batch, sampling):
+                    yield open_[members[number]], decode_batch.group(number, self._decode)
 
     def pause(self) -> None:
         self._paused.set()
@@ -151,36 +157,40 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing runs outside of a call."""
 
-    def _advance(self, wave: Wave, sampling: SamplingParams) -> list[int]:
+    def _advance(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> list[int]:
         """Sample until requests of the wave have all their answers: their numbers. Nobody else's code runs within,
         where autograd is off and the model in evaluation mode."""
         finished: list[int] = []
         with torch.inference_mode(), evaluating(self.policy.model):
             while not finished:
-                hidden = self._prefill(wave, sampling) if wave.cache is None else self._decode_step(wave, wave.cache)
-                token_B, logprob_B = self._sample(hidden, wave.uniform_B, sampling)
-                finished = wave.take(token_B, logprob_B, self._stop, self._paused.is_set())
+                hidden = (
+                    self._prefill(decode_batch, sampling)
+                    if decode_batch.cache is None
+                    else self._decode_step(decode_batch, decode_batch.cache)
+                )
+                token_B, logprob_B = self._sample(hidden, decode_batch.uniform_B, sampling)
+                finished = decode_batch.take(token_B, logprob_B, self._stop, self._paused.is_set())
         return finished
 
-    def _prefill(self, wave: Wave, sampling: SamplingParams) -> Tensor:
+    def _prefill(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> Tensor:
         """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
         The wave gets its cache, with the keys and values of prompts and of what was begun."""
         device, samples = self.policy.device, sampling.samples
-        batch = pack(wave.trees).to(device)
-        wave.cache = cache = GroupCache(batch.layout, samples, sampling.max_tokens - 1, device)
+        batch = pack(decode_batch.packed_groups).to(device)
+        decode_batch.cache = cache = GroupCache(batch.forest, samples, sampling.max_tokens - 1, device)
         hidden = hidden_states(self.policy, batch, cache)
         cache.branch()
-        self.stats.prefills += len(wave.trees)
-        self.stats.prefill_tokens += batch.layout.tokens
-        ends = [start + length - 1 for start, length in zip(batch.layout.start, batch.layout.length, strict=True)]
-        roots = [segment for segment, above in enumerate(batch.layout.parent) if above < 0]
+        self.stats.prefills += len(decode_batch.packed_groups)
+        self.stats.prefill_tokens += batch.forest.tokens
+        ends = [start + length - 1 for start, length in zip(batch.forest.start, batch.forest.length, strict=True)]
+        roots = [segment for segment, above in enumerate(batch.forest.parent) if above < 0]
         rows: list[int] = []
-        for root, tree in zip(roots, wave.trees, strict=True):
-            below = len(tree.answers)
+        for root, packed in zip(roots, decode_batch.packed_groups, strict=True):
+            below = len(packed.answers)
             rows += ends[root + 1 : root + 1 + below] if below else ends[root : root + 1] * samples
         return hidden[torch.tensor(rows, device=device)]
 
-    def _decode_step(self, wave: Wave, cache: GroupCache) -> Tensor:
+    def _decode_step(self, decode_batch: DecodeBatch, cache: GroupCache) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
         language: Any = self.policy.part("language")
 
@@ -190,15 +200,15 @@ class NativeEngine:
             return out.last_hidden_state[0]
 
         if not cache.is_fixed:
-            wave.replay = None  # before another is recorded, so that its memory is free
+            decode_batch.replay = None  # before another is recorded, so that its memory is free
             cache.loosen()
-            if self._record is not None and wave.ahead > _WORTH:
+            if self._record is not None and decode_batch.ahead > _WORTH:
                 cache.fix()
-                wave.replay = self._record(through, wave.last_B, wave.position_B)
-        hidden = (wave.replay or through)(wave.last_B, wave.position_B)
+                decode_batch.replay = self._record(through, decode_batch.last_B, decode_batch.position_B)
+        hidden = (decode_batch.replay or through)(decode_batch.last_B, decode_batch.position_B)
         cache.advance()
         self.stats.decode_steps += 1
-        self.stats.decode_tokens += len(wave.live)
+        self.stats.decode_tokens += len(decode_batch.live)
         return hidden
 
     def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -225,18 +235,18 @@ def cache_tokens(policy: Policy) -> int:
     return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
 
 
-def plan_waves(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
+def plan_decode_batches(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
     """Indices of the prompts of each wave, prompts of like length together, so that little of the cache is padding.
 
     A prompt takes as many cache tokens as the longest of its wave, plus `max_tokens` for each of its answers.
     """
-    waves: list[list[int]] = []
+    decode_batches: list[list[int]] = []
     for index in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
         tokens = prompt_lengths[index] + sampling.samples * sampling.max_tokens
-        if not waves or (len(waves[-1]) + 1) * tokens > token_budget:
-            waves.append([])
-        waves[-1].append(index)
-    return waves
+        if not decode_batches or (len(decode_batches[-1]) + 1) * tokens > token_budget:
+            decode_batches.append([])
+        decode_batches[-1].append(index)
+    return decode_batches
 
 
 @torch.no_grad()
@@ -253,4 +263,4 @@ def _copy_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             found, wanted = tuple(tensor.shape), tuple(known[name].shape)
             raise DataError(f"published weights: {name} has shape {found}, the engine's model has {wanted}")
     for name, tensor in weights.items():
-        known[name].copy_(whole(tensor))
+        known[name].copy_(full_tensor(tensor))

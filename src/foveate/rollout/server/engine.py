@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.errors import EngineError
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
 from foveate.rollout.seeds import seed_of
 from foveate.rollout.server.process import Replica, ReplicaLostError
@@ -85,7 +85,7 @@ class ServedEngine(ABC):
         """A server of this kind, not started yet."""
 
     @abstractmethod
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         """All answers to one request, each stamped with the version that the server says; nothing of it is begun yet.
         Raises ReplicaLostError where an answer has ended in a way that is not in `finishes`."""
 
@@ -98,11 +98,11 @@ class ServedEngine(ABC):
         """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache."""
 
     @abstractmethod
-    def let_go(self, replica: Replica) -> None:
+    def sleep_server(self, replica: Replica) -> None:
         """Give back the memory of weights and caches, whose contents are void then."""
 
     @abstractmethod
-    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
         """Take the memory of either again."""
 
     @abstractmethod
@@ -119,14 +119,14 @@ class ServedEngine(ABC):
 
     # -------------------------------------------------------------------------------------------------- the engine seam
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Completion, ...]]:
+    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         return in_order(self.stream(requests, sampling), requests)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Completion, ...]]]:
+    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         self._require_awake()
-        pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]] = {}
+        pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]] = {}
         progress = [(time.monotonic(), -1.0)] * len(self.replicas)
         look = time.monotonic() + self._stall_s / 4
 
@@ -159,7 +159,7 @@ class ServedEngine(ABC):
                         continue
                     self._fails[number] = 0
                     self.counts.groups += 1
-                    self.counts.tokens += sum(len(completion.token_ids) for completion in group)
+                    self.counts.tokens += sum(len(answer.token_ids) for answer in group)
                     yield index, group
         finally:
             self._drop(pending)
@@ -175,29 +175,29 @@ class ServedEngine(ABC):
         """How answers may end now."""
         return ("stop", "length", "abort") if self._paused.is_set() else ("stop", "length")
 
-    def _answer(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+    def _answer(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         """All answers to one request; those that were begun go on side by side, each by a request of its own."""
-        unfinished = [i for i, before in enumerate(request.begun) if before.finish == "abort"]
-        if not request.begun:
+        unfinished = [i for i, before in enumerate(request.partial_answers) if before.finish == "abort"]
+        if not request.partial_answers:
             return self.ask(replica, request, sampling)
         with ThreadPoolExecutor(max(1, len(unfinished))) as pool:
             more = pool.map(lambda i: self._go_on(replica, request, i, sampling), unfinished)
             found = dict(zip(unfinished, more, strict=True))
-        return tuple(found.get(i, before) for i, before in enumerate(request.begun))
+        return tuple(found.get(i, before) for i, before in enumerate(request.partial_answers))
 
-    def _go_on(self, replica: Replica, request: Request, number: int, sampling: SamplingParams) -> Completion:
+    def _go_on(self, replica: Replica, request: Request, number: int, sampling: SamplingParams) -> Answer:
         """The answer of this number with what follows on its tokens, which are part of the prompt now."""
-        before, prompt = request.begun[number], request.prompt
+        before, prompt = request.partial_answers[number], request.prompt
         ids = before.token_ids
         longer = replace(prompt, token_ids=prompt.token_ids + ids, engine_ids=prompt.engine_ids + ids)
         seed = seed_of("go on", request.seed, number, len(ids))
         rest = replace(sampling, samples=1, max_tokens=sampling.max_tokens - len(ids))
         [more] = self.ask(replica, Request(longer, seed), rest)
-        return before.then(more, self._decode(ids + more.token_ids))
+        return before.continued_by(more, self._decode(ids + more.token_ids))
 
     def _interrupt(
-        self, pending: dict[Future[tuple[Completion, ...]], tuple[int, int, int]]
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
+        self, pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]]
+    ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
         """End what is under way; the groups of which there is something."""
         self._drop(pending)
         while pending:
@@ -210,7 +210,7 @@ class ServedEngine(ABC):
                 self._revive(number, incarnation, error)
                 self.counts.regenerated += 1
                 continue
-            if any(completion.token_ids for completion in group):
+            if any(answer.token_ids for answer in group):
                 yield index, group
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -308,10 +308,10 @@ class ServedEngine(ABC):
         incarnation = replica.incarnation
         try:
             if self._sleeps:
-                self.take_again(replica, "weights")
+                self.wake_server(replica, "weights")
             self.send(replica, self.version, self._weights)
             if self._sleeps:
-                self.take_again(replica, "kv_cache")
+                self.wake_server(replica, "kv_cache")
         except ReplicaLostError as error:
             self._revive(number, incarnation, error)
 
@@ -322,7 +322,7 @@ class ServedEngine(ABC):
     def _sleep_one(self, number: int) -> None:
         """One that cannot is ended, which frees its memory, too; the next `publish` starts it again."""
         try:
-            self.let_go(self.replicas[number])
+            self.sleep_server(self.replicas[number])
         except (ReplicaLostError, EngineError) as error:
             logger.warning("engine server %d does not give its memory back (%s); it is ended", number, error)
             self.replicas[number].kill()

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.errors import ConfigError
 from foveate.models.policy import Policy
 
-SHARE = 0.4
+DEFAULT_MEMORY_FRACTION = 0.4
 """The part of a GPU's memory for a server that shares it with the trainer, if nobody says so."""
 
 

@@ -70,7 +70,7 @@ def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Buck
 
 
 @torch.no_grad()
-def fill(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
+def pack_bucket(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
     """Write a bucket and its trailer into `flat`, uint8 (size + TRAILER,) on the device of the tensors."""
     end = 0
     for _, tensor, offset in bucket.tensors:
@@ -104,7 +104,7 @@ def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor
             yield trailer(data, number)
         else:
             buffers.reverse()
-            yield fill(buffers[0][: bucket.size + TRAILER], bucket, number)
+            yield pack_bucket(buffers[0][: bucket.size + TRAILER], bucket, number)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def handles(buckets: Sequence[Bucket], device: torch.device) -> Iterator[tuple[B
     the next one is asked for: all are packed into the same memory."""
     room = torch.empty(max(bucket.size for bucket in buckets) + TRAILER, dtype=torch.uint8, device=device)
     for number, bucket in enumerate(buckets):
-        packed = fill(room[: bucket.size + TRAILER], bucket, number)
+        packed = pack_bucket(room[: bucket.size + TRAILER], bucket, number)
         torch.cuda.synchronize(device)
         yield bucket, b64encode(pickle.dumps(reduce_tensor(packed)[1])).decode()
 

@@ -22,11 +22,11 @@ from foveate.models.checkpoint.convert import write_json, write_other_files
 from foveate.models.checkpoint.names import from_hf
 from foveate.models.families.internvl import read_json
 from foveate.models.policy import Policy
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
 from foveate.rollout.server.launch import (
-    SHARE,
+    DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
     python_path,
@@ -87,7 +87,7 @@ class SGLangEngine(ServedEngine):
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
         require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
-        memory_fraction = memory_fraction or (SHARE if shared else 0.8)
+        memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
         self._bucket, self._workers = bucket_mb << 19, tensor_parallel
@@ -180,12 +180,12 @@ class SGLangEngine(ServedEngine):
         """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
         return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[replica].iterdir()))
 
-    def let_go(self, replica: Replica) -> None:
+    def sleep_server(self, replica: Replica) -> None:
         self.abort(replica)
         tags = {"tags": ["kv_cache", "weights"]}
         replica.call("POST", "/release_memory_occupation", tags, timeout_s=self._stall_s)
 
-    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
         replica.call("POST", "/resume_memory_occupation", {"tags": [what]}, timeout_s=self._stall_s)
 
     # ------------------------------------------------------------------------------------------------- the requests
@@ -196,17 +196,17 @@ class SGLangEngine(ServedEngine):
         found = self._generate(replica, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
         return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]
 
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         answers = self._generate(replica, request, sampling)
         if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, answers))
 
-    def _completion(self, answer: dict[str, Any]) -> Completion:
+    def _completion(self, answer: dict[str, Any]) -> Answer:
         token_ids, about = tuple(answer["output_ids"]), answer["meta_info"]
         logprobs = tuple(entry[0] for entry in about["output_token_logprobs"])
         version = int(about["weight_version"])
-        return Completion(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
+        return Answer(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
 
     def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
         answers = replica.call("POST", "/generate", self._body(request, sampling))

@@ -26,12 +26,12 @@ from foveate.models.checkpoint.convert import write_json, write_other_files
 from foveate.models.families.internvl import Family, read_json
 from foveate.models.families.qwen_vl import QwenVL
 from foveate.models.policy import Policy
-from foveate.records import Completion, ImageSlot, Prompt, SamplingParams
+from foveate.records import Answer, ImageSlot, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
 from foveate.rollout.server.launch import (
-    SHARE,
+    DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
     python_path,
@@ -190,10 +190,10 @@ class VLLMEngine(ServedEngine):
         counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
         return sum(map(float, counts))
 
-    def let_go(self, replica: Replica) -> None:
+    def sleep_server(self, replica: Replica) -> None:
         replica.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
 
-    def take_again(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
         replica.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
 
     # ----------------------------------------------------------------------------------------------------- the requests
@@ -203,7 +203,7 @@ class VLLMEngine(ServedEngine):
         answer = replica.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
         return tuple(answer["prompt_token_ids"])
 
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Completion, ...]:
+    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
         body = self._body(request, replace(sampling, samples=sampling.samples // alike))
         choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
@@ -211,11 +211,11 @@ class VLLMEngine(ServedEngine):
             raise ReplicaLostError("an answer was cut off")
         return tuple(map(self._completion, choices))
 
-    def _completion(self, choice: dict[str, Any]) -> Completion:
+    def _completion(self, choice: dict[str, Any]) -> Answer:
         token_ids = tuple(choice["token_ids"])
         logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
         version = min((int(span["version"]) for span in choice["weight_versions"]), default=self.version)
-        return Completion(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
+        return Answer(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         version = str(self.version)
@@ -263,7 +263,7 @@ def _require(policy: Policy, program: str) -> None:
 
 
 def _gpu_options(memory_fraction: float | None, shared: bool) -> tuple[str, ...]:
-    share = memory_fraction or (SHARE if shared else None)
+    share = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else None)
     memory = ("--gpu-memory-utilization", str(share)) if share else ()
     return (*memory, "--enable-sleep-mode") if shared else memory
 

@@ -15,10 +15,10 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, EngineError
 from foveate.models.checkpoint.names import to_hf
 from foveate.models.policy import load_policy
-from foveate.rollout.build import Proof, choose_engine
+from foveate.rollout.build import WeightCheck, choose_engine
 from foveate.rollout.check import check_engine
 from foveate.rollout.native.engine import NativeEngine
-from foveate.rollout.server.weights import ALIGNMENT, TRAILER, Sender, fill, plan_buckets
+from foveate.rollout.server.weights import ALIGNMENT, TRAILER, Sender, pack_bucket, plan_buckets
 from foveate.rollout.sglang.engine import chat_weights
 
 WEIGHTS = [
@@ -30,7 +30,7 @@ WEIGHTS = [
 
 
 def filled(bucket, number=0):
-    return fill(torch.full((bucket.size + TRAILER,), 7, dtype=torch.uint8), bucket, number)
+    return pack_bucket(torch.full((bucket.size + TRAILER,), 7, dtype=torch.uint8), bucket, number)
 
 
 def unpacked(bucket, flat):
@@ -145,7 +145,7 @@ class OwnWeights:
 def test_weights_that_do_not_arrive_end_the_run_at_the_next_check(parts):
     policy, encoder = parts
     engine = OwnWeights(policy, encoder.decode)
-    proof = Proof(engine, policy, encoder, RolloutSettings(check_every=2))
+    proof = WeightCheck(engine, policy, encoder, RolloutSettings(check_every=2))
     with torch.no_grad():
         policy.part("head").weight.mul_(1.1)
     for version in (1, 2):

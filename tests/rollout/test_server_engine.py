@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from foveate.errors import EngineError
-from foveate.records import Completion, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.process import PORT, Replica, ReplicaLostError, meanwhile
@@ -51,11 +51,11 @@ class FakeEngine(ServedEngine):
             raise ReplicaLostError("cut")
         if answer["finish"] == "abort":
             made = answer["tokens"]
-            completion = Completion((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
+            answer = Answer((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
         else:
-            completion = Completion((request.seed,), (0.0,), "", "stop", answer["version"])
+            answer = Answer((request.seed,), (0.0,), "", "stop", answer["version"])
         self.asked.append((request, sampling))
-        return (completion,) * sampling.samples
+        return (answer,) * sampling.samples
 
     def abort(self, replica):
         replica.call("POST", "/abort", {})
@@ -69,10 +69,10 @@ class FakeEngine(ServedEngine):
     def read(self, _replica, prompt):
         return prompt.token_ids
 
-    def let_go(self, replica):
+    def sleep_server(self, replica):
         replica.call("POST", "/sleep", {})
 
-    def take_again(self, replica, what):
+    def wake_server(self, replica, what):
         replica.call("POST", "/wake", {"what": what})
 
 
@@ -111,7 +111,7 @@ def test_every_group_comes_once_and_in_order(engine_of):
     groups = engine_of(2).generate(requests_of(20), SamplingParams(3))
     assert seeds_of(groups) == list(range(20))
     assert {len(group) for group in groups} == {3}
-    assert {completion.version for group in groups for completion in group} == {7}
+    assert {answer.version for group in groups for answer in group} == {7}
 
 
 @pytest.mark.parametrize("moment", [0, 1, 4, 9])
@@ -209,12 +209,12 @@ def test_a_pause_gives_what_is_unfinished_and_it_goes_on_under_new_weights(engin
     assert [group[0].finish for _, group in sorted(found.items())] == ["stop", "abort", "abort", "abort"]
     engine.publish(8, [("w", torch.ones(2))])
     engine.asked.clear()
-    again = [replace(request, begun=found[i]) for i, request in enumerate(requests)]
+    again = [replace(request, partial_answers=found[i]) for i, request in enumerate(requests)]
     groups = engine.generate(again, sampling)
     assert groups[0] == found[0]
     assert len(engine.asked) == 6
     for request, group in zip(again[1:], groups[1:], strict=True):
-        for before, after in zip(request.begun, group, strict=True):
+        for before, after in zip(request.partial_answers, group, strict=True):
             made = len(before.token_ids)
             assert after.token_ids[:-1] == before.token_ids
             assert after.logprobs == (*before.logprobs, 0.0)
@@ -229,8 +229,8 @@ def test_a_pause_gives_what_is_unfinished_and_it_goes_on_under_new_weights(engin
 
 def test_answers_of_a_group_that_were_finished_stay_when_the_others_go_on(engine_of):
     engine = engine_of(seconds=0.01)
-    done, open_ = Completion((5, 6), (-1.0, -2.0), "", "stop", 3), Completion((5,), (-1.0,), "", "abort", 4)
-    request = replace(requests_of(1)[0], begun=(done, open_, done))
+    done, open_ = Answer((5, 6), (-1.0, -2.0), "", "stop", 3), Answer((5,), (-1.0,), "", "abort", 4)
+    request = replace(requests_of(1)[0], partial_answers=(done, open_, done))
     [(first, second, third)] = engine.generate([request], SamplingParams(3, 10))
     assert (first, third) == (done, done)
     assert (second.finish, second.version, second.spans) == ("stop", 4, ((4, 1), (7, 1)))
@@ -239,8 +239,8 @@ def test_answers_of_a_group_that_were_finished_stay_when_the_others_go_on(engine
 
 def test_a_server_that_dies_while_answers_go_on_answers_them_again_from_the_same_tokens(engine_of):
     engine = engine_of(seconds=60)
-    open_ = Completion((5,), (-1.0,), "", "abort", 4)
-    requests = [replace(requests_of(1)[0], begun=(open_, open_))]
+    open_ = Answer((5,), (-1.0,), "", "abort", 4)
+    requests = [replace(requests_of(1)[0], partial_answers=(open_, open_))]
     with ThreadPoolExecutor(1) as pool:
         groups = pool.submit(engine.generate, requests, SamplingParams(2, 10))
         while engine.state()["asked"] < 2:
@@ -248,7 +248,7 @@ def test_a_server_that_dies_while_answers_go_on_answers_them_again_from_the_same
         engine.seconds = 0.01
         os.kill(engine.state()["pid"], signal.SIGKILL)
         [group] = groups.result()
-    assert [completion.spans for completion in group] == [((4, 1), (7, 1))] * 2
+    assert [answer.spans for answer in group] == [((4, 1), (7, 1))] * 2
     assert engine.counts.restarts == 1
 
 
@@ -341,7 +341,7 @@ def test_a_trainer_that_is_killed_leaves_no_server_behind():
     code = f"""
 import sys, time
 sys.path[:0] = [{str(HERE)!r}, {str(Path(__file__).parent)!r}]
-from test_served import FakeEngine
+from test_server_engine import FakeEngine
 engine = FakeEngine()
 print(engine.state()["pid"], flush=True)
 time.sleep(60)

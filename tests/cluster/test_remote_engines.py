@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from foveate.cluster.engine_process import EngineHost, EngineLostError
+from foveate.cluster.engine_process import EngineLostError, EngineProcess
 from foveate.cluster.local import LocalWorkers
-from foveate.cluster.remote_engines import EnginesApart
+from foveate.cluster.remote_engines import RemoteEngines
 from foveate.cluster.weights import Incoming, Outgoing
 from foveate.config.rollout import RolloutSettings
 from foveate.errors import DataError, EngineError, RankLost
@@ -82,8 +82,8 @@ def trainer(tiny_folder):
     learn(policy, 0)
     outgoing = Outgoing(policy.model, limit=100_000)
 
-    def logprobs(trees):
-        return check._logprobs(policy, 1.0, trees)
+    def logprobs(packed_groups):
+        return check._logprobs(policy, 1.0, packed_groups)
 
     return SimpleNamespace(policy=policy, engine=SimpleNamespace(packet=outgoing.packet), logprobs=logprobs)
 
@@ -108,11 +108,11 @@ def started(tiny_folder, trainer, encode):
     """started(size, ...) -> engines apart with the weights of the trainer, and their hosts."""
     opened = []
 
-    def start(size, *, dies=nothing, make=NativeEngine, timeout=60.0, beside=False, check_every=0):
+    def start(size, *, dies=nothing, make=NativeEngine, timeout=60.0, asynchronous=False, check_every=0):
         hosts = ThreadHosts(size, dies)
         load = partial(load_policy, str(tiny_folder))
         workers = LocalWorkers(trainer)
-        engines = EnginesApart(hosts, workers, load, timeout=timeout, beside=beside, dtype=torch.float32)
+        engines = RemoteEngines(hosts, workers, load, timeout=timeout, asynchronous=asynchronous, dtype=torch.float32)
         opened.append(engines)
         engines.start(make, encode, RolloutSettings(check_every=check_every), 3)
         return engines, hosts
@@ -181,7 +181,7 @@ def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(st
     engines.publish(4)
     indices, groups = zip(*sorted(engines.stream(requests, SAMPLING)), strict=True)
     assert hosts.starts == [0, 1, 1]
-    assert engines.publish(5)["engines_lost"] == 1
+    assert engines.publish(5)["engine/lost"] == 1
     undisturbed, _ = started(2)
     undisturbed.publish(4)
     assert indices == (*range(len(requests)),)
@@ -189,7 +189,7 @@ def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(st
 
 
 def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(started, trainer, requests):
-    engines, hosts = started(2, dies=once(1, "more", 1), beside=True)
+    engines, hosts = started(2, dies=once(1, "more", 1), asynchronous=True)
     expected = started(2)[0].generate(requests, SAMPLING)
     learn(trainer.policy, 9)
     assert engines.generate(requests, SAMPLING) == expected
@@ -197,7 +197,7 @@ def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(sta
 
 
 def test_the_only_engine_of_trainers_that_learn_meanwhile_takes_the_run_back_with_it(started, requests):
-    engines, _ = started(1, dies=once(0, "more", 1), beside=True)
+    engines, _ = started(1, dies=once(0, "more", 1), asynchronous=True)
     with pytest.raises(RankLost, match="engine 0 died, and its weights with it"):
         engines.generate(requests, SAMPLING)
 
@@ -222,7 +222,7 @@ def test_a_pause_ends_a_stream_and_what_was_begun_goes_on_after_it(started, requ
     found |= dict(groups)
     assert any(one.finish == "abort" for group in found.values() for one in group) or len(found) < len(requests)
     engines.resume()
-    again = [replace(request, begun=found.get(i, ())) for i, request in enumerate(requests)]
+    again = [replace(request, partial_answers=found.get(i, ())) for i, request in enumerate(requests)]
     answers = engines.generate(again, SAMPLING)
     expected = started(1)[0].generate(requests, SAMPLING)
     assert [[one.token_ids for one in group] for group in answers] == [
@@ -289,7 +289,7 @@ def test_at_most_two_packets_of_weights_are_in_memory(started):
 
 def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
     engines, hosts = started(1, check_every=1)
-    assert engines.publish(4)["engine_check"] < 1e-5
+    assert engines.publish(4)["engine/check"] < 1e-5
     incoming = hosts.hosts[0]._incoming
     incoming.take = lambda packet: incoming._taken.update(name for name, *_ in packet.tensors)
     learn(trainer.policy, 5)
@@ -309,7 +309,7 @@ def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tin
 
 
 def test_an_engine_that_is_no_trainer_keeps_its_weights_until_the_next_publish(trainer, tiny_folder, encode):
-    host = EngineHost(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
+    host = EngineProcess(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
     sent = Outgoing(trainer.policy.model)
     first = sent.packet(True)
     assert first is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_cases import TASKS, Bench, Engine, Rewards, Tasks, rows
+from async_cases import TASKS, Bench, Engine, Rewards, Tasks, rows
 from pydantic import ValidationError
 from toy import make_data, rl_settings
 
@@ -22,7 +22,7 @@ from foveate.records import SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.rl import run_rl
-from foveate.train.rollouts import Sampler, Work
+from foveate.train.rollouts import PendingGroup, SyncRollouts
 
 CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
 
@@ -47,8 +47,8 @@ def test_every_task_is_trained_once_in_the_order_of_the_stream(staleness):
 def test_no_answer_is_older_than_the_staleness_and_none_is_made_to_be_dropped(staleness):
     bench = Bench(Engine(), staleness).run(between=lambda: time.sleep(0.01))
     assert max(age for step in bench.ages for age in step) <= staleness
-    assert bench.said[-1]["staleness/max"] > 0
-    assert all(said["groups_dropped"] == 0 for said in bench.said)
+    assert bench.said[-1]["rollout/staleness_max"] > 0
+    assert all(said["rollout/groups_dropped"] == 0 for said in bench.said)
 
 
 @pytest.mark.parametrize("slow", ["generation", "learning", "neither"])
@@ -72,14 +72,14 @@ def test_what_waits_is_bounded_however_slow_the_learner_is(staleness):
 
     bench = Bench(engine, staleness, last=6).run(between=wait)
     assert made == [min(24, 4 * (step + staleness)) for step in range(1, 7)]
-    assert max(said["groups_waiting"] for said in bench.said) <= 4 * (staleness + 1)
+    assert max(said["rollout/groups_waiting"] for said in bench.said) <= 4 * (staleness + 1)
 
 
 def test_groups_that_are_too_old_are_dropped_and_counted_and_never_trained():
     old = set(rows(32)[5:8])
     bench = Bench(Engine(lag=lambda row: 3 if row in old else 0), last=5).run()
     flat = [row for step in bench.trained for row in step]
-    dropped = sum(said["groups_dropped"] for said in bench.said)
+    dropped = sum(said["rollout/groups_dropped"] for said in bench.said)
     assert flat == [row for row in rows(20 + int(dropped)) if row not in old]
     assert dropped == 3
     assert bench.stream.position == 23
@@ -128,10 +128,10 @@ def test_closing_ends_the_greedy_answers_of_a_round():
     """The engine is paused then, and gives nothing however often it is asked."""
     engine = Engine()
     engine.pause()
-    sampler = Sampler(Tasks(Stream(TASKS, 0, 1)), engine, None, SamplingParams(), 0, True)
+    sampler = SyncRollouts(Tasks(Stream(TASKS, 0, 1)), engine, None, SamplingParams(), 0, True)
     [(task, prompt)] = sampler.reader.take(1)
     asked = []
-    ones = sampler.greedy([Work(0, task, Request(prompt, 0))], None, lambda: asked.append(1) or len(asked) > 2)
+    ones = sampler.greedy([PendingGroup(0, task, Request(prompt, 0))], None, lambda: asked.append(1) or len(asked) > 2)
     assert ones[0].scores is None
     assert len(asked) == 3
 
@@ -161,10 +161,10 @@ def test_a_continued_run_trains_the_same_groups_in_the_same_steps():
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_groups_of_equal_rewards_are_replaced_by_those_that_follow(staleness):
     equal = set(rows(12)[1:3]) | set(rows(12)[6:7])
-    bench = Bench(Engine(), staleness, last=5, refills=2, rewards=Rewards(equal)).run()
+    bench = Bench(Engine(), staleness, last=5, resample_rounds=2, rewards=Rewards(equal)).run()
     flat = [row for step in bench.trained for row in step]
     assert flat == [row for row in rows(23) if row not in equal]
-    assert all(said["groups_dropped"] == 0 for said in bench.said)
+    assert all(said["rollout/groups_dropped"] == 0 for said in bench.said)
     assert bench.stream.position == 23
 
 
@@ -191,11 +191,13 @@ def test_a_run_with_staleness_learns_and_says_how_old_its_answers_are(tmp_path, 
     run = run_rl(rl_settings(tmp_path / "a", tiny_folder, data, **settings))
     again = run_rl(rl_settings(tmp_path / "b", tiny_folder, data, **settings))
     records = read_metrics(run.metrics)
-    assert [record["staleness/max"] for record in records] == [0, 1, 1, 1]
-    assert {"seconds/wait", "seconds/generate", "mismatch_kl", "mismatch_cut", "engine_kl_k3"} <= set(records[-1])
-    assert records[0]["engine_logprob_difference_max"] < 1e-4 < records[2]["engine_logprob_difference_max"]
-    own = [records[-1][f"seconds/{name}"] for name in ("wait", "logprobs", "update", "publish")]
-    assert records[-1]["seconds/step"] == pytest.approx(sum(own))
+    assert [record["rollout/staleness_max"] for record in records] == [0, 1, 1, 1]
+    assert {"time/wait", "time/generate", "engine/correction_kl", "engine/correction_truncated", "engine/kl_k3"} <= set(
+        records[-1]
+    )
+    assert records[0]["engine/logprob_difference_max"] < 1e-4 < records[2]["engine/logprob_difference_max"]
+    own = [records[-1][f"time/{name}"] for name in ("wait", "logprobs", "update", "publish")]
+    assert records[-1]["time/step"] == pytest.approx(sum(own))
     assert [row["answers"][0]["version"] for row in rows_of(run)] == [0] * 8 + [1] * 4 + [2] * 4
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(run).items())
 

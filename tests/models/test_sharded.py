@@ -14,7 +14,7 @@ from foveate.config.cluster import ClusterSettings
 from foveate.errors import DataError
 from foveate.models.checkpoint.convert import convert
 from foveate.models.policy import load_policy
-from foveate.models.sharded import allocate, fill, hollow_policy
+from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
@@ -48,10 +48,10 @@ def require_same(found, expected):
 @pytest.mark.parametrize("name", ["internvl", "internvl, chat", *OTHERS])
 def test_a_filled_model_is_the_loaded_one_bit_for_bit(folders, name, dtype):
     loaded = load_policy(str(folders[name]), dtype=dtype)
-    policy = hollow_policy(str(folders[name]), dtype=dtype)
-    assert policy.is_hollow
+    policy = meta_policy(str(folders[name]), dtype=dtype)
+    assert policy.is_meta
     allocate(policy, policy.model, "cpu")
-    fill(policy)
+    load_sharded(policy)
     require_same(tensors_of(policy), tensors_of(loaded))
     names = [[name for name, _ in one.model.named_parameters()] for one in (policy, loaded)]
     assert names[0] == names[1]  # tied weights are one
@@ -64,10 +64,10 @@ def filled_shares(_rank, ranks, _folder, folders):
     for name, folder in folders.items():
         for kind, changes in {"full": {}, "hybrid": {"nodes": 2, "shard": "hybrid"}}.items():
             cluster = ClusterSettings(**{"gpus_per_node": ranks // changes.get("nodes", 1), **changes})
-            policy = hollow_policy(str(folder))
+            policy = meta_policy(str(folder))
             root = shard(LogProbs(policy), mesh_of(cluster, "cpu"), cluster)
             allocate(policy, root, "cpu")
-            fill(policy)
+            load_sharded(policy)
             held = sum(parameter.to_local().numel() for parameter in policy.model.parameters())
             found[name, kind] = {key: whole(tensor).clone() for key, tensor in tensors_of(policy).items()}, held
     return found
@@ -114,7 +114,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(folders, name, tmp_path):
         (with_more, r"the weights also hold strange\.weight"),
         (turned, r"shape \(\d+, \d+\),? .*asks for"),
     ):
-        policy = hollow_policy(str(changed(folders[name], tmp_path / change.__name__, change)))
+        policy = meta_policy(str(changed(folders[name], tmp_path / change.__name__, change)))
         allocate(policy, policy.model, "cpu")
         with pytest.raises(DataError, match=message):
-            fill(policy)
+            load_sharded(policy)

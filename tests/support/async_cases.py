@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.data.stream import Stream
-from foveate.records import Completion, Group, Message, Prompt, SamplingParams, Score, Task
-from foveate.train.async_rollouts import Ahead
+from foveate.records import Answer, Group, Message, Prompt, SamplingParams, Score, Task
+from foveate.train.async_rollouts import AsyncRollouts
 from foveate.train.clock import Clock
-from foveate.train.rollouts import Sampler
+from foveate.train.rollouts import SyncRollouts
 
 TASKS = 40
 
@@ -56,7 +56,7 @@ class Engine:
                     return
                 self.answered += 1
                 version = self.version - self.lag(row)
-                answer = Completion((row,), (0.0,), str(row), "stop", version)
+                answer = Answer((row,), (0.0,), str(row), "stop", version)
                 yield index, (answer,) * sampling.samples
         finally:
             self.answering = False
@@ -90,8 +90,10 @@ class TokenByToken(Engine):
 
     def stream(self, requests: Sequence[Any], sampling: SamplingParams) -> Iterator[Any]:
         some = [*enumerate(requests)][: self.at_once]
-        grown = {i: request.begun[0] if request.begun else None for i, request in some}
-        self.asked += [(r.prompt.token_ids[0], len(r.begun[0].token_ids) if r.begun else 0) for _, r in some]
+        grown = {i: request.partial_answers[0] if request.partial_answers else None for i, request in some}
+        self.asked += [
+            (r.prompt.token_ids[0], len(r.partial_answers[0].token_ids) if r.partial_answers else 0) for _, r in some
+        ]
         self.answering = True
         try:
             while grown and not self.paused:
@@ -103,8 +105,8 @@ class TokenByToken(Engine):
                         continue
                     moved, self.made[row] = True, made + 1
                     finish = "stop" if made + 1 == self.length else "abort"
-                    one = Completion((row,), (float(-self.version),), str(row), finish, self.version)
-                    grown[index] = one if before is None else before.then(one, one.text)
+                    one = Answer((row,), (float(-self.version),), str(row), finish, self.version)
+                    grown[index] = one if before is None else before.continued_by(one, one.text)
                     if finish == "stop":
                         yield index, (grown.pop(index),) * sampling.samples
                 if not moved:
@@ -145,7 +147,7 @@ class Bench:
     last: int = 8
     step: int = 0
     rewards: Rewards = field(default_factory=Rewards)
-    refills: int = 0
+    resample_rounds: int = 0
     partial: bool = False
     over_sample: int = 0
     time_limit: float | None = None
@@ -163,8 +165,8 @@ class Bench:
             self.stream.restore(self.state)
         self.engine.version = self.step
         source = Tasks(copy.copy(self.stream))
-        sampler = Sampler(source, self.engine, self.rewards, SamplingParams(2), 0, False, self.time_limit)
-        ahead = Ahead(
+        sampler = SyncRollouts(source, self.engine, self.rewards, SamplingParams(2), 0, False, self.time_limit)
+        ahead = AsyncRollouts(
             sampler,
             self.stream,
             staleness=self.staleness,
@@ -177,11 +179,11 @@ class Bench:
         with closing(ahead):
             for step in range(self.step + 1, (steps or self.last) + 1):
                 clock = Clock()
-                groups, _ = ahead.draw(step, self.count, self.refills, clock)
+                groups, _ = ahead.draw(step, self.count, self.resample_rounds, clock)
                 between()
                 self.groups += groups
                 self.trained.append([group.task.answer for group in groups])
-                self.ages.append([step - 1 - group.completions[0].version for group in groups])
+                self.ages.append([step - 1 - group.answers[0].version for group in groups])
                 self.said.append(ahead.metrics())
                 with ahead.at_rest(clock):
                     self.engine.publish(step)
