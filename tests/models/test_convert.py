@@ -104,7 +104,7 @@ def test_chat_to_hf_and_back_gives_the_same_tensors_and_config(case, chat_folder
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("forest", ["hf", "hf-old"])
+@pytest.mark.parametrize("layout", ["hf", "hf-old"])
 def test_hf_to_chat_and_back_gives_the_same_tensors_and_config(case, layout, chat_folder, tmp_path):
     """From a folder that transformers itself has written, which never was in the GitHub format."""
     convert(chat_folder(case), tmp_path / "made", layout)
@@ -121,7 +121,7 @@ def test_hf_to_chat_and_back_gives_the_same_tensors_and_config(case, layout, cha
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("forest", ["hf", "hf-old"])
+@pytest.mark.parametrize("layout", ["hf", "hf-old"])
 def test_the_hf_form_in_plain_transformers_gives_the_official_logprobs(case, layout, chat_folder, hf_folder, tmp_path):
     folder = hf_folder(case)
     if layout == "hf-old":
@@ -140,7 +140,7 @@ def test_the_hf_form_in_plain_transformers_gives_the_official_logprobs(case, lay
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("forest", ["chat", "hf"])
+@pytest.mark.parametrize("layout", ["chat", "hf"])
 def test_the_loaded_policy_gives_the_official_logprobs(case, layout, chat_folder, hf_folder):
     policy = load_policy(str(chat_folder(case) if layout == "chat" else hf_folder(case)))
     assert policy.format == layout
@@ -241,7 +241,7 @@ def test_the_source_stays_as_it_was(chat_folder, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("forest", ["chat", "hf", "hf-old"])
+@pytest.mark.parametrize("layout", ["chat", "hf", "hf-old"])
 def test_a_policy_is_saved_in_the_layout_it_came_in(case, layout, chat_folder, tmp_path):
     source = chat_folder(case)
     if layout != "chat":

@@ -71,7 +71,7 @@ def test_the_old_layout_differs_in_prefixes_only(old, new):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("forest", ["chat", "hf-old", "hf"])
+@pytest.mark.parametrize("layout", ["chat", "hf-old", "hf"])
 def test_every_official_name_goes_to_a_layout_and_back(case, layout):
     for name in CASES[case]["shapes"]:
         for hf in to_hf(name, "chat"):
@@ -99,7 +99,7 @@ def test_a_name_that_a_layout_does_not_have_is_refused(name, layout):
     assert str(error.value) == f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS[layout]} layout"
 
 
-@pytest.mark.parametrize("forest", ["chat", "hf-old", "hf"])
+@pytest.mark.parametrize("layout", ["chat", "hf-old", "hf"])
 @pytest.mark.parametrize("name", ["mlp1.0.weight", "model.vision_model.weight"])
 def test_a_name_that_hugging_face_does_not_have_goes_nowhere(name, layout):
     with pytest.raises(DataError, match="Hugging Face layout"):
