@@ -21,8 +21,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import RankLost
 from foveate.models.policy import Policy
 from foveate.parallel.balance import balance
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Answer, Prompt, SamplingParams
+from foveate.records import Answer, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.check import compare
 from foveate.rollout.engine import Request, in_order
 

@@ -97,18 +97,18 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                 if not settings.rollout.staleness:
                     engine.sleep()
                 with clock.phase("logprobs"):
-                    examples, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
+                    batch, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, epochs=epochs, seed=seed)
+                    learned = update(workers, batch, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
                     record["data/epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples, patience)
+                    write_rollouts(run.rollouts, step, groups, batch.answer_advantages, patience)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
