@@ -27,9 +27,8 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker, sft_total, use_threads
 
 
 def run_sft(settings: SFTSettings) -> RunFolder:
@@ -69,9 +68,9 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
                     rest = weighting, sft_total(packed_groups, weighting), rate
-                    learned = next(scatter(workers, "update_sft", packed_groups, [*map(costs, packed_groups)], *rest))[
-                        1
-                    ]
+                    learned = next(
+                        scatter(workers, Worker.update_sft, packed_groups, [*map(costs, packed_groups)], *rest)
+                    )[1]
                 tokens = sum(packed.tokens for packed in packed_groups)
                 metrics.write(
                     step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
@@ -80,7 +79,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, Worker.export, run.final, patience)
     return run
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Concatenate
 
 import torch
 from torch import Tensor
@@ -12,16 +12,17 @@ from torch import Tensor
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.values import gae
-from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
+from foveate.cluster.base import P, WorkerGroup, scatter, scatter_gather
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import PackedGroup
 from foveate.records import Group, Totals, sum_by_sample
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.targets import TrainGroup
+from foveate.train.worker import Worker
 
 
 def compute_advantages(
-    workers: WorkerGroup, groups: Sequence[Group], method: ResolvedAlgorithm, updates: int, costs: Costs
+    workers: WorkerGroup[Worker], groups: Sequence[Group], method: ResolvedAlgorithm, updates: int, costs: Costs
 ) -> tuple[list[TrainGroup], dict[str, float]]:
     """The groups of a step with their advantages and the log-probs that `updates` updates on them need, and metrics.
 
@@ -45,7 +46,7 @@ def compute_advantages(
 
 
 def update(
-    workers: WorkerGroup,
+    workers: WorkerGroup[Worker],
     examples: Sequence[TrainGroup],
     method: ResolvedAlgorithm,
     updates: int,
@@ -75,10 +76,10 @@ def update(
         tokens += sum(example.packed.tokens for example in chosen)
         totals = _totals(members)
         if method.critic is not None:
-            critic_records.append(_learn(workers, "update_critic", chosen, costs, totals, rates["critic/lr"]))
+            critic_records.append(_learn(workers, Worker.update_critic, chosen, costs, totals, rates["critic/lr"]))
         if rates["optim/lr"]:
             chosen = _marked(workers, chosen, method, generator, costs, is_fresh=not records)
-            records.append(_learn(workers, "update_policy", chosen, costs, method.loss, totals, rates["optim/lr"]))
+            records.append(_learn(workers, Worker.update_policy, chosen, costs, method.loss, totals, rates["optim/lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
         **reduce_metrics(every),
@@ -100,17 +101,17 @@ def _example(group: Group) -> TrainGroup:
 
 
 def _with_passes(
-    workers: WorkerGroup, examples: Sequence[TrainGroup], method: ResolvedAlgorithm, costs: Costs, *, old: bool
+    workers: WorkerGroup[Worker], examples: Sequence[TrainGroup], method: ResolvedAlgorithm, costs: Costs, *, old: bool
 ) -> list[TrainGroup]:
     """The groups with the log-probs of the old and the reference policy and with values, each where it is needed."""
     packed_groups = [example.packed for example in examples]
     nothing = [None] * len(packed_groups)
     estimates = [*map(costs, packed_groups)]
-    old_logprobs = scatter_gather(workers, "logprobs", packed_groups, estimates) if old else nothing
+    old_logprobs = scatter_gather(workers, Worker.logprobs, packed_groups, estimates) if old else nothing
     ref_logprobs = (
-        scatter_gather(workers, "logprobs", packed_groups, estimates, True) if method.needs_reference else nothing
+        scatter_gather(workers, Worker.logprobs, packed_groups, estimates, True) if method.needs_reference else nothing
     )
-    values = scatter_gather(workers, "values", packed_groups, estimates) if method.critic is not None else nothing
+    values = scatter_gather(workers, Worker.values, packed_groups, estimates) if method.critic is not None else nothing
     return [
         replace(example, old=old_M, ref=ref_M, value=value_M)
         for example, old_M, ref_M, value_M in zip(examples, old_logprobs, ref_logprobs, values, strict=True)
@@ -171,7 +172,7 @@ def _token_rewards(
 
 
 def _marked(
-    workers: WorkerGroup,
+    workers: WorkerGroup[Worker],
     examples: list[TrainGroup],
     method: ResolvedAlgorithm,
     generator: torch.Generator,
@@ -185,7 +186,7 @@ def _marked(
         return examples
     old = [example.old for example in examples if example.old is not None]
     packed_groups = [example.packed for example in examples]
-    now = old if is_fresh else scatter_gather(workers, "logprobs", packed_groups, [*map(costs, packed_groups)])
+    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, packed_groups, [*map(costs, packed_groups)])
     advantage_M = torch.cat([example.advantage for example in examples if example.advantage is not None])
     masked_M = method.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
     masks = masked_M.split([example.packed.answer_tokens for example in examples])
@@ -193,10 +194,17 @@ def _marked(
 
 
 def _learn(
-    workers: WorkerGroup, method: str, examples: Sequence[TrainGroup], costs: Costs, *rest: Any
+    workers: WorkerGroup[Worker],
+    method: Callable[Concatenate[Worker, Sequence[TrainGroup], P], dict[str, float]],
+    examples: Sequence[TrainGroup],
+    costs: Costs,
+    *rest: P.args,
+    **keywords: P.kwargs,
 ) -> dict[str, float]:
     """One optimizer step of all ranks together; its metrics, which are those of all on each."""
-    return next(scatter(workers, method, examples, [costs(example.packed) for example in examples], *rest))[1]
+    return next(scatter(workers, method, examples, [costs(example.packed) for example in examples], *rest, **keywords))[
+        1
+    ]
 
 
 def _totals(examples: Sequence[TrainGroup]) -> Totals:
