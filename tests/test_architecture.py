@@ -22,8 +22,8 @@ LAYERS = (
 LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 27_500
 ELSEWHERE = ("ray", "vllm", "sglang")
 """Heavy optional libraries, each imported in at most one file."""
-BY_NAME = {("cluster/local.py", "attrgetter"), ("plan/trace.py", "attrgetter")}
-"""Where an attribute may be looked up by name: the call of a method by its name, and a list of fields by theirs."""
+BY_NAME = {("plan/trace.py", "attrgetter")}
+"""Where an attribute may be looked up by name: a list of fields by theirs."""
 
 
 def name_of(path: Path) -> str:

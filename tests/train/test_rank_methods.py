@@ -67,7 +67,7 @@ def worker_of(folder, kind, settings, cluster):
 def learn_by_sft(workers, groups):
     packed_groups = [group.group for group in groups]
     rest = "square", sft_total(packed_groups, "square"), 1e-2
-    return [next(scatter(workers, "update_sft", packed_groups, [*map(COSTS, packed_groups)], *rest))[1]]
+    return [next(scatter(workers, Worker.update_sft, packed_groups, [*map(COSTS, packed_groups)], *rest))[1]]
 
 
 def learn_by_mpo(workers, groups):
@@ -83,7 +83,7 @@ def learn_by_mpo(workers, groups):
     ]
     for some in (pairs, pairs[-1:], pairs[:3]):
         costs = [COSTS(pair.group) for pair in some]
-        record = next(scatter(workers, "update_preference", some, costs, loss, _totals(some), shift.mean, 1e-2))[1]
+        record = next(scatter(workers, Worker.update_preference, some, costs, loss, _totals(some), shift.mean, 1e-2))[1]
         _move(shift, record, len(some))
         said.append(record)
     return [*said, {"shift": shift.mean, **{f"{i}": value for i, own in enumerate(known) for value in [sum(own)]}}]
@@ -97,9 +97,9 @@ def learn_by_rl(workers, groups):
     said = []
     for some in (groups, groups[-1:]):
         costs = [COSTS(group.group) for group in some]
-        said.append(next(scatter(workers, "update_policy", some, costs, LOSS, totals_of(some), 1e-1))[1])
+        said.append(next(scatter(workers, Worker.update_policy, some, costs, LOSS, totals_of(some), 1e-1))[1])
     packed_groups = [group.group for group in groups]
-    ref = scatter_gather(workers, "logprobs", packed_groups, [*map(COSTS, packed_groups)], True)
+    ref = scatter_gather(workers, Worker.logprobs, packed_groups, [*map(COSTS, packed_groups)], True)
     return [*said, {str(i): own.sum().item() for i, own in enumerate(ref)}]
 
 
@@ -107,9 +107,9 @@ def learn_by_critic(workers, groups):
     said = []
     for some in (groups, groups[-1:], groups):
         costs, packed_groups = [COSTS(group.group) for group in some], [group.group for group in some]
-        values = scatter_gather(workers, "values", packed_groups, costs)
+        values = scatter_gather(workers, Worker.values, packed_groups, costs)
         rows = [ValueRow(g.group, value, g.advantage + 1) for g, value in zip(some, values, strict=True)]
-        record = next(scatter(workers, "update_critic", rows, costs, totals_of(rows), 1e-1))[1]
+        record = next(scatter(workers, Worker.update_critic, rows, costs, totals_of(rows), 1e-1))[1]
         said.append({**record, **{str(i): value.sum().item() for i, value in enumerate(values)}})
     return said
 
@@ -182,7 +182,7 @@ def in_half_precision(rank, ranks, out, folder):
     costs, totals = [COSTS(group.group) for group in groups], totals_of(groups)
 
     def step():
-        return next(scatter(workers, "update_policy", groups, costs, LOSS, totals, 1e-2))[1]
+        return next(scatter(workers, Worker.update_policy, groups, costs, LOSS, totals, 1e-2))[1]
 
     worker.scale.value = 1024.0
     first = step()
@@ -199,7 +199,7 @@ def test_float16_learns_with_a_scaled_loss_and_skips_what_overflows(tmp_path, fo
     groups = groups_of(worker.policy.family)
     costs = [COSTS(group.group) for group in groups]
     rest = LOSS, totals_of(groups), 1e-2
-    whole = next(scatter(LocalWorkers(worker), "update_policy", groups, costs, *rest))[1]
+    whole = next(scatter(LocalWorkers(worker), Worker.update_policy, groups, costs, *rest))[1]
     for first, second, scale, state, restored in spawn(in_half_precision, 2, tmp_path, folders["dense"]):
         assert first["optim/update_skipped"] == 0
         assert first["optim/grad_norm"] == pytest.approx(whole["optim/grad_norm"], rel=0.02)

@@ -14,6 +14,7 @@ from rank_cases import spawn, tree_of
 from foveate.algorithms.policy_losses import gspo
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
+from foveate.cluster.rank_engine import RankEngine, RankEngines
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
@@ -76,7 +77,7 @@ def worker_of(folder, budget, *, adam=False, **cluster):
 def step(workers, groups, rate=1e-2):
     costs = [COSTS(group.group) for group in groups]
     totals = Totals(sum(g.group.trained_tokens for g in groups), sum(len(g.group.answers) for g in groups), len(groups))
-    return next(scatter(workers, "update_policy", groups, costs, LOSS, totals, rate))[1]
+    return next(scatter(workers, Worker.update_policy, groups, costs, LOSS, totals, rate))[1]
 
 
 def two_steps(workers, groups):
@@ -238,17 +239,17 @@ class Recorder:
 
     def call(self, _, per_rank_arguments):
         self.calls = per_rank_arguments
-        return [[(rank, item) for item in own[0]] for rank, own in enumerate(per_rank_arguments)]
+        return [[(rank, item) for item in own[-2]] for rank, own in enumerate(per_rank_arguments)]
 
 
 def test_neighbours_that_share_rows_get_the_same_share_and_results_keep_the_order():
     workers = Recorder()
-    results = scatter_gather(workers, "logprobs", ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
+    results = scatter_gather(workers, Worker.logprobs, ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
     assert workers.calls == [(["b"], "more")] * 2 + [(["a", "c"], "more")] * 2
     assert results == [(2, "a"), (0, "b"), (2, "c")]
     assert [own[0] for own in workers.calls] != [None]
-    scatter_gather(workers, "engine.generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
-    assert [own[0] for own in workers.calls] == [["b"], ["c"], ["a"], []]
+    scatter_gather(RankEngines(workers), RankEngine.generate, ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
+    assert [own[1] for own in workers.calls] == [["b"], ["c"], ["a"], []]
 
 
 def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path, folders):

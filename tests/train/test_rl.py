@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -304,8 +304,8 @@ class CountingWorkers(LocalWorkers):
         super().__init__(worker)
         self.asked: list[str] = []
 
-    def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        self.asked.append(method)
+    def call(self, method: Callable[..., Any], per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        self.asked.append(method.__name__)
         return super().call(method, per_rank_arguments)
 
 

@@ -41,9 +41,8 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, use_threads
 
 WITHOUT_REFERENCE = ("sft",)
 
@@ -88,7 +87,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
-                    learned = next(scatter(workers, "update_preference", pairs, estimates, *rest))[1]
+                    learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
                 record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
@@ -99,7 +98,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                     save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, Worker.export, run.final, patience)
     return run
 
 
@@ -114,8 +113,8 @@ def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
 # --------------------------------------------------------------------------------------------------- the reference
 
 
-def _logprobs(workers: WorkerGroup, costs: Costs, groups: Sequence[PackedGroup]) -> list[Tensor]:
-    return scatter_gather(workers, "logprobs", groups, [*map(costs, groups)])
+def _logprobs(workers: WorkerGroup[Worker], costs: Costs, groups: Sequence[PackedGroup]) -> list[Tensor]:
+    return scatter_gather(workers, Worker.logprobs, groups, [*map(costs, groups)])
 
 
 def _reference(

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
-from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, start_workers, startup_timeout
+from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, scatter_gather, start_workers, startup_timeout
 from foveate.cluster.colocated_engines import ColocatedEngines
 from foveate.cluster.remote_engines import RemoteEngines
 from foveate.config.algorithm import RewardSettings
@@ -49,10 +49,9 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
 from foveate.train.update import compute_advantages, update
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, use_threads
 
 
 def run_rl(settings: RLSettings) -> RunFolder:
@@ -118,7 +117,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                         save(workers, run, step, state, settings.train, patience)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, Worker.export, run.final, patience)
     return run
 
 
@@ -139,7 +138,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
 
 
-def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> ColocatedEngines | RemoteEngines:
+def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
     """What answers: the ranks' own engines, or engines in processes of their own."""
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
@@ -151,6 +150,7 @@ def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> Colo
         ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
         load,
+        lambda packed: scatter_gather(workers, Worker.logprobs, packed, [float(one.tokens) for one in packed]),
         timeout=cluster.timeout,
         asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],

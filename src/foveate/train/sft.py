@@ -26,9 +26,8 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker, sft_total, use_threads
 
 
 def run_sft(settings: SFTSettings) -> RunFolder:
@@ -68,7 +67,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
                     rest = weighting, sft_total(groups, weighting), rate
-                    learned = next(scatter(workers, "update_sft", groups, [*map(costs, groups)], *rest))[1]
+                    learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
                 tokens = sum(group.tokens for group in groups)
                 metrics.write(
                     step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
@@ -77,7 +76,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, Worker.export, run.final, patience)
     return run
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Concatenate
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.values import gae
-from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
+from foveate.cluster.base import P, WorkerGroup, scatter, scatter_gather
 from foveate.parallel.balance import Costs
 from foveate.records import Group, PackedGroup, Totals
 from foveate.train.algorithm import ResolvedAlgorithm
-from foveate.train.targets import PolicyRow, ValueRow
+from foveate.train.targets import PolicyRow, Row, ValueRow
+from foveate.train.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class TrainBatch:
 
 
 def compute_advantages(
-    workers: WorkerGroup, groups: Sequence[Group], algorithm: ResolvedAlgorithm, updates: int, cost_of: Costs
+    workers: WorkerGroup[Worker], groups: Sequence[Group], algorithm: ResolvedAlgorithm, updates: int, cost_of: Costs
 ) -> tuple[TrainBatch, dict[str, float]]:
     """The groups of a step with their advantages and the log-probs that `updates` updates on them need, and metrics.
 
@@ -79,7 +80,7 @@ def compute_advantages(
 
 
 def update(
-    workers: WorkerGroup,
+    workers: WorkerGroup[Worker],
     batch: TrainBatch,
     algorithm: ResolvedAlgorithm,
     updates: int,
@@ -111,11 +112,11 @@ def update(
         totals = _totals([batch.groups[i] for i in members])
         if algorithm.critic is not None:
             rows = _value_rows(batch, chosen)
-            critic_records.append(_step(workers, "update_critic", rows, costs, totals, rates["critic/lr"]))
+            critic_records.append(_step(workers, Worker.update_critic, rows, costs, totals, rates["critic/lr"]))
         if rates["optim/lr"]:
             masks = _masks(workers, batch, chosen, algorithm, generator, costs, is_fresh=not records)
             rows = _policy_rows(batch, chosen, masks)
-            records.append(_step(workers, "update_policy", rows, costs, algorithm.loss, totals, rates["optim/lr"]))
+            records.append(_step(workers, Worker.update_policy, rows, costs, algorithm.loss, totals, rates["optim/lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
         **reduce_metrics(every),
@@ -129,14 +130,19 @@ def update(
 
 
 def _run_passes(
-    workers: WorkerGroup, groups: Sequence[PackedGroup], algorithm: ResolvedAlgorithm, cost_of: Costs, *, old: bool
+    workers: WorkerGroup[Worker],
+    groups: Sequence[PackedGroup],
+    algorithm: ResolvedAlgorithm,
+    cost_of: Costs,
+    *,
+    old: bool,
 ) -> Passes:
     """The passes that the algorithm needs over some groups."""
     costs = [*map(cost_of, groups)]
     return Passes(
-        scatter_gather(workers, "logprobs", groups, costs) if old else None,
-        scatter_gather(workers, "logprobs", groups, costs, True) if algorithm.needs_reference else None,
-        scatter_gather(workers, "values", groups, costs) if algorithm.critic is not None else None,
+        scatter_gather(workers, Worker.logprobs, groups, costs) if old else None,
+        scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
+        scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
     )
 
 
@@ -221,7 +227,7 @@ def engine_logprobs(group: PackedGroup) -> Tensor:
 
 
 def _masks(
-    workers: WorkerGroup,
+    workers: WorkerGroup[Worker],
     batch: TrainBatch,
     chosen: Sequence[int],
     algorithm: ResolvedAlgorithm,
@@ -236,17 +242,22 @@ def _masks(
         return [None] * len(chosen)
     groups = [batch.groups[batch.kept[number]] for number in chosen]
     old = [batch.passes.old[number] for number in chosen]
-    now = old if is_fresh else scatter_gather(workers, "logprobs", groups, costs)
+    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, groups, costs)
     advantage_M = torch.cat([batch.advantages[batch.kept[number]] for number in chosen])
     masked_M = algorithm.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
     return masked_M.split([group.trained_tokens for group in groups])
 
 
 def _step(
-    workers: WorkerGroup, method: str, rows: Sequence[Any], costs: Sequence[float], *rest: Any
+    workers: WorkerGroup[Worker],
+    method: Callable[Concatenate[Worker, Sequence[Row], P], dict[str, float]],
+    rows: Sequence[Row],
+    costs: Sequence[float],
+    *rest: P.args,
+    **keywords: P.kwargs,
 ) -> dict[str, float]:
     """One optimizer step of all ranks together; its metrics, which are those of all on each."""
-    return next(scatter(workers, method, rows, costs, *rest))[1]
+    return next(scatter(workers, method, rows, costs, *rest, **keywords))[1]
 
 
 def _totals(groups: Sequence[PackedGroup]) -> Totals:

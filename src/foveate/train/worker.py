@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
+from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
@@ -35,9 +36,7 @@ from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer
-from foveate.train.rank_engine import RankEngine
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
-from foveate.train.session import use_threads
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
 
 logger = logging.getLogger(__name__)
@@ -312,6 +311,12 @@ class Worker:
             with_room(partial(_export, self.policy, folder, state), patience, size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+
+def use_threads(threads: int | None) -> None:
+    """Bound the CPU threads of torch; None leaves its own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
