@@ -12,6 +12,7 @@ import pytest
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError, DiskError
+from foveate.files import set_disk_wait
 from foveate.run_folder import RunFolder, open_run
 
 
@@ -195,6 +196,7 @@ def test_a_run_folder_is_held_by_one_process_and_free_after_a_kill(tmp_path):
 import sys
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings
+from foveate.files import set_disk_wait
 from foveate.run_folder import open_run
 with open_run(sys.argv[1], load_recipe(sys.argv[2], [], RLSettings)):
     print("open", flush=True)
@@ -208,6 +210,13 @@ with open_run(sys.argv[1], load_recipe(sys.argv[2], [], RLSettings)):
         holder.kill()
     assert said == (f"{tmp_path}/run is in use by process {holder.pid}; wait for its end, or choose another run=")
     start(tmp_path / "run")
+
+
+def test_a_full_disk_is_waited_for_within_a_run_and_no_longer(tmp_path):
+    outer = set_disk_wait(0.0)
+    with open_run(tmp_path, settings(), disk_wait=9.0):
+        assert set_disk_wait(9.0) == 9.0
+    assert set_disk_wait(outer) == 0.0
 
 
 def test_a_run_folder_is_free_again_after_a_refusal(tmp_path):

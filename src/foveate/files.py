@@ -21,6 +21,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = (*_NO_ROOM, errno.EFBIG)
 _RETRY = 5.0
 """Seconds between looks at a full disk."""
+_disk_wait = 0.0
+"""Seconds that this process waits for room on a full disk; `set_disk_wait` sets it."""
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -104,10 +106,17 @@ def remove(path: Path) -> None:
             return
 
 
-def with_room(write: Callable[[], T], patience: float, needed: int = 0) -> T:
-    """What `write` returns. Where the disk is full it waits for room, for at most `patience` seconds in all, and
-    writes again. `needed`: bytes that it takes, as far as that is known. Raises DiskFull when patience ends."""
-    deadline = time.monotonic() + patience
+def set_disk_wait(seconds: float) -> float:
+    """Set how long `with_room` waits in this process, in seconds; 0: not at all. Returns the value of before."""
+    global _disk_wait
+    before, _disk_wait = _disk_wait, seconds
+    return before
+
+
+def with_room(write: Callable[[], T], needed: int = 0) -> T:
+    """Call `write` and return its result. Where the disk is full, wait for room as long as `set_disk_wait` allows, and
+    write again. `needed`: its size in bytes, 0 where unknown. Raises DiskFull when the time is over."""
+    deadline = time.monotonic() + _disk_wait
     while True:
         try:
             return write()

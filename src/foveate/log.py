@@ -70,13 +70,11 @@ class MetricsWriter:
         nonfinite: values written so far that were NaN or infinite.
     """
 
-    def __init__(self, path: Path, to: Sequence[str] = (), patience: float = 0.0) -> None:
-        """`to`: the trackers that get the finite numbers of each line too. `patience`: seconds
-        that a line waits for room on a full disk."""
+    def __init__(self, path: Path, to: Sequence[str] = ()) -> None:
+        """`to`: the trackers that get the finite numbers of each line too."""
         self.path = path
         self.nonfinite = 0
         self._names = to
-        self._patience = patience
         self._trackers: list[Tracker] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
@@ -89,7 +87,7 @@ class MetricsWriter:
         bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         record = {"step": step, **metrics, **dict.fromkeys(bad)} | ({"nonfinite": bad} if bad else {})
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with_room(lambda: self._append(line), self._patience)
+        with_room(lambda: self._append(line))
         self.nonfinite += len(bad)
         if self._trackers is None:
             self._trackers = open_trackers(self._names, self.path.parent, step - 1)

@@ -21,7 +21,7 @@ import foveate
 from foveate.config.base import Settings
 from foveate.config.recipe import flatten, read_values, to_yaml
 from foveate.errors import ConfigError
-from foveate.files import LOCK, atomic_write_text, disk_error, held, remove
+from foveate.files import LOCK, atomic_write_text, disk_error, held, remove, set_disk_wait
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +80,15 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> Iterator[RunFolder]:
+def open_run(
+    path: str | Path, settings: Settings, *, frozen: bool = False, disk_wait: float = 0.0
+) -> Iterator[RunFolder]:
     """Make the folder of a run, or enter that of a run that continues, and hold it alone until the block ends.
 
     A run continues with the settings that it began with; one that has left nothing yet may still change all of them.
     Free to change later are eval.*, train.save_every, train.keep_checkpoints and, where the learning rate does not
     depend on it, a larger train.steps; nothing where `frozen`. What fails before it has left anything leaves no folder.
+    Within the block this process waits up to `disk_wait` seconds for room on a full disk.
 
     Raises:
         ConfigError: the folder belongs to something else, to a run with other settings, or is in use by a process.
@@ -100,6 +103,7 @@ def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> I
                 remove(leftover)
         if run.config.is_file() and _has_begun(run):
             _refuse_other_settings(run, settings, frozen)
+        former = set_disk_wait(disk_wait)
         try:
             atomic_write_text(run.config, to_yaml(settings))
             _record_versions(run)
@@ -108,6 +112,8 @@ def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> I
             if not _has_begun(run):
                 _remove_start(run)
             raise
+        finally:
+            set_disk_wait(former)
 
 
 # ------------------------------------------------------------------------------------------------ whose folder it is

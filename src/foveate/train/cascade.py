@@ -44,7 +44,7 @@ from foveate.train.rank_engine import InferenceWorker
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
-from foveate.train.session import check_cluster, disk_patience, retry_on_lost_rank, use_threads
+from foveate.train.session import check_cluster, disk_wait, retry_on_lost_rank, use_threads
 from foveate.train.sft import run_sft
 
 CHUNK = 64
@@ -55,7 +55,8 @@ def run_cascade(settings: CascadeSettings) -> RunFolder:
     """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row."""
     _check(settings)
     use_threads(settings.rl.train.threads)
-    with open_run(settings.run, settings, frozen=True) as run:
+    wait = disk_wait(settings.rl.train, settings.cluster)
+    with open_run(settings.run, settings, frozen=True, disk_wait=wait) as run:
         model = settings.model.path
         evaluate(settings, model, run.path / "start", step=0)
         if settings.sft is not None:
@@ -164,7 +165,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
             else:
                 clock = Clock()
                 groups, _ = sampler.draw(step, count, 0, clock)
-                write_rollouts(run.rollouts, step, groups, patience=disk_patience(settings.rl.train, settings.cluster))
+                write_rollouts(run.rollouts, step, groups)
                 metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
             engine.publish(step)  # the same weights under the next number, which the sampler expects
             advance(count)

@@ -44,7 +44,7 @@ from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
     GracefulShutdown,
     check_cluster,
-    disk_patience,
+    disk_wait,
     resume,
     retry_on_lost_rank,
     save,
@@ -63,7 +63,7 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
+    wait = disk_wait(settings.train, settings.cluster)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
@@ -73,14 +73,14 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
-        open_run(settings.run, settings) as run,
-        start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
+        open_run(settings.run, settings, disk_wait=wait) as run,
+        start_workers(settings.cluster, _worker(settings, method, wait), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
         GracefulShutdown(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
         engine.start(make_engine, encoder, settings.rollout, step)
@@ -108,17 +108,17 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
                     record["data/epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples, patience)
+                    write_rollouts(run.rollouts, step, groups, examples)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        save(workers, run, step, state, settings.train, patience)
+                        save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, "export", run.final)
     return run
 
 
@@ -187,7 +187,7 @@ def _sampling(rollout: RolloutSettings) -> SamplingParams:
     return SamplingParams(rollout.samples, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
 
-def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
+def _worker(settings: RLSettings, method: ResolvedAlgorithm, wait: float) -> partial[Worker]:
     return partial(
         Worker,
         settings.model,
@@ -199,6 +199,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
+        disk_wait=wait,
     )
 
 

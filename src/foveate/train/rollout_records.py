@@ -66,14 +66,9 @@ def _advantages(examples: Sequence[TrainGroup]) -> list[float]:
 
 
 def write_rollouts(
-    folder: Path,
-    step: int,
-    groups: Sequence[Group],
-    examples: Sequence[TrainGroup] | None = None,
-    patience: float = 0.0,
+    folder: Path, step: int, groups: Sequence[Group], examples: Sequence[TrainGroup] | None = None
 ) -> None:
-    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
-    `patience`: seconds that it waits for room on a full disk."""
+    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images."""
     advantages = repeat(None) if examples is None else iter(_advantages(examples))
     lines = []
     for group in groups:
@@ -95,4 +90,4 @@ def write_rollouts(
         messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
         row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)), patience)
+    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)))
