@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import logging
 import os
@@ -16,7 +15,8 @@ from typing import TypeVar
 
 from foveate.errors import ConfigError, DiskError, DiskFull
 
-LOCK = ".lock"
+LOCK_FILES = (".lock", ".holder")
+"""Names of the files in a folder that is `held`: the lock, and the number of the process that holds it."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = (*_NO_ROOM, errno.EFBIG)
 _RETRY = 5.0
@@ -76,22 +76,19 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def held(folder: Path, other: str) -> Iterator[None]:
     """Make a folder and hold it alone until the block ends; the system releases it when the process ends, however it
     ends. Raises ConfigError that proposes `other` where another process holds it, and DiskError."""
+    from filelock import FileLock, Timeout  # takes long to import, and few commands need it
+
+    path, holder = (folder / name for name in LOCK_FILES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        owner = holder.read_text().strip() if holder.exists() else "unknown"
+        raise ConfigError(f"{folder} is in use by process {owner}; wait for its end, or choose {other}") from None
     except OSError as error:
-        raise disk_error(folder / LOCK, error) from error
+        raise disk_error(path, error) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by process {lock.read().strip()}; wait for its end, or choose {other}"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        atomic_write_text(holder, f"{os.getpid()}\n")
         yield
 
 

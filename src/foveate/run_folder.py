@@ -21,7 +21,7 @@ import foveate
 from foveate.config.base import Settings
 from foveate.config.recipe import flatten, read_values, to_yaml
 from foveate.errors import ConfigError
-from foveate.files import LOCK, atomic_write_text, disk_error, held, remove, set_disk_wait
+from foveate.files import LOCK_FILES, atomic_write_text, disk_error, held, remove, set_disk_wait
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def _has_begun(run: RunFolder) -> bool:
 
 
 def _of_a_start(run: RunFolder) -> tuple[Path, ...]:
-    return run.config, run.versions, run.skipped, run.path / LOCK
+    return run.config, run.versions, run.skipped, *(run.path / name for name in LOCK_FILES)
 
 
 def _remove_start(run: RunFolder) -> None:
