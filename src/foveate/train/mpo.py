@@ -36,7 +36,6 @@ from foveate.train.reference import PreferenceLoss, Reference, TrainPair, refere
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
@@ -55,16 +54,15 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     loss = build_preference_loss(settings.loss)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
@@ -73,7 +71,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
         compute = partial(_logprobs, workers, costs)
         reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to, patience)
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
         step = resume(run, workers, stream, metrics, others)
 
@@ -95,10 +93,10 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                 metrics.write(step, record | clock.metrics(update=sum(pair.group.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    save(workers, run, step, state, settings.train, patience)
+                    save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, Worker.export, run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 

@@ -59,11 +59,9 @@ def write_rollouts(
     step: int,
     groups: Sequence[Group],
     advantages: Sequence[Sequence[float]] | None = None,
-    patience: float = 0.0,
 ) -> None:
     """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
-    `advantages`: of the answers of each group.
-    `patience`: seconds that it waits for room on a full disk."""
+    `advantages`: of the answers of each group."""
     lines = []
     for group, own in zip(groups, repeat(repeat(None)) if advantages is None else advantages, strict=False):
         answers = [
@@ -84,4 +82,4 @@ def write_rollouts(
         messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
         row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)), patience)
+    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)))

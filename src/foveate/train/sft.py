@@ -21,7 +21,6 @@ from foveate.train.optim import learning_rate
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
@@ -38,22 +37,21 @@ def run_sft(settings: SFTSettings) -> RunFolder:
 def _run(settings: SFTSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
         step = resume(run, workers, stream, metrics)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
@@ -73,10 +71,10 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
                 )
                 if save_is_due(step, settings.train, leaving):
-                    save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
+                    save(workers, run, step, {"stream": stream.state()}, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, Worker.export, run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 

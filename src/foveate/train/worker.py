@@ -22,7 +22,7 @@ from foveate.config.algorithm import CriticSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
-from foveate.files import atomic_path, with_room
+from foveate.files import atomic_path, set_disk_wait, with_room
 from foveate.models.forward import evaluating
 from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
@@ -58,9 +58,12 @@ class Worker:
         cluster: ClusterSettings | None = None,
         seed: int = 0,
         threads: int | None = None,
+        disk_wait: float = 0.0,
     ) -> None:
-        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice."""
+        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice;
+        `disk_wait`: seconds that this process waits for room on a full disk."""
         use_threads(threads)
+        set_disk_wait(disk_wait)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
@@ -264,22 +267,14 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(
-        self,
-        folder: Path,
-        step: int,
-        state: Mapping[str, Any],
-        keep: int,
-        patience: float = 0.0,
-        in_background: bool = False,
-    ) -> Path:
+    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int, in_background: bool = False) -> Path:
         """Write a checkpoint (`save_checkpoint`); `in_background`: while this rank continues. Returns where it is to
         be."""
         self.finish_saving()
         if self.scale is not None:
             state = {**state, "scale": asdict(self.scale)}
         save = self._saving.start if in_background else save_checkpoint
-        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks)
 
     def finish_saving(self) -> None:
         """Return when no checkpoint is under way. Raises what ended the last one."""
@@ -296,9 +291,9 @@ class Worker:
         critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
         return {"": (self.policy.model, self.optimizer), **critic}
 
-    def export(self, folder: Path, patience: float = 0.0) -> None:
+    def export(self, folder: Path) -> None:
         """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        first one gathers the weights, tensor by tensor, and writes."""
         self.finish_saving()
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
@@ -308,7 +303,7 @@ class Worker:
                 state[name] = gathered.cpu()
         if is_first:
             size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-            with_room(partial(_export, self.policy, folder, state), patience, size)
+            with_room(partial(_export, self.policy, folder, state), size)
         if self.ranks is not None:
             self.ranks.gather(None)
 
