@@ -155,7 +155,12 @@ def _padded(batch: Batch, ranks: int) -> Batch:
         batch,
         token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
         position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
-        forest=Forest((*forest.start, forest.tokens), (*forest.length, more), (*forest.parent, -1)),
+        forest=Forest(
+            (*forest.start, forest.tokens),
+            (*forest.length, more),
+            (*forest.parent, -1),
+            (*forest.bidirectional, False),
+        ),
     )
 
 
