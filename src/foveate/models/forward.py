@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models.attention.kernels import KeyValueCache, SequenceParallelAttention
-from foveate.models.logprobs import chunked_logprobs
+from foveate.models.logprobs import LOGP_ENTROPY, Term, chunked_terms
 from foveate.models.policy import Policy
 from foveate.records import Batch
 
@@ -62,10 +62,16 @@ def hidden_states(
 
 def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (M,) of the trained tokens, under softmax(logits / temperature)."""
+    logp_M, entropy_M = token_terms(policy, batch, LOGP_ENTROPY, temperature)
+    return logp_M, entropy_M
+
+
+def token_terms(policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float = 1.0) -> tuple[Tensor, ...]:
+    """The `terms` of `foveate.models.logprobs.chunked_terms`, each (M,), of the trained tokens."""
     hidden = hidden_states(policy, batch)
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
-    return chunked_logprobs(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature)
+    return chunked_terms(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature, terms)
 
 
 def token_values(policy: Policy, batch: Batch) -> Tensor:

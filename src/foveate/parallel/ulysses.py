@@ -24,7 +24,7 @@ from foveate.errors import ConfigError
 from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.families.internvl import Features
 from foveate.models.forward import hidden_states
-from foveate.models.logprobs import chunked_logprobs
+from foveate.models.logprobs import Divergence, Term, chunked_terms
 from foveate.models.policy import Policy
 from foveate.records import Batch, Forest
 
@@ -43,17 +43,19 @@ def check_heads(policy: Policy, ranks: int) -> None:
         )
 
 
-def token_logprobs_split(policy: Policy, batch: Batch, temperature: float, group: Group) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` of one row on all ranks of `group`, which call it together with the same batch."""
+def token_terms_split(
+    policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float, group: Group
+) -> tuple[Tensor, ...]:
+    """`token_terms` of one row on all ranks of `group`, which call it together with the same batch and terms."""
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
-    both = _of_trained(
-        policy,
-        batch,
-        group,
-        lambda hidden, target: torch.stack(chunked_logprobs(hidden, weight, target, temperature), -1),
-    )
-    return both[:, 0], both[:, 1]
+
+    def head(hidden: Tensor, trained: Tensor) -> Tensor:
+        own = [term.rows(trained) if isinstance(term, Divergence) else term for term in terms]
+        target = batch.token_ids_T[batch.target_M[trained]]
+        return torch.stack(chunked_terms(hidden, weight, target, temperature, own), -1)
+
+    return _of_trained(policy, batch, group, head).unbind(-1)
 
 
 def token_values_split(policy: Policy, batch: Batch, group: Group) -> Tensor:
@@ -62,11 +64,11 @@ def token_values_split(policy: Policy, batch: Batch, group: Group) -> Tensor:
 
 
 def _of_trained(policy: Policy, batch: Batch, group: Group, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What `head` says of hidden states (m, D) and their targets (m,), for all trained tokens of the row: (M, ...)."""
+    """The output of `head` for all trained tokens of the row: (M, ...). It is given hidden states (m, D), and the
+    indices (m,) of the trained tokens that they predict."""
     part = Part.of(batch, policy, group)
     hidden = hidden_states(policy, part.batch, split=part)
-    target = batch.token_ids_T[batch.target_M[part.trained[part.rank]]]
-    own = head(hidden[part.batch.source_M], target)
+    own = head(hidden[part.batch.source_M], part.trained[part.rank])
     everything = _gathered(own, [len(one) for one in part.trained], group, is_shared=True)
     return everything[torch.cat(part.trained).argsort()]
 
