@@ -95,7 +95,7 @@ class DecodeBatch:
 
     def _keep(self, live: list[int]) -> None:
         assert self.cache is not None
-        order = self.cache.keep(live) if live else []
+        order = self.cache.drop(live) if live else []
         self.live = [*range(len(order))]
         self.answers = [self.answers[row] for row in order]
         rows = self._on_device(order)

@@ -175,20 +175,16 @@ class NativeEngine:
     def _prefill(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> Tensor:
         """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
         The wave gets its cache, with the keys and values of prompts and of what was begun."""
-        device, samples = self.policy.device, sampling.samples
+        device = self.policy.device
         batch = pack(decode_batch.packed_groups).to(device)
-        decode_batch.cache = cache = GroupCache(batch.forest, samples, sampling.max_tokens - 1, device)
+        lengths = [len(packed.prompt) for packed in decode_batch.packed_groups]
+        cache = GroupCache(batch.forest, lengths, sampling.samples, sampling.max_tokens - 1, device)
+        decode_batch.cache = cache
         hidden = hidden_states(self.policy, batch, cache)
-        cache.branch()
+        cache.fork()
         self.stats.prefills += len(decode_batch.packed_groups)
         self.stats.prefill_tokens += batch.forest.tokens
-        ends = [start + length - 1 for start, length in zip(batch.forest.start, batch.forest.length, strict=True)]
-        roots = [segment for segment, above in enumerate(batch.forest.parent) if above < 0]
-        rows: list[int] = []
-        for root, packed in zip(roots, decode_batch.packed_groups, strict=True):
-            below = len(packed.answers)
-            rows += ends[root + 1 : root + 1 + below] if below else ends[root : root + 1] * samples
-        return hidden[torch.tensor(rows, device=device)]
+        return hidden[cache.rows.last_B]
 
     def _decode_step(self, decode_batch: DecodeBatch, cache: GroupCache) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
@@ -199,14 +195,14 @@ class NativeEngine:
             out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
             return out.last_hidden_state[0]
 
-        if not cache.is_fixed:
+        if not cache.rows.is_fixed:
             decode_batch.replay = None  # before another is recorded, so that its memory is free
-            cache.loosen()
+            cache.rows.loosen()
             if self._record is not None and decode_batch.ahead > _WORTH:
-                cache.fix()
+                cache.rows.fix()
                 decode_batch.replay = self._record(through, decode_batch.last_B, decode_batch.position_B)
         hidden = (decode_batch.replay or through)(decode_batch.last_B, decode_batch.position_B)
-        cache.advance()
+        cache.extend()
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(decode_batch.live)
         return hidden
