@@ -176,7 +176,8 @@ def teacher_of(kind, temperature, dtype=torch.float64, m=M, v=V):
 
 
 def dense(kind, beta, teacher, teacher_logp, hidden, weight, temperature):
-    """The divergence by its definition, of probabilities with all logits in memory; tokens outside of a top-k lumped."""
+    """The divergence by its definition, of probabilities with all logits in memory; tokens outside of a top-k
+    lumped."""
     p, q = (hidden @ weight.T / temperature).softmax(-1), teacher_logp.exp()
     if isinstance(teacher, TeacherTopK):
         p, q = (one.gather(1, teacher.token_ids) for one in (p, q))
@@ -296,7 +297,7 @@ def test_a_divergence_that_cannot_be_is_refused_by_name():
     teacher, _ = teacher_of("states", 1.0, v=V + 3)
     with pytest.raises(ConfigError, match="'kl' is no divergence; use forward_kl, reverse_kl or jensen_shannon"):
         Divergence("kl", teacher)
-    with pytest.raises(ConfigError, match="beta of a divergence is 1.0, not between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"beta of a divergence is 1\.0, not between 0 and 1"):
         Divergence("jensen_shannon", teacher, 1.0)
     with pytest.raises(ConfigError, match="the teacher has 104 tokens in its vocabulary, the model 101"):
         chunked_terms(hidden, weight, token_ids, 1.0, (Divergence("forward_kl", teacher),))

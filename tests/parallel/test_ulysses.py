@@ -91,9 +91,9 @@ def test_two_ranks_share_a_row_with_bidirectional_segments(tmp_path, folders):
         assert losses != alone(folder, 1, "sdpa")[0]
 
 
-def divergence(rank, ranks, _, folder):
+def divergence(_rank, ranks, _folder, model):
     """The divergence of each token of a shared row to a teacher that the ranks know whole."""
-    policy = load_policy(str(folder))
+    policy = load_policy(str(model))
     (batch,) = rows(policy.family, ranks=1)
     group = dist.group.WORLD if ranks > 1 else None
     generator = torch.Generator().manual_seed(0)

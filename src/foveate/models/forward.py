@@ -18,11 +18,11 @@ from foveate.records import Batch
 def embed(
     policy: Policy, batch: Batch, split: SequenceParallelAttention | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And what
-    the language model is to be told besides: features that enter behind its first layers, and where.
+    """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And
+    the language model's further inputs: features that enter behind its first layers, and where.
 
-    Features beyond those of the slots are of a blank, which keeps the ranks of a sharded model in step: they enter
-    with weight 0, so that the vision tower is in the graph."""
+    Features beyond those of the slots are of a dummy image, which keeps the ranks of a sharded model in step: they
+    enter with weight 0, so that the vision tower is in the graph."""
     language: Any = policy.part("language")
     embeddings = language.get_input_embeddings()(batch.token_ids_T)
     if batch.pixels is None:
@@ -75,7 +75,7 @@ def token_terms(policy: Policy, batch: Batch, terms: Sequence[Term], temperature
 
 
 def token_values(policy: Policy, batch: Batch) -> Tensor:
-    """What a head of one number says before each trained token: (M,)."""
+    """The output of a head of one number before each trained token: (M,)."""
     return policy.part("head")(hidden_states(policy, batch)[batch.source_M])[:, 0]
 
 

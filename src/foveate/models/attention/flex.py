@@ -48,15 +48,16 @@ def flex_forest_attention(
 
 @cache
 def _compiled() -> Any:
-    """Compiled for rows of any length and any forest: learning, sampling and rows of one block have each a kernel of
-    their own, with and without a window. What cannot be compiled raises, since all scores would be computed instead."""
+    """Compiled for rows of any length and any forest: training, sampling and rows of one block each have their own
+    kernel, with and without a window. A mask that cannot be compiled raises, since all scores would be computed
+    instead."""
     compiled: Any = torch.compile  # whose declared overloads lack the limit
     return compiled(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
-@torch.inference_mode(False)  # one that was made for sampling must also do for learning
+@torch.inference_mode(False)  # one that was made for sampling must also do for training
 def block_mask(forest: Forest, device: torch.device, window: int | None = None) -> BlockMask:
     """The mask of a forest, and which of its blocks are empty, full or neither."""
     count = -(-forest.tokens // BLOCK)

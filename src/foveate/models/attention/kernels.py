@@ -51,7 +51,7 @@ KERNELS = {
 
 
 class KeyValueCache(Protocol):
-    """What a sampler passes as `cache=`: it sees the keys and values of every layer and may answer in their place."""
+    """A sampler's `cache=`: it sees the keys and values of every layer and may compute attention in their place."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions
@@ -62,7 +62,7 @@ class KeyValueCache(Protocol):
 
 
 class SequenceParallelAttention(Protocol):
-    """What shares one row between ranks: each holds a part of its tokens, see `foveate.parallel.ulysses`."""
+    """A row shared between ranks, each of which holds a part of its tokens, see `foveate.parallel.ulysses`."""
 
     def attend(
         self,
@@ -84,7 +84,7 @@ class SequenceParallelAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What a layer adds to plain attention: a sliding window (in tokens, itself included), and sinks (H,)."""
+    """The extras of a layer's attention: a sliding window (in tokens, itself included), and sinks (H,)."""
 
     window: int | None = None
     sinks: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The answers of a wave of the native engine while they are sampled."""
+"""The answers of a decode batch of the native engine while they are sampled."""
 
 from __future__ import annotations
 

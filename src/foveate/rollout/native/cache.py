@@ -1,4 +1,5 @@
-"""What the layers keep of the sequences of a decode batch while they are sampled, a `SequenceState` for each layer.
+"""The memory that layers have of the sequences of a decode batch while they are sampled, a `SequenceState` for each
+layer.
 
 `GroupCache` drives the states of all layers and does not know their kinds; `Rows` is what all of them share: which row
 belongs to which prompt, and how far it has come. A kind of layer is a class with the methods of `SequenceState`, and a
@@ -43,7 +44,7 @@ class Moves:
 
 
 class SequenceState(Protocol):
-    """What a layer keeps of each sequence: keys and values, or the state of a recurrence. It is made with the `Rows` of
+    """A layer's memory of each sequence: keys and values, or the state of a recurrence. It is made with the `Rows` of
     its batch. Inputs are those of the layer's kind; B answers are the rows of a step."""
 
     def prefill(self, *inputs: Any) -> None:
