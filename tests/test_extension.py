@@ -16,7 +16,7 @@ from foveate.train.rl import run_rl
 OUTSIDE = """
 from dataclasses import replace
 
-from foveate.algorithms import Algorithm
+from foveate.algorithms.table import Algorithm
 from foveate.algorithms.policy_losses import gspo
 from foveate.records import Score
 from foveate.rollout.native.engine import NativeEngine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from foveate.algorithms import PREFERENCE_LOSSES
+from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
