@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import Algorithm
 from foveate.algorithms.advantages import grpo
+from foveate.algorithms.table import Algorithm
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream

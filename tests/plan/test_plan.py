@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from foveate.cli.app import app
 from foveate.config.cluster import ClusterSettings
 from foveate.config.recipe import SHIPPED, read_recipe
+from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
 from foveate.models.sizes import SIZES, published_config
@@ -20,10 +21,12 @@ from foveate.plan.advice import built_share, plan
 from foveate.plan.hardware import GPUS, parse_machines
 from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, shallow, sizes_of
 from foveate.plan.report import report
-from foveate.plan.time import active_parameters, language_flops, vision_flops
-from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, _meta_policy, step_memory
+from foveate.plan.time import active_parameters, language_flops, seconds_of, vision_flops
+from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, step_memory, traced_policy
 from foveate.plan.workload import Workload, workload_of
 from foveate.rollout.native.cache import GroupCache
+from foveate.train.muon import MUON
+from foveate.train.optim import OPTIMIZERS
 
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml"))
 ALL = ("vision", "projector", "language")
@@ -35,6 +38,7 @@ ON_CPU = ClusterSettings(device="cpu")
 def work_of(config, **changes) -> Workload:
     values = {
         "config": config, "trainable": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ON_CPU,
+        "optim": OptimSettings(lr=1e-3),
         "budget": 512, "steps": 10, "groups": 8, "answers": 4, "updates": 1, "prompt": 200, "answer": 70, "tiles": 3,
         "longest": 100, "generates": True, "forwards": 0, "reference": False,
     }  # fmt: skip
@@ -107,7 +111,7 @@ def test_one_rank_that_computes_in_bfloat16_keeps_copies_of_its_weights(config):
     assert memory(checkpointing=True).gathered < halved.gathered
 
 
-def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_learns(config):
+def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_trains(config):
     def memory(cluster, **changes):
         return memory_of(work_of(config, cluster=cluster, **changes))
 
@@ -116,10 +120,35 @@ def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_learns(conf
     assert (shared.engine, own.engine) == (0.0, weights)
     ranks = memory(ClusterSettings(gpus_per_node=2))
     assert ranks.engine == weights
-    assert ranks.learning == ranks.state + weights + ranks.gathered + ranks.activations + ranks.features + ranks.chunk
+    assert ranks.training == ranks.state + weights + ranks.gathered + ranks.activations + ranks.features + ranks.chunk
     apart = memory(ClusterSettings(gpus_per_node=2, engines=1))
-    assert apart.learning == pytest.approx(ranks.learning - weights)
+    assert apart.training == pytest.approx(ranks.training - weights)
     assert memory(ON_CPU, overlaps=True).engine > 0
+
+
+def test_an_optimizer_takes_the_memory_of_its_state(config):
+    def memory(name, **changes):
+        return memory_of(work_of(config, optim=OptimSettings(lr=1e-3, name=name), **changes))
+
+    trained = 4 * sizes_of(config, ALL).trained
+    adamw, muon = memory("adamw"), memory("muon")
+    assert adamw.optimizer == 2 * trained
+    assert trained < muon.optimizer < 2 * trained
+    assert memory("muon", trainable=("projector",)).optimizer == memory("adamw", trainable=("projector",)).optimizer
+    offloaded = ClusterSettings(gpus_per_node=2, offload=True)
+    saved = memory("adamw", cluster=offloaded).host - memory("muon", cluster=offloaded).host
+    assert saved == pytest.approx((adamw.optimizer - muon.optimizer) / 2)
+    work = work_of(config, optim=OptimSettings(lr=1e-3, name="muon"))
+    machines = parse_machines("H100-80")
+    assert seconds_of(work, machines, muon).update < seconds_of(work_of(config), machines, adamw).update
+
+
+def test_a_plan_refuses_an_optimizer_on_ranks_that_it_cannot_be_sharded_over(config, monkeypatch):
+    alone = replace(MUON, sharded=False)
+    monkeypatch.setitem(OPTIMIZERS, "alone", alone)
+    work = work_of(config, optim=OptimSettings(lr=1e-3, name="alone"), cluster=ClusterSettings())
+    with pytest.raises(ConfigError, match=r"optim.name=alone cannot train weights that are sharded over 8 ranks"):
+        plan(work, parse_machines("8xH100-80"))
 
 
 def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
@@ -147,7 +176,7 @@ def test_a_token_meets_the_chosen_experts_alone(size, billions):
 
 def test_arithmetic_is_what_the_model_does(config):
     """torch counts products of matrices; attention of the forest is an operator it does not know."""
-    policy = _meta_policy(config, torch.float32, "sdpa")
+    policy = traced_policy(config, torch.float32, "sdpa")
     per_tile, side = config.image_seq_length, config.vision_config.image_size
     batch = _meta_batch(RowShape(256, 64, 3), per_tile, side)
     with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():
@@ -266,12 +295,12 @@ def test_engines_apart_have_gpus_of_their_own(monkeypatch):
     assert apart.memory.engine == both.memory.engine / 2
     assert apart.memory.generating == apart.memory.engine + apart.memory.keys_values
     assert apart.memory.state == 2 * both.memory.state
-    assert "16 x H100-80, 8 that learn and 8 that answer in 4 engines" in report(apart)
+    assert "16 x H100-80, 8 that train and 8 that generate in 4 engines" in report(apart)
     ahead = replace(apart.seconds, overlaps=True)
     assert ahead.step == max(ahead.generate, ahead.forward + ahead.update) + ahead.publish < apart.seconds.step
     spread = advice.on_machines(split, parse_machines("4x8xH100-80"))
     assert (spread.nodes, spread.gpus_per_node, spread.engines) == (4, 6, 4)
-    with pytest.raises(ConfigError, match=r"leaves -7 GPUs to learn on"):
+    with pytest.raises(ConfigError, match=r"leaves -7 GPUs to train on"):
         advice.on_machines(split, parse_machines("H100-80"))
 
 

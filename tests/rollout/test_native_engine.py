@@ -138,7 +138,8 @@ def test_prompts_with_bidirectional_images_are_sampled_as_the_trainer_computes_t
     engine = engine_of(policy)
     whole = engine.generate(requests, sampling)
     groups = [
-        PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, whole, strict=True)
+        PackedGroup.of_tokens(r.prompt, tuple(c.token_ids for c in group))
+        for r, group in zip(requests, whole, strict=True)
     ]
     batch = split(groups)
     assert any(batch.forest.bidirectional)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import Algorithm
 from foveate.algorithms.policy_losses import gspo
+from foveate.algorithms.table import Algorithm
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.data.table import open_tasks, write_rows
 from foveate.datasets.prepared import infer_schema, task_row

@@ -38,7 +38,7 @@ def _apart(plan: Plan) -> str:
     cluster = plan.work.cluster
     if not cluster.engines:
         return ""
-    return f", {cluster.ranks} that learn and {cluster.gpus - cluster.ranks} that answer in {cluster.engines} engines"
+    return f", {cluster.ranks} that train and {cluster.gpus - cluster.ranks} that generate in {cluster.engines} engines"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -47,7 +47,7 @@ def _table(plan: Plan) -> list[str]:
         ("weights", memory.weights), ("gradients", memory.gradients), ("optimizer", memory.optimizer),
         ("gathered blocks", memory.gathered), ("activations", memory.activations),
         ("pixels, features", memory.features), ("log-prob chunk", memory.chunk),
-        ("= while learning", memory.learning), ("engine weights", memory.engine),
+        ("= while training", memory.training), ("engine weights", memory.engine),
         ("keys and values", memory.keys_values), ("= while generating", memory.generating),
         (f"host, of {HOST_MEMORY / GIB:.0f} GiB", memory.host),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a recipe asks of machines: a model, and a step's prompts, answers and tiles."""
+"""The work of a recipe: a model, and a step's prompts, answers and tiles."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from foveate.config.cluster import ClusterSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
 from foveate.models.checkpoint.inspect import resolve_folder
@@ -24,9 +25,9 @@ from foveate.train.algorithm import build_algorithm
 class Workload:
     """`prompt` (image tokens included), `answer` and `tiles` are means of one prompt; `longest` bounds the answer.
 
-    A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
+    A step has `groups` prompts with `answers` each, trained on in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
-    update: old and reference log-probs. `overlaps`: the next answers are generated while these are learned from.
+    update: old and reference log-probs. `overlaps`: the next answers are generated while these are trained on.
     """
 
     config: Any
@@ -34,6 +35,7 @@ class Workload:
     dtype: torch.dtype
     checkpointing: bool
     cluster: ClusterSettings
+    optim: OptimSettings
     budget: int
     steps: int
     groups: int
@@ -60,7 +62,7 @@ class Workload:
 
     @property
     def row(self) -> RowShape:
-        """What one device holds of a full micro-batch, a share of it under sequence parallelism."""
+        """The part of a full micro-batch on one device, a share of it under sequence parallelism."""
         share = self.cluster.sequence_parallel
         tokens = self.budget * share
         prompts = max(1, tokens // (self.prompt + self.answers * self.answer))
@@ -72,7 +74,7 @@ class Workload:
 def workload_of(
     settings: RLSettings | SFTSettings | MPOSettings, prompt: int | None, answer: int | None, tiles: int | None
 ) -> Workload:
-    """The workload of a recipe. None for a mean: 7 tiles (a picture of 4:3 at 640 pixels with its thumbnail has 7 or
+    """The workload of a recipe. None for a mean: 7 tiles (an image of 4:3 at 640 pixels with its thumbnail has 7 or
     13) and 100 tokens of text, or the longest prompt if that is less; an eighth of the longest answer."""
     model, data, train = settings.model, settings.data, settings.train
     config = _config_of(model.path)
@@ -84,7 +86,7 @@ def workload_of(
     common: dict[str, Any] = {
         "config": config, "trainable": model.trainable, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
         "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
-        "prompt": prompt, "tiles": tiles,
+        "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
     if not isinstance(settings, RLSettings):
         longest = max(2, data.max_prompt_tokens - prompt)

@@ -40,6 +40,7 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.clock import Clock
 from foveate.train.mpo import build_preference_loss, run_mpo
+from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
@@ -76,6 +77,8 @@ def _check(settings: CascadeSettings) -> None:
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)
     check_cluster(rl)
+    check_optimizer(rl.optim, rl.cluster)
+    check_optimizer(settings.mpo.optim, rl.cluster)
     check_run(build_algorithm(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)

@@ -35,7 +35,7 @@ from foveate.records import Batch, PackedGroup, Totals
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
-from foveate.train.optim import LossScale, apply_gradients, build_optimizer
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer, optimizer_spec
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
 
@@ -86,6 +86,7 @@ class Worker:
             is_own = self.reference is self.policy
             self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
         self.optimizer = build_optimizer(self.policy.model, optim)
+        self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
@@ -213,7 +214,7 @@ class Worker:
     def _step(
         self,
         policy: Policy,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         losses: Sequence[Metrics],
         lr: float,
         groups: Sequence[PackedGroup],
@@ -249,10 +250,10 @@ class Worker:
             else:
                 (logp_M.sum() + entropy_M.sum()).backward()
 
-    def _seed_dropout(self, optimizer: torch.optim.AdamW) -> None:
+    def _seed_dropout(self, optimizer: torch.optim.Optimizer) -> None:
         """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
         if self._seed is not None:
-            taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+            taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
     def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
@@ -281,7 +282,7 @@ class Worker:
         self._saving.wait()
 
     def restore(self, path: Path) -> dict[str, Any]:
-        state = load_checkpoint(path, self._trained(), self.ranks)
+        state = load_checkpoint(path, self._trained(), self.ranks, bound_to_ranks=self._bound_to_ranks)
         scale = state.pop("scale", None)
         if self.scale is not None and scale is not None:
             self.scale = LossScale(**scale)
