@@ -119,7 +119,7 @@ def built_share(work: Workload) -> float:
         return 1.0
     model: Any = meta_model(work.config)
     tokenizer: Any = None
-    family = InternVL(0, (), (), 0, 0, 0, (), ())
+    family = InternVL.planned(work.config)
     dist.init_process_group("fake", rank=0, world_size=work.cluster.ranks, store=FakeStore())
     try:
         policy = Policy(model, tokenizer, family, Path(), "hf")
