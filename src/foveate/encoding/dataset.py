@@ -36,7 +36,7 @@ def build_encoder(
 
 @dataclass(frozen=True, slots=True)
 class RowCheck:
-    """What a row must pass before a run: its ground truth, and its length as prompt from text and image headers. None
+    """The checks of a row before a run: its ground truth, and its length as prompt from text and image headers. None
     leaves one of them out."""
 
     truth: Check | None

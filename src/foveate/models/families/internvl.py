@@ -81,16 +81,15 @@ class InternVL(Family):
             raise DataError(
                 f"{folder / 'config.json'}: images are taken from layer {layer} of a tower of {layers} layers"
             )
-        chat = read_config(folder)
-        in_github_layout = chat["model_type"] == cls.github_type
-        processor = mapped(folder, hf_preprocessor, chat) if in_github_layout else None
         check_image_token(folder, config.image_token_id, tokenizer, "<IMG_CONTEXT>")
         check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
         tile, patch = config.vision_config.image_size[0], config.vision_config.patch_size[0]
         if not 1 <= patch <= tile:
             raise DataError(f"{folder}/config.json: patches of {patch} pixels do not fit into tiles of {tile}")
         side = int(tile // patch * config.downsample_ratio)
-        processor = processor or _tile_settings(folder, tile)
+        chat = read_config(folder)
+        in_github_layout = chat["model_type"] == cls.github_type
+        processor = mapped(folder, hf_preprocessor, chat) if in_github_layout else _tile_settings(folder, tile)
         budget = processor.get("max_patches", 12)
         if not is_count(budget):
             raise DataError(
