@@ -24,7 +24,7 @@ from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import ReadOptions, RowInspection, inspect_rows
 from foveate.datasets.select import Limits, prepare_filter
 from foveate.encoding.dataset import RowCheck
-from foveate.models.prompt import load_encoder
+from foveate.models.checkpoint.inspect import load_encoder
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.rewards.boxes import check_truth
 

@@ -181,7 +181,7 @@ def prepare_filter_command(
         raise ConfigError("--model and --max-prompt-tokens belong together: --model FOLDER --max-prompt-tokens 8192")
     length = None
     if model is not None and max_prompt_tokens is not None:
-        from foveate.models.prompt import load_encoder
+        from foveate.models.checkpoint.inspect import load_encoder
 
         length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
     made = prepare_filter(

@@ -18,7 +18,7 @@ from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import Check, validate
 from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.encoding.encode import Encoder
-from foveate.encoding.family import PromptFamily, budget_of
+from foveate.encoding.family import Family, budget_of
 from foveate.log import progress
 from foveate.records import DataError, Task
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_encoder(
-    tokenizer: PreTrainedTokenizerBase, family: PromptFamily, model: ModelSettings, data: DataSettings
+    tokenizer: PreTrainedTokenizerBase, family: Family, model: ModelSettings, data: DataSettings
 ) -> Encoder:
     """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
     budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
@@ -36,7 +36,7 @@ def build_encoder(
 
 @dataclass(frozen=True, slots=True)
 class RowCheck:
-    """What a row must pass before a run: its ground truth, and its length as prompt from text and image headers. None
+    """The checks of a row before a run: its ground truth, and its length as prompt from text and image headers. None
     leaves one of them out."""
 
     truth: Check | None

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from foveate.encoding.family import Features
 from foveate.errors import ConfigError
 from foveate.models.attention.kernels import AttentionOptions
-from foveate.models.families.internvl import Features
 from foveate.models.forward import hidden_states
 from foveate.models.logprobs import Divergence, Term, chunked_terms
 from foveate.models.policy import Policy
@@ -33,7 +33,7 @@ from foveate.records import Batch, Forest
 def check_heads(policy: Policy, ranks: int) -> None:
     """Raise ConfigError unless the attention heads of the language model can be shared out evenly."""
     config: Any = policy.model.config
-    heads = (config.text_config if policy.family.unit else config).num_attention_heads
+    heads = config.get_text_config().num_attention_heads
     if heads % ranks:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(

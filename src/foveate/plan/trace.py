@@ -151,10 +151,8 @@ def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
     kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
     with torch.device("meta"):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
-    side = config.vision_config.image_size[0]
-    family = InternVL(config.image_token_id, (), (), side, config.image_seq_length, 12, (), ())
     tokenizer: Any = None
-    return Policy(model.eval(), tokenizer, family, Path(), "hf")
+    return Policy(model.eval(), tokenizer, InternVL.planned(config), Path(), "hf")
 
 
 def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:

@@ -13,10 +13,11 @@ from foveate.config.cluster import ClusterSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
+from foveate.models.checkpoint.formats import hf_form, model_config
 from foveate.models.checkpoint.inspect import resolve_folder
+from foveate.models.checkpoint.small_files import read_tokenizer
 from foveate.models.policy import DTYPES
-from foveate.models.sizes import SIZES, published_config
+from foveate.models.sizes import PUBLISHED_SIZES, published_config
 from foveate.plan.trace import RowShape
 from foveate.train.algorithm import build_algorithm
 
@@ -111,10 +112,10 @@ def _config_of(path: str) -> Any:
     if path == "demo" or Path(path).is_dir():
         folder = resolve_folder(path)
         return model_config(folder, hf_form(folder, read_tokenizer(folder)))
-    sizes = sorted((size for size in SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
+    sizes = sorted((size for size in PUBLISHED_SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
     if not sizes:
         raise ConfigError(
             f"model.path {path}: no such folder, and the name is not that of a published size: InternVL3_5- and one of "
-            f"{', '.join(SIZES)}"
+            f"{', '.join(PUBLISHED_SIZES)}"
         )
     return published_config(sizes[-1])

@@ -24,7 +24,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, set_disk_wait, with_room
 from foveate.models.forward import evaluating
-from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
+from foveate.models.lora import adapters_off, add_adapters, merged_state, reset_adapters, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
@@ -322,7 +322,7 @@ def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
 
 def _frozen_copy(policy: Policy) -> Policy:
     """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
-    if learns_by_adapters_alone(policy.model):
+    if trains_adapters_only(policy.model):
         return policy
     model = copy.deepcopy(policy.model).requires_grad_(False)
     return replace(policy, model=model)
