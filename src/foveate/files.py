@@ -25,7 +25,7 @@ _disk_wait = 0.0
 """Seconds that this process waits for room on a full disk; `set_disk_wait` sets it."""
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Written = TypeVar("Written")
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def set_disk_wait(seconds: float) -> float:
     return before
 
 
-def with_room(write: Callable[[], T], needed: int = 0) -> T:
+def with_room(write: Callable[[], Written], needed: int = 0) -> Written:
     """Call `write` and return its result. Where the disk is full, wait for room as long as `set_disk_wait` allows, and
     write again. `needed`: its size in bytes, 0 where unknown. Raises DiskFull when the time is over."""
     deadline = time.monotonic() + _disk_wait
@@ -127,7 +127,7 @@ def with_room(write: Callable[[], T], needed: int = 0) -> T:
 
 
 def disk_error(path: Path, error: Exception) -> DiskError:
-    """What a user reads when `path` could not be written because of `error`."""
+    """The error that tells a user that `path` could not be written because of `error`."""
     kind = DiskFull if isinstance(error, OSError) and error.errno in _NO_ROOM else DiskError
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[-300:]
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -151,7 +151,7 @@ def _is_about(error: Exception, temporary: Path) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What processes that were killed while they wrote `path` could not remove."""
+    """Remove the temporary files of processes that were killed while they wrote `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _is_alive(int(owner)):
@@ -163,7 +163,7 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         return True
     return True
 

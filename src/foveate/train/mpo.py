@@ -37,7 +37,6 @@ from foveate.train.reference import PreferenceLoss, Reference, TrainPair, refere
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
-    disk_wait,
     resume,
     retry_on_lost_rank,
     save,
@@ -57,16 +56,15 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
-    wait = disk_wait(settings.train, settings.cluster)
     loss = build_preference_loss(settings.loss)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
-    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads, "disk_wait": wait}
-    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
+    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings, disk_wait=wait) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):

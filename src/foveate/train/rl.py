@@ -44,7 +44,6 @@ from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
     GracefulShutdown,
     check_cluster,
-    disk_wait,
     resume,
     retry_on_lost_rank,
     save,
@@ -63,7 +62,6 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
-    wait = disk_wait(settings.train, settings.cluster)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
@@ -73,8 +71,8 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
-        open_run(settings.run, settings, disk_wait=wait) as run,
-        start_workers(settings.cluster, _worker(settings, method, wait), again=again) as workers,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
+        start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
         GracefulShutdown(workers) as leaving,
     ):
@@ -187,7 +185,7 @@ def _sampling(rollout: RolloutSettings) -> SamplingParams:
     return SamplingParams(rollout.samples, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
 
 
-def _worker(settings: RLSettings, method: ResolvedAlgorithm, wait: float) -> partial[Worker]:
+def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
     return partial(
         Worker,
         settings.model,
@@ -199,7 +197,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm, wait: float) -> par
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
-        disk_wait=wait,
+        disk_wait=settings.disk_wait,
     )
 
 
