@@ -13,7 +13,7 @@ from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError, DiskError
 from foveate.files import set_disk_wait
-from foveate.run_folder import RunFolder, open_run
+from foveate.run_folder import SCHEMA, RunFolder, open_run
 
 
 def settings(**changes: Any) -> RLSettings:
@@ -63,7 +63,7 @@ def test_a_run_begins_with_its_settings_and_versions(tmp_path):
     run = start(tmp_path / "deep" / "run")
     assert load_recipe(run.config, [], RLSettings) == settings()
     versions = json.loads(run.versions.read_text())
-    assert {"foveate", "git", "python", "torch", "transformers"} == set(versions)
+    assert {"schema", "foveate", "git", "python", "torch", "transformers"} == set(versions)
     assert versions["python"] == sys.version.split()[0]
     assert run.rollouts.is_dir()
     assert run.checkpoints.is_dir()
@@ -189,6 +189,20 @@ def test_other_versions_are_reported_when_a_run_continues(tmp_path, caplog):
         f"{tmp_path} continues with other versions, so maybe not bit for bit: torch 1.0 -> {versions['torch']}"
     ]
     assert json.loads(run.versions.read_text()) == versions
+
+
+@pytest.mark.parametrize("schema", [None, 0, SCHEMA + 1])
+def test_a_run_of_another_layout_is_refused_in_one_line(tmp_path, schema):
+    run = begin(tmp_path)
+    versions = json.loads(run.versions.read_text())
+    assert versions.pop("schema") == SCHEMA
+    run.versions.write_text(json.dumps(versions if schema is None else {**versions, "schema": schema}))
+    assert refusal(tmp_path) == (
+        f"{tmp_path} has the layout (schema {schema or 0}) of another version of foveate, this one continues schema "
+        f"{SCHEMA}; choose another run=, delete {tmp_path} to start over, or continue it with that version"
+    )
+    run.metrics.unlink()
+    start(tmp_path)  # nothing is in it that could be continued
 
 
 def test_a_run_folder_is_held_by_one_process_and_free_after_a_kill(tmp_path):

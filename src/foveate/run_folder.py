@@ -33,6 +33,10 @@ _FREE = ("run", "train.save_every", "train.keep_checkpoints")
 _FREE_GROUPS = ("eval.", "cluster.", "log.")
 
 
+SCHEMA = 1
+"""The layout of run folders: counted on when folders that were made before cannot be continued or read any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The paths of a run. `open_run` makes the folder and gives the right to write to it."""
@@ -46,7 +50,7 @@ class RunFolder:
 
     @property
     def versions(self) -> Path:
-        """A JSON object with the versions of foveate and its libraries at the last start."""
+        """A JSON object with the versions of foveate, its libraries and the folder's layout at the last start."""
         return self.path / "versions.json"
 
     @property
@@ -91,7 +95,8 @@ def open_run(
     Within the block this process waits up to `disk_wait` seconds for room on a full disk.
 
     Raises:
-        ConfigError: the folder belongs to something else, to a run with other settings, or is in use by a process.
+        ConfigError: the folder belongs to something else, to a run with other settings or of another version of
+            foveate, or is in use by a process.
         DiskError: the folder cannot be written.
     """
     run = RunFolder(Path(path))
@@ -102,6 +107,7 @@ def open_run(
             for leftover in folder.glob(".*.tmp"):
                 remove(leftover)
         if run.config.is_file() and _has_begun(run):
+            _refuse_other_schema(run)
             _refuse_other_settings(run, settings, frozen)
         former = set_disk_wait(disk_wait)
         try:
@@ -159,6 +165,15 @@ def _remove_start(run: RunFolder) -> None:
             folder.rmdir()
 
 
+def _refuse_other_schema(run: RunFolder) -> None:
+    found = json.loads(run.versions.read_text(encoding="utf-8")).get("schema", 0) if run.versions.is_file() else 0
+    if found != SCHEMA:
+        raise ConfigError(
+            f"{run.path} has the layout (schema {found}) of another version of foveate, this one continues schema "
+            f"{SCHEMA}; choose another run=, delete {run.path} to start over, or continue it with that version"
+        )
+
+
 def _refuse_other_settings(run: RunFolder, settings: Settings, frozen: bool) -> None:
     old, new = flatten(read_values(run.config)), flatten(settings.model_dump(mode="json"))
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
@@ -204,8 +219,9 @@ def _record_versions(run: RunFolder) -> None:
     atomic_write_text(run.versions, json.dumps(now, indent=2) + "\n")
 
 
-def _versions() -> dict[str, str | None]:
+def _versions() -> dict[str, str | int | None]:
     return {
+        "schema": SCHEMA,
         "foveate": foveate.__version__,
         "git": _git_revision(),
         "python": sys.version.split()[0],
