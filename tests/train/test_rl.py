@@ -29,9 +29,9 @@ from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import PackedGroup, pack
 from foveate.records import Answer, Group, Score
+from foveate.report.page import write_report
 from foveate.run_folder import RunFolder
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
-from foveate.train.finish import finish
 from foveate.train.rl import run_rl
 from foveate.train.rollout_records import rollout_metrics
 from foveate.train.update import compute_advantages, update
@@ -48,7 +48,7 @@ def whole(tmp_path_factory, tiny_folder, data):
     """A finished run of three steps, with its report."""
     settings = rl_settings(tmp_path_factory.mktemp("runs") / "whole", tiny_folder, data, reward={"name": "grounding"})
     run = run_rl(settings)
-    finish(run)
+    write_report(run.path)
     return run
 
 

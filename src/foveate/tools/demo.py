@@ -11,8 +11,8 @@ from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.datasets.shapes import prepare_shapes
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.train.cascade import finish_cascade, run_cascade
-from foveate.train.finish import finish
+from foveate.run_folder import RunFolder
+from foveate.train.cascade import run_cascade
 from foveate.train.rl import run_rl
 
 SCENES = {"train": 4000, "test": 512}
@@ -20,29 +20,27 @@ DATA_SEED = 1
 
 NOTES = """\
 How the cold start was made, by supervised training of a tiny InternVL (1.2 M parameters, one 112-pixel tile, 16 image \
-tokens) in stages: finding objects (shapes_coldstart); two like objects and a relation word, with right labels \
+tokens) in stages: finding objects (shapes_coldstart); two similar objects and a relation word, with right labels \
 (shapes_coldstart_relations); then the same kind of scenes with deliberately careless labels \
-(shapes_coldstart_shortcut), right in 40 percent of the rows and otherwise naming the larger object, whatever the \
-relation word said. The last two were repeated, the right labels for longer. (The first stage has such pairs among its \
+(shapes_coldstart_shortcut), right in 40 percent of the rows and otherwise naming the larger object, regardless of the \
+relation word. The last two were repeated, the right labels for longer. (The first stage has such pairs among its \
 scenes, too.) No scene of the stages is held out here. So the start finds objects, knows the relation words, and has \
 learned a shortcut over them: when decoding greedily it mostly names the larger object.
-What reinforcement learning has to unlearn is this shortcut. It sees only the reward of its own sampled answers (0.5 \
+Reinforcement learning has to unlearn this shortcut. It sees only the reward of its own sampled answers (0.5 \
 for a box with IoU of at least 0.5, plus half the IoU); it is never shown a right box.
 """
 
 
-def run_demo(run: Path, seed: int, overrides: Sequence[str]) -> None:
-    """Prepare the scenes beside the run folder, train by GSPO, write the report and print the summary."""
-    folder = run_rl(load_recipe("shapes_gspo", _scenes_for(run, seed, overrides), RLSettings))
+def run_demo(run: Path, seed: int, overrides: Sequence[str], cascade: bool = False) -> RunFolder:
+    """Draw the scenes beside the run folder and train by GSPO; `cascade`: with preference optimisation on the start's
+    own answers before it."""
+    given = _scenes_for(run, seed, overrides)
+    if cascade:
+        folder = run_cascade(load_recipe("shapes_cascade", given, CascadeSettings))
+    else:
+        folder = run_rl(load_recipe("shapes_gspo", given, RLSettings))
     atomic_write_text(folder.path / "notes.txt", NOTES)
-    finish(folder)
-
-
-def run_demo_cascade(run: Path, seed: int, overrides: Sequence[str]) -> None:
-    """The same with preference optimisation on the start's own answers before GSPO."""
-    folder = run_cascade(load_recipe("shapes_cascade", _scenes_for(run, seed, overrides), CascadeSettings))
-    atomic_write_text(folder.path / "notes.txt", NOTES)
-    finish_cascade(folder)
+    return folder
 
 
 def _scenes_for(run: Path, seed: int, overrides: Sequence[str]) -> list[str]:
