@@ -36,8 +36,8 @@ NOT_YET_THROUGH_THE_DOOR = {"cluster", "data", "evaluate", "options", "prepare",
 NOT_YET_WITHOUT_A_CIRCLE = {("evaluate/generate.py", "evaluate/in_process.py")}
 ELSEWHERE = ("ray", "vllm", "sglang")
 """Heavy optional libraries, each imported in at most one file."""
-BY_NAME = {("cluster/local.py", "attrgetter"), ("plan/trace.py", "attrgetter")}
-"""Where an attribute may be looked up by name: the call of a method by its name, and a list of fields by theirs."""
+BY_NAME = {("plan/trace.py", "attrgetter")}
+"""Where an attribute may be looked up by name: a list of fields by theirs."""
 
 
 def name_of(path: Path) -> str:
@@ -124,7 +124,7 @@ def test_the_command_line_goes_through_the_door():
     ]
     assert not [name for name, used in users.items() if "api" in used and not name.startswith("cli/")]
     around = {Path(name).stem for name, used in users.items() if name.startswith("cli/") and used - DOOR - {"__init__"}}
-    assert around == NOT_YET_THROUGH_THE_DOOR
+    assert around <= NOT_YET_THROUGH_THE_DOOR
 
 
 def test_what_is_light_imports_no_torch():
@@ -139,7 +139,7 @@ def test_what_is_light_imports_no_torch():
         if tops[name] & heavy:
             heavy.add(name)
     found = {layer_of(PACKAGE / name) for name in heavy}
-    assert found & WITHOUT_TORCH == NOT_YET_WITHOUT_TORCH
+    assert found & WITHOUT_TORCH <= NOT_YET_WITHOUT_TORCH
 
 
 def test_a_public_name_stands_in_one_module():

@@ -16,6 +16,7 @@ from typing import Any
 
 from foveate.cluster.base import start_workers
 from foveate.cluster.colocated_engines import ColocatedEngines
+from foveate.cluster.rank_engine import InferenceWorker
 from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.stream import Stream
 from foveate.data.validate import ReadOptions
@@ -39,12 +40,12 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.clock import Clock
 from foveate.train.mpo import build_preference_loss, run_mpo
-from foveate.train.rank_engine import InferenceWorker
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
-from foveate.train.session import check_cluster, retry_on_lost_rank, use_threads
+from foveate.train.session import check_cluster, retry_on_lost_rank
 from foveate.train.sft import run_sft
+from foveate.train.worker import use_threads
 
 CHUNK = 64
 """Prompts whose sampled answers become one file: what an interruption can lose."""

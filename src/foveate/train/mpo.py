@@ -27,8 +27,7 @@ from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Pair, Prompt, Task, Totals
+from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
@@ -41,9 +40,8 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, use_threads
 
 WITHOUT_REFERENCE = ("sft",)
 
@@ -86,19 +84,19 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                     pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
-                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.packed) for pair in pairs]
-                    learned = next(scatter(workers, "update_preference", pairs, estimates, *rest))[1]
+                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
+                    learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
                 record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
-                metrics.write(step, record | clock.metrics(update=sum(pair.packed.tokens for pair in pairs)))
+                metrics.write(step, record | clock.metrics(update=sum(pair.group.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                     save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
@@ -113,8 +111,8 @@ def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
 # --------------------------------------------------------------------------------------------------- the reference
 
 
-def _logprobs(workers: WorkerGroup, costs: Costs, packed_groups: Sequence[PackedGroup]) -> list[Tensor]:
-    return scatter_gather(workers, "logprobs", packed_groups, [*map(costs, packed_groups)])
+def _logprobs(workers: WorkerGroup[Worker], costs: Costs, groups: Sequence[PackedGroup]) -> list[Tensor]:
+    return scatter_gather(workers, Worker.logprobs, groups, [*map(costs, groups)])
 
 
 def _reference(
@@ -144,7 +142,7 @@ def _reference(
     reference.complete(
         len(table),
         settings.train.pairs_per_step,
-        encode=lambda row: _tree(encoder, pair_of(table[row]), encoder(table[row])),
+        encode=lambda row: _group(encoder, pair_of(table[row]), encoder(table[row])),
         logprobs=logprobs,
     )
     return reference
@@ -154,13 +152,13 @@ def _reference(
 
 
 def _train_pair(task: Task, prompt: Prompt, encoder: Encoder, reference: Reference | None) -> TrainPair:
-    packed = _tree(encoder, pair_of(task), prompt)
-    return TrainPair(packed, None if reference is None else reference(packed, task.where))
+    group = _group(encoder, pair_of(task), prompt)
+    return TrainPair(group, None if reference is None else reference(group, task.where))
 
 
-def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> PackedGroup:
+def _group(encoder: Encoder, pair: Pair, prompt: Prompt) -> PackedGroup:
     """Both answers as children of one prompt, which is computed once, with its images."""
-    return PackedGroup(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
+    return PackedGroup.of_tokens(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
 
 
 def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
@@ -171,5 +169,5 @@ def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
 
 def _totals(pairs: Sequence[TrainPair]) -> Totals:
     """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
-    chosen_tokens = sum(len(pair.packed.answers[0]) for pair in pairs)
+    chosen_tokens = sum(pair.group.lengths[0] for pair in pairs)
     return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

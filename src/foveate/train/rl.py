@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
-from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, start_workers, startup_timeout
+from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, scatter_gather, start_workers, startup_timeout
 from foveate.cluster.colocated_engines import ColocatedEngines
 from foveate.cluster.remote_engines import RemoteEngines
 from foveate.config.algorithm import RewardSettings
@@ -48,10 +48,9 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
 from foveate.train.update import compute_advantages, update
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, use_threads
 
 
 def run_rl(settings: RLSettings) -> RunFolder:
@@ -95,18 +94,18 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                 if not settings.rollout.staleness:
                     engine.sleep()
                 with clock.phase("logprobs"):
-                    examples, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
+                    batch, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, epochs=epochs, seed=seed)
+                    learned = update(workers, batch, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
                     record["data/epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples)
+                    write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
@@ -116,7 +115,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                         save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
@@ -137,7 +136,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
 
 
-def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> ColocatedEngines | RemoteEngines:
+def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
     """What answers: the ranks' own engines, or engines in processes of their own."""
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
@@ -149,6 +148,7 @@ def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> Colo
         ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
         load,
+        lambda packed: scatter_gather(workers, Worker.logprobs, packed, [float(one.tokens) for one in packed]),
         timeout=cluster.timeout,
         asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],

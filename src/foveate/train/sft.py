@@ -14,8 +14,7 @@ from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Demo, Prompt
+from foveate.records import Demo, PackedGroup, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
@@ -26,9 +25,8 @@ from foveate.train.session import (
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker, sft_total, use_threads
 
 
 def run_sft(settings: SFTSettings) -> RunFolder:
@@ -62,15 +60,13 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                 step += 1
                 clock = Clock()
                 with clock.phase("encode"):
-                    packed_groups = [_tree(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
+                    groups = [_group(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
-                    rest = weighting, sft_total(packed_groups, weighting), rate
-                    learned = next(scatter(workers, "update_sft", packed_groups, [*map(costs, packed_groups)], *rest))[
-                        1
-                    ]
-                tokens = sum(packed.tokens for packed in packed_groups)
+                    rest = weighting, sft_total(groups, weighting), rate
+                    learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
+                tokens = sum(group.tokens for group in groups)
                 metrics.write(
                     step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
                 )
@@ -78,9 +74,9 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     save(workers, run, step, {"stream": stream.state()}, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
-def _tree(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
-    return PackedGroup(prompt, (encoder.answer_ids(demo.response),))
+def _group(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
+    return PackedGroup.of_tokens(prompt, (encoder.answer_ids(demo.response),))
