@@ -24,7 +24,7 @@ ROOT_FILES, ROOMS = 9, 20
 LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 27_500
 LONG_FUNCTIONS: set[str] = set()
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
-TWICE, WHATS = 31, 125
+TWICE, WHATS = 28, 118
 """How many public names may stand in two modules, and how many docstrings may begin with "What". Both only fall, to 5
 and 0."""
 WITHOUT_TORCH = {"errors", "files", "registry", "records", "config", "run_folder", "log", "report", "api", "cli"}
