@@ -169,11 +169,11 @@ def test_keys_and_values_are_those_of_the_engines_cache(config):
     text = config.text_config
     from foveate.records import Forest
 
-    cache = GroupCache(Forest((0,), (10,), (-1,)), 1, 4, torch.device("cpu"))
+    cache = GroupCache(Forest((0,), (10,), (-1,)), (10,), 1, 4, torch.device("cpu"))
     for layer in range(text.num_hidden_layers):
         row = torch.zeros(text.num_key_value_heads, 10, text.head_dim)
         cache.attend(layer, torch.zeros(text.num_attention_heads, 10, text.head_dim), row, row, 1.0)
-    held = sum(tensor.nbytes for pair in cache._prompt for tensor in pair)
+    held = sum(tensor.nbytes for state in cache.states.values() for tensor in state.prompt)
     assert held == 10 * key_value_bytes(config, 4)
 
 

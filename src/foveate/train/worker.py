@@ -122,7 +122,7 @@ class Worker:
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
             for batch, members in self._batches(groups):
-                logp_M, _ = compute(batch, self.temperature)
+                (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
 
