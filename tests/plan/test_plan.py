@@ -20,7 +20,7 @@ from foveate.plan import advice, memory
 from foveate.plan.advice import built_share, plan
 from foveate.plan.hardware import GPUS, parse_machines
 from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, shallow, sizes_of
-from foveate.plan.report import report
+from foveate.plan.report import plan_text
 from foveate.plan.time import active_parameters, language_flops, seconds_of, vision_flops
 from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, step_memory, traced_policy
 from foveate.plan.workload import Workload, workload_of
@@ -230,7 +230,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
     assert cluster.gpus % 8 == 0
     machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
     made = plan(workload_of(settings, None, None, None), machines)
-    assert made.memory.fits(made.machines), report(made)
+    assert made.memory.fits(made.machines), plan_text(made)
     assert made.work.cluster == cluster
     assert made.gpu_hours > 0
 
@@ -239,7 +239,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
 def test_small_recipes_are_planned_from_their_folder(name):
     made = plan(workload_of(read_recipe(name, ["model.path=demo"]), None, None, None), parse_machines("RTX4090-24"))
     assert made.memory.fits(made.machines)
-    assert "fits; the largest micro-batch is about" in report(made)
+    assert "fits; the largest micro-batch is about" in plan_text(made)
 
 
 @pytest.mark.usefixtures("cheap")
@@ -252,13 +252,13 @@ def test_what_does_not_fit_is_told_with_the_fastest_settings_that_do(monkeypatch
     assert made.better is not None
     assert memory_of(made.better).fits(made.machines)
     assert made.better.cluster.offload
-    text = report(made)
+    text = plan_text(made)
     assert "does not fit" in text
     assert "cluster.offload=true" in text
     answering = plan(replace(work, generates=True), parse_machines("8xH100-80"))
     assert answering.better is None  # each rank holds the whole of a native engine
     larger = replace(work, config=published_config("241B-A28B"))
-    assert "use more or larger ones" in report(plan(larger, parse_machines("8xRTX4090-24")))
+    assert "use more or larger ones" in plan_text(plan(larger, parse_machines("8xRTX4090-24")))
 
 
 def test_the_largest_micro_batch_fits_and_a_tenth_more_does_not(config):
@@ -295,7 +295,7 @@ def test_engines_apart_have_gpus_of_their_own(monkeypatch):
     assert apart.memory.engine == both.memory.engine / 2
     assert apart.memory.generating == apart.memory.engine + apart.memory.keys_values
     assert apart.memory.state == 2 * both.memory.state
-    assert "16 x H100-80, 8 that train and 8 that generate in 4 engines" in report(apart)
+    assert "16 x H100-80, 8 that train and 8 that generate in 4 engines" in plan_text(apart)
     ahead = replace(apart.seconds, overlaps=True)
     assert ahead.step == max(ahead.generate, ahead.forward + ahead.update) + ahead.publish < apart.seconds.step
     spread = advice.on_machines(split, parse_machines("4x8xH100-80"))

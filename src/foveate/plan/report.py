@@ -8,7 +8,7 @@ from foveate.plan.memory import sizes_of
 from foveate.plan.time import in_flight
 
 
-def report(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """Memory by part, whether it fits and what to change, time by phase, and the assumptions."""
     work, machines, memory = plan.work, plan.machines, plan.memory
     sizes = sizes_of(work.config, work.trainable)
