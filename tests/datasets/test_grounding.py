@@ -7,13 +7,14 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from reading import read_tasks
 
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import open_tasks
-from foveate.data.validate import ReadOptions, read_tasks
+from foveate.data.validate import ReadOptions
 from foveate.datasets.grounding import prepare_grounding
 from foveate.records import DataError
-from foveate.rewards.boxes import check_truth
+from foveate.rewards.boxes import check_box
 
 PHOTOS = Path(__file__).parent.parent / "data" / "refphotos"
 SOURCE = PHOTOS / "refphotos.jsonl"
@@ -38,7 +39,7 @@ def chat(question, reply):
 
 
 def only_task(path):
-    return read_tasks(path, check=check_truth)[0][0]
+    return read_tasks(path, check=check_box)[0][0]
 
 
 def test_photos_become_rows_of_the_schema(tmp_path):
@@ -59,7 +60,7 @@ def test_photos_become_rows_of_the_schema(tmp_path):
             "width": row["width"],
             "question": row["sent"],
         }
-        assert check_truth(task) == []
+        assert check_box(task) == []
 
 
 @pytest.mark.parametrize("split_by", ["image", "row"])

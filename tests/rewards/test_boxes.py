@@ -9,8 +9,8 @@ import pytest
 
 from foveate.records import DataError, Image, Task
 from foveate.registry import resolve
-from foveate.rewards import CHECKS, REWARDS
-from foveate.rewards.boxes import check_truth, giou, grounding_reward, iou, parse_box, to_pixels, truth_box
+from foveate.rewards import REWARDS
+from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_pixels, truth_box
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -143,7 +143,7 @@ def test_an_unknown_kind_names_the_allowed_ones():
     ],
 )
 def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):
-    faults = check_truth(grounding_task(answer))
+    faults = check_box(grounding_task(answer))
     assert [field for field, _ in faults] == ["reward_model.ground_truth"]
     assert what in faults[0][1]
     if what.startswith("four"):
@@ -152,10 +152,10 @@ def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):
 
 
 def test_a_good_truth_has_no_fault_and_a_missing_size_is_one():
-    assert check_truth(grounding_task([0, 0.5, 1000, 1000])) == []
-    assert [field for field, _ in check_truth(grounding_task([0, 0, 1, 1], split="x"))] == ["images"]
+    assert check_box(grounding_task([0, 0.5, 1000, 1000])) == []
+    assert [field for field, _ in check_box(grounding_task([0, 0, 1, 1], split="x"))] == ["images"]
 
 
 def test_the_tables_name_functions_that_exist():
     assert resolve(REWARDS, "grounding", "reward") is grounding_reward
-    assert resolve(CHECKS, "grounding", "check") is check_truth
+    assert resolve({}, REWARDS["grounding"].check, "check") is check_box

@@ -11,7 +11,7 @@ from foveate.cli.options import Columns, ImageRoot, OnBadRow, OutFolder, Seed, S
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
     from foveate.datasets.prepared import Prepared
 
 prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
@@ -64,8 +64,7 @@ def prepare_grounding_command(
     workers: Workers = None,
 ) -> None:
     """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
-    from foveate.datasets.grounding import prepare_grounding, prepare_validation
-    from foveate.datasets.grounding_sets import HardSet
+    from foveate.datasets.grounding import HardSet, prepare_grounding, prepare_validation
 
     if (variant == "hard") != (iou_key is not None):
         raise ConfigError("--variant hard and --iou-key belong together: --variant hard --iou-key iou_2b")
@@ -144,7 +143,7 @@ def prepare_rows_command(
     workers: Workers = None,
 ) -> None:
     """Your own data: any files, with the columns that you name."""
-    from foveate.datasets.tables import prepare_rows
+    from foveate.datasets.prepared import prepare_rows
 
     reading = reading_of(image_root, on_bad_row, workers, column)
     _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
@@ -175,7 +174,7 @@ def prepare_filter_command(
 ) -> None:
     """Keep rows by difficulty for a model, by length and by size of their pictures."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import Limits, prepare_filter
+    from foveate.datasets.filter import Limits, prepare_filter
 
     if (model is None) != (max_prompt_tokens is None):
         raise ConfigError("--model and --max-prompt-tokens belong together: --model FOLDER --max-prompt-tokens 8192")
@@ -208,7 +207,7 @@ def prepare_pairs_command(
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import prepare_pairs
+    from foveate.datasets.pairs import prepare_pairs
 
     if not rollouts:
         raise ConfigError("--rollouts is missing: pairs are made of the answers of a model")
@@ -220,7 +219,7 @@ def prepare_pairs_command(
 
 
 def _buckets(text: str) -> Buckets:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
 
     *ranges, last = text.split(",")
     try:

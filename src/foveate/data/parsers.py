@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from foveate.data.rows import MARK, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
+from foveate.data.rows import IMAGE_TAG, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
 from foveate.data.sources import dig
 from foveate.records import DataError, Task
 from foveate.registry import suggestion
@@ -167,8 +167,8 @@ def _conversation(prompt: Any, system: Any, images: int) -> Any:
     turns = [_turn(turn) for turn in prompt]
     texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
     asked = next((turn for turn in turns if turn.get("role") == "user" and isinstance(turn.get("content"), str)), None)
-    if images and asked is not None and not any(MARK in text for text in texts):
-        asked["content"] = f"{MARK}\n" * images + asked["content"]
+    if images and asked is not None and not any(IMAGE_TAG in text for text in texts):
+        asked["content"] = f"{IMAGE_TAG}\n" * images + asked["content"]
     return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system else turns
 
 

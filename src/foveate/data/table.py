@@ -125,7 +125,7 @@ class TaskTable:
     """Tasks of one or several files by index, read when asked for. `len(table)`, `table[i]`.
 
     `table[i]` raises DataError with the first problem of that row; `inspect(i)` returns all of them. Made by
-    `open_tasks` or `validate.read_tasks`. A table can be pickled; the files are opened again where it arrives.
+    `open_tasks` or `validate.ReadOptions`. A table can be pickled; the files are opened again where it arrives.
     """
 
     def __init__(

@@ -11,8 +11,7 @@ from foveate.data.parsers import Parsed
 from foveate.data.rows import Place, parse_row
 from foveate.data.sources import split_of
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared
-from foveate.datasets.tables import prepare_splits
+from foveate.datasets.prepared import Prepared, prepare_splits
 from foveate.errors import ConfigError
 from foveate.records import DataError
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +14,16 @@ import pyarrow as pa
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import BOX, TaskTable, row_schema
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.grounding_sets import REFCOCO_SPLITS, HardSet, SplitBy, hold_out, take_hard, take_share
-from foveate.datasets.prepared import Prepared, publish, sha256, task_row
+from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, task_row
 from foveate.files import atomic_path
 from foveate.records import Image, Task, require
+
+SplitBy = Literal["image", "row"]
+
+REFCOCO_SPLITS = (
+    "refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
+    "refcocog_val", "refcocog_test",
+)  # fmt: skip
 
 EXTRA_INFO = {
     "split": pa.string(),
@@ -176,3 +182,70 @@ def _copied(image: Path, folder: Path) -> str:
         with atomic_path(folder / name) as temporary:
             shutil.copyfile(image, temporary)
     return name
+
+
+# ----------------------------------------------------------------------------------------- which rows are taken
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Ranges of IoU and the share of the positives that each gives: range i goes from edges[i] up to the next edge, the
+    last one to 1. The last range gives what the shares of the others leave."""
+
+    edges: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    shares: tuple[float, ...] = (0.15, 0.20, 0.20, 0.20)
+
+    def __post_init__(self) -> None:
+        shown = f"buckets with edges {list(self.edges)} and shares {list(self.shares)}"
+        require(
+            len(self.edges) == len(self.shares) + 1,
+            f"{shown}: give one edge more than shares; the last range takes the rest",
+        )
+        require(list(self.edges) == sorted(set(self.edges)), f"{shown}: the edges must grow")
+        require(min(self.edges) >= 0 and max(self.edges) < 1, f"{shown}: the edges must be within 0..1")
+        require(min(self.shares, default=0) >= 0 and sum(self.shares) <= 1, f"{shown}: the shares must add up to 0..1")
+
+    def targets(self, total: int) -> list[int]:
+        """How many of `total` positives each range should give."""
+        wanted = [int(total * share) for share in self.shares]
+        return [*wanted, total - sum(wanted)]
+
+
+@dataclass(frozen=True, slots=True)
+class HardSet:
+    """The hard set: rows that the model misses and a larger one does not, and as many that the model finds.
+
+    iou_key, teacher_iou_key: fields of the rows with the IoU of the model's and of the larger model's answer.
+    """
+
+    iou_key: str
+    teacher_iou_key: str = "241b_model_iou"
+    buckets: Buckets = Buckets()
+
+
+def take_hard(
+    iou: Sequence[float], teacher_iou: Sequence[float], buckets: Buckets, rng: np.random.Generator
+) -> tuple[list[int], dict[str, int]]:
+    """The rows of the hard set in random order, and the counts for the summary.
+
+    All negatives (model below 0.5, teacher above 0.5) are kept; of the positives (in one of the buckets) each bucket
+    gives its share of as many, or all it has: what one lacks is not taken from another.
+    """
+    model, teacher = np.asarray(iou), np.asarray(teacher_iou)
+    negatives = np.flatnonzero((model < 0.5) & (teacher > 0.5))
+    taken = [negatives]
+    counts = {"hard negatives": len(negatives)}
+    ends = [*buckets.edges[1:], np.inf]
+    for low, high, wanted in zip(buckets.edges, ends, buckets.targets(len(negatives)), strict=True):
+        inside = np.flatnonzero((model >= low) & (model < high))
+        chosen = rng.choice(inside, min(wanted, len(inside)), replace=False) if len(inside) else inside
+        taken.append(chosen)
+        counts[f"positives with IoU from {low:g} (wanted {wanted}, there are {len(inside)})"] = len(chosen)
+    rows = np.concatenate(taken)
+    require(len(negatives) > 0, "the hard set is empty: no row has a model IoU below 0.5 and a teacher IoU above 0.5")
+    return rng.permutation(rows).tolist(), counts
+
+
+def take_share(count: int, fraction: float, seed: int) -> list[int]:
+    """At least one of `count` rows, `fraction` of them (rounded down), at random, in random order."""
+    return np.random.default_rng(seed).permutation(count)[: max(1, int(fraction * count))].tolist()

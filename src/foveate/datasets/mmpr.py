@@ -15,8 +15,7 @@ from foveate.data.parsers import OPTIONAL, REQUIRED, MappedRows, Parsed, SchemaR
 from foveate.data.rows import Place, Problem, parse_row
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared, infer_schema, publish, task_row
-from foveate.datasets.tables import prepare_rows
+from foveate.datasets.prepared import Prepared, infer_schema, prepare_rows, publish, task_row
 from foveate.records import DataError, require
 
 # ---------------------------------------------------------------------------------------------------------- MMPR-Tiny

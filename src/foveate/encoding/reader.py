@@ -53,11 +53,11 @@ class Reader:
         """The next `count` tasks of the stream (one batch by default). Raises DataError naming the row for one that
         cannot be encoded, and if a process was killed."""
         if self._pool is None:
-            tasks = [self._table[index] for index in self._stream.take(count)]
+            tasks = [self._table[index] for index in self._stream.draw(count)]
             return [(self.encoder.with_box_frame(task), self.encoder(task)) for task in tasks]
         wanted = self._stream.batch if count is None else count
         self._submit(wanted)
-        self._stream.take(wanted)
+        self._stream.draw(wanted)
         now = [self._ahead.popleft() for _ in range(wanted)]
         self._submit(wanted)
         try:
@@ -71,7 +71,7 @@ class Reader:
     def _submit(self, count: int) -> None:
         """Have the next `count` tasks from the stream's position on in work, and keep what already is."""
         assert self._pool is not None
-        coming = copy.copy(self._stream).take(max(count, len(self._ahead)))
+        coming = copy.copy(self._stream).draw(max(count, len(self._ahead)))
         if [index for index, _ in self._ahead] != coming[: len(self._ahead)]:  # the stream was set to another place
             self._ahead.clear()
         for index in coming[len(self._ahead) :]:

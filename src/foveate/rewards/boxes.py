@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 
 Box = tuple[float, float, float, float]
 Kind = Literal["mix", "sigmoid", "penalty", "normalized_exp", "eval", "giou"]
@@ -27,7 +29,6 @@ BOX_FRAME = "box_frame"
 FRAME = 1000.0
 HIT_IOU = 0.5
 """The IoU with the true box from which a box counts as right: Precision@1 of RefCOCO."""
-TRUTH = "reward_model.ground_truth"
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
@@ -66,7 +67,7 @@ def _boxes_in(text: str) -> list[Box]:
 
 
 def _answer(text: str, which: str) -> str:
-    """What stands between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
+    """The text between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
     if which == "last":
         end = text.rfind(_CLOSE)
         start = text.rfind(_OPEN, 0, max(end, 0))
@@ -170,20 +171,20 @@ def truth_box(task: Task) -> Box:
     """
     numbers = four_numbers(task.answer)
     if numbers is None:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_a_box(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_box(task.answer)}")
     return _ordered(*numbers)
 
 
-def check_truth(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
+def check_box(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
     """The faults of a grounding task, as (field, what is wrong): its ground truth must be a box inside the picture, and
     the size of the picture must be known."""
     numbers = four_numbers(task.answer)
     fault = _not_a_box(task.answer) if numbers is None else box_fault(numbers, task, truth_frame)
-    return [(TRUTH, fault)] * bool(fault) + size_faults(task)
+    return [(GROUND_TRUTH, fault)] * bool(fault) + size_faults(task)
 
 
 def box_fault(box: Box, task: Task, frame: Frame) -> str:
-    """What is wrong with a box of the ground truth: no area, or outside the picture; empty if it is sound."""
+    """The fault of a box of the ground truth: no area, or outside the picture; empty if it is sound."""
     if box[2] <= box[0] or box[3] <= box[1]:
         return f"{_shown(box)} has no area: x2 must be greater than x1, and y2 greater than y1"
     if frame == "thousandths":
@@ -301,7 +302,7 @@ def _value(overlap: float, text: str, kind: Kind, alpha: float, threshold: float
 
 
 def _wordiness(words: list[str]) -> float:
-    """What the "penalty" kind takes off for a long or stuttering answer."""
+    """The amount that the "penalty" kind takes off for a long or stuttering answer."""
     price = _BLOCK_PRICE * math.ceil(max(len(words) - _FREE_WORDS, 0) / _BLOCK_WORDS)
     run = longest = 1
     for before, word in pairwise(words):

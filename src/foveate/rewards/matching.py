@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.boxes import (
-    TRUTH,
     AnswerFrame,
     Box,
     Frame,
@@ -125,16 +126,16 @@ def truth_boxes(task: Task) -> list[Box]:
     box. Raises DataError for anything else."""
     boxes = _boxes(task.answer)
     if boxes is None:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_boxes(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_boxes(task.answer)}")
     return boxes
 
 
-def check_truth(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
+def check_boxes(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
     """The faults of a task with several boxes, as (field, what is wrong)."""
     boxes = _boxes(task.answer)
     if boxes is None:
-        return [(TRUTH, _not_boxes(task.answer)), *size_faults(task)]
-    faults = [(f"{TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
+        return [(GROUND_TRUTH, _not_boxes(task.answer)), *size_faults(task)]
+    faults = [(f"{GROUND_TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
     return [(field, fault) for field, fault in faults if fault] + size_faults(task)
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, HIT_IOU, Box, parse_box, picture_size, truth_box
 
 Rule = Literal["first", "last"]

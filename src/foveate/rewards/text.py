@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from foveate.records import DataError, Score, Task
-from foveate.registry import ConfigError
+from foveate.errors import ConfigError, DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 
-TRUTH = "reward_model.ground_truth"
 NO_ANSWER = "no final answer in the text"
 
 Extraction = Literal["box", "text"]
@@ -33,7 +33,7 @@ _OPTION_MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-J])[.):]\s+", re.MULTILINE)
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last balanced `\boxed{...}`, or None. Escaped braces `\{` do not count; of nested boxes it is
+    r"""The content of the last balanced `\boxed{...}`, or None. Escaped braces `\{` do not count; of nested boxes it is
     the innermost; a box that is never closed is passed over. Linear in the length of the text."""
     last: tuple[int, int] | None = None
     open_braces: list[int | None] = []
@@ -70,13 +70,13 @@ def truths(task: Task) -> list[str]:
     Raises DataError for anything else, and for an empty one."""
     found = _truths(task.answer)
     if not found:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_an_answer(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_an_answer(task.answer)}")
     return found
 
 
-def check_truth(task: Task) -> list[tuple[str, str]]:
+def check_answer(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be text, a number or a list of them, as (field, what is wrong)."""
-    return [] if _truths(task.answer) else [(TRUTH, _not_an_answer(task.answer))]
+    return [] if _truths(task.answer) else [(GROUND_TRUTH, _not_an_answer(task.answer))]
 
 
 def _truths(value: Any) -> list[str]:
