@@ -10,7 +10,7 @@ import pytest
 from foveate.records import DataError, Image, Task
 from foveate.registry import resolve
 from foveate.rewards import REWARDS
-from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_pixels, truth_box
+from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_whole_pixels, truth_box
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -71,9 +71,9 @@ def test_a_degenerate_answer_of_half_a_million_characters_is_parsed(noise):
 
 
 def test_pixels_are_rounded_held_inside_and_never_without_area():
-    assert to_pixels((0, 0, 1000, 1000), 640, 480) == (0, 0, 639, 479)
-    assert to_pixels((-50, 500, 2000, 500), 100, 100) == (0, 50, 99, 51)
-    assert to_pixels((1000, 1000, 1000, 1000), 100, 100) == (98, 98, 99, 99)
+    assert to_whole_pixels((0, 0, 1000, 1000), 640, 480) == (0, 0, 639, 479)
+    assert to_whole_pixels((-50, 500, 2000, 500), 100, 100) == (0, 50, 99, 51)
+    assert to_whole_pixels((1000, 1000, 1000, 1000), 100, 100) == (98, 98, 99, 99)
 
 
 def test_iou_and_giou_of_known_boxes():

@@ -22,9 +22,9 @@ Rollouts = Annotated[
     list[Path] | None,
     typer.Option(help="Answers of a model: the folder of a run, rollouts/step_*.jsonl, or evals/step_*.jsonl."),
 ]
-Part = Annotated[
+PartName = Annotated[
     str | None,
-    typer.Option(help="Part of the score that makes an answer right; by default accuracy, hit, or the score."),
+    typer.Option(help="PartName of the score that makes an answer right; by default accuracy, hit, or the score."),
 ]
 Threshold = Annotated[float, typer.Option(help="The least value of a right answer.")]
 
@@ -159,7 +159,7 @@ def prepare_filter_command(
         typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
     ] = None,
     min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     model: Annotated[str | None, typer.Option(help="Model folder whose tokens count, or demo.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, images included.")] = None,
@@ -197,7 +197,7 @@ def prepare_pairs_command(
     out: OutFolder,
     rollouts: Rollouts = None,
     max_per_prompt: Annotated[int, typer.Option(min=1, help="Most pairs of one prompt.")] = 15,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     column: Columns = None,
     image_root: ImageRoot = None,

@@ -44,7 +44,7 @@ _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands, and where its pictures may lie. `row` counts from 0, `line` (of text files) from 1."""
+    """Where a row stands, and where its images may lie. `row` counts from 0, `line` (of text files) from 1."""
 
     file: Path
     row: int
@@ -220,7 +220,7 @@ def parse_referring(
     """A RefCOCO-style row as a grounding Task, or None with all its problems.
 
     Fields: image (a path); sent, the expression; bbox, [x1, y1, x2, y2] in pixels; width and height in pixels, which
-    must be those of the picture if given; id. Instead of sent and bbox, conversations [{from, value}] may give question
+    must be those of the image if given; id. Instead of sent and bbox, conversations [{from, value}] may give question
     and answer, the box then as `<box>[x1,y1,x2,y2]</box>` in 0..1000. The answer is a list in 0..1000: floats
     1000 x / width and 1000 y / height from pixels, the numbers as written from conversations.
 
@@ -272,7 +272,7 @@ def _share(value: Any) -> float:
 
 
 def _box_of_pixels(value: Any, image: Image | None, slack: float) -> list[float] | None:
-    """Pixels to 0..1000, cut at the edges, which may be passed by `slack` pixels. Without a readable picture only the
+    """Pixels to 0..1000, cut at the edges, which may be passed by `slack` pixels. Without a readable image only the
     numbers themselves are checked."""
     x1, y1, x2, y2 = _box(value, "in pixels")
     if image is None:

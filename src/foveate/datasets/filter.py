@@ -18,7 +18,7 @@ from foveate.records import Task, require
 class Limits:
     """Which rows stay. accuracy: the share of right answers, both ends included (MMPR-Tiny: 0.2 to 0.8); answers: the
     fewest answers that tell it; prompt_tokens: the longest prompt, images included; short_side, long_side: the fewest
-    pixels of the shorter and the most of the longer side of every picture. None leaves a measure out."""
+    pixels of the shorter and the most of the longer side of every image. None leaves a measure out."""
 
     accuracy: tuple[float, float] | None = None
     answers: int = 1
@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TaskSizes:
-    """The measure of a task: prompt tokens (0 without `length`), the shortest and the longest side of its pictures."""
+    """The measure of a task: prompt tokens (0 without `length`), the shortest and the longest side of its images."""
 
     length: Callable[[Task], int] | None
 

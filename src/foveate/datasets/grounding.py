@@ -51,9 +51,9 @@ def prepare_grounding(
 ) -> Prepared:
     """Turn RefCOCO-style JSONL (see `rows.parse_referring`) into the parquet schema, ground truth in 0..1000.
 
-    test_fraction: the share of pictures (split_by "image": no picture is in both splits) or of rows ("row") that is
+    test_fraction: the share of images (split_by "image": no image is in both splits) or of rows ("row") that is
     held out at random by `seed`; 0 and 1 put all rows into one split, whose file alone is written. Rows keep the order
-    of the sources. With `hard` the training rows are its choice of them, in random order. Pictures are referred to by
+    of the sources. With `hard` the training rows are its choice of them, in random order. Images are referred to by
     absolute path, or with copy_images copied into `out/images` and referred to from there, which makes the folder
     self-contained.
 
@@ -176,7 +176,7 @@ def _file(image: Image) -> Path:
 
 
 def _copied(image: Path, folder: Path) -> str:
-    """Copy a picture under a name that its content makes unique; returns the path relative to `folder`."""
+    """Copy an image under a name that its content makes unique; returns the path relative to `folder`."""
     name = f"images/{image.stem}-{sha256(image)[:8]}{image.suffix}"
     if not (folder / name).exists():
         with atomic_path(folder / name) as temporary:

@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, Any]:
-    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded, and with
+    """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
     `pictures` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
@@ -190,7 +190,7 @@ def prepare_rows(
     """Rows of any parquet, JSONL or Arrow files as train.parquet, test.parquet and manifest.json.
 
     parser: what reads the rows, if not the schema or `reading.columns`. test_fraction: the share of rows that is held
-    out at random by `seed`; 0 holds out none. Pictures are named by absolute path, or embedded where they were. The
+    out at random by `seed`; 0 holds out none. Images are named by absolute path, or embedded where they were. The
     same sources, options and seed give the same bytes. Raises DataError for bad rows (unless they are skipped) and for
     ground truths of different types.
     """

@@ -1,5 +1,5 @@
-"""Tasks of a run with their prompts, in the order of its stream; where it is asked for, encoded ahead of the step in
-processes of their own, so that no step waits for pictures to be decoded."""
+"""The tasks of a run with their prompts, in the order of its stream. Worker processes may encode them ahead of the
+step, which then does not wait for images to be decoded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from foveate.encoding.encode import Encoder
 from foveate.records import DataError, Prompt, Task
 
 Encoded = tuple[Task, Prompt, np.ndarray | None]
-"""What a process sends: the pixels beside the prompt, because tensors would travel through shared memory."""
+"""A message of a process: the pixels beside the prompt, because tensors would travel through shared memory."""
 
 
 class Reader:
     """The next tasks of a stream with their prompts; each is encoded once. A context manager: processes end with it.
 
     With `workers` 0 tasks are encoded when they are taken. With more, as many as were taken last are encoded ahead, in
-    the order of the stream, whose position counts what was taken: a run goes on from it with the same tasks, and its
-    prompts are the same for any number of workers.
+    the order of the stream, whose position counts those that were taken: a run resumes from it with the same tasks, and
+    its prompts are the same for any number of workers.
     """
 
     def __init__(self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0) -> None:
@@ -84,7 +84,7 @@ def _received(sent: Encoded) -> tuple[Task, Prompt]:
 
 
 _WORK: list[tuple[TaskTable, Encoder]] = []
-"""In a worker process: what it was started for."""
+"""In a worker process: the table and the encoder that it was started for."""
 
 
 def _begin(table: TaskTable, encoder: Encoder) -> None:

@@ -44,7 +44,7 @@ class Reward:
     reads_text: bool = True
 
     def read(self, answer: Answer | str) -> Answer | str:
-        """What the reward needs of an answer, which is all that a worker process is sent: its text, or the record.
+        """The part of an answer that the reward needs, and a worker process is sent: its text, or the record.
         Raises DataError where only the text is known and the record is needed."""
         if self.reads_text:
             return answer if isinstance(answer, str) else answer.text
@@ -57,8 +57,8 @@ class Reward:
         return as_score(self.function(self.read(answer), task), self.name)
 
     def __call__(self, answer: Answer | str, task: Task) -> Score:
-        """The score of an answer, whatever the function does: one that raises or gives no finite number scores 0, with
-        the reason as a note. Raises WrongResult for a result that is no score."""
+        """The score of an answer, also where the function fails: one that raises or gives no finite number scores 0,
+        with the reason as a note. Raises WrongResult for a result that is no score."""
         read = self.read(answer)
         try:
             score = self.score(read, task)

@@ -17,7 +17,7 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.records import Score, Task
-from foveate.rewards.text import NO_ANSWER, Extraction, choice_letter, final_answer, options, plain, truths
+from foveate.rewards.text import Extraction, choice_letter, options, plain, score_final_answer
 
 try:
     import math_verify
@@ -62,11 +62,9 @@ def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits
     any of its entries. Parts: accuracy; parsed, 1 if a final answer was found. Raises DataError for a ground truth
     that is neither text nor number.
     """
-    answer = final_answer(text, extraction)
-    if answer is None:
-        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
-    right = any(matches(answer, truth, task, digits) for truth in truths(task))
-    return Score(float(right), {"accuracy": float(right), "parsed": 1.0})
+    return score_final_answer(
+        text, task, extraction, lambda answer, accepted: any(matches(answer, one, task, digits) for one in accepted)
+    )
 
 
 def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
@@ -130,8 +128,8 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
 
 
 def _plain_equality(answer: str, truth: str, digits: int) -> bool | None:
-    """What math-verify says of two fractions of whole numbers or two intervals between such, without the parser, which
-    takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
+    """The verdict of math-verify on two fractions of whole numbers or two intervals between such, without the parser,
+    which takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
     given, wanted = _fraction(answer), _fraction(truth)
     if given is not None and wanted is not None:
         return _near(given, wanted, digits)

@@ -38,7 +38,7 @@ MOST_WORKERS = 8
 """Worker processes unless the caller says how many."""
 
 PRELOADED = ["foveate.rewards.pool", "math_verify", "mathruler.grader"]
-"""What the fork server imports once for all workers; it passes over what is not installed."""
+"""Imported once by the fork server for all workers, where installed."""
 
 
 class Graders:
@@ -241,7 +241,7 @@ class _Worker:
         return self._lost(f"timed out after {self._limit:g} s")
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even one that hangs."""
         self._process.kill()
         self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
         self.pipe.close()
@@ -299,7 +299,7 @@ class Failure:
 def _grade_for_ever(job: Job, pipe: Connection) -> None:
     """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
     one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
-    # What goes wrong travels back as the note of a score. The terminal belongs to the run, and so does Ctrl-C; SIGTERM
+    # An error travels back as the note of a score. The terminal belongs to the run, and so does Ctrl-C; SIGTERM
     # goes to all processes of a job that is stopped, and is the run's as well.
     logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -322,7 +322,7 @@ def _grade_for_ever(job: Job, pipe: Connection) -> None:
             return
         current = current if task is None else task
         assert current is not None
-        # Should the owner be gone while a grader hangs, nobody else would end it: SIGALRM does.
+        # Should the owner be gone while a grader hangs, SIGALRM ends the process.
         signal.setitimer(signal.ITIMER_REAL, 2 * job.time_limit + 1)
         score = _graded(reward, answer, current)
         if os.getpid() != own:  # the grader forked, and this is the copy: its scores would be taken for other answers'

@@ -50,7 +50,7 @@ def refcoco(text: str, task: Task, *, rule: Rule = "first", frame: BoxFrame = "t
 def answer_box(
     text: str, rule: Rule, frame: BoxFrame, width: int, height: int, own: Sequence[float] | None = None
 ) -> Box | None:
-    """The box of an answer in pixels of a `width` x `height` picture, or None. `own` holds the largest x and y of the
+    """The box of an answer in pixels of a `width` x `height` image, or None. `own` holds the largest x and y of the
     frame "model"."""
     box = parse_box(text) if rule == "last" else _first_box(text)
     if box is None:
