@@ -54,11 +54,9 @@ def prepare_grounding_command(
         typer.Option(min=0, max=1, help="Validation: take this share of each file, one test file for each and all."),
     ] = None,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share that is held out.")] = 0.1,
-    split_by: Annotated[
-        Literal["image", "row"], typer.Option(help="Hold out whole pictures, or single rows.")
-    ] = "image",
+    split_by: Annotated[Literal["image", "row"], typer.Option(help="Hold out whole images, or single rows.")] = "image",
     image_root: ImageRoot = None,
-    copy_images: Annotated[bool, typer.Option(help="Copy the pictures into the folder.")] = False,
+    copy_images: Annotated[bool, typer.Option(help="Copy the images into the folder.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; by default 0, with --val-fraction 42.")] = None,
     on_bad_row: OnBadRow = None,
     workers: Workers = None,
@@ -164,15 +162,15 @@ def prepare_filter_command(
     model: Annotated[str | None, typer.Option(help="Model folder whose tokens count, or demo.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, images included.")] = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of a picture's shorter side.")] = None,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of a picture's longer side.")] = None,
+    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of an image's shorter side.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of an image's longer side.")] = None,
     name: Annotated[str, typer.Option(help="Name of the file, without .parquet.")] = "train",
     column: Columns = None,
     image_root: ImageRoot = None,
     on_bad_row: OnBadRow = None,
     workers: Workers = None,
 ) -> None:
-    """Keep rows by difficulty for a model, by length and by size of their pictures."""
+    """Keep rows by difficulty for a model, by length and by size of their images."""
     from foveate.datasets.answers import CorrectnessRule
     from foveate.datasets.filter import Limits, prepare_filter
 
@@ -255,7 +253,7 @@ def prepare_shapes_command(
     train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
     test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
     kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
-    side: Annotated[int, typer.Option(min=48, help="Side of the square pictures, in pixels.")] = 100,
+    side: Annotated[int, typer.Option(min=48, help="Side of the square images, in pixels.")] = 100,
     shortcut: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of right demonstrations for pairs; the rest name the larger object."),
