@@ -15,8 +15,10 @@ import torch
 
 from foveate.cluster.engine_process import EngineLostError, EngineProcess
 from foveate.cluster.local import LocalWorkers
+from foveate.cluster.rank_engine import RankEngine
 from foveate.cluster.remote_engines import RemoteEngines
 from foveate.cluster.weights import Incoming, Outgoing
+from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.errors import DataError, EngineError, RankLost
 from foveate.models.policy import load_policy
@@ -32,33 +34,33 @@ def nothing(_number, _method):
     return False
 
 
-class ThreadHosts:
-    """Hosts in this process. `dies` says, before each call, whether the host dies instead of answering it."""
+class ThreadProcesses:
+    """Engine processes that are threads here. `dies` says, before each call, whether one dies instead of answering."""
 
     def __init__(self, size, dies=nothing):
         self.size, self.dies = size, dies
-        self.hosts, self.starts, self.ended, self.packets = {}, [], [], []
+        self.engines, self.starts, self.ended, self.packets = {}, [], [], []
         self._pool = ThreadPoolExecutor(16)
         self.lost = {}
 
     def start(self, number, build):
         self.starts.append(number)
-        self.hosts[number], self.lost[number] = build(), threading.Event()
+        self.engines[number], self.lost[number] = build(), threading.Event()
         done = Future()
         done.set_result(None)
         return done
 
     def ask(self, number, method, *arguments):
-        host, lost = self.hosts[number], self.lost[number]
-        if self.dies(number, method):
+        engine, lost = self.engines[number], self.lost[number]
+        if self.dies(number, method.__name__):
             lost.set()
-        return self._pool.submit(self._call, host, lost, number, method, arguments)
+        return self._pool.submit(self._call, engine, lost, number, method, arguments)
 
-    def _call(self, host, lost, number, method, arguments):
+    def _call(self, engine, lost, number, method, arguments):
         if not lost.is_set():
-            result = getattr(host, method)(*arguments)
+            result = method(engine, *arguments)
         if lost.is_set():
-            raise EngineLostError(f"host {number} was killed")
+            raise EngineLostError(f"process {number} was killed")
         return result
 
     def share(self, packet):
@@ -70,8 +72,8 @@ class ThreadHosts:
         self.lost[number].set()
 
     def close(self):
-        for host in self.hosts.values():
-            host.close()
+        for engine in self.engines.values():
+            engine.close()
         self._pool.shutdown()
 
 
@@ -80,12 +82,9 @@ def trainer(tiny_folder):
     """A rank that trains, whose weights are others than those of the model's folder."""
     policy = load_policy(str(tiny_folder))
     learn(policy, 0)
-    outgoing = Outgoing(policy.model, limit=100_000)
-
-    def logprobs(packed_groups):
-        return check._logprobs(policy, 1.0, packed_groups)
-
-    return SimpleNamespace(policy=policy, engine=SimpleNamespace(packet=outgoing.packet), logprobs=logprobs)
+    engine = RankEngine(policy, ModelSettings(path=str(tiny_folder)), None)
+    engine._outgoing = Outgoing(policy.model, limit=100_000)
+    return SimpleNamespace(policy=policy, engine=engine)
 
 
 @torch.no_grad()
@@ -105,17 +104,20 @@ def requests(encode, make_task, make_image):
 
 @pytest.fixture
 def started(tiny_folder, trainer, encode):
-    """started(size, ...) -> engines apart with the weights of the trainer, and their hosts."""
+    """started(size, ...) -> engines apart with the weights of the trainer, and their processes."""
     opened = []
 
     def start(size, *, dies=nothing, make=NativeEngine, timeout=60.0, asynchronous=False, check_every=0):
-        hosts = ThreadHosts(size, dies)
+        processes = ThreadProcesses(size, dies)
         load = partial(load_policy, str(tiny_folder))
         workers = LocalWorkers(trainer)
-        engines = RemoteEngines(hosts, workers, load, timeout=timeout, asynchronous=asynchronous, dtype=torch.float32)
+        engines = RemoteEngines(
+            processes, workers, load, partial(check._logprobs, trainer.policy, 1.0),
+            timeout=timeout, asynchronous=asynchronous, dtype=torch.float32,
+        )  # fmt: skip
         opened.append(engines)
         engines.start(make, encode, RolloutSettings(check_every=check_every), 3)
-        return engines, hosts
+        return engines, processes
 
     yield start
     for engines in opened:
@@ -176,11 +178,11 @@ def once(number, method, at):
 
 @pytest.mark.parametrize("method", ["begin", "more", "take", "publish"])
 def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(started, trainer, requests, method):
-    engines, hosts = started(2, dies=once(1, method, at=2 if method in ("take", "publish") else 1))
+    engines, processes = started(2, dies=once(1, method, at=2 if method in ("take", "publish") else 1))
     learn(trainer.policy, 9)
     engines.publish(4)
     indices, groups = zip(*sorted(engines.stream(requests, SAMPLING)), strict=True)
-    assert hosts.starts == [0, 1, 1]
+    assert processes.starts == [0, 1, 1]
     assert engines.publish(5)["engine/lost"] == 1
     undisturbed, _ = started(2)
     undisturbed.publish(4)
@@ -189,11 +191,11 @@ def test_an_engine_that_dies_is_started_again_and_no_group_is_lost_or_doubled(st
 
 
 def test_where_trainers_learn_meanwhile_the_weights_come_from_another_engine(started, trainer, requests):
-    engines, hosts = started(2, dies=once(1, "more", 1), asynchronous=True)
+    engines, processes = started(2, dies=once(1, "more", 1), asynchronous=True)
     expected = started(2)[0].generate(requests, SAMPLING)
     learn(trainer.policy, 9)
     assert engines.generate(requests, SAMPLING) == expected
-    assert hosts.starts == [0, 1, 1]
+    assert processes.starts == [0, 1, 1]
 
 
 def test_the_only_engine_of_trainers_that_learn_meanwhile_takes_the_run_back_with_it(started, requests):
@@ -231,10 +233,10 @@ def test_a_pause_ends_a_stream_and_what_was_begun_goes_on_after_it(started, requ
 
 
 def test_an_engine_that_keeps_dying_ends_the_tries(started, requests):
-    engines, hosts = started(2, dies=lambda number, method: (number, method) == (0, "more"))
-    with pytest.raises(RankLost, match="engine 0 was lost 3 times without a finished group: host 0 was killed"):
+    engines, processes = started(2, dies=lambda number, method: (number, method) == (0, "more"))
+    with pytest.raises(RankLost, match="engine 0 was lost 3 times without a finished group: process 0 was killed"):
         engines.generate(requests, SAMPLING)
-    assert hosts.starts.count(0) == 3
+    assert processes.starts.count(0) == 3
 
 
 def test_an_engine_that_finishes_nothing_is_started_again(started, requests):
@@ -243,19 +245,19 @@ def test_an_engine_that_finishes_nothing_is_started_again(started, requests):
     class Hanging(NativeEngine):
         def stream(self, requests, sampling):
             while hangs[0]:
-                hangs[0] = hosts.ended == []
+                hangs[0] = processes.ended == []
             yield from NativeEngine.stream(self, requests, sampling)
 
-    engines, hosts = started(1, make=Hanging)
-    end = hosts.end
+    engines, processes = started(1, make=Hanging)
+    end = processes.end
 
     def patient_again(number):
         engines._timeout = 60.0
         end(number)
 
-    hosts.end, engines._timeout = patient_again, 0.5
+    processes.end, engines._timeout = patient_again, 0.5
     assert len(engines.generate(requests, SAMPLING)) == len(requests)
-    assert (hosts.starts, hosts.ended) == ([0, 0], [0])
+    assert (processes.starts, processes.ended) == ([0, 0], [0])
 
 
 def test_what_an_engine_refuses_ends_the_run(started, requests):
@@ -264,33 +266,33 @@ def test_what_an_engine_refuses_ends_the_run(started, requests):
             raise EngineError("no")
             yield
 
-    engines, hosts = started(2, make=Refusing)
+    engines, processes = started(2, make=Refusing)
     with pytest.raises(EngineError, match=r"^no$"):
         engines.generate(requests, SAMPLING)
-    assert hosts.starts == [0, 1]
+    assert processes.starts == [0, 1]
 
 
 def test_at_most_two_packets_of_weights_are_in_memory(started):
-    engines, hosts = started(2)
+    engines, processes = started(2)
     alive = []
-    share = hosts.share
+    share = processes.share
 
     def counted(packet):
         shared = share(packet)
         gc.collect()
-        alive.append(sum(one() is not None for one in hosts.packets))
+        alive.append(sum(one() is not None for one in processes.packets))
         return shared
 
-    hosts.share = counted
+    processes.share = counted
     engines.publish(4)
     assert len(alive) >= 4
     assert max(alive) <= 2
 
 
 def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
-    engines, hosts = started(1, check_every=1)
+    engines, processes = started(1, check_every=1)
     assert engines.publish(4)["engine/check"] < 1e-5
-    incoming = hosts.hosts[0]._incoming
+    incoming = processes.engines[0]._incoming
     incoming.take = lambda packet: incoming._taken.update(name for name, *_ in packet.tensors)
     learn(trainer.policy, 5)
     with pytest.raises(EngineError, match=r"at weights 5 the engine's log-probs .* differ"):
@@ -309,13 +311,13 @@ def test_weights_that_are_not_whole_or_of_another_model_are_refused(trainer, tin
 
 
 def test_an_engine_that_is_no_trainer_keeps_its_weights_until_the_next_publish(trainer, tiny_folder, encode):
-    host = EngineProcess(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
+    process = EngineProcess(partial(load_policy, str(tiny_folder)), NativeEngine, encode.decode)
     sent = Outgoing(trainer.policy.model)
     first = sent.packet(True)
     assert first is not None
-    host.take(first)
-    host.publish(1)
-    kept, original = host.packet(True), sent.packet(True)
+    process.take(first)
+    process.publish(1)
+    kept, original = process.packet(True), sent.packet(True)
     assert kept is not None
     assert original is not None
     assert kept.tensors == original.tensors

@@ -14,6 +14,7 @@ from rank_cases import spawn, tree_of
 from foveate.algorithms.policy_losses import gspo
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
+from foveate.cluster.rank_engine import RankEngine, RankEngines
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
@@ -26,7 +27,7 @@ from foveate.records import SamplingParams, Totals
 from foveate.rollout.build import choose_engine
 from foveate.rollout.engine import Request
 from foveate.train.checkpoint import checkpoints
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
 LOSS = partial(gspo, entropy_coefficient=0.01, kl_coefficient=0.1)
@@ -57,9 +58,9 @@ def groups_of(family, count=5):
     for seed in range(count):
         packed = tree_of(seed, family, images=vision * {0: 3, 1: 1}.get(seed, 0))
         generator = torch.Generator().manual_seed(seed)
-        vectors = [torch.randn(packed.answer_tokens, generator=generator) for _ in range(2)]
+        vectors = [torch.randn(packed.trained_tokens, generator=generator) for _ in range(2)]
         old = -3 + 0.1 * vectors[0]
-        made.append(TrainGroup(packed, old, advantage=vectors[1], old=old, ref=old - 0.1))
+        made.append(PolicyRow(packed, old, vectors[1], old, old - 0.1, None))
     return made
 
 
@@ -74,11 +75,9 @@ def worker_of(folder, budget, *, adam=False, **cluster):
 
 
 def step(workers, groups, rate=1e-2):
-    costs = [COSTS(group.packed) for group in groups]
-    totals = Totals(
-        sum(g.packed.answer_tokens for g in groups), sum(len(g.packed.answers) for g in groups), len(groups)
-    )
-    return next(scatter(workers, "update_policy", groups, costs, LOSS, totals, rate))[1]
+    costs = [COSTS(group.group) for group in groups]
+    totals = Totals(sum(g.group.trained_tokens for g in groups), sum(len(g.group.answers) for g in groups), len(groups))
+    return next(scatter(workers, Worker.update_policy, groups, costs, LOSS, totals, rate))[1]
 
 
 def two_steps(workers, groups):
@@ -97,7 +96,7 @@ def on_ranks(rank, ranks, out, cases, adam=False):
         worker.save(Path(out) / case, 2, {"stream": 7}, 1)
         worker.export(Path(out) / f"{case}-model")
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].group.prompt, 3)], SAMPLING)
         found[case] = said, two_steps(workers, groups), answers
     return found
 
@@ -129,7 +128,7 @@ def alone(folders, tmp_path_factory):
         out = tmp_path_factory.mktemp("alone") / "model"
         worker.export(out)
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].group.prompt, 3)], SAMPLING)
         found[name] = said, two_steps(workers, groups), answers, out
     return found
 
@@ -240,17 +239,17 @@ class Recorder:
 
     def call(self, _, per_rank_arguments):
         self.calls = per_rank_arguments
-        return [[(rank, item) for item in own[0]] for rank, own in enumerate(per_rank_arguments)]
+        return [[(rank, item) for item in own[-2]] for rank, own in enumerate(per_rank_arguments)]
 
 
 def test_neighbours_that_share_rows_get_the_same_share_and_results_keep_the_order():
     workers = Recorder()
-    results = scatter_gather(workers, "logprobs", ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
+    results = scatter_gather(workers, Worker.logprobs, ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
     assert workers.calls == [(["b"], "more")] * 2 + [(["a", "c"], "more")] * 2
     assert results == [(2, "a"), (0, "b"), (2, "c")]
     assert [own[0] for own in workers.calls] != [None]
-    scatter_gather(workers, "engine.generate", ["a", "b", "c"], [1.0, 5.0, 3.0], row=1)
-    assert [own[0] for own in workers.calls] == [["b"], ["c"], ["a"], []]
+    scatter_gather(RankEngines(workers), RankEngine.generate, ["a", "b", "c"], [1.0, 5.0, 3.0], "more")
+    assert [own[1] for own in workers.calls] == [["b"], ["c"], ["a"], []]
 
 
 def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path, folders):

@@ -1,11 +1,15 @@
-"""The cluster seam: workers on one or more ranks, called by the name of a method."""
+"""The cluster seam: workers on one or more ranks, and calls of their methods.
+
+A call names the method itself, such as `Worker.update_policy`, so that a type checker sees its arguments and result.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from foveate.cluster.commands import bind_to_loopback, has_token, keep_priority, use_token
 from foveate.cluster.local import LocalWorkers
@@ -13,10 +17,14 @@ from foveate.config.cluster import ClusterSettings
 from foveate.parallel.balance import balance
 from foveate.registry import resolve
 
+W = TypeVar("W")
+W_co = TypeVar("W_co", covariant=True)
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 REMOTE = {
     "ray": "foveate.cluster.ray:RayWorkers",
-    "engines": "foveate.cluster.ray:RayHosts",
+    "engines": "foveate.cluster.ray:RayEngineProcesses",
     "job": "foveate.cluster.ray:follow_job",
     "stop": "foveate.cluster.ray:stop_job",
 }
@@ -26,19 +34,24 @@ STARTUP_TIMEOUT_S = 120.0
 """Seconds in which the machines of a run have to be there when it starts."""
 
 
-class WorkerGroup(Protocol):
+class WorkerGroup(Protocol[W_co]):
     """Workers, one per rank. `row`: how many neighbouring ranks share each row of tokens, and so their arguments."""
 
-    size: int
-    row: int
+    @property
+    def size(self) -> int: ...
 
-    def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run `method` on every rank with its own arguments; results in the order of ranks."""
+    @property
+    def row(self) -> int: ...
+
+    def call(
+        self, method: Callable[Concatenate[W_co, ...], R], per_rank_arguments: Sequence[tuple[Any, ...]]
+    ) -> list[R]:
+        """Run `method`, an unbound function, on every rank with its own arguments; results in the order of ranks."""
         ...
 
 
 @contextmanager
-def start_workers(cluster: ClusterSettings, build: Callable[[], Any], *, again: bool = False) -> Iterator[WorkerGroup]:
+def start_workers(cluster: ClusterSettings, build: Callable[[], W], *, again: bool = False) -> Iterator[WorkerGroup[W]]:
     """The workers of a run, each made by `build` in its own place: in this process where there is one rank. `again`:
     after a loss, when machines may need until `cluster.timeout` to come back."""
     if cluster.ranks == 1:
@@ -63,30 +76,46 @@ def startup_timeout(cluster: ClusterSettings, again: bool) -> float:
     return max(STARTUP_TIMEOUT_S, cluster.timeout) if again else STARTUP_TIMEOUT_S
 
 
-def broadcast(workers: WorkerGroup, method: str, *arguments: Any) -> list[Any]:
+def broadcast(
+    workers: WorkerGroup[W], method: Callable[Concatenate[W, P], R], *arguments: P.args, **keywords: P.kwargs
+) -> list[R]:
     """The same call on every rank."""
-    return workers.call(method, [arguments] * workers.size)
+    return workers.call(_with_keywords(method, keywords), [arguments] * workers.size)
 
 
 def scatter(
-    workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
-) -> Iterator[tuple[list[int], Any]]:
-    """Call `method` with `items` dealt out by their costs, and with `rest`. Yields, for each share, the indices of its
-    items and the result. `row` neighbouring ranks get the same share (None: those that share a row of tokens)."""
-    row = workers.row if row is None else row
+    workers: WorkerGroup[W],
+    method: Callable[Concatenate[W, Sequence[T], P], R],
+    items: Sequence[T],
+    costs: Sequence[float],
+    *rest: P.args,
+    **keywords: P.kwargs,
+) -> Iterator[tuple[list[int], R]]:
+    """Call `method` with `items`, balanced by their costs over the ranks, and with `rest`. Yields, for each share, the
+    indices of its items and the result. Ranks that share a row of tokens get the same share."""
+    row = workers.row
     shares = balance(costs, workers.size // row)
     arguments = [([items[i] for i in share], *rest) for share in shares]
-    results = workers.call(method, [own for own in arguments for _ in range(row)])
+    results = workers.call(_with_keywords(method, keywords), [own for own in arguments for _ in range(row)])
     yield from zip(shares, results[::row], strict=True)
 
 
 def scatter_gather(
-    workers: WorkerGroup, method: str, items: Sequence[T], costs: Sequence[float], *rest: Any, row: int | None = None
-) -> list[Any]:
+    workers: WorkerGroup[W],
+    method: Callable[Concatenate[W, Sequence[T], P], Sequence[R]],
+    items: Sequence[T],
+    costs: Sequence[float],
+    *rest: P.args,
+    **keywords: P.kwargs,
+) -> list[R]:
     """`scatter` where a result has one entry per item: the entries in the order of the items."""
     found = {
         i: one
-        for share, own in scatter(workers, method, items, costs, *rest, row=row)
+        for share, own in scatter(workers, method, items, costs, *rest, **keywords)
         for i, one in zip(share, own, strict=True)
     }
     return [found[i] for i in range(len(items))]
+
+
+def _with_keywords(method: Callable[..., R], keywords: dict[str, Any]) -> Callable[..., R]:
+    return partial(method, **keywords) if keywords else method

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Self
 
 from foveate.cluster.base import WorkerGroup, broadcast, scatter_gather
+from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.records import Answer, SamplingParams
@@ -15,51 +16,51 @@ from foveate.rollout.engine import Request
 class ColocatedEngines:
     """Deals out requests to the workers' engines. Answers do not depend on who gives them."""
 
-    def __init__(self, workers: WorkerGroup) -> None:
+    def __init__(self, workers: WorkerGroup[HasEngine]) -> None:
         self.version = -1
-        self._workers = workers
+        self._engines = RankEngines(workers)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None or self._workers.size == 1:  # several ranks end with their processes, which may be gone already
-            broadcast(self._workers, "engine.close")
+        if kind is None or self._engines.size == 1:  # several ranks end with their processes, which may be gone already
+            broadcast(self._engines, RankEngine.close)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Each worker makes its engine by `new_engine` and proves that it has the weights of `version`."""
-        broadcast(self._workers, "engine.start", new_engine, encoder, rollout, version)
+        broadcast(self._engines, RankEngine.start, new_engine, encoder, rollout, version)
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
-        return scatter_gather(self._workers, "engine.generate", requests, costs, sampling, row=1)
+        return scatter_gather(self._engines, RankEngine.generate, requests, costs, sampling)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns. Those of
         several ranks come all at once."""
-        if self._workers.size > 1:
+        if self._engines.size > 1:
             yield from enumerate(self.generate(requests, sampling))
             return
-        [groups] = self._workers.call("engine.stream", [(requests, sampling)])
+        [groups] = self._engines.call(RankEngine.stream, [(requests, sampling)])
         yield from groups
 
     def pause(self) -> None:
         """As `Engine.pause`, in a cluster of one rank."""
-        broadcast(self._workers, "engine.pause")
+        broadcast(self._engines, RankEngine.pause)
 
     def resume(self) -> None:
         """As `Engine.resume`."""
-        broadcast(self._workers, "engine.resume")
+        broadcast(self._engines, RankEngine.resume)
 
     def sleep(self) -> None:
         """As `Engine.sleep`."""
-        broadcast(self._workers, "engine.sleep")
+        broadcast(self._engines, RankEngine.sleep)
 
     def publish(self, version: int) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
-        checked = broadcast(self._workers, "engine.publish", version)[0]
+        checked = broadcast(self._engines, RankEngine.publish, version)[0]
         self.version = version
         return checked

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, and what a cluster asks of such processes."""
+"""An engine in a process of its own, and how a cluster starts and calls such processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
@@ -16,6 +16,10 @@ from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
+P = ParamSpec("P")
+R = TypeVar("R")
+EngineCall = Callable[Concatenate["EngineProcess", P], R]
+"""A method of `EngineProcess`, such as `EngineProcess.publish`."""
 Finished = tuple[list[tuple[int, tuple[Answer, ...]]], bool]
 """Groups with the indices of their requests, and whether they were the last ones."""
 
@@ -33,8 +37,8 @@ class EngineProcesses(Protocol):
         """Start a process, in the place of an earlier one of this number if there was one."""
         ...
 
-    def ask(self, number: int, method: str, *arguments: Any) -> Future[Any]:
-        """Call a method of an `EngineProcess`. The future raises EngineLostError where its process is gone."""
+    def ask(self, number: int, method: EngineCall[P, R], *arguments: P.args, **keywords: P.kwargs) -> Future[R]:
+        """Call a method of an engine. The future raises EngineLostError where its process is gone."""
         ...
 
     def share(self, packet: Any) -> Any:
@@ -142,7 +146,7 @@ class _Round:
     def __init__(self) -> None:
         self._found: queue.SimpleQueue[tuple[int, tuple[Answer, ...]] | BaseException | None] = queue.SimpleQueue()
         self._is_stopped = False
-        self._starting = threading.Lock()  # a host may be closed by another thread just then
+        self._starting = threading.Lock()  # the engine may be closed by another thread just then
         self._thread: threading.Thread | None = None
 
     def begin(

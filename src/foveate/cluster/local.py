@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+W = TypeVar("W")
+R = TypeVar("R")
 
 
-class LocalWorkers:
+class LocalWorkers(Generic[W]):
     """A worker group of one rank in this process (`foveate.cluster.base.WorkerGroup`)."""
 
     size = row = 1
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: W) -> None:
         self._worker = worker
 
-    def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run `method` on every rank with its own arguments; results in the order of ranks. A dotted
-        name is a method of what the worker holds, such as `engine.generate`."""
+    def call(self, method: Callable[..., R], per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[R]:
+        """As `WorkerGroup.call`."""
         assert len(per_rank_arguments) == self.size
-        return [attrgetter(method)(self._worker)(*arguments) for arguments in per_rank_arguments]
+        return [method(self._worker, *arguments) for arguments in per_rank_arguments]

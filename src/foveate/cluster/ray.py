@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Concatenate, Generic, Self, TypeVar
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from foveate.cluster.engine_process import EngineLostError
+from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, P, R
 from foveate.cluster.network import free_port, set_network_interface
 from foveate.cluster.weights import Packet
 from foveate.cluster.worker_process import WorkerProcess
@@ -40,6 +41,8 @@ from foveate.registry import FILE_MODULES
 
 logger = logging.getLogger(__name__)
 
+W = TypeVar("W")
+
 _START = 120.0
 """Seconds in which a cluster has to take its first job."""
 _GRACE = 60.0
@@ -48,13 +51,10 @@ when it has been silent for half a minute."""
 
 
 class _Actor(WorkerProcess):
-    def call(self, method: str, packed: bytes, pixels: list[ray.ObjectRef]) -> Any:
-        arguments = _Unpickler(packed, pixels).load()
-        result = self._workers.call(method, [arguments])[0]
+    def call(self, packed: bytes, refs: list[ray.ObjectRef]) -> Any:
+        method, arguments, keywords = _Unpickler(packed, refs).load()
+        result = method(self.worker, *arguments, **keywords)
         return ray.put(result) if isinstance(result, Packet) else result  # whoever takes it fetches it from here
-
-    def give(self, method: str, packet: Packet) -> None:
-        self._workers.call(method, [(packet,)])
 
 
 class _Rank(_Actor):
@@ -75,7 +75,7 @@ class _Rank(_Actor):
         self.make(build)
 
 
-class _Host(_Actor):
+class _Engine(_Actor):
     """The actor of one engine. Its methods run beside each other."""
 
     def make(self, build: bytes) -> None:
@@ -83,14 +83,14 @@ class _Host(_Actor):
         logger.info("an engine on %s, process %d", ray.util.get_node_ip_address(), os.getpid())
 
 
-class RayWorkers:
+class RayWorkers(Generic[W]):
     """A worker group on a Ray cluster (`foveate.cluster.base.WorkerGroup`), as a context that ends with its actors.
 
     Raises ConfigError where there is no cluster, or none that is large enough; RankLost where a rank dies or does not
     answer for `cluster.timeout` seconds; and whatever a user can mend as the rank that met it raised it.
     """
 
-    def __init__(self, cluster: ClusterSettings, build: Callable[[], Any], patience: float = 120.0) -> None:
+    def __init__(self, cluster: ClusterSettings, build: Callable[[], W], patience: float = 120.0) -> None:
         """patience: seconds in which the cluster must become large enough."""
         self._patience = patience
         self.size, self.row = cluster.ranks, cluster.sequence_parallel
@@ -118,17 +118,16 @@ class RayWorkers:
         self._actors = []
         self._link.close()
 
-    def call(self, method: str, per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Run `method` on every rank with its own arguments; results in the order of ranks. Arguments that are the same
-        object travel once, and so does each picture, however often it is sent."""
+    def call(self, method: Callable[Concatenate[W, ...], R], per_rank_arguments: Sequence[tuple[Any, ...]]) -> list[R]:
+        """As `WorkerGroup.call`. Arguments that are one object travel once, and so does each image."""
         assert len(per_rank_arguments) == self.size
         packed: dict[int, tuple[Any, list[Any]]] = {}
         for arguments in per_rank_arguments:
             if id(arguments) not in packed:
-                content, pixels = _Pickler.pack(arguments)
-                packed[id(arguments)] = ray.put(content), pixels
+                content, refs = _Pickler.pack((method, arguments, {}))
+                packed[id(arguments)] = ray.put(content), refs
         pairs = zip(self._actors, per_rank_arguments, strict=True)
-        return self._results([actor.call.remote(method, *packed[id(arguments)]) for actor, arguments in pairs])
+        return self._results([actor.call.remote(*packed[id(arguments)]) for actor, arguments in pairs])
 
     def _place(self) -> None:
         """One bundle per node, and an actor in it for each of its ranks."""
@@ -169,7 +168,7 @@ class RayWorkers:
                 continue
 
     def _hung(self, silent: list[int]) -> str:
-        """What to say of ranks that do not answer; the stacks of all go to the log."""
+        """The message about ranks that do not answer; the stacks of all go to the log."""
         for rank, stack in enumerate(_stacks(self._actors)):
             logger.error("rank %d:\n%s", rank, stack)
         names = ", ".join(map(str, silent))
@@ -177,8 +176,7 @@ class RayWorkers:
 
 
 class RayEngineProcesses:
-    """Engines on a Ray cluster (`foveate.cluster.engine_process.EngineProcesses`): an actor each, beside those that
-    train."""
+    """Engines on a Ray cluster (`foveate.cluster.engine_process.EngineProcesses`), an actor each."""
 
     def __init__(self, cluster: ClusterSettings, patience: float = 120.0) -> None:
         """Raises ConfigError where the cluster has no room for them within `patience` seconds."""
@@ -193,17 +191,14 @@ class RayEngineProcesses:
             self.close()
             raise
 
-    def start(self, number: int, build: Callable[[], Any]) -> Future[Any]:
+    def start(self, number: int, build: Callable[[], EngineProcess]) -> Future[Any]:
         if number in self._actors:
             ray.kill(self._actors[number])
-        self._actors[number] = actor = _actor(_Host, self._group, number, self._needs, beside=4)
+        self._actors[number] = actor = _actor(_Engine, self._group, number, self._needs, beside=4)
         return _future(actor.make.remote(_Pickler.pack(build)[0]))
 
-    def ask(self, number: int, method: str, *arguments: Any) -> Future[Any]:
-        actor = self._actors[number]
-        if method == "take":  # Ray brings the packet itself
-            return _future(actor.give.remote(method, *arguments))
-        return _future(actor.call.remote(method, *_Pickler.pack(arguments)))
+    def ask(self, number: int, method: EngineCall[P, R], *arguments: P.args, **keywords: P.kwargs) -> Future[R]:
+        return _future(self._actors[number].call.remote(*_Pickler.pack((method, arguments, keywords))))
 
     def share(self, packet: Any) -> Any:
         return packet if isinstance(packet, ray.ObjectRef) else ray.put(packet)
@@ -213,7 +208,9 @@ class RayEngineProcesses:
         ray.kill(self._actors[number])
 
     def close(self) -> None:
-        wait([self.ask(number, "close") for number in self._actors], timeout=10.0)  # in which servers end by themselves
+        wait(
+            [self.ask(number, EngineProcess.close) for number in self._actors], timeout=10.0
+        )  # in which servers end by themselves
         for actor in self._actors.values():
             ray.kill(actor)
         self._actors = {}
@@ -221,7 +218,7 @@ class RayEngineProcesses:
 
 
 def _future(ref: Any) -> Future[Any]:
-    """What becomes of a call, with the errors of `EngineProcesses.ask`."""
+    """The result of a call, with the errors of `EngineProcesses.ask`."""
     own: Future[Any] = Future()
 
     def copy(done: Future[Any]) -> None:
@@ -274,7 +271,7 @@ class _Link:
         if self._group is not None:
             remove_placement_group(self._group)
         if self._is_ours:
-            _PICTURES.clear()
+            _IMAGES.clear()
             ray.shutdown()
         self._group, self._is_ours = None, False
 
@@ -289,7 +286,7 @@ def _actor(kind: type, group: PlacementGroup, bundle: int, needs: dict[str, floa
 
 
 def _stacks(actors: Sequence[Any]) -> list[str]:
-    """What every thread of each actor is doing."""
+    """The stacks of all threads of each actor."""
     asked = [actor.stacks.options(concurrency_group="watch").remote() for actor in actors]
     answered = set(ray.wait(asked, num_returns=len(asked), timeout=_GRACE)[0])
     found = []
@@ -310,17 +307,17 @@ def _short(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-# --------------------------------------------------------------------------------------- pictures travel by reference
+# ----------------------------------------------------------------------------------------- images travel by reference
 
 
-_PICTURES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Where the pictures are that were put into the object store."""
+_IMAGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""The images that are in the object store, each with its reference."""
 _PACKING = threading.Lock()
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Pickles arguments with tensors of pixels, the only ones with four dimensions, left out: these are put into Ray's
-    object store once, and fetched from there at most once per machine."""
+    """Pickles a call with tensors of pixels, the only ones with four dimensions, left out: these are put into Ray's
+    object store once, and fetched from there at most once per machine. So is what is in the store already."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -336,21 +333,24 @@ class _Pickler(cloudpickle.Pickler):
         return file.getvalue(), pickler.refs
 
     def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor) or obj.ndim != 4:
+        if isinstance(obj, Tensor) and obj.ndim == 4:
+            if obj not in _IMAGES:
+                _IMAGES[obj] = ray.put(obj.numpy())
+            obj = _IMAGES[obj]
+        if not isinstance(obj, ray.ObjectRef):
             return None
-        if obj not in _PICTURES:
-            _PICTURES[obj] = ray.put(obj.numpy())
-        self.refs.append(_PICTURES[obj])
+        self.refs.append(obj)
         return len(self.refs) - 1
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, packed: bytes, refs: list[Any]) -> None:
         super().__init__(io.BytesIO(packed))
-        self._pixels = [torch.tensor(array) for array in ray.get(refs)]
+        self._found = ray.get(refs)
 
-    def persistent_load(self, pid: Any) -> Tensor:
-        return self._pixels[pid]
+    def persistent_load(self, pid: Any) -> Any:
+        found = self._found[pid]
+        return torch.tensor(found) if isinstance(found, np.ndarray) else found
 
 
 # --------------------------------------------------------------------------------------------------------------- jobs

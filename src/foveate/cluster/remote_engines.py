@@ -14,15 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from foveate.cluster.base import WorkerGroup, broadcast, scatter_gather
-from foveate.cluster.engine_process import EngineLostError, EngineProcess, EngineProcesses
+from foveate.cluster.base import WorkerGroup, broadcast
+from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses, P, R
+from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import RankLost
 from foveate.models.policy import Policy
 from foveate.parallel.balance import balance
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Answer, Prompt, SamplingParams
+from foveate.records import Answer, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.check import compare
 from foveate.rollout.engine import Request, in_order
 
@@ -59,21 +59,23 @@ class RemoteEngines:
 
     def __init__(
         self,
-        hosts: EngineProcesses,
-        workers: WorkerGroup,
+        processes: EngineProcesses,
+        workers: WorkerGroup[HasEngine],
         load: Callable[[], Policy],
+        logprobs: Callable[[list[PackedGroup]], list[Tensor]],
         *,
         timeout: float,
         asynchronous: bool,
         dtype: torch.dtype,
     ) -> None:
-        """`load` makes the policy on which an engine stands; `dtype` is the coarsest that it and the trainers compute
-        in."""
+        """`load` makes the policy on which an engine stands; `logprobs` are those of the trainers, one vector for each
+        group; `dtype` is the coarsest that engines and trainers compute in."""
         self.version = -1
-        self._hosts, self._workers, self._load = hosts, workers, load
+        self._processes, self._ranks, self._load = processes, RankEngines(workers), load
+        self._logprobs = logprobs
         self._timeout, self._asynchronous, self._dtype = timeout, asynchronous, dtype
-        self._every = range(hosts.size)
-        self._fails = [0] * hosts.size
+        self._every = range(processes.size)
+        self._fails = [0] * processes.size
         self._losses = self._publishes = self._ticket = 0
         self._is_paused = False
         self._reviving = threading.Lock()
@@ -82,7 +84,7 @@ class RemoteEngines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._hosts.close()
+        self._processes.close()
 
     # -------------------------------------------------------------------------------------------------- the engine seam
 
@@ -90,7 +92,7 @@ class RemoteEngines:
         """Start all engines, each made by `new_engine`, with the trainers' weights, and prove that they have them."""
         self._build = partial(EngineProcess, self._load, new_engine, encoder.decode)
         self._encoder, self._rollout = encoder, rollout
-        started = [self._hosts.start(number, self._build) for number in self._every]
+        started = [self._processes.start(number, self._build) for number in self._every]
         lost = self._failing(dict(zip(self._every, started, strict=True)))
         self._publish(version, lost)
         if rollout.check_every:
@@ -102,15 +104,15 @@ class RemoteEngines:
     def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
         """Groups as they finish. Answers do not depend on who gives them."""
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
-        return self._answers(requests, balance(costs, self._hosts.size), sampling)
+        return self._answers(requests, balance(costs, self._processes.size), sampling)
 
     def pause(self) -> None:
         """As `Engine.pause`."""
-        self._tell("pause", paused=True)
+        self._tell(EngineProcess.pause, paused=True)
 
     def resume(self) -> None:
         """As `Engine.resume`."""
-        self._tell("resume", paused=False)
+        self._tell(EngineProcess.resume, paused=False)
 
     def sleep(self) -> None:
         """Nothing: their devices are their own."""
@@ -123,11 +125,11 @@ class RemoteEngines:
         due = self._rollout.check_every and self._publishes % self._rollout.check_every == 0
         return {"engine/lost": float(self._losses), **({"engine/check": self._prove()} if due else {})}
 
-    def _tell(self, method: str, *, paused: bool) -> None:
+    def _tell(self, method: Callable[[EngineProcess], None], *, paused: bool) -> None:
         """An engine that is lost does not matter here: another one is told when it has been started."""
         with self._reviving:
             self._is_paused = paused
-            wait([self._hosts.ask(number, method) for number in self._every], self._timeout)
+            wait([self._processes.ask(number, method) for number in self._every], self._timeout)
 
     # ---------------------------------------------------------------------------------------------------------- answers
 
@@ -159,20 +161,22 @@ class RemoteEngines:
                     if fresh:
                         share.heard, self._fails[number] = time.monotonic(), 0
                     if share.missing and not ended:  # those that a pause left out are not begun
-                        asked[self._hosts.ask(number, "more", _LOOK)] = number
+                        asked[self._processes.ask(number, EngineProcess.more, _LOOK)] = number
                     yield from ((share.indices[place], group) for place, group in fresh)
         finally:
             for number in asked.values():
-                self._hosts.ask(number, "stop", ticket)
+                self._processes.ask(number, EngineProcess.stop, ticket)
 
     def _begin(self, number: int, share: _Share, sampling: SamplingParams) -> Future[Any]:
-        return self._hosts.ask(number, "begin", self._ticket, share.requests, sampling, sorted(share.missing))
+        return self._processes.ask(
+            number, EngineProcess.begin, self._ticket, share.requests, sampling, sorted(share.missing)
+        )
 
     def _end_hung(self, shares: dict[int, _Share]) -> None:
         for number, share in shares.items():
             if time.monotonic() - share.heard > self._timeout:
                 logger.error("engine %d has finished no group for %g s (cluster.timeout)", number, self._timeout)
-                self._hosts.end(number)
+                self._processes.end(number)
                 share.heard = time.monotonic()
 
     # ---------------------------------------------------------------------------------------------------------- weights
@@ -189,16 +193,20 @@ class RemoteEngines:
         lost: dict[int, EngineLostError] = {}
         packet = source(True)
         while packet is not None:
-            shared = self._hosts.share(packet)
-            taken = {number: self._hosts.ask(number, "take", shared) for number in numbers if number not in lost}
+            shared = self._processes.share(packet)
+            taken = {
+                number: self._processes.ask(number, EngineProcess.take, shared)
+                for number in numbers
+                if number not in lost
+            }
             del packet, shared
             packet = source(False)
             lost |= self._failing(taken)
-        told = {n: self._hosts.ask(n, "publish", self.version) for n in numbers if n not in lost}
+        told = {n: self._processes.ask(n, EngineProcess.publish, self.version) for n in numbers if n not in lost}
         return lost | self._failing(told)
 
     def _trainers(self, first: bool) -> Any:
-        return broadcast(self._workers, "engine.packet", first)[0]
+        return broadcast(self._ranks, RankEngine.packet, first)[0]
 
     def _source(self, number: int) -> Callable[[bool], Any]:
         """Who has the weights of the last publish when an engine has been lost while it answered."""
@@ -207,14 +215,14 @@ class RemoteEngines:
         others = [other for other in self._every if other != number]
         if not others:
             raise RankLost(f"engine {number} died, and its weights with it, since the trainers have learned on")
-        return partial(self._answer, others[0], "packet")
+        return partial(self._answer, others[0], EngineProcess.packet)
 
-    def _answer(self, number: int, method: str, *arguments: Any) -> Any:
-        """What an engine says of itself; one that dies now takes the run back to its last checkpoint."""
+    def _answer(self, number: int, method: EngineCall[P, R], *arguments: P.args, **keywords: P.kwargs) -> R:
+        """Ask one engine; if it dies now, the run goes back to its last checkpoint."""
         try:
-            return self._result(number, self._hosts.ask(number, method, *arguments))
+            return self._result(number, self._processes.ask(number, method, *arguments, **keywords))
         except EngineLostError as error:
-            raise RankLost(f"engine {number} died when it was asked for {method} ({error})") from error
+            raise RankLost(f"engine {number} died in {method.__name__} ({error})") from error
 
     def _revive(self, number: int, error: Exception, source: Callable[[bool], Any]) -> None:
         """Start an engine again, with the weights of `source`."""
@@ -230,10 +238,10 @@ class RemoteEngines:
                     f"engine {number} was lost {self._fails[number]} times without a finished group: {error}"
                 )
             logger.warning("engine %d is lost (%s); starting it again", number, error)
-            lost = self._failing({number: self._hosts.start(number, self._build)})
+            lost = self._failing({number: self._processes.start(number, self._build)})
             lost = lost or self._send([number], source)
             if not lost and self._is_paused:
-                lost = self._failing({number: self._hosts.ask(number, "pause")})
+                lost = self._failing({number: self._processes.ask(number, EngineProcess.pause)})
             if not lost:
                 return
             error = lost[number]
@@ -248,11 +256,11 @@ class RemoteEngines:
                 lost[number] = error
         return lost
 
-    def _result(self, number: int, future: Future[Any]) -> Any:
+    def _result(self, number: int, future: Future[R]) -> R:
         try:
             return future.result(self._timeout)
         except TimeoutError as error:
-            self._hosts.end(number)
+            self._processes.end(number)
             raise EngineLostError(f"it did not answer for {self._timeout:g} s (cluster.timeout)") from error
 
     # ------------------------------------------------------------------------------------------------------------ proof
@@ -265,17 +273,12 @@ class RemoteEngines:
             compared(_One(self, number), temperature=temperature, version=self.version) for number in self._every
         )
 
-    def _logprobs(self, packed_groups: list[PackedGroup]) -> list[Tensor]:
-        return scatter_gather(
-            self._workers, "logprobs", packed_groups, [float(packed.tokens) for packed in packed_groups]
-        )
-
     def answers_of(self, number: int, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
         """All answers from one engine."""
         return self._answers(requests, [[*range(len(requests))] if n == number else [] for n in self._every], sampling)
 
     def prompt_ids_of(self, number: int, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
-        return self._answer(number, "prompt_ids", [*prompts])
+        return self._answer(number, EngineProcess.prompt_ids, [*prompts])
 
 
 class _One:

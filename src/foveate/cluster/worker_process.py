@@ -6,15 +6,15 @@ import os
 import pickle
 import sys
 import traceback
+from typing import Any
 
 import torch
 
-from foveate.cluster.local import LocalWorkers
 from foveate.log import setup_logging
 
 
 class WorkerProcess:
-    """What is asked of such a process, but for the calls of its worker."""
+    """Makes the worker of this process, and tells how it is doing."""
 
     def __init__(self, folder: str, kind: str) -> None:
         if os.path.isdir(folder):
@@ -25,12 +25,12 @@ class WorkerProcess:
 
     def make(self, build: bytes) -> None:
         """Make the worker."""
-        self._workers = LocalWorkers(pickle.loads(build)())
+        self.worker: Any = pickle.loads(build)()
 
     def process(self) -> int:
         return os.getpid()
 
     def stacks(self) -> str:
-        """What every thread of this process is doing."""
+        """The stacks of all threads of this process."""
         frames = sys._current_frames().values()
         return "\n".join("".join(traceback.format_stack(frame)[-6:]) for frame in frames)

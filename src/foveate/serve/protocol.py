@@ -145,7 +145,7 @@ def reply(
     model: str, prompt: Prompt, answers: Sequence[Answer], pieces: Sequence[Sequence[str]] | None
 ) -> dict[str, Any]:
     """A chat completion. `pieces` are the texts of the tokens of each answer where their log-probs are wanted."""
-    tokens = sum(len(answer.token_ids) for answer in answers)
+    tokens = sum(len(answer) for answer in answers)
     choices = [
         {
             "index": index,

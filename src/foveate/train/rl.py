@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
-from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, start_workers, startup_timeout
+from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, scatter_gather, start_workers, startup_timeout
 from foveate.cluster.colocated_engines import ColocatedEngines
 from foveate.cluster.remote_engines import RemoteEngines
 from foveate.config.algorithm import RewardSettings
@@ -44,15 +44,13 @@ from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
     GracefulShutdown,
     check_cluster,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
     save_is_due,
-    use_threads,
 )
 from foveate.train.update import compute_advantages, update
-from foveate.train.worker import Worker
+from foveate.train.worker import Worker, use_threads
 
 
 def run_rl(settings: RLSettings) -> RunFolder:
@@ -63,7 +61,6 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
@@ -73,14 +70,14 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
         GracefulShutdown(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
         engine.start(make_engine, encoder, settings.rollout, step)
@@ -97,28 +94,28 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                 if not settings.rollout.staleness:
                     engine.sleep()
                 with clock.phase("logprobs"):
-                    examples, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
+                    batch, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, epochs=epochs, seed=seed)
+                    learned = update(workers, batch, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
                     record["data/epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples, patience)
+                    write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        save(workers, run, step, state, settings.train, patience)
+                        save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, "export", run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
@@ -139,7 +136,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
     return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
 
 
-def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> ColocatedEngines | RemoteEngines:
+def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
     """What answers: the ranks' own engines, or engines in processes of their own."""
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
@@ -151,6 +148,7 @@ def _engines(settings: RLSettings, workers: WorkerGroup, *, again: bool) -> Colo
         ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
         load,
+        lambda packed: scatter_gather(workers, Worker.logprobs, packed, [float(one.tokens) for one in packed]),
         timeout=cluster.timeout,
         asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],
@@ -199,6 +197,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
+        disk_wait=settings.disk_wait,
     )
 
 

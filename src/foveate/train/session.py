@@ -1,4 +1,4 @@
-"""What the pages share: what they cannot do yet, threads, the place to continue from, and when to save."""
+"""What the pages share: what they cannot do yet, the place to continue from, and when to save."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, TypeVar
-
-import torch
 
 from foveate.cluster.base import WorkerGroup, broadcast
 from foveate.config.base import has_gpu
@@ -20,6 +18,7 @@ from foveate.errors import ConfigError, RankLost
 from foveate.log import MetricsWriter
 from foveate.run_folder import RunFolder
 from foveate.train.checkpoint import checkpoints
+from foveate.train.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class GracefulShutdown:
     """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
     ends, no checkpoint of `workers` is under way."""
 
-    def __init__(self, workers: WorkerGroup) -> None:
+    def __init__(self, workers: WorkerGroup[Worker]) -> None:
         self.is_asked = False
         self._workers = workers
 
@@ -53,7 +52,7 @@ class GracefulShutdown:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
-            broadcast(self._workers, "finish_saving")
+            broadcast(self._workers, Worker.finish_saving)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._former)
         if kind is RankLost:  # the machine may be going down, which told the ranks first
@@ -127,12 +126,6 @@ def _check_ranks_answer(settings: RLSettings) -> None:
         raise ConfigError(f"rollout.engine={settings.rollout.engine}: {advice}, or use native")
 
 
-def use_threads(threads: int | None) -> None:
-    """Bound the CPU threads of torch; None leaves its own choice."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
 class Stateful(Protocol):
     """What goes on where its `state()` was taken."""
 
@@ -142,14 +135,18 @@ class Stateful(Protocol):
 
 
 def resume(
-    run: RunFolder, workers: WorkerGroup, stream: Stream, metrics: MetricsWriter, others: Mapping[str, Stateful] = {}
+    run: RunFolder,
+    workers: WorkerGroup[Worker],
+    stream: Stream,
+    metrics: MetricsWriter,
+    others: Mapping[str, Stateful] = {},
 ) -> int:
     """Restore weights, optimizer, data position and `others` from the newest checkpoint, and cut the metrics back to
     its step. Returns that step, 0 for a run that begins."""
     found = checkpoints(run.checkpoints)
     state: dict[str, Any] = {"step": 0}
     if found:
-        state = broadcast(workers, "restore", found[-1][1])[0]
+        state = broadcast(workers, Worker.restore, found[-1][1])[0]
         for name, thing in {"stream": stream, **others}.items():
             thing.restore(state[name])
         logger.info("continuing %s after step %d", run.path, state["step"])
@@ -157,18 +154,15 @@ def resume(
     return state["step"]
 
 
-def disk_patience(train: TrainSettings, cluster: ClusterSettings) -> float:
-    """Seconds to wait for room on a full disk: ranks that wait longer than `cluster.timeout` count as hung."""
-    if train.disk_wait is None:
-        return 900.0 if cluster.ranks == 1 else min(900.0, cluster.timeout / 2)
-    return train.disk_wait
-
-
 def save(
-    workers: WorkerGroup, run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings, patience: float
+    workers: WorkerGroup[Worker],
+    run: RunFolder,
+    step: int,
+    state: dict[str, Any],
+    train: TrainSettings,
 ) -> None:
     """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
-    broadcast(workers, "save", run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
+    broadcast(workers, Worker.save, run.checkpoints, step, state, train.keep_checkpoints, train.save_async)
 
 
 def save_is_due(step: int, train: TrainSettings, leaving: GracefulShutdown) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Concatenate, Protocol, TypeVar
 
 from torch import Tensor
 
+from foveate.cluster.base import WorkerGroup
 from foveate.cluster.weights import Outgoing, Packet
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
@@ -20,6 +21,8 @@ from foveate.rollout.build import WeightCheck
 from foveate.rollout.engine import Engine, Request, Sleeping
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
+
+R = TypeVar("R")
 
 
 class RankEngine:
@@ -97,6 +100,34 @@ class RankEngine:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+class HasEngine(Protocol):
+    """A worker with an engine."""
+
+    @property
+    def engine(self) -> RankEngine: ...
+
+
+class RankEngines:
+    """The engines of all workers, called as workers are (`WorkerGroup[RankEngine]`). Each works on its own, so that no
+    two share a row of tokens."""
+
+    row = 1
+
+    def __init__(self, workers: WorkerGroup[HasEngine]) -> None:
+        self.size, self._workers = workers.size, workers
+
+    def call(
+        self, method: Callable[Concatenate[RankEngine, ...], R], per_rank_arguments: Sequence[tuple[Any, ...]]
+    ) -> list[R]:
+        """As `WorkerGroup.call`. Arguments that are one object stay one, so that they travel once."""
+        extended = {id(arguments): (method, *arguments) for arguments in per_rank_arguments}
+        return self._workers.call(_of_engine, [extended[id(arguments)] for arguments in per_rank_arguments])
+
+
+def _of_engine(worker: HasEngine, method: Callable[Concatenate[RankEngine, ...], R], *arguments: Any) -> R:
+    return method(worker.engine, *arguments)
 
 
 class InferenceWorker:
