@@ -75,7 +75,7 @@ async def later(text, task):
 """
 
 TASK = Task("0", "s", (Message("user", "<image>\nHow?"),), (), "yes", {"level": 2}, "r.parquet, row 0")
-YES = Answer((5, 6, 7, 8), (0.0,) * 4, "yes", "length", 0)
+YES = Answer.sampled((5, 6, 7, 8), (0.0,) * 4, "yes", "length", 0)
 
 
 @pytest.fixture(scope="module")
