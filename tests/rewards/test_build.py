@@ -35,6 +35,10 @@ def trl(completions, level, ground_truth=None, **kwargs):
     return [float(c == t) + l for c, t, l in zip(completions, ground_truth, level)]
 
 
+def trl_settings(completions, *, level: int = 1, **kwargs):
+    return [float(level)]
+
+
 def trl_prompts(prompts, completions):
     return [float(len(p) + len(c)) for p, c in zip(prompts, completions)]
 
@@ -91,6 +95,7 @@ FORMS = {
     "truth": ({"scale": 0.5}, Score(2.5, {"right": 0.5, "level": 2.0})),
     "any_column": ({}, Score(1.0)),
     "trl": ({}, Score(3.0)),
+    "trl_settings": ({"level": 5}, Score(5.0)),
     "trl_prompts": ({}, Score(7.0)),
     "trl_messages": ({}, Score(1.0)),
     "compute_score": ({"bonus": 0.25, "share": 0.5}, Score(4.25, {"acc": 1.0, "source": 1.0, "share": 0.5})),
@@ -152,7 +157,7 @@ def test_a_function_that_cannot_be_called_is_refused_before_any_answer(file, nam
     [
         ("wordy", r"wordy returned dict \{'acc': 1.0, 'why': 'fine'\}; it must return a number"),
         ("nothing", "nothing returned NoneType None; it must return"),
-        ("bare", "must return a list of one score for each; found 0.5"),
+        ("bare", r"bare returned 0\.5 for one completion; it must return \[score\]"),
     ],
 )
 def test_what_is_no_score_is_refused_by_name_and_value(file, name, message):

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 TruthCheck = Callable[[Task], list[tuple[str, str]]]
 """The faults of a task that a reward cannot score, as (field, what is wrong)."""
 _Function = Callable[..., Any]
+_Adapted = Callable[[Any, Task], Any]
+_Parameters = Mapping[str, inspect.Parameter]
 
 
 class WrongResult(DataError):
@@ -104,12 +106,12 @@ def _is_number(value: Any) -> bool:
 @dataclass(frozen=True, slots=True)
 class Form:
     """A signature that is understood. fits: whether the positional parameters of a function have it; adapt: from the
-    function, with its settings, to (text or answer, task) -> result. columns: further parameters are columns of the
-    row, by name. arguments: further parameters, and `**kwargs`, are settings."""
+    name of a reward, the function with its settings and its parameters to (text or answer, task) -> result. columns:
+    further parameters are columns of the row, by name. arguments: further parameters, and `**kwargs`, are settings."""
 
     written: str
     fits: Callable[[list[str]], bool]
-    adapt: Callable[[_Function, Mapping[str, inspect.Parameter]], Callable[[Any, Task], Any]]
+    adapt: Callable[[str, _Function, _Parameters], _Adapted]
     reads_text: bool = True
     columns: bool = False
     arguments: bool = False
@@ -124,16 +126,16 @@ COLUMNS: dict[str, Callable[[Task], Any]] = {
 """Columns that every row has, beside the fields of its `extra_info`."""
 
 
-def _as_it_is(function: _Function, _: Mapping[str, inspect.Parameter]) -> Callable[[Any, Task], Any]:
-    return lambda answer, task: function(answer, task)
+def _as_it_is(_name: str, function: _Function, _: _Parameters) -> _Adapted:
+    return function
 
 
-def _plain(function: _Function, parameters: Mapping[str, inspect.Parameter]) -> Callable[[Any, Task], Any]:
+def _plain(_name: str, function: _Function, parameters: _Parameters) -> _Adapted:
     wanted = _selector(parameters, leave_out=("answer", "ground_truth"))
     return lambda text, task: function(text, task.answer, **wanted(task))
 
 
-def _trl(function: _Function, parameters: Mapping[str, inspect.Parameter]) -> Callable[[Any, Task], Any]:
+def _trl(name: str, function: _Function, parameters: _Parameters) -> _Adapted:
     """TRL's functions take a batch; they get one of a single answer. Prompts and completions are texts, or messages
     where the annotation of `completions` says so (`list[list[dict[str, str]]]`, as in `trl.rewards`)."""
     wanted = _selector(parameters, leave_out=("completions", "prompts"))
@@ -141,21 +143,19 @@ def _trl(function: _Function, parameters: Mapping[str, inspect.Parameter]) -> Ca
     with_prompts = "prompts" in parameters or _takes_any(parameters)
 
     def reward(text: str, task: Task) -> Any:
-        batch: dict[str, Any] = {name: [value] for name, value in wanted(task).items()}
+        batch: dict[str, Any] = {column: [value] for column, value in wanted(task).items()}
         if with_prompts:
             messages = [{"role": message.role, "content": message.content} for message in task.messages]
             batch["prompts"] = [messages if as_messages else question(task)]
         result = function(completions=[[{"role": "assistant", "content": text}] if as_messages else text], **batch)
         if not isinstance(result, list | tuple) or len(result) != 1:
-            raise WrongResult(
-                f"a reward of `completions` must return a list of one score for each; found {result!r:.60}"
-            )
+            raise WrongResult(f"reward {name} returned {result!r:.60} for one completion; it must return [score]")
         return result[0]
 
     return reward
 
 
-def _verl(function: _Function, _: Mapping[str, inspect.Parameter]) -> Callable[[Any, Task], Any]:
+def _verl(_name: str, function: _Function, _: _Parameters) -> _Adapted:
     return lambda text, task: function(
         data_source=task.source, solution_str=text, ground_truth=task.answer, extra_info=dict(task.meta)
     )
@@ -186,7 +186,7 @@ def adapt(name: str, function: Any, settings: Mapping[str, Any]) -> Reward:
         except TypeError as error:
             raise ConfigError(f"{where} cannot be called with {', '.join((*VERL, *settings))} ({error})") from None
     bound = bind(function, {key: value for key, value in settings.items() if key not in arguments}, where)
-    return Reward(name, form.adapt(partial(bound, **arguments), parameters), form.reads_text)
+    return Reward(name, form.adapt(name, partial(bound, **arguments), parameters), form.reads_text)
 
 
 def _form_of(where: str, function: Any) -> Form:
@@ -203,26 +203,25 @@ def _form_of(where: str, function: Any) -> Form:
     )
 
 
-def _positional(parameters: Mapping[str, inspect.Parameter]) -> dict[str, inspect.Parameter]:
+def _positional(parameters: _Parameters) -> dict[str, inspect.Parameter]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {name: parameter for name, parameter in parameters.items() if parameter.kind in kinds}
 
 
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+def _takes_any(parameters: _Parameters) -> bool:
     return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def _selector(
-    parameters: Mapping[str, inspect.Parameter], leave_out: tuple[str, ...]
-) -> Callable[[Task], dict[str, Any]]:
+def _selector(parameters: _Parameters, leave_out: tuple[str, ...]) -> Callable[[Task], dict[str, Any]]:
     """From a task to the columns that a function takes: those that it names, or all."""
     named, takes_any = _positional(parameters), _takes_any(parameters)
 
+    def is_taken(name: str) -> bool:  # a setting is not overwritten by a column of its name
+        return name not in leave_out and (name in named or (takes_any and name not in parameters))
+
     def select(task: Task) -> dict[str, Any]:
         columns = {name: read(task) for name, read in COLUMNS.items()} | dict(task.meta)
-        return {
-            name: value for name, value in columns.items() if name not in leave_out and (takes_any or name in named)
-        }
+        return {name: value for name, value in columns.items() if is_taken(name)}
 
     return select
 
