@@ -229,7 +229,7 @@ def test_marks_and_images_must_be_equally_many(tmp_path, content, marks):
         ((1, 2, 3), "four finite numbers"),
         ((1, 2, 3, float("nan")), "four finite numbers"),
         ((500, 2, 300, 4), "no area"),
-        ((500, 2, 1300, 4), "outside the picture"),
+        ((500, 2, 1300, 4), "outside the image"),
     ],
 )
 def test_a_truth_that_is_no_box_in_the_picture_is_refused_by_row(tmp_path, truth, what):

@@ -135,7 +135,7 @@ def test_amodal_boxes_may_pass_the_edge_and_modal_ones_are_chosen_by_field(tmp_p
         task = open_tasks(tmp_path / "out" / "train.parquet")[0]
         assert task.answer == box
         assert ask in task.messages[0].content
-    with pytest.raises(DataError, match=r"field bbox: .* lies outside the picture"):
+    with pytest.raises(DataError, match=r"field bbox: .* lies outside the image"):
         prepare_grounding(source, tmp_path / "out")
 
 

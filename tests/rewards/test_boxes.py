@@ -138,8 +138,8 @@ def test_an_unknown_kind_names_the_allowed_ones():
         ("12", "four finite numbers"),
         ([30, 2, 30, 4], "no area"),
         ([3, 40, 30, 4], "no area"),
-        ([3, 4, 1000.5, 40], "outside the picture"),
-        ([-1, 4, 100, 40], "outside the picture"),
+        ([3, 4, 1000.5, 40], "outside the image"),
+        ([-1, 4, 100, 40], "outside the image"),
     ],
 )
 def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):

@@ -94,7 +94,7 @@ def test_the_frame_of_the_truth_decides_what_lies_outside(name):
     assert check is not None
     assert check(scene([0, 0, 1900, 1000], width=1920, height=1080)) == []
     faults = check(scene([0, 0, 1900, 1100], width=1920, height=1080))
-    assert "lies outside the picture: coordinates are pixels of 1920 x 1080" in faults[0][1]
+    assert "lies outside the image: coordinates are pixels of 1920 x 1080" in faults[0][1]
     assert len(check(Task("t", "b", (), (), [0, 0, 5, 5]))) == 1
 
 

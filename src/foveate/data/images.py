@@ -120,7 +120,7 @@ def read_size(source: Path | bytes) -> tuple[int, int]:
     except DataError:
         raise
     except _BOMBS as error:
-        raise DataError(f"{name} has too many pixels ({one_line(error)}); make the picture smaller") from error
+        raise DataError(f"{name} has too many pixels ({one_line(error)}); make the image smaller") from error
     except _BROKEN as error:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)})") from error
     if fault:
@@ -151,7 +151,7 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
     if rgb.size != (image.width, image.height):
         raise DataError(
             f"{join_where([where, 'field images'])}: {name} is now {rgb.width} x {rgb.height} pixels, but was "
-            f"{image.width} x {image.height} when the data were read; do not change pictures during a run"
+            f"{image.width} x {image.height} when the data were read; do not change images during a run"
         )
     return rgb
 
@@ -168,7 +168,7 @@ def _no_bombs() -> Iterator[None]:
 
 def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode == "F":
-        raise DataError("32-bit float pixels have no agreed white; save the picture with 8 or 16 bits")
+        raise DataError("32-bit float pixels have no agreed white; save the image with 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         grey = np.asarray(picture).astype(np.int64)
         return PIL.Image.fromarray((grey.clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")

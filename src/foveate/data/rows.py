@@ -260,7 +260,7 @@ def _same_size(row: Mapping[str, Any], image: Image) -> None:
     said = (row.get("width", image.width), row.get("height", image.height))
     if said != (image.width, image.height):
         raise DataError(
-            f"the row says {_shown(said[0])} x {_shown(said[1])} pixels, but the picture is {image.width} x "
+            f"the row says {_shown(said[0])} x {_shown(said[1])} pixels, but the image is {image.width} x "
             f"{image.height} as shown; the box would be wrong"
         )
 
@@ -281,7 +281,7 @@ def _box_of_pixels(value: Any, image: Image | None, slack: float) -> list[float]
     beyond = max(-x1, -y1, x2 - width, y2 - height)
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if beyond > slack or x2 <= x1 or y2 <= y1:
-        raise DataError(f"{_shown(value)} lies outside the picture of {width} x {height} pixels")
+        raise DataError(f"{_shown(value)} lies outside the image of {width} x {height} pixels")
     return [x1 * THOUSANDTHS / width, y1 * THOUSANDTHS / height, x2 * THOUSANDTHS / width, y2 * THOUSANDTHS / height]
 
 
@@ -298,7 +298,7 @@ def _box_of_conversation(conversations: Any) -> list[float]:
         value = value[0]
     box = _box(value, "in 0..1000")
     if min(box) < 0 or max(box) > THOUSANDTHS:
-        raise DataError(f"{_shown(value)} lies outside the picture: coordinates are 0..1000 of its sides")
+        raise DataError(f"{_shown(value)} lies outside the image: coordinates are 0..1000 of its sides")
     return value
 
 

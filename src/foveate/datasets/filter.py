@@ -91,14 +91,14 @@ def prepare_filter(
 
 def _by_size(measures: Sequence[Any], limits: Limits, counts: dict[str, int]) -> list[int]:
     kept = []
-    refused = dict.fromkeys(("prompt too long", "picture too small", "picture too large"), 0)
+    refused = dict.fromkeys(("prompt too long", "image too small", "image too large"), 0)
     for index, (tokens, shortest, longest) in enumerate(measures):
         if limits.prompt_tokens is not None and tokens > limits.prompt_tokens:
             refused["prompt too long"] += 1
         elif limits.short_side is not None and shortest is not None and shortest < limits.short_side:
-            refused["picture too small"] += 1
+            refused["image too small"] += 1
         elif limits.long_side is not None and longest is not None and longest > limits.long_side:
-            refused["picture too large"] += 1
+            refused["image too large"] += 1
         else:
             kept.append(index)
     counts.update({reason: count for reason, count in refused.items() if count})

@@ -171,7 +171,7 @@ def _rows(table: TaskTable, indices: Sequence[int], split: str, copy_to: Path | 
 
 
 def _file(image: Image) -> Path:
-    assert image.path is not None, "JSONL rows name pictures by path"
+    assert image.path is not None, "JSONL rows name images by path"
     return image.path.resolve()
 
 

@@ -129,7 +129,7 @@ def prepare_mmpr(
         tables[annotation.name] = table.select(_repeated(len(table), annotation.repeat_time, seed))
     taken = {name: table for name, table in tables.items() if len(table)}
     require(bool(taken), f"{meta}: no pair is left of any entry; raise repeat_time")
-    schema = infer_schema(_pairs(taken, pictures=False))
+    schema = infer_schema(_pairs(taken, images=False))
     return publish(
         out,
         {"pairs": _pairs(taken)},
@@ -181,10 +181,10 @@ def _repeated(rows: int, repeat: float, seed: int) -> list[int]:
     return [*list(range(rows)) * int(repeat), *sorted(some.tolist())]
 
 
-def _pairs(tables: Mapping[str, TaskTable], pictures: bool = True) -> Iterator[dict[str, Any]]:
+def _pairs(tables: Mapping[str, TaskTable], images: bool = True) -> Iterator[dict[str, Any]]:
     index = 0
     for name, table in tables.items():
         for task in table:
             preferred = replace(task, meta={**task.meta, "ability": "preference"})
-            yield task_row(preferred, pictures=pictures, dataset=name, index=index)
+            yield task_row(preferred, images=images, dataset=name, index=index)
             index += 1

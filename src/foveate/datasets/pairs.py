@@ -51,7 +51,7 @@ def prepare_pairs(
         counts["prompts"] += 1
         counts[_outcome(given, correctness_rule, bool(pairs))] += 1
     require(bool(drawn), f"{table.names}: {_no_pairs(counts)} ({shown_counts(counts)})")
-    schema = infer_schema(_pair_rows(table, drawn, pictures=False))
+    schema = infer_schema(_pair_rows(table, drawn, images=False))
     return publish(
         out,
         {"pairs": _pair_rows(table, drawn)},
@@ -108,9 +108,9 @@ def _draw_pairs(
 
 
 def _pair_rows(
-    table: TaskTable, drawn: Mapping[int, Sequence[tuple[str, str]]], pictures: bool = True
+    table: TaskTable, drawn: Mapping[int, Sequence[tuple[str, str]]], images: bool = True
 ) -> Iterator[dict[str, Any]]:
     for task, pairs in zip(table.select(list(drawn)), drawn.values(), strict=True):
         for number, (chosen, rejected) in enumerate(pairs):
             numbered = replace(task, id=f"{task.id}-{number}")
-            yield task_row(numbered, pictures=pictures, **{CHOSEN: chosen, REJECTED: rejected, "prompt_id": task.id})
+            yield task_row(numbered, images=images, **{CHOSEN: chosen, REJECTED: rejected, "prompt_id": task.id})

@@ -103,14 +103,14 @@ def sha256(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, Any]:
+def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]:
     """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
-    `pictures` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
+    `images` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
         "prompt": [{"role": message.role, "content": message.content} for message in task.messages],
-        "images": [image_value(image) for image in task.images] if pictures else [],
+        "images": [image_value(image) for image in task.images] if images else [],
         "ability": task.meta.get("ability"),
         "reward_model": {"style": "rule", "ground_truth": task.answer},
         "extra_info": {**meta, "id": task.id, **extra},
@@ -238,7 +238,7 @@ def publish_tables(
 ) -> Prepared:
     """Write each table as NAME.parquet, all with one schema that fits their rows. extra: from the id of a task to what
     joins its `extra_info`."""
-    schema = infer_schema(row for name, table in tables.items() for row in _rows(table, name, extra, pictures=False))
+    schema = infer_schema(row for name, table in tables.items() for row in _rows(table, name, extra, images=False))
     files = {name: _rows(table, name, extra) for name, table in tables.items()}
     sources = dict.fromkeys(path for table in tables.values() for path in table.files)
     return publish(
@@ -248,11 +248,11 @@ def publish_tables(
 
 
 def _rows(
-    table: TaskTable, split: str, extra: Callable[[str], Mapping[str, Any]] | None, pictures: bool = True
+    table: TaskTable, split: str, extra: Callable[[str], Mapping[str, Any]] | None, images: bool = True
 ) -> Iterator[dict[str, Any]]:
     for position, task in enumerate(table):
         more = extra(task.id) if extra is not None else {}
-        yield task_row(task, pictures=pictures, split=split, index=position, **more)
+        yield task_row(task, images=images, split=split, index=position, **more)
 
 
 def hold_out(keys: Sequence[Hashable], fraction: float, rng: np.random.Generator, what: str) -> dict[str, list[int]]:

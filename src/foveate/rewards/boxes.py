@@ -195,7 +195,7 @@ def box_fault(box: Box, task: Task, frame: TruthFrame) -> str:
         right, bottom = picture_size(task)
         allowed = f"pixels of {right:g} x {bottom:g}"
     if min(box) < 0 or box[2] > right or box[3] > bottom:
-        return f"{_shown(box)} lies outside the picture: coordinates are {allowed}"
+        return f"{_shown(box)} lies outside the image: coordinates are {allowed}"
     return ""
 
 
