@@ -202,8 +202,8 @@ def test_a_choice_that_cannot_be_made_is_refused_before_anything_is_written(tmp_
 
 
 def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data):
-    settings = rl_settings(tmp_path / "run", tiny_folder, data, reward={"name": f"{HERE}:a_number"})
-    with pytest.raises(DataError, match=r"returned float 1\.0; it must return a foveate\.records\.Score"):
+    settings = rl_settings(tmp_path / "run", tiny_folder, data, reward={"name": f"{HERE}:a_word"})
+    with pytest.raises(DataError, match=r"a_word returned str 'right'; it must return a number, a dict of numbers"):
         run_rl(settings)
 
 

@@ -56,7 +56,7 @@ def check_command(
     from foveate.encoding.dataset import RowCheck
     from foveate.log import print_result, progress
     from foveate.models.checkpoint.inspect import load_encoder
-    from foveate.rewards.grade import truth_check
+    from foveate.rewards.build import truth_check
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
     check = RowCheck(truth_check(reward) if reward else None, encoder)

@@ -11,7 +11,7 @@ from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Seed, So
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
     from foveate.datasets.prepared import Prepared
 
 prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
@@ -22,9 +22,9 @@ Rollouts = Annotated[
     list[Path] | None,
     typer.Option(help="Answers of a model: the folder of a run, rollouts/step_*.jsonl, or evals/step_*.jsonl."),
 ]
-Part = Annotated[
+PartName = Annotated[
     str | None,
-    typer.Option(help="Part of the score that makes an answer right; by default accuracy, hit, or the score."),
+    typer.Option(help="PartName of the score that makes an answer right; by default accuracy, hit, or the score."),
 ]
 Threshold = Annotated[float, typer.Option(help="The least value of a right answer.")]
 
@@ -62,8 +62,7 @@ def prepare_grounding_command(
     workers: Workers = None,
 ) -> None:
     """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
-    from foveate.datasets.grounding import prepare_grounding, prepare_validation
-    from foveate.datasets.grounding_sets import HardSet
+    from foveate.datasets.grounding import HardSet, prepare_grounding, prepare_validation
 
     if (variant == "hard") != (iou_key is not None):
         raise ConfigError("--variant hard and --iou-key belong together: --variant hard --iou-key iou_2b")
@@ -142,7 +141,7 @@ def prepare_rows_command(
     workers: Workers = None,
 ) -> None:
     """Your own data: any files, with the columns that you name."""
-    from foveate.datasets.tables import prepare_rows
+    from foveate.datasets.prepared import prepare_rows
 
     reading = reading_of(image_root, on_bad_row, workers, column)
     _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
@@ -158,13 +157,13 @@ def prepare_filter_command(
         typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
     ] = None,
     min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     model: Annotated[str | None, typer.Option(help="Model folder whose tokens count, or demo.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, images included.")] = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of a image's shorter side.")] = None,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of a image's longer side.")] = None,
+    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of an image's shorter side.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of an image's longer side.")] = None,
     name: Annotated[str, typer.Option(help="Name of the file, without .parquet.")] = "train",
     column: Columns = None,
     image_root: ImageRoot = None,
@@ -173,7 +172,7 @@ def prepare_filter_command(
 ) -> None:
     """Keep rows by difficulty for a model, by length and by size of their images."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import Limits, prepare_filter
+    from foveate.datasets.filter import Limits, prepare_filter
 
     if (model is None) != (max_prompt_tokens is None):
         raise ConfigError("--model and --max-prompt-tokens belong together: --model FOLDER --max-prompt-tokens 8192")
@@ -196,7 +195,7 @@ def prepare_pairs_command(
     out: OutFolder,
     rollouts: Rollouts = None,
     max_per_prompt: Annotated[int, typer.Option(min=1, help="Most pairs of one prompt.")] = 15,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     column: Columns = None,
     image_root: ImageRoot = None,
@@ -206,7 +205,7 @@ def prepare_pairs_command(
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import prepare_pairs
+    from foveate.datasets.pairs import prepare_pairs
 
     if not rollouts:
         raise ConfigError("--rollouts is missing: pairs are made of the answers of a model")
@@ -218,7 +217,7 @@ def prepare_pairs_command(
 
 
 def _buckets(text: str) -> Buckets:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
 
     *ranges, last = text.split(",")
     try:

@@ -56,8 +56,8 @@ MAPPED = {
     "algorithm.kl_ctrl.kl_coef": "algorithm.reward_kl.coefficient, where algorithm.use_kl_in_reward",
     "algorithm.filter_groups.enable": "algorithm.resample_rounds",
     "algorithm.filter_groups.max_num_gen_batches": "algorithm.resample_rounds (one less)",
-    "custom_reward_function.path": "reward.name (the predecessor's grounding is ours; others: compute_score)",
-    "custom_reward_function.name": "reward.settings.name of compute_score",
+    "custom_reward_function.path": "reward.name (the predecessor's grounding is ours; others: path:function)",
+    "custom_reward_function.name": "reward.name, behind the path",
     "custom_reward_function.reward_kwargs.reward_type": "reward.settings.kind",
     "custom_reward_function.reward_kwargs.alpha": "reward.settings.alpha",
     "custom_reward_function.reward_kwargs.threshold": "reward.settings.threshold",
@@ -314,8 +314,7 @@ def _reward(verl: Mapping[str, Any]) -> dict[str, Any]:
         named = {"reward_type": "kind", "alpha": "alpha", "threshold": "threshold"}
         return {"reward.name": "grounding", **{f"reward.settings.{named[key]}": v for key, v in arguments.items()}}
     name = verl.get("custom_reward_function.name", "compute_score")
-    settings = {"path": path, "name": name, **({"arguments": arguments} if arguments else {})}
-    return {"reward.name": "compute_score", "reward.settings": settings}
+    return {"reward.name": f"{path}:{name}", **({"reward.settings": arguments} if arguments else {})}
 
 
 def _cluster(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:

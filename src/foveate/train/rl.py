@@ -29,7 +29,7 @@ from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
 from foveate.records import SamplingParams
-from foveate.rewards.grade import truth_check
+from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.engine import Streaming
