@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_run import a_miss, a_row, make_run
+from fake_run import a_miss, a_row, an_answer, make_run
 from pages import Page, rendered
 from PIL import Image
 
 from foveate.errors import DiskError
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.predictions import (
-    SampledAnswer,
     thumbnail_path,
     write_evaluation,
     write_gallery,
@@ -75,12 +74,12 @@ def test_tables_and_cards_leave_out_what_all_rows_share(tmp_path: Path) -> None:
 def test_text_of_models_and_data_is_never_markup(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'</style>"
     folder = tmp_path / "run"
-    row = a_row(
-        f"id{attack}", question=attack, text=attack, tags={attack: attack}, sampled=(SampledAnswer(attack, 1.0),)
-    )
+    row = a_row(f"id{attack}", question=attack, text=attack, tags={attack: attack}, sampled=(an_answer(attack, 1.0),))
     other = a_row("other", tags={attack: "other"})
     write_evaluation(folder, 0, [row, other])
-    write_evaluation(folder, 1, [replace(row, answer=attack, iou=None, box=None), other])
+    write_evaluation(
+        folder, 1, [replace(row, ground_truth=attack, answers=(an_answer(attack, 1.0, greedy=True),)), other]
+    )
     write_gallery(folder, [row.id])
     write_skipped(folder, [attack])
     for name in ("config.yaml", "notes.txt"):

@@ -40,15 +40,15 @@ def browser():
     driver.quit()
 
 
+def thinking(answer, row_id):
+    text = f"<think>Let me look at {row_id}.</think>{answer.text}"
+    return replace(answer, text=text, logprobs=(("<box>", -0.01), ("12", -1.6)))
+
+
 def with_thoughts(folder: Path) -> Path:
     """Answers with a thinking section and the probabilities of their tokens, at every step."""
     for one in read_evaluations(folder):
-        rows = [
-            replace(
-                row, text=f"<think>Let me look at {row.id}.</think>{row.text}", pieces=(("<box>", -0.01), ("12", -1.6))
-            )
-            for row in one.predictions
-        ]
+        rows = [replace(row, answers=(thinking(row.shown, row.id), *row.sampled)) for row in one.predictions]
         write_evaluation(folder, one.step, rows)
     return folder
 

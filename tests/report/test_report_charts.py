@@ -12,7 +12,7 @@ from foveate.evaluate.predictions import (
 )
 from foveate.report.charts import chart_metrics, format_value, moving_average, nice_ticks, thin_out
 from foveate.report.page import accuracy_chart
-from foveate.report.summary import compare
+from foveate.report.summary import compare_evaluations
 
 
 def test_every_metric_is_shown_known_or_not() -> None:
@@ -85,7 +85,7 @@ def test_numbers_are_written_for_people() -> None:
 
 def test_one_step_and_equal_values_still_make_a_chart() -> None:
     evaluations = (Evaluation(0, (a_row(),)), Evaluation(5, (a_row(),)))
-    comparison = compare(evaluations)
+    comparison = compare_evaluations(evaluations)
     assert comparison is not None
     chart = accuracy_chart(evaluations, comparison)
     assert chart is not None

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from foveate.data.answers import RIGHT, CorrectnessRule, ScoredAnswer, answer_files, answers_by_id
 from foveate.data.demos import CHOSEN, REJECTED
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.answers import RIGHT, CorrectnessRule, ScoredAnswer, by_id, read_answers
 from foveate.datasets.prepared import Prepared, infer_schema, publish, sha256, task_row
 from foveate.datasets.tables import publish_tables
-from foveate.records import Task, require
+from foveate.records import DataError, Task, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def prepare_filter(
     """The rows within `limits` as NAME.parquet with a manifest, in the order of the sources.
 
     length: the number of prompt tokens of a task (`Encoder.length`), for limits.prompt_tokens. rollouts: see
-    `answers.read_answers`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
+    `answers_by_id`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
     extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
     bad rows, ids that are not unique, and if no row is left.
     """
@@ -75,7 +75,7 @@ def prepare_filter(
     accuracy: dict[str, dict[str, Any]] = {}
     if limits.accuracy is not None:
         accuracy = {
-            key: _accuracy(answers, correctness_rule) for key, answers in read_answers(rollouts).items() if answers
+            key: _accuracy(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items() if answers
         }
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({_shown(counts)})")
@@ -125,7 +125,7 @@ def _by_accuracy(
     part = table.select(rows)
     reasons = {"without enough answers": 0, "too hard": 0, "too easy": 0}
     kept = []
-    for task_id, position in by_id(part).items():
+    for task_id, position in rows_by_id(part).items():
         known = accuracy.get(task_id)
         if known is None or known["answers"] < limits.answers:
             reasons["without enough answers"] += 1
@@ -160,10 +160,10 @@ def prepare_pairs(
     """
     require(max_per_prompt >= 1, f"setting max_per_prompt: must be at least 1, not {max_per_prompt}")
     table, found = reading(sources)
-    answers = read_answers(rollouts)
+    answers = answers_by_id(rollouts)
     drawn: dict[int, list[tuple[str, str]]] = {}
     counts: dict[str, int] = dict.fromkeys(("prompts", PAIRED, ALL_RIGHT, ALL_WRONG, ALL_CUT, UNANSWERED), 0)
-    for task_id, index in by_id(table).items():
+    for task_id, index in rows_by_id(table).items():
         rng = np.random.default_rng((seed, index))
         given = answers.get(task_id, [])
         pairs = _draw_pairs(given, correctness_rule, max_per_prompt, rng)
@@ -205,7 +205,7 @@ def _outcome(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule,
     right = [answer for answer in answers if correctness_rule(answer)]
     if not right:
         return ALL_WRONG
-    return ALL_CUT if not any(answer.finished for answer in right) else ALL_RIGHT
+    return ALL_CUT if not any(answer.finish == "stop" for answer in right) else ALL_RIGHT
 
 
 def _no_pairs(counts: Mapping[str, int]) -> str:
@@ -224,7 +224,9 @@ def _no_pairs(counts: Mapping[str, int]) -> str:
 def _draw_pairs(
     answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule, most: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    right = list(dict.fromkeys(answer.text for answer in answers if correctness_rule(answer) and answer.finished))
+    right = list(
+        dict.fromkeys(answer.text for answer in answers if correctness_rule(answer) and answer.finish == "stop")
+    )
     wrong = list(
         dict.fromkeys(answer.text for answer in answers if not correctness_rule(answer) and answer.text not in right)
     )
@@ -247,5 +249,17 @@ def _shown(counts: Mapping[str, int]) -> str:
 
 
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("step_*.jsonl")))]
-    return {str(file): sha256(file) for file in files}
+    return {str(file): sha256(file) for path in paths for file in answer_files(path)}
+
+
+def rows_by_id(table: TaskTable) -> dict[str, int]:
+    """The row of each id. Raises DataError for ids that stand for several rows."""
+    rows: dict[str, int] = {}
+    for index, task in enumerate(table):
+        if task.id in rows:
+            raise DataError(
+                f"{task.where}: the id {task.id!r} is also that of {table[rows[task.id]].where}; answers are matched "
+                "to rows by id, so give each row an extra_info.id of its own"
+            )
+        rows[task.id] = index
+    return rows

@@ -52,7 +52,7 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines += [(name, _percent(value)) for name, value in splits["accuracy"].items()]
         lines.append(("mean of the 8 splits", _percent(splits["mean_of_8"])))
     if "tokens_per_row" in one:
-        lines += [("rows without an answer", str(one["missing"])), ("answers cut off", _percent(one["cut"]))]
+        lines += [("rows without an answer", str(one["missing"])), ("truncated answers", _percent(one["truncated"]))]
         lines.append(("tokens per row", "–" if one["tokens_per_row"] is None else f"{one['tokens_per_row']:.1f}"))
         lines.append(("seconds per row", f"{one['seconds'] / max(1, one['rows']):.2f}"))
     return lines

@@ -22,16 +22,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from foveate.errors import DataError
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.files import atomic_write_text
 from foveate.log import print_result, read_metrics
-from foveate.records import DataError
 from foveate.report.charts import HEIGHT, LEFT, WIDTH, Chart, Series, chart_metrics, make_chart
 from foveate.report.gallery import gallery_cards, shorten
 from foveate.report.models import model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
-from foveate.report.summary import Change, Comparison, compare, format_difference, format_figure
-from foveate.rewards.boxes import HIT_IOU
+from foveate.report.summary import Change, Comparison, compare_evaluations, format_difference, format_figure
 
 INPUTS = (
     "config.yaml", "versions.json", "metrics.jsonl", "evals", "predictions.jsonl", "gallery.json", "summary.json",
@@ -64,7 +63,7 @@ class Run:
         return max(steps, default=0)
 
     def moment(self, step: int) -> str:
-        """What the page calls a step: by the stage that ended there, where the run has stages, or by the model."""
+        """The name of a step on the page: by the stage that ended there, where the run has stages, or by the model."""
         label = next((one.label for one in self.evaluations if one.step == step), "")
         return label or next((stage.name for stage in self.stages if stage.step == step), f"step {step}")
 
@@ -87,6 +86,8 @@ def write_report(run_folder: Path) -> Path:
 
 def render_report(run_folder: Path) -> str:
     """The page. Raises as `write_report`."""
+    from foveate.rewards.boxes import HIT_IOU
+
     run = read_run(run_folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("foveate.report", "."),
@@ -99,7 +100,7 @@ def render_report(run_folder: Path) -> str:
     script = environment.get_template("report.js.j2").render()
     charts, steady = chart_metrics(run.metrics)
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
-    comparison = compare(run.evaluations)
+    comparison = compare_evaluations(run.evaluations)
     by_model = bool(run.evaluations and run.evaluations[0].label)
     return environment.get_template("report.html.j2").render(
         run=run,
@@ -146,7 +147,7 @@ def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) ->
 def terminal_summary(run_folder: Path) -> RenderableType:
     """The result in words, and the table of before and after. Raises as `write_report`."""
     run = read_run(run_folder)
-    comparison = compare(run.evaluations)
+    comparison = compare_evaluations(run.evaluations)
     if comparison is None:
         return Text(f"{run.name}: no evaluation yet; the last training step is {run.last_step}.")
     stages = compare_stages(run.stages, run.evaluations)

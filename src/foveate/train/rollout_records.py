@@ -1,8 +1,7 @@
-"""What a step says about its answers: metrics for the curves, and the answers themselves for reading."""
+"""The answers of a step: their metrics for the curves, and the answers themselves for reading."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
@@ -10,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from foveate.files import atomic_write_text, with_room
+from foveate.data.answers import ScoredAnswer, ScoredRow, prompt_fields, score_fields, write_answers
+from foveate.files import with_room
 from foveate.records import FAILED, Group, Score
 from foveate.train.targets import TrainGroup
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a step: reward, its parts, length, and how many were cut or could not be graded; with
+    """Means over the answers of a step: reward, its parts, length, how many were truncated or not graded; with
     several sources of tasks also the reward, length and number of answers of each."""
     scores: list[Score] = [score for group in groups for score in group.scores]
     answers = [answer for group in groups for answer in group.answers]
@@ -72,27 +72,22 @@ def write_rollouts(
     examples: Sequence[TrainGroup] | None = None,
     patience: float = 0.0,
 ) -> None:
-    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
+    """`step_000001.jsonl` in the folder: a `ScoredRow` per prompt.
     `patience`: seconds that it waits for room on a full disk."""
     advantages = repeat(None) if examples is None else iter(_advantages(examples))
-    lines = []
+    rows = []
     for group in groups:
-        answers = [
-            {
-                "text": answer.text,
-                "tokens": len(answer.token_ids),
-                "finish": answer.finish,
-                "version": answer.version,
-                "versions": answer.sampled_by,
-                "score": score.value,
-                "parts": dict(score.parts),
-                "note": score.note,
-                "advantage": next(advantages),
-            }
+        answers = tuple(
+            ScoredAnswer(
+                answer.text,
+                answer.finish,
+                len(answer.token_ids),
+                **score_fields(score),
+                version=answer.version,
+                versions=answer.sampled_by,
+                advantage=next(advantages),
+            )
             for answer, score in zip(group.answers, group.scores, strict=True)
-        ]
-        images = [str(image.path) if image.path else None for image in group.task.images]
-        messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
-        row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)), patience)
+        )
+        rows.append(ScoredRow(**prompt_fields(group.task), answers=answers))
+    with_room(partial(write_answers, folder / f"step_{step:06d}.jsonl", rows), patience)
