@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def test_every_module_has_its_layer():
     assert {layer_of(path) for path in FILES} == set(LAYERS)
 
 
+def test_no_module_imports_itself_in_a_circle():
+    modules = {".".join(("foveate", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in FILES}
+    graph = {name: {other for other in imports_of(path) if other in modules} for name, path in modules.items()}
+    TopologicalSorter(graph).prepare()
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_go_one_way(path):
     own = LAYERS.index(layer_of(path))
@@ -120,6 +127,16 @@ def help_of():
         pass
 {what}
 heavy = {{'torch', 'transformers', 'numpy', 'pyarrow', 'PIL'}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_report_is_opened_without_models_and_training():
+    code = """
+import sys
+import foveate.report.page
+heavy = {'torch', 'transformers', 'pyarrow', 'pandas', 'foveate.train', 'foveate.models'} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

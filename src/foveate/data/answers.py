@@ -149,12 +149,12 @@ Row = TypeVar("Row", GeneratedRow, ScoredRow)
 
 def prompt_fields(task: Task) -> dict[str, Any]:
     """The fields of a `PromptRow` for a task."""
-    asked = task.meta.get("question") or next(m.content for m in reversed(task.messages) if m.role == "user")
+    last = next((message.content for message in reversed(task.messages) if message.role == "user"), "")
     return {
         "id": task.id,
         "source": task.source,
         "where": task.where,
-        "question": str(asked),
+        "question": str(task.meta.get("question") or last),
         "prompt": tuple({"role": message.role, "content": message.content} for message in task.messages),
         "images": tuple(ImageReference(str(i.path) if i.path else None, i.width, i.height) for i in task.images),
         "ground_truth": _plain(task.answer),

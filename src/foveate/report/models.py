@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.report.charts import Chart, Series, make_chart
+from foveate.report.charts import Chart, Series
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,13 @@ def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
     columns = [dict(_flat(one)) for one in models.values()]
     labels = dict.fromkeys(label for column in columns for label in column)
     lines = tuple((label, tuple(column.get(label, "–") for column in columns)) for label in labels)
-    series = [
+    series = tuple(
         Series(name, tuple((round(100 * float(t)), value) for t, value in one["accuracy_at"].items()))
         for name, one in models.items()
         if "accuracy_at" in one
-    ]
-    chart = None
-    if series:
-        chart = make_chart("Accuracy by threshold", "IoU in percent", series, "%", smooth=False, dots=True)
+    )
+    title, hint = "Accuracy by threshold", "IoU in percent"
+    chart = Chart(title, hint, series, "%", smooth=False, dots=True) if series else None
     return ModelTable(tuple(models), lines, chart)
 
 

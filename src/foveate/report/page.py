@@ -26,7 +26,7 @@ from foveate.errors import DataError
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.files import atomic_write_text
 from foveate.log import print_result, read_metrics
-from foveate.report.charts import HEIGHT, LEFT, WIDTH, Chart, Series, chart_metrics, make_chart
+from foveate.report.charts import Chart, Series, chart_metrics
 from foveate.report.gallery import gallery_cards, shorten
 from foveate.report.models import model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
@@ -98,22 +98,26 @@ def render_report(run_folder: Path) -> str:
     )
     environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
     script = environment.get_template("report.js.j2").render()
-    charts, steady = chart_metrics(run.metrics)
+    curves, values = chart_metrics(run.metrics)
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare_evaluations(run.evaluations)
+    models = model_table(run.summary)
+    headline = accuracy_chart(run.evaluations, comparison) if comparison else None
+    charts = [chart for chart in (headline, models.chart if models else None, *curves) if chart is not None]
     by_model = bool(run.evaluations and run.evaluations[0].label)
     return environment.get_template("report.html.j2").render(
         run=run,
         comparison=comparison,
         stages=compare_stages(run.stages, run.evaluations),
-        headline_chart=accuracy_chart(run.evaluations, comparison) if comparison else None,
+        headline_chart=headline,
         charts=charts,
-        steady=steady,
-        chart_box={"width": WIDTH, "height": HEIGHT, "left": LEFT},
+        chart_data=[chart.data() for chart in charts],
+        curves=curves,
+        values=values,
         cards=cards,
         by_model=by_model,
         table_name="Before and after" if not by_model else "Side by side" if len(run.evaluations) > 1 else "Breakdown",
-        models=model_table(run.summary),
+        models=models,
         gallery_steps=[frame.step for frame in cards[0].frames] if cards else [],
         hit_iou=HIT_IOU,
         has_boxes=any(card.true_box for card in cards),
@@ -141,7 +145,8 @@ def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) ->
         if points:
             series.append(Series(way, points))
     unit = "%" if comparison.percent else ""
-    return make_chart(f"Held-out {comparison.measure}", "by training step", series, unit, smooth=False, dots=True)
+    title = f"Held-out {comparison.measure}"
+    return Chart(title, "by training step", tuple(series), unit, smooth=False, dots=True)
 
 
 def terminal_summary(run_folder: Path) -> RenderableType:
