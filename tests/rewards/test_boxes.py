@@ -157,5 +157,5 @@ def test_a_good_truth_has_no_fault_and_a_missing_size_is_one():
 
 
 def test_the_tables_name_functions_that_exist():
-    assert resolve(REWARDS, "grounding", "reward") is grounding_reward
+    assert resolve({}, REWARDS["grounding"].function, "reward") is grounding_reward
     assert resolve({}, REWARDS["grounding"].check, "check") is check_box
