@@ -32,12 +32,13 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, P, R
-from foveate.cluster.network import free_port, set_network_interface
+from foveate.cluster.network import set_network_interface
 from foveate.cluster.weights import Packet
 from foveate.cluster.worker_process import WorkerProcess
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
 from foveate.registry import FILE_MODULES
+from foveate.rollout.server.process import free_port
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from foveate.evaluate.predict import predict
 from foveate.evaluate.predictions import thumbnail_path, write_evaluation, write_gallery
 from foveate.log import progress
 from foveate.rewards.pool import Graders
-from foveate.rollout.engine import Answering
+from foveate.rollout.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Evaluator:
         """Before the first step, every `eval.every` steps, and after the last one."""
         return self.tasks is not None and (step % self.settings.every == 0 or step == self.last_step)
 
-    def evaluate(self, engine: Answering, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Ask all held-out tasks with the engine's weights and write the answers; returns the headline figures."""
         assert self.tasks is not None
         if not self._gallery_saved:

@@ -15,7 +15,7 @@ from foveate.evaluate.predictions import Box, Prediction, SampledAnswer
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import BOX_FRAME, in_thousandths, parse_box, truth_box
 from foveate.rewards.pool import Graders
-from foveate.rollout.engine import Answering, Request
+from foveate.rollout.engine import Engine, Request
 from foveate.rollout.seeds import seed_of
 
 TAGS = ("relation", "kind", "dataset")
@@ -31,7 +31,7 @@ BoxReader = Callable[[str, Task], Box | None]
 
 
 def predict(
-    engine: Answering,
+    engine: Engine,
     tasks: TaskTable,
     encoder: Encoder,
     graders: Graders,
