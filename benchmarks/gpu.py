@@ -37,13 +37,12 @@ from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
 from foveate.models.sizes import SIZES
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import PackedGroup
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
-from foveate.records import ImageSlot, Prompt, SamplingParams, Totals
+from foveate.records import ImageSlot, PackedGroup, Prompt, SamplingParams, Totals
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
 VOCABULARY, CLIP = 151_936, 0.2
@@ -102,15 +101,15 @@ def words(count: int, generator: torch.Generator) -> list[int]:
     return torch.randint(1000, VOCABULARY, (count,), generator=generator).tolist()  # none that means something
 
 
-def groups_of(policy: Policy, work: PendingGroup) -> list[TrainGroup]:
+def groups_of(policy: Policy, work: PendingGroup) -> list[PolicyRow]:
     generator = torch.Generator().manual_seed(0)
     groups = []
     for _ in range(work.groups):
         answers = tuple(tuple(words(work.answer, generator)) for _ in range(work.answers))
-        packed = PackedGroup(prompt_of(policy, work, generator), answers)
+        packed = PackedGroup.of_tokens(prompt_of(policy, work, generator), answers)
         advantage = torch.randn(work.answers, generator=generator).repeat_interleave(work.answer)
         old = torch.full((work.answers * work.answer,), -11.9)  # near what a random model says
-        groups.append(TrainGroup(packed, old, advantage, old))
+        groups.append(PolicyRow(packed, old, advantage, old, None, None))
     return groups
 
 
@@ -153,7 +152,7 @@ def said(
     forward = language_flops(config, work.prompt, work.answer, work.answers) + vision_flops(config, work.tiles)
     record = {
         "part": part, "work": name, "first_seconds": first, "seconds": seconds, "all": took,
-        "answer_tokens_per_second": work.tokens / seconds, "peak_gib": peak,
+        "trained_tokens_per_second": work.tokens / seconds, "peak_gib": peak,
         "forward_tflop": work.groups * forward / 1e12,
     }  # fmt: skip
     if part in ("update", "trl"):
@@ -212,9 +211,9 @@ def trl_updating(folder: Path, work: PendingGroup, rows: int) -> tuple[Any, Call
     return model.config, step
 
 
-def _trl_inputs(group: TrainGroup, work: PendingGroup, first: int, rows: int, totals: torch.Tensor) -> dict[str, Any]:
-    prompt = torch.tensor(group.packed.prompt.token_ids, device="cuda").repeat(rows, 1)
-    answers = torch.tensor(group.packed.answers[first : first + rows], device="cuda")
+def _trl_inputs(group: PolicyRow, work: PendingGroup, first: int, rows: int, totals: torch.Tensor) -> dict[str, Any]:
+    prompt = torch.tensor(group.group.prompt.token_ids, device="cuda").repeat(rows, 1)
+    answers = torch.tensor([one.token_ids for one in group.group.answers[first : first + rows]], device="cuda")
     assert group.advantage is not None
     inputs = {
         "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": answers,
@@ -223,7 +222,7 @@ def _trl_inputs(group: TrainGroup, work: PendingGroup, first: int, rows: int, to
         "old_per_token_logps": group.engine.view(work.answers, -1)[first : first + rows].cuda(),
         "num_items_in_batch": totals,
     }  # fmt: skip
-    pixels = group.packed.prompt.pixels
+    pixels = group.group.prompt.pixels
     if pixels is not None:
         more = {"num_images": [1] * rows, "num_tiles": [work.tiles] * rows}
         inputs |= {"pixel_values": pixels.cuda().repeat(rows, 1, 1, 1), **more}

@@ -24,8 +24,8 @@ from foveate.models.families.internvl import PARTS
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import ImageSlot, Prompt
+from foveate.parallel.packing import pack
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 TILE = 112
 _TEXT = {"width": 256, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768}
@@ -60,7 +60,7 @@ def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> 
         ids = (*before, *[policy.family.image_token_id] * image_tokens, *after)
         pixels = torch.randn(TILES, 3, TILE, TILE, generator=generator)
         prompt = Prompt(ids, (ImageSlot(len(before), image_tokens, TILES),), pixels, ids)
-        packed_groups.append(PackedGroup(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
+        packed_groups.append(PackedGroup.of_tokens(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
     return packed_groups
 
 
@@ -77,7 +77,7 @@ def padded_step(model: InternVLForConditionalGeneration, packed_groups: list[Pac
     total = 0.0
     for packed in packed_groups:
         assert packed.prompt.pixels is not None
-        input_ids = torch.tensor([(*packed.prompt.token_ids, *answer) for answer in packed.answers])
+        input_ids = torch.tensor([(*packed.prompt.token_ids, *answer.token_ids) for answer in packed.answers])
         out = model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),

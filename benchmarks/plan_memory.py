@@ -64,9 +64,8 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     from foveate.config.model import ModelSettings
     from foveate.config.train import OptimSettings
     from foveate.models.tiny import build_tiny
-    from foveate.parallel.packing import PackedGroup
-    from foveate.records import ImageSlot, Prompt, Totals
-    from foveate.train.targets import TrainGroup
+    from foveate.records import ImageSlot, PackedGroup, Prompt, Totals
+    from foveate.train.targets import PolicyRow
     from foveate.train.worker import Worker
 
     prompt, tiles, answers, length, checkpointing = shape
@@ -78,9 +77,11 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     for _ in range(2):
         ids = (image,) * 16 * tiles + (7,) * (prompt - 16 * tiles)
         full = Prompt(ids, (ImageSlot(0, 16 * tiles, tiles),), torch.randn(tiles, 3, 112, 112), ())
-        packed = PackedGroup(full, tuple(tuple(torch.randint(0, 300, (length,)).tolist()) for _ in range(answers)))
+        packed = PackedGroup.of_tokens(
+            full, tuple(tuple(torch.randint(0, 300, (length,)).tolist()) for _ in range(answers))
+        )
         advantage = torch.tensor((1.0, -1.0) * (answers // 2)).repeat_interleave(length)
-        groups.append(TrainGroup(packed, torch.zeros(answers * length), advantage))
+        groups.append(PolicyRow(packed, torch.zeros(answers * length), advantage, None, None, None))
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         worker.update_policy(groups, gspo, Totals(2 * answers * length, 2 * answers, 2), 1e-6)

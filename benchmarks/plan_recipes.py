@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from foveate.config.recipe import read_recipe
 from foveate.plan.hardware import GIB, parse_machines
 from foveate.plan.memory import memory_of, sizes_of
 from foveate.plan.time import active_parameters, seconds_of
-from foveate.plan.workload import read_settings, workload_of
+from foveate.plan.workload import workload_of
 
 SIZES = ("1b", "2b", "4b", "8b", "14b", "30b_a3b", "38b", "241b_a28b")
 COLUMNS = (
@@ -20,7 +21,7 @@ COLUMNS = (
 def main(stage: str) -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for size in SIZES:
-        settings = read_settings(f"internvl3_5_{size}_{stage}", [])
+        settings = read_recipe(f"internvl3_5_{size}_{stage}", [])
         cluster = settings.cluster
         machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
         trainers = replace(machines, nodes=cluster.nodes, per_node=cluster.gpus_per_node)

@@ -29,9 +29,8 @@ from foveate.algorithms.policy_losses import grpo
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.tiny import build_tiny
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Prompt, Totals
-from foveate.train.targets import TrainGroup
+from foveate.records import PackedGroup, Prompt, Totals
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
 BASE = {"n": 8, "P": 512, "R": 64, "vocabulary": 4096, "width": 256}
@@ -61,9 +60,9 @@ def measure(worker: Worker, n: int, prompt: int, answer: int, repeats: int) -> d
         return tuple(torch.randint(700, 4096, (count,), generator=generator).tolist())
 
     ids = words(prompt)
-    packed = PackedGroup(Prompt(ids, (), None, ids), tuple(words(answer) for _ in range(n)))
+    packed = PackedGroup.of_tokens(Prompt(ids, (), None, ids), tuple(words(answer) for _ in range(n)))
     engine = torch.full((n * answer,), -math.log(4096))
-    group = TrainGroup(packed, engine, torch.randn(n * answer, generator=generator))
+    group = PolicyRow(packed, engine, torch.randn(n * answer, generator=generator), None, None, None)
     totals = Totals(tokens=n * answer, samples=n, groups=1)
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP)
     seconds, loaded, gradients = [], reset_peak(), 0

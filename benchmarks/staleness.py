@@ -122,7 +122,7 @@ class TailEngine:
                 [row] = requests[index].prompt.token_ids
                 made = 1 + (0 if before is None else len(before.token_ids))
                 finish = "stop" if made == (160 if row % 12 == 0 else 20) else "abort"
-                one = Answer((row,), (0.0,), "", finish, self.version)
+                one = Answer.sampled((row,), (0.0,), "", finish, self.version)
                 grown[index] = one if before is None else before.continued_by(one, "")
                 if finish == "stop":
                     yield index, (grown.pop(index),) * sampling.samples

@@ -155,7 +155,10 @@ def _root_of(checkout: Path) -> Path:
 
 def _foveate(checkout: Path, folder: Path, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(_root_of(checkout)), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-    command = [sys.executable, "-c", "from foveate.cli import main; main()", *arguments]
+    start = ["-m", "foveate"]
+    if not (_root_of(checkout) / "foveate" / "__main__.py").exists():
+        start = ["-c", "from foveate.cli import main; main()"]
+    command = [sys.executable, *start, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(

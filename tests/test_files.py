@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from foveate.errors import DiskError
-from foveate.files import atomic_path, atomic_write_bytes, atomic_write_text
+from foveate.errors import ConfigError, DiskError
+from foveate.files import LOCK_FILES, atomic_path, atomic_write_bytes, atomic_write_text, held
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -131,6 +131,16 @@ def test_leftovers_of_a_killed_writer_go_and_those_of_a_living_one_stay(tmp_path
         (tmp_path / f".x.{owner}.tmp").write_text("half")
     atomic_write_text(tmp_path / "x", "whole")
     assert sorted(os.listdir(tmp_path)) == [f".x.{os.getppid()}.tmp", "x"]
+
+
+def test_a_folder_is_held_by_one_and_free_when_its_block_ends(tmp_path):
+    with held(tmp_path / "run", "another run="):
+        assert (tmp_path / "run" / LOCK_FILES[1]).read_text() == f"{os.getpid()}\n"
+        refusal = f"run is in use by process {os.getpid()}; wait for its end, or choose another run="
+        with pytest.raises(ConfigError, match=refusal), held(tmp_path / "run", "another run="):
+            pass
+    with held(tmp_path / "run", "another run="):
+        pass
 
 
 def test_a_folder_left_by_a_killed_writer_goes_too(tmp_path):

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+import foveate.files
 from foveate import log
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, DiskFull
 from foveate.log import MetricsWriter, print_result, progress, read_metrics, setup_logging
 
 
@@ -149,6 +150,27 @@ def test_metrics_on_disk_are_json_for_every_reader(tmp_path):
         raise AssertionError(constant)
 
     json.loads(writer.path.read_text(), parse_constant=refuse)
+
+
+def test_a_line_waits_for_room_on_a_full_disk(tmp_path, monkeypatch):
+    writer, tried = MetricsWriter(tmp_path / "metrics.jsonl"), []
+    append = writer._append
+
+    def full_at_first(line: str) -> None:
+        tried.append(line)
+        if len(tried) == 1:
+            raise DiskFull("no room")
+        append(line)
+
+    monkeypatch.setattr(writer, "_append", full_at_first)
+    with pytest.raises(DiskFull):
+        writer.write(1, {"a": 1.0})
+    tried.clear()
+    monkeypatch.setattr(foveate.files, "_RETRY", 0.01)
+    monkeypatch.setattr(foveate.files, "_disk_wait", 60.0)
+    writer.write(1, {"a": 1.0})
+    assert len(tried) == 2
+    assert [row["step"] for row in read_metrics(writer.path)] == [1]
 
 
 def test_a_full_disk_leaves_no_torn_line(tmp_path):

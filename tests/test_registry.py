@@ -50,7 +50,7 @@ def test_an_import_path_needs_no_row():
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"unknown reward 'gsn'; did you mean 'gsm'\?; known: gsm, iou; one of your own"
+        ConfigError, match=r"unknown reward 'gsn'; did you mean 'gsm'\?; known: gsm, iou; your own code is named"
     ):
         resolve(TABLE, "gsn", "reward")
 

@@ -12,7 +12,8 @@ import pytest
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError, DiskError
-from foveate.run_folder import RunFolder, open_run
+from foveate.files import set_disk_wait
+from foveate.run_folder import SCHEMA, RunFolder, open_run
 
 
 def settings(**changes: Any) -> RLSettings:
@@ -62,7 +63,7 @@ def test_a_run_begins_with_its_settings_and_versions(tmp_path):
     run = start(tmp_path / "deep" / "run")
     assert load_recipe(run.config, [], RLSettings) == settings()
     versions = json.loads(run.versions.read_text())
-    assert {"foveate", "git", "python", "torch", "transformers"} == set(versions)
+    assert {"schema", "foveate", "git", "python", "torch", "transformers"} == set(versions)
     assert versions["python"] == sys.version.split()[0]
     assert run.rollouts.is_dir()
     assert run.checkpoints.is_dir()
@@ -83,7 +84,7 @@ def test_another_setting_is_refused_with_both_values_and_advice(tmp_path):
         f" (and 1 more); choose another run=, or delete {tmp_path} to start over"
     )
     after = snapshot(tmp_path)
-    assert {**after, f"{tmp_path}/.lock": b""} == {**before, f"{tmp_path}/.lock": b""}
+    assert after == before
 
 
 def test_a_setting_inside_a_free_mapping_is_compared_too(tmp_path):
@@ -190,11 +191,26 @@ def test_other_versions_are_reported_when_a_run_continues(tmp_path, caplog):
     assert json.loads(run.versions.read_text()) == versions
 
 
+@pytest.mark.parametrize("schema", [None, 0, SCHEMA + 1])
+def test_a_run_of_another_layout_is_refused_in_one_line(tmp_path, schema):
+    run = begin(tmp_path)
+    versions = json.loads(run.versions.read_text())
+    assert versions.pop("schema") == SCHEMA
+    run.versions.write_text(json.dumps(versions if schema is None else {**versions, "schema": schema}))
+    assert refusal(tmp_path) == (
+        f"{tmp_path} has the layout (schema {schema or 0}) of another version of foveate, this one continues schema "
+        f"{SCHEMA}; choose another run=, delete {tmp_path} to start over, or continue it with that version"
+    )
+    run.metrics.unlink()
+    start(tmp_path)  # nothing is in it that could be continued
+
+
 def test_a_run_folder_is_held_by_one_process_and_free_after_a_kill(tmp_path):
     code = """
 import sys
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings
+from foveate.files import set_disk_wait
 from foveate.run_folder import open_run
 with open_run(sys.argv[1], load_recipe(sys.argv[2], [], RLSettings)):
     print("open", flush=True)
@@ -208,6 +224,13 @@ with open_run(sys.argv[1], load_recipe(sys.argv[2], [], RLSettings)):
         holder.kill()
     assert said == (f"{tmp_path}/run is in use by process {holder.pid}; wait for its end, or choose another run=")
     start(tmp_path / "run")
+
+
+def test_a_full_disk_is_waited_for_within_a_run_and_no_longer(tmp_path):
+    outer = set_disk_wait(0.0)
+    with open_run(tmp_path, settings(), disk_wait=9.0):
+        assert set_disk_wait(9.0) == 9.0
+    assert set_disk_wait(outer) == 0.0
 
 
 def test_a_run_folder_is_free_again_after_a_refusal(tmp_path):

@@ -61,8 +61,8 @@ def run(folder: str, threads: int) -> None:
         generated = clock()
         scores = [tuple(Score(task.reward(list(a.token_ids))) for a in group) for group in answers]
         groups = [*map(Group, rows, prompts, answers, scores)]
-        examples, _ = compute_advantages(workers, groups, method, 1, costs)
-        learned = update(workers, examples, method, 1, {"lr": task.LEARNING_RATE}, costs)
+        batch, _ = compute_advantages(workers, groups, method, 1, costs)
+        learned = update(workers, batch, method, 1, {"optim/lr": task.LEARNING_RATE}, costs)
         engine.publish(steps, ())
         return Done(
             learned["loss/policy"], learned["optim/grad_norm"],

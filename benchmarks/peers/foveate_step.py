@@ -21,9 +21,8 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import PackedGroup
-from foveate.records import ImageSlot, Prompt, Totals
-from foveate.train.targets import TrainGroup
+from foveate.records import ImageSlot, PackedGroup, Prompt, Totals
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
 SIZE = TinySize(
@@ -76,7 +75,7 @@ def _tree(group: dict[str, Any]) -> PackedGroup:
         count = next((i for i, found in enumerate(ids[position:]) if found != token), len(ids) - position)
         slots.append(ImageSlot(position, count, tiles))
         position += count
-    return PackedGroup(
+    return PackedGroup.of_tokens(
         Prompt(tuple(ids), tuple(slots), group["pixels"], tuple(ids)), tuple(map(tuple, group["answers"].tolist()))
     )
 
@@ -88,10 +87,10 @@ def steps_of(folder: str, path: str) -> tuple[Callable[[], Done], Callable[[], t
     for group in torch.load(path)["groups"]:
         old = group["old"].flatten()
         advantage = group["advantage"].repeat_interleave(group["answers"].shape[1])
-        groups.append(TrainGroup(_tree(group), old, advantage, old))
+        groups.append(PolicyRow(_tree(group), old, advantage, old, None, None))
     totals = Totals(
-        tokens=sum(group.packed.answer_tokens for group in groups),
-        samples=sum(len(group.packed.answers) for group in groups),
+        tokens=sum(group.group.trained_tokens for group in groups),
+        samples=sum(len(group.group.answers) for group in groups),
         groups=len(groups),
     )
     loss = partial(grpo, clip_low=CLIP, clip_high=CLIP, aggregate="seq-mean-token-mean")

@@ -1,3 +1,46 @@
 """foveate: reinforcement learning for vision-language models."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+PUBLIC = {
+    **{
+        name: f"foveate.api:{name}"
+        for name in (
+            "from_recipe", "train_sft", "train_mpo", "train_rl", "cascade", "demo", "generate", "evaluate", "report",
+            "summary", "plan", "plan_report", "doctor", "convert", "export", "import_verl", "serve", "view",
+        )
+    },
+    "prepare_filter": "foveate.datasets.select:prepare_filter",
+    "prepare_geo3k": "foveate.datasets.geo3k:prepare_geo3k",
+    "prepare_grounding": "foveate.datasets.grounding:prepare_grounding",
+    "prepare_mmpr": "foveate.datasets.mmpr:prepare_mmpr",
+    "prepare_mmpr_tiny": "foveate.datasets.mmpr:prepare_mmpr_tiny",
+    "prepare_pairs": "foveate.datasets.select:prepare_pairs",
+    "prepare_rows": "foveate.datasets.tables:prepare_rows",
+    "prepare_shapes": "foveate.datasets.shapes:prepare_shapes",
+    "RLSettings": "foveate.config.runs:RLSettings",
+    "SFTSettings": "foveate.config.runs:SFTSettings",
+    "MPOSettings": "foveate.config.runs:MPOSettings",
+    "CascadeSettings": "foveate.config.runs:CascadeSettings",
+    "RunFolder": "foveate.run_folder:RunFolder",
+    "Task": "foveate.records:Task",
+    "Score": "foveate.records:Score",
+    "UserError": "foveate.errors:UserError",
+}  # fmt: skip
+"""Public names and where each is defined; a name is imported when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    module, _, attribute = PUBLIC[name].partition(":")
+    return vars(import_module(module))[attribute]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *PUBLIC]

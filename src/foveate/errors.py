@@ -1,4 +1,4 @@
-"""What a user can mend, as exceptions: the command line prints their message as one line and exits with code 1."""
+"""Exceptions for problems that a user can fix: the command line prints one line and exits with code 1."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A setting that must be mended."""
+    """A setting that must be changed."""
 
 
 class DataError(UserError, ValueError):
-    """Input that must be mended: the message names file, row and field."""
+    """Input that must be corrected: the message names file, row and field."""
 
 
 class RankLost(UserError, RuntimeError):
-    """A process of a run died, or answers no more. The run can go on from its last checkpoint."""
+    """A process of a run died or stopped answering. The run can resume from its last checkpoint."""
 
 
 class DiskError(UserError, OSError):
@@ -24,8 +24,8 @@ class DiskError(UserError, OSError):
 
 
 class DiskFull(DiskError):
-    """There is no room for a file: writing it again may do when somebody made some."""
+    """There is no room for a file: writing it again may succeed once there is."""
 
 
 class EngineError(UserError, RuntimeError):
-    """A rollout engine that cannot go on: the message says what it did and where its log is."""
+    """A rollout engine that cannot continue: the message says what it did and where its log is."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import logging
 import os
@@ -16,14 +15,17 @@ from typing import TypeVar
 
 from foveate.errors import ConfigError, DiskError, DiskFull
 
-LOCK = ".lock"
+LOCK_FILES = (".lock", ".holder")
+"""Names of the files in a folder that is `held`: the lock, and the number of the process that holds it."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = (*_NO_ROOM, errno.EFBIG)
 _RETRY = 5.0
 """Seconds between looks at a full disk."""
+_disk_wait = 0.0
+"""Seconds that this process waits for room on a full disk; `set_disk_wait` sets it."""
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+Written = TypeVar("Written")
 
 
 @contextmanager
@@ -74,22 +76,19 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def held(folder: Path, other: str) -> Iterator[None]:
     """Make a folder and hold it alone until the block ends; the system releases it when the process ends, however it
     ends. Raises ConfigError that proposes `other` where another process holds it, and DiskError."""
+    from filelock import FileLock, Timeout  # takes long to import, and few commands need it
+
+    path, holder = (folder / name for name in LOCK_FILES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        owner = holder.read_text().strip() if holder.exists() else "unknown"
+        raise ConfigError(f"{folder} is in use by process {owner}; wait for its end, or choose {other}") from None
     except OSError as error:
-        raise disk_error(folder / LOCK, error) from error
+        raise disk_error(path, error) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"{folder} is in use by process {lock.read().strip()}; wait for its end, or choose {other}"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        atomic_write_text(holder, f"{os.getpid()}\n")
         yield
 
 
@@ -104,10 +103,17 @@ def remove(path: Path) -> None:
             return
 
 
-def with_room(write: Callable[[], T], patience: float, needed: int = 0) -> T:
-    """What `write` returns. Where the disk is full it waits for room, for at most `patience` seconds in all, and
-    writes again. `needed`: bytes that it takes, as far as that is known. Raises DiskFull when patience ends."""
-    deadline = time.monotonic() + patience
+def set_disk_wait(seconds: float) -> float:
+    """Set how long `with_room` waits in this process, in seconds; 0: not at all. Returns the value of before."""
+    global _disk_wait
+    before, _disk_wait = _disk_wait, seconds
+    return before
+
+
+def with_room(write: Callable[[], Written], needed: int = 0) -> Written:
+    """Call `write` and return its result. Where the disk is full, wait for room as long as `set_disk_wait` allows, and
+    write again. `needed`: its size in bytes, 0 where unknown. Raises DiskFull when the time is over."""
+    deadline = time.monotonic() + _disk_wait
     while True:
         try:
             return write()
@@ -121,7 +127,7 @@ def with_room(write: Callable[[], T], patience: float, needed: int = 0) -> T:
 
 
 def disk_error(path: Path, error: Exception) -> DiskError:
-    """What a user reads when `path` could not be written because of `error`."""
+    """The error that tells a user that `path` could not be written because of `error`."""
     kind = DiskFull if isinstance(error, OSError) and error.errno in _NO_ROOM else DiskError
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[-300:]
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -145,7 +151,7 @@ def _is_about(error: Exception, temporary: Path) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """What processes that were killed while they wrote `path` could not remove."""
+    """Remove the temporary files of processes that were killed while they wrote `path`."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         owner = leftover.name.removesuffix(".tmp").rpartition(".")[2]
         if owner.isdecimal() and not _is_alive(int(owner)):
@@ -157,7 +163,7 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # another user's
         return True
     return True
 

@@ -1,4 +1,4 @@
-"""What a run says while it works: log lines, progress bars, metrics.jsonl and experiment trackers.
+"""Log lines, progress bars, metrics.jsonl and experiment trackers.
 
 Bars and lines share one console on standard error, so that they never tear each other apart; standard output is left to
 results.
@@ -70,13 +70,11 @@ class MetricsWriter:
         nonfinite: values written so far that were NaN or infinite.
     """
 
-    def __init__(self, path: Path, to: Sequence[str] = (), patience: float = 0.0) -> None:
-        """`to`: the trackers that get the finite numbers of each line too. `patience`: seconds
-        that a line waits for room on a full disk."""
+    def __init__(self, path: Path, to: Sequence[str] = ()) -> None:
+        """`to`: the trackers that get the finite numbers of each line too."""
         self.path = path
         self.nonfinite = 0
         self._names = to
-        self._patience = patience
         self._trackers: list[Tracker] | None = None
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
@@ -89,7 +87,7 @@ class MetricsWriter:
         bad = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
         record = {"step": step, **metrics, **dict.fromkeys(bad)} | ({"nonfinite": bad} if bad else {})
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-        with_room(lambda: self._append(line), self._patience)
+        with_room(lambda: self._append(line))
         self.nonfinite += len(bad)
         if self._trackers is None:
             self._trackers = open_trackers(self._names, self.path.parent, step - 1)
@@ -108,8 +106,8 @@ class MetricsWriter:
             raise disk_error(self.path, error) from error
 
     def truncate_after(self, step: int) -> None:
-        """Keep the lines up to and including `step`, the one that a run continues from; -1 keeps none. A last line that
-        was only half written goes too. The file is replaced atomically."""
+        """Keep the lines up to and including `step`, from which a run resumes; -1 keeps none. A last line that was only
+        half written goes too. The file is replaced atomically."""
         kept = [record for record in read_metrics(self.path) if record["step"] <= step] if self.path.exists() else []
         atomic_write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
@@ -131,7 +129,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             records.append(record)
         except (ValueError, TypeError, KeyError):
             raise ConfigError(
-                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}; delete this line to go on"
+                f"{path}:{number}: not a JSON object with a step: {line[:60]!r}; delete this line to continue"
             ) from None
     return records
 
@@ -199,8 +197,8 @@ PROJECT = "foveate"
 
 
 def open_trackers(names: Sequence[str], run: Path, step: int) -> list[Tracker]:
-    """The trackers of a run that goes on after `step`. What a tracker has of later steps it forgets or writes over, as
-    far as it can: TensorBoard purges it, the others get the same run again."""
+    """The trackers of a run that resumes after `step`. TensorBoard purges later steps; the others get the same run
+    again, and what they have of later steps is written over where they allow it."""
     return [OPENERS[name](run, step) for name in names]
 
 
@@ -235,7 +233,7 @@ def _trackio(run: Path, _step: int) -> Tracker:
 
 
 def _identity(run: Path) -> str:
-    """The same for the same folder, so that a run that continues is one run there too."""
+    """The same for the same folder: a run that resumes is one run for its trackers too."""
     return hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
 
 

@@ -6,15 +6,18 @@ G members of a group, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from foveate.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # ---------------------------------------------------------------------------------------------------------- data
 
@@ -100,31 +103,6 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def positions(self) -> Tensor:
-        """The position of each token, int64 (P,); (3, P) for time, row and column where an image has a `grid`: its
-        tokens share the time at which it begins, and what follows goes on behind its longer side (M-RoPE, Qwen2-VL,
-        arXiv 2409.12191, section 2.1)."""
-        if all(slot.grid is None for slot in self.slots):
-            return torch.arange(len(self))
-        pieces: list[Tensor] = []
-        begin = place = 0
-        for slot in self.slots:
-            assert slot.grid is not None
-            rows, columns = slot.grid
-            pieces.append((torch.arange(slot.position - begin) + place).expand(3, -1))
-            place += slot.position - begin
-            row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-            pieces.append(torch.stack([torch.zeros_like(row), row, column]) + place)
-            begin, place = slot.position + slot.count, place + max(rows, columns)
-        pieces.append((torch.arange(len(self) - begin) + place).expand(3, -1))
-        return torch.cat(pieces, 1)
-
-    @property
-    def end(self) -> int:
-        """The position of the first token of an answer: one more than the largest of the prompt."""
-        return int(self.positions.max()) + 1
-
 
 # ------------------------------------------------------------------------------------------------------- rollout
 
@@ -140,37 +118,123 @@ class SamplingParams:
     top_k: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One sampled answer. `logprobs` are of the sampled tokens, stop token included, under softmax(logits /
-    temperature) over the whole vocabulary (temperature 1 where greedy): the trainer's own, whatever top-k, top-p and
-    bans did to the draw. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause
-    or by `rollout.time_limit`. `version` counts the
-    weights that sampled it, the oldest where several did; `spans` then says how many tokens each of them sampled, as
-    (version, tokens) in order."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A run of an answer's tokens from one source: sampled by the policy and trained, or observed (a tool's result,
+    possibly with images) and only read.
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish: str
-    version: int
-    spans: tuple[tuple[int, int], ...] = ()
+    token_ids: int64 (L,), every image expanded to its placeholder tokens; engine_ids: int64, one placeholder per image
+    (the form that served engines expand themselves). logprobs: float32 (L,), of sampled tokens under softmax(logits /
+    temperature) over the whole vocabulary (temperature 1 where greedy), whatever top-k, top-p and bans did to the draw;
+    (0,) for tokens that no engine sampled. slots: positions of images, counted from the segment's first token; tiles:
+    their pixels, as in `Prompt`. versions: how many tokens each version of the weights sampled, as (version, tokens) in
+    order. reward: of an environment's step that ended here. routed_experts: int16 (L, layers, experts per token), of
+    mixtures whose engine reports them."""
+
+    token_ids: np.ndarray
+    engine_ids: np.ndarray
+    logprobs: np.ndarray
+    trained: bool
+    slots: tuple[ImageSlot, ...] = ()
+    tiles: Tensor | None = None
+    versions: tuple[tuple[int, int], ...] = ()
+    reward: float | None = None
+    routed_experts: np.ndarray | None = None
+
+    @classmethod
+    def sampled(cls, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> Segment:
+        """Text that the policy sampled with the weights of one version."""
+        ids = np.asarray(token_ids, np.int64)
+        return cls(ids, ids, np.asarray(logprobs, np.float32), True, versions=((version, len(ids)),))
+
+    @classmethod
+    def written(cls, token_ids: Sequence[int]) -> Segment:
+        """Text that the policy trains on but did not sample: a demonstration, or an answer of a preference pair."""
+        ids = np.asarray(token_ids, np.int64)
+        return cls(ids, ids, np.zeros(0, np.float32), True)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Segment):
+            return NotImplemented
+        arrays = ((self.token_ids, other.token_ids), (self.logprobs, other.logprobs))
+        return self._facts == other._facts and all(np.array_equal(own, theirs) for own, theirs in arrays)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
-    def sampled_by(self) -> tuple[tuple[int, int], ...]:
+    def _facts(self) -> tuple[Any, ...]:
+        return self.trained, self.slots, self.versions, self.reward
+
+    def continued_by(self, more: Segment) -> Segment:
+        """Both as one, where both are sampled text."""
+        versions: list[tuple[int, int]] = []
+        for version, tokens in (*self.versions, *more.versions):
+            before = versions.pop()[1] if versions and versions[-1][0] == version else 0
+            if before + tokens:
+                versions.append((version, before + tokens))
+        ids = np.concatenate([self.token_ids, more.token_ids])
+        logprobs = np.concatenate([self.logprobs, more.logprobs])
+        return Segment(ids, ids, logprobs, True, versions=tuple(versions) or more.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What follows a prompt: segments, of which the policy sampled those that are trained. `text` is that of all
+    segments, without stop tokens. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause or by
+    `rollout.time_limit`."""
+
+    segments: tuple[Segment, ...]
+    text: str
+    finish: str
+
+    @classmethod
+    def sampled(
+        cls, token_ids: Sequence[int], logprobs: Sequence[float], text: str, finish: str, version: int
+    ) -> Answer:
+        """An answer of one turn, sampled with the weights of one version; its log-probs include the stop token's."""
+        return cls((Segment.sampled(token_ids, logprobs, version),), text, finish)
+
+    @classmethod
+    def written(cls, token_ids: Sequence[int]) -> Answer:
+        """An answer to imitate or to compare, which is not read as text any more."""
+        return cls((Segment.written(token_ids),), "", "stop")
+
+    def __len__(self) -> int:
+        """Tokens of all segments."""
+        return sum(map(len, self.segments))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens of all segments."""
+        return tuple(token for segment in self.segments for token in segment.token_ids.tolist())
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """Log-probs of the trained tokens as the engine reported them, float32 (M,)."""
+        return np.concatenate([segment.logprobs for segment in self.segments if segment.trained])
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens the policy sampled, or imitates."""
+        return sum(len(segment) for segment in self.segments if segment.trained)
+
+    @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
         """(version, tokens) of all weights that sampled it, in order."""
-        return self.spans or ((self.version, len(self.token_ids)),)
+        return tuple(span for segment in self.segments for span in segment.versions)
+
+    @property
+    def version(self) -> int:
+        """The oldest weights that sampled any of it."""
+        return min(version for version, _ in self.versions)
 
     def continued_by(self, more: Answer, text: str) -> Answer:
-        """This one, interrupted, and what was sampled after it; `text` is that of both."""
-        spans: list[tuple[int, int]] = []
-        for version, tokens in (*self.sampled_by, *more.sampled_by):
-            before = spans.pop()[1] if spans and spans[-1][0] == version else 0
-            if before + tokens:
-                spans.append((version, before + tokens))
-        ids, logprobs = self.token_ids + more.token_ids, self.logprobs + more.logprobs
-        oldest = min((version for version, _ in spans), default=more.version)
-        return Answer(ids, logprobs, text, more.finish, oldest, tuple(spans) if len(spans) > 1 else ())
+        """This answer, interrupted in a sampled segment, and what was sampled after it; `text` is that of both."""
+        first, *rest = more.segments
+        return Answer((*self.segments[:-1], self.segments[-1].continued_by(first), *rest), text, more.finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +252,8 @@ FAILED = "grader failed"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All answers to one prompt: the unit of GRPO and GSPO. `baseline`: the score of the greedy answer, for ReMax."""
+    """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: the score of the greedy
+    answer, for ReMax; None for algorithms without one."""
 
     task: Task
     prompt: Prompt
@@ -217,6 +282,38 @@ class Forest:
     @property
     def tokens(self) -> int:
         return self.start[-1] + self.length[-1] if self.start else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGroup:
+    """A prompt with the answers that share it: one root of a forest and its children. Every answer has at least one
+    token."""
+
+    prompt: Prompt
+    answers: tuple[Answer, ...]
+
+    @classmethod
+    def of_tokens(cls, prompt: Prompt, answers: Iterable[Sequence[int]]) -> PackedGroup:
+        """With answers that were not sampled, as token ids."""
+        return cls(prompt, tuple(map(Answer.written, answers)))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, counted once, and of all answers."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(answer.trained_tokens for answer in self.answers)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The trained tokens of each answer."""
+        return [answer.trained_tokens for answer in self.answers]
+
+    @property
+    def has_images(self) -> bool:
+        return self.prompt.pixels is not None or any(s.slots for answer in self.answers for s in answer.segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +360,7 @@ class PolicyTargets:
 
     old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
     frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
-    mark_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None.
+    masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None.
     """
 
     old_M: Tensor
@@ -297,15 +394,11 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class LossOut:
-    """A scalar to differentiate, and detached sums for the metrics: name -> (sum, weight)."""
+    """A scalar to differentiate, and sums for the metrics: name -> (scalar tensor or float, weight). Whoever asked
+    fetches them from the device, all at once."""
 
     loss: Tensor
-    metrics: Mapping[str, tuple[float, float]]
-
-
-def sum_by_sample(values_M: Tensor, sample_M: Tensor, samples: int) -> Tensor:
-    """Sums of `values_M` per sample, shape (S,)."""
-    return torch.zeros(samples, dtype=values_M.dtype, device=values_M.device).index_add(0, sample_M, values_M)
+    metrics: Mapping[str, tuple[Tensor | float, float]]
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,8 +1,8 @@
 """From a name in a recipe to the function it stands for, and from its settings to a call that is known to be valid.
 
-A name is looked up in a table `name -> "module:object"`. Whoever brings code of their own writes an import path in its
-place: `my_package.rewards:strict_iou`, or a file, `experiments/rewards.py:strict_iou`. A function's keyword-only
-arguments are the schema of its settings, so a setting that nothing reads is refused before a run starts.
+A name is looked up in a table `name -> "module:object"`. Your own code is named by an import path instead:
+`my_package.rewards:strict_iou`, or a file, `experiments/rewards.py:strict_iou`. A function's keyword-only arguments are
+the schema of its settings, so a setting that nothing reads is refused before a run starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from foveate.errors import ConfigError
 
 FILE_MODULES = "foveate_file_"
-"""What the names of modules begin with that were loaded from a file, and are known to this process alone."""
+"""Prefix of the names of modules that were loaded from a file; only this process knows them."""
 
 
 def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -46,7 +46,7 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
     if not colon:
         raise ConfigError(
             f"unknown {kind} {name!r}{suggestion(name, table)}; known: {', '.join(sorted(table))}; "
-            "one of your own is written as path/to/file.py:object or module:object"
+            "your own code is named path/to/file.py:object or module:object"
         )
     is_file = module_name.endswith(".py")
     module = _load_file(module_name, path, kind) if is_file else _import_module(module_name, path, kind)
@@ -92,8 +92,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def explain(problem: Mapping[str, Any]) -> str:
-    """What one entry of pydantic's `ValidationError.errors()` says, as the rest of a sentence: "must be a number, found
-    'fast'". The caller puts the name of the setting before it."""
+    """One entry of pydantic's `ValidationError.errors()` as the rest of a sentence: "must be a number, found 'fast'".
+    The caller puts the name of the setting before it."""
     context = problem.get("ctx", {})
     phrases = {
         "missing": "is missing",

@@ -21,7 +21,7 @@ import foveate
 from foveate.config.base import Settings
 from foveate.config.recipe import flatten, read_values, to_yaml
 from foveate.errors import ConfigError
-from foveate.files import LOCK, atomic_write_text, disk_error, held, remove
+from foveate.files import LOCK_FILES, atomic_write_text, disk_error, held, remove, set_disk_wait
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 _FREE = ("run", "train.save_every", "train.keep_checkpoints")
 # cluster.* is free although ranks add up floats in another order: a run goes on with the machines that there are.
 _FREE_GROUPS = ("eval.", "cluster.", "log.")
+
+
+SCHEMA = 1
+"""The layout of run folders: counted on when folders that were made before cannot be continued or read any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class RunFolder:
 
     @property
     def versions(self) -> Path:
-        """A JSON object with the versions of foveate and its libraries at the last start."""
+        """A JSON object with the versions of foveate, its libraries and the folder's layout at the last start."""
         return self.path / "versions.json"
 
     @property
@@ -80,15 +84,19 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> Iterator[RunFolder]:
+def open_run(
+    path: str | Path, settings: Settings, *, frozen: bool = False, disk_wait: float = 0.0
+) -> Iterator[RunFolder]:
     """Make the folder of a run, or enter that of a run that continues, and hold it alone until the block ends.
 
     A run continues with the settings that it began with; one that has left nothing yet may still change all of them.
     Free to change later are eval.*, train.save_every, train.keep_checkpoints and, where the learning rate does not
     depend on it, a larger train.steps; nothing where `frozen`. What fails before it has left anything leaves no folder.
+    Within the block this process waits up to `disk_wait` seconds for room on a full disk.
 
     Raises:
-        ConfigError: the folder belongs to something else, to a run with other settings, or is in use by a process.
+        ConfigError: the folder belongs to something else, to a run with other settings or of another version of
+            foveate, or is in use by a process.
         DiskError: the folder cannot be written.
     """
     run = RunFolder(Path(path))
@@ -99,7 +107,9 @@ def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> I
             for leftover in folder.glob(".*.tmp"):
                 remove(leftover)
         if run.config.is_file() and _has_begun(run):
+            _refuse_other_schema(run)
             _refuse_other_settings(run, settings, frozen)
+        former = set_disk_wait(disk_wait)
         try:
             atomic_write_text(run.config, to_yaml(settings))
             _record_versions(run)
@@ -108,6 +118,8 @@ def open_run(path: str | Path, settings: Settings, *, frozen: bool = False) -> I
             if not _has_begun(run):
                 _remove_start(run)
             raise
+        finally:
+            set_disk_wait(former)
 
 
 # ------------------------------------------------------------------------------------------------ whose folder it is
@@ -141,7 +153,7 @@ def _has_begun(run: RunFolder) -> bool:
 
 
 def _of_a_start(run: RunFolder) -> tuple[Path, ...]:
-    return run.config, run.versions, run.skipped, run.path / LOCK
+    return run.config, run.versions, run.skipped, *(run.path / name for name in LOCK_FILES)
 
 
 def _remove_start(run: RunFolder) -> None:
@@ -151,6 +163,15 @@ def _remove_start(run: RunFolder) -> None:
     for folder in (run.rollouts, run.checkpoints, run.path):
         if not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _refuse_other_schema(run: RunFolder) -> None:
+    found = json.loads(run.versions.read_text(encoding="utf-8")).get("schema", 0) if run.versions.is_file() else 0
+    if found != SCHEMA:
+        raise ConfigError(
+            f"{run.path} has the layout (schema {found}) of another version of foveate, this one continues schema "
+            f"{SCHEMA}; choose another run=, delete {run.path} to start over, or continue it with that version"
+        )
 
 
 def _refuse_other_settings(run: RunFolder, settings: Settings, frozen: bool) -> None:
@@ -198,8 +219,9 @@ def _record_versions(run: RunFolder) -> None:
     atomic_write_text(run.versions, json.dumps(now, indent=2) + "\n")
 
 
-def _versions() -> dict[str, str | None]:
+def _versions() -> dict[str, str | int | None]:
     return {
+        "schema": SCHEMA,
         "foveate": foveate.__version__,
         "git": _git_revision(),
         "python": sys.version.split()[0],

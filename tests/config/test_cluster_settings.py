@@ -36,7 +36,7 @@ def test_ranks_that_talk_in_every_layer_fit_on_a_machine():
 
 @pytest.mark.parametrize("setting", [{"engine_tensor_parallel": 2}, {"engine_memory": 0.5}])
 def test_settings_of_engines_apart_need_such_engines(setting):
-    with pytest.raises(ValidationError, match=r"acts on engines in processes of their own alone: set cluster.engines"):
+    with pytest.raises(ValidationError, match=r"acts only on engines in separate processes: set cluster.engines"):
         ClusterSettings(gpus_per_node=8, **setting)
     assert ClusterSettings(gpus_per_node=8, engines=2, **setting).gpus == 8 + 2 * setting.get(
         "engine_tensor_parallel", 1

@@ -14,8 +14,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import PackedGroup
-from foveate.records import SamplingParams
+from foveate.records import PackedGroup, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.worker import Worker
@@ -35,7 +34,7 @@ def folder_of(tiny_folder, tmp_path):
 
 def learned(worker, packed_groups):
     """The metrics of an update per group of answers, and what the model says afterwards."""
-    records = [worker.update_sft([packed], "token", float(packed.answer_tokens), 1e-3) for packed in packed_groups]
+    records = [worker.update_sft([packed], "token", float(packed.trained_tokens), 1e-3) for packed in packed_groups]
     return [(record["loss/total"], record["optim/grad_norm"]) for record in records], torch.cat(
         worker.logprobs(packed_groups)
     )
@@ -53,7 +52,8 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     groups = NativeEngine(policy, encode.decode).generate(requests, SamplingParams(3, 7))
     packed_groups = [
-        PackedGroup(p, tuple(one.token_ids for one in group)) for p, group in zip(prompts, groups, strict=True)
+        PackedGroup.of_tokens(p, tuple(one.token_ids for one in group))
+        for p, group in zip(prompts, groups, strict=True)
     ]
     parts = {} if policy.family.unit else {"trainable": ("language",)}
     settings, place = OptimSettings(lr=1e-3), ClusterSettings(device=DEVICE)

@@ -30,8 +30,8 @@ from foveate.models.checkpoint.formats import detect_format
 from foveate.models.checkpoint.safetensors_io import INDEX
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, save_policy
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import ImageSlot, Prompt
+from foveate.parallel.packing import pack
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def test_the_loaded_policy_gives_the_official_logprobs(case, layout, chat_folder
     prompt = Prompt(tuple(ids), slots, official_pixels(), tuple(ids))
     candidates = list(range(0, 704, STRIDE))
     with torch.no_grad():
-        got, _ = token_logprobs(policy, pack([PackedGroup(prompt, tuple((token,) for token in candidates))]))
+        got, _ = token_logprobs(policy, pack([PackedGroup.of_tokens(prompt, tuple((token,) for token in candidates))]))
     torch.testing.assert_close(got, official_logprobs(case)[-1], rtol=0, atol=1e-5)
 
 

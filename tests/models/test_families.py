@@ -24,12 +24,12 @@ from foveate.encoding.family import budget_of
 from foveate.models.checkpoint.convert import convert
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import DataError, SamplingParams, Totals
+from foveate.parallel.packing import pack
+from foveate.records import DataError, PackedGroup, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker, sft_total
 
 NAMES = [*VISION_MODELS, *TEXT_MODELS]
@@ -62,7 +62,7 @@ def alone(model, policy, packed):
     """Log-probs of the answers of a tree in plain transformers, each answer in its own row, with its own pixels and the
     positions that the model computes itself."""
     family, prompt, found = policy.family, packed.prompt, []
-    for answer in packed.answers:
+    for answer in (one.token_ids for one in packed.answers):
         ids = torch.tensor([[*prompt.token_ids, *answer]])
         inputs = {}
         if prompt.pixels is not None:
@@ -100,7 +100,7 @@ def trees_for(make_task, make_image):
                 ),
             ]
         tasks += [make_task("again no image")]
-        return [PackedGroup(encode(task), random_answers(i, (4, 1, 19, 30))) for i, task in enumerate(tasks)]
+        return [PackedGroup.of_tokens(encode(task), random_answers(i, (4, 1, 19, 30))) for i, task in enumerate(tasks)]
 
     return packed_groups
 
@@ -121,7 +121,7 @@ def test_packed_groups_give_the_logprobs_of_plain_rows(name, attention, folders,
 def test_packed_groups_give_the_gradients_of_plain_rows(name, folders, trees_for):
     policy, model = load_policy(str(folders(name))), plain_model(folders(name), name)
     packed_groups = trees_for(policy)
-    weights = torch.linspace(-1, 2, sum(packed.answer_tokens for packed in packed_groups)).roll(7)
+    weights = torch.linspace(-1, 2, sum(packed.trained_tokens for packed in packed_groups)).roll(7)
     (weights * token_logprobs(policy, pack(packed_groups))[0]).sum().backward()
     (weights * torch.cat([alone(model, policy, packed) for packed in packed_groups])).sum().backward()
     plain = dict(model.named_parameters())
@@ -142,9 +142,9 @@ def test_sampled_answers_carry_the_trainers_logprobs(name, folders, trees_for):
     requests = [Request(prompt, 11 + i) for i, prompt in enumerate(prompts)]
     answers = engine.generate(requests, SamplingParams(3, 40, temperature=1.0))
     packed_groups = [
-        PackedGroup(p, tuple(a.token_ids for a in group)) for p, group in zip(prompts, answers, strict=True)
+        PackedGroup.of_tokens(p, tuple(a.token_ids for a in group)) for p, group in zip(prompts, answers, strict=True)
     ]
-    assert max(packed.answer_tokens for packed in packed_groups) > 40
+    assert max(packed.trained_tokens for packed in packed_groups) > 40
     with torch.no_grad():
         got, _ = token_logprobs(policy, pack(packed_groups))
     sampled = torch.tensor([value for group in answers for answer in group for value in answer.logprobs])
@@ -277,7 +277,8 @@ def test_the_grounding_reward_reads_boxes_in_the_frame_of_the_family(folders, ma
 
 def _train_group(packed, advantage_G):
     lengths = torch.tensor([len(answer) for answer in packed.answers])
-    return TrainGroup(packed, torch.zeros(packed.answer_tokens), advantage_G.repeat_interleave(lengths))
+    advantage = advantage_G.repeat_interleave(lengths)
+    return PolicyRow(packed, torch.zeros(packed.trained_tokens), advantage, None, None, None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -292,7 +293,7 @@ def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name,
         first = worker.update_sft(packed_groups, "token", sft_total(packed_groups, "token"), 1e-3)
         groups = [_train_group(packed, torch.tensor([1.0, -1.0, 0.5, -0.5])) for packed in packed_groups]
         totals = Totals(
-            sum(packed.answer_tokens for packed in packed_groups), 4 * len(packed_groups), len(packed_groups)
+            sum(packed.trained_tokens for packed in packed_groups), 4 * len(packed_groups), len(packed_groups)
         )
         second = worker.update_policy(groups, grpo, totals, 1e-3)
         assert first["optim/grad_norm"] > 0
@@ -312,7 +313,7 @@ def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(name, folders, t
     packed_groups = trees_for(policy)
     with torch.no_grad():
         together = token_logprobs(policy, pack(packed_groups))[0].split(
-            [packed.answer_tokens for packed in packed_groups]
+            [packed.trained_tokens for packed in packed_groups]
         )
         for packed, found in zip(packed_groups, together, strict=True):
             torch.testing.assert_close(

@@ -10,8 +10,8 @@ from transformers import InternVLForConditionalGeneration
 from foveate.models.forward import embed, token_logprobs
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import ImageSlot, Prompt
+from foveate.parallel.packing import pack
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 
 def plain_model(folder):
@@ -22,7 +22,7 @@ def plain_model(folder):
 
 def padded_logprobs(model, packed_groups, side, temperature=1.0):
     """Log-probs and entropies of all answers, every answer with its own copy of prompt and pixels in a padded batch."""
-    rows = [(packed.prompt, answer) for packed in packed_groups for answer in packed.answers]
+    rows = [(packed.prompt, answer.token_ids) for packed in packed_groups for answer in packed.answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
@@ -90,10 +90,10 @@ def random_group(policy, generator, tiles, before, after, answers):
     head = random_words(generator, before)
     ids = (*head, *[family.image_token_id] * count, *random_words(generator, after))
     if not tiles:
-        return PackedGroup(Prompt(ids, (), None, ids), tuple(random_words(generator, n) for n in answers))
+        return PackedGroup.of_tokens(Prompt(ids, (), None, ids), tuple(random_words(generator, n) for n in answers))
     pixels = torch.randn(tiles, 3, family.tile, family.tile, generator=generator)
     prompt = Prompt(ids, (ImageSlot(before, count, tiles),), pixels, ids)
-    return PackedGroup(prompt, tuple(random_words(generator, n) for n in answers))
+    return PackedGroup.of_tokens(prompt, tuple(random_words(generator, n) for n in answers))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -124,7 +124,9 @@ def test_rows_with_and_without_images_give_the_logprobs_that_they_have_alone(
         make_task("<image> and <image>, not <image>", *(make_image(60 * i, 70, i) for i in (1, 2, 3))),
         make_task("again no image"),
     ]
-    packed_groups = [PackedGroup(encode(task), tuple(random_words(generator, n) for n in (4, 9))) for task in tasks]
+    packed_groups = [
+        PackedGroup.of_tokens(encode(task), tuple(random_words(generator, n) for n in (4, 9))) for task in tasks
+    ]
     with torch.no_grad():
         together = token_logprobs(policy, pack(packed_groups), 0.7)
         for kind in (0, 1):
@@ -137,7 +139,7 @@ def test_rows_with_and_without_images_give_the_logprobs_that_they_have_alone(
 def test_gradients_reach_the_vision_tower_from_mixed_rows(tiny_folder, encode, make_image, make_task):
     policy, plain = load_policy(str(tiny_folder)), plain_model(tiny_folder)
     tasks = [make_task("no image"), make_task("<image>\nWhat is shown?", make_image(120, 56))]
-    packed_groups = [PackedGroup(encode(task), ((5, 6, 7), (8,))) for task in tasks]
+    packed_groups = [PackedGroup.of_tokens(encode(task), ((5, 6, 7), (8,))) for task in tasks]
     assert_equal_steps(policy, plain, packed_groups, "left")
     assert all(p.grad.abs().sum() > 0 for p in policy.part("projector").parameters())
 
@@ -149,7 +151,9 @@ def test_the_pixels_matter_and_stay_in_their_own_rows(tiny_policy, encode, make_
             make_task("<image>\nsecond", make_image(56, 56)),
         ]
         with torch.no_grad():
-            return token_logprobs(tiny_policy, pack([PackedGroup(encode(task), ((5, 6, 7),)) for task in tasks]))[0]
+            return token_logprobs(
+                tiny_policy, pack([PackedGroup.of_tokens(encode(task), ((5, 6, 7),)) for task in tasks])
+            )[0]
 
     one, other = logprobs(1), logprobs(2)
     assert (one[:3] - other[:3]).abs().max() > 1e-3
@@ -159,18 +163,18 @@ def test_the_pixels_matter_and_stay_in_their_own_rows(tiny_policy, encode, make_
 def test_a_placeholder_in_an_answer_does_not_move_the_image_features(tiny_policy, encode, make_image, make_task):
     prompt = encode(make_task("<image>\nWhat is shown?", make_image(56, 56)))
     placeholder = tiny_policy.family.image_token_id
-    batch = pack([PackedGroup(prompt, ((5, placeholder, 6), (7,)))])
+    batch = pack([PackedGroup.of_tokens(prompt, ((5, placeholder, 6), (7,)))])
     with torch.no_grad():
         embeddings, _ = embed(tiny_policy, batch)
         table = tiny_policy.part("language").get_input_embeddings().weight
         assert torch.equal(embeddings[len(prompt) + 1], table[placeholder])
         logp, _ = token_logprobs(tiny_policy, batch)
-        alone, _ = token_logprobs(tiny_policy, pack([PackedGroup(prompt, ((7,),))]))
+        alone, _ = token_logprobs(tiny_policy, pack([PackedGroup.of_tokens(prompt, ((7,),))]))
     torch.testing.assert_close(logp[3:], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_features_that_do_not_fit_the_slots_are_caught(tiny_policy):
-    batch = pack([PackedGroup(Prompt(tuple(range(10)), (), None, ()), ())])
+    batch = pack([PackedGroup.of_tokens(Prompt(tuple(range(10)), (), None, ()), ())])
     with pytest.raises(AssertionError, match="8 image features for 3 image tokens"):
         embed(tiny_policy, replace(batch, pixels=torch.zeros(2, 3, 56, 56), slot_index=torch.arange(3)))
 

@@ -13,8 +13,8 @@ from foveate.encoding.chat import render
 from foveate.models.families.internvl import PARTS
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy, save_policy
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import DataError, Message
+from foveate.parallel.packing import pack
+from foveate.records import DataError, Message, PackedGroup
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_nothing_is_printed_and_transformers_settings_stay(folder, tmp_path, cap
 @pytest.fixture
 def packed(encode, make_image, make_task):
     tasks = [make_task("<image>\nWhat is shown?", make_image(130, 60)), make_task("two and three")]
-    return pack([PackedGroup(encode(task), ((5, 6, 7), (9,))) for task in tasks])
+    return pack([PackedGroup.of_tokens(encode(task), ((5, 6, 7), (9,))) for task in tasks])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
@@ -214,8 +214,10 @@ def test_a_saved_folder_is_one_of_plain_transformers(tiny_folder, tmp_path, enco
     with torch.no_grad():
         logits = plain(input_ids=ids, pixel_values=prompt.pixels).logits[0, len(prompt) - 1 : -1]
         wanted = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        got, _ = token_logprobs(policy, pack([PackedGroup(prompt, (answer,))]))
-        again, _ = token_logprobs(load_policy(str(tmp_path / "saved")), pack([PackedGroup(prompt, (answer,))]))
+        got, _ = token_logprobs(policy, pack([PackedGroup.of_tokens(prompt, (answer,))]))
+        again, _ = token_logprobs(
+            load_policy(str(tmp_path / "saved")), pack([PackedGroup.of_tokens(prompt, (answer,))])
+        )
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
     assert torch.equal(again, got)
 

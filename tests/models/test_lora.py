@@ -13,7 +13,8 @@ from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import PackedGroup, pack
+from foveate.parallel.packing import pack
+from foveate.records import PackedGroup
 from foveate.train.worker import Worker
 
 NAMES = ["internvl", *VISION_MODELS, "qwen2", "qwen3", "qwen3_moe", "gpt_oss"]
@@ -37,7 +38,7 @@ def tree_of(make_task, make_image):
     def packed(policy):
         task = make_task("<image> what?", make_image(90, 60)) if policy.family.unit else make_task("what?")
         encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
-        return PackedGroup(encode(task), ((20, 30, 40), (50, 60)))
+        return PackedGroup.of_tokens(encode(task), ((20, 30, 40), (50, 60)))
 
     return packed
 

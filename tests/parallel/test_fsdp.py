@@ -12,8 +12,8 @@ from foveate.config.cluster import ClusterSettings
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy
 from foveate.parallel.fsdp import LogProbs, blocks, mesh_of, shard
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import ImageSlot, Prompt
+from foveate.parallel.packing import pack
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 RANKS = 2
 CASES = {
@@ -35,7 +35,7 @@ def batch_of(rank, image_token):
     prompt = (*ids[:3], *[image_token] * 4, *ids[3 : 8 + 3 * rank])
     pixels = torch.randn(1, 3, 56, 56, generator=generator)
     answers = (tuple(ids[20:27]), tuple(ids[27 : 30 + rank]))
-    return pack([PackedGroup(Prompt(prompt, (ImageSlot(3, 4, 1),), pixels, ()), answers)])
+    return pack([PackedGroup.of_tokens(Prompt(prompt, (ImageSlot(3, 4, 1),), pixels, ()), answers)])
 
 
 def loss_of(logp_M, entropy_M):

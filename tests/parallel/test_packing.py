@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from foveate.parallel.packing import PackedGroup, micro_batches, pack
-from foveate.records import ImageSlot, Prompt, sum_by_sample
+from foveate.algorithms.aggregate import sum_by_sample
+from foveate.parallel.packing import micro_batches, pack
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 IMAGE = 99
 
@@ -22,7 +23,7 @@ def image_prompt(before, tiles, after, value):
 
 
 def test_a_group_is_packed_as_one_root_with_its_answers():
-    batch = pack([PackedGroup(text_prompt(1, 2, 3), ((4, 5), (6,)))])
+    batch = pack([PackedGroup.of_tokens(text_prompt(1, 2, 3), ((4, 5), (6,)))])
     assert batch.token_ids_T.tolist() == [1, 2, 3, 4, 5, 6]
     assert batch.position_T.tolist() == [0, 1, 2, 3, 4, 3]
     assert (batch.forest.start, batch.forest.length, batch.forest.parent) == ((0, 3, 5), (3, 2, 1), (-1, 0, 0))
@@ -43,9 +44,9 @@ def test_images_stand_once_per_group_in_the_order_of_the_row():
         (IMAGE, 5, IMAGE),
     )
     packed_groups = [
-        PackedGroup(image_prompt((7,), 2, (8, 9), 1.0), ((4,), (4,), (4,))),
-        PackedGroup(text_prompt(1, 2), ((3,),)),
-        PackedGroup(two, ((4, 4), (4,))),
+        PackedGroup.of_tokens(image_prompt((7,), 2, (8, 9), 1.0), ((4,), (4,), (4,))),
+        PackedGroup.of_tokens(text_prompt(1, 2), ((3,),)),
+        PackedGroup.of_tokens(two, ((4, 4), (4,))),
     ]
     batch = pack(packed_groups)
     assert batch.pixels is not None
@@ -63,11 +64,11 @@ def test_a_packed_row_says_the_same_as_its_samples_one_by_one(seed):
         return tuple(rng.randrange(90) for _ in range(rng.randint(low, high)))
 
     packed_groups = [
-        PackedGroup(text_prompt(*words(1, 9)), tuple(words(1, 6) for _ in range(rng.randint(0, 4))))
+        PackedGroup.of_tokens(text_prompt(*words(1, 9)), tuple(words(1, 6) for _ in range(rng.randint(0, 4))))
         for _ in range(rng.randint(1, 5))
     ]
     batch = pack(packed_groups)
-    samples = [(packed.prompt.token_ids, answer) for packed in packed_groups for answer in packed.answers]
+    samples = [(packed.prompt.token_ids, answer.token_ids) for packed in packed_groups for answer in packed.answers]
     assert batch.samples == len(samples)
     assert batch.forest.tokens == len(batch.token_ids_T) == sum(packed.tokens for packed in packed_groups)
     for index, (prompt, answer) in enumerate(samples):
@@ -82,7 +83,7 @@ def test_a_packed_row_says_the_same_as_its_samples_one_by_one(seed):
 
 
 def tree_of(tokens):
-    return PackedGroup(text_prompt(*range(tokens - 1)), ((0,),))
+    return PackedGroup.of_tokens(text_prompt(*range(tokens - 1)), ((0,),))
 
 
 def test_micro_batches_fill_the_budget_and_do_not_pass_it():

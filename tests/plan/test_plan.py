@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from foveate.cli.app import app
 from foveate.config.cluster import ClusterSettings
-from foveate.config.recipe import SHIPPED
+from foveate.config.recipe import SHIPPED, read_recipe
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
 from foveate.models.sizes import SIZES, published_config
@@ -22,7 +22,7 @@ from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, s
 from foveate.plan.report import report
 from foveate.plan.time import active_parameters, language_flops, vision_flops
 from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, _meta_policy, step_memory
-from foveate.plan.workload import Workload, read_settings, workload_of
+from foveate.plan.workload import Workload, workload_of
 from foveate.rollout.native.cache import GroupCache
 
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml"))
@@ -196,7 +196,7 @@ def cheap(monkeypatch):
 @pytest.mark.parametrize("name", LARGE)
 def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name, monkeypatch):
     monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
-    settings = read_settings(name, [])
+    settings = read_recipe(name, [])
     cluster = settings.cluster
     assert cluster.gpus % 8 == 0
     machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
@@ -208,7 +208,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
 
 @pytest.mark.parametrize("name", ["shapes_gspo", "shapes_coldstart"])
 def test_small_recipes_are_planned_from_their_folder(name):
-    made = plan(workload_of(read_settings(name, ["model.path=demo"]), None, None, None), parse_machines("RTX4090-24"))
+    made = plan(workload_of(read_recipe(name, ["model.path=demo"]), None, None, None), parse_machines("RTX4090-24"))
     assert made.memory.fits(made.machines)
     assert "fits; the largest micro-batch is about" in report(made)
 
@@ -311,7 +311,7 @@ def test_unknown_machines_are_refused_with_what_is_known(text, said):
 
 
 def test_a_model_that_is_neither_a_folder_nor_a_published_size_is_refused():
-    settings = read_settings("internvl3_5_1b_gspo", ["model.path=somewhere/else"])
+    settings = read_recipe("internvl3_5_1b_gspo", ["model.path=somewhere/else"])
     with pytest.raises(ConfigError, match="no such folder, and the name is not that of a published size"):
         workload_of(settings, None, None, None)
 

@@ -285,8 +285,8 @@ def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logp
     for request, group, *both in zip(again, groups, *differences, strict=True):
         for begun, whole in zip(request.partial_answers, group, strict=bool(request.partial_answers)):
             assert whole.token_ids[: len(begun.token_ids)] == begun.token_ids
-            mixed += len(whole.spans) == 2
-        versions = torch.tensor([v for c in group for v, tokens in c.sampled_by for _ in range(tokens)])
+            mixed += len(whole.versions) == 2
+        versions = torch.tensor([v for c in group for v, tokens in c.versions for _ in range(tokens)])
         assert set(versions.tolist()) <= {first, case.version}
         assert float(torch.where(versions == first, *both).max()) < 1e-4
         assert all(answer.finish in ("stop", "length") for answer in group)

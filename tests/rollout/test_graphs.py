@@ -17,7 +17,7 @@ from foveate.config.model import LoraSettings
 from foveate.encoding.encode import Encoder
 from foveate.models.lora import add_adapters
 from foveate.models.policy import load_policy
-from foveate.records import SamplingParams
+from foveate.records import Answer, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native import cache, engine
 from foveate.rollout.native.engine import NativeEngine
@@ -76,7 +76,7 @@ def parts(tmp_path, tiny_folder, make_image, make_task):
 
 def cut_off(answer, end):
     """An answer as an engine that pauses leaves it."""
-    return replace(answer, token_ids=answer.token_ids[:end], logprobs=answer.logprobs[:end], finish="abort")
+    return Answer.sampled(answer.token_ids[:end], answer.logprobs[:end], "", "abort", answer.version)
 
 
 def require_same(groups, others):

@@ -15,8 +15,8 @@ from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import DataError, Forest, Image, Message, SamplingParams, Task
+from foveate.parallel.packing import pack
+from foveate.records import DataError, Forest, Image, Message, PackedGroup, SamplingParams, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import GroupCache
 from foveate.rollout.native.engine import NativeEngine, plan_decode_batches
@@ -85,7 +85,10 @@ def test_logprobs_equal_the_trainers(policy, temperature):
     requests = requests_of(policy)
     answers = engine_of(often_stopping(policy)).generate(requests, sampling)
     batch = pack(
-        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [
+            PackedGroup.of_tokens(r.prompt, tuple(c.token_ids for c in group))
+            for r, group in zip(requests, answers, strict=True)
+        ]
     )
     expected, entropy = token_logprobs(policy, batch, temperature)
     assert 0.2 < entropy.mean() < 5
@@ -98,7 +101,10 @@ def test_logprobs_equal_the_trainers_under_bfloat16_up_to_its_precision(folder):
     requests = requests_of(policy)
     answers = engine_of(policy).generate(requests, SamplingParams(samples=4, max_tokens=12))
     batch = pack(
-        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [
+            PackedGroup.of_tokens(r.prompt, tuple(c.token_ids for c in group))
+            for r, group in zip(requests, answers, strict=True)
+        ]
     )
     found = torch.tensor([value for group in answers for answer in group for value in answer.logprobs])
     assert (found - token_logprobs(policy, batch)[0]).abs().mean() < 0.1
@@ -233,8 +239,8 @@ def test_interrupted_answers_go_on_as_if_nothing_had_been(policy, after):
     assert ids(found) == ids(whole)
     for group, expected in zip(found, whole, strict=True):
         for answer, other in zip(group, expected, strict=True):
-            assert (answer.text, answer.finish, answer.spans) == (other.text, other.finish, ())
-            torch.testing.assert_close(answer.logprobs, other.logprobs, atol=1e-4, rtol=0)
+            assert (answer.text, answer.finish, answer.versions) == (other.text, other.finish, other.versions)
+            assert abs(answer.logprobs - other.logprobs).max() <= 1e-4
 
 
 def test_what_was_not_begun_is_not_given_and_a_paused_engine_begins_nothing(policy):
@@ -259,20 +265,23 @@ def test_an_answer_over_a_change_of_weights_has_the_logprobs_of_those_that_sampl
     engine.publish(2, policy.model.named_parameters())
     answers = engine.generate(requests, sampling)
     batch = pack(
-        [PackedGroup(r.prompt, tuple(c.token_ids for c in group)) for r, group in zip(requests, answers, strict=True)]
+        [
+            PackedGroup.of_tokens(r.prompt, tuple(c.token_ids for c in group))
+            for r, group in zip(requests, answers, strict=True)
+        ]
     )
     answers = [answer for group in answers for answer in group]
-    versions = torch.tensor([v for c in answers for v, tokens in c.sampled_by for _ in range(tokens)])
+    versions = torch.tensor([v for c in answers for v, tokens in c.versions for _ in range(tokens)])
     by_version = {1: token_logprobs(old, batch)[0], 2: token_logprobs(policy, batch)[0]}
     found = torch.tensor([value for answer in answers for value in answer.logprobs])
     torch.testing.assert_close(found, torch.where(versions == 1, *by_version.values()), atol=1e-4, rtol=0)
     assert (by_version[1] - by_version[2]).abs().max() > 0.1
-    mixed = [answer for answer in answers if answer.spans]
+    mixed = [answer for answer in answers if len(answer.versions) > 1]
     assert mixed
     assert {answer.version for answer in mixed} == {1}
     for answer in mixed:
-        assert [version for version, _ in answer.spans] == [1, 2]
-        assert sum(tokens for _, tokens in answer.spans) == len(answer.token_ids)
+        assert [version for version, _ in answer.versions] == [1, 2]
+        assert sum(tokens for _, tokens in answer.versions) == len(answer.token_ids)
 
 
 def test_answers_do_not_depend_on_what_else_is_in_the_batch(policy):
@@ -393,7 +402,7 @@ def test_sampling_does_not_disturb_training(policy):
     modes = [module.training for module in policy.model.modules()]
     engine_of(policy).generate(requests, SamplingParams(2, 6))
     assert [module.training for module in policy.model.modules()] == modes
-    same_layout = pack([PackedGroup(request.prompt, ()) for request in requests])
+    same_layout = pack([PackedGroup.of_tokens(request.prompt, ()) for request in requests])
     batch = replace(same_layout, target_M=torch.tensor([1]), source_M=torch.tensor([0]))
     token_logprobs(policy, batch)[0].sum().backward()
     assert policy.part("head").weight.grad.isfinite().all()

@@ -51,9 +51,9 @@ class FakeEngine(ServedEngine):
             raise ServerLostError("cut")
         if answer["finish"] == "abort":
             made = answer["tokens"]
-            answer = Answer((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
+            answer = Answer.sampled((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
         else:
-            answer = Answer((request.seed,), (0.0,), "", "stop", answer["version"])
+            answer = Answer.sampled((request.seed,), (0.0,), "", "stop", answer["version"])
         self.asked.append((request, sampling))
         return (answer,) * sampling.samples
 
@@ -217,9 +217,9 @@ def test_a_pause_gives_what_is_unfinished_and_it_goes_on_under_new_weights(engin
         for before, after in zip(request.partial_answers, group, strict=True):
             made = len(before.token_ids)
             assert after.token_ids[:-1] == before.token_ids
-            assert after.logprobs == (*before.logprobs, 0.0)
+            assert after.logprobs.tolist() == [*before.logprobs.tolist(), 0.0]
             assert (after.finish, after.version, after.text) == ("stop", 7, f"{made + 1} tokens")
-            assert after.spans == ((7, made), (8, 1))
+            assert after.versions == ((7, made), (8, 1))
             asked = [(r.prompt.token_ids, r.prompt.engine_ids, s) for r, s in engine.asked]
             longer = request.prompt.token_ids + before.token_ids
             assert (longer, longer, SamplingParams(1, 50_000 - made)) in asked
@@ -229,17 +229,17 @@ def test_a_pause_gives_what_is_unfinished_and_it_goes_on_under_new_weights(engin
 
 def test_answers_of_a_group_that_were_finished_stay_when_the_others_go_on(engine_of):
     engine = engine_of(seconds=0.01)
-    done, open_ = Answer((5, 6), (-1.0, -2.0), "", "stop", 3), Answer((5,), (-1.0,), "", "abort", 4)
+    done, open_ = Answer.sampled((5, 6), (-1.0, -2.0), "", "stop", 3), Answer.sampled((5,), (-1.0,), "", "abort", 4)
     request = replace(requests_of(1)[0], partial_answers=(done, open_, done))
     [(first, second, third)] = engine.generate([request], SamplingParams(3, 10))
     assert (first, third) == (done, done)
-    assert (second.finish, second.version, second.spans) == ("stop", 4, ((4, 1), (7, 1)))
+    assert (second.finish, second.version, second.versions) == ("stop", 4, ((4, 1), (7, 1)))
     assert len(engine.asked) == 1
 
 
 def test_a_server_that_dies_while_answers_go_on_answers_them_again_from_the_same_tokens(engine_of):
     engine = engine_of(seconds=60)
-    open_ = Answer((5,), (-1.0,), "", "abort", 4)
+    open_ = Answer.sampled((5,), (-1.0,), "", "abort", 4)
     requests = [replace(requests_of(1)[0], partial_answers=(open_, open_))]
     with ThreadPoolExecutor(1) as pool:
         groups = pool.submit(engine.generate, requests, SamplingParams(2, 10))
@@ -248,7 +248,7 @@ def test_a_server_that_dies_while_answers_go_on_answers_them_again_from_the_same
         engine.seconds = 0.01
         os.kill(engine.state()["pid"], signal.SIGKILL)
         [group] = groups.result()
-    assert [answer.spans for answer in group] == [((4, 1), (7, 1))] * 2
+    assert [answer.versions for answer in group] == [((4, 1), (7, 1))] * 2
     assert engine.counts.restarts == 1
 
 

@@ -136,7 +136,7 @@ class RecordingEngine:
         self.waves.append((len(requests), sampling))
         if any(request.seed == 13 for request in requests):
             raise RuntimeError("out of memory")
-        return [(Answer((1,), (0.0,), str(request.seed), "stop", 0),) for request in requests]
+        return [(Answer.sampled((1,), (0.0,), str(request.seed), "stop", 0),) for request in requests]
 
     def publish(self, version, weights):
         raise NotImplementedError

@@ -56,7 +56,7 @@ class Engine:
                     return
                 self.answered += 1
                 version = self.version - self.lag(row)
-                answer = Answer((row,), (0.0,), str(row), "stop", version)
+                answer = Answer.sampled((row,), (0.0,), str(row), "stop", version)
                 yield index, (answer,) * sampling.samples
         finally:
             self.answering = False
@@ -105,7 +105,7 @@ class TokenByToken(Engine):
                         continue
                     moved, self.made[row] = True, made + 1
                     finish = "stop" if made + 1 == self.length else "abort"
-                    one = Answer((row,), (float(-self.version),), str(row), finish, self.version)
+                    one = Answer.sampled((row,), (float(-self.version),), str(row), finish, self.version)
                     grown[index] = one if before is None else before.continued_by(one, one.text)
                     if finish == "stop":
                         yield index, (grown.pop(index),) * sampling.samples

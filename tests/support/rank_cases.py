@@ -7,8 +7,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from foveate.parallel.packing import PackedGroup, empty, pack, pad_with_dummy_image
-from foveate.records import ImageSlot, Prompt
+from foveate.parallel.packing import empty, pack, pad_with_dummy_image
+from foveate.records import ImageSlot, PackedGroup, Prompt
 
 
 def whole(tensor):
@@ -29,7 +29,7 @@ def tree_of(seed, family, *, images=1):
         token_ids += [family.image_token_id] * 4 + [ids[3]]
     token_ids += ids[4 : 9 + seed % 7]
     prompt = Prompt(tuple(token_ids), tuple(slots), torch.cat(pixels) if pixels else None, ())
-    return PackedGroup(prompt, (tuple(ids[20:27]), tuple(ids[27 : 30 + seed % 5])))
+    return PackedGroup.of_tokens(prompt, (tuple(ids[20:27]), tuple(ids[27 : 30 + seed % 5])))
 
 
 def loss_of(logp_M, entropy_M):

@@ -131,8 +131,10 @@ def test_closing_ends_the_greedy_answers_of_a_round():
     sampler = SyncRollouts(Tasks(Stream(TASKS, 0, 1)), engine, None, SamplingParams(), 0, True)
     [(task, prompt)] = sampler.reader.take(1)
     asked = []
-    ones = sampler.greedy([PendingGroup(0, task, Request(prompt, 0))], None, lambda: asked.append(1) or len(asked) > 2)
-    assert ones[0].scores is None
+    greedy = sampler.greedy(
+        [PendingGroup(0, task, Request(prompt, 0))], None, lambda: asked.append(1) or len(asked) > 2
+    )
+    assert greedy == []
     assert len(asked) == 3
 
 

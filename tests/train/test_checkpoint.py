@@ -17,12 +17,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 import foveate.files
 import foveate.train.checkpoint
 from foveate.config.cluster import ClusterSettings
+from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import DataError, DiskError, DiskFull
-from foveate.files import disk_error
+from foveate.files import disk_error, set_disk_wait
 from foveate.parallel.ranks import Ranks
 from foveate.train.checkpoint import Saving, checkpoints, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.optim import apply_gradients, build_optimizer
+from foveate.train.worker import Worker
 
 
 def trained(steps: int, seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -268,7 +270,8 @@ def full_at_first(monkeypatch, times, number=errno.ENOSPC):
 
 def test_a_full_disk_is_waited_for_and_says_what_is_needed_and_where(tmp_path, monkeypatch, caplog):
     tried = full_at_first(monkeypatch, 2)
-    path = save_checkpoint(tmp_path, 1, tensors_of({"": trained(3)}), {}, 1, patience=60.0)
+    monkeypatch.setattr(foveate.files, "_disk_wait", 60.0)
+    path = save_checkpoint(tmp_path, 1, tensors_of({"": trained(3)}), {}, 1)
     assert len(tried) == 3
     load_checkpoint(path, {"": trained(0)})
     first, _ = (record.getMessage() for record in caplog.records if record.name == "foveate.files")
@@ -276,16 +279,24 @@ def test_a_full_disk_is_waited_for_and_says_what_is_needed_and_where(tmp_path, m
         assert part in first
 
 
-def test_patience_with_a_full_disk_ends_and_other_errors_are_not_waited_for(tmp_path, monkeypatch):
+def test_the_wait_for_a_full_disk_ends_and_other_errors_are_not_waited_for(tmp_path, monkeypatch):
     content = tensors_of({"": trained(0)})
     full_at_first(monkeypatch, 10**6)
-    for patience in (0.0, 0.1):
+    for seconds in (0.0, 0.1):
+        monkeypatch.setattr(foveate.files, "_disk_wait", seconds)
         with pytest.raises(DiskFull, match="No space left on device"):
-            save_checkpoint(tmp_path, 1, content, {}, 1, patience=patience)
+            save_checkpoint(tmp_path, 1, content, {}, 1)
     tried = full_at_first(monkeypatch, 1, errno.EROFS)
+    monkeypatch.setattr(foveate.files, "_disk_wait", 60.0)
     with pytest.raises(DiskError, match="Read-only"):
-        save_checkpoint(tmp_path, 1, content, {}, 1, patience=60.0)
+        save_checkpoint(tmp_path, 1, content, {}, 1)
     assert len(tried) == 1
+
+
+def test_a_worker_sets_how_long_its_process_waits_for_a_full_disk(monkeypatch, tiny_folder):
+    monkeypatch.setattr(foveate.files, "_disk_wait", 0.0)
+    Worker(ModelSettings(path=str(tiny_folder)), OptimSettings(lr=1e-3), 4096, disk_wait=7.0)
+    assert set_disk_wait(0.0) == 7.0
 
 
 def full_on_one(rank, ranks, folder):
@@ -293,6 +304,7 @@ def full_on_one(rank, ranks, folder):
     own = Ranks.of(ClusterSettings(gpus_per_node=ranks))
     tried, original = [], foveate.train.checkpoint._write_state
     foveate.files._RETRY = 0.01
+    set_disk_wait(60.0)
 
     def write_state(*arguments):
         tried.append(1)
@@ -302,7 +314,7 @@ def full_on_one(rank, ranks, folder):
 
     foveate.train.checkpoint._write_state = write_state
     model, optimizer = trained(3)
-    path = save_checkpoint(Path(folder), 1, tensors_of({"": (model, optimizer)}), {"x": rank}, 1, own, 60.0)
+    path = save_checkpoint(Path(folder), 1, tensors_of({"": (model, optimizer)}), {"x": rank}, 1, own)
     return len(tried), load_checkpoint(path, {"": trained(0)}, own)
 
 

@@ -16,7 +16,8 @@ from foveate.models.checkpoint.formats import detect_format
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import add_adapters, merged_state
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
-from foveate.parallel.packing import PackedGroup, pack
+from foveate.parallel.packing import pack
+from foveate.records import PackedGroup
 
 PARTS = ("vision", "projector", "language")
 SUBSETS = [subset for count in (1, 2, 3) for subset in combinations(PARTS, count)]
@@ -46,7 +47,7 @@ def trees_of(make_task, make_image):
             make_task("<image>\nWhat is shown?", make_image(130, 70, 1)),
             make_task("<image> and <image>, not <image>", *(make_image(90 * i, 200 - 40 * i, i) for i in (1, 2, 3))),
         ]
-        return [PackedGroup(encode(task), ((20, 30, 40 + i), (50,))) for i, task in enumerate(tasks)]
+        return [PackedGroup.of_tokens(encode(task), ((20, 30, 40 + i), (50,))) for i, task in enumerate(tasks)]
 
     return packed_groups
 
@@ -58,7 +59,7 @@ def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(case, folders, t
     assert [len(packed.prompt.slots) for packed in packed_groups] == [0, 1, 3]
     with torch.no_grad():
         together = token_logprobs(policy, pack(packed_groups))[0].split(
-            [packed.answer_tokens for packed in packed_groups]
+            [packed.trained_tokens for packed in packed_groups]
         )
         for packed, found in zip(packed_groups, together, strict=True):
             alone = token_logprobs(policy, pack([packed]))[0]

@@ -15,8 +15,8 @@ from foveate.errors import ConfigError
 from foveate.log import read_metrics
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import SamplingParams
+from foveate.parallel.packing import pack
+from foveate.records import PackedGroup, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train import session
@@ -124,7 +124,7 @@ def test_every_family_computes_and_samples_on_a_gpu(tmp_path, name, make_image, 
         prompt = encode(make_task("<image> " * len(pictures) + "What is two and three?", *pictures))
         group = NativeEngine(policy, encode.decode).generate([Request(prompt, 5)], SamplingParams(2, 6))[0]
         logp, _ = token_logprobs(
-            policy, pack([PackedGroup(prompt, tuple(one.token_ids for one in group))]).to(policy.device)
+            policy, pack([PackedGroup.of_tokens(prompt, tuple(one.token_ids for one in group))]).to(policy.device)
         )
         (logp * 0.5).sum().backward()
         grads = {key: p.grad.cpu() for key, p in policy.model.named_parameters() if p.grad is not None}

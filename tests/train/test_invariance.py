@@ -4,7 +4,6 @@ ordered, split over micro-batches and shared by ranks. In float64, through the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from foveate.config.train import OptimSettings
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
 from foveate.records import Answer, Group, Score, Totals
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow, ValueRow
 from foveate.train.update import compute_advantages
 from foveate.train.worker import Worker
 
@@ -55,47 +53,55 @@ def worker_of(folder: Path) -> Worker:
     return worker
 
 
-def examples_of(worker: Worker, method: ResolvedAlgorithm, groups: Sequence[Group]) -> list[TrainGroup]:
+Example = tuple[PolicyRow, ValueRow | None]
+"""A group as updates of the policy and, where there is one, of the critic eat it."""
+
+
+def examples_of(worker: Worker, method: ResolvedAlgorithm, groups: Sequence[Group]) -> list[Example]:
     """The groups of a step as its later updates see them: the policy has moved away from the old one."""
-    examples, _ = compute_advantages(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
+    batch, _ = compute_advantages(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
     generator = torch.Generator().manual_seed(1)
+    assert batch.kept == tuple(range(len(groups)))
 
-    def moved(values: torch.Tensor | None) -> torch.Tensor:
-        assert values is not None
-        return values.double() + 0.3 * torch.randn(len(values), generator=generator, dtype=torch.float64)
+    def moved(vectors: Sequence[torch.Tensor] | None, number: int) -> torch.Tensor:
+        assert vectors is not None
+        noise = torch.randn(len(vectors[number]), generator=generator, dtype=torch.float64)
+        return vectors[number].double() + 0.3 * noise
 
-    return [
-        replace(
-            example,
-            old=moved(example.old),
-            ref=moved(example.ref),
-            engine=moved(example.old),
-            value=moved(example.value) if example.value is not None else None,
-            masked=torch.rand(example.packed.answer_tokens, generator=generator) > 0.7,
-        )
-        for example in examples
-    ]
+    examples: list[Example] = []
+    for n, (group, advantage) in enumerate(zip(batch.groups, batch.advantages, strict=True)):
+        passes = batch.passes
+        old, ref, engine = moved(passes.old, n), moved(passes.ref, n), moved(passes.old, n)
+        value = None
+        if batch.returns is not None:
+            value = ValueRow(group, moved(passes.value, n), batch.returns[n])
+        masked = torch.rand(group.trained_tokens, generator=generator) > 0.7
+        examples.append((PolicyRow(group, engine, advantage, old, ref, masked), value))
+    return examples
 
 
-def singles(example: TrainGroup) -> list[TrainGroup]:
+def singles(example: Example) -> list[Example]:
     """A group of its own for every answer."""
-    parts, first = [], 0
-    for answer in example.packed.answers:
-        parts.append(example.part(PackedGroup(example.packed.prompt, (answer,)), slice(first, first + len(answer))))
-        first += len(answer)
+    row, value = example
+    parts: list[Example] = []
+    first = 0
+    for number, length in enumerate(row.group.lengths):
+        own = slice(number, number + 1), slice(first, first + length)
+        parts.append((row.part(*own), None if value is None else value.part(*own)))
+        first += length
     return parts
 
 
 def gradient(
-    worker: Worker, method: ResolvedAlgorithm, examples: Sequence[TrainGroup], totals: Totals, budget: int
+    worker: Worker, method: ResolvedAlgorithm, examples: Sequence[Example], totals: Totals, budget: int
 ) -> torch.Tensor:
     """The gradient of the policy, and of the critic where there is one, as one vector."""
     worker.token_budget = budget
-    worker.policy_gradients(examples, method.loss, totals)
+    worker.policy_gradients([row for row, _ in examples], method.loss, totals)
     models = [worker.policy.model]
     if method.critic is not None:
         assert worker.critic is not None
-        worker.critic_gradients(examples, totals)
+        worker.critic_gradients([value for _, value in examples if value is not None], totals)
         models.append(worker.critic.model)
     found = []
     for model in models:
@@ -104,9 +110,10 @@ def gradient(
     return torch.cat(found)
 
 
-def totals_of(examples: Sequence[TrainGroup]) -> Totals:
-    tokens = sum(example.packed.answer_tokens for example in examples)
-    return Totals(tokens, sum(len(example.packed.answers) for example in examples), len(examples))
+def totals_of(examples: Sequence[Example]) -> Totals:
+    groups = [row.group for row, _ in examples]
+    tokens = sum(group.trained_tokens for group in groups)
+    return Totals(tokens, sum(len(group.answers) for group in groups), len(groups))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +131,7 @@ def cases(worker, tmp_path_factory):
     for number, (lengths, rewards) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
         task = open_tasks(data / "train.parquet")[number]
         ids = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in lengths]
-        answers = tuple(Answer(own, (-1.0,) * len(own), "", "stop", 0) for own in ids)
+        answers = tuple(Answer.sampled(own, (-1.0,) * len(own), "", "stop", 0) for own in ids)
         groups.append(Group(task, encoder(task), answers, tuple(map(Score, rewards)), Score(0.25)))
     return {name: examples_of(worker, method_of(name), groups) for name in ALGORITHMS}
 

@@ -22,8 +22,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Totals
+from foveate.records import PackedGroup, Totals
 from foveate.run_folder import RunFolder
 from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.reference import Reference, TrainPair, reference_key
@@ -41,7 +40,10 @@ def pairs(tmp_path_factory):
 def packed_groups(tiny_policy, pairs):
     encoder = Encoder(tiny_policy.tokenizer, tiny_policy.family, 1, 128)
     found = [pair_of(open_tasks(pairs)[i]) for i in range(4)]
-    return [PackedGroup(encoder(p.task), (encoder.answer_ids(p.chosen), encoder.answer_ids(p.rejected))) for p in found]
+    return [
+        PackedGroup.of_tokens(encoder(p.task), (encoder.answer_ids(p.chosen), encoder.answer_ids(p.rejected)))
+        for p in found
+    ]
 
 
 def plain_logprobs(model, prompt, answer):
@@ -53,7 +55,9 @@ def plain_logprobs(model, prompt, answer):
 
 def plain_mpo(model, packed_groups, ref):
     """MPO with its default weights, one answer at a time."""
-    logps = [[plain_logprobs(model, packed.prompt, answer) for answer in packed.answers] for packed in packed_groups]
+    logps = [
+        [plain_logprobs(model, packed.prompt, one.token_ids) for one in packed.answers] for packed in packed_groups
+    ]
     rewards = [[0.1 * (logp.sum() - r) for logp, r in zip(*pair, strict=True)] for pair in zip(logps, ref, strict=True)]
     dpo = sum(-F.logsigmoid(c - r) for c, r in rewards) / len(packed_groups)
     bco = sum(-F.logsigmoid(c - SHIFT) - F.logsigmoid(SHIFT - r) for c, r in rewards) / len(packed_groups)
@@ -218,7 +222,7 @@ def test_the_reference_is_that_of_the_start_whatever_the_token_budget(tmp_path, 
     reference = Reference(file.parent, file.stem)
     reference.complete(0, 1, None, None)
     for packed in packed_groups:
-        expected = [plain_logprobs(model, packed.prompt, answer).sum().item() for answer in packed.answers]
+        expected = [plain_logprobs(model, packed.prompt, one.token_ids).sum().item() for one in packed.answers]
         assert reference(packed, "here") == pytest.approx(expected, rel=1e-5)
 
 
@@ -235,7 +239,7 @@ def test_a_pair_that_changed_is_found_when_its_reference_is_used(tmp_path, tiny_
         PackedGroup(type(prompt)(prompt.token_ids, prompt.slots, pixels, prompt.engine_ids), packed_groups[0].answers),
     ]
     for packed in others:
-        with pytest.raises(DataError, match=r"pairs\.parquet, row 0: the row, its picture or the model's template"):
+        with pytest.raises(DataError, match=r"pairs\.parquet, row 0: the row, its image or the model's template"):
             reference(packed, "pairs.parquet, row 0")
 
 

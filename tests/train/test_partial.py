@@ -28,7 +28,7 @@ CORRECTED = {"name": "grpo", "correction": {"mode": "token-truncate"}}
 
 def spans_of(bench: Bench, row: int) -> Any:
     [group] = [group for group in bench.groups if group.task.answer == row]
-    return group.answers[0].spans
+    return group.answers[0].versions
 
 
 # -------------------------------------------------------------------------------------------------- partial rollouts
@@ -57,8 +57,8 @@ def test_an_answer_may_go_over_several_updates_and_each_token_keeps_its_weights(
     bench = Bench(engine, 2, last=6, partial=True).run(between=wait)
     [group] = [group for group in bench.groups if group.task.answer == slow]
     answer = group.answers[0]
-    assert answer.sampled_by == ((0, 2), (1, 2), (2, 2))
-    assert answer.logprobs == (0.0, 0.0, -1.0, -1.0, -2.0, -2.0)
+    assert answer.versions == ((0, 2), (1, 2), (2, 2))
+    assert answer.logprobs.tolist() == [0.0, 0.0, -1.0, -1.0, -2.0, -2.0]
     assert answer.version == 0
     assert max(age for step in bench.ages for age in step) <= 2
     assert [row for step in bench.trained for row in step] == rows(24)
@@ -74,7 +74,7 @@ def test_partial_rollouts_train_every_task_once_in_order_and_none_that_is_too_ol
     assert all(said["rollout/groups_dropped"] == 0 for said in bench.said)
     for group in bench.groups:
         for answer in group.answers:
-            assert answer.logprobs == tuple(float(-v) for v, tokens in answer.sampled_by for _ in range(tokens))
+            assert answer.logprobs.tolist() == [float(-v) for v, tokens in answer.versions for _ in range(tokens)]
 
 
 def test_groups_of_equal_rewards_are_replaced_while_others_are_under_way():
@@ -236,7 +236,7 @@ class Batches(Rewards):
 
 
 def answers_of(text: str) -> Any:
-    return (Answer((1,), (0.0,), text, "stop", 0),) * 3
+    return (Answer.sampled((1,), (0.0,), text, "stop", 0),) * 3
 
 
 def test_groups_that_wait_are_graded_together_and_each_gets_its_own_scores():

@@ -23,6 +23,7 @@ from foveate.models.policy import load_policy
 from foveate.records import Totals
 from foveate.train.mpo import _logprobs, _move, _totals, build_preference_loss
 from foveate.train.reference import TrainPair
+from foveate.train.targets import ValueRow
 from foveate.train.worker import Worker, sft_total
 
 ADAPTED = {"trainable": ("language",), "lora": LoraSettings(rank=4, targets=("q_proj", "v_proj"))}
@@ -64,7 +65,7 @@ def worker_of(folder, kind, settings, cluster):
 
 
 def learn_by_sft(workers, groups):
-    packed_groups = [group.packed for group in groups]
+    packed_groups = [group.group for group in groups]
     rest = "square", sft_total(packed_groups, "square"), 1e-2
     return [next(scatter(workers, Worker.update_sft, packed_groups, [*map(COSTS, packed_groups)], *rest))[1]]
 
@@ -72,7 +73,7 @@ def learn_by_sft(workers, groups):
 def learn_by_mpo(workers, groups):
     """Reference log-probs of the start, then three steps between which the shift moves."""
     loss, shift, said = build_preference_loss(PreferenceSettings()), RewardShift(), []
-    packed_groups = [replace(group.packed, answers=group.packed.answers[:2]) for group in groups]
+    packed_groups = [replace(group.group, answers=group.group.answers[:2]) for group in groups]
     known = [[part.sum().item() for part in own.split([*map(len, packed.answers)])]
              for packed, own in zip(packed_groups, _logprobs(workers, COSTS, packed_groups), strict=True)]  # fmt: skip
     apart = [(0.3, -0.2), (-0.4, 0.5), (0.1, 0.7), (-0.6, -0.2), (0.9, 0.1)]  # else rewards of 0, and signs by chance
@@ -81,7 +82,7 @@ def learn_by_mpo(workers, groups):
         for packed, own, (x, y) in zip(packed_groups, known, apart, strict=True)
     ]
     for some in (pairs, pairs[-1:], pairs[:3]):
-        costs = [COSTS(pair.packed) for pair in some]
+        costs = [COSTS(pair.group) for pair in some]
         record = next(scatter(workers, Worker.update_preference, some, costs, loss, _totals(some), shift.mean, 1e-2))[1]
         _move(shift, record, len(some))
         said.append(record)
@@ -89,15 +90,15 @@ def learn_by_mpo(workers, groups):
 
 
 def totals_of(groups):
-    return Totals(sum(g.packed.answer_tokens for g in groups), sum(len(g.packed.answers) for g in groups), len(groups))
+    return Totals(sum(g.group.trained_tokens for g in groups), sum(len(g.group.answers) for g in groups), len(groups))
 
 
 def learn_by_rl(workers, groups):
     said = []
     for some in (groups, groups[-1:]):
-        costs = [COSTS(group.packed) for group in some]
+        costs = [COSTS(group.group) for group in some]
         said.append(next(scatter(workers, Worker.update_policy, some, costs, LOSS, totals_of(some), 1e-1))[1])
-    packed_groups = [group.packed for group in groups]
+    packed_groups = [group.group for group in groups]
     ref = scatter_gather(workers, Worker.logprobs, packed_groups, [*map(COSTS, packed_groups)], True)
     return [*said, {str(i): own.sum().item() for i, own in enumerate(ref)}]
 
@@ -105,10 +106,10 @@ def learn_by_rl(workers, groups):
 def learn_by_critic(workers, groups):
     said = []
     for some in (groups, groups[-1:], groups):
-        costs, packed_groups = [COSTS(group.packed) for group in some], [group.packed for group in some]
+        costs, packed_groups = [COSTS(group.group) for group in some], [group.group for group in some]
         values = scatter_gather(workers, Worker.values, packed_groups, costs)
-        some = [replace(g, value=v, returns=g.advantage + 1) for g, v in zip(some, values, strict=True)]
-        record = next(scatter(workers, Worker.update_critic, some, costs, totals_of(some), 1e-1))[1]
+        rows = [ValueRow(g.group, value, g.advantage + 1) for g, value in zip(some, values, strict=True)]
+        record = next(scatter(workers, Worker.update_critic, rows, costs, totals_of(rows), 1e-1))[1]
         said.append({**record, **{str(i): value.sum().item() for i, value in enumerate(values)}})
     return said
 
@@ -178,7 +179,7 @@ def in_half_precision(rank, ranks, out, folder):
     worker = worker_of(folder, "rl", {}, {"gpus_per_node": ranks, "dtype": "float16"})
     workers = Calls(worker, rank, ranks, 1)
     groups = groups_of(worker.policy.family)
-    costs, totals = [COSTS(group.packed) for group in groups], totals_of(groups)
+    costs, totals = [COSTS(group.group) for group in groups], totals_of(groups)
 
     def step():
         return next(scatter(workers, Worker.update_policy, groups, costs, LOSS, totals, 1e-2))[1]
@@ -196,7 +197,7 @@ def in_half_precision(rank, ranks, out, folder):
 def test_float16_learns_with_a_scaled_loss_and_skips_what_overflows(tmp_path, folders):
     worker = worker_of(folders["dense"], "rl", {}, {})
     groups = groups_of(worker.policy.family)
-    costs = [COSTS(group.packed) for group in groups]
+    costs = [COSTS(group.group) for group in groups]
     rest = LOSS, totals_of(groups), 1e-2
     whole = next(scatter(LocalWorkers(worker), Worker.update_policy, groups, costs, *rest))[1]
     for first, second, scale, state, restored in spawn(in_half_precision, 2, tmp_path, folders["dense"]):

@@ -27,7 +27,7 @@ from foveate.records import SamplingParams, Totals
 from foveate.rollout.build import choose_engine
 from foveate.rollout.engine import Request
 from foveate.train.checkpoint import checkpoints
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
 LOSS = partial(gspo, entropy_coefficient=0.01, kl_coefficient=0.1)
@@ -58,9 +58,9 @@ def groups_of(family, count=5):
     for seed in range(count):
         packed = tree_of(seed, family, images=vision * {0: 3, 1: 1}.get(seed, 0))
         generator = torch.Generator().manual_seed(seed)
-        vectors = [torch.randn(packed.answer_tokens, generator=generator) for _ in range(2)]
+        vectors = [torch.randn(packed.trained_tokens, generator=generator) for _ in range(2)]
         old = -3 + 0.1 * vectors[0]
-        made.append(TrainGroup(packed, old, advantage=vectors[1], old=old, ref=old - 0.1))
+        made.append(PolicyRow(packed, old, vectors[1], old, old - 0.1, None))
     return made
 
 
@@ -75,10 +75,8 @@ def worker_of(folder, budget, *, adam=False, **cluster):
 
 
 def step(workers, groups, rate=1e-2):
-    costs = [COSTS(group.packed) for group in groups]
-    totals = Totals(
-        sum(g.packed.answer_tokens for g in groups), sum(len(g.packed.answers) for g in groups), len(groups)
-    )
+    costs = [COSTS(group.group) for group in groups]
+    totals = Totals(sum(g.group.trained_tokens for g in groups), sum(len(g.group.answers) for g in groups), len(groups))
     return next(scatter(workers, Worker.update_policy, groups, costs, LOSS, totals, rate))[1]
 
 
@@ -98,7 +96,7 @@ def on_ranks(rank, ranks, out, cases, adam=False):
         worker.save(Path(out) / case, 2, {"stream": 7}, 1)
         worker.export(Path(out) / f"{case}-model")
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].group.prompt, 3)], SAMPLING)
         found[case] = said, two_steps(workers, groups), answers
     return found
 
@@ -130,7 +128,7 @@ def alone(folders, tmp_path_factory):
         out = tmp_path_factory.mktemp("alone") / "model"
         worker.export(out)
         worker.engine.start(*engine_of(worker), 2)
-        answers = worker.engine.generate([Request(groups[1].packed.prompt, 3)], SAMPLING)
+        answers = worker.engine.generate([Request(groups[1].group.prompt, 3)], SAMPLING)
         found[name] = said, two_steps(workers, groups), answers, out
     return found
 

@@ -27,11 +27,11 @@ from foveate.log import read_metrics
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import Answer, Group, Score
+from foveate.parallel.packing import pack
+from foveate.records import Answer, Group, PackedGroup, Score
+from foveate.report.page import write_report
 from foveate.run_folder import RunFolder
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
-from foveate.train.finish import finish
 from foveate.train.rl import run_rl
 from foveate.train.rollout_records import rollout_metrics
 from foveate.train.update import compute_advantages, update
@@ -48,7 +48,7 @@ def whole(tmp_path_factory, tiny_folder, data):
     """A finished run of three steps, with its report."""
     settings = rl_settings(tmp_path_factory.mktemp("runs") / "whole", tiny_folder, data, reward={"name": "grounding"})
     run = run_rl(settings)
-    finish(run)
+    write_report(run.path)
     return run
 
 
@@ -331,9 +331,9 @@ def groups(tiny_policy, data):
     for task, lengths, values in zip(tasks, LENGTHS, VALUES, strict=True):
         ids = [tuple(torch.randint(300, (length,), generator=generator).tolist()) for length in lengths]
         prompt = encoder(task)
-        logp_M, _ = token_logprobs(tiny_policy, pack([PackedGroup(prompt, tuple(ids))]))
+        logp_M, _ = token_logprobs(tiny_policy, pack([PackedGroup.of_tokens(prompt, tuple(ids))]))
         logprobs = [tuple(values.tolist()) for values in logp_M.detach().split(list(lengths))]
-        answers = tuple(Answer(own, sampled, "", "stop", 0) for own, sampled in zip(ids, logprobs, strict=True))
+        answers = tuple(Answer.sampled(own, sampled, "", "stop", 0) for own, sampled in zip(ids, logprobs, strict=True))
         made.append(Group(task, prompt, answers, tuple(Score(value) for value in values)))
     return made
 

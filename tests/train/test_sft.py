@@ -17,7 +17,7 @@ from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.parallel.packing import PackedGroup
+from foveate.records import PackedGroup
 from foveate.train.sft import run_sft
 from foveate.train.worker import Worker, sft_total
 
@@ -36,7 +36,8 @@ def packed_groups(tiny_policy, data):
     demos = [demo_of(open_tasks(data / "train.parquet")[i]) for i in range(4)]
     answers = ["no", demos[1].response, "left " * 20, demos[3].response]
     return [
-        PackedGroup(encoder(demo.task), (encoder.answer_ids(text),)) for demo, text in zip(demos, answers, strict=True)
+        PackedGroup.of_tokens(encoder(demo.task), (encoder.answer_ids(text),))
+        for demo, text in zip(demos, answers, strict=True)
     ]
 
 
@@ -44,7 +45,7 @@ def plain_loss(model, packed_groups, weighting):
     """One sample at a time, with the model's own loss: the mean over the tokens of an answer, weighted by hand."""
     total, weights = torch.zeros(()), 0.0
     for packed in packed_groups:
-        [answer] = packed.answers
+        answer = packed.answers[0].token_ids
         ids = torch.tensor([[*packed.prompt.token_ids, *answer]])
         labels = ids.clone()
         labels[:, : len(packed.prompt)] = -100

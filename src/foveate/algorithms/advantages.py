@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.records import sum_by_sample
+from foveate.algorithms.aggregate import sum_by_sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from foveate.records import Batch, Totals, require, sum_by_sample
+from foveate.records import Batch, Totals, require
 
 Aggregate = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
@@ -54,3 +54,8 @@ def answer_lengths(batch: Batch, like: Tensor) -> Tensor:
 def mean_by_answer(values_M: Tensor, batch: Batch) -> Tensor:
     """Mean of `values_M` over the trained tokens of each answer, (S,)."""
     return sum_by_sample(values_M, batch.sample_M, batch.samples) / answer_lengths(batch, values_M)
+
+
+def sum_by_sample(values_M: Tensor, sample_M: Tensor, samples: int) -> Tensor:
+    """Sums of `values_M` per sample, shape (S,)."""
+    return torch.zeros(samples, dtype=values_M.dtype, device=values_M.device).index_add(0, sample_M, values_M)

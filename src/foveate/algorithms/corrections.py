@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.algorithms.aggregate import mean_by_answer
+from foveate.algorithms.aggregate import mean_by_answer, sum_by_sample
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import to_metrics
 from foveate.algorithms.terms import MAX_LOG_RATIO, token_log_ratio
-from foveate.records import Batch, LossOut, PolicyTargets, Totals, require, sum_by_sample
+from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
 
 Correction = Literal["token-truncate", "sequence-truncate", "token-mask", "sequence-mask", "sequence-reject"]
 

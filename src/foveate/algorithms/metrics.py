@@ -14,9 +14,12 @@ from torch import Tensor
 Metrics = Mapping[str, tuple[float, float]]
 
 
-def to_metrics(values: Mapping[str, tuple[Tensor, float]]) -> dict[str, tuple[float, float]]:
-    """Scalar tensors with their weights as plain floats, fetched from the device in one transfer."""
-    numbers = torch.stack([value.detach().double() for value, _ in values.values()]).tolist()
+def to_metrics(values: Mapping[str, tuple[Tensor | float, float]]) -> dict[str, tuple[float, float]]:
+    """Scalar tensors (or floats) with their weights as plain floats, fetched from the device in one transfer."""
+    device = next((value.device for value, _ in values.values() if isinstance(value, Tensor)), None)
+    numbers = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value, _ in values.values()]
+    ).tolist()
     return {name: (number, weight) for number, (name, (_, weight)) in zip(numbers, values.items(), strict=True)}
 
 

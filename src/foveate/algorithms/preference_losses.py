@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import to_metrics
-from foveate.records import Batch, LossOut, PairTargets, Totals, require, sum_by_sample
+from foveate.records import Batch, LossOut, PairTargets, Totals, require
 
 Terms = dict[str, tuple[float, Tensor]]
 """Name -> (weight, the sum of the term over the pairs or tokens of this micro-batch)."""

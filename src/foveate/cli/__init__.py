@@ -1,3 +1,1 @@
 """The command line, one file for each group of verbs; `foveate.cli.app` has the table of them."""
-
-from foveate.cli.app import main as main

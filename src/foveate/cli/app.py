@@ -23,18 +23,18 @@ app = typer.Typer(
 
 VERBS = {
     "Train": {
-        "demo": train.demo,
-        "sft": train.sft,
-        "mpo": train.mpo,
-        "rl": train.rl,
-        "cascade": train.cascade,
+        "demo": train.demo_command,
+        "sft": train.sft_command,
+        "mpo": train.mpo_command,
+        "rl": train.rl_command,
+        "cascade": train.cascade_command,
     },
     "Data and models": {
         "prepare": prepare,
         "data": data,
-        "doctor": models.doctor,
-        "convert": models.convert,
-        "export": models.export,
+        "doctor": models.doctor_command,
+        "convert": models.convert_command,
+        "export": models.export_command,
     },
     "Answer and evaluate": {
         "serve": serve.serve,
@@ -63,7 +63,7 @@ for panel, verbs in VERBS.items():
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
 CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
-"""Verbs that go on where they were when they are started again."""
+"""Verbs that resume where they were when they are started again."""
 
 
 def main() -> None:

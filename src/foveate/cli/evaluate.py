@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from foveate.cli.options import Columns, ImageRoot, OnBadRow, columns_of
+from foveate.cli.options import BadRows, Columns, ImageRoot, columns_of
 from foveate.errors import ConfigError
 
 Rows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
@@ -38,7 +38,7 @@ def generate(
     rows: Rows = None,
     image_root: ImageRoot = None,
     columns: Columns = None,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
     retries: Annotated[int, typer.Option(min=0, help="Further tries of a request; waits double up to 30 s.")] = 8,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 600.0,
@@ -106,7 +106,7 @@ def evaluate(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampled answers and intervals.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
     from foveate.evaluate.evaluate_models import EvalRequest, run_eval

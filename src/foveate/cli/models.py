@@ -7,46 +7,37 @@ from typing import Annotated, Literal
 
 import typer
 
+from foveate import api
+from foveate.log import print_result
 
-def doctor(model: Annotated[str | None, typer.Argument(help="Model folder to look at, or demo.")] = None) -> None:
-    """Say what this installation is, and what is recognised in a model folder."""
-    from foveate.log import print_result
-    from foveate.tools.doctor import examine
-
-    print_result(examine(model))
+Layout = Literal["chat", "hf", "hf-old"]
+NewModel = Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")]
 
 
-def convert(
+def doctor_command(
+    model: Annotated[str | None, typer.Argument(help="Model folder to look at, or demo.")] = None,
+) -> None:
+    """Show the versions and hardware of this installation, or the facts that are recognised in a model folder."""
+    print_result(api.doctor(model))
+
+
+def convert_command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint folder, of any layout.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    target: NewModel,
     to: Annotated[
-        Literal["chat", "hf", "hf-old"],
+        Layout,
         typer.Option(help="GitHub format, Hugging Face, or Hugging Face with the names of the released -HF folders."),
     ],
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
 ) -> None:
     """Turn a checkpoint of one layout into another, bit for bit, without holding the model in memory."""
-    from foveate.log import print_result
-    from foveate.models.checkpoint.convert import convert as convert_checkpoint
-    from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
-
-    made = convert_checkpoint(source, target, to, shard_bytes=int(max_shard_gb * 1e9))
-    print_result(
-        f"{target}: {CHECKPOINT_FORMATS[made.source]} -> {CHECKPOINT_FORMATS[made.target]}, {made.tensors:,} tensors, "
-        f"{made.bytes / 1e9:.2f} GB in {made.files} file{'s' if made.files > 1 else ''}"
-    )
+    print_result(f"{target}: {api.convert(source, target, to, shard_bytes=int(max_shard_gb * 1e9))}")
 
 
-def export(
+def export_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN/checkpoints/step_..., latest or best.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
-    to: Annotated[
-        Literal["chat", "hf", "hf-old"] | None, typer.Option(help="As of `foveate convert`; else as the model came in.")
-    ] = None,
+    target: NewModel,
+    to: Annotated[Layout | None, typer.Option(help="As of `foveate convert`; else as the model came in.")] = None,
 ) -> None:
     """Write the model of a run's checkpoint as a model folder, without a GPU; adapters are merged."""
-    from foveate.log import print_result
-    from foveate.train.export import export_checkpoint
-
-    step = export_checkpoint(checkpoint, target, to)
-    print_result(f"{target}: the model after step {step}")
+    print_result(f"{target}: the model after step {api.export(checkpoint, target, to)}")

@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+from annotated_types import Ge
 
+from foveate.config.base import Settings
+from foveate.config.recipe import load_recipe
+from foveate.config.runs import RLSettings, walk
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
     from foveate.data.validate import ReadOptions
 
-OnBadRow = Annotated[
-    Literal["error", "skip"] | None,
-    typer.Option(help="Stop at rows that cannot be used, or leave them out and list them."),
+_SETTINGS = dict(walk(RLSettings))
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def mirrored(path: str, *flags: str) -> Any:
+    """The option for a setting, such as `data.workers`: its help and its least value are those of the setting."""
+    field = _SETTINGS[path]
+    least: Any = next((rule.ge for rule in field.metadata if isinstance(rule, Ge)), None)
+    return typer.Option(*flags, min=least, help=(field.description or "").replace("null:", "by default:"))
+
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe, such as shapes_gspo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ: optim.lr=1e-5 seed=3.")
 ]
-ImageRoot = Annotated[Path | None, typer.Option(help="Folder that relative image paths start from.")]
+BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")]
+ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
+Workers = Annotated[int | None, mirrored("data.workers")]
+Seed = Annotated[int, mirrored("seed")]
 Columns = Annotated[
     list[str] | None,
     typer.Option(
@@ -26,15 +44,8 @@ Columns = Annotated[
         help="A column of your own: prompt=question, images=image, answer=label, source==name; once for each.",
     ),
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes that check rows; by default one per core where there are many.")
-]
 Sources = Annotated[list[Path], typer.Argument(help="Parquet, JSONL or Arrow files, or folders of a dataset.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ: optim.lr=1e-5 seed=3.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of every random choice.")]
 
 
 def columns_of(pairs: Sequence[str] | None) -> Mapping[str, str] | None:
@@ -60,6 +71,7 @@ def reading_of(
     return ReadOptions(image_root, columns_of(columns), "skip" if on_bad_row == "skip" else "error", workers)
 
 
-def with_bad_rows(overrides: list[str] | None, on_bad_row: str | None) -> list[str]:
-    """The overrides of a recipe, `--on-bad-row` among them."""
-    return [*(overrides or []), *([f"data.on_bad_row={on_bad_row}"] if on_bad_row else [])]
+def settings_of(cls: type[SettingsT], recipe: str, overrides: list[str] | None, on_bad_row: str | None) -> SettingsT:
+    """The settings of a recipe with its overrides, `--on-bad-row` among them."""
+    bad_rows = [f"data.on_bad_row={on_bad_row}"] if on_bad_row else []
+    return load_recipe(recipe, [*(overrides or ()), *bad_rows], cls)

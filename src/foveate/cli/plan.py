@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from foveate import api
+from foveate.cli.options import Overrides, Recipe
+from foveate.log import print_result
+
 
 def plan_command(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Recipe,
     gpus: Annotated[str, typer.Option(help="Machines x GPUs x kind: 8xH100-80, 2x8xH100-80.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ: optim.lr=1e-5 seed=3.")
-    ] = None,
+    overrides: Overrides = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean prompt, image tokens included.")] = None,
     answer_tokens: Annotated[int | None, typer.Option(min=1, help="Mean answer.")] = None,
     tiles: Annotated[int | None, typer.Option(min=0, help="Mean image tiles of a prompt.")] = None,
 ) -> None:
     """Memory, time and GPU hours of a recipe before anything starts, from the shapes of its model."""
-    from foveate.log import print_result
-    from foveate.plan.advice import plan
-    from foveate.plan.hardware import parse_machines
-    from foveate.plan.report import report
-    from foveate.plan.workload import read_settings, workload_of
-
-    machines = parse_machines(gpus)
-    settings = read_settings(recipe, overrides or [])
-    print_result(report(plan(workload_of(settings, prompt_tokens, answer_tokens, tiles), machines)))
+    settings = api.from_recipe(recipe, *(overrides or ()))
+    means = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "tiles": tiles}
+    print_result(api.plan_report(api.plan(settings, gpus, **means)))
 
 
 def import_verl_command(
@@ -37,13 +32,7 @@ def import_verl_command(
     out: Annotated[Path | None, typer.Option(help="Recipe to write; without it, print it.")] = None,
 ) -> None:
     """Turn a verl launch script into a recipe, and say what became of each of its settings."""
-    from foveate.files import atomic_write_text
-    from foveate.log import print_result
-    from foveate.tools.import_verl import import_script
-
-    imported = import_script(script, os.environ, rows)
+    imported = api.import_verl(script, rows, out=out)
     if out is None:
         print_result(imported.recipe)
-    else:
-        atomic_write_text(out, imported.recipe)
     print_result(imported.account)

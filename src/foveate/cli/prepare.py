@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from foveate.cli.options import Columns, ImageRoot, OnBadRow, OutFolder, Seed, Sources, Workers, reading_of
+from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Seed, Sources, Workers, reading_of
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def prepare_grounding_command(
     image_root: ImageRoot = None,
     copy_images: Annotated[bool, typer.Option(help="Copy the pictures into the folder.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; by default 0, with --val-fraction 42.")] = None,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
@@ -90,7 +90,7 @@ def prepare_grounding_command(
 def prepare_geo3k_command(
     source: Annotated[str, typer.Argument(help="Local copy (parquet, or of save_to_disk), or name on the hub.")],
     out: OutFolder,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Geometry3K (hiyouga/geometry3k) for the geo3k reward."""
@@ -107,7 +107,7 @@ def prepare_mmpr_tiny_command(
     source: Annotated[str, typer.Option(help="data_source of the rows, for rewards by source.")] = "mmpr_tiny",
     test_fraction: TestFraction = 0.0,
     seed: Seed = 0,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """MMPR-Tiny for online reinforcement learning, scored by the geo3k reward."""
@@ -123,7 +123,7 @@ def prepare_mmpr_command(
     out: OutFolder,
     root: Annotated[Path | None, typer.Option(help="Folder that the paths in meta.json start from.")] = None,
     seed: Seed = 0,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """MMPR's preference pairs for MPO."""
@@ -140,7 +140,7 @@ def prepare_rows_command(
     test_fraction: TestFraction = 0.0,
     image_root: ImageRoot = None,
     seed: Seed = 0,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Your own data: any files, with the columns that you name."""
@@ -170,7 +170,7 @@ def prepare_filter_command(
     name: Annotated[str, typer.Option(help="Name of the file, without .parquet.")] = "train",
     column: Columns = None,
     image_root: ImageRoot = None,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Keep rows by difficulty for a model, by length and by size of their pictures."""
@@ -203,7 +203,7 @@ def prepare_pairs_command(
     column: Columns = None,
     image_root: ImageRoot = None,
     seed: Seed = 0,
-    on_bad_row: OnBadRow = None,
+    on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""

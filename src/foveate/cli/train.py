@@ -3,78 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foveate.cli.options import OnBadRow, Overrides, with_bad_rows
+from foveate import api
+from foveate.cli.options import BadRows, Overrides, Recipe, settings_of
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.log import print_result
+
+if TYPE_CHECKING:
+    from foveate.run_folder import RunFolder
 
 
-def demo(
+def demo_command(
     seed: Annotated[int, typer.Option(help="Seed of the training run; the scenes stay the same.")] = 0,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/demo or runs/cascade.")] = None,
-    cascade: Annotated[bool, typer.Option("--cascade", help="Learn from pairs of answers before GSPO.")] = False,
+    cascade: Annotated[bool, typer.Option("--cascade", help="Preference optimisation on pairs before GSPO.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Teach a small InternVL to ground by GSPO on this machine, in minutes, and write a report with pictures."""
-    from foveate.tools.demo import run_demo, run_demo_cascade
-
-    teach = run_demo_cascade if cascade else run_demo
-    teach(run or Path("runs/cascade" if cascade else "runs/demo"), seed, overrides or [])
+    """Train a small InternVL to ground by GSPO on this machine, in minutes, and write a report with pictures."""
+    folder = run or Path("runs/cascade" if cascade else "runs/demo")
+    _print_run(api.demo(folder, *(overrides or ()), seed=seed, cascade=cascade), "rl/final" if cascade else "final")
 
 
-def sft(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (shapes_coldstart).")],
-    overrides: Overrides = None,
-    on_bad_row: OnBadRow = None,
-) -> None:
+def sft_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
-    from foveate.config.recipe import load_recipe
-    from foveate.config.runs import SFTSettings
-    from foveate.train.finish import finish
-    from foveate.train.sft import run_sft
-
-    finish(run_sft(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), SFTSettings)))
+    _print_run(api.train_sft(settings_of(SFTSettings, recipe, overrides, on_bad_row)))
 
 
-def mpo(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
-    overrides: Overrides = None,
-    on_bad_row: OnBadRow = None,
-) -> None:
+def mpo_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Preference optimisation (MPO, DPO, IPO, BCO) on rows with extra_info.chosen and extra_info.rejected. The same run
     folder again continues it."""
-    from foveate.config.recipe import load_recipe
-    from foveate.config.runs import MPOSettings
-    from foveate.train.finish import finish
-    from foveate.train.mpo import run_mpo
-
-    finish(run_mpo(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), MPOSettings)))
+    _print_run(api.train_mpo(settings_of(MPOSettings, recipe, overrides, on_bad_row)))
 
 
-def rl(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (shapes_gspo).")],
-    overrides: Overrides = None,
-    on_bad_row: OnBadRow = None,
-) -> None:
+def rl_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Online reinforcement learning. The same run folder again continues an interrupted run."""
-    from foveate.config.recipe import load_recipe
-    from foveate.config.runs import RLSettings
-    from foveate.train.finish import finish
-    from foveate.train.rl import run_rl
-
-    finish(run_rl(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), RLSettings)))
+    _print_run(api.train_rl(settings_of(RLSettings, recipe, overrides, on_bad_row)))
 
 
-def cascade(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe (shapes_cascade).")],
-    overrides: Overrides = None,
-    on_bad_row: OnBadRow = None,
-) -> None:
+def cascade_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """All stages of Cascade RL: cold start where set, pairs of the model's own answers, MPO, online RL, and a report
     that compares them. The same run folder again continues it."""
-    from foveate.config.recipe import load_recipe
-    from foveate.config.runs import CascadeSettings
-    from foveate.train.cascade import finish_cascade, run_cascade
+    _print_run(api.cascade(settings_of(CascadeSettings, recipe, overrides, on_bad_row)), "rl/final")
 
-    finish_cascade(run_cascade(load_recipe(recipe, with_bad_rows(overrides, on_bad_row), CascadeSettings)))
+
+def _print_run(run: RunFolder, model: str = "final") -> None:
+    """Print the result of a finished run, and where its report and its model are."""
+    print_result(api.summary(run.path))
+    print_result(f"Report: {run.report}")
+    print_result(f"Model: {run.path / model}")

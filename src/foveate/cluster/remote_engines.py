@@ -22,8 +22,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import RankLost
 from foveate.models.policy import Policy
 from foveate.parallel.balance import balance
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Answer, Prompt, SamplingParams
+from foveate.records import Answer, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.check import compare_engine
 from foveate.rollout.engine import Request, Weights, in_order
 

@@ -10,54 +10,63 @@ from foveate.config.base import Named, Settings
 
 
 class RewardKLSettings(Settings):
-    coefficient: float = Field(ge=0, description="Weight of the KL to the frozen start, at first.")
+    coefficient: float = Field(ge=0, description="First weight of the KL to the reference model.")
     estimator: Literal["k1", "k2", "k3", "abs"] = Field(default="k1", description="Estimate of the KL of a token.")
     target: float | None = Field(
         default=None, gt=0, description="KL in nats per answer that the coefficient adapts to; null: it is fixed."
     )
     horizon: float = Field(
-        default=10_000.0, gt=0, description="Answers in which an error of 20 percent changes the coefficient by 20."
+        default=10_000.0,
+        gt=0,
+        description="Answers over which an error of 20 percent changes the coefficient by 20 percent.",
     )
 
 
 class CorrectionSettings(Settings):
     mode: Literal["token-truncate", "sequence-truncate", "token-mask", "sequence-mask", "sequence-reject"] = Field(
-        description="What is done with importance weights between trainer and sampler."
+        description="How importance weights between trainer and engine are applied."
     )
     low: float | None = Field(default=None, ge=0, description="Least weight that counts; null: 0, or not used.")
-    high: float = Field(default=2.0, gt=0, description="Largest weight, beyond which it is cut or does not count.")
+    high: float = Field(
+        default=2.0, gt=0, description="Largest weight; above it a weight is truncated or does not count."
+    )
 
 
 class CriticSettings(Settings):
     lr: float = Field(gt=0, description="Peak learning rate of the critic; it follows the policy's schedule.")
-    warmup_steps: int = Field(default=0, ge=0, description="First steps in which the critic alone learns.")
+    warmup_steps: int = Field(default=0, ge=0, description="First steps, in which only the critic is trained.")
     clip: float | None = Field(
         default=0.5, gt=0, description="How far a value may move in a step before its loss is clipped; null: any."
     )
     lam: float = Field(
-        default=1.0, ge=0, le=1, description="Lambda of the returns that the critic learns; 1: what was earned."
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Lambda of the returns that the critic is trained on; 1: Monte Carlo returns.",
     )
 
 
 class AlgorithmSettings(Named):
     name: str = Field(default="gspo", description="A known algorithm, such as gspo or grpo.")
     advantage: dict[str, Any] = Field(
-        default={}, description="Settings of its advantage; the rest as the algorithm has them."
+        default={}, description="Settings of its advantage; the others are the algorithm's defaults."
     )
-    loss: dict[str, Any] = Field(default={}, description="Settings of its loss; the rest as the algorithm has them.")
+    loss: dict[str, Any] = Field(
+        default={}, description="Settings of its loss; the others are the algorithm's defaults."
+    )
     advantage_clip: float | None = Field(
-        default=None, gt=0, description="Advantages beyond this size, of either sign, are cut to it; null: none."
+        default=None, gt=0, description="Advantages are clipped to this absolute value; null: not clipped."
     )
     reward_kl: RewardKLSettings | None = Field(
-        default=None, description="KL to the frozen start that is taken from the reward; null: none."
+        default=None, description="KL to the reference model that is subtracted from the reward; null: none."
     )
     correction: CorrectionSettings | None = Field(
-        default=None, description="Correction for a sampler whose log-probs differ from the trainer's; null: none."
+        default=None, description="Correction for engines whose log-probs differ from the trainer's; null: none."
     )
     resample_rounds: int | None = Field(
         default=None,
         ge=0,
-        description="Rounds in which groups of equal rewards are replaced by new ones; null: as the algorithm has it.",
+        description="Rounds in which groups of equal rewards are replaced by new ones; null: the algorithm's default.",
     )
     critic: CriticSettings | None = Field(
         default=None, description="The value model of an algorithm that needs one (ppo); null: none."
@@ -66,21 +75,21 @@ class AlgorithmSettings(Named):
 
 class RewardSettings(Named):
     name: str = Field(default="grounding", description="A known reward or an import path, such as my_rewards.py:score.")
-    settings: dict[str, Any] = Field(default={}, description="Settings of the reward; the rest by its own defaults.")
+    settings: dict[str, Any] = Field(default={}, description="Settings of the reward; the others keep their defaults.")
     workers: int | None = Field(
         default=None,
         ge=0,
-        description="Processes that grade; 0: the run's own, without limits; null: none for rewards that are quick "
-        "whatever the answer, else one per core.",
+        description="Processes that compute rewards; 0: the run's own, without limits; null: none for rewards that are "
+        "always quick, else one per core.",
     )
     time_limit: float = Field(
-        default=10.0, gt=0, description="Seconds that a process may grade one answer; an answer beyond scores 0."
+        default=10.0, gt=0, description="Seconds for the reward of one answer; an answer that takes longer scores 0."
     )
     memory_limit: float = Field(
-        default=8.0, gt=0, description="GB that a process that grades may allocate; an answer beyond scores 0."
+        default=8.0, gt=0, description="GB that a reward process may allocate; an answer that takes more scores 0."
     )
 
 
 class PreferenceSettings(Named):
     name: str = Field(default="mpo", description="A known loss (mpo, dpo, ipo, bco, sft) or an import path.")
-    settings: dict[str, Any] = Field(default={}, description="Settings of the loss; the rest by its own defaults.")
+    settings: dict[str, Any] = Field(default={}, description="Settings of the loss; the others keep their defaults.")

@@ -1,4 +1,4 @@
-"""What every group of settings is made of."""
+"""The base of all groups of settings."""
 
 from __future__ import annotations
 
@@ -38,3 +38,10 @@ def has_gpu() -> bool:
 def refuse(path: str, text: str) -> NoReturn:
     """Raise for settings that do not fit together; `foveate.config.recipe` finds the line of `path`."""
     raise PydanticCustomError("together", "{path} {text}", {"path": path, "text": text})
+
+
+def refuse_any(*rules: tuple[bool, str, str]) -> None:
+    """Refuse the first of some rules (is it broken, the setting, the rest of the sentence) that is broken."""
+    for is_broken, path, text in rules:
+        if is_broken:
+            refuse(path, text)

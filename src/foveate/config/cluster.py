@@ -1,4 +1,4 @@
-"""On which machines a run is spread, and how."""
+"""The machines that a run uses, and how it is sharded over them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ class ClusterSettings(Settings):
     gpus_per_node: int = Field(default=1, ge=1, description="Training processes on each machine, one per GPU.")
     shard: Literal["full", "hybrid", "none"] = Field(
         default="full",
-        description="Weights, gradients and optimizer state are cut over all GPUs (full), over those of a machine "
-        "with a copy on each (hybrid), or stand whole on every GPU (none).",
+        description="Weights, gradients and optimizer state are sharded over all GPUs (full), over those of each "
+        "machine (hybrid), or replicated on every GPU (none).",
     )
     sequence_parallel: int = Field(
         default=1, ge=1, description="Neighbouring GPUs that share one packed row, each holding a part of its tokens."
     )
     offload: bool = Field(
-        default=False, description="Weights, gradients and optimizer state rest in host memory between their uses."
+        default=False, description="Weights, gradients and optimizer state stay in host memory between their uses."
     )
     reshard: bool = Field(
         default=True,
-        description="The weights of a block are let go after its forward pass and gathered again for the backward one; "
-        "false: kept in between, for more memory and a third less to send.",
+        description="The weights of a block are freed after its forward pass and gathered again for the backward one; "
+        "false: kept in between, for more memory and a third less communication.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None,
-        description="Type that is computed in, weights and optimizer staying in model.dtype; null: that type. float16: "
-        "gradients are scaled so that small ones do not become 0.",
+        description="Type of the computation, while weights and optimizer stay in model.dtype; null: that type. "
+        "float16: gradients are scaled, which keeps small ones from becoming 0.",
     )
     engines: int = Field(
         default=0,
         ge=0,
-        description="Processes that answer, beside those that train and on GPUs of their own; 0: the ranks answer.",
+        description="Rollout engines in separate processes, on GPUs that the ranks do not use; 0: the ranks generate.",
     )
     engine_tensor_parallel: int = Field(default=1, ge=1, description="GPUs that share one copy of the engine's model.")
     engine_memory: float = Field(
@@ -48,10 +48,10 @@ class ClusterSettings(Settings):
         description="Where ranks compute; null: cuda for several ranks, and for one where there is a GPU, else cpu.",
     )
     timeout: float = Field(
-        default=1800, gt=0, description="Seconds after which a rank that does not answer is given up for hung."
+        default=1800, gt=0, description="Seconds after which a rank that does not respond counts as hung."
     )
     retries: int = Field(
-        default=3, ge=0, description="Times that a run goes on from its last checkpoint after it has lost a process."
+        default=3, ge=0, description="Times that a run resumes from its last checkpoint after it has lost a process."
     )
 
     @property
@@ -64,16 +64,16 @@ class ClusterSettings(Settings):
 
     @property
     def gpus(self) -> int:
-        """Those of the ranks, and those of engines in processes of their own."""
+        """Those of the ranks, and those of engines in separate processes."""
         return self.ranks + self.engines * self.engine_tensor_parallel
 
     @property
     def shards(self) -> int:
-        """Ranks over which one copy of the weights is cut."""
+        """Ranks over which one copy of the weights is sharded."""
         return {"full": self.ranks, "hybrid": self.gpus_per_node, "none": 1}[self.shard]
 
     def needs(self, cpus: int, gpus: int) -> dict[str, float]:
-        """What processes take of a machine, in Ray's terms; GPUs where these are computed on."""
+        """Resources that processes take of a machine, in Ray's terms; GPUs where these are computed on."""
         return {"CPU": float(cpus), **({"GPU": float(gpus)} if self.kind == "cuda" else {})}
 
     @model_validator(mode="after")
@@ -82,9 +82,9 @@ class ClusterSettings(Settings):
             refuse(
                 "cluster.sequence_parallel",
                 f"is {self.sequence_parallel} but must divide cluster.gpus_per_node={self.gpus_per_node}: these GPUs "
-                "talk in every layer and have to be on one machine",
+                "communicate in every layer and have to be on one machine",
             )
         for name in self.model_dump(include={"engine_tensor_parallel", "engine_memory"}, exclude_defaults=True):
             if not self.engines:
-                refuse(f"cluster.{name}", "acts on engines in processes of their own alone: set cluster.engines")
+                refuse(f"cluster.{name}", "acts only on engines in separate processes: set cluster.engines")
         return self

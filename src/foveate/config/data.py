@@ -14,7 +14,7 @@ Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=Fals
 class CurriculumSettings(Settings):
     key: str = Field(min_length=1, description="Field of the rows with their difficulty: extra_info.accuracy.")
     descending: bool = Field(
-        default=False, description="Begin with the largest values (an accuracy) and not with the smallest (a length)."
+        default=False, description="Begin with the largest values (an accuracy), not with the smallest (a length)."
     )
     epochs: int = Field(default=1, ge=1, description="Epochs in this order; those that follow are in random order.")
     mixing: float = Field(
@@ -23,7 +23,7 @@ class CurriculumSettings(Settings):
 
 
 class DataSettings(Settings):
-    train: Strings = Field(min_length=1, description="Files to learn from: parquet or JSONL.")
+    train: Strings = Field(min_length=1, description="Training files: parquet or JSONL.")
     image_root: str | None = Field(
         default=None,
         description="Folder that relative image paths start from; null: the folder of the file that names them.",
@@ -33,7 +33,7 @@ class DataSettings(Settings):
     )
     columns: dict[str, str] = Field(
         default={},
-        description="Columns of one's own: prompt, images, answer, ... -> column, or =text for the text itself. "
+        description="Names of your columns: prompt, images, answer, ... -> column, or =text for a constant text. "
         "Empty: the files have the usual ones.",
     )
     weights: Weights = Field(
@@ -47,7 +47,9 @@ class DataSettings(Settings):
         default=None, ge=1, description="Processes that check rows; null: one per core where there are many rows."
     )
     image_workers: int = Field(
-        default=0, ge=0, description="Processes that decode and cut images ahead of the step; 0: none, in the step."
+        default=0,
+        ge=0,
+        description="Processes that decode and tile images ahead of the step; 0: images are prepared in the step.",
     )
     max_prompt_tokens: int = Field(default=8192, ge=1, description="Longest prompt, in tokens, image tokens included.")
     system: str | None = Field(default=None, description="System prompt put before every conversation; null: none.")

@@ -1,4 +1,4 @@
-"""Which model, and which of its parts train."""
+"""The model, and which of its parts are trained."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
         default="auto",
         description="Attention kernel: sdpa on CPUs, flex (FlexAttention) on GPUs; auto takes the one for the device, "
-        "reference is the slow one that the others are held equal to.",
+        "reference is the slow one that tests compare the others with.",
     )
     trainable: Modules = Field(
         default=("vision", "projector", "language"),
-        description="Parts of the model that learn; the others stay frozen.",
+        description="Parts of the model that are trained; the others stay frozen.",
     )
     lora: LoraSettings | None = Field(
         default=None,
-        description="Low-rank adapters in the parts of model.trainable, which alone are trained there; null: none.",
+        description="Low-rank adapters in the parts of model.trainable: only these are trained there; null: none.",
     )
     max_tiles: int | None = Field(
         default=None,
@@ -59,5 +59,5 @@ class ModelSettings(Settings):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Compute activations again in the backward pass: less memory, about a third more time.",
+        description="Recompute activations in the backward pass: less memory, about a third more time.",
     )

@@ -20,7 +20,7 @@ import yaml.composer
 from pydantic import ValidationError
 
 from foveate.config.base import Named, Settings
-from foveate.config.runs import is_group, walk
+from foveate.config.runs import STAGES, Stage, is_group, walk
 from foveate.errors import ConfigError
 from foveate.registry import explain, suggestion
 
@@ -64,6 +64,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]
         return cls.model_validate(_plain(merged))
     except ValidationError as error:
         raise ConfigError(_first_problem(error, merged, cls)) from None
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str], stage: Stage | None = None) -> Any:
+    """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
+    `data` and `train`, that are given."""
+    given: set[str] = set()
+    for layer in (*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)):
+        values = _plain(layer)
+        given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train."))}
+    fits = (name for name, cls in STAGES.items() if given <= {known for known, _ in walk(cls)})
+    return load_recipe(path, overrides, STAGES[stage or next(fits, "rl")])
 
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:

@@ -22,7 +22,7 @@ class OptimSettings(Settings):
     )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="constant",
-        description="Learning rate after the warm-up: held, or falling towards 0, to be reached behind the last step.",
+        description="Learning rate after the warm-up: constant, or falling to 0, which it reaches after the last step.",
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients with a larger global L2 norm are scaled down to it."
@@ -40,26 +40,26 @@ class TrainSettings(Settings):
     keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept; older ones are deleted.")
     save_async: bool = Field(
         default=False,
-        description="Write checkpoints while training goes on, from a copy of weights and optimizer in host memory.",
+        description="Write checkpoints while training continues, from a copy of weights and optimizer in host memory.",
     )
     disk_wait: float | None = Field(
         default=None,
         ge=0,
         description="Seconds that a run waits for room on a full disk before it ends with an error; 0: none; null: "
-        "900, or half of cluster.timeout where that is less.",
+        "900, or with several ranks half of cluster.timeout where that is less.",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads; null: as many as PyTorch chooses.")
 
 
 class RLTrainSettings(TrainSettings):
-    prompts_per_step: int = Field(default=32, ge=1, description="Prompts answered and learned from in one step.")
+    prompts_per_step: int = Field(default=32, ge=1, description="Prompts of one step.")
     updates_per_step: int = Field(
-        default=1, ge=1, description="Optimizer updates that share the prompts of one step evenly."
+        default=1, ge=1, description="Optimizer updates of one step, each on an equal share of its prompts."
     )
     epochs_per_step: int = Field(
         default=1,
         ge=1,
-        description="Times that a step learns from its answers, each in `updates_per_step` updates (PPO's epochs).",
+        description="Times that a step trains on its answers, each in `updates_per_step` updates (PPO's epochs).",
     )
 
 
@@ -74,7 +74,7 @@ class MPOTrainSettings(TrainSettings):
     pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
     reference_cache: str | None = Field(
         default=None,
-        description="Folder of log-probs under the frozen start, which runs may share; null: in the run's folder.",
+        description="Folder of log-probs under the reference model, which runs may share; null: in the run's folder.",
     )
 
 
@@ -82,13 +82,13 @@ class EvalSettings(Settings):
     every: int = Field(
         default=20,
         ge=0,
-        description="Steps between evaluations, which also come before the first and after the last step; 0: none.",
+        description="Steps between evaluations; others come before the first and after the last step. 0: none.",
     )
     prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first of data.test; null: all.")
     samples: int = Field(
         default=0, ge=0, description="Answers per prompt sampled at temperature 1, besides the greedy one."
     )
-    gallery: int = Field(default=16, ge=0, description="Held-out pictures that the report shows at each evaluation.")
+    gallery: int = Field(default=16, ge=0, description="Held-out images that the report shows for each evaluation.")
 
 
 class LogSettings(Settings):

@@ -18,14 +18,14 @@ from foveate.data.validate import OnBadRow, validate
 from foveate.errors import ConfigError, DataError, UserError
 from foveate.evaluate.answers import AnswerStore, Failed, Generated, read_generated
 from foveate.evaluate.client import ChatClient, ClientSettings
-from foveate.files import LOCK, atomic_write_text, held
+from foveate.files import LOCK_FILES, atomic_write_text, held
 from foveate.log import progress
 from foveate.records import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 REQUEST = "generate.json"
-OURS = (REQUEST, "shards", "failed.jsonl", "summary.json", LOCK)
+OURS = (REQUEST, "shards", "failed.jsonl", "summary.json", *LOCK_FILES)
 Deliver = Callable[[Generated | Failed], None]
 Produce = Callable[[TaskTable, Sequence[int], Deliver], None]
 """Asks for some rows of a table, and delivers each outcome as it comes."""

@@ -67,7 +67,7 @@ def predict(
 
 def _answer(answer: Answer, encoder: Encoder, detailed: bool) -> GeneratedAnswer:
     ids = answer.token_ids
-    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs, strict=True)) if detailed else ()
+    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs.tolist(), strict=True)) if detailed else ()
     return GeneratedAnswer(answer.text, len(ids), answer.finish, pieces)
 
 

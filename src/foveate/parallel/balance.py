@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.parallel.packing import PackedGroup
+from foveate.records import PackedGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,13 @@ class Costs:
             entry = side**2 * layers * vision["hidden_size"] ** 2 / language
         return cls(1 / (6 * text.hidden_size), entry)
 
-    def __call__(self, packed: PackedGroup) -> float:
+    def __call__(self, group: PackedGroup) -> float:
         """The prompt and its images count once; each answer sees the prompt and itself."""
-        prompt = len(packed.prompt)
-        pairs = prompt**2 / 2 + sum(len(answer) * (prompt + len(answer) / 2) for answer in packed.answers)
-        entries = 0 if packed.prompt.pixels is None else len(packed.prompt.pixels)
-        return packed.tokens + self.pair * pairs + self.entry * entries
+        prompt = len(group.prompt)
+        pairs = prompt**2 / 2 + sum(len(answer) * (prompt + len(answer) / 2) for answer in group.answers)
+        slots = [*group.prompt.slots, *(s for answer in group.answers for part in answer.segments for s in part.slots)]
+        entries = sum(slot.tiles for slot in slots)
+        return group.tokens + self.pair * pairs + self.entry * entries
 
 
 def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:

@@ -1,87 +1,122 @@
-"""Groups -> packed rows: a forest per micro-batch, within a token budget."""
+"""Groups to packed rows: a forest per micro-batch, within a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from foveate.models.families.internvl import DummyImage
-from foveate.records import Batch, Forest, Prompt
+from foveate.records import Answer, Batch, Forest, ImageSlot, PackedGroup, Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class PackedGroup:
-    """A prompt with the answers that share it: one root and its children. Every answer has at least one token."""
+def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor:
+    """The position of each of `length` tokens behind `begin` others, int64 (length,); (3, length) for time, row and
+    column where an image has a `grid`: its tokens share the time at which it begins, and what follows stands behind its
+    longer side (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+    if all(slot.grid is None for slot in slots):
+        return torch.arange(begin, begin + length)
+    pieces: list[Tensor] = []
+    first, place = 0, begin
+    for slot in slots:
+        assert slot.grid is not None
+        rows, columns = slot.grid
+        pieces.append((torch.arange(slot.position - first) + place).expand(3, -1))
+        place += slot.position - first
+        row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+        pieces.append(torch.stack([torch.zeros_like(row), row, column]) + place)
+        first, place = slot.position + slot.count, place + max(rows, columns)
+    pieces.append((torch.arange(length - first) + place).expand(3, -1))
+    return torch.cat(pieces, 1)
 
-    prompt: Prompt
-    answers: tuple[tuple[int, ...], ...]
 
-    @property
-    def tokens(self) -> int:
-        return len(self.prompt) + self.answer_tokens
-
-    @property
-    def answer_tokens(self) -> int:
-        return sum(len(answer) for answer in self.answers)
+def prompt_end(prompt: Prompt) -> int:
+    """The position of the first token of an answer: one more than the largest of the prompt."""
+    return int(positions(len(prompt), prompt.slots).max()) + 1
 
 
-def pack(packed_groups: Sequence[PackedGroup]) -> Batch:
-    """One row of all trees. Prompt and images stand once per tree; samples are numbered in the order of the answers.
+def pack(groups: Sequence[PackedGroup]) -> Batch:
+    """One row of all groups. A prompt and its images stand once per group; samples are numbered in the order of the
+    answers.
 
-    All answer tokens are trained. The first token of an answer is predicted by the last token of its prompt.
+    The tokens of segments that are not trained are read like those of a prompt. The first token of an answer is
+    predicted by the last token of its prompt.
     """
-    token_ids: list[int] = []
-    start: list[int] = []
-    length: list[int] = []
-    parent: list[int] = []
-    position, slot_index, target, source, sample = (list[torch.Tensor]() for _ in range(5))
+    token_ids: list[Tensor] = []
+    start, length, parent = list[int](), list[int](), list[int]()
+    position, slot_index, target, source, sample = (list[Tensor]() for _ in range(5))
+    pixels: list[Tensor | None] = []
+    slots: list[ImageSlot] = []
     samples = 0
 
-    def grow(ids: tuple[int, ...], above: int) -> int:
-        first = len(token_ids)
+    def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int) -> int:
+        """A segment of the forest with its images, behind `begin` positions; its first token."""
+        first = start[-1] + length[-1] if start else 0
         start.append(first)
         length.append(len(ids))
         parent.append(above)
-        token_ids.extend(ids)
+        token_ids.append(ids)
+        position.append(positions(len(ids), own, begin))
+        slot_index.extend(torch.arange(first + s.position, first + s.position + s.count) for s in own)
+        slots.extend(own)
         return first
 
-    for packed in packed_groups:
-        root, size = len(start), len(packed.prompt)
-        begin = grow(packed.prompt.token_ids, -1)
-        own = packed.prompt.positions
-        position.append(own)
-        end = int(own.max()) + 1
-        for slot in packed.prompt.slots:
-            slot_index.append(torch.arange(begin + slot.position, begin + slot.position + slot.count))
-        for answer in packed.answers:
-            first, n = grow(answer, root), len(answer)
-            position.append(torch.arange(end, end + n))
-            target.append(torch.arange(first, first + n))
-            source.append(torch.cat([torch.tensor([begin + size - 1]), torch.arange(first, first + n - 1)]))
-            sample.append(torch.full((n,), samples))
+    for group in groups:
+        root = len(start)
+        begin = grow(torch.tensor(group.prompt.token_ids), group.prompt.slots, -1, 0)
+        end = int(position[-1].max()) + 1
+        pixels.append(group.prompt.pixels)
+        last = begin + len(group.prompt) - 1
+        for answer in group.answers:
+            first = grow(answer_ids(answer), _slots_of(answer), root, end)
+            pixels += [segment.tiles for segment in answer.segments]
+            target.append(first + trained_places(answer))
+            source.append(torch.where(target[-1] == first, last, target[-1] - 1))
+            sample.append(torch.full_like(target[-1], samples))
             samples += 1
-    pixels = [packed.prompt.pixels for packed in packed_groups if packed.prompt.pixels is not None]
-    grids = [slot.grid for packed in packed_groups for slot in packed.prompt.slots]
     if any(own.ndim == 2 for own in position):
         position = [own.expand(3, -1) for own in position]
+    seen = [own for own in pixels if own is not None]
     return Batch(
-        token_ids_T=torch.tensor(token_ids),
+        token_ids_T=torch.cat(token_ids),
         position_T=torch.cat(position, -1),
         forest=Forest(tuple(start), tuple(length), tuple(parent)),
-        pixels=torch.cat(pixels) if pixels else None,
+        pixels=torch.cat(seen) if seen else None,
         slot_index=_cat(slot_index),
         target_M=_cat(target),
         source_M=_cat(source),
         sample_M=_cat(sample),
         samples=samples,
-        grids=tuple(grid for grid in grids if grid is not None),
+        grids=tuple(slot.grid for slot in slots if slot.grid is not None),
     )
 
 
+def answer_ids(answer: Answer) -> Tensor:
+    """The tokens of all segments, int64 (L,)."""
+    return torch.cat([torch.from_numpy(segment.token_ids) for segment in answer.segments])
+
+
+def trained_places(answer: Answer) -> Tensor:
+    """Which tokens of an answer are trained, int64 (M,), counted from its first token."""
+    trained = torch.tensor([segment.trained for segment in answer.segments])
+    lengths = torch.tensor([len(segment) for segment in answer.segments])
+    return trained.repeat_interleave(lengths).nonzero()[:, 0]
+
+
+def _slots_of(answer: Answer) -> list[ImageSlot]:
+    """The images of all segments, their positions counted from the answer's first token."""
+    found: list[ImageSlot] = []
+    before = 0
+    for segment in answer.segments:
+        found += [replace(slot, position=slot.position + before) for slot in segment.slots]
+        before += len(segment)
+    return found
+
+
 def pad_with_dummy_image(batch: Batch, dummy_image: DummyImage | None) -> Batch:
-    """The batch as one rank of several computes it: with a blank picture where it has none, because all ranks of a
+    """The batch as one rank of several computes it: with a dummy image where it has none, because all ranks of a
     sharded model have to make the same calls."""
     if dummy_image is None or batch.pixels is not None:
         return batch
@@ -89,42 +124,41 @@ def pad_with_dummy_image(batch: Batch, dummy_image: DummyImage | None) -> Batch:
 
 
 def empty(dummy_image: DummyImage | None) -> Batch:
-    """What a rank computes that has nothing left while others have: one token, nothing trained."""
+    """The batch of a rank that has nothing left while others have: one token, nothing trained."""
     return pad_with_dummy_image(pack([PackedGroup(Prompt((0,), (), None, ()), ())]), dummy_image)
 
 
-def _cat(pieces: list[torch.Tensor]) -> torch.Tensor:
+def _cat(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64)
 
 
-def micro_batches(packed_groups: Sequence[PackedGroup], token_budget: int) -> list[list[int]]:
-    """Indices of the trees of each micro-batch, in order, at most `token_budget` tokens each.
+def micro_batches(groups: Sequence[PackedGroup], token_budget: int) -> list[list[int]]:
+    """Indices of the groups of each micro-batch, in order, at most `token_budget` tokens each.
 
-    A tree longer than the budget stands alone. Neighbours keep their order, so that the result does not depend on
-    anything but the lengths.
+    A group longer than the budget stands alone. Neighbours keep their order, so that the result depends on the lengths
+    alone.
     """
     batches: list[list[int]] = []
     room = 0
-    for index, packed in enumerate(packed_groups):
-        if not batches or packed.tokens > room:
+    for index, group in enumerate(groups):
+        if not batches or group.tokens > room:
             batches.append([])
             room = token_budget
         batches[-1].append(index)
-        room -= packed.tokens
+        room -= group.tokens
     return batches
 
 
-def split(packed: PackedGroup, token_budget: int) -> list[PackedGroup]:
-    """The tree itself if it fits the budget, else as few trees as needed, with the answers dealt out in order. Each
-    repeats the prompt, so that this is done only when it must be."""
-    if packed.tokens <= token_budget:
-        return [packed]
-    parts: list[list[tuple[int, ...]]] = []
+def split_answers(group: PackedGroup, token_budget: int) -> list[slice]:
+    """The answers of a group that fit the budget together with their prompt: all of them, or as few parts as needed, in
+    order. Each part repeats the prompt, so that a group is split only when it must be."""
+    if group.tokens <= token_budget:
+        return [slice(0, len(group.answers))]
+    begins: list[int] = []
     room = 0
-    for answer in packed.answers:
-        if not parts or len(answer) > room:
-            parts.append([])
-            room = token_budget - len(packed.prompt)
-        parts[-1].append(answer)
+    for number, answer in enumerate(group.answers):
+        if not begins or len(answer) > room:
+            begins.append(number)
+            room = token_budget - len(group.prompt)
         room -= len(answer)
-    return [PackedGroup(packed.prompt, tuple(answers)) for answers in parts]
+    return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(group.answers)], strict=True)]

@@ -21,8 +21,8 @@ from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
 from foveate.models.policy import Policy, freeze_except
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import Batch, ImageSlot, Prompt
+from foveate.parallel.packing import pack
+from foveate.records import Batch, ImageSlot, PackedGroup, Prompt
 
 
 class StorageCounter(TorchDispatchMode):
@@ -164,7 +164,7 @@ def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Bat
     slot = (ImageSlot(0, row.tiles * tokens_per_tile, row.tiles),) if row.tiles else ()
     pixels = torch.empty(row.tiles, 3, *size, device="meta") if row.tiles else None
     answers = ((0,) * max(1, row.answer // count),) * count
-    batch = pack([PackedGroup(Prompt((0,) * prompt, slot, pixels, ()), answers)])
+    batch = pack([PackedGroup.of_tokens(Prompt((0,) * prompt, slot, pixels, ()), answers)])
     return replace(batch, **{name: tensor.to("meta") for name, tensor in _tensors(batch).items()})
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from foveate.config.cluster import ClusterSettings
-from foveate.config.recipe import find_recipe, load_recipe, read_values
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
@@ -117,18 +116,3 @@ def _config_of(path: str) -> Any:
             f"{', '.join(SIZES)}"
         )
     return published_config(sizes[-1])
-
-
-def read_settings(recipe: str, overrides: list[str]) -> RLSettings | SFTSettings | MPOSettings:
-    """The settings of a recipe. Its kind is told by groups that only one has, in the recipe or its bases."""
-    path = find_recipe(recipe)
-    values = read_values(path)
-    groups = set(values)
-    while "base" in values:
-        path = find_recipe(path.parent / values["base"])
-        values = read_values(path)
-        groups |= set(values)
-    if "mpo" in groups:
-        raise ConfigError(f"{recipe}: has several stages; plan the recipe of one stage at a time")
-    kind = RLSettings if "rollout" in groups else MPOSettings if "loss" in groups else SFTSettings
-    return load_recipe(recipe, overrides, kind)

@@ -16,8 +16,8 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy
-from foveate.parallel.packing import PackedGroup, pack
-from foveate.records import Answer, DataError, Image, Message, Prompt, SamplingParams, Task
+from foveate.parallel.packing import pack
+from foveate.records import Answer, DataError, Image, Message, PackedGroup, Prompt, SamplingParams, Task
 from foveate.rollout.engine import Engine, Request
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
@@ -88,8 +88,8 @@ def _differences(
     trainer: Callable[[list[PackedGroup]], list[Tensor]], prompts: Sequence[Prompt], groups: Sequence[Sequence[Answer]]
 ) -> list[Tensor]:
     pairs = zip(prompts, groups, strict=True)
-    expected = trainer([PackedGroup(prompt, tuple(one.token_ids for one in group)) for prompt, group in pairs])
-    sampled = [torch.tensor([value for one in group for value in one.logprobs]) for group in groups]
+    expected = trainer([PackedGroup(prompt, tuple(group)) for prompt, group in pairs])
+    sampled = [torch.cat([torch.from_numpy(one.logprobs) for one in group]) for group in groups]
     return [(own.to(other) - other).abs() for own, other in zip(sampled, expected, strict=True)]
 
 

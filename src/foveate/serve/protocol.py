@@ -145,7 +145,7 @@ def reply(
     model: str, prompt: Prompt, answers: Sequence[Answer], pieces: Sequence[Sequence[str]] | None
 ) -> dict[str, Any]:
     """A chat completion. `pieces` are the texts of the tokens of each answer where their log-probs are wanted."""
-    tokens = sum(len(answer.token_ids) for answer in answers)
+    tokens = sum(len(answer) for answer in answers)
     choices = [
         {
             "index": index,
@@ -181,7 +181,7 @@ def _logprobs(pieces: Sequence[str], answer: Answer) -> dict[str, Any]:
     return {
         "content": [
             {"token": piece, "logprob": logprob, "bytes": list(piece.encode()), "top_logprobs": []}
-            for piece, logprob in zip(pieces, answer.logprobs, strict=True)
+            for piece, logprob in zip(pieces, answer.logprobs.tolist(), strict=True)
         ]
     }
 

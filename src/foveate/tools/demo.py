@@ -11,8 +11,8 @@ from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.datasets.shapes import prepare_shapes
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.train.cascade import finish_cascade, run_cascade
-from foveate.train.finish import finish
+from foveate.run_folder import RunFolder
+from foveate.train.cascade import run_cascade
 from foveate.train.rl import run_rl
 
 SCENES = {"train": 4000, "test": 512}
@@ -31,18 +31,16 @@ for a box with IoU of at least 0.5, plus half the IoU); it is never shown a righ
 """
 
 
-def run_demo(run: Path, seed: int, overrides: Sequence[str]) -> None:
-    """Prepare the scenes beside the run folder, train by GSPO, write the report and print the summary."""
-    folder = run_rl(load_recipe("shapes_gspo", _scenes_for(run, seed, overrides), RLSettings))
+def run_demo(run: Path, seed: int, overrides: Sequence[str], cascade: bool = False) -> RunFolder:
+    """Draw the scenes beside the run folder and train by GSPO; `cascade`: with preference optimisation on the start's
+    own answers before it."""
+    given = _scenes_for(run, seed, overrides)
+    if cascade:
+        folder = run_cascade(load_recipe("shapes_cascade", given, CascadeSettings))
+    else:
+        folder = run_rl(load_recipe("shapes_gspo", given, RLSettings))
     atomic_write_text(folder.path / "notes.txt", NOTES)
-    finish(folder)
-
-
-def run_demo_cascade(run: Path, seed: int, overrides: Sequence[str]) -> None:
-    """The same with preference optimisation on the start's own answers before GSPO."""
-    folder = run_cascade(load_recipe("shapes_cascade", _scenes_for(run, seed, overrides), CascadeSettings))
-    atomic_write_text(folder.path / "notes.txt", NOTES)
-    finish_cascade(folder)
+    return folder
 
 
 def _scenes_for(run: Path, seed: int, overrides: Sequence[str]) -> list[str]:

@@ -44,6 +44,10 @@ class ResolvedAlgorithm:
     critic: CriticSettings | None = None
     gamma: float = 1.0
 
+    def contributes_gradient(self, advantage_M: Tensor) -> bool:
+        """Whether a group with these advantages can move the weights."""
+        return self.keeps_equal_groups or bool(advantage_M.any())
+
     @property
     def needs_baseline(self) -> bool:
         """Whether a greedy answer to each prompt is sampled and graded too."""

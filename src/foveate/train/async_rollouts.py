@@ -33,7 +33,7 @@ from foveate.records import Answer, Group, Score
 from foveate.rollout.engine import Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
-from foveate.train.rollouts import Grading, PendingGroup, Scores, SyncRollouts, resample_groups
+from foveate.train.rollouts import AnsweredGroup, Grading, PendingGroup, Scores, SyncRollouts, resample_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class AsyncRollouts:
         groups, drawn = resample_groups(lambda _, missing: self._take(step, missing, clock), count, resample_rounds)
         answers = [answer for group in drawn for answer in group.answers]
         ages = [step - 1 - answer.version for answer in answers]
-        mixed = sum(len(answer.spans) > 1 for answer in answers) / len(answers)
+        mixed = sum(len(answer.versions) > 1 for answer in answers) / len(answers)
         with self._changed:
             self._said = {
                 "rollout/groups_dropped": float(self._dropped),
@@ -254,20 +254,22 @@ class AsyncRollouts:
         """Go on with what was begun, and begin the next `fresh` tasks. Each group is graded while the others are still
         being answered."""
         sampler, version = self._sampler, self._engine.version
-        pending_groups = self._open + self._begin(fresh)
+        pending = self._open + self._begin(fresh)
         self._since = time.monotonic()
         with Grading(sampler.graders) as grading:
             if self._partial:
-                self._open = sampler.round(pending_groups, sampler.sampling, grading, partial(self._finish, version))
+                _, self._open = sampler.round(pending, sampler.sampling, grading, partial(self._finish, version, None))
                 self._engine.resume()
                 return
-            self._open, left = [], pending_groups
-            tell = (lambda _: None) if sampler.greedy_baseline else partial(self._finish, version)
-            while left and not self._closing:
-                left = sampler.round(left, sampler.sampling, grading, tell)
-            ones = sampler.greedy(pending_groups, grading, lambda: self._closing)
-            for pending, one in zip(pending_groups, ones, strict=True) if ones and not self._closing else ():
-                self._finish(version, pending, one.scored()[0])
+            self._open = []
+            if not sampler.greedy_baseline:
+                finish = partial(self._finish, version, None)
+                sampler.answer(pending, sampler.sampling, grading, lambda: self._closing, finish)
+                return
+            answered = sampler.answer(pending, sampler.sampling, grading, lambda: self._closing)
+            greedy = sampler.greedy(pending, grading, lambda: self._closing)
+            for one, other in zip(answered, greedy, strict=False) if not self._closing else ():
+                self._finish(version, other.scores.result()[0], one)
 
     def _begin(self, count: int) -> list[PendingGroup]:
         if not count:
@@ -283,28 +285,27 @@ class AsyncRollouts:
             for place, (task, prompt) in zip(places, taken, strict=True)
         ]
 
-    def _finish(self, version: int, pending: PendingGroup, baseline: Score | None = None) -> None:
+    def _finish(self, version: int, baseline: Score | None, group: AnsweredGroup) -> None:
         """A group is answered: it is ready as soon as it is graded."""
-        newest = max(sampler for answer in pending.answers for sampler, _ in answer.sampled_by)
+        newest = max(sampler for answer in group.answers for sampler, _ in answer.versions)
         if newest > version:
             raise EngineError(f"the engine answered with weights of step {newest}, but was given those of {version}")
         now = time.monotonic()
         self._spend("generate", now - self._since)
         self._since = now
         seconds, self._spent = self._spent, {}
-        assert pending.scores is not None
-        pending.scores.add_done_callback(partial(self._ripen, pending, baseline, seconds))
+        group.scores.add_done_callback(partial(self._ripen, group, baseline, seconds))
 
     def _ripen(
-        self, pending: PendingGroup, baseline: Score | None, seconds: dict[str, float], scores: Future[Scores]
+        self, group: AnsweredGroup, baseline: Score | None, seconds: dict[str, float], scores: Future[Scores]
     ) -> None:
         error = scores.exception()
         if error is not None:
             self._fail(error)
             return
-        oldest = _oldest_of(pending.answers, self._engine.version)
+        oldest = _oldest_of(group.answers, self._engine.version)
         with self._changed:
-            self._ready[pending.place] = _Made(pending.as_group(baseline), oldest, seconds)
+            self._ready[group.place] = _Made(group.scored(baseline), oldest, seconds)
             self._in_work -= 1
             self._changed.notify_all()
 
@@ -314,4 +315,4 @@ class AsyncRollouts:
 
 def _oldest_of(answers: tuple[Answer, ...], now: int) -> int:
     """The oldest weights that sampled any of them; those of now where there is no token yet."""
-    return min((answer.version for answer in answers if answer.token_ids), default=now)
+    return min((answer.version for answer in answers if len(answer)), default=now)

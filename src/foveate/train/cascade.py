@@ -29,10 +29,9 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.evaluator import Evaluator
 from foveate.evaluate.predictions import predictions_path, read_predictions, write_evaluation
 from foveate.files import atomic_write_text
-from foveate.log import MetricsWriter, print_result, progress, read_metrics
+from foveate.log import MetricsWriter, progress, read_metrics
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.records import SamplingParams
-from foveate.report.page import terminal_summary, write_report
 from foveate.report.stages import Stage, write_stages
 from foveate.rewards.grade import build_reward, truth_check
 from foveate.rollout.build import choose_engine
@@ -44,7 +43,7 @@ from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
-from foveate.train.session import check_cluster, disk_patience, retry_on_lost_rank
+from foveate.train.session import check_cluster, retry_on_lost_rank
 from foveate.train.sft import run_sft
 from foveate.train.worker import use_threads
 
@@ -56,7 +55,8 @@ def run_cascade(settings: CascadeSettings) -> RunFolder:
     """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row."""
     _check(settings)
     use_threads(settings.rl.train.threads)
-    with open_run(settings.run, settings, frozen=True) as run:
+    wait = settings.stage("rl", "model").disk_wait
+    with open_run(settings.run, settings, frozen=True, disk_wait=wait) as run:
         model = settings.model.path
         evaluate(settings, model, run.path / "start", step=0)
         if settings.sft is not None:
@@ -69,14 +69,6 @@ def run_cascade(settings: CascadeSettings) -> RunFolder:
         _trained(run_rl, settings.stage("rl", model))  # evaluates the model that MPO made before its first step
         gather(settings, run)
     return run
-
-
-def finish_cascade(run: RunFolder) -> None:
-    """Write the report that compares the stages, print its summary, and say where the model is."""
-    report = write_report(run.path)
-    print_result(terminal_summary(run.path))
-    print_result(f"Report: {report}")
-    print_result(f"Model: {RunFolder(run.path / 'rl').final}")
 
 
 def _check(settings: CascadeSettings) -> None:
@@ -165,7 +157,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
             else:
                 clock = Clock()
                 groups, _ = sampler.draw(step, count, 0, clock)
-                write_rollouts(run.rollouts, step, groups, patience=disk_patience(settings.rl.train, settings.cluster))
+                write_rollouts(run.rollouts, step, groups)
                 metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
             engine.publish(step)  # the same weights under the next number, which the sampler expects
             advance(count)

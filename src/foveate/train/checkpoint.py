@@ -51,11 +51,9 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     ranks: Ranks | None = None,
-    patience: float = 0.0,
 ) -> Path:
-    """Write `folder/step_XXXXXX` and delete all but the `keep` newest and the best. Where the disk is full it waits for
-    room for `patience` seconds; after a DiskError nothing new is there. Several `ranks` call it together, and share the
-    file system.
+    """Write `folder/step_XXXXXX` and delete all but the `keep` newest and the best. After a DiskError nothing new is
+    there. Several `ranks` call it together, and share the file system.
 
     content: what `tensors_of` the models and their optimizers gives, or a copy of it. `state["score"]`, where it is a
     number, says how well these weights did.
@@ -63,7 +61,7 @@ def save_checkpoint(
     path = place_of(folder, step)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in _leaves(content))
     state = {"step": step, **state}
-    with_room(partial(_write, path, content, state, ranks), patience, needed)
+    with_room(partial(_write, path, content, state, ranks), needed)
     if ranks is None or ranks.is_first:
         _rotate(folder, keep)
     if ranks is not None:

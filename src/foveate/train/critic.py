@@ -43,10 +43,7 @@ class Critic:
         value_M = self._values(batch)
         return value_M.to(torch.promote_types(value_M.dtype, torch.float32))
 
-    def loss(
-        self, batch: Batch, old: Sequence[Tensor | None], returns: Sequence[Tensor | None], totals: Totals
-    ) -> LossOut:
+    def loss(self, batch: Batch, old: Sequence[Tensor], returns: Sequence[Tensor], totals: Totals) -> LossOut:
         """The clipped value loss of one micro-batch; `old` and `returns` are per group."""
-        old_M, return_M = (torch.cat([part for part in parts if part is not None]) for parts in (old, returns))
         value_M = self.values(batch)
-        return value_loss(value_M, old_M.to(value_M), return_M.to(value_M), totals, self._clip)
+        return value_loss(value_M, torch.cat([*old]).to(value_M), torch.cat([*returns]).to(value_M), totals, self._clip)

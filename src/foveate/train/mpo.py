@@ -27,8 +27,7 @@ from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Pair, Prompt, Task, Totals
+from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
@@ -37,7 +36,6 @@ from foveate.train.reference import PreferenceLoss, Reference, TrainPair, refere
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
@@ -56,16 +54,15 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     loss = build_preference_loss(settings.loss)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
@@ -74,7 +71,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
         compute = partial(_logprobs, workers, costs)
         reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to, patience)
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
         step = resume(run, workers, stream, metrics, others)
 
@@ -87,19 +84,19 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                     pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
-                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.packed) for pair in pairs]
+                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
                     learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
                 record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
-                metrics.write(step, record | clock.metrics(update=sum(pair.packed.tokens for pair in pairs)))
+                metrics.write(step, record | clock.metrics(update=sum(pair.group.tokens for pair in pairs)))
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    save(workers, run, step, state, settings.train, patience)
+                    save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, Worker.export, run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
@@ -114,8 +111,8 @@ def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:
 # --------------------------------------------------------------------------------------------------- the reference
 
 
-def _logprobs(workers: WorkerGroup[Worker], costs: Costs, packed_groups: Sequence[PackedGroup]) -> list[Tensor]:
-    return scatter_gather(workers, Worker.logprobs, packed_groups, [*map(costs, packed_groups)])
+def _logprobs(workers: WorkerGroup[Worker], costs: Costs, groups: Sequence[PackedGroup]) -> list[Tensor]:
+    return scatter_gather(workers, Worker.logprobs, groups, [*map(costs, groups)])
 
 
 def _reference(
@@ -145,7 +142,7 @@ def _reference(
     reference.complete(
         len(table),
         settings.train.pairs_per_step,
-        encode=lambda row: _tree(encoder, pair_of(table[row]), encoder(table[row])),
+        encode=lambda row: _group(encoder, pair_of(table[row]), encoder(table[row])),
         logprobs=logprobs,
     )
     return reference
@@ -155,13 +152,13 @@ def _reference(
 
 
 def _train_pair(task: Task, prompt: Prompt, encoder: Encoder, reference: Reference | None) -> TrainPair:
-    packed = _tree(encoder, pair_of(task), prompt)
-    return TrainPair(packed, None if reference is None else reference(packed, task.where))
+    group = _group(encoder, pair_of(task), prompt)
+    return TrainPair(group, None if reference is None else reference(group, task.where))
 
 
-def _tree(encoder: Encoder, pair: Pair, prompt: Prompt) -> PackedGroup:
+def _group(encoder: Encoder, pair: Pair, prompt: Prompt) -> PackedGroup:
     """Both answers as children of one prompt, which is computed once, with its images."""
-    return PackedGroup(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
+    return PackedGroup.of_tokens(prompt, (encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)))
 
 
 def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
@@ -172,5 +169,5 @@ def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
 
 def _totals(pairs: Sequence[TrainPair]) -> Totals:
     """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
-    chosen_tokens = sum(len(pair.packed.answers[0]) for pair in pairs)
+    chosen_tokens = sum(pair.group.lengths[0] for pair in pairs)
     return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

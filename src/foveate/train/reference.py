@@ -17,8 +17,7 @@ from torch import Tensor
 from foveate.errors import DataError
 from foveate.files import disk_error
 from foveate.log import progress
-from foveate.parallel.packing import PackedGroup
-from foveate.records import LossOut, PairTargets
+from foveate.records import LossOut, PackedGroup, PairTargets
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class TrainPair:
     """A preference pair as the update eats it: one prompt with two answers, the chosen one first, and the log-probs of
     both under the frozen reference, sums over their tokens (None: the loss needs none)."""
 
-    packed: PackedGroup
+    group: PackedGroup
     ref: tuple[float, float] | None
 
 
@@ -82,22 +81,22 @@ class Reference:
             while len(self._entries) < rows:
                 begin = time.perf_counter()
                 first = len(self._entries)
-                packed_groups = [encode(row) for row in range(first, min(first + chunk, rows))]
-                found = np.zeros(len(packed_groups), _ENTRY)
-                for entry, packed, logp in zip(found, packed_groups, logprobs(packed_groups), strict=True):
-                    chosen, rejected = (part.double().sum().item() for part in logp.split([*map(len, packed.answers)]))
-                    entry["pair"], entry["chosen"], entry["rejected"] = digest(packed), chosen, rejected
-                found["seconds"] = (time.perf_counter() - begin) / len(packed_groups)
+                groups = [encode(row) for row in range(first, min(first + chunk, rows))]
+                found = np.zeros(len(groups), _ENTRY)
+                for entry, group, logp in zip(found, groups, logprobs(groups), strict=True):
+                    chosen, rejected = (part.double().sum().item() for part in logp.split(group.lengths))
+                    entry["pair"], entry["chosen"], entry["rejected"] = digest(group), chosen, rejected
+                found["seconds"] = (time.perf_counter() - begin) / len(groups)
                 self._append(found)
-                advance(len(packed_groups))
+                advance(len(groups))
         self._number = {entry["pair"].tobytes(): number for number, entry in enumerate(self._entries)}
 
-    def __call__(self, packed: PackedGroup, where: str) -> tuple[float, float]:
+    def __call__(self, group: PackedGroup, where: str) -> tuple[float, float]:
         """The log-probs of the chosen and the rejected answer of a pair. Raises DataError if its row has changed."""
-        number = self._number.get(digest(packed))
+        number = self._number.get(digest(group))
         if number is None:
             raise DataError(
-                f"{where}: the row, its picture or the model's template changed since its reference log-probs were "
+                f"{where}: the row, its image or the model's template changed since its reference log-probs were "
                 f"computed; delete {self.path} to compute them again, in a new run folder"
             )
         entry = self._entries[number]
@@ -137,11 +136,10 @@ def reference_key(model: Path, data: Sequence[Path], settings: Mapping[str, Any]
     return key.hexdigest()[:32]
 
 
-def digest(packed: PackedGroup) -> bytes:
+def digest(group: PackedGroup) -> bytes:
     """16 bytes that stand for a pair as it was encoded: tokens, pixels, answers."""
-    found = hashlib.blake2b(
-        repr((packed.prompt.token_ids, packed.prompt.slots, packed.answers)).encode(), digest_size=16
-    )
-    if packed.prompt.pixels is not None:
-        found.update(packed.prompt.pixels.contiguous().numpy().data)
+    answers = tuple(answer.token_ids for answer in group.answers)
+    found = hashlib.blake2b(repr((group.prompt.token_ids, group.prompt.slots, answers)).encode(), digest_size=16)
+    if group.prompt.pixels is not None:
+        found.update(group.prompt.pixels.contiguous().numpy().data)
     return found.digest()

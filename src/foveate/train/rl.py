@@ -44,7 +44,6 @@ from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
     GracefulShutdown,
     check_cluster,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
@@ -62,7 +61,6 @@ def run_rl(settings: RLSettings) -> RunFolder:
 def _run(settings: RLSettings, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
     check_run(method, settings)
     make_engine = new_engine(settings)
@@ -72,14 +70,14 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
         GracefulShutdown(workers) as leaving,
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
         engine.start(make_engine, encoder, settings.rollout, step)
@@ -96,28 +94,28 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                 if not settings.rollout.staleness:
                     engine.sleep()
                 with clock.phase("logprobs"):
-                    examples, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
+                    batch, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
                     rates = _rates(step, settings)
                     seed = seed_of("choice", settings.seed, step)
-                    learned = update(workers, examples, method, updates, rates, costs, epochs=epochs, seed=seed)
+                    learned = update(workers, batch, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
                     record["data/epoch"] = stream.epoch
-                    write_rollouts(run.rollouts, step, groups, examples, patience)
+                    write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        save(workers, run, step, state, settings.train, patience)
+                        save(workers, run, step, state, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, Worker.export, run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
@@ -199,6 +197,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
+        disk_wait=settings.disk_wait,
     )
 
 

@@ -12,7 +12,6 @@ import torch
 
 from foveate.files import atomic_write_text, with_room
 from foveate.records import FAILED, Group, Score
-from foveate.train.targets import TrainGroup
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -21,7 +20,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     scores: list[Score] = [score for group in groups for score in group.scores]
     answers = [answer for group in groups for answer in group.answers]
     values = torch.tensor([score.value for score in scores], dtype=torch.float64)
-    lengths = torch.tensor([len(answer.token_ids) for answer in answers], dtype=torch.float64)
+    lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float64)
     names = sorted({name for score in scores for name in score.parts})
     parts = {f"reward/{name}": _mean([score.parts[name] for score in scores if name in score.parts]) for name in names}
     return {
@@ -44,7 +43,7 @@ def _by_source(groups: Sequence[Group]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sources if len(sources) > 1 else ():
         members = [group for group in groups if group.task.source == source]
-        lengths = [float(len(answer.token_ids)) for group in members for answer in group.answers]
+        lengths = [float(len(answer)) for group in members for answer in group.answers]
         metrics[f"source/{source}/reward"] = _mean([score.value for group in members for score in group.scores])
         metrics[f"source/{source}/length"] = _mean(lengths)
         metrics[f"source/{source}/answers"] = float(len(lengths))
@@ -55,44 +54,32 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _advantages(examples: Sequence[TrainGroup]) -> list[float]:
-    """The advantage of each answer, the mean of those of its tokens."""
-    means: list[float] = []
-    for example in examples:
-        assert example.advantage is not None
-        lengths = [len(answer) for answer in example.packed.answers]
-        means.extend(part.double().mean().item() for part in example.advantage.split(lengths))
-    return means
-
-
 def write_rollouts(
     folder: Path,
     step: int,
     groups: Sequence[Group],
-    examples: Sequence[TrainGroup] | None = None,
-    patience: float = 0.0,
+    advantages: Sequence[Sequence[float]] | None = None,
 ) -> None:
     """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
-    `patience`: seconds that it waits for room on a full disk."""
-    advantages = repeat(None) if examples is None else iter(_advantages(examples))
+    `advantages`: of the answers of each group."""
     lines = []
-    for group in groups:
+    for group, own in zip(groups, repeat(repeat(None)) if advantages is None else advantages, strict=False):
         answers = [
             {
                 "text": answer.text,
-                "tokens": len(answer.token_ids),
+                "tokens": len(answer),
                 "finish": answer.finish,
                 "version": answer.version,
-                "versions": answer.sampled_by,
+                "versions": answer.versions,
                 "score": score.value,
                 "parts": dict(score.parts),
                 "note": score.note,
-                "advantage": next(advantages),
+                "advantage": advantage,
             }
-            for answer, score in zip(group.answers, group.scores, strict=True)
+            for answer, score, advantage in zip(group.answers, group.scores, own, strict=False)
         ]
         images = [str(image.path) if image.path else None for image in group.task.images]
         messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
         row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)), patience)
+    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)))

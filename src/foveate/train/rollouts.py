@@ -13,7 +13,7 @@ from typing import Self
 
 from foveate.encoding.reader import Reader
 from foveate.errors import DataError
-from foveate.records import Answer, Group, SamplingParams, Score, Task
+from foveate.records import Answer, Group, Prompt, SamplingParams, Score, Task
 from foveate.rewards.pool import Graders
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.seeds import seed_of
@@ -26,22 +26,27 @@ Scores = tuple[Score, ...]
 @dataclass(slots=True)
 class PendingGroup:
     """A task that is being answered. `place`: its number in the stream; `request`: with what a pause left of its
-    answers; `seconds`: for which the engine has worked on it. `answers` and `scores` are there when it is finished."""
+    answers; `seconds`: for which the engine has worked on it."""
 
     place: int
     task: Task
     request: Request
     seconds: float = 0.0
-    answers: Answers = ()
-    scores: Future[Scores] | None = None
 
-    def scored(self) -> Scores:
-        """Its scores, as soon as they are there."""
-        assert self.scores is not None
-        return self.scores.result()
 
-    def as_group(self, baseline: Score | None) -> Group:
-        return Group(self.task, self.request.prompt, self.answers, self.scored(), baseline)
+@dataclass(frozen=True, slots=True)
+class AnsweredGroup:
+    """A task with all its answers, which are being graded."""
+
+    place: int
+    task: Task
+    prompt: Prompt
+    answers: Answers
+    scores: Future[Scores]
+
+    def scored(self, baseline: Score | None) -> Group:
+        """The group, as soon as its scores are there. `baseline`: the score of its greedy answer."""
+        return Group(self.task, self.prompt, self.answers, self.scores.result(), baseline)
 
 
 class Grading:
@@ -113,93 +118,93 @@ class SyncRollouts:
             tasks, prompts = zip(*self.reader.take(count), strict=True)
         numbers = range(first, first + count)
         requests = [Request(p, seed_of("train", self.seed, step, i)) for p, i in zip(prompts, numbers, strict=True)]
-        pending_groups = [*map(PendingGroup, numbers, tasks, requests)]
+        pending = [*map(PendingGroup, numbers, tasks, requests)]
         with Grading(self.graders) as grading:
             with clock.phase("generate"):
-                self.answer(pending_groups, self.sampling, grading)
-                _require_version(pending_groups, step - 1)
-                greedy = self.greedy(pending_groups, grading)
+                answered = self.answer(pending, self.sampling, grading)
+                _require_version(answered, step - 1)
+                greedy = self.greedy(pending, grading)
             with clock.phase("reward"):
-                baselines = [one.scored()[0] for one in greedy] or [None] * count
-                return [pending.as_group(baseline) for pending, baseline in zip(pending_groups, baselines, strict=True)]
+                baselines = [one.scores.result()[0] for one in greedy] or [None] * count
+                return [one.scored(baseline) for one, baseline in zip(answered, baselines, strict=True)]
 
     def answer(
         self,
-        pending_groups: Sequence[PendingGroup],
+        pending: Sequence[PendingGroup],
         sampling: SamplingParams,
         grading: Grading,
         closing: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Have all of them answered, and handed over to be graded; or some, where all is `closing`."""
-        left = pending_groups
+        finished: Callable[[AnsweredGroup], None] = lambda _: None,
+    ) -> list[AnsweredGroup]:
+        """Have all of them answered, and handed over to be graded, in order; or some, where all is `closing`. Each that
+        is finished is told at once."""
+        found: dict[int, AnsweredGroup] = {}
+        left = pending
         while left and not closing():
-            left = self.round(left, sampling, grading)
+            answered, left = self.round(left, sampling, grading, finished)
+            found |= {one.place: one for one in answered}
+        return [found[one.place] for one in pending if one.place in found]
 
     def greedy(
-        self, pending_groups: Sequence[PendingGroup], grading: Grading, closing: Callable[[], bool] = lambda: False
-    ) -> list[PendingGroup]:
+        self, pending: Sequence[PendingGroup], grading: Grading, closing: Callable[[], bool] = lambda: False
+    ) -> list[AnsweredGroup]:
         """The same with their greedy answers, where the algorithm asks for these."""
         if not self.greedy_baseline:
             return []
-        ones = [
-            PendingGroup(pending.place, pending.task, replace(pending.request, partial_answers=()))
-            for pending in pending_groups
-        ]
-        self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
-        return ones
+        ones = [PendingGroup(one.place, one.task, replace(one.request, partial_answers=())) for one in pending]
+        return self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
 
     def round(
         self,
-        pending_groups: Sequence[PendingGroup],
+        pending: Sequence[PendingGroup],
         sampling: SamplingParams,
         grading: Grading,
-        finished: Callable[[PendingGroup], None] = lambda _: None,
-    ) -> list[PendingGroup]:
-        """Have them answered until all are finished, or the engine is paused: those that are left then, with what there
-        is of their answers. Each that is finished goes to be graded at once; `finished` is told."""
-        done: set[int] = set()
+        finished: Callable[[AnsweredGroup], None] = lambda _: None,
+    ) -> tuple[list[AnsweredGroup], list[PendingGroup]]:
+        """Have them answered until all are finished, or the engine is paused: those that are finished, and those that
+        are left then, with what there is of their answers. Each that is finished goes to be graded at once; `finished`
+        is told."""
+        done: dict[int, AnsweredGroup] = {}
 
         def finish(number: int, answers: Answers) -> None:
-            done.add(number)
-            pending_groups[number].answers = answers
-            pending_groups[number].scores = grading.submit(pending_groups[number].task, answers)
-            finished(pending_groups[number])
+            one = pending[number]
+            scores = grading.submit(one.task, answers)
+            done[number] = AnsweredGroup(one.place, one.task, one.request.prompt, answers, scores)
+            finished(done[number])
 
         begin = time.monotonic()
-        with _limited(self.engine, self.time_limit, pending_groups):
-            stream = self.engine.stream([pending.request for pending in pending_groups], sampling)
+        with _limited(self.engine, self.time_limit, pending):
+            stream = self.engine.stream([one.request for one in pending], sampling)
             try:
                 for number, answers in stream:
                     if any(answer.finish == "abort" for answer in answers):
-                        pending_groups[number].request = replace(
-                            pending_groups[number].request, partial_answers=answers
-                        )
+                        pending[number].request = replace(pending[number].request, partial_answers=answers)
                     else:
                         finish(number, answers)
             finally:
                 stream.close()
         spent = time.monotonic() - begin
-        for number, pending in enumerate(pending_groups):
-            begun = pending.request.partial_answers
+        for number, one in enumerate(pending):
+            begun = one.request.partial_answers
             if number not in done and begun:
-                pending.seconds += spent
-                if self._is_late(pending) and all(answer.token_ids for answer in begun):
+                one.seconds += spent
+                if self._is_late(one) and all(len(answer) for answer in begun):
                     finish(number, begun)
-                elif self._is_late(pending):  # an answer that is still empty cannot be trained
-                    pending.seconds = 0.0
-        return [pending for number, pending in enumerate(pending_groups) if number not in done]
+                elif self._is_late(one):  # an answer that is still empty cannot be trained
+                    one.seconds = 0.0
+        return [*done.values()], [one for number, one in enumerate(pending) if number not in done]
 
     def _is_late(self, pending: PendingGroup) -> bool:
         return self.time_limit is not None and pending.seconds >= self.time_limit - 1e-3
 
 
 @contextmanager
-def _limited(engine: Engine, seconds: float | None, pending_groups: Sequence[PendingGroup]) -> Iterator[None]:
+def _limited(engine: Engine, seconds: float | None, pending: Sequence[PendingGroup]) -> Iterator[None]:
     """Within it the engine is paused when the first of them has had its time."""
     if seconds is None:
         yield
         return
-    timer = Timer(max(0.0, seconds - max(pending.seconds for pending in pending_groups)), engine.pause)
+    timer = Timer(max(0.0, seconds - max(one.seconds for one in pending)), engine.pause)
     timer.daemon = True
     timer.start()
     try:
@@ -235,7 +240,7 @@ def _is_informative(group: Group) -> bool:
     return len({score.value for score in group.scores}) > 1
 
 
-def _require_version(pending_groups: Sequence[PendingGroup], version: int) -> None:
-    found = {answer.version for pending in pending_groups for answer in pending.answers}
+def _require_version(answered: Sequence[AnsweredGroup], version: int) -> None:
+    found = {answer.version for one in answered for answer in one.answers}
     if found != {version}:
         raise DataError(f"the engine answered with weights of step {sorted(found)}, the policy is at step {version}")

@@ -154,23 +154,15 @@ def resume(
     return state["step"]
 
 
-def disk_patience(train: TrainSettings, cluster: ClusterSettings) -> float:
-    """Seconds to wait for room on a full disk: ranks that wait longer than `cluster.timeout` count as hung."""
-    if train.disk_wait is None:
-        return 900.0 if cluster.ranks == 1 else min(900.0, cluster.timeout / 2)
-    return train.disk_wait
-
-
 def save(
     workers: WorkerGroup[Worker],
     run: RunFolder,
     step: int,
     state: dict[str, Any],
     train: TrainSettings,
-    patience: float,
 ) -> None:
     """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
-    broadcast(workers, Worker.save, run.checkpoints, step, state, train.keep_checkpoints, patience, train.save_async)
+    broadcast(workers, Worker.save, run.checkpoints, step, state, train.keep_checkpoints, train.save_async)
 
 
 def save_is_due(step: int, train: TrainSettings, leaving: GracefulShutdown) -> bool:

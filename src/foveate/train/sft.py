@@ -14,15 +14,13 @@ from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Demo, Prompt
+from foveate.records import Demo, PackedGroup, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.optim import learning_rate
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
-    disk_patience,
     resume,
     retry_on_lost_rank,
     save,
@@ -39,22 +37,21 @@ def run_sft(settings: SFTSettings) -> RunFolder:
 def _run(settings: SFTSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     use_threads(settings.train.threads)
-    patience = disk_patience(settings.train, settings.cluster)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more)
+    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings) as run,
+        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
         table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to, patience)
+        metrics = MetricsWriter(run.metrics, settings.log.to)
         step = resume(run, workers, stream, metrics)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
@@ -63,25 +60,23 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                 step += 1
                 clock = Clock()
                 with clock.phase("encode"):
-                    packed_groups = [_tree(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
+                    groups = [_group(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
-                    rest = weighting, sft_total(packed_groups, weighting), rate
-                    learned = next(
-                        scatter(workers, Worker.update_sft, packed_groups, [*map(costs, packed_groups)], *rest)
-                    )[1]
-                tokens = sum(packed.tokens for packed in packed_groups)
+                    rest = weighting, sft_total(groups, weighting), rate
+                    learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
+                tokens = sum(group.tokens for group in groups)
                 metrics.write(
                     step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
                 )
                 if save_is_due(step, settings.train, leaving):
-                    save(workers, run, step, {"stream": stream.state()}, settings.train, patience)
+                    save(workers, run, step, {"stream": stream.state()}, settings.train)
                 advance(1)
                 leaving.check()
-        broadcast(workers, Worker.export, run.final, patience)
+        broadcast(workers, Worker.export, run.final)
     return run
 
 
-def _tree(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
-    return PackedGroup(prompt, (encoder.answer_ids(demo.response),))
+def _group(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
+    return PackedGroup.of_tokens(prompt, (encoder.answer_ids(demo.response),))

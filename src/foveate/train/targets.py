@@ -1,4 +1,4 @@
-"""Groups as an update eats them, and what a policy loss compares with."""
+"""Groups as an update eats them, and the tensors that a policy loss compares with."""
 
 from __future__ import annotations
 
@@ -6,86 +6,99 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from foveate.algorithms.kl import kl
-from foveate.parallel.packing import PackedGroup, split
-from foveate.records import LossOut, PolicyTargets
-
-
-@dataclass(frozen=True, slots=True)
-class TrainGroup:
-    """A group as the update eats it: one vector over all answer tokens in order of each.
-
-    engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
-    the frozen reference (None: there is none); advantage; value, returns: what the critic expected and what it learns;
-    masked: bool, the tokens that the loss treats apart.
-    """
-
-    packed: PackedGroup
-    engine: Tensor
-    advantage: Tensor | None = None
-    old: Tensor | None = None
-    ref: Tensor | None = None
-    value: Tensor | None = None
-    returns: Tensor | None = None
-    masked: Tensor | None = None
-
-    @property
-    def has_advantage(self) -> bool:
-        """Whether any token has an advantage other than 0."""
-        return self.advantage is not None and bool(self.advantage.any())
-
-    def part(self, packed: PackedGroup, tokens: slice) -> TrainGroup:
-        """The group of some of the answers: `packed`, whose tokens are `tokens`."""
-        rest = (self.advantage, self.old, self.ref, self.value, self.returns, self.masked)
-        return TrainGroup(packed, self.engine[tokens], *(None if vector is None else vector[tokens] for vector in rest))
-
+from foveate.parallel.packing import split_answers
+from foveate.records import LossOut, PackedGroup, PolicyTargets
 
 PolicyLoss = Callable[..., LossOut]
 
 
-def split_group(group: TrainGroup, budget: int) -> list[TrainGroup]:
-    """The group, cut by answers into parts that fit the token budget where the whole does not."""
-    cuts = split(group.packed, budget)
-    if len(cuts) == 1:
-        return [group]
-    ends = list(accumulate(packed.answer_tokens for packed in cuts))
-    return [group.part(packed, slice(end - packed.answer_tokens, end)) for packed, end in zip(cuts, ends, strict=True)]
+@dataclass(frozen=True, slots=True)
+class PolicyRow:
+    """A group as an update of the policy eats it, with a vector (M,) each over the trained tokens of its answers.
+
+    engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
+    the frozen reference (None: there is none); masked: bool, the tokens that the loss treats apart (None: there are
+    none).
+    """
+
+    group: PackedGroup
+    engine: Tensor
+    advantage: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    masked: Tensor | None
+
+    def part(self, answers: slice, tokens: slice) -> PolicyRow:
+        """The row of some of the answers, whose trained tokens are `tokens`."""
+        vectors = (self.engine, self.advantage, self.old, self.ref, self.masked)
+        return PolicyRow(_part(self.group, answers), *(None if one is None else one[tokens] for one in vectors))  # type: ignore[arg-type]
 
 
-def policy_targets(groups: Sequence[TrainGroup], logp_M: Tensor) -> PolicyTargets:
+@dataclass(frozen=True, slots=True)
+class ValueRow:
+    """A group as an update of the critic eats it: what it expected before each trained token, and what came, both
+    (M,)."""
+
+    group: PackedGroup
+    value: Tensor
+    returns: Tensor
+
+    def part(self, answers: slice, tokens: slice) -> ValueRow:
+        """The row of some of the answers, whose trained tokens are `tokens`."""
+        return ValueRow(_part(self.group, answers), self.value[tokens], self.returns[tokens])
+
+
+Row = TypeVar("Row", PolicyRow, ValueRow)
+
+
+def split_group(row: Row, budget: int) -> list[Row]:
+    """The row of a group, by answers in parts that fit the token budget where the whole does not."""
+    parts = split_answers(row.group, budget)
+    if len(parts) == 1:
+        return [row]
+    ends = list(accumulate(row.group.lengths, initial=0))
+    return [row.part(answers, slice(ends[answers.start], ends[answers.stop])) for answers in parts]
+
+
+def _part(group: PackedGroup, answers: slice) -> PackedGroup:
+    return PackedGroup(group.prompt, group.answers[answers])
+
+
+def policy_targets(rows: Sequence[PolicyRow], logp_M: Tensor) -> PolicyTargets:
     """Targets of one micro-batch. Without an old-policy pass the current log-probs are the old ones."""
-
-    def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-        return None if values[0] is None else torch.cat([v for v in values if v is not None]).to(logp_M)
-
-    engine_M, advantage_M = joined([group.engine for group in groups]), joined([group.advantage for group in groups])
-    assert engine_M is not None
-    assert advantage_M is not None
-    masks = [group.masked for group in groups if group.masked is not None]
-    old_M = joined([group.old for group in groups])
+    old_M = _joined([row.old for row in rows], logp_M)
+    masked_M = [row.masked for row in rows if row.masked is not None]
     return PolicyTargets(
         old_M=logp_M.detach() if old_M is None else old_M,
-        engine_M=engine_M,
-        advantage_M=advantage_M,
-        ref_M=joined([group.ref for group in groups]),
-        masked_M=torch.cat(masks).to(logp_M.device) if masks else None,
+        engine_M=torch.cat([row.engine for row in rows]).to(logp_M),
+        advantage_M=torch.cat([row.advantage for row in rows]).to(logp_M),
+        ref_M=_joined([row.ref for row in rows], logp_M),
+        masked_M=torch.cat(masked_M).to(logp_M.device) if masked_M else None,
     )
 
 
-def mismatch(targets: PolicyTargets) -> dict[str, tuple[float, float]]:
+def _joined(vectors: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
+    """All vectors as one, or None where there are none."""
+    found = [vector for vector in vectors if vector is not None]
+    return torch.cat(found).to(like) if found else None
+
+
+def mismatch(targets: PolicyTargets) -> dict[str, tuple[Tensor, float]]:
     """How far the sampler's log-probs are from the trainer's, for the same weights: absolute differences, and
     KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose
-    ratio is beyond 2 or 1/2, which `algorithm.correction` would cut by its default."""
+    ratio is beyond 2 or 1/2, which `algorithm.correction` would truncate by its default."""
     difference = (targets.old_M - targets.engine_M).abs()
     tokens = float(len(difference))
     return {
-        "engine/kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum().item(), tokens),
-        "engine/kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum().item(), tokens),
-        "engine/logprob_difference": (difference.sum().item(), tokens),
-        "engine/logprob_difference_max": (difference.max().item(), tokens),
-        "engine/ratio_beyond_2": ((difference > math.log(2)).sum().item(), tokens),
+        "engine/kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum(), tokens),
+        "engine/kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
+        "engine/logprob_difference": (difference.sum(), tokens),
+        "engine/logprob_difference_max": (difference.max(), tokens),
+        "engine/ratio_beyond_2": ((difference > math.log(2)).sum(), tokens),
     }

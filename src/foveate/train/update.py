@@ -1,85 +1,122 @@
-"""What a step learns from its groups: the passes that are needed, rewards and advantages, then the updates."""
+"""A step learns from its groups: the passes that are needed, rewards and advantages, then the updates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Concatenate
 
 import torch
 from torch import Tensor
 
+from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.values import gae
 from foveate.cluster.base import P, WorkerGroup, scatter, scatter_gather
 from foveate.parallel.balance import Costs
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Group, Totals, sum_by_sample
+from foveate.records import Group, PackedGroup, Totals
 from foveate.train.algorithm import ResolvedAlgorithm
-from foveate.train.targets import TrainGroup
+from foveate.train.targets import PolicyRow, Row, ValueRow
 from foveate.train.worker import Worker
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Vectors (M,) over the trained tokens of each of some groups: log-probs under the weights before the step and
+    under the frozen reference, and values of the critic; None for a pass that the algorithm does without."""
+
+    old: Sequence[Tensor] | None
+    ref: Sequence[Tensor] | None
+    value: Sequence[Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """The groups of a step and their advantages, a vector (M,) each over the trained tokens.
+
+    kept: the indices of the groups that contribute to the gradient, for which alone there are `passes`, and `returns`
+    of the critic (None without one)."""
+
+    groups: tuple[PackedGroup, ...]
+    advantages: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    passes: Passes
+    returns: tuple[Tensor, ...] | None
+
+    @property
+    def answer_advantages(self) -> list[list[float]]:
+        """The advantage of each answer, the mean of those of its tokens."""
+        pairs = zip(self.groups, self.advantages, strict=True)
+        return [[part.double().mean().item() for part in own.split(group.lengths)] for group, own in pairs]
+
+
 def compute_advantages(
-    workers: WorkerGroup[Worker], groups: Sequence[Group], method: ResolvedAlgorithm, updates: int, costs: Costs
-) -> tuple[list[TrainGroup], dict[str, float]]:
+    workers: WorkerGroup[Worker], groups: Sequence[Group], algorithm: ResolvedAlgorithm, updates: int, cost_of: Costs
+) -> tuple[TrainBatch, dict[str, float]]:
     """The groups of a step with their advantages and the log-probs that `updates` updates on them need, and metrics.
 
     With one update on fresh weights the old policy is the current one, and its pass is left out unless something else
     asks for it. Groups whose advantages are all 0 add nothing to the gradient and are not computed, unless the loss has
-    terms beside the advantage. costs: by which work is dealt out to the ranks.
+    terms beside the advantage. cost_of: what balances the ranks.
     """
-    examples = [_example(group) for group in groups]
-    old = updates > 1 or method.needs_old
-    if method.needs_token_values:
-        examples = _with_passes(workers, examples, method, costs, old=old)
-    examples, metrics = _with_advantages(groups, examples, method)
-    if not method.needs_token_values:
-        kept = [i for i, example in enumerate(examples) if contributes_gradient(method, example)]
-        for i, example in zip(
-            kept, _with_passes(workers, [examples[i] for i in kept], method, costs, old=old), strict=True
-        ):
-            examples[i] = example
-    without = sum(not example.has_advantage for example in examples)
-    return examples, {**metrics, "rollout/groups_without_advantage": float(without)}
+    packed = tuple(PackedGroup(group.prompt, group.answers) for group in groups)
+    everything = tuple(range(len(groups)))
+    old = updates > 1 or algorithm.needs_old
+    if algorithm.needs_token_values:
+        passes = _run_passes(workers, packed, algorithm, cost_of, old=old)
+        advantages, returns, metrics = _advantages(groups, packed, algorithm, passes)
+        kept = tuple(i for i in everything if algorithm.contributes_gradient(advantages[i]))
+        if kept != everything:
+            passes = Passes(*(None if own is None else [own[i] for i in kept] for own in _vectors(passes)))
+            returns = None if returns is None else tuple(returns[i] for i in kept)
+    else:
+        advantages, returns, metrics = _advantages(groups, packed, algorithm, Passes(None, None, None))
+        kept = tuple(i for i in everything if algorithm.contributes_gradient(advantages[i]))
+        passes = _run_passes(workers, [packed[i] for i in kept], algorithm, cost_of, old=old)
+    without = sum(not own.any() for own in advantages)
+    batch = TrainBatch(packed, advantages, kept, passes, returns)
+    return batch, {**metrics, "rollout/groups_without_advantage": float(without)}
 
 
 def update(
     workers: WorkerGroup[Worker],
-    examples: Sequence[TrainGroup],
-    method: ResolvedAlgorithm,
+    batch: TrainBatch,
+    algorithm: ResolvedAlgorithm,
     updates: int,
     rates: Mapping[str, float],
-    costs: Costs,
+    cost_of: Costs,
     *,
     epochs: int = 1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Learn in `updates` optimizer steps, each on its share of the prompts, in order; all of it `epochs` times.
+    """Train in `updates` optimizer steps, each on its share of the prompts, in order; all of it `epochs` times.
 
-    Groups that were left out by `compute_advantages` still count in the denominators, so that leaving them out changes
-    no result. An update whose groups are all like that is not taken. rates: the learning rates "optim/lr", of the
-    policy, and "critic/lr" where there is a critic; a policy of rate 0 is left alone. seed: of a random choice of
-    tokens.
+    Groups that contribute no gradient still count in the denominators, so that leaving them out changes no result. An
+    update whose groups are all like that is not taken. rates: the learning rates "optim/lr", of the policy, and
+    "critic/lr" where there is a critic; a policy of rate 0 is left alone. seed: of a random choice of tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    share = len(examples) // updates
+    share = len(batch.groups) // updates
     records: list[dict[str, float]] = []
     critic_records: list[dict[str, float]] = []
     tokens = 0
-    for first in [*range(0, len(examples), share)] * epochs:
-        members = examples[first : first + share]
-        chosen = [example for example in members if contributes_gradient(method, example)]
+    for first in [*range(0, len(batch.groups), share)] * epochs:
+        members = range(first, min(first + share, len(batch.groups)))
+        chosen = [number for number, i in enumerate(batch.kept) if i in members]
         if not chosen:
             continue
-        tokens += sum(example.packed.tokens for example in chosen)
-        totals = _totals(members)
-        if method.critic is not None:
-            critic_records.append(_learn(workers, Worker.update_critic, chosen, costs, totals, rates["critic/lr"]))
+        groups = [batch.groups[batch.kept[number]] for number in chosen]
+        costs = [*map(cost_of, groups)]
+        tokens += sum(group.tokens for group in groups)
+        totals = _totals([batch.groups[i] for i in members])
+        if algorithm.critic is not None:
+            rows = _value_rows(batch, chosen)
+            critic_records.append(_step(workers, Worker.update_critic, rows, costs, totals, rates["critic/lr"]))
         if rates["optim/lr"]:
-            chosen = _marked(workers, chosen, method, generator, costs, is_fresh=not records)
-            records.append(_learn(workers, Worker.update_policy, chosen, costs, method.loss, totals, rates["optim/lr"]))
+            masks = _masks(workers, batch, chosen, algorithm, generator, costs, is_fresh=not records)
+            rows = _policy_rows(batch, chosen, masks)
+            records.append(_step(workers, Worker.update_policy, rows, costs, algorithm.loss, totals, rates["optim/lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
         **reduce_metrics(every),
@@ -89,41 +126,40 @@ def update(
     }
 
 
-def contributes_gradient(method: ResolvedAlgorithm, example: TrainGroup) -> bool:
-    """Whether a group can move the weights."""
-    return method.keeps_equal_groups or example.has_advantage
+# ------------------------------------------------------------------------------------------------------------- passes
 
 
-def _example(group: Group) -> TrainGroup:
-    packed = PackedGroup(group.prompt, tuple(answer.token_ids for answer in group.answers))
-    engine = torch.tensor([logp for answer in group.answers for logp in answer.logprobs])
-    return TrainGroup(packed, engine)
-
-
-def _with_passes(
-    workers: WorkerGroup[Worker], examples: Sequence[TrainGroup], method: ResolvedAlgorithm, costs: Costs, *, old: bool
-) -> list[TrainGroup]:
-    """The groups with the log-probs of the old and the reference policy and with values, each where it is needed."""
-    packed_groups = [example.packed for example in examples]
-    nothing = [None] * len(packed_groups)
-    estimates = [*map(costs, packed_groups)]
-    old_logprobs = scatter_gather(workers, Worker.logprobs, packed_groups, estimates) if old else nothing
-    ref_logprobs = (
-        scatter_gather(workers, Worker.logprobs, packed_groups, estimates, True) if method.needs_reference else nothing
+def _run_passes(
+    workers: WorkerGroup[Worker],
+    groups: Sequence[PackedGroup],
+    algorithm: ResolvedAlgorithm,
+    cost_of: Costs,
+    *,
+    old: bool,
+) -> Passes:
+    """The passes that the algorithm needs over some groups."""
+    costs = [*map(cost_of, groups)]
+    return Passes(
+        scatter_gather(workers, Worker.logprobs, groups, costs) if old else None,
+        scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
+        scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
     )
-    values = scatter_gather(workers, Worker.values, packed_groups, estimates) if method.critic is not None else nothing
-    return [
-        replace(example, old=old_M, ref=ref_M, value=value_M)
-        for example, old_M, ref_M, value_M in zip(examples, old_logprobs, ref_logprobs, values, strict=True)
-    ]
 
 
-def _with_advantages(
-    groups: Sequence[Group], examples: Sequence[TrainGroup], method: ResolvedAlgorithm
-) -> tuple[list[TrainGroup], dict[str, float]]:
-    length_S = torch.tensor([len(answer) for example in examples for answer in example.packed.answers])
+def _vectors(passes: Passes) -> tuple[Sequence[Tensor] | None, ...]:
+    return passes.old, passes.ref, passes.value
+
+
+# --------------------------------------------------------------------------------------------- rewards and advantages
+
+
+def _advantages(
+    groups: Sequence[Group], packed: Sequence[PackedGroup], algorithm: ResolvedAlgorithm, passes: Passes
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, dict[str, float]]:
+    """Advantages and the critic's returns, a vector (M,) for each group, and metrics."""
+    length_S = torch.tensor([length for group in packed for length in group.lengths])
     sample_M = torch.arange(len(length_S)).repeat_interleave(length_S)
-    reward_M, metrics = _token_rewards(groups, examples, method, length_S, sample_M)
+    reward_M, metrics = _token_rewards(groups, algorithm, passes, length_S, sample_M)
     available = {
         "rewards_S": sum_by_sample(reward_M, sample_M, len(length_S)),
         "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.answers]),
@@ -131,39 +167,32 @@ def _with_advantages(
         "reward_M": reward_M,
         "sample_M": sample_M,
     }
-    if method.needs_baseline:
+    if algorithm.needs_baseline:
         available["baseline_S"] = torch.tensor([g.baseline.value for g in groups if g.baseline for _ in g.answers])
-    sizes = [example.packed.answer_tokens for example in examples]
-    returns: Sequence[Tensor | None] = [None] * len(examples)
-    if method.critic is not None:
-        available["value_M"] = value_M = torch.cat([example.value for example in examples if example.value is not None])
-        lam = method.critic.lam
-        gain_M = gae(reward_M, value_M, sample_M, gamma=method.gamma, lam=lam, normalise="none")
+    sizes = [group.trained_tokens for group in packed]
+    returns = None
+    if algorithm.critic is not None and passes.value is not None:
+        available["value_M"] = value_M = torch.cat([*passes.value])
+        lam = algorithm.critic.lam
+        gain_M = gae(reward_M, value_M, sample_M, gamma=algorithm.gamma, lam=lam, normalise="none")
         returns = (gain_M + value_M).split(sizes)
-    advantage = method.advantage(*(available[name] for name in method.inputs))
-    advantage_M = advantage if "sample_M" in method.inputs else advantage.repeat_interleave(length_S)
-    if method.advantage_clip is not None:
-        advantage_M = advantage_M.clamp(-method.advantage_clip, method.advantage_clip)
-    parts = zip(examples, advantage_M.split(sizes), returns, strict=True)
-    return [replace(example, advantage=part_M, returns=return_M) for example, part_M, return_M in parts], metrics
+    advantage = algorithm.advantage(*(available[name] for name in algorithm.inputs))
+    advantage_M = advantage if "sample_M" in algorithm.inputs else advantage.repeat_interleave(length_S)
+    if algorithm.advantage_clip is not None:
+        advantage_M = advantage_M.clamp(-algorithm.advantage_clip, algorithm.advantage_clip)
+    return advantage_M.split(sizes), returns, metrics
 
 
 def _token_rewards(
-    groups: Sequence[Group],
-    examples: Sequence[TrainGroup],
-    method: ResolvedAlgorithm,
-    length_S: Tensor,
-    sample_M: Tensor,
+    groups: Sequence[Group], algorithm: ResolvedAlgorithm, passes: Passes, length_S: Tensor, sample_M: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
     """The reward of each token: the score on the last one of its answer, less the KL to the reference of each."""
     reward_M = torch.zeros(len(sample_M))
     reward_M[length_S.cumsum(0) - 1] = torch.tensor([score.value for group in groups for score in group.scores])
-    penalty = method.reward_kl
-    if penalty is None:
+    penalty = algorithm.reward_kl
+    if penalty is None or passes.old is None or passes.ref is None:
         return reward_M, {}
-    old_M = torch.cat([example.old for example in examples if example.old is not None])
-    ref_M = torch.cat([example.ref for example in examples if example.ref is not None])
-    kl_M = kl(old_M, ref_M, penalty.estimator)
+    kl_M = kl(torch.cat([*passes.old]), torch.cat([*passes.ref]), penalty.estimator)
     reward_M -= penalty.coefficient * kl_M
     divergence = kl_M.sum().item() / len(length_S)
     metrics = {"reward/kl": divergence, "reward/kl_coefficient": penalty.coefficient}
@@ -171,45 +200,69 @@ def _token_rewards(
     return reward_M, metrics
 
 
-def _marked(
+# ------------------------------------------------------------------------------------------------------------ updates
+
+
+def _value_rows(batch: TrainBatch, chosen: Sequence[int]) -> list[ValueRow]:
+    """`chosen`: places in `batch.kept`."""
+    assert batch.passes.value is not None
+    assert batch.returns is not None
+    return [ValueRow(batch.groups[batch.kept[n]], batch.passes.value[n], batch.returns[n]) for n in chosen]
+
+
+def _policy_rows(batch: TrainBatch, chosen: Sequence[int], masks: Sequence[Tensor | None]) -> list[PolicyRow]:
+    """`chosen`: places in `batch.kept`."""
+    old, ref = batch.passes.old, batch.passes.ref
+    rows: list[PolicyRow] = []
+    for number, mask in zip(chosen, masks, strict=True):
+        group, advantage = batch.groups[batch.kept[number]], batch.advantages[batch.kept[number]]
+        own = None if old is None else old[number], None if ref is None else ref[number]
+        rows.append(PolicyRow(group, engine_logprobs(group), advantage, *own, mask))
+    return rows
+
+
+def engine_logprobs(group: PackedGroup) -> Tensor:
+    """Log-probs of the trained tokens as the engine reported them, float32 (M,)."""
+    return torch.cat([torch.from_numpy(answer.logprobs) for answer in group.answers])
+
+
+def _masks(
     workers: WorkerGroup[Worker],
-    examples: list[TrainGroup],
-    method: ResolvedAlgorithm,
+    batch: TrainBatch,
+    chosen: Sequence[int],
+    algorithm: ResolvedAlgorithm,
     generator: torch.Generator,
-    costs: Costs,
+    costs: Sequence[float],
     *,
     is_fresh: bool,
-) -> list[TrainGroup]:
-    """The groups of one update with the tokens marked that its loss treats apart, under the weights of this moment:
-    those of the old policy in the first update, later on those of another pass."""
-    if method.token_mask is None:
-        return examples
-    old = [example.old for example in examples if example.old is not None]
-    packed_groups = [example.packed for example in examples]
-    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, packed_groups, [*map(costs, packed_groups)])
-    advantage_M = torch.cat([example.advantage for example in examples if example.advantage is not None])
-    masked_M = method.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
-    masks = masked_M.split([example.packed.answer_tokens for example in examples])
-    return [replace(example, masked=masked) for example, masked in zip(examples, masks, strict=True)]
+) -> Sequence[Tensor | None]:
+    """The tokens of one update that its loss treats apart, under the weights of this moment: those of the old policy in
+    the first update, later on those of another pass."""
+    if algorithm.token_mask is None or batch.passes.old is None:
+        return [None] * len(chosen)
+    groups = [batch.groups[batch.kept[number]] for number in chosen]
+    old = [batch.passes.old[number] for number in chosen]
+    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, groups, costs)
+    advantage_M = torch.cat([batch.advantages[batch.kept[number]] for number in chosen])
+    masked_M = algorithm.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
+    return masked_M.split([group.trained_tokens for group in groups])
 
 
-def _learn(
+def _step(
     workers: WorkerGroup[Worker],
-    method: Callable[Concatenate[Worker, Sequence[TrainGroup], P], dict[str, float]],
-    examples: Sequence[TrainGroup],
-    costs: Costs,
+    method: Callable[Concatenate[Worker, Sequence[Row], P], dict[str, float]],
+    rows: Sequence[Row],
+    costs: Sequence[float],
     *rest: P.args,
     **keywords: P.kwargs,
 ) -> dict[str, float]:
     """One optimizer step of all ranks together; its metrics, which are those of all on each."""
-    return next(scatter(workers, method, examples, [costs(example.packed) for example in examples], *rest, **keywords))[
-        1
-    ]
+    return next(scatter(workers, method, rows, costs, *rest, **keywords))[1]
 
 
-def _totals(examples: Sequence[TrainGroup]) -> Totals:
+def _totals(groups: Sequence[PackedGroup]) -> Totals:
     return Totals(
-        tokens=sum(example.packed.answer_tokens for example in examples),
-        samples=sum(len(example.packed.answers) for example in examples),
-        groups=len(examples),
+        tokens=sum(group.trained_tokens for group in groups),
+        samples=sum(len(group.answers) for group in groups),
+        groups=len(groups),
     )

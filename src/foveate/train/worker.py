@@ -15,28 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.algorithms.metrics import Metrics, reduce_metrics
+from foveate.algorithms.aggregate import sum_by_sample
+from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
 from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
-from foveate.files import atomic_path, with_room
+from foveate.files import atomic_path, set_disk_wait, with_room
 from foveate.models.forward import evaluating
 from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
-from foveate.parallel.packing import PackedGroup, empty, micro_batches, pack, pad_with_dummy_image
+from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
-from foveate.records import Batch, Totals, sum_by_sample
+from foveate.records import Batch, PackedGroup, Totals
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
-from foveate.train.targets import PolicyLoss, TrainGroup, mismatch, policy_targets, split_group
+from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,12 @@ class Worker:
         cluster: ClusterSettings | None = None,
         seed: int = 0,
         threads: int | None = None,
+        disk_wait: float = 0.0,
     ) -> None:
-        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice."""
+        """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice;
+        `disk_wait`: seconds that this process waits for room on a full disk."""
         use_threads(threads)
+        set_disk_wait(disk_wait)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
@@ -108,8 +112,8 @@ class Worker:
     # ------------------------------------------------------------------------------------------------- log-probs
 
     @torch.no_grad()
-    def logprobs(self, packed_groups: Sequence[PackedGroup], reference: bool = False) -> list[Tensor]:
-        """Log-probs of all answer tokens, one vector per tree, under the policy or the frozen reference."""
+    def logprobs(self, groups: Sequence[PackedGroup], reference: bool = False) -> list[Tensor]:
+        """Log-probs of all trained tokens, one vector per group, under the policy or the frozen reference."""
         policy = self.reference if reference else self.policy
         compute = self._reference_logprobs if reference else self._logprobs
         assert policy is not None
@@ -117,101 +121,94 @@ class Worker:
         as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
-            for batch, members in self._batches(packed_groups):
+            for batch, members in self._batches(groups):
                 logp_M, _ = compute(batch, self.temperature)
-                found.extend(logp_M.cpu().split([packed_groups[i].answer_tokens for i in members]))
+                found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
 
     @torch.no_grad()
-    def values(self, packed_groups: Sequence[PackedGroup]) -> list[Tensor]:
-        """What the critic expects before each answer token, one vector per tree."""
+    def values(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
+        """What the critic expects before each trained token, one vector per group."""
         assert self.critic is not None
         found: list[Tensor] = []
         with evaluating(self.critic.model):
-            for batch, members in self._batches(packed_groups):
+            for batch, members in self._batches(groups):
                 value_M = self.critic.values(batch).cpu()
-                found.extend(value_M.split([packed_groups[i].answer_tokens for i in members]))
+                found.extend(value_M.split([groups[i].trained_tokens for i in members]))
         return found
 
     # ---------------------------------------------------------------------------------------------------- updates
 
-    def update_policy(
-        self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals, lr: float
-    ) -> dict[str, float]:
-        """One optimizer step of online RL on all `groups`; `totals` counts the whole step over all ranks."""
-        losses = self.policy_gradients(groups, loss, totals)
-        return self._step(self.policy, self.optimizer, losses, lr, [group.packed for group in groups])
+    def update_policy(self, rows: Sequence[PolicyRow], loss: PolicyLoss, totals: Totals, lr: float) -> dict[str, float]:
+        """One optimizer step of online RL on all `rows`; `totals` counts the whole step over all ranks."""
+        losses = self.policy_gradients(rows, loss, totals)
+        return self._step(self.policy, self.optimizer, losses, lr, [row.group for row in rows])
 
-    def policy_gradients(self, groups: Sequence[TrainGroup], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
+    def policy_gradients(self, rows: Sequence[PolicyRow], loss: PolicyLoss, totals: Totals) -> list[Metrics]:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
-        parts = [part for group in groups for part in split_group(group, self.token_budget)]
+        parts = [part for row in rows for part in split_group(row, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members, logp_M, entropy_M in self._computed([group.packed for group in parts], self.temperature):
+        for batch, members, logp_M, entropy_M in self._computed([part.group for part in parts], self.temperature):
             targets = policy_targets([parts[i] for i in members], logp_M)
             out = loss(logp_M, entropy_M, batch, targets, totals)
             self._backward(out.loss)
-            losses.append({**out.metrics, **mismatch(targets)})
+            losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
         return losses
 
-    def update_critic(self, groups: Sequence[TrainGroup], totals: Totals, lr: float) -> dict[str, float]:
-        """One optimizer step of the critic towards the returns of all `groups`."""
+    def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
+        """One optimizer step of the critic towards the returns of all `rows`."""
         assert self.critic is not None
-        losses = self.critic_gradients(groups, totals)
-        packed_groups = [group.packed for group in groups]
-        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, packed_groups)
+        losses = self.critic_gradients(rows, totals)
+        record = self._step(self.critic.policy, self.critic.optimizer, losses, lr, [row.group for row in rows])
         return {
             name if name.startswith("critic/") else f"critic/{name.removeprefix('optim/')}": value
             for name, value in record.items()
         }
 
-    def critic_gradients(self, groups: Sequence[TrainGroup], totals: Totals) -> list[Metrics]:
+    def critic_gradients(self, rows: Sequence[ValueRow], totals: Totals) -> list[Metrics]:
         """Add up the gradients of the value loss over micro-batches; their metrics."""
         assert self.critic is not None
-        parts = [part for group in groups for part in split_group(group, self.token_budget)]
+        parts = [part for row in rows for part in split_group(row, self.token_budget)]
         losses: list[Metrics] = []
         self._seed_dropout(self.critic.optimizer)
-        for batch, members in self._batches([group.packed for group in parts]):
+        for batch, members in self._batches([part.group for part in parts]):
             if not members:
                 self.critic.values(batch).sum().backward()
                 continue
             chosen = [parts[i] for i in members]
-            out = self.critic.loss(batch, [p.value for p in chosen], [p.returns for p in chosen], totals)
+            out = self.critic.loss(batch, [row.value for row in chosen], [row.returns for row in chosen], totals)
             self._backward(out.loss)
-            losses.append(out.metrics)
+            losses.append(to_metrics(out.metrics))
         return losses
 
-    def update_sft(
-        self, packed_groups: Sequence[PackedGroup], weighting: str, total: float, lr: float
-    ) -> dict[str, float]:
-        """One optimizer step of supervised training on the answers of `packed_groups`; `total` is the sum of the
-        weights (`sft_total`) of the whole step over all ranks."""
+    def update_sft(self, groups: Sequence[PackedGroup], weighting: str, total: float, lr: float) -> dict[str, float]:
+        """One optimizer step of supervised training on the answers of `groups`; `total` is the sum of the weights
+        (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, logp_M, entropy_M in self._computed(packed_groups):
+        for batch, _, logp_M, entropy_M in self._computed(groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
             self._backward(loss)
-            tokens = float(len(logp_M))
-            losses.append(
-                {
-                    "loss/total": (loss.item(), weight_M.sum().item() / total),
-                    "loss/nll": (-logp_M.detach().sum().item(), tokens),
-                    "loss/entropy": (entropy_M.detach().sum().item(), tokens),
-                }
-            )
-        return self._step(self.policy, self.optimizer, losses, lr, packed_groups)
+            tokens, weight = float(len(logp_M)), weight_M.sum().item() / total
+            found = {
+                "loss/total": (loss, weight),
+                "loss/nll": (-logp_M.sum(), tokens),
+                "loss/entropy": (entropy_M.sum(), tokens),
+            }
+            losses.append(to_metrics(found))
+        return self._step(self.policy, self.optimizer, losses, lr, groups)
 
     def update_preference(
         self, pairs: Sequence[TrainPair], loss: PreferenceLoss, totals: Totals, shift: float, lr: float
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, logp_M, entropy_M in self._computed([pair.packed for pair in pairs]):
+        for batch, members, logp_M, entropy_M in self._computed([pair.group for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
             self._backward(out.loss)
-            entropy = (entropy_M.detach().sum().item(), float(len(entropy_M)))
-            losses.append({**out.metrics, "loss/entropy": entropy})
-        return self._step(self.policy, self.optimizer, losses, lr, [pair.packed for pair in pairs])
+            losses.append(to_metrics({**out.metrics, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}))
+        return self._step(self.policy, self.optimizer, losses, lr, [pair.group for pair in pairs])
 
     def _step(
         self,
@@ -219,18 +216,17 @@ class Worker:
         optimizer: torch.optim.AdamW,
         losses: Sequence[Metrics],
         lr: float,
-        packed_groups: Sequence[PackedGroup],
+        groups: Sequence[PackedGroup],
     ) -> dict[str, float]:
         if self.ranks is not None:
-            pictures = any(packed.prompt.pixels is not None for packed in packed_groups)
-            rows = self.ranks.gather((losses, pictures))[:: self.ranks.cluster.sequence_parallel]
+            rows = self.ranks.gather((losses, any(group.has_images for group in groups)))
+            rows = rows[:: self.ranks.cluster.sequence_parallel]
             losses = [record for own, _ in rows for record in own]
-            if not any(has_pictures for _, has_pictures in rows):
+            if not any(has_images for _, has_images in rows):
                 _forget_dummy_images(policy)
         self._saving.check()
-        norm, taken = apply_gradients(
-            optimizer, lr, self.max_grad_norm, 1.0 if self.scale is None else self.scale.value
-        )
+        scale = 1.0 if self.scale is None else self.scale.value
+        norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm, scale)
         if self.scale is not None:
             self.scale.update(taken)
         if not taken:
@@ -241,12 +237,12 @@ class Worker:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     def _computed(
-        self, packed_groups: Sequence[PackedGroup], temperature: float = 1.0
+        self, groups: Sequence[PackedGroup], temperature: float = 1.0
     ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
-        """Packed rows, the indices of their trees, and log-probs and entropies to learn from. Rows that only keep this
-        rank in step with the others are done with here."""
+        """Packed rows, the indices of their groups, and log-probs and entropies to train on. Rows that only keep this
+        rank in step with the others end here."""
         self._seed_dropout(self.optimizer)
-        for batch, members in self._batches(packed_groups):
+        for batch, members in self._batches(groups):
             logp_M, entropy_M = self._logprobs(batch, temperature)
             if members:
                 yield batch, members, logp_M, entropy_M
@@ -259,34 +255,26 @@ class Worker:
             taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, packed_groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
-        """Packed rows with the indices of their trees. Every rank has as many as the one with most: the last
-        rows of others are empty."""
-        rows = micro_batches(packed_groups, self.token_budget)
+    def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
+        """Packed rows with the indices of their groups. Every rank has as many as the one with most: the last rows of
+        others are empty."""
+        rows = micro_batches(groups, self.token_budget)
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
-            batch = pack([packed_groups[i] for i in members]) if members else empty(self._dummy_image)
+            batch = pack([groups[i] for i in members]) if members else empty(self._dummy_image)
             yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(
-        self,
-        folder: Path,
-        step: int,
-        state: Mapping[str, Any],
-        keep: int,
-        patience: float = 0.0,
-        in_background: bool = False,
-    ) -> Path:
+    def save(self, folder: Path, step: int, state: Mapping[str, Any], keep: int, in_background: bool = False) -> Path:
         """Write a checkpoint (`save_checkpoint`); `in_background`: while this rank continues. Returns where it is to
         be."""
         self.finish_saving()
         if self.scale is not None:
             state = {**state, "scale": asdict(self.scale)}
         save = self._saving.start if in_background else save_checkpoint
-        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks, patience)
+        return save(folder, step, tensors_of(self._trained()), state, keep, self.ranks)
 
     def finish_saving(self) -> None:
         """Return when no checkpoint is under way. Raises what ended the last one."""
@@ -303,9 +291,9 @@ class Worker:
         critic = {} if self.critic is None else {"critic_": (self.critic.model, self.critic.optimizer)}
         return {"": (self.policy.model, self.optimizer), **critic}
 
-    def export(self, folder: Path, patience: float = 0.0) -> None:
+    def export(self, folder: Path) -> None:
         """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes, and waits `patience` seconds for a full disk."""
+        first one gathers the weights, tensor by tensor, and writes."""
         self.finish_saving()
         is_first = self.ranks is None or self.ranks.is_first
         state: dict[str, Tensor] = {}
@@ -315,7 +303,7 @@ class Worker:
                 state[name] = gathered.cpu()
         if is_first:
             size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-            with_room(partial(_export, self.policy, folder, state), patience, size)
+            with_room(partial(_export, self.policy, folder, state), size)
         if self.ranks is not None:
             self.ranks.gather(None)
 
@@ -351,11 +339,9 @@ def _forget_dummy_images(policy: Policy) -> None:
 _SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
 
 
-def sft_total(packed_groups: Sequence[PackedGroup], weighting: str) -> float:
+def sft_total(groups: Sequence[PackedGroup], weighting: str) -> float:
     """The sum of `sft_weights` over all trained tokens."""
-    return math.fsum(
-        len(answer) ** (1 - _SFT_EXPONENT[weighting]) for packed in packed_groups for answer in packed.answers
-    )
+    return math.fsum(n ** (1 - _SFT_EXPONENT[weighting]) for group in groups for n in group.lengths)
 
 
 def sft_weights(batch: Batch, weighting: str) -> Tensor:

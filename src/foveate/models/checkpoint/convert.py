@@ -37,7 +37,7 @@ from foveate.models.checkpoint.formats import (
     read_config,
     read_image_tokenizer,
 )
-from foveate.models.checkpoint.names import CheckpointFormat, from_hf
+from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, CheckpointFormat, from_hf
 from foveate.models.checkpoint.safetensors_io import Stored, write_weights
 from foveate.models.families.internvl import is_count, read_json
 
@@ -71,6 +71,12 @@ class Conversion:
     tensors: int
     bytes: int
     files: int
+
+    def __str__(self) -> str:
+        return (
+            f"{CHECKPOINT_FORMATS[self.source]} -> {CHECKPOINT_FORMATS[self.target]}, {self.tensors:,} tensors, "
+            f"{self.bytes / 1e9:.2f} GB in {self.files} file{'s' if self.files > 1 else ''}"
+        )
 
 
 def convert(source: Path, target: Path, to: CheckpointFormat, *, shard_bytes: int = SHARD_BYTES) -> Conversion:

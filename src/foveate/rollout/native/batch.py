@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foveate.parallel.packing import PackedGroup
-from foveate.records import Answer, SamplingParams
+from foveate.parallel.packing import prompt_end
+from foveate.records import Answer, PackedGroup, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import GroupCache
 from foveate.rollout.native.graphs import Step
@@ -40,11 +40,10 @@ class DecodeBatch:
         self.answers = [i for i, one in enumerate(self._before) if one is None or one.finish == "abort"]
         self.live = [*range(len(self.answers))]
         self.packed_groups = [
-            PackedGroup(r.prompt, tuple(c.token_ids for c in r.partial_answers if c.finish == "abort"))
-            for r in requests
+            PackedGroup(r.prompt, tuple(one for one in r.partial_answers if one.finish == "abort")) for r in requests
         ]
         self._finish = ["" if one is None else one.finish for one in self._before]
-        self._lengths = [0 if one is None else len(one.token_ids) for one in self._before]
+        self._lengths = [0 if one is None else len(one) for one in self._before]
         self._open = [0] * len(requests)
         for answer in self.answers:
             self._open[answer // samples] += 1
@@ -52,7 +51,7 @@ class DecodeBatch:
         self._uniform = functional.pad(torch.stack(uniform), (0, 1)).to(device)  # a place for what nobody looks at
         self._token_ids = torch.zeros(self._uniform.shape, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(self._uniform.shape, device=device)
-        ends = [request.prompt.end for request in requests]
+        ends = [prompt_end(request.prompt) for request in requests]
         self._answer_B = self._on_device(self.answers)
         self._length_B = self._on_device([self._lengths[answer] for answer in self.answers])
         self.position_B = self._on_device([ends[i // samples] + self._lengths[i] - 1 for i in self.answers])
@@ -112,10 +111,10 @@ class DecodeBatch:
             if before is not None and before.finish != "abort":
                 group.append(before)
                 continue
-            new = slice(0 if before is None else len(before.token_ids), self._lengths[answer])
+            new = slice(0 if before is None else len(before), self._lengths[answer])
             ids, finish = tuple(token_ids[new]), self._finish[answer]
             whole = ids if before is None else before.token_ids + ids
-            more = Answer(ids, tuple(logprobs[new]), decode(whole), finish, self._version)
+            more = Answer.sampled(ids, logprobs[new], decode(whole), finish, self._version)
             group.append(more if before is None else before.continued_by(more, more.text))
         return tuple(group)
 

@@ -181,7 +181,7 @@ class ServedEngine(ABC):
                         continue
                     self._fails[number] = 0
                     self.counts.groups += 1
-                    self.counts.tokens += sum(len(answer.token_ids) for answer in group)
+                    self.counts.tokens += sum(len(answer) for answer in group)
                     yield index, group
         finally:
             self._drop(pending)
@@ -232,7 +232,7 @@ class ServedEngine(ABC):
                 self._revive(number, starts, error)
                 self.counts.regenerated += 1
                 continue
-            if any(answer.token_ids for answer in group):
+            if any(len(answer) for answer in group):
                 yield index, group
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> None:

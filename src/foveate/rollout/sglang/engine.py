@@ -196,7 +196,7 @@ class SGLangEngine(ServedEngine):
         token_ids, about = tuple(answer["output_ids"]), answer["meta_info"]
         logprobs = tuple(entry[0] for entry in about["output_token_logprobs"])
         version = int(about["weight_version"])
-        return Answer(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
+        return Answer.sampled(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
 
     def _generate(self, server: Server, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
         answers = server.call("POST", "/generate", self._body(request, sampling))

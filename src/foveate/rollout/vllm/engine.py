@@ -200,7 +200,7 @@ class VLLMEngine(ServedEngine):
         token_ids = tuple(choice["token_ids"])
         logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
         version = min((int(span["version"]) for span in choice["weight_versions"]), default=self.version)
-        return Answer(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
+        return Answer.sampled(token_ids, logprobs, self._decode(token_ids), choice["finish_reason"], version)
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         version = str(self.version)

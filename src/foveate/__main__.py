@@ -1,0 +1,5 @@
+"""`python -m foveate`: the command line."""
+
+from foveate.cli.app import main
+
+main()

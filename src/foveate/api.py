@@ -1,0 +1,196 @@
+"""The product's door for Python: one call for each command of the command line.
+
+`import foveate` offers these functions too (`foveate.train_rl`). Each imports its part of the package when it is
+called, and raises `foveate.errors.UserError` for anything that a user can mend.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.config.recipe import read_recipe
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, Stage
+from foveate.errors import ConfigError
+from foveate.files import atomic_write_text
+from foveate.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from foveate.evaluate.evaluate_models import EvalRequest
+    from foveate.evaluate.generate import GenerateRequest
+    from foveate.models.checkpoint.convert import Conversion
+    from foveate.models.checkpoint.names import CheckpointFormat
+    from foveate.plan.advice import Plan
+    from foveate.serve.engines import EngineRequest
+    from foveate.serve.native import ServeRequest
+    from foveate.tools.import_verl import Imported
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def from_recipe(name: str | Path, *overrides: str, stage: Stage | None = None) -> Any:
+    """The settings of a recipe, a YAML file or the name of a shipped one, with `group.name=value` overrides.
+
+    They are `SFTSettings`, `MPOSettings`, `RLSettings` or `CascadeSettings`: those of `stage`, or of the first stage
+    that has all settings which are given.
+    """
+    return read_recipe(name, overrides, stage)
+
+
+def train_sft(settings: SFTSettings) -> RunFolder:
+    """Supervised fine-tuning on demonstrations. The same run folder resumes an interrupted run; it gets a report."""
+    from foveate.train.sft import run_sft
+
+    return _with_report(run_sft(settings))
+
+
+def train_mpo(settings: MPOSettings) -> RunFolder:
+    """Preference optimisation on pairs of answers. The same run folder resumes an interrupted run."""
+    from foveate.train.mpo import run_mpo
+
+    return _with_report(run_mpo(settings))
+
+
+def train_rl(settings: RLSettings) -> RunFolder:
+    """Online reinforcement learning. The same run folder resumes an interrupted run."""
+    from foveate.train.rl import run_rl
+
+    return _with_report(run_rl(settings))
+
+
+def cascade(settings: CascadeSettings) -> RunFolder:
+    """All stages of Cascade RL; the trained model is in the folder `rl/final` below. The same folder resumes it."""
+    from foveate.train.cascade import run_cascade
+
+    return _with_report(run_cascade(settings))
+
+
+def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False) -> RunFolder:
+    """Train the shipped model to ground by GSPO, in minutes on a CPU; `cascade`: with preference optimisation first.
+    The scenes are drawn in a folder beside `run`."""
+    from foveate.tools.demo import run_demo
+
+    return _with_report(run_demo(Path(run), seed, overrides, cascade))
+
+
+def _with_report(run: RunFolder) -> RunFolder:
+    report(run.path)
+    return run
+
+
+# ------------------------------------------------------------------------------------------- answers and evaluation
+
+
+def generate(request: GenerateRequest) -> dict[str, Any]:
+    """Answer the rows of data files; the same folder asks only for the answers that are missing. Returns a summary."""
+    from foveate.evaluate.generate import run_generate
+
+    return run_generate(request)
+
+
+def evaluate(request: EvalRequest) -> Path:
+    """Score the answers of models, or those that `generate` left. Returns the path of the report."""
+    from foveate.evaluate.evaluate_models import run_eval
+
+    run_eval(request)
+    return report(request.out)
+
+
+def report(run: str | Path) -> Path:
+    """Write `report.html` of a run or an evaluation, and return its path."""
+    from foveate.report.page import write_report
+
+    return write_report(Path(run))
+
+
+def summary(run: str | Path) -> RenderableType:
+    """The result of a run or an evaluation in words and a table, to print with rich."""
+    from foveate.report.page import terminal_summary
+
+    return terminal_summary(Path(run))
+
+
+def view(run: str | Path, port: int, ready: Callable[[str], None]) -> None:
+    """Serve the report of a run on this machine until Ctrl-C; `ready` gets the address. Port 0: any free one."""
+    from foveate.report.live import serve_report
+
+    serve_report(Path(run), port, ready)
+
+
+def serve(request: ServeRequest | EngineRequest, ready: Callable[[str], None]) -> None:
+    """Serve a model over HTTP until Ctrl-C, by the native engine or by vLLM or SGLang; `ready` gets the address."""
+    from foveate.serve.engines import EngineRequest, serve_engine
+
+    if isinstance(request, EngineRequest):
+        return serve_engine(request, ready)
+    from foveate.serve.native import serve_native
+
+    return serve_native(request, ready)
+
+
+# ----------------------------------------------------------------------------------------------- models and planning
+
+
+def doctor(model: str | None = None) -> RenderableType:
+    """Facts about this installation, or about a model folder, as a table."""
+    from foveate.tools.doctor import examine
+
+    return examine(model)
+
+
+def convert(
+    source: str | Path, target: str | Path, to: CheckpointFormat, *, shard_bytes: int = 5 * 10**9
+) -> Conversion:
+    """Write a checkpoint in another layout, bit for bit, in weight files of at most `shard_bytes` bytes."""
+    from foveate.models.checkpoint.convert import convert
+
+    return convert(Path(source), Path(target), to, shard_bytes=shard_bytes)
+
+
+def export(checkpoint: str | Path, target: str | Path, to: CheckpointFormat | None = None) -> int:
+    """Write the model of a run's checkpoint as a model folder; returns its step."""
+    from foveate.train.export import export_checkpoint
+
+    return export_checkpoint(Path(checkpoint), Path(target), to)
+
+
+def plan(
+    settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings,
+    machines: str,
+    *,
+    prompt_tokens: int | None = None,
+    answer_tokens: int | None = None,
+    tiles: int | None = None,
+) -> Plan:
+    """Memory, time and GPU hours of a run on `machines` ("2x8xH100-80"), from the shapes of its model. The means of a
+    prompt (image tokens included), an answer and the tiles of a prompt are guessed where they are None."""
+    if isinstance(settings, CascadeSettings):
+        raise ConfigError(f"{settings.run}: has several stages; plan the recipe of one stage at a time")
+    from foveate.plan.advice import plan as make_plan
+    from foveate.plan.hardware import parse_machines
+    from foveate.plan.workload import workload_of
+
+    return make_plan(workload_of(settings, prompt_tokens, answer_tokens, tiles), parse_machines(machines))
+
+
+def plan_report(plan: Plan) -> str:
+    """A plan as text: memory by part, whether it fits, what to change, and time by phase."""
+    from foveate.plan.report import report as text_of
+
+    return text_of(plan)
+
+
+def import_verl(script: str | Path, rows: int | None = None, *, out: str | Path | None = None) -> Imported:
+    """A verl launch script as a recipe, with an account of each of its settings; `out`: the file to write it to.
+    `rows`: of the training data, which the script does not say. Its variables may come from the environment."""
+    from foveate.tools.import_verl import import_script
+
+    imported = import_script(Path(script), os.environ, rows)
+    if out is not None:
+        atomic_write_text(out, imported.recipe)
+    return imported
