@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Protocol
 
+from foveate.cluster.local import P, R
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
@@ -16,8 +17,6 @@ from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
-P = ParamSpec("P")
-R = TypeVar("R")
 EngineCall = Callable[Concatenate["EngineProcess", P], R]
 """A method of `EngineProcess`, such as `EngineProcess.publish`."""
 Finished = tuple[list[tuple[int, tuple[Answer, ...]]], bool]

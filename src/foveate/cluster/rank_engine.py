@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Concatenate, Protocol, TypeVar
+from typing import Any, Concatenate, Protocol
 
 from torch import Tensor
 
 from foveate.cluster.base import WorkerGroup
+from foveate.cluster.local import R
 from foveate.cluster.weights import Outgoing, Packet
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
@@ -21,8 +22,6 @@ from foveate.rollout.build import WeightCheck
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
-
-R = TypeVar("R")
 
 
 class RankEngine:

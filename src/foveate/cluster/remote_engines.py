@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate.cluster.base import WorkerGroup, broadcast
-from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses, P, R
+from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses
+from foveate.cluster.local import P, R
 from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder

@@ -14,7 +14,7 @@ import threading
 from contextlib import suppress
 
 
-def main() -> int:
+def run_guarded() -> int:
     server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
 
     def send(number: int) -> None:
@@ -33,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded())

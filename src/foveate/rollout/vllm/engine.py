@@ -112,8 +112,7 @@ class VLLMEngine(ServedEngine):
         write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
         self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
-        if on_cpu and memory_mb is None:
-            memory_mb = _cpu_memory(policy, longest)
+        memory_mb = _cpu_memory(policy, longest) if on_cpu and memory_mb is None else memory_mb
         self.environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self.environment["PYTHONPATH"] = python_path(plugin)
         self.command = [
