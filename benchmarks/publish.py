@@ -138,7 +138,7 @@ def measure_engine(program: str, megabytes: int, bucket_mb: int, pairs: int) -> 
         encoder = Encoder(policy.tokenizer, policy.family, 12, 1024)
         total = sum(4 * parameter.numel() for parameter in policy.model.parameters())
         engine = VLLMEngine(policy, encoder.decode, program=program, longest=2048, memory_mb=256, bucket_mb=bucket_mb)
-        replica, call = engine.replicas[0], engine.replicas[0].call
+        server, call = engine.servers[0], engine.servers[0].call
         calls: dict[str, list[float]] = {}
 
         def timed(method: str, path: str, *rest: Any, **more: Any) -> Any:
@@ -148,7 +148,7 @@ def measure_engine(program: str, megabytes: int, bucket_mb: int, pairs: int) -> 
             finally:
                 calls.setdefault(path.split("?")[0], []).append(time.perf_counter() - started)
 
-        replica.call = timed  # type: ignore[method-assign]
+        server.call = timed  # type: ignore[method-assign]
         whole, memory = [], []
         for version in range(1, pairs + 2):
             reset_peak()

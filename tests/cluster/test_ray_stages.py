@@ -48,7 +48,7 @@ def test_supervised_training_on_two_ranks_is_that_of_one(tmp_path, tiny_folder, 
     train = {"save_async": True, "weighting": "square"}
     run = run_sft(sft_settings(tmp_path / "two", tiny_folder, data, cluster=TWO, train=train))
     alone = run_sft(sft_settings(tmp_path / "one", tiny_folder, data, train={"weighting": "square"}))
-    require_same(run, alone, ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm", "lr"))
+    require_same(run, alone, ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm", "optim/lr"))
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["latest", "step_000002", "step_000003"]
     assert (run.final / "model.safetensors").exists()
     go_on = run_sft(sft_settings(tmp_path / "two", tiny_folder, data, train={**train, "steps": 4}))

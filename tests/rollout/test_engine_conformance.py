@@ -182,8 +182,8 @@ def test_emptied_caches_and_named_weights_each_keep_stale_results_out_and_withou
     of image features: only the names keep those apart."""
     if isinstance(case.engine, NativeEngine):
         pytest.skip("the native engine keeps nothing from one call to the next")
-    [replica] = case.engine.replicas
-    call, body, images = replica.call, case.engine._body, case.engine._images
+    [server] = case.engine.servers
+    call, body, images = server.call, case.engine._body, case.engine._images
     guarded = names or (empties and type(case.engine).__name__ == "VLLMEngine")
     same = f"the same in the case {empties}"
 
@@ -199,7 +199,7 @@ def test_emptied_caches_and_named_weights_each_keep_stale_results_out_and_withou
 
     with monkeypatch.context() as patch:
         if not empties:
-            patch.setattr(replica, "call", without_emptying)
+            patch.setattr(server, "call", without_emptying)
         if not names:
             patch.setattr(case.engine, "_body", without_names)
             patch.setattr(case.engine, "_images", lambda prompt, _version: images(prompt, same))
@@ -330,11 +330,11 @@ def test_a_server_that_is_killed_goes_on_with_the_weights_of_the_last_publish(ca
         pytest.skip("the native engine is no process of its own")
     case.change_weights()
     case.publish()
-    restarts, replica = case.engine.counts.restarts, case.engine.replicas[0]
-    made, victim = case.engine.tokens_made(replica), workers_of(replica._process.pid)[-1]
+    restarts, server = case.engine.counts.restarts, case.engine.servers[0]
+    made, victim = case.engine.tokens_made(server), workers_of(server._process.pid)[-1]
     with ThreadPoolExecutor(1) as pool:
         groups = pool.submit(case.engine.generate, case.requests(), SamplingParams(samples=4, max_tokens=900))
-        while case.engine.tokens_made(replica) < made + 100:
+        while case.engine.tokens_made(server) < made + 100:
             time.sleep(0.01)
         os.kill(victim, signal.SIGKILL)
         assert [len(group) for group in groups.result()] == [4] * 5

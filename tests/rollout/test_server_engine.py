@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from foveate.errors import EngineError
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.server.engine import ServedEngine
-from foveate.rollout.server.process import PORT, Replica, ReplicaLostError, meanwhile
+from foveate.rollout.server.process import PORT, Server, ServerLostError, meanwhile
 from foveate.rollout.server.routes import routes
 
 HERE = Path(__file__).parent.parent / "support"
@@ -27,28 +28,27 @@ HERE = Path(__file__).parent.parent / "support"
 class FakeEngine(ServedEngine):
     """Answers come from `fake_server.py`, later ones for larger seeds; `published` lists what was sent."""
 
-    def __init__(self, replicas=1, *, seconds=0.1, stall_s=5.0, command=None, shared=False):
+    def __init__(self, servers=1, *, seconds=0.1, stall_s=5.0, command=None, shared=False):
         self.seconds, self.command = seconds, command or [sys.executable, str(HERE / "fake_server.py"), PORT]
         self.published, self.asked = [], []
-        self._decode = lambda token_ids: f"{len(token_ids)} tokens"
-        super().__init__(replicas, start_s=60, stall_s=stall_s, shared=shared)
+        policy = SimpleNamespace(device=torch.device("cpu"))
+        settings = {"servers": servers, "start_s": 60, "stall_s": stall_s, "shared": shared}
+        super().__init__("fake", policy, lambda token_ids: f"{len(token_ids)} tokens", **settings)
+        self.environment = {}
         self.start(7, [("w", torch.ones(2))])
 
-    def new_replica(self, number):
-        return Replica(self.command, {}, self.folder / f"{number}.log", "/health")
-
-    def connect(self, replica):
+    def connect(self, server):
         pass
 
-    def send(self, replica, version, weights):
+    def send(self, server, version, weights):
         self.published.append((version, [name for name, _ in weights]))
-        replica.call("POST", "/publish", {"version": version})
+        server.call("POST", "/publish", {"version": version})
 
-    def ask(self, replica, request, sampling):
+    def ask(self, server, request, sampling):
         seconds = self.seconds * (1 + request.seed) if request.seed < 1000 else self.seconds
-        answer = replica.call("POST", "/generate", {"seconds": seconds, "seed": request.seed})
+        answer = server.call("POST", "/generate", {"seconds": seconds, "seed": request.seed})
         if answer["finish"] not in self.finishes:
-            raise ReplicaLostError("cut")
+            raise ServerLostError("cut")
         if answer["finish"] == "abort":
             made = answer["tokens"]
             answer = Answer.sampled((-1,) * made, (-0.5,) * made, "", "abort", answer["version"])
@@ -57,23 +57,23 @@ class FakeEngine(ServedEngine):
         self.asked.append((request, sampling))
         return (answer,) * sampling.samples
 
-    def abort(self, replica):
-        replica.call("POST", "/abort", {})
+    def abort(self, server):
+        server.call("POST", "/abort", {})
 
-    def tokens_made(self, replica):
-        return replica.call("GET", "/state", timeout_s=1)["tokens"]
+    def tokens_made(self, server):
+        return server.call("GET", "/state", timeout_s=1)["tokens"]
 
     def state(self, number=0):
-        return self.replicas[number].call("GET", "/state")
+        return self.servers[number].call("GET", "/state")
 
-    def read(self, _replica, prompt):
+    def read(self, _server, prompt):
         return prompt.token_ids
 
-    def sleep_server(self, replica):
-        replica.call("POST", "/sleep", {})
+    def sleep_server(self, server):
+        server.call("POST", "/sleep", {})
 
-    def wake_server(self, replica, what):
-        replica.call("POST", "/wake", {"what": what})
+    def wake_server(self, server, what):
+        server.call("POST", "/wake", {"what": what})
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_server_that_is_killed_is_started_again_and_no_group_is_lost_or_double
 
 def test_a_server_that_hangs_is_killed_and_started_again(engine_of):
     engine = engine_of(seconds=0.3, stall_s=1.0)
-    engine.replicas[0].call("POST", "/hang", {})
+    engine.servers[0].call("POST", "/hang", {})
     assert seeds_of(engine.generate(requests_of(3), SamplingParams())) == [0, 1, 2]
     assert engine.counts.restarts == 1
 
@@ -163,15 +163,15 @@ def test_a_server_that_dies_while_weights_are_published_gets_them_at_its_start(e
 
 
 def test_a_server_that_refuses_a_transfer_is_ended_so_that_its_sender_does_not_wait(engine_of):
-    replica = engine_of().replicas[0]
+    server = engine_of().servers[0]
 
     def transfer():
-        with meanwhile(replica, "/no-such-path", {}, 30):
-            while replica.healthy():
+        with meanwhile(server, "/no-such-path", {}, 30):
+            while server.healthy():
                 time.sleep(0.05)
             raise RuntimeError("the connection is closed")
 
-    with pytest.raises(ReplicaLostError, match="/no-such-path: Remote"):
+    with pytest.raises(ServerLostError, match="/no-such-path: Remote"):
         transfer()
 
 
@@ -261,30 +261,32 @@ def test_an_engine_that_is_paused_begins_nothing(engine_of):
 
 
 def test_a_server_that_never_answers_ends_the_run_with_its_log(engine_of):
-    with pytest.raises(EngineError, match=r"(?s)the server ended while it started; the end of .*\.log:\nno model here"):
+    with pytest.raises(
+        EngineError, match=r"(?s)the server ended with code 1 while it started; the end of .*\.log:\nno model here"
+    ):
         engine_of(command=[sys.executable, "-c", "raise SystemExit('no model here')"])
 
 
 def test_a_server_that_dies_again_and_again_ends_the_run(engine_of):
     engine = engine_of()
-    engine.ask = lambda *_: (_ for _ in ()).throw(ReplicaLostError("broken"))
+    engine.ask = lambda *_: (_ for _ in ()).throw(ServerLostError("broken"))
     with pytest.raises(EngineError, match="lost 3 times without a finished group between"):
         engine.generate(requests_of(1), SamplingParams())
 
 
 def test_a_server_that_does_not_start_again_at_once_is_tried_once_more(engine_of, monkeypatch):
     engine = engine_of()
-    start, tried = Replica.start, []
+    start, tried = Server.start, []
 
-    def failing(replica, patience_s):
+    def failing(server, patience_s):
         tried.append(1)
         if len(tried) == 1:
-            replica.kill()
-            replica.incarnation += 1
+            server.kill()
+            server.starts += 1
             raise EngineError("the server ended while it started")
-        start(replica, patience_s)
+        start(server, patience_s)
 
-    monkeypatch.setattr(Replica, "start", failing)
+    monkeypatch.setattr(Server, "start", failing)
     os.kill(engine.state()["pid"], signal.SIGKILL)
     assert seeds_of(engine.generate(requests_of(2), SamplingParams())) == [0, 1]
     assert len(tried) == 2
@@ -293,7 +295,7 @@ def test_a_server_that_does_not_start_again_at_once_is_tried_once_more(engine_of
 def test_a_server_that_is_lost_between_answers_reads_prompts_again(engine_of):
     engine = engine_of()
     read = engine.read
-    engine.read = lambda replica, prompt: (replica.call("GET", "/state"), read(replica, prompt))[1]
+    engine.read = lambda server, prompt: (server.call("GET", "/state"), read(server, prompt))[1]
     os.kill(engine.state()["pid"], signal.SIGKILL)
     assert engine.prompt_ids(requests_of(1)[0].prompt) == (0, 0)
     assert engine.counts.restarts == 1
@@ -321,7 +323,7 @@ def test_a_refused_request_ends_the_run_and_nothing_is_started_again(engine_of):
     assert engine.counts.restarts == 0
 
 
-def test_equal_prompts_go_to_the_same_replica_and_no_replica_gets_much_more_than_its_share():
+def test_equal_prompts_go_to_the_same_server_and_no_server_gets_much_more_than_its_share():
     prompts = [Prompt(tuple(range(i, i + 50)), (), None, ()) for i in range(40)]
     assert abs(sum(routes(prompts, 2)) - 20) <= 6
     assert routes(prompts[:1] * 2, 2)[0] == routes(prompts[:1], 2)[0]

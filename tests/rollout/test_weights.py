@@ -165,8 +165,8 @@ def test_an_engine_gets_its_settings_and_the_length_that_it_asks_for(parts):
     assert choose_engine(given, 28)(policy, encoder.decode, version=1).longest == 7
     with pytest.raises(ConfigError, match=r"engine native: unknown setting 'token_budgt'; did you mean 'token_budget'"):
         choose_engine(RolloutSettings(engine_settings={"token_budgt": 3}), 28)
-    with pytest.raises(ConfigError, match="engine vllm: replicas must be a whole number"):
-        choose_engine(RolloutSettings(engine="vllm", engine_settings={"replicas": "two"}), 28)
+    with pytest.raises(ConfigError, match="engine vllm: servers must be a whole number"):
+        choose_engine(RolloutSettings(engine="vllm", engine_settings={"servers": "two"}), 28)
 
 
 def test_a_program_that_is_not_there_is_named(parts):
@@ -175,8 +175,8 @@ def test_a_program_that_is_not_there_is_named(parts):
         settings = RolloutSettings(engine=name, engine_settings={"program": "no-such-program"})
         with pytest.raises(ConfigError, match=f"engine {name}: no program 'no-such-program'"):
             choose_engine(settings, 28)(policy, encoder.decode)
-        visible = {"program": "true", "devices": ["0"], "replicas": 2}
-        with pytest.raises(ConfigError, match="devices names the GPUs of 1 replicas, there are 2"):
+        visible = {"program": "true", "devices": ["0"], "servers": 2}
+        with pytest.raises(ConfigError, match="devices names the GPUs of 1 servers, there are 2"):
             choose_engine(RolloutSettings(engine=name, engine_settings=visible), 28)(policy, encoder.decode)
     other = replace(policy, family=TextOnly(name="other", stop_ids=policy.family.stop_ids))
     with pytest.raises(ConfigError, match="engine vllm: does not know other; it serves internvl"):

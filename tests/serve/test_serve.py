@@ -14,7 +14,7 @@ import pytest
 from serving import served
 from starlette.testclient import TestClient
 
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, EngineError
 from foveate.records import Answer, SamplingParams
 from foveate.rewards.remote import data_url
 from foveate.rollout.engine import Request
@@ -240,7 +240,7 @@ def test_an_engine_is_started_waited_for_and_its_end_is_told(engine_python):
         urllib.request.urlopen(address.removesuffix("/v1") + "/end").close()
 
     request = EngineRequest("vllm", "folder", "m", engine_python, port=free_port())
-    with pytest.raises(ConfigError, match="vllm ended by itself with code 5"):
+    with pytest.raises(EngineError, match="vllm ended by itself with code 5"):
         serve_engine(request, ready)
     assert seen == [f"http://127.0.0.1:{request.port}/v1"]
 
@@ -258,7 +258,7 @@ def test_an_interrupted_server_takes_its_engine_with_it(engine_python):
 
 
 def test_an_engine_that_cannot_start_is_told_with_what_to_do(engine_python):
-    with pytest.raises(ConfigError, match="vllm ended with code 3 before it answered"):
+    with pytest.raises(EngineError, match="vllm ended with code 3 while it started"):
         serve_engine(EngineRequest("vllm", "broken", "m", engine_python, port=free_port()), print)
     with pytest.raises(ConfigError, match=r"sglang is not installed .*pip install 'sglang\[all\]'.* --engine native"):
         serve_engine(EngineRequest("sglang", "folder", "m", engine_python), print)

@@ -9,19 +9,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Protocol, TypeVar
 
 from foveate.cluster.commands import bind_to_loopback, has_token, keep_priority, use_token
-from foveate.cluster.local import LocalWorkers
+from foveate.cluster.local import LocalWorkers, P, R, W
 from foveate.config.cluster import ClusterSettings
 from foveate.parallel.balance import balance
 from foveate.registry import resolve
 
-W = TypeVar("W")
 W_co = TypeVar("W_co", covariant=True)
 T = TypeVar("T")
-R = TypeVar("R")
-P = ParamSpec("P")
 REMOTE = {
     "ray": "foveate.cluster.ray:RayWorkers",
     "engines": "foveate.cluster.ray:RayEngineProcesses",

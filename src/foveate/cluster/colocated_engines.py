@@ -9,12 +9,12 @@ from foveate.cluster.base import WorkerGroup, broadcast, scatter_gather
 from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
-from foveate.records import Answer, SamplingParams
-from foveate.rollout.engine import Request
+from foveate.records import Answer, Prompt, SamplingParams
+from foveate.rollout.engine import Request, Weights
 
 
 class ColocatedEngines:
-    """Deals out requests to the workers' engines. Answers do not depend on who gives them."""
+    """The `Engine` of a run whose workers have an engine each. Answers do not depend on who gives them."""
 
     def __init__(self, workers: WorkerGroup[HasEngine]) -> None:
         self.version = -1
@@ -25,10 +25,13 @@ class ColocatedEngines:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None or self._engines.size == 1:  # several ranks end with their processes, which may be gone already
-            broadcast(self._engines, RankEngine.close)
+            self.close()
+
+    def close(self) -> None:
+        broadcast(self._engines, RankEngine.close)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
-        """Each worker makes its engine by `new_engine` and proves that it has the weights of `version`."""
+        """Each worker makes its engine by `new_engine` and checks that it has the weights of `version`."""
         broadcast(self._engines, RankEngine.start, new_engine, encoder, rollout, version)
         self.version = version
 
@@ -39,7 +42,7 @@ class ColocatedEngines:
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
-        """Groups as they finish, of a cluster of one rank: its engine may answer while its worker learns. Those of
+        """Groups as they finish, of a cluster of one rank: its engine may answer while its worker trains. Those of
         several ranks come all at once."""
         if self._engines.size > 1:
             yield from enumerate(self.generate(requests, sampling))
@@ -48,18 +51,18 @@ class ColocatedEngines:
         yield from groups
 
     def pause(self) -> None:
-        """As `Engine.pause`, in a cluster of one rank."""
         broadcast(self._engines, RankEngine.pause)
 
     def resume(self) -> None:
-        """As `Engine.resume`."""
         broadcast(self._engines, RankEngine.resume)
 
     def sleep(self) -> None:
-        """As `Engine.sleep`."""
         broadcast(self._engines, RankEngine.sleep)
 
-    def publish(self, version: int) -> dict[str, float]:
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return broadcast(self._engines, RankEngine.prompt_ids, prompt)[0]
+
+    def publish(self, version: int, _weights: Weights = (), /) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
         checked = broadcast(self._engines, RankEngine.publish, version)[0]
         self.version = version

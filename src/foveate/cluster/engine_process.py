@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Protocol
 
+from foveate.cluster.local import P, R
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
@@ -16,8 +17,6 @@ from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
-P = ParamSpec("P")
-R = TypeVar("R")
 EngineCall = Callable[Concatenate["EngineProcess", P], R]
 """A method of `EngineProcess`, such as `EngineProcess.publish`."""
 Finished = tuple[list[tuple[int, tuple[Answer, ...]]], bool]
@@ -74,6 +73,11 @@ class EngineProcess:
         self._incoming, self._outgoing = Incoming(self._policy.model), Outgoing(self._policy.model)
         self._current = 0, _Round()
 
+    @property
+    def _made(self) -> Engine:
+        assert self._engine is not None, "publish comes first"
+        return self._engine
+
     # --------------------------------------------------------------------------------------------------------- weights
 
     def take(self, packet: Packet) -> None:
@@ -100,11 +104,11 @@ class EngineProcess:
     ) -> Finished:
         """Begin to answer those requests whose indices are `missing`. The native engine answers all of them: then they
         are batched as they were before, and not a bit differs. Nothing has finished yet."""
-        assert self._engine is not None
+        engine = self._made
         self._current[1].stop()
-        chosen = [*range(len(requests))] if isinstance(self._engine, NativeEngine) else [*missing]
+        chosen = [*range(len(requests))] if isinstance(engine, NativeEngine) else [*missing]
         self._current = ticket, _Round()
-        self._current[1].begin(self._engine, [requests[i] for i in chosen], sampling, chosen)
+        self._current[1].begin(engine, [requests[i] for i in chosen], sampling, chosen)
         return [], False
 
     def more(self, patience: float) -> Finished:
@@ -113,14 +117,10 @@ class EngineProcess:
         return self._current[1].more(patience)
 
     def pause(self) -> None:
-        """As `Engine.pause`."""
-        assert self._engine is not None
-        self._engine.pause()
+        self._made.pause()
 
     def resume(self) -> None:
-        """As `Engine.resume`."""
-        assert self._engine is not None
-        self._engine.resume()
+        self._made.resume()
 
     def stop(self, ticket: int) -> None:
         """Abort what was begun with this ticket, and wait until that is done."""
@@ -130,9 +130,8 @@ class EngineProcess:
 
     # ------------------------------------------------------------------------------------------------------- the rest
 
-    def prompt_ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        assert self._engine is not None
-        return [self._engine.prompt_ids(prompt) for prompt in prompts]
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._made.prompt_ids(prompt)
 
     def close(self) -> None:
         self._current[1].stop()

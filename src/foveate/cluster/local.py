@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 W = TypeVar("W")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 
 class LocalWorkers(Generic[W]):

@@ -30,10 +30,3 @@ def set_network_interface(address: str) -> None:
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens at now."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]

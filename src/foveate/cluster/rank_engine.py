@@ -1,13 +1,14 @@
-"""The engine of one rank of training: made, fed with the weights of all, and asked."""
+"""The engine of one rank of training, which gets the weights of all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Concatenate, Protocol, TypeVar
+from typing import Any, Concatenate, Protocol
 
 from torch import Tensor
 
 from foveate.cluster.base import WorkerGroup
+from foveate.cluster.local import R
 from foveate.cluster.weights import Outgoing, Packet
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
@@ -16,36 +17,34 @@ from foveate.errors import ConfigError
 from foveate.models.policy import Policy, load_policy
 from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
-from foveate.records import Answer, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.build import WeightCheck
-from foveate.rollout.engine import Engine, Request, Sleeping
+from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
-R = TypeVar("R")
-
 
 class RankEngine:
-    """What answers on a rank that trains `policy`. There is no engine before `start`."""
+    """Holds the engine of a rank that trains `policy`. There is none before `start`."""
 
     def __init__(self, policy: Policy, model: ModelSettings, ranks: Ranks | None) -> None:
         """`ranks`: None where this rank is the only one."""
         self._policy, self._model, self._ranks = policy, model, ranks
         self._engine: Engine | None = None
         self._asynchronous = False
-        self._proof: WeightCheck | None = None
+        self._check: WeightCheck | None = None
         self._outgoing = Outgoing(policy.model, keeps=ranks is None or ranks.is_first)
 
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Make the engine of this rank. One that is alone may read the very weights that are trained."""
         if self._ranks is None:
             self._engine = engine = new_engine(self._policy, encoder.decode, version=version)
-            if not isinstance(self._engine, Sleeping):
-                raise ConfigError(f"engine {rollout.engine}: it has no method sleep (foveate.rollout.engine.Engine)")
+            if not isinstance(engine, Engine):
+                raise ConfigError(f"engine {rollout.engine}: it lacks a method of foveate.rollout.engine.Engine")
             self._asynchronous = rollout.staleness > 0
             if self._asynchronous:
                 self.publish(version)
-            self._proof = WeightCheck(engine, self._policy, encoder, rollout)
+            self._check = WeightCheck(engine, self._policy, encoder, rollout)
             return
         computed = self._ranks.cluster.dtype or self._model.dtype
         own = meta_policy(self._model.path, attention=self._model.attention, dtype=computed)
@@ -54,34 +53,34 @@ class RankEngine:
         self._engine = new_engine(own, encoder.decode, version=version, own_weights=True)
         self.publish(version)
 
+    @property
+    def _started(self) -> Engine:
+        assert self._engine is not None, "start comes first"
+        return self._engine
+
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
-        assert self._engine is not None
-        return self._engine.generate(requests, sampling) if requests else []
+        return self._started.generate(requests, sampling) if requests else []
 
     def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-        assert self._engine is not None
-        return self._engine.stream(requests, sampling)
+        return self._started.stream(requests, sampling)
 
     def pause(self) -> None:
-        assert self._engine is not None
-        self._engine.pause()
+        self._started.pause()
 
     def resume(self) -> None:
-        assert self._engine is not None
-        self._engine.resume()
+        self._started.resume()
 
     def sleep(self) -> None:
-        assert self._engine is not None
-        self._engine.sleep()
+        self._started.sleep()
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._started.prompt_ids(prompt)
 
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
-        assert self._engine is not None
-        if self._ranks is None:
-            self._engine.publish(version, self._published())
-            return self._proof.after_publish() if self._proof is not None else {}
-        self._engine.publish(version, served_weights(self._policy.model))
-        return {}
+        weights = self._published() if self._ranks is None else served_weights(self._policy.model)
+        self._started.publish(version, weights)
+        return self._check.after_publish() if self._check is not None else {}
 
     def packet(self, first: bool) -> Packet | None:
         """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
@@ -89,8 +88,8 @@ class RankEngine:
         return self._outgoing.packet(first)
 
     def _published(self) -> Iterable[tuple[str, Tensor]]:
-        """What the engine gets. One that answers while the policy learns gets copies: should it die and start again,
-        the policy's own tensors are others by then."""
+        """The weights for the engine. One that answers while the policy trains gets copies: should it die and start
+        again, the policy's own tensors have changed."""
         is_native = isinstance(self._engine, NativeEngine)
         weights = self._policy.model.named_parameters() if is_native else served_weights(self._policy.model)
         if not self._asynchronous or is_native:
@@ -131,7 +130,7 @@ def _of_engine(worker: HasEngine, method: Callable[Concatenate[RankEngine, ...],
 
 
 class InferenceWorker:
-    """A rank that learns nothing: an engine with a model of its own."""
+    """A rank that trains nothing: an engine with a model of its own."""
 
     def __init__(self, model: ModelSettings, device: str) -> None:
         policy = load_policy(model.path, attention=model.attention, dtype=model.dtype, device=device)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import Any, Concatenate, Generic, Self, TypeVar
+from typing import Any, Concatenate, Generic, Self
 
 import numpy as np
 import ray
@@ -31,17 +31,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, P, R
-from foveate.cluster.network import free_port, set_network_interface
+from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess
+from foveate.cluster.local import P, R, W
+from foveate.cluster.network import set_network_interface
 from foveate.cluster.weights import Packet
 from foveate.cluster.worker_process import WorkerProcess
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError, RankLost, UserError
 from foveate.registry import FILE_MODULES
+from foveate.rollout.server.process import free_port
 
 logger = logging.getLogger(__name__)
-
-W = TypeVar("W")
 
 _START = 120.0
 """Seconds in which a cluster has to take its first job."""

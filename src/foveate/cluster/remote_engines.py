@@ -1,11 +1,11 @@
-"""Engines in processes of their own, as one: dealt requests, given weights, proved, and started again when they die."""
+"""Engines in processes of their own, as one: given requests and weights, checked, and started again when they die."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from foveate.cluster.base import WorkerGroup, broadcast
-from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses, P, R
+from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses
+from foveate.cluster.local import P, R
 from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
@@ -23,8 +24,8 @@ from foveate.errors import RankLost
 from foveate.models.policy import Policy
 from foveate.parallel.balance import balance
 from foveate.records import Answer, PackedGroup, Prompt, SamplingParams
-from foveate.rollout.check import compare
-from foveate.rollout.engine import Request, in_order
+from foveate.rollout.check import compare_engine
+from foveate.rollout.engine import Request, Weights, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ _STARTS = 2
 
 @dataclass(slots=True)
 class _Share:
-    """What one engine answers: requests with their indices in the whole, those that are missing (by their places in the
+    """The requests that one engine answers, with their indices among all, those that are missing (their places in the
     share), and when the last group came."""
 
     requests: list[Request]
@@ -48,12 +49,11 @@ class _Share:
 
 
 class RemoteEngines:
-    """Stands where `foveate.cluster.colocated_engines.ColocatedEngines` stands, in a run whose engines have processes
-    of their own.
+    """The `Engine` of a run whose engines have processes of their own.
 
     One that dies, or finishes no group for `timeout` seconds, is started again, gets the weights of the last publish
     and answers what is missing of its share: no group is lost or doubled. Its weights come from the trainers; where
-    these learn meanwhile (`asynchronous`), from another engine, and without one the run goes back to its last
+    these train meanwhile (`asynchronous`), from another engine, and without one the run goes back to its last
     checkpoint.
     """
 
@@ -84,6 +84,9 @@ class RemoteEngines:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._processes.close()
 
     # -------------------------------------------------------------------------------------------------- the engine seam
@@ -107,17 +110,18 @@ class RemoteEngines:
         return self._answers(requests, balance(costs, self._processes.size), sampling)
 
     def pause(self) -> None:
-        """As `Engine.pause`."""
         self._tell(EngineProcess.pause, paused=True)
 
     def resume(self) -> None:
-        """As `Engine.resume`."""
         self._tell(EngineProcess.resume, paused=False)
 
     def sleep(self) -> None:
         """Nothing: their devices are their own."""
 
-    def publish(self, version: int) -> dict[str, float]:
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._prompt_ids_of(0, prompt)
+
+    def publish(self, version: int, _weights: Weights = (), /) -> dict[str, float]:
         """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, and those of a
         check, if one is due."""
         self._publish(version, {})
@@ -263,32 +267,22 @@ class RemoteEngines:
             self._processes.end(number)
             raise EngineLostError(f"it did not answer for {self._timeout:g} s (cluster.timeout)") from error
 
-    # ------------------------------------------------------------------------------------------------------------ proof
+    # ------------------------------------------------------------------------------------------------------------ check
 
     def _prove(self) -> float:
         """Compare every engine with the trainers; the largest mean difference of log-probs, nats."""
-        temperature = self._rollout.temperature
-        compared = partial(compare, trainer=self._logprobs, encoder=self._encoder, dtype=self._dtype)
+        rest = self._logprobs, self._encoder, self._dtype, self._rollout.temperature, self.version
         return max(
-            compared(_One(self, number), temperature=temperature, version=self.version) for number in self._every
+            compare_engine(partial(self._generate_on, number), partial(self._prompt_ids_of, number), *rest)
+            for number in self._every
         )
 
-    def answers_of(self, number: int, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
+    def _generate_on(
+        self, number: int, requests: Sequence[Request], sampling: SamplingParams
+    ) -> list[tuple[Answer, ...]]:
         """All answers from one engine."""
-        return self._answers(requests, [[*range(len(requests))] if n == number else [] for n in self._every], sampling)
+        shares = [[*range(len(requests))] if n == number else [] for n in self._every]
+        return in_order(self._answers(requests, shares, sampling), requests)
 
-    def prompt_ids_of(self, number: int, prompts: Iterable[Prompt]) -> list[tuple[int, ...]]:
-        return self._answer(number, EngineProcess.prompt_ids, [*prompts])
-
-
-class _One:
-    """One of the engines, as the proof asks it."""
-
-    def __init__(self, engines: RemoteEngines, number: int) -> None:
-        self._engines, self._number = engines, number
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
-        return in_order(self._engines.answers_of(self._number, requests, sampling), requests)
-
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        return self._engines.prompt_ids_of(self._number, [prompt])[0]
+    def _prompt_ids_of(self, number: int, prompt: Prompt) -> tuple[int, ...]:
+        return self._answer(number, EngineProcess.prompt_ids, prompt)

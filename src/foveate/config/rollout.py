@@ -12,7 +12,7 @@ from foveate.config.base import Settings
 class RolloutSettings(Settings):
     engine: str = Field(default="native", description="Engine that generates answers: a known name or an import path.")
     engine_settings: dict[str, Any] = Field(
-        default={}, description="Settings of the engine, such as {replicas: 2}; the others keep their defaults."
+        default={}, description="Settings of the engine, such as {servers: 2}; the others keep their defaults."
     )
     check_every: int = Field(
         default=20,

@@ -24,7 +24,7 @@ from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
-from foveate.rollout.engine import Answering, Request
+from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
 
@@ -43,7 +43,7 @@ def load_engine(path: str, data: DataSettings, max_tiles: int | None) -> tuple[N
 
 
 def generate_rows(
-    engine: Answering,
+    engine: Engine,
     encoder: Encoder,
     table: TaskTable,
     rows: Sequence[int],
@@ -75,7 +75,7 @@ def generate_rows(
 
 
 def predict(
-    engine: Answering,
+    engine: Engine,
     tasks: TaskTable,
     encoder: Encoder,
     graders: Graders,
@@ -189,7 +189,7 @@ class Evaluator:
         """Before the first step, every `eval.every` steps, and after the last one."""
         return self.tasks is not None and (step % self.settings.every == 0 or step == self.last_step)
 
-    def evaluate(self, engine: Answering, step: int) -> dict[str, float]:
+    def evaluate(self, engine: Engine, step: int) -> dict[str, float]:
         """Ask all held-out tasks with the engine's weights and write the answers; returns the headline figures."""
         assert self.tasks is not None
         if not self._gallery_saved:

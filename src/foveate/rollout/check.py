@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -19,7 +18,7 @@ from foveate.models.forward import token_terms
 from foveate.models.policy import Policy
 from foveate.parallel.packing import pack
 from foveate.records import Answer, DataError, Image, Message, PackedGroup, Prompt, SamplingParams, Task
-from foveate.rollout.engine import Answering, Request
+from foveate.rollout.engine import Engine, Request
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 """Largest mean difference of log-probs, nats, between the kernels of a trainer and an engine with equal weights."""
@@ -27,38 +26,39 @@ _ANSWERS = SamplingParams(samples=2, max_tokens=8)
 _SIZES = ((448, 448), (896, 448), (1792, 1344))
 
 
-class Probed(Answering, Protocol):
-    """What can be asked the prompts of the probe: an engine, here or elsewhere."""
-
-    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """As `Engine.prompt_ids`."""
-        ...
-
-
-def check_engine(engine: Probed, policy: Policy, encoder: Encoder, temperature: float, version: int) -> float:
-    """`compare` with a policy in this process."""
+def check_engine(engine: Engine, policy: Policy, encoder: Encoder, temperature: float, version: int) -> float:
+    """`compare_engine` with a policy in this process."""
     dtype = next(policy.model.parameters()).dtype
-    return compare(engine, partial(_logprobs, policy, temperature), encoder, dtype, temperature, version)
+    return compare_engine(
+        engine.generate,
+        engine.prompt_ids,
+        partial(_logprobs, policy, temperature),
+        encoder,
+        dtype,
+        temperature,
+        version,
+    )
 
 
-def compare(
-    engine: Probed,
+def compare_engine(
+    generate: Callable[[Sequence[Request], SamplingParams], list[tuple[Answer, ...]]],
+    prompt_ids: Callable[[Prompt], tuple[int, ...]],
     trainer: Callable[[list[PackedGroup]], list[Tensor]],
     encoder: Encoder,
     dtype: torch.dtype,
     temperature: float,
     version: int,
 ) -> float:
-    """Ask the probe prompts and compare; returns the mean difference of log-probs, nats. The prompts are the same each
-    time, so that anything stale in a cache of the engine shows. trainer: the log-probs of the answers of each tree, one
-    vector each; dtype: the coarsest that engine and trainer compute in.
+    """Compare an engine, by its methods, with the trainer on the probe prompts; returns the mean difference of
+    log-probs, nats. The prompts are the same each time, so that anything stale in a cache of the engine shows. trainer:
+    the log-probs of the answers of each group, one vector each; dtype: the coarsest that engine and trainer compute in.
 
     Raises EngineError that names the first thing that differs.
     """
     prompts = probe_prompts(encoder)
-    _compare_prompts(engine, prompts, encoder.family.image_token_id)
+    _compare_prompts(prompt_ids, prompts, encoder.family.image_token_id)
     sampling = SamplingParams(_ANSWERS.samples, _ANSWERS.max_tokens, temperature)
-    groups = engine.generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], sampling)
+    groups = generate([Request(prompt, seed) for seed, prompt in enumerate(prompts)], sampling)
     for group in groups:
         for answer in group:
             if answer.version != version:
@@ -101,7 +101,7 @@ def _logprobs(policy: Policy, temperature: float, packed_groups: list[PackedGrou
 
 
 def probe_prompts(encoder: Encoder) -> list[Prompt]:
-    """Text alone, and pictures of noise of one and of more tiles: as many of them as the encoder takes."""
+    """Text alone, and images of noise of one and of more tiles: as many of them as the encoder takes."""
     tasks = [Task("probe", "probe", (Message("user", "What is 2 + 2?"),), (), None, where="the probe")]
     for seed, (width, height) in enumerate(_SIZES):
         image = _noise(seed, width, height)
@@ -124,9 +124,11 @@ def _noise(seed: int, width: int, height: int) -> Image:
     return Image(None, file.getvalue(), width, height)
 
 
-def _compare_prompts(engine: Probed, prompts: Sequence[Prompt], image_token_id: int) -> None:
+def _compare_prompts(
+    prompt_ids: Callable[[Prompt], tuple[int, ...]], prompts: Sequence[Prompt], image_token_id: int
+) -> None:
     for prompt in prompts:
-        found = engine.prompt_ids(prompt)
+        found = prompt_ids(prompt)
         if found == prompt.token_ids:
             continue
         images, expected = found.count(image_token_id), prompt.token_ids.count(image_token_id)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from foveate.records import Answer, Prompt, SamplingParams
+
+Weights = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,56 +19,22 @@ class Request:
     not on what else is in the batch, nor on any state of the engine. (Served engines keep this up to the rounding of
     their kernels, which may differ with the batch.)
 
-    begun: answers to an earlier request for the same, which was interrupted by `pause`, or nothing. Those with finish
-    "abort" go on from their tokens under the weights of now, whose keys and values are computed anew; the others stay
-    as they are."""
+    partial_answers: those to an earlier request for the same, which `pause` interrupted, or nothing. Those with finish
+    "abort" are continued from their tokens under the present weights, with new keys and values; the others stay as they
+    are."""
 
     prompt: Prompt
     seed: int
     partial_answers: tuple[Answer, ...] = ()
 
 
-class Answering(Protocol):
-    """What answers prompts: an engine, or all engines of a cluster."""
-
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
-        """As `Engine.generate`."""
-        ...
-
-
-class Streaming(Answering, Protocol):
-    """What answers prompts and gives each group as it finishes."""
-
-    version: int
-
-    def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
-    ) -> Generator[tuple[int, tuple[Answer, ...]]]:
-        """As `Engine.stream`."""
-        ...
-
-    def pause(self) -> None:
-        """As `Engine.pause`."""
-        ...
-
-    def resume(self) -> None:
-        """As `Engine.resume`."""
-        ...
-
-
 @runtime_checkable
-class Sleeping(Protocol):
-    """What may share a device with the trainer."""
+class Engine(Protocol):
+    """Samples answers: one engine, or all engines of a run (`foveate.cluster`).
 
-    def sleep(self) -> None:
-        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
-        memory of weights and caches until then."""
-        ...
-
-
-class Engine(Sleeping, Protocol):
-    """What samples answers. Placeholder tokens of images are never sampled, nor rows of the vocabulary that the
-    tokenizer does not have. Every engine passes `tests/rollout/test_engine_conformance.py`."""
+    Placeholder tokens of images are never sampled, nor rows of the vocabulary that the tokenizer does not have. Every
+    engine passes `tests/rollout/test_engine_conformance.py`.
+    """
 
     version: int
 
@@ -91,29 +59,27 @@ class Engine(Sleeping, Protocol):
         """Streams are whole again. Called when none is under way."""
         ...
 
-    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the named weights; answers sampled from now on carry `version`. The tensors must keep their values
-        until the next `publish`: a server that dies before that gets them again."""
+    def sleep(self) -> None:
+        """Nothing is asked before the next `publish`: an engine that shares a device with the trainer gives back the
+        memory of weights and caches until then."""
+        ...
+
+    def publish(self, version: int, weights: Weights = (), /) -> Mapping[str, float] | None:
+        """Take over the named weights, or those of the workers of a run; answers sampled from now on carry `version`.
+        The tensors must keep their values until the next `publish`: a server that dies before that gets them again.
+        Returns metrics, if there are any."""
         ...
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids that the engine's model reads for a prompt, images expanded."""
         ...
 
-    def healthy(self) -> bool:
-        """Whether the engine can answer."""
-        ...
-
-    def statistics(self) -> dict[str, float]:
-        """Counters since the engine was made, and what it is doing now, by name."""
-        ...
-
     def close(self) -> None:
-        """End whatever runs for the engine. It cannot be used afterwards; closing it again does nothing."""
+        """End all that runs for the engine. It cannot be used afterwards; closing it again does nothing."""
         ...
 
 
 def in_order(groups: Iterable[tuple[int, tuple[Answer, ...]]], requests: Sequence[Request]) -> list[tuple[Answer, ...]]:
-    """A whole stream as a list in the order of the requests."""
+    """All groups of a stream, in the order of the requests."""
     found = dict(groups)
     return [found[index] for index in range(len(requests))]

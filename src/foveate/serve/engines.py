@@ -1,27 +1,23 @@
-"""vLLM and SGLang as servers: their command lines, and a process that is watched from its start to its end.
+"""vLLM and SGLang behind `foveate serve`: their command lines, and a server process from its start to its end.
 
 They live in an environment of their own, since each pins its own torch; `python` is the interpreter of that one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
-import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, EngineError
+from foveate.rollout.server.process import Server
 
 Name = Literal["vllm", "sglang"]
 INSTALL = {"vllm": "pip install vllm", "sglang": "pip install 'sglang[all]'"}
-_POLL = 0.2
-_END = 20.0
+_GRACE_S = 20.0
 """Seconds that an engine gets to stop by itself."""
 
 
@@ -67,22 +63,23 @@ def serve_engine(request: EngineRequest, ready: Callable[[str], None], timeout: 
     """Start the engine, call `ready` with the address of its API when it answers, and stay until it ends or this
     process is told to; then the engine and its children are ended too.
 
-    Raises ConfigError where the engine is not installed, ends by itself, or does not answer within `timeout` seconds.
+    Raises ConfigError where the engine is not installed, EngineError where it ends by itself, or does not answer within
+    `timeout` seconds.
     """
     _require_installed(request)
-    environment = {**os.environ, **({"VLLM_API_KEY": request.key} if request.key else {})}
-    process = subprocess.Popen(command(request), env=environment, start_new_session=True)
+    key = {"VLLM_API_KEY": request.key} if request.key else {}
+    server = Server(command(request), key, None, "/health", name=request.engine, host=request.host, port=request.port)
     former = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _wait(process, f"http://{request.host}:{request.port}/health", timeout, request.engine)
+        server.start(timeout)
         ready(f"http://{request.host}:{request.port}/v1")
-        code = process.wait()
-        raise ConfigError(f"{request.engine} ended by itself with code {code}; its last lines stand above")
+        code = server.wait()
+        raise EngineError(f"{request.engine} ended by itself with code {code}; {server.last_words()}")
     except KeyboardInterrupt:
         pass
     finally:
         signal.signal(signal.SIGTERM, former)
-        _stop(process)
+        server.kill(_GRACE_S)
 
 
 def _require_installed(request: EngineRequest) -> None:
@@ -97,39 +94,6 @@ def _require_installed(request: EngineRequest) -> None:
             f"(python -m venv ENV; ENV/bin/{INSTALL[request.engine]}) and give --engine-python ENV/bin/python, "
             "or use --engine native"
         )
-
-
-def _wait(process: subprocess.Popen[bytes], health: str, timeout: float, engine: str) -> None:
-    start = time.monotonic()
-    while time.monotonic() - start < timeout:
-        if process.poll() is not None:
-            raise ConfigError(f"{engine} ended with code {process.returncode} before it answered; see its lines above")
-        try:
-            with urllib.request.urlopen(health, timeout=5):
-                return
-        except OSError:
-            time.sleep(_POLL)
-    raise ConfigError(f"{engine} did not answer {health} within {timeout:.0f} s; its lines above say what it is at")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the engine with everything that it has started: first asked, then killed."""
-    for how, patience in ((signal.SIGTERM, _END), (signal.SIGKILL, _END)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            if how is signal.SIGTERM and _group_lives(process.pid):
-                continue
-            return
-
-
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -32,7 +32,7 @@ from foveate.records import SamplingParams
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine, place_of_policy
-from foveate.rollout.engine import Streaming
+from foveate.rollout.engine import Engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm, check_run
@@ -163,7 +163,7 @@ def _sampler(
     table: TaskTable,
     stream: Stream,
     encoder: Encoder,
-    engine: Streaming,
+    engine: Engine,
     graders: Graders,
     step: int,
 ) -> Iterator[SyncRollouts | AsyncRollouts]:

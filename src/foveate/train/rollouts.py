@@ -15,7 +15,7 @@ from foveate.encoding.reader import Reader
 from foveate.errors import DataError
 from foveate.records import Answer, Group, Prompt, SamplingParams, Score, Task
 from foveate.rewards.pool import Graders
-from foveate.rollout.engine import Request, Streaming
+from foveate.rollout.engine import Engine, Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
 
@@ -93,7 +93,7 @@ class SyncRollouts:
     unfinished then is cut."""
 
     reader: Reader
-    engine: Streaming
+    engine: Engine
     graders: Graders
     sampling: SamplingParams
     seed: int
@@ -201,7 +201,7 @@ class SyncRollouts:
 
 
 @contextmanager
-def _limited(engine: Streaming, seconds: float | None, pending: Sequence[PendingGroup]) -> Iterator[None]:
+def _limited(engine: Engine, seconds: float | None, pending: Sequence[PendingGroup]) -> Iterator[None]:
     """Within it the engine is paused when the first of them has had its time."""
     if seconds is None:
         yield

@@ -13,7 +13,8 @@ from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.values import gae
-from foveate.cluster.base import P, WorkerGroup, scatter, scatter_gather
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
+from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
 from foveate.records import Group, PackedGroup, Totals
 from foveate.train.algorithm import ResolvedAlgorithm

@@ -132,7 +132,7 @@ class NativeEngine:
     def resume(self) -> None:
         self._paused.clear()
 
-    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
         in the model's state dict, one after the other; those that are sharded over ranks are gathered for it. Raises
         DataError, with nothing changed, where a name is unknown or missing or a shape differs. An engine that shares

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,24 +16,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.errors import EngineError
+from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
 from foveate.rollout.seeds import seed_of
-from foveate.rollout.server.process import Replica, ReplicaLostError
+from foveate.rollout.server.launch import require_place, sent_from, visible_devices
+from foveate.rollout.server.process import HOST, Server, ServerLostError
 from foveate.rollout.server.routes import routes
+from foveate.rollout.server.weights import Sender, WeightsFile
 
 logger = logging.getLogger(__name__)
 
-_PER_REPLICA = 256
+_PER_SERVER = 256
 """Requests under way at one server; it queues what it cannot compute at once."""
 _LOOK = 0.1
 """Seconds after which a pause is noticed at the latest."""
 _RESTARTS = 2
-"""Starts of one replica without a single finished group in between, after which the run ends."""
+"""Starts of one server without a single finished group in between, after which the run ends."""
 TRANSFER_S = 600.0
 """Patience of both ends of a transfer of weights, in seconds; a server that dies breaks it off at once."""
 BAN = -100.0
@@ -53,68 +55,88 @@ class Counts:
 
 
 class ServedEngine(ABC):
-    """Groups go to replicas over HTTP, a whole group to one, equal prompts to the same one, unless it is far busier.
+    """Groups go to servers over HTTP, a whole group to one, equal prompts to the same one, unless it is far busier.
 
-    A replica that dies, or that has work and makes no token for `stall_s`, is killed and started again, gets the
+    A server that dies, or that has work and makes no token for `stall_s`, is killed and started again, gets the
     weights of the last `publish`, and answers again what it had not finished: a group counts when all of it has arrived
-    in one response. What differs between kinds of servers is in the abstract methods.
+    in one response. What differs between kinds of servers is in the abstract methods, and in `command` and
+    `environment`, which a kind sets before it calls `start`.
     """
 
-    _decode: Callable[[tuple[int, ...]], str]
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
-    def __init__(self, replicas: int, *, start_s: float, stall_s: float, shared: bool = False) -> None:
-        """`shared`: the trainer computes on the same device, by turns."""
+    def __init__(
+        self,
+        kind: str,
+        policy: Policy,
+        decode: Callable[[tuple[int, ...]], str],
+        *,
+        servers: int,
+        start_s: float,
+        stall_s: float,
+        tensor_parallel: int = 1,
+        devices: list[str] | None = None,
+        shared: bool = False,
+        transfer: str = "broadcast",
+        bucket_mb: int = 64,
+        logs: str | None = None,
+    ) -> None:
+        """`kind`: the name of the logs; the others are those of `foveate.rollout.vllm.engine.VLLMEngine`."""
+        require_place(policy, shared, devices, servers * tensor_parallel, transfer)
+        self._devices = visible_devices(devices, servers)
+        self._kind, self._policy, self._decode, self._transfer = kind, policy, decode, transfer
+        self._bucket = bucket_mb << 19  # two of them are in memory at a time
+        self._workers = tensor_parallel
+        self._senders: dict[Server, Sender] = {}
         self.version = -1
         self._shared, self._sleeps = shared, False
         self.counts = Counts()
         self._start_s, self._stall_s = start_s, stall_s
         self._folder = tempfile.TemporaryDirectory(prefix="foveate-engine-")
         self.folder = Path(self._folder.name)
+        self._logs = Path(logs) if logs else self.folder
         self._weights: list[tuple[str, Tensor]] = []
-        self._writing, self._written = threading.Lock(), -1
-        self._pool = ThreadPoolExecutor(max_workers=_PER_REPLICA * replicas, thread_name_prefix="engine")
-        self.replicas = [self.new_replica(number) for number in range(replicas)]
-        self._fails = [0] * replicas
+        self._file = WeightsFile(self.folder / "weights")
+        self._pool = ThreadPoolExecutor(max_workers=_PER_SERVER * servers, thread_name_prefix="engine")
+        self.servers: list[Server] = []
+        self._fails = [0] * servers
         self._paused = threading.Event()
-        self._close = weakref.finalize(self, _end, self.replicas, self._pool, self._folder)
+        self._close = weakref.finalize(self, _end, self.servers, self._pool, self._folder)
 
-    # ---------------------------------------------------------------------------------- what kinds of servers differ in
-
-    @abstractmethod
-    def new_replica(self, number: int) -> Replica:
-        """A server of this kind, not started yet."""
+    # -------------------------------------------------------------------------------- how kinds of servers differ
 
     @abstractmethod
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
+    def ask(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         """All answers to one request, each stamped with the version that the server says; nothing of it is begun yet.
-        Raises ReplicaLostError where an answer has ended in a way that is not in `finishes`."""
+        Raises ServerLostError where an answer has ended in a way that is not in `finishes`."""
 
     @abstractmethod
-    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+    def read(self, server: Server, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt as the server's model reads it."""
 
     @abstractmethod
-    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+    def send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache."""
 
     @abstractmethod
-    def sleep_server(self, replica: Replica) -> None:
+    def sleep_server(self, server: Server) -> None:
         """Give back the memory of weights and caches, whose contents are void then."""
 
     @abstractmethod
-    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
+    def wake_server(self, server: Server, what: Literal["weights", "kv_cache"]) -> None:
         """Take the memory of either again."""
 
     @abstractmethod
-    def connect(self, replica: Replica) -> None:
-        """What a server needs once after its start."""
+    def connect(self, server: Server) -> None:
+        """Let a server that has just started meet the trainer."""
 
     @abstractmethod
-    def abort(self, replica: Replica) -> None:
-        """Drop whatever the server is generating."""
+    def abort(self, server: Server) -> None:
+        """Abort what the server is generating."""
 
     @abstractmethod
-    def tokens_made(self, replica: Replica) -> float:
+    def tokens_made(self, server: Server) -> float:
         """The server's own count of tokens so far, which grows while it works."""
 
     # -------------------------------------------------------------------------------------------------- the engine seam
@@ -127,16 +149,16 @@ class ServedEngine(ABC):
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         self._require_awake()
         pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]] = {}
-        progress = [(time.monotonic(), -1.0)] * len(self.replicas)
+        progress = [(time.monotonic(), -1.0)] * len(self.servers)
         look = time.monotonic() + self._stall_s / 4
 
         def submit(index: int, number: int) -> None:
-            replica = self.replicas[number]
-            future = self._pool.submit(self._answer, replica, requests[index], sampling)
-            pending[future] = index, number, replica.incarnation
+            server = self.servers[number]
+            future = self._pool.submit(self._answer, server, requests[index], sampling)
+            pending[future] = index, number, server.starts
 
         try:
-            for index, number in enumerate(routes([request.prompt for request in requests], len(self.replicas))):
+            for index, number in enumerate(routes([request.prompt for request in requests], len(self.servers))):
                 if not self._paused.is_set():
                     submit(index, number)
             while pending:
@@ -148,11 +170,11 @@ class ServedEngine(ABC):
                     self._kill_stalled({number for _, number, _ in pending.values()}, progress)
                     look = time.monotonic() + self._stall_s / 4
                 for future in done:
-                    index, number, incarnation = pending.pop(future)
+                    index, number, starts = pending.pop(future)
                     try:
                         group = future.result()
-                    except ReplicaLostError as error:
-                        self._revive(number, incarnation, error)
+                    except ServerLostError as error:
+                        self._revive(number, starts, error)
                         progress[number] = time.monotonic(), -1.0
                         self.counts.regenerated += 1
                         submit(index, number)
@@ -175,24 +197,24 @@ class ServedEngine(ABC):
         """How answers may end now."""
         return ("stop", "length", "abort") if self._paused.is_set() else ("stop", "length")
 
-    def _answer(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
-        """All answers to one request; those that were begun go on side by side, each by a request of its own."""
+    def _answer(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
+        """All answers to one request; those that were begun are continued side by side, each by its own request."""
         unfinished = [i for i, before in enumerate(request.partial_answers) if before.finish == "abort"]
         if not request.partial_answers:
-            return self.ask(replica, request, sampling)
+            return self.ask(server, request, sampling)
         with ThreadPoolExecutor(max(1, len(unfinished))) as pool:
-            more = pool.map(lambda i: self._go_on(replica, request, i, sampling), unfinished)
+            more = pool.map(lambda i: self._continue(server, request, i, sampling), unfinished)
             found = dict(zip(unfinished, more, strict=True))
         return tuple(found.get(i, before) for i, before in enumerate(request.partial_answers))
 
-    def _go_on(self, replica: Replica, request: Request, number: int, sampling: SamplingParams) -> Answer:
-        """The answer of this number with what follows on its tokens, which are part of the prompt now."""
+    def _continue(self, server: Server, request: Request, number: int, sampling: SamplingParams) -> Answer:
+        """The answer of this number, continued: its tokens so far are part of the prompt now."""
         before, prompt = request.partial_answers[number], request.prompt
         ids = before.token_ids
         longer = replace(prompt, token_ids=prompt.token_ids + ids, engine_ids=prompt.engine_ids + ids)
         seed = seed_of("go on", request.seed, number, len(ids))
         rest = replace(sampling, samples=1, max_tokens=sampling.max_tokens - len(ids))
-        [more] = self.ask(replica, Request(longer, seed), rest)
+        [more] = self.ask(server, Request(longer, seed), rest)
         return before.continued_by(more, self._decode(ids + more.token_ids))
 
     def _interrupt(
@@ -201,19 +223,19 @@ class ServedEngine(ABC):
         """End what is under way; the groups of which there is something."""
         self._drop(pending)
         while pending:
-            future, (index, number, incarnation) = pending.popitem()
+            future, (index, number, starts) = pending.popitem()
             if future.cancelled():
                 continue
             try:
                 group = future.result()
-            except ReplicaLostError as error:
-                self._revive(number, incarnation, error)
+            except ServerLostError as error:
+                self._revive(number, starts, error)
                 self.counts.regenerated += 1
                 continue
             if any(len(answer) for answer in group):
                 yield index, group
 
-    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
         started = time.monotonic()
         self._weights = []  # the former ones go before there are new ones
         self._weights, self.version = list(weights), version
@@ -233,87 +255,75 @@ class ServedEngine(ABC):
         """As `Engine.prompt_ids`; a server that is lost meanwhile is started again and asked again."""
         self._require_awake()
         while True:
-            incarnation = self.replicas[0].incarnation
+            starts = self.servers[0].starts
             try:
-                return self.read(self.replicas[0], prompt)
-            except ReplicaLostError as error:
-                self._revive(0, incarnation, error)
+                return self.read(self.servers[0], prompt)
+            except ServerLostError as error:
+                self._revive(0, starts, error)
 
     def healthy(self) -> bool:
-        return all(replica.healthy() for replica in self.replicas)
+        return all(server.healthy() for server in self.servers)
 
     def statistics(self) -> dict[str, float]:
         made = 0.0
-        for replica in self.replicas:
-            with suppress(ReplicaLostError):  # it is started again when it is asked next
-                made += self.tokens_made(replica)
+        for server in self.servers:
+            with suppress(ServerLostError):  # it is started again when it is asked next
+                made += self.tokens_made(server)
         return {**asdict(self.counts), "server_tokens": made}
 
     def close(self) -> None:
         self._close()
 
-    # --------------------------------------------------------------------------------------------------------- replicas
+    # --------------------------------------------------------------------------------------------------------- servers
 
     def start(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Start every replica with these weights. Raises EngineError where one does not start or takes them."""
+        """Start every server with these weights. Raises EngineError where one does not start or takes them."""
         self._weights, self.version = list(weights), version
+        self.servers += map(self.new_server, range(len(self._devices)))
         try:
             self._each(self._start_one)
-        except ReplicaLostError as error:
-            words = "\n".join(replica.last_words() for replica in self.replicas)
-            raise EngineError(
-                f"a server was lost with its first weights ({error}); the end of its log:\n{words}"
-            ) from error
+        except ServerLostError as error:
+            words = "\n".join(server.last_words() for server in self.servers)
+            raise EngineError(f"a server was lost with its first weights ({error}); {words}") from error
 
-    def on_disk(self, weights: list[tuple[str, Tensor]]) -> Path:
-        """The folder with the weights of this version in one file, written once for all replicas. `weights`: those of
-        the last publish by the names that the servers know."""
-        folder = self.folder / "weights"
-        with self._writing:
-            if self._written != self.version:
-                folder.mkdir(exist_ok=True)
-                new = folder / "new"
-                save_file({name: tensor.detach().contiguous() for name, tensor in weights}, new)
-                new.replace(folder / "model.safetensors")
-                self._written = self.version
-        return folder
+    def new_server(self, number: int, **environment: str) -> Server:
+        """A server of this kind, not started yet; `environment`: more variables for this one."""
+        variables = {**self.environment, **self._devices[number], **environment}
+        return Server(self.command, variables, self._logs / f"{self._kind}-{number}.log", "/health")
+
+    def new_sender(self, server: Server) -> Sender:
+        """The trainer's end of a new group with the workers of a server, in place of an earlier one."""
+        if server in self._senders:
+            self._senders.pop(server).close()
+        device = sent_from(self._policy, self._devices)
+        self._senders[server] = sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
+        return sender
 
     def _each(self, action: Callable[[int], None]) -> None:
-        """Do something to all replicas at once; the first error is raised when all are done."""
-        errors: list[BaseException] = []
-
-        def guarded(number: int) -> None:
-            try:
-                action(number)
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(number,)) for number in range(len(self.replicas))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
+        """Do something to all servers at once; an error is raised when all are done."""
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            done = [pool.submit(action, number) for number in range(len(self.servers))]
+        for future in done:
+            future.result()
 
     def _start_one(self, number: int) -> None:
-        replica = self.replicas[number]
-        replica.start(self._start_s)
-        self.connect(replica)
-        self.send(replica, self.version, self._weights)
+        server = self.servers[number]
+        server.start(self._start_s)
+        self.connect(server)
+        self.send(server, self.version, self._weights)
 
     def _publish_one(self, number: int) -> None:
-        """A replica that sleeps takes the memory of its caches when it has let go of what a transfer takes."""
-        replica = self.replicas[number]
-        incarnation = replica.incarnation
+        """A server that sleeps takes the memory of its caches when it has let go of what a transfer takes."""
+        server = self.servers[number]
+        starts = server.starts
         try:
             if self._sleeps:
-                self.wake_server(replica, "weights")
-            self.send(replica, self.version, self._weights)
+                self.wake_server(server, "weights")
+            self.send(server, self.version, self._weights)
             if self._sleeps:
-                self.wake_server(replica, "kv_cache")
-        except ReplicaLostError as error:
-            self._revive(number, incarnation, error)
+                self.wake_server(server, "kv_cache")
+        except ServerLostError as error:
+            self._revive(number, starts, error)
 
     def _require_awake(self) -> None:
         if self._sleeps:
@@ -322,42 +332,42 @@ class ServedEngine(ABC):
     def _sleep_one(self, number: int) -> None:
         """One that cannot is ended, which frees its memory, too; the next `publish` starts it again."""
         try:
-            self.sleep_server(self.replicas[number])
-        except (ReplicaLostError, EngineError) as error:
+            self.sleep_server(self.servers[number])
+        except (ServerLostError, EngineError) as error:
             logger.warning("engine server %d does not give its memory back (%s); it is ended", number, error)
-            self.replicas[number].kill()
+            self.servers[number].kill()
 
-    def _revive(self, number: int, incarnation: int, error: Exception) -> None:
-        """Start a replica again that was lost in the given incarnation, unless that has happened meanwhile."""
-        replica = self.replicas[number]
-        while replica.incarnation == incarnation:
+    def _revive(self, number: int, starts: int, error: Exception) -> None:
+        """Start a server again that was lost when it had been started `starts` times, unless it has been meanwhile."""
+        server = self.servers[number]
+        while server.starts == starts:
             self._fails[number] += 1
             if self._fails[number] > _RESTARTS:
                 raise EngineError(
-                    f"the server was lost {self._fails[number]} times without a finished group between ({error}); the "
-                    f"end of {replica.log}:\n{replica.last_words()}"
+                    f"the server was lost {self._fails[number]} times without a finished group between ({error}); "
+                    f"{server.last_words()}"
                 ) from error
             logger.warning("engine server %d is lost (%s); starting it again", number, error)
             self.counts.restarts += 1
             try:
                 self._start_one(number)
-            except (ReplicaLostError, EngineError) as again:  # the first start has shown that it can
-                error, incarnation = again, replica.incarnation
+            except (ServerLostError, EngineError) as again:  # the first start has shown that it can
+                error, starts = again, server.starts
 
     def _kill_stalled(self, numbers: set[int], progress: list[tuple[float, float]]) -> None:
-        """Kill replicas that have work and whose own count of tokens has not grown for `stall_s`; the requests that
-        wait for them end with an error, as if they had died. `progress` holds (when it grew, count) per replica."""
+        """Kill servers that have work and whose own count of tokens has not grown for `stall_s`; the requests that
+        wait for them end with an error, as if they had died. `progress` holds (when it grew, count) per server."""
         for number in numbers:
-            replica = self.replicas[number]
+            server = self.servers[number]
             try:
-                made = self.tokens_made(replica)
-            except (ReplicaLostError, EngineError):
+                made = self.tokens_made(server)
+            except (ServerLostError, EngineError):
                 made = progress[number][1]
             if made != progress[number][1]:
                 progress[number] = time.monotonic(), made
             elif time.monotonic() - progress[number][0] > self._stall_s:
                 logger.warning("engine server %d has made no token for %g s", number, self._stall_s)
-                replica.kill()
+                server.kill()
 
     def _drop(self, pending: dict[Future[Any], tuple[int, int, int]]) -> None:
         """Abort what is under way, and wait until nothing is. A request may still be on its way to the server when that
@@ -370,19 +380,19 @@ class ServedEngine(ABC):
             for number in set(left.values()):
                 if time.monotonic() > give_up:
                     logger.warning("engine server %d has not stopped for %g s", number, self._stall_s)
-                    self.replicas[number].kill()
+                    self.servers[number].kill()
                     continue
                 try:
-                    self.abort(self.replicas[number])
-                except (ReplicaLostError, EngineError) as error:
+                    self.abort(self.servers[number])
+                except (ServerLostError, EngineError) as error:
                     logger.warning("engine server %d could not be told to stop (%s)", number, error)
-                    self.replicas[number].kill()
+                    self.servers[number].kill()
             wait(left, timeout=0.5)
             left = {future: number for future, number in left.items() if not future.done()}
 
 
-def _end(replicas: list[Replica], pool: ThreadPoolExecutor, folder: tempfile.TemporaryDirectory[str]) -> None:
-    for replica in replicas:
-        replica.kill()
+def _end(servers: list[Server], pool: ThreadPoolExecutor, folder: tempfile.TemporaryDirectory[str]) -> None:
+    for server in servers:
+        server.kill()
     pool.shutdown(wait=True, cancel_futures=True)
     folder.cleanup()

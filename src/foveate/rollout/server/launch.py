@@ -23,11 +23,11 @@ def banned_ids(policy: Policy) -> list[int]:
     return sorted({*policy.family.placeholder_ids, *range(len(policy.tokenizer), len(head))})
 
 
-def visible_devices(devices: list[str] | None, replicas: int) -> list[dict[str, str]]:
-    """What the environment of each replica says about its GPUs. Raises ConfigError where they are not one for each."""
-    if devices is not None and len(devices) != replicas:
-        raise ConfigError(f"engine: devices names the GPUs of {len(devices)} replicas, there are {replicas}")
-    return [{}] * replicas if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]
+def visible_devices(devices: list[str] | None, servers: int) -> list[dict[str, str]]:
+    """What the environment of each server says about its GPUs. Raises ConfigError where they are not one for each."""
+    if devices is not None and len(devices) != servers:
+        raise ConfigError(f"engine: devices names the GPUs of {len(devices)} servers, there are {servers}")
+    return [{}] * servers if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]
 
 
 def sent_from(policy: Policy, devices: list[dict[str, str]]) -> torch.device:

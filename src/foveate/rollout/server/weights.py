@@ -7,13 +7,16 @@ NCCL between GPUs. The other end is in the server: `foveate.rollout.vllm.plugin`
 from __future__ import annotations
 
 import pickle
+import threading
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed import (
     PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
@@ -128,7 +131,7 @@ class Sender:
     def __init__(self, host: str, world_size: int, device: torch.device, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout)
-        self._device, self._group = device, None
+        self.device, self._group = device, None
         self.host, self.port, self.world_size = host, self._store.port, world_size
         self.backend = "nccl" if device.type == "cuda" else "gloo"
 
@@ -153,7 +156,7 @@ class Sender:
 
     def send(self, buckets: Sequence[Bucket]) -> None:
         """Broadcast every bucket with its trailer; the next one is filled while one is under way."""
-        self.broadcast(messages(buckets, self._device))
+        self.broadcast(messages(buckets, self.device))
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Send every tensor, contiguous ones, in order. The next is asked for while one is under way, and the one after
@@ -167,3 +170,21 @@ class Sender:
             under_way = work, tensor
         if under_way is not None:
             under_way[0].wait()
+
+
+class WeightsFile:
+    """The weights of one version in a folder with a single file, written once for all servers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._version, self._lock = folder, -1, threading.Lock()
+
+    def write(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> Path:
+        """The folder; `weights` go by the names that the servers know."""
+        with self._lock:
+            if self._version != version:
+                self._folder.mkdir(exist_ok=True)
+                new = self._folder / "new"
+                save_file({name: tensor.detach().contiguous() for name, tensor in weights}, new)
+                new.replace(self._folder / "model.safetensors")
+                self._version = version
+        return self._folder

@@ -30,13 +30,10 @@ from foveate.rollout.server.launch import (
     banned_ids,
     dtype_name,
     python_path,
-    require_place,
-    sent_from,
-    visible_devices,
     write_plugin,
 )
-from foveate.rollout.server.process import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.server.weights import Sender, plan_buckets, served_weights
+from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
+from foveate.rollout.server.weights import plan_buckets, served_weights
 
 _GROUP = "weights"
 _ON_CPU = (
@@ -61,7 +58,7 @@ class SGLangEngine(ServedEngine):
         version: int = 0,
         program: str = "python",
         longest: int | None = None,
-        replicas: int = 1,
+        servers: int = 1,
         tensor_parallel: int = 1,
         device: str | None = None,
         memory_fraction: float | None = None,
@@ -83,19 +80,22 @@ class SGLangEngine(ServedEngine):
         self._served = served_as(policy.family, "sglang")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
-        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
+        super().__init__(
+            "sglang", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, devices=devices, shared=shared,
+            tensor_parallel=tensor_parallel, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
+        )  # fmt: skip
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
+        write_plugin(plugin, Path(__file__).with_name("plugin.py"), "sglang", "sglang.srt.plugins")
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
-        self._devices, self._transfer = visible_devices(devices, replicas), transfer
-        self._policy, self._decode = policy, decode
-        self._bucket, self._workers = bucket_mb << 19, tensor_parallel
-        self._logs = Path(logs) if logs else None
-        self._senders: dict[Replica, Sender] = {}
-        self._counters: dict[Replica, Path] = {}
+        self._counters: dict[Server, Path] = {}
         self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
-        self._environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
-        self._environment |= environment or {}
-        self._options = [
+        self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
+        self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}
+        self.command = [
+            *(str(shutil.which(program)), "-m", "sglang.launch_server", "--model-path", str(model)),
+            *("--host", HOST, "--port", PORT),
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters())), "--trust-remote-code"),
             *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
             *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
@@ -104,59 +104,48 @@ class SGLangEngine(ServedEngine):
             *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
             *(arguments or ()),
         ]
-        self._program = str(shutil.which(program))
-        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
         self.start(version, served_weights(policy.model))
 
     # --------------------------------------------------------------------------------------------------- the server
 
-    def new_replica(self, number: int) -> Replica:
-        model, plugin = self.folder / "model", self.folder / "plugin"
-        if not model.exists():
-            policy = self._policy
-            write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
-            write_plugin(plugin, Path(__file__).with_name("plugin.py"), "sglang", "sglang.srt.plugins")
-        command = [self._program, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
-        log = (self._logs or self.folder) / f"sglang-{number}.log"
+    def new_server(self, number: int, **environment: str) -> Server:
         counter = self.folder / f"tokens-{number}"
         counter.mkdir()
-        environment = {**self._environment, **self._devices[number]}
-        environment |= {"PYTHONPATH": python_path(plugin), "FOVEATE_TOKENS": str(counter)}
-        replica = Replica([*command, "--port", PORT, *self._options], environment, log, "/health")
-        self._counters[replica] = counter
-        return replica
+        server = super().new_server(number, FOVEATE_TOKENS=str(counter), **environment)
+        self._counters[server] = counter
+        return server
 
-    def connect(self, replica: Replica) -> None:
-        if replica in self._senders:
-            self._senders.pop(replica).close()
+    def connect(self, server: Server) -> None:
         if self._transfer == "disk":
             return
-        device = sent_from(self._policy, self._devices)
-        sender = Sender(HOST, 1 + self._workers, device, TRANSFER_S)
+        sender = self.new_sender(server)
         where = {"master_address": HOST, "master_port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         init = {**where, "group_name": _GROUP, "backend": sender.backend}
-        with meanwhile(replica, "/init_weights_update_group", init, TRANSFER_S):
-            sender.connect(_GROUP, f"{_GROUP}/", f"{device.type}/")  # where torch's own groups meet
-        self._senders[replica] = sender
+        with meanwhile(server, "/init_weights_update_group", init, TRANSFER_S):
+            sender.connect(_GROUP, f"{_GROUP}/", f"{sender.device.type}/")  # where torch's own groups meet
 
-    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+    def send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         try:
-            self._send(replica, version, weights)
+            self._send(server, version, weights)
         except EngineError as error:  # what goes wrong with weights is a refusal here
-            raise ReplicaLostError(str(error)) from error
+            raise ServerLostError(str(error)) from error
 
-    def _send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
-        self.abort(replica)
+    def _send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
+        self.abort(server)
         named = chat_weights(weights) if self._served.layout == "chat" else weights
         if self._transfer == "disk":
-            update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
-            _succeed(replica.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
+            update = {
+                "model_path": str(self._file.write(version, named)),
+                "load_format": "auto",
+                "weight_version": str(version),
+            }
+            _succeed(server.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
         else:
-            self._broadcast(replica, version, named)
-        replica.call("POST", "/flush_cache", timeout_s=self._stall_s)
+            self._broadcast(server, version, named)
+        server.call("POST", "/flush_cache", timeout_s=self._stall_s)
 
-    def _broadcast(self, replica: Replica, version: int, named: list[tuple[str, Tensor]]) -> None:
-        _succeed(replica.call("POST", "/begin_weight_update", {}, timeout_s=self._stall_s))
+    def _broadcast(self, server: Server, version: int, named: list[tuple[str, Tensor]]) -> None:
+        _succeed(server.call("POST", "/begin_weight_update", {}, timeout_s=self._stall_s))
         for bucket in plan_buckets(named, self._bucket):
             tensors = [tensor for _, tensor, _ in bucket.tensors]
             update = {
@@ -167,37 +156,37 @@ class SGLangEngine(ServedEngine):
                 "weight_version": str(version),
                 "load_format": "foveate",  # of the plug-in: a bucket with a trailer
             }
-            with meanwhile(replica, "/update_weights_from_distributed", update, TRANSFER_S):
-                self._senders[replica].send([bucket])
-        _succeed(replica.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
+            with meanwhile(server, "/update_weights_from_distributed", update, TRANSFER_S):
+                self._senders[server].send([bucket])
+        _succeed(server.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
 
-    def abort(self, replica: Replica) -> None:
-        replica.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
+    def abort(self, server: Server) -> None:
+        server.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
 
-    def tokens_made(self, replica: Replica) -> float:
+    def tokens_made(self, server: Server) -> float:
         """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
-        return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[replica].iterdir()))
+        return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[server].iterdir()))
 
-    def sleep_server(self, replica: Replica) -> None:
-        self.abort(replica)
+    def sleep_server(self, server: Server) -> None:
+        self.abort(server)
         tags = {"tags": ["kv_cache", "weights"]}
-        replica.call("POST", "/release_memory_occupation", tags, timeout_s=self._stall_s)
+        server.call("POST", "/release_memory_occupation", tags, timeout_s=self._stall_s)
 
-    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
-        replica.call("POST", "/resume_memory_occupation", {"tags": [what]}, timeout_s=self._stall_s)
+    def wake_server(self, server: Server, what: Literal["weights", "kv_cache"]) -> None:
+        server.call("POST", "/resume_memory_occupation", {"tags": [what]}, timeout_s=self._stall_s)
 
     # ------------------------------------------------------------------------------------------------- the requests
 
-    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+    def read(self, server: Server, prompt: Prompt) -> tuple[int, ...]:
         """What was sent, if the server counts as many tokens: it does not show their ids."""
         sampling = SamplingParams(max_tokens=1)
-        found = self._generate(replica, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
+        found = self._generate(server, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
         return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]
 
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
-        answers = self._generate(replica, request, sampling)
+    def ask(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
+        answers = self._generate(server, request, sampling)
         if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
-            raise ReplicaLostError("an answer was cut off")
+            raise ServerLostError("an answer was cut off")
         return tuple(map(self._completion, answers))
 
     def _completion(self, answer: dict[str, Any]) -> Answer:
@@ -206,8 +195,8 @@ class SGLangEngine(ServedEngine):
         version = int(about["weight_version"])
         return Answer.sampled(token_ids, logprobs, self._decode(token_ids), about["finish_reason"]["type"], version)
 
-    def _generate(self, replica: Replica, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
-        answers = replica.call("POST", "/generate", self._body(request, sampling))
+    def _generate(self, server: Server, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
+        answers = server.call("POST", "/generate", self._body(request, sampling))
         return answers if isinstance(answers, list) else [answers]
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:

@@ -34,13 +34,10 @@ from foveate.rollout.server.launch import (
     banned_ids,
     dtype_name,
     python_path,
-    require_place,
-    sent_from,
-    visible_devices,
     write_plugin,
 )
-from foveate.rollout.server.process import HOST, PORT, Replica, ReplicaLostError, meanwhile
-from foveate.rollout.server.weights import Bucket, Sender, handles, plan_buckets, served_weights
+from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
+from foveate.rollout.server.weights import Bucket, handles, plan_buckets, served_weights
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
@@ -76,7 +73,7 @@ class VLLMEngine(ServedEngine):
         version: int = 0,
         program: str = "vllm",
         longest: int | None = None,
-        replicas: int = 1,
+        servers: int = 1,
         tensor_parallel: int = 1,
         device: str | None = None,
         memory_fraction: float | None = None,
@@ -94,7 +91,7 @@ class VLLMEngine(ServedEngine):
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
         as the model's configuration says); `device` where the server computes (None: where the policy is);
         `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
-        (None: vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each replica, such as
+        (None: vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each server, such as
         ["4,5", "6,7"] (None: all see what the trainer sees, and weights travel through host memory); `shared` whether
         the server computes on the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction`
         0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the
@@ -104,18 +101,20 @@ class VLLMEngine(ServedEngine):
         goes with the engine)."""
         self._served = served_as(policy.family, "vllm")
         _require(program)
-        require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
-        self._devices, self._transfer = visible_devices(devices, replicas), transfer
-        self._policy, self._decode = policy, decode
-        self._bucket = bucket_mb << 19  # two of them are in memory at a time
-        self._workers, self._logs = tensor_parallel, Path(logs) if logs else None
-        self._senders: dict[Replica, Sender] = {}
+        super().__init__(
+            "vllm", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, tensor_parallel=tensor_parallel,
+            devices=devices, shared=shared, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
+        )  # fmt: skip
+        model, plugin = self.folder / "model", self.folder / "plugin"
+        write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
+        write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
         self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
-        if on_cpu and memory_mb is None:
-            memory_mb = _cpu_memory(policy, longest)
-        self._environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
-        self._options = [
+        memory_mb = _cpu_memory(policy, longest) if on_cpu and memory_mb is None else memory_mb
+        self.environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
+        self.environment["PYTHONPATH"] = python_path(plugin)
+        self.command = [
+            *(str(shutil.which(program)), "serve", str(model), "--host", HOST, "--port", PORT),
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
@@ -125,88 +124,72 @@ class VLLMEngine(ServedEngine):
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
-        self._program = str(shutil.which(program))
-        super().__init__(replicas, start_s=start_s, stall_s=stall_s, shared=shared)
         self.start(version, served_weights(policy.model))
 
     # ------------------------------------------------------------------------------------------------------- the server
 
-    def new_replica(self, number: int) -> Replica:
-        model, plugin = self.folder / "model", self.folder / "plugin"
-        if not model.exists():
-            policy = self._policy
-            write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
-            write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
-        command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
-        log = (self._logs or self.folder) / f"vllm-{number}.log"
-        environment = {**self._environment, **self._devices[number], "PYTHONPATH": python_path(plugin)}
-        return Replica(command, environment, log, "/health")
-
-    def connect(self, replica: Replica) -> None:
-        if replica in self._senders:
-            self._senders.pop(replica).close()
+    def connect(self, server: Server) -> None:
         if self._transfer != "broadcast":
             nobody = {"host": "", "port": 0, "world_size": 0, "rank_offset": 0, "backend": "", "timeout_s": 0}
-            replica.call("POST", "/init_weight_transfer_engine", {"init_info": nobody}, timeout_s=self._stall_s)
+            server.call("POST", "/init_weight_transfer_engine", {"init_info": nobody}, timeout_s=self._stall_s)
             return
-        sender = Sender(HOST, 1 + self._workers, sent_from(self._policy, self._devices), TRANSFER_S)
+        sender = self.new_sender(server)
         where = {"host": HOST, "port": sender.port, "world_size": sender.world_size, "rank_offset": 1}
         init = {"init_info": {**where, "backend": sender.backend, "timeout_s": TRANSFER_S}}
-        with meanwhile(replica, "/init_weight_transfer_engine", init, TRANSFER_S):
+        with meanwhile(server, "/init_weight_transfer_engine", init, TRANSFER_S):
             sender.connect("weights")
-        self._senders[replica] = sender
 
-    def send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
+    def send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         """vLLM's order: pause, update, version, then what `pause` has not emptied, resume."""
         soon = {"timeout_s": self._stall_s}
-        replica.call("POST", "/pause?mode=abort&clear_cache=true", **soon)
-        replica.call("POST", "/start_weight_update", **soon)
+        server.call("POST", "/pause?mode=abort&clear_cache=true", **soon)
+        server.call("POST", "/start_weight_update", **soon)
         if self._transfer == "disk":
-            file = self.on_disk(weights) / "model.safetensors"
+            file = self._file.write(version, weights) / "model.safetensors"
             update = {"update_info": {"buckets": [], "file": str(file)}}
-            replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+            server.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
         elif self._transfer == "ipc":
             buckets = plan_buckets(weights, self._bucket)
             for number, (bucket, handle) in enumerate(handles(buckets, self._policy.device)):
                 update = {"update_info": {"buckets": [_announced(bucket)], "handle": handle, "number": number}}
-                replica.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+                server.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
         else:
             buckets = plan_buckets(weights, self._bucket)
             update = {"update_info": {"buckets": [*map(_announced, buckets)]}}
-            with meanwhile(replica, "/update_weights", update, TRANSFER_S):
-                self._senders[replica].send(buckets)
-        replica.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=TRANSFER_S)
+            with meanwhile(server, "/update_weights", update, TRANSFER_S):
+                self._senders[server].send(buckets)
+        server.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=TRANSFER_S)
         for cache in ("prefix", "mm", "encoder"):
-            replica.call("POST", f"/reset_{cache}_cache", **soon)
-        replica.call("POST", "/resume", **soon)
+            server.call("POST", f"/reset_{cache}_cache", **soon)
+        server.call("POST", "/resume", **soon)
 
-    def abort(self, replica: Replica) -> None:
-        replica.call("POST", "/abort_requests", {}, timeout_s=10)
+    def abort(self, server: Server) -> None:
+        server.call("POST", "/abort_requests", {}, timeout_s=10)
 
-    def tokens_made(self, replica: Replica) -> float:
-        text = replica.call("GET", "/metrics", timeout_s=10)
+    def tokens_made(self, server: Server) -> float:
+        text = server.call("GET", "/metrics", timeout_s=10)
         counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
         return sum(map(float, counts))
 
-    def sleep_server(self, replica: Replica) -> None:
-        replica.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
+    def sleep_server(self, server: Server) -> None:
+        server.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
 
-    def wake_server(self, replica: Replica, what: Literal["weights", "kv_cache"]) -> None:
-        replica.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
+    def wake_server(self, server: Server, what: Literal["weights", "kv_cache"]) -> None:
+        server.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
 
     # ----------------------------------------------------------------------------------------------------- the requests
 
-    def read(self, replica: Replica, prompt: Prompt) -> tuple[int, ...]:
+    def read(self, server: Server, prompt: Prompt) -> tuple[int, ...]:
         body = self._body(Request(prompt, 0), SamplingParams(max_tokens=1))
-        answer = replica.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
+        answer = server.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
         return tuple(answer["prompt_token_ids"])
 
-    def ask(self, replica: Replica, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
+    def ask(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
         body = self._body(request, replace(sampling, samples=sampling.samples // alike))
-        choices = sorted(replica.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
+        choices = sorted(server.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
         if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
-            raise ReplicaLostError("an answer was cut off")
+            raise ServerLostError("an answer was cut off")
         return tuple(map(self._completion, choices))
 
     def _completion(self, choice: dict[str, Any]) -> Answer:

@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.v1.sample.sampler import SyncRollouts
+from vllm.v1.sample.sampler import Sampler
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -161,17 +161,17 @@ def _report_trainers_logprobs() -> None:
     """Log-probs under softmax(logits / temperature) over the whole vocabulary, as a trainer computes them. vLLM has
     either the raw ones, which know no temperature, or the processed ones, in which bans, top-k and top-p have cut the
     vocabulary. The raw ones are taken, with the temperature (1 where greedy) put in."""
-    plain = SyncRollouts.forward
+    plain = Sampler.forward
 
-    def forward(self: SyncRollouts, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Sampler, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
         temperature = sampling_metadata.temperature
         if temperature is None or self.logprobs_mode != "raw_logprobs":
             return plain(self, logits, sampling_metadata, *args, **kwargs)
         divisor = torch.where(temperature < 1e-5, torch.ones_like(temperature), temperature)[:, None]
-        self.compute_logprobs = lambda raw: SyncRollouts.compute_logprobs(raw.float() / divisor)  # type: ignore[method-assign]
+        self.compute_logprobs = lambda raw: Sampler.compute_logprobs(raw.float() / divisor)  # type: ignore[method-assign]
         try:
             return plain(self, logits, sampling_metadata, *args, **kwargs)
         finally:
             del self.compute_logprobs
 
-    SyncRollouts.forward = forward  # type: ignore[method-assign]
+    Sampler.forward = forward  # type: ignore[method-assign]
