@@ -23,9 +23,10 @@ from transformers import InternVLConfig
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE
 from foveate.models.checkpoint.configs import hf_to_chat
-from foveate.models.checkpoint.convert import in_layout, write_json
+from foveate.models.checkpoint.convert import in_layout
 from foveate.models.checkpoint.formats import expected_shapes
-from foveate.models.checkpoint.safetensors_io import Piece, Stored, write_weights
+from foveate.models.checkpoint.safetensors_io import ByteRange, Stored, write_weights
+from foveate.models.checkpoint.small_files import write_json
 from foveate.models.sizes import published_config
 from foveate.models.tiny import tiny_tokenizer
 
@@ -69,7 +70,7 @@ def synthesise(folder: Path, config: InternVLConfig) -> tuple[int, int]:
             file.write(os.urandom(2**20))
     # Every tensor begins elsewhere in the noise, so that no two are the same.
     tensors = {
-        name: Stored("BF16", shapes[name], (Piece(noise, i * 1_000_003, size),))
+        name: Stored("BF16", shapes[name], (ByteRange(noise, i * 1_000_003, size),))
         for i, (name, size) in enumerate(sizes.items())
     }
     write_weights(folder, in_layout(tensors, "chat"), SHARD_BYTES, lambda _: None)

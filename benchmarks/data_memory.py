@@ -66,7 +66,7 @@ def stream(file: Path, batches: int, batch: int) -> None:
     print(f"open, {len(table)} rows: {memory()}; {time.perf_counter() - begin:.1f} s")
     begin, busy = time.perf_counter(), time.process_time()
     for number in range(1, batches + 1):
-        tasks = [table[index] for index in order.take()]
+        tasks = [table[index] for index in order.draw()]
         if number in (batches // 4, batches // 2, batches):
             print(f"{number} batches of {len(tasks)}, shuffled: {memory()}")
     rows = batches * batch

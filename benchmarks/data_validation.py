@@ -22,11 +22,11 @@ import pyarrow as pa
 
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import ReadOptions, RowInspection, inspect_rows
-from foveate.datasets.select import Limits, prepare_filter
+from foveate.datasets.filter import Limits, prepare_filter
 from foveate.encoding.dataset import RowCheck
-from foveate.models.prompt import load_encoder
+from foveate.models.checkpoint.inspect import load_encoder
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.rewards.boxes import check_truth
+from foveate.rewards.boxes import check_box
 
 TEXT = "the large small red blue green left right upper lower person dog chair cup bicycle near behind with of a"
 WORDS = TEXT.split()
@@ -79,7 +79,7 @@ def main() -> None:
         )
         for workers in ([1] if options.one else []) + [options.workers]:
             begin = time.perf_counter()
-            found = inspect_rows(open_tasks(file), RowInspection(RowCheck(check_truth, encoder)), workers=workers)
+            found = inspect_rows(open_tasks(file), RowInspection(RowCheck(check_box, encoder)), workers=workers)
             took = time.perf_counter() - begin
             print(f"check, {workers} processes: {took:.1f} s, {options.rows / took:.0f} rows/s, kept {len(found.kept)}")
         begin, busy = time.perf_counter(), os.times()

@@ -35,7 +35,7 @@ from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
-from foveate.models.sizes import SIZES
+from foveate.models.sizes import PUBLISHED_SIZES
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
@@ -74,7 +74,7 @@ WORKS = {
 
 def size_of(name: str) -> TinySize:
     """The published size with the tokenizer of the tiny model, whose vocabulary is filled up."""
-    vision, text = SIZES[name]
+    vision, text = PUBLISHED_SIZES[name]
     return TinySize(
         tile=448, vision_width=vision["hidden_size"], vision_layers=vision["num_hidden_layers"],
         vision_heads=vision["num_attention_heads"], vision_ffn=vision["intermediate_size"], width=text["hidden_size"],
@@ -267,7 +267,7 @@ def kernels_of(run: Callable[[], Any], what: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["update", "generate", "profile", "trl", "transformers"])
-    parser.add_argument("--size", default="1B", choices=SIZES)
+    parser.add_argument("--size", default="1B", choices=PUBLISHED_SIZES)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm", type=int, default=2)

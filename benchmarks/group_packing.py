@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from transformers import InternVLForConditionalGeneration
 
-from foveate.models.checkpoint.quiet import quiet_transformers
-from foveate.models.families.internvl import PARTS
+from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
@@ -119,7 +118,7 @@ def main() -> None:
         with quiet_transformers():
             plain = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     packed_groups = make_groups(policy, vocabulary, generator)
-    counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in PARTS}
+    counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in policy.family.parts}
     print("parameters:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
     print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 from foveate.config.data import DataSettings
 from foveate.data.table import row_schema, write_rows
 from foveate.encoding.dataset import read_checked
-from foveate.models.prompt import load_encoder
+from foveate.models.checkpoint.inspect import load_encoder
 from foveate.models.tiny import build_tiny
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))

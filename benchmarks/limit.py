@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from scaling import measure, worker_of
 
-from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
+from foveate.models.checkpoint.formats import hf_form, model_config
+from foveate.models.checkpoint.small_files import read_tokenizer
 from foveate.models.sizes import published_config
 from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS

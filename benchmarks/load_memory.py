@@ -25,7 +25,7 @@ from transformers import InternVLConfig
 from foveate.config.cluster import ClusterSettings
 from foveate.models.policy import load_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
-from foveate.models.sizes import IMAGE_TOKEN_ID, SIZES
+from foveate.models.sizes import IMAGE_TOKEN_ID, PUBLISHED_SIZES
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
 LAYERS = 8
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to put the 1 GB; else a temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         folder, failed = Path(name), False
-        vision, text = ({**one, "num_hidden_layers": LAYERS} for one in SIZES["1B"])
+        vision, text = ({**one, "num_hidden_layers": LAYERS} for one in PUBLISHED_SIZES["1B"])
         config = InternVLConfig(
             vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
         )

@@ -33,6 +33,7 @@ def case(size: str, shape: str) -> tuple[float, float]:
     import torch
 
     from foveate.config.cluster import ClusterSettings
+    from foveate.config.train import OptimSettings
     from foveate.models.tiny import TinySize
     from foveate.plan.memory import memory_of
     from foveate.plan.workload import Workload
@@ -50,9 +51,9 @@ def case(size: str, shape: str) -> tuple[float, float]:
         config=worker.policy.model.config, trainable=("vision", "projector", "language"), dtype=torch.float32,
         checkpointing=checkpointing, cluster=ClusterSettings(device="cpu"), budget=prompt + answers * length, steps=1,
         groups=2, answers=answers, updates=1, prompt=prompt, answer=length, tiles=tiles, longest=length, generates=True,
-        forwards=0, reference=False,
+        forwards=0, reference=False, optim=OptimSettings(lr=1e-3),
     )  # fmt: skip
-    return measured, memory_of(work).learning
+    return measured, memory_of(work).training
 
 
 def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, int, int, bool]) -> Any:

@@ -14,7 +14,7 @@ from foveate.plan.workload import workload_of
 SIZES = ("1b", "2b", "4b", "8b", "14b", "30b_a3b", "38b", "241b_a28b")
 COLUMNS = (
     "recipe", "GPUs", "parameters", "active", "trained", "weights", "gradients", "optimizer", "gathered", "activations",
-    "log-prob chunk", "while learning", "while generating", "GPU hours",
+    "log-prob chunk", "while training", "while generating", "GPU hours",
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def main(stage: str) -> None:
         hours = seconds_of(work, trainers, memory).step * work.steps * machines.count / 3600
         parts = (
             memory.weights, memory.gradients, memory.optimizer, memory.gathered, memory.activations + memory.features,
-            memory.chunk, memory.learning, memory.generating,
+            memory.chunk, memory.training, memory.generating,
         )  # fmt: skip
         cells = [f"{part / GIB:.1f}" for part in parts]
         active = (

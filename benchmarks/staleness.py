@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import Algorithm
 from foveate.algorithms.advantages import grpo
+from foveate.algorithms.table import Algorithm
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
@@ -99,10 +99,10 @@ class Numbers:
         self._stream = stream
 
     def take(self, count: int) -> list[tuple[Task, Prompt]]:
-        rows = self._stream.take(count)
+        rows = self._stream.draw(count)
         return [(Task(str(row), "made up", (), (), row), Prompt((row,), (), None, (row,))) for row in rows]
 
-    def grade_many(self, pairs: Sequence[tuple[str, Task]]) -> list[Score]:
+    def grade_many(self, pairs: Sequence[tuple[Answer, Task]]) -> list[Score]:
         return [Score(0.0) for _ in pairs]
 
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 from toy import HERE, make_data, rl_settings
 
+import foveate
 from foveate.config.recipe import load_recipe, to_yaml
 from foveate.config.runs import RLSettings
 from foveate.log import read_metrics
+from foveate.train.optim import OPTIMIZERS
 from foveate.train.rl import run_rl
+
+SOURCES = Path(foveate.__file__).parent
 
 OUTSIDE = """
 from dataclasses import replace
 
-from foveate.algorithms import Algorithm
+import torch
+
+from foveate.algorithms.table import Algorithm
 from foveate.algorithms.policy_losses import gspo
 from foveate.records import Score
 from foveate.rollout.native.engine import NativeEngine
+from foveate.train.optim import OptimizerSpec
 
 
 def vowels(text, task, *, weight: float = 1.0):
@@ -44,6 +53,13 @@ class Signing(NativeEngine):
     def stream(self, requests, sampling):
         for index, group in super().stream(requests, sampling):
             yield index, tuple(replace(answer, text=answer.text + "!") for answer in group)
+
+
+def descent(named, optim, *, momentum: float):
+    return torch.optim.SGD([*named.values()], lr=optim.lr, momentum=momentum)
+
+
+SGD = OptimizerSpec(descent, lambda optimizer, group, weight: {"momentum_buffer": torch.zeros_like(weight)})
 """
 
 
@@ -59,6 +75,7 @@ def run(tmp_path_factory, tiny_folder):
         reward={"name": f"{own}:vowels", "settings": {"weight": 2.0}},
         algorithm={"name": f"{own}:OWN", "loss": {"share": 0.25}, "advantage": {"shift": 0.5}},
         rollout={"engine": f"{own}:Signing", "samples": 4, "max_tokens": 8},
+        optim={"lr": 1e-3, "name": f"{own}:SGD", "settings": {"momentum": 0.5}},
         train={"steps": 2},
     )
     recipe = folder / "recipe.yaml"
@@ -83,6 +100,22 @@ def test_an_algorithm_of_ones_own_gives_advantages_and_loss(run):
     advantages = [answer["advantage"] for row in rows for answer in row["answers"]]
     assert sum(advantages) / len(advantages) == pytest.approx(0.5, abs=1e-5)
     assert [record["share"] for record in read_metrics(run.metrics)] == [0.25, 0.25]
+
+
+def test_an_optimizer_of_ones_own_trains_and_is_saved_with_its_state(run):
+    reader = FileSystemReader(run.checkpoints / "latest")
+    names = reader.read_metadata().state_dict_metadata
+    assert any(name.endswith(".momentum_buffer") for name in names)
+    assert not any(name.endswith(".exp_avg") for name in names)
+
+
+def test_an_optimizer_takes_one_file_and_one_line_of_a_table():
+    for name, path in OPTIMIZERS.items():
+        places = [file for file in SOURCES.rglob("*.py") if re.search(rf"\b{name}\b", file.read_text())]
+        own = SOURCES.parent / f"{path.partition(':')[0].replace('.', '/')}.py"
+        allowed = {own, SOURCES / "train/optim.py", SOURCES / "config/train.py"}  # config: the description of a setting
+        allowed |= {SOURCES / "train/muon.py"} if name == "adamw" else set()  # AdamW steps beside Muon
+        assert set(places) <= allowed, name
 
 
 def test_a_path_may_also_be_that_of_a_module(tmp_path, tiny_folder):

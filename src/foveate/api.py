@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.config.recipe import read_recipe
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, Stage
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.files import atomic_write_text
 from foveate.run_folder import RunFolder
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def from_recipe(name: str | Path, *overrides: str, stage: Stage | None = None) -> Any:
+def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Any:
     """The settings of a recipe, a YAML file or the name of a shipped one, with `group.name=value` overrides.
 
     They are `SFTSettings`, `MPOSettings`, `RLSettings` or `CascadeSettings`: those of `stage`, or of the first stage
@@ -180,9 +180,9 @@ def plan(
 
 def plan_report(plan: Plan) -> str:
     """A plan as text: memory by part, whether it fits, what to change, and time by phase."""
-    from foveate.plan.report import report as text_of
+    from foveate.plan.report import plan_text
 
-    return text_of(plan)
+    return plan_text(plan)
 
 
 def import_verl(script: str | Path, rows: int | None = None, *, out: str | Path | None = None) -> Imported:

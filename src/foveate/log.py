@@ -46,9 +46,7 @@ def setup_logging(level: int = logging.INFO) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     package = logging.getLogger("foveate")
-    for former in list(package.handlers):
-        package.removeHandler(former)
-    package.addHandler(handler)
+    package.handlers[:] = [handler]
     package.setLevel(level)
 
 
@@ -118,11 +116,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: any other line is not an object with a step.
     """
-    lines = path.read_bytes().split(b"\n")
-    # What follows the last newline is a torn line, or nothing.
-    whole = lines[:-1]
     records = []
-    for number, line in enumerate(whole, start=1):
+    # What follows the last newline is a torn line, or nothing.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
             int(record["step"])

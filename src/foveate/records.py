@@ -273,11 +273,19 @@ class Forest:
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
+
+    Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
+    those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
 
     start: tuple[int, ...]
     length: tuple[int, ...]
     parent: tuple[int, ...]
+    bidirectional: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.bidirectional:  # one form of each forest: it is a key of caches
+            object.__setattr__(self, "bidirectional", (False,) * len(self.start))
 
     @property
     def tokens(self) -> int:

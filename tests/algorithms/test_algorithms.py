@@ -11,15 +11,18 @@ import pytest
 import torch
 from loss_cases import LOSSES, double, make_batch, random_case, read_reference, take_answers
 
-from foveate.algorithms import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import correct_mismatch
 from foveate.algorithms.kl import KLPenalty
 from foveate.algorithms.metrics import reduce_metrics
-from foveate.algorithms.policy_losses import grpo, gspo
+from foveate.algorithms.policy_losses import grpo, gspo, reinforce
+from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
+from foveate.algorithms.terms import Surrogate, policy_loss
 from foveate.algorithms.values import gae, value_loss
 from foveate.config.algorithm import AlgorithmSettings
+from foveate.errors import ConfigError
 from foveate.records import DataError, LossOut, PolicyTargets, Totals
+from foveate.registry import bind
 from foveate.train.algorithm import build_algorithm
 
 
@@ -36,7 +39,7 @@ def settings_of(function) -> set[str]:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_runs_with_its_own_settings(name):
     row = ALGORITHMS[name]
-    loss, advantage = load(row.loss), load(row.advantage)
+    loss, advantage = load(POLICY_LOSSES[row.loss]), load(ADVANTAGES[row.advantage])
     assert set(row.loss_settings) <= settings_of(loss)
     assert set(row.advantage_settings) <= settings_of(advantage)
     method = build_algorithm(AlgorithmSettings(name=name, critic={"lr": 1e-5} if name == "ppo" else None), 24)
@@ -56,9 +59,9 @@ def test_every_algorithm_runs_with_its_own_settings(name):
 
 
 def test_every_advantage_and_every_loss_is_used_by_an_algorithm():
-    assert {row.advantage for row in ALGORITHMS.values()} == set(ADVANTAGES.values())
-    assert {row.loss for row in ALGORITHMS.values()} == set(POLICY_LOSSES.values())
-    assert {row.token_mask for row in ALGORITHMS.values()} == {"", *TOKEN_MASKS.values()}
+    assert {row.advantage for row in ALGORITHMS.values()} == set(ADVANTAGES)
+    assert {row.loss for row in ALGORITHMS.values()} == set(POLICY_LOSSES)
+    assert {row.token_mask for row in ALGORITHMS.values()} == {"", *TOKEN_MASKS}
     assert {load(path) for path in POLICY_LOSSES.values()} == set(LOSSES)
 
 
@@ -68,6 +71,30 @@ def test_every_setting_of_a_loss_has_an_annotation_and_a_default(loss):
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             assert parameter.annotation is not inspect.Parameter.empty
             assert parameter.default is not inspect.Parameter.empty
+
+
+def test_a_loss_is_its_surrogate_with_the_settings_that_all_share():
+    @policy_loss("seq-mean-token-mean")
+    def doubled(logp_M, targets, *, factor: float = 2.0):
+        return Surrogate(-factor * targets.advantage_M * logp_M, torch.ones_like(logp_M))
+
+    logp_M, batch, targets, totals = random_case(seed=8)
+    more = {"kl_coefficient": 0.1, "kl_estimator": "k2", "entropy_coefficient": 0.1}
+    mine = bind(doubled, {"factor": 1.0, **more}, "loss doubled")(logp_M, -logp_M, batch, targets, totals)
+    ours = reinforce(logp_M, -logp_M, batch, targets, totals, aggregate="seq-mean-token-mean", **more)
+    torch.testing.assert_close(mine.loss, ours.loss)
+    with pytest.raises(ConfigError, match=r"unknown setting 'clip'; its settings: factor, aggregate, norm_length, kl_"):
+        bind(doubled, {"clip": 0.2}, "loss doubled")
+    with pytest.raises(ConfigError, match="kl_coefficient must be a number"):
+        bind(doubled, {"kl_coefficient": "much"}, "loss doubled")
+
+
+def test_a_row_says_whether_answers_of_no_advantage_contribute_a_gradient():
+    assert not ALGORITHMS["gspo"].trains_without_advantage({"kl_coefficient": 0.0, "entropy_coefficient": 0.0})
+    assert ALGORITHMS["gspo"].trains_without_advantage({"kl_coefficient": 0.1})
+    assert ALGORITHMS["gspo"].trains_without_advantage({"entropy_coefficient": -0.1})
+    assert ALGORITHMS["kl_cov"].trains_without_advantage({})
+    assert Algorithm(advantage="grpo", loss="mine.py:loss", source="").trains_without_advantage({})
 
 
 def test_gspo_has_the_clip_range_of_its_paper_in_the_table_and_by_default():

@@ -8,10 +8,10 @@ import pytest
 import torch
 from loss_cases import double, make_batch, read_reference
 
-from foveate.algorithms import PREFERENCE_LOSSES
 from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.preference_losses import RewardShift, bco, dpo, ipo, mpo, sft
+from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.errors import DataError
 from foveate.records import PairTargets, Totals
 from foveate.registry import resolve
@@ -166,7 +166,7 @@ def test_a_step_down_the_gradient_prefers_the_chosen_answer_more(loss):
     [
         (dpo, {"beta": 0.0}, "setting beta: is 0.0, must be above 0"),
         (mpo, {"quality": -1.0}, "setting quality: is -1.0, a weight must be at least 0"),
-        (mpo, {"preference": 0.0, "quality": 0.0, "generation": 0.0}, "all are 0, so there is nothing to learn"),
+        (mpo, {"preference": 0.0, "quality": 0.0, "generation": 0.0}, "all are 0, so there is nothing to train on"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_before_a_run(loss, settings, message):

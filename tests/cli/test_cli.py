@@ -124,7 +124,7 @@ BAD_ROWS = {
     "fewer marks": (asks("what?"), "field images", "0 <image> marks for 1 images"),
     "three numbers": (answers([1, 2, 3]), "field reward_model.ground_truth", "[1, 2, 3] is not a box: it must be four"),
     "no numbers": (answers("a cat"), "field reward_model.ground_truth", "'a cat' is not a box: it must be four"),
-    "outside": (answers([0, 0, 1001, 9]), "field reward_model.ground_truth", "lies outside the picture"),
+    "outside": (answers([0, 0, 1001, 9]), "field reward_model.ground_truth", "lies outside the image"),
     "too long": (asks("<image>" + " red" * 200), "field prompt", "the limit is 128"),
 }
 
@@ -187,7 +187,7 @@ def test_the_other_verbs_refuse_bad_rows_too(tmp_path, foveate, recipe, data, ti
     ("bad", "said"),
     [
         ({"bbox": [1, 2, 3]}, "field bbox: [1, 2, 3] is not a box"),
-        ({"bbox": [10, 10, 70, 20]}, "field bbox: [10, 10, 70, 20] lies outside the picture of 56 x 56 pixels"),
+        ({"bbox": [10, 10, 70, 20]}, "field bbox: [10, 10, 70, 20] lies outside the image of 56 x 56 pixels"),
         ({"image": "gone.png"}, "field image: no such file: gone.png"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from foveate.config.recipe import SHIPPED, load_recipe, read_values
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.registry import resolve
-from foveate.rewards.grade import build_reward
+from foveate.rewards.build import build_reward
 from foveate.rollout import ENGINES
 from foveate.train.algorithm import build_algorithm
 from foveate.train.mpo import build_preference_loss

@@ -25,9 +25,9 @@ from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows
 from foveate.encoding.dataset import RowCheck
 from foveate.records import FAILED, DataError, Image, Message, Task
-from foveate.rewards import QUICK
-from foveate.rewards.boxes import check_truth, parse_box
-from foveate.rewards.grade import build_reward
+from foveate.rewards import REWARDS
+from foveate.rewards.boxes import check_box, parse_box
+from foveate.rewards.build import build_reward
 from foveate.rewards.pool import Graders
 
 LONGEST = 30.0  # seconds of CPU that one picture or answer may take
@@ -92,7 +92,7 @@ def test_mutated_rows_are_taken_or_refused_by_row_and_field(tmp_path, encode, co
     rng = np.random.default_rng(count)
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([b"[" * 100_000, b"9" * 5000, *broken_lines(rng, count)]))
     table = open_tasks(tmp_path / "x.jsonl")
-    found = inspect_rows(table, RowInspection(RowCheck(check_truth, encode)), workers=1)
+    found = inspect_rows(table, RowInspection(RowCheck(check_box, encode)), workers=1)
     assert len(found.problems) > count / 4
     assert len(found.kept) > count / 50
     for problem in found.problems:
@@ -290,7 +290,8 @@ def test_odd_answers_get_a_finite_score(count):
     boxed = Task("id", "grounding", (asked,), (image,), [1.0, 2.0, 300.0, 400.0], where="row 0")
     worded = dataclasses.replace(boxed, answer="B")
     needed = {"overlong": {"limit": 100, "buffer": 50}}
-    rewards = [(name, build_reward(name, needed.get(name, {}))) for name in sorted(QUICK)]
+    quick = sorted(name for name, known in REWARDS.items() if known.quick)
+    rewards = [(name, build_reward(name, needed.get(name, {}))) for name in quick]
     for text in odd_answers(rng, count):
         for name, reward in rewards:
             begin = time.process_time()

@@ -13,12 +13,13 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_tasks
 
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
-from foveate.data.validate import read_tasks, validate
+from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.errors import DiskError
 from foveate.records import DataError, Message
-from foveate.rewards.boxes import check_truth
+from foveate.rewards.boxes import check_box
 
 PHOTOS = Path(__file__).parent.parent / "data" / "refphotos"
 SCHEMA = row_schema(BOX, {"split": pa.string(), "id": pa.string()})
@@ -228,14 +229,14 @@ def test_marks_and_images_must_be_equally_many(tmp_path, content, marks):
         ((1, 2, 3), "four finite numbers"),
         ((1, 2, 3, float("nan")), "four finite numbers"),
         ((500, 2, 300, 4), "no area"),
-        ((500, 2, 1300, 4), "outside the picture"),
+        ((500, 2, 1300, 4), "outside the image"),
     ],
 )
 def test_a_truth_that_is_no_box_in_the_picture_is_refused_by_row(tmp_path, truth, what):
     write_rows(tmp_path / "t.parquet", [row(), row(), row(truth=truth)], SCHEMA)
     with pytest.raises(DataError, match=rf"t\.parquet, row 2, field reward_model\.ground_truth: .*{what}"):
-        read_tasks(tmp_path / "t.parquet", check=check_truth)
-    table, problems = read_tasks(tmp_path / "t.parquet", check=check_truth, on_bad_row="skip")
+        read_tasks(tmp_path / "t.parquet", check=check_box)
+    table, problems = read_tasks(tmp_path / "t.parquet", check=check_box, on_bad_row="skip")
     assert (len(table), len(problems)) == (2, 1)
 
 
@@ -278,15 +279,12 @@ def test_all_problems_are_found_in_one_pass_and_the_first_is_raised(tmp_path):
 def test_a_table_of_good_rows_keeps_their_places(tmp_path):
     write_rows(tmp_path / "a.parquet", [row(content="x"), row(id="a1")], SCHEMA)
     write_rows(tmp_path / "b.parquet", [row(id="b0"), row(content="x"), row(id="b2")], SCHEMA)
-    calls = []
-    table, problems = read_tasks(
-        [tmp_path / "a.parquet", tmp_path / "b.parquet"],
-        on_bad_row="skip",
-        progress=lambda done, total: calls.append((done, total)),
-    )
+    paths, calls = [tmp_path / "a.parquet", tmp_path / "b.parquet"], []
+    table, problems = read_tasks(paths, on_bad_row="skip")
     assert [task.id for task in table] == ["a1", "b0", "b2"]
     assert table[2].where.endswith("b.parquet, row 2")
     assert [problem.where[-14:] for problem in problems] == ["parquet, row 0", "parquet, row 1"]
+    inspect_rows(open_tasks(paths), RowInspection(), progress=lambda done, total: calls.append((done, total)))
     assert calls == [(n, 5) for n in range(1, 6)]
 
 
@@ -354,7 +352,7 @@ def test_invalid_json_is_refused_by_row_and_line(tmp_path):
 
 
 def test_refcoco_style_rows_are_read_directly():
-    table, problems = read_tasks(PHOTOS / "refphotos.jsonl", check=check_truth)
+    table, problems = read_tasks(PHOTOS / "refphotos.jsonl", check=check_box)
     assert (len(table), problems) == (9, [])
     assert table[0].answer == [180 / 0.512, 60 / 0.512, 262 / 0.512, 185 / 0.512]
     assert (table[8].images[0].width, table[8].meta["height"]) == (451, 300)

@@ -12,7 +12,7 @@ from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.encoding.dataset import RowCheck
 from foveate.records import DataError, Task
-from foveate.rewards.text import check_truth
+from foveate.rewards.text import check_answer
 
 
 def rows_of_text(path, count, **changed):
@@ -46,7 +46,7 @@ def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path
         row_299={"reward_model": {"ground_truth": {"x": 1}}},
         row_555={"data_source": 5, "prompt": None},
     )
-    look = RowInspection(RowCheck(check_truth, encode), length_of)
+    look = RowInspection(RowCheck(check_answer, encode), length_of)
     calls: list[tuple[int, int]] = []
     one = inspect_rows(open_tasks(path), look, workers=1)
     two = inspect_rows(open_tasks(path), look, workers=2, progress=lambda done, total: calls.append((done, total)))

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from reading import read_tasks
 
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import open_tasks
-from foveate.data.validate import ReadOptions, read_tasks
+from foveate.data.validate import ReadOptions
 from foveate.datasets.grounding import prepare_grounding
 from foveate.records import DataError
-from foveate.rewards.boxes import check_truth
+from foveate.rewards.boxes import check_box
 
 PHOTOS = Path(__file__).parent.parent / "data" / "refphotos"
 SOURCE = PHOTOS / "refphotos.jsonl"
@@ -38,7 +39,7 @@ def chat(question, reply):
 
 
 def only_task(path):
-    return read_tasks(path, check=check_truth)[0][0]
+    return read_tasks(path, check=check_box)[0][0]
 
 
 def test_photos_become_rows_of_the_schema(tmp_path):
@@ -59,7 +60,7 @@ def test_photos_become_rows_of_the_schema(tmp_path):
             "width": row["width"],
             "question": row["sent"],
         }
-        assert check_truth(task) == []
+        assert check_box(task) == []
 
 
 @pytest.mark.parametrize("split_by", ["image", "row"])
@@ -142,19 +143,19 @@ def test_a_box_half_a_pixel_beyond_the_edge_is_cut_there(tmp_path):
         ({"image": None}, "image", "needs one image, not 0"),
         ({"image": ["a.png", "a.png"]}, "image", "needs one image, not 2"),
         ({"sent": "the <image> dog"}, "image", "2 <image> marks for 1 images"),
-        ({"width": 100}, "width, height", "the row says 100 x 100 pixels, but the picture is 200 x 100"),
+        ({"width": 100}, "width, height", "the row says 100 x 100 pixels, but the image is 200 x 100"),
         ({"bbox": [1, 2, 3]}, "bbox", "four finite numbers"),
         ({"bbox": "1,2,3,4"}, "bbox", "four finite numbers"),
         ({"bbox": [1, 2, float("nan"), 4]}, "bbox", "four finite numbers"),
         ({"bbox": [30, 2, 30, 4]}, "bbox", "no area"),
-        ({"bbox": [20, 10, 100, 160]}, "bbox", "outside the picture of 200 x 100"),
-        ({"bbox": [200, 10, 200.3, 60]}, "bbox", "outside the picture"),
+        ({"bbox": [20, 10, 100, 160]}, "bbox", "outside the image of 200 x 100"),
+        ({"bbox": [200, 10, 200.3, 60]}, "bbox", "outside the image"),
         ({"bbox": None}, "conversations", "conversations must be"),
         ({"sent": ""}, "sent", "a text that is not empty"),
         ({"sent": None}, "sent", "neither sent nor conversations"),
         (chat("<image> where?", "here"), "conversations", "neither bbox nor a reply with <box>"),
         (chat("<image> where?", "<box>[1,2,3</box>"), "conversations", "is not [x1,y1,x2,y2]"),
-        (chat("<image> where?", "<box>[1,2,3,1001]</box>"), "conversations", "outside the picture"),
+        (chat("<image> where?", "<box>[1,2,3,1001]</box>"), "conversations", "outside the image"),
         (chat("where?", "<box>[1,2,3,4]</box>"), "image", "0 <image> marks for 1 images"),
     ],
 )

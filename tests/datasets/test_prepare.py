@@ -9,17 +9,18 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from reading import read_tasks
 
 from foveate.data.demos import check_pair, pair_of
 from foveate.data.table import open_tasks
-from foveate.data.validate import ReadOptions, read_tasks
+from foveate.data.validate import ReadOptions
 from foveate.datasets.answers import CorrectnessRule
+from foveate.datasets.filter import Limits, prepare_filter
 from foveate.datasets.geo3k import INSTRUCTION, prepare_geo3k
-from foveate.datasets.grounding import prepare_grounding, prepare_validation
-from foveate.datasets.grounding_sets import Buckets, HardSet, take_hard, take_share
+from foveate.datasets.grounding import Buckets, HardSet, prepare_grounding, prepare_validation, take_hard, take_share
 from foveate.datasets.mmpr import prepare_mmpr, prepare_mmpr_tiny
-from foveate.datasets.select import Limits, prepare_filter, prepare_pairs
-from foveate.datasets.tables import prepare_rows
+from foveate.datasets.pairs import prepare_pairs
+from foveate.datasets.prepared import prepare_rows
 from foveate.errors import ConfigError
 from foveate.records import DataError, Message
 
@@ -134,7 +135,7 @@ def test_amodal_boxes_may_pass_the_edge_and_modal_ones_are_chosen_by_field(tmp_p
         task = open_tasks(tmp_path / "out" / "train.parquet")[0]
         assert task.answer == box
         assert ask in task.messages[0].content
-    with pytest.raises(DataError, match=r"field bbox: .* lies outside the picture"):
+    with pytest.raises(DataError, match=r"field bbox: .* lies outside the image"):
         prepare_grounding(source, tmp_path / "out")
 
 
@@ -448,7 +449,7 @@ def test_a_model_without_pairs_is_told_why_and_what_to_change(tmp_path, sums, sc
 def test_right_answers_that_were_all_cut_make_no_pairs_and_that_is_said(tmp_path, sums):
     given = [answered("endless", 1.0, finish="length"), answered("no", 0.0)]
     file = jsonl(tmp_path / "step_000001.jsonl", [{"id": "s0", "answers": given}])
-    with pytest.raises(DataError, match=r"reached the token limit .* raise rollout\.max_tokens .*answers cut: 1"):
+    with pytest.raises(DataError, match=r"reached the token limit .* raise rollout\.max_tokens .*answers truncated: 1"):
         prepare_pairs([sums], tmp_path / "out", rollouts=[file])
 
 
@@ -469,7 +470,7 @@ def test_pairs_are_right_against_wrong_answers_at_most_k_per_prompt(tmp_path, su
         "prompts with a right and a wrong answer": 1,
         "all answers right": 0,
         "all answers wrong": 0,
-        "all right answers cut": 1,
+        "all right answers truncated": 1,
         "without answers": 3,
     }
     pairs = [pair_of(task) for task in read_tasks(tmp_path / "one" / "pairs.parquet", check=check_pair)[0]]

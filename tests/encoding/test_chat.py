@@ -15,7 +15,7 @@ from foveate.encoding.chat import THINKING_SYSTEM, render
 from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.models.families.internvl import InternVL
-from foveate.models.families.qwen_vl import QwenVL
+from foveate.models.families.qwen_vl import Qwen3VL
 from foveate.models.tiny import QWEN_SPLIT, tiny_tokenizer
 from foveate.records import Message
 
@@ -50,8 +50,8 @@ QWEN3_WORDS = [
 INTERNVL_WORDS = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 BLANK = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "stop_ids": (151645,), "placeholder_ids": ()}
 INTERNVL = InternVL(image_token_id=151671, tile=448, tokens_per_tile=256, budget=12, **BLANK)
-QWEN_VL = QwenVL(
-    "qwen3_vl", 151655, patch=16, merge=2, repeats=2, min_pixels=65536, budget=2**24, relative_boxes=True, **BLANK
+QWEN_VL = Qwen3VL(
+    name="qwen3_vl", image_token_id=151655, patch=16, merge=2, repeats=2, min_pixels=65536, budget=2**24, **BLANK
 )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,24 @@ CASES = {
 }
 
 
+def mixed(forest, seed):
+    """The forest with about half of its segments bidirectional."""
+    rng = random.Random(seed)
+    return replace(forest, bidirectional=tuple(rng.random() < 0.5 for _ in forest.start))
+
+
+MIXED = {
+    "one image": replace(forest_of([(23, [])]), bidirectional=(True,)),
+    "image in a prompt": replace(
+        forest_of([(6, [(40, [(9, [(7, []), (3, [])])])]), (40, [])]),
+        bidirectional=(False, True, False, False, False, True),
+    ),
+    **{f"mixed {name}": mixed(forest, seed) for seed, (name, forest) in enumerate(CASES.items())},
+}
+"""Forests with bidirectional segments among causal ones."""
+EVERY = {**CASES, **MIXED}
+
+
 def inputs(forest, dtype, heads=4, kv_heads=2, dim=8, scale=2.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
@@ -94,8 +113,20 @@ def test_the_mask_shows_each_token_what_leads_to_it_and_nothing_else(forest):
         assert set(mask[token].nonzero().flatten().tolist()) == seen
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 30])
+@pytest.mark.parametrize("forest", MIXED.values(), ids=MIXED)
+def test_a_token_of_a_bidirectional_segment_sees_all_of_it_whatever_the_window(forest, window):
+    mask, causal = (forest_mask(f, window=window) for f in (forest, replace(forest, bidirectional=())))
+    segment = torch.arange(len(forest.start)).repeat_interleave(torch.tensor(forest.length))
+    own = segment[:, None] == segment
+    assert torch.equal(mask[~own], causal[~own])
+    bidirectional = torch.tensor(forest.bidirectional)[segment]
+    assert mask[bidirectional][own[bidirectional]].all()
+    assert torch.equal(mask[~bidirectional], causal[~bidirectional])
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["all heads", "grouped", "one key head"])
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_the_fast_kernel_equals_the_reference_in_float64(forest, heads):
     tensors = inputs(forest, torch.float64, *heads)
     fast = value_and_gradients(forest_attention, tensors, forest)
@@ -105,7 +136,7 @@ def test_the_fast_kernel_equals_the_reference_in_float64(forest, heads):
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 60])
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_windows_and_sinks_equal_the_reference_in_float64(forest, window):
     require_reference_with_sinks(forest_attention, forest, window)
 
@@ -131,7 +162,7 @@ def test_sinks_and_windows_stay_finite_for_scores_of_thousands(window):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_the_fast_kernel_equals_the_reference_in_lower_precision(forest, dtype, tolerance):
     tensors = inputs(forest, dtype, scale=1.0)
     fast = value_and_gradients(forest_attention, tensors, forest)
@@ -141,7 +172,7 @@ def test_the_fast_kernel_equals_the_reference_in_lower_precision(forest, dtype, 
         torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_scores_of_thousands_give_finite_gradients(forest):
     tensors = inputs(forest, torch.float32, scale=60.0)
     for got in value_and_gradients(forest_attention, tensors, forest):
@@ -193,11 +224,12 @@ def test_any_memory_forest_of_inputs_and_gradient_is_right(name):
         torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
-def test_causal_calls_cover_every_token_once_and_padding_is_bounded(forest):
+@pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
+def test_first_calls_cover_every_token_once_and_padding_is_bounded(forest):
     calls = parts(forest, torch.device("cpu"))
     row = torch.arange(forest.tokens)
-    covered = torch.cat([row[part.query.tokens] for part in calls if part.causal])
+    covered = torch.cat([row[part.query.tokens] for part in calls if part.first])
+    assert [part.first for part in calls] == sorted((part.first for part in calls), reverse=True)
     assert sorted(covered.tolist()) == row.tolist()
     done = sum(part.query.batch * part.query.length * part.key.length for part in calls)
     needed = sum(length * length for length in forest.length)

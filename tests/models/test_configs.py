@@ -18,7 +18,7 @@ from foveate.models.checkpoint.configs import (
     tile_preprocessor,
     with_dtype,
 )
-from foveate.models.sizes import SIZES, parameter_counts, published_config
+from foveate.models.sizes import PUBLISHED_SIZES, parameter_counts, published_config
 
 VIT_300M, VIT_6B = 304_012_288, 5_536_496_000
 EXACT = {  # parameters of the vision tower and of the language model
@@ -44,7 +44,7 @@ def qwen3():
     return copy.deepcopy(CASES["300M-qwen3"]["config"])
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PUBLISHED_SIZES)
 def test_a_published_size_has_its_published_number_of_parameters(size):
     config = published_config(size)
     counts = parameter_counts(config)
@@ -54,7 +54,7 @@ def test_a_published_size_has_its_published_number_of_parameters(size):
 
 
 def test_every_published_size_is_known():
-    assert EXACT.keys() == SIZES.keys()
+    assert EXACT.keys() == PUBLISHED_SIZES.keys()
     assert sum(parameter_counts(published_config("1B")).values()) == 1_060_897_792
 
 
@@ -117,7 +117,7 @@ def test_a_round_trip_through_hugging_face_gives_the_same_github_form(chat):
     assert patched(chat, hf_to_chat(before, 12), hf_to_chat(copy.deepcopy(before), 12)) == chat
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", PUBLISHED_SIZES)
 def test_a_round_trip_through_github_means_the_same_model(size):
     hf = published_config(size)
     again = InternVLConfig.from_dict(chat_to_hf(hf_to_chat(hf.to_dict(), 12), hf.image_token_id))

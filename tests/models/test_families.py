@@ -239,7 +239,7 @@ def test_boxes_of_qwen2_5_vl_are_pixels_of_the_resized_picture(folders):
 def test_a_picture_that_is_too_narrow_is_an_error_of_its_row(folders, make_image, make_task):
     encode = encoder_of(load_policy(str(folders("qwen3_vl"))))
     task = make_task("<image>", make_image(2010, 10))
-    with pytest.raises(DataError, match="row 3, field images: a picture of 2010 x 10 pixels is too narrow"):
+    with pytest.raises(DataError, match="row 3, field images: an image of 2010 x 10 pixels is too narrow"):
         encode(task)
     assert encode.validation_errors(task)[0][0] == "images"
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import CASES, forest_of, inputs, random_forest, require_reference_with_sinks, value_and_gradients
+from test_attention import (
+    CASES,
+    MIXED,
+    forest_of,
+    inputs,
+    mixed,
+    random_forest,
+    require_reference_with_sinks,
+    value_and_gradients,
+)
 from torch.nn.attention import flex_attention as of_torch
 
 from foveate.errors import ConfigError
@@ -17,7 +26,8 @@ LONG = {
     "turns": forest_of([(200, [(150, [(140, []), (10, [])]), (260, [])])]),
     **{f"random {seed}": random_forest(seed, longest=160) for seed in range(4)},
 }
-EVERY = {**CASES, **{f"long {name}": forest for name, forest in LONG.items()}}
+LONG_MIXED = {f"mixed {name}": mixed(forest, seed) for seed, (name, forest) in enumerate(LONG.items())}
+EVERY = {**CASES, **MIXED, **{f"long {name}": forest for name, forest in (LONG | LONG_MIXED).items()}}
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def flex(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 60])
-@pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("forest", (CASES | MIXED).values(), ids=CASES | MIXED)
 def test_flex_attention_equals_the_reference_in_float64(forest, window, flex):
     require_reference_with_sinks(flex, forest, window)
 

@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, InternVLForCondition
 from transformers.utils import logging as transformers_logging
 
 from foveate.encoding.chat import render
-from foveate.models.families.internvl import PARTS
+from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy, save_policy
 from foveate.parallel.packing import pack
@@ -223,7 +223,7 @@ def test_a_saved_folder_is_one_of_plain_transformers(tiny_folder, tmp_path, enco
 
 
 @pytest.mark.parametrize(
-    "modules", [["vision"], ["projector"], ["language"], ["head"], ["projector", "language"], list(PARTS), []]
+    "modules", [["vision"], ["projector"], ["language"], ["head"], ["projector", "language"], list(InternVL.parts), []]
 )
 def test_only_the_named_modules_get_gradients(modules, tiny_folder, packed):
     policy = load_policy(str(tiny_folder))
@@ -233,7 +233,7 @@ def test_only_the_named_modules_get_gradients(modules, tiny_folder, packed):
     if modules:
         (logp.sum() + entropy.sum()).backward()
     trained = {*modules, *(["head"] if "language" in modules else [])}
-    for name in PARTS:
+    for name in InternVL.parts:
         for parameter in policy.part(name).parameters():
             assert parameter.requires_grad == (name in trained)
             assert (parameter.grad is not None) == (name in trained)
@@ -243,7 +243,7 @@ def test_only_the_named_modules_get_gradients(modules, tiny_folder, packed):
 
 
 def test_the_four_parts_are_the_whole_model(tiny_policy):
-    parts = [parameter for name in PARTS for parameter in tiny_policy.part(name).parameters()]
+    parts = [parameter for name in InternVL.parts for parameter in tiny_policy.part(name).parameters()]
     assert {id(p) for p in parts} == {id(p) for p in tiny_policy.model.parameters()}
     assert len(parts) == len({id(p) for p in parts})
 

@@ -5,7 +5,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from foveate.models.logprobs import chunked_logprobs, plain_logprobs
+from foveate.errors import ConfigError
+from foveate.models.logprobs import (
+    Divergence,
+    TeacherStates,
+    TeacherTopK,
+    chunked_logprobs,
+    chunked_terms,
+    plain_logprobs,
+)
 
 M, D, V = 37, 16, 101
 
@@ -148,3 +156,148 @@ def test_backward_keeps_nothing_of_the_size_of_logits():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         chunked_logprobs(hidden, weight, token_ids, 1.0, 8000)
     assert max(kept) == weight.numel()
+
+
+# ------------------------------------------------------------------------------------------------ terms that are asked
+
+
+def teacher_of(kind, temperature, dtype=torch.float64, m=M, v=V):
+    """A teacher of another width, and its log-probs (m, v), dense in float64."""
+    generator = torch.Generator().manual_seed(3)
+    states = TeacherStates(
+        torch.randn(m, 11, generator=generator, dtype=torch.float64).to(dtype),
+        torch.randn(v, 11, generator=generator, dtype=torch.float64).to(dtype),
+    )
+    logp = (states.hidden.double() @ states.weight.double().T / temperature).log_softmax(-1)
+    if kind == "states":
+        return states, logp
+    top = logp.topk(5)
+    return TeacherTopK(top.indices, top.values.to(dtype)), logp
+
+
+def dense(kind, beta, teacher, teacher_logp, hidden, weight, temperature):
+    """The divergence by its definition, of probabilities with all logits in memory; tokens outside of a top-k
+    lumped."""
+    p, q = (hidden @ weight.T / temperature).softmax(-1), teacher_logp.exp()
+    if isinstance(teacher, TeacherTopK):
+        p, q = (one.gather(1, teacher.token_ids) for one in (p, q))
+        p, q = (torch.cat([one, 1 - one.sum(-1, keepdim=True)], -1) for one in (p, q))
+    m = beta * q + (1 - beta) * p
+    kl = {"forward_kl": (q, p, 1.0), "reverse_kl": (p, q, 1.0)}
+    terms = [kl[kind]] if kind in kl else [(q, m, beta), (p, m, 1 - beta)]
+    return sum(share * (a * (a / b).log()).sum(-1) for a, b, share in terms)
+
+
+KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [1, 5 * V, 1 << 20])
+@pytest.mark.parametrize("teacher_kind", ["states", "top-k"])
+@pytest.mark.parametrize(("kind", "beta"), [*((kind, 0.5) for kind in KINDS), ("jensen_shannon", 0.1)])
+def test_divergences_equal_their_definition_in_value_and_gradient(kind, beta, teacher_kind, chunk, temperature):
+    hidden, weight, token_ids = inputs(scale=0.5)
+    teacher, teacher_logp = teacher_of(teacher_kind, temperature)
+    terms = ("entropy", Divergence(kind, teacher, beta), "logp")
+    entropy, found, logp = chunked_terms(hidden, weight, token_ids, temperature, terms, chunk)
+    true_logp, true_entropy = plain_logprobs(hidden, weight, token_ids, temperature)
+    wanted = dense(kind, beta, teacher, teacher_logp, hidden, weight, temperature)
+    for got, true in ((found, wanted), (logp, true_logp), (entropy, true_entropy)):
+        torch.testing.assert_close(got, true, rtol=1e-9, atol=1e-9)
+    assert (found > 0).all()
+    weights = torch.linspace(-1, 2, M, dtype=torch.float64)
+    for got, true in (
+        ((weights * found).sum(), (weights * wanted).sum()),
+        (
+            loss_of(logp, entropy, "logp and entropy") + found.square().sum(),
+            loss_of(true_logp, true_entropy, "logp and entropy") + wanted.square().sum(),
+        ),
+    ):
+        grads = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for loss in (got, true))
+        for grad, true_grad in zip(*grads, strict=True):
+            torch.testing.assert_close(grad, true_grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_does_not_diverge_from_itself_or_from_its_own_top_k(kind):
+    hidden, weight, token_ids = inputs()
+    top = (hidden @ weight.T).log_softmax(-1).topk(7)
+    for teacher in (TeacherStates(hidden, weight), TeacherTopK(top.indices, top.values)):
+        (found,) = chunked_terms(hidden, weight, token_ids, 1.0, (Divergence(kind, teacher),), 4 * V)
+        assert found.abs().max() < 1e-10
+        for grad in torch.autograd.grad(found.sum(), (hidden, weight)):
+            assert grad.abs().max() < 1e-10
+
+
+def test_terms_that_are_asked_alone_are_those_that_are_asked_together():
+    hidden, weight, token_ids = inputs(torch.float32)
+    both = chunked_logprobs(hidden, weight, token_ids, 0.7, 5 * V)
+    for term, together in zip(("logp", "entropy"), both, strict=True):
+        (alone,) = chunked_terms(hidden, weight, token_ids, 0.7, (term,), 5 * V)
+        assert torch.equal(alone, together)
+        for grads in zip(
+            *(torch.autograd.grad(one.sum(), (hidden, weight), retain_graph=True) for one in (alone, together)),
+            strict=True,
+        ):
+            assert torch.equal(*grads)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the elements that all operators returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.elements += sum(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        return out
+
+
+def test_an_entropy_that_is_not_asked_for_costs_nothing():
+    hidden, weight, token_ids = inputs(torch.float32, m=300, d=4, v=1000)
+    cost = {}
+    for terms in (("logp",), ("logp", "entropy")):
+        with Operations() as operations:
+            chunked_terms(hidden, weight, token_ids, 1.0, terms, 8000)
+        cost[terms] = operations.elements
+    assert cost["logp", "entropy"] - cost["logp",] >= 300 * 1000
+
+
+@pytest.mark.parametrize("teacher_kind", ["states", "top-k"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_divergence_holds_no_more_than_chunks_and_keeps_nothing_of_their_size(kind, teacher_kind):
+    v, chunk = 1000, 8000
+    hidden, weight, token_ids = inputs(torch.float32, m=300, d=4, v=v)
+    term = Divergence(kind, teacher_of(teacher_kind, 1.0, torch.float32, 300, v)[0])
+    kept = []
+    with (
+        Largest() as largest,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+    ):
+        (found,) = chunked_terms(hidden, weight, token_ids, 0.9, (term,), chunk)
+        assert max(kept) == weight.numel()
+        found.sum().backward()
+    assert largest.elements <= 11 * v  # the teacher's weight is as large; a chunk has 8 * v
+
+
+def test_a_divergence_stays_finite_for_logits_of_hundreds():
+    hidden, weight, token_ids = inputs(torch.float32, scale=200.0)
+    for kind in KINDS:
+        for teacher_kind in ("states", "top-k"):
+            term = Divergence(kind, teacher_of(teacher_kind, 1.0, torch.float32)[0])
+            (found,) = chunked_terms(hidden, weight, token_ids, 1.0, (term,), 4 * V)
+            for values in (found, *torch.autograd.grad(found.sum(), (hidden, weight))):
+                assert torch.isfinite(values).all()
+
+
+def test_a_divergence_that_cannot_be_is_refused_by_name():
+    hidden, weight, token_ids = inputs()
+    teacher, _ = teacher_of("states", 1.0, v=V + 3)
+    with pytest.raises(ConfigError, match="'kl' is no divergence; use forward_kl, reverse_kl or jensen_shannon"):
+        Divergence("kl", teacher)
+    with pytest.raises(ConfigError, match=r"beta of a divergence is 1\.0, not between 0 and 1"):
+        Divergence("jensen_shannon", teacher, 1.0)
+    with pytest.raises(ConfigError, match="the teacher has 104 tokens in its vocabulary, the model 101"):
+        chunked_terms(hidden, weight, token_ids, 1.0, (Divergence("forward_kl", teacher),))

@@ -11,7 +11,7 @@ from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
-from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state
+from foveate.models.lora import adapters_off, add_adapters, merged_state, trains_adapters_only
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
 from foveate.records import PackedGroup
@@ -108,7 +108,7 @@ def worker_of(folder, seed=0, **lora):
 
 def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, tree_of):
     worker = worker_of(tiny_folder)
-    assert learns_by_adapters_alone(worker.policy.model)
+    assert trains_adapters_only(worker.policy.model)
     assert worker.reference is worker.policy
     packed = tree_of(worker.policy)
     start = worker.logprobs([packed])[0]

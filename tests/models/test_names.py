@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from checkpoint_cases import CASES
 
 from foveate.errors import DataError
-from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, from_hf, split_parts, to_hf
+from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, from_hf, to_hf
 
 TABLE = {
     "language_model.model.layers.3.self_attn.q_norm.weight": "model.language_model.layers.3.self_attn.q_norm.weight",
@@ -43,15 +42,6 @@ def test_fused_qkv_is_query_key_and_value_in_this_order(leaf):
     parts = tuple(f"model.vision_tower.encoder.layer.7.attention.{x}_proj.{leaf}" for x in "qkv")
     assert to_hf(chat, "chat") == parts
     assert [from_hf(part, "chat") for part in parts] == [(chat, i, 3) for i in range(3)]
-
-
-def test_fused_rows_are_cut_into_thirds():
-    fused = torch.arange(24.0).reshape(6, 4)
-    query, key, value = split_parts(fused, 3)
-    assert torch.equal(query, fused[:2])
-    assert torch.equal(key, fused[2:4])
-    assert torch.equal(value, fused[4:])
-    assert split_parts(fused, 1)[0] is fused
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,10 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError
-from foveate.models.forward import token_logprobs
+from foveate.models.forward import token_logprobs, token_terms
+from foveate.models.logprobs import LOGP_ENTROPY, Divergence, TeacherTopK
 from foveate.models.policy import load_policy
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
-from foveate.parallel.ulysses import check_heads, token_logprobs_split
+from foveate.parallel.ulysses import check_heads, token_terms_split
 
 MODELS = ("internvl", "qwen3_vl_moe", "qwen3_moe", "gpt_oss")
 """Dense with images, mixture of experts with images and DeepStack, without images, with windows and sinks."""
@@ -26,14 +29,19 @@ def folders(tiny_folder, tmp_path_factory):
     return {"internvl": tiny_folder} | {name: build_family(folder / name, name) for name in MODELS[1:]}
 
 
-def alone(folder, data_ranks, attention):
+def with_bidirectional_prompts(batch):
+    """The batch, every prompt of which sees itself in both directions."""
+    return replace(batch, forest=replace(batch.forest, bidirectional=tuple(k < 0 for k in batch.forest.parent)))
+
+
+def alone(folder, data_ranks, attention, of_row=lambda batch: batch):
     policy = load_policy(str(folder), attention=attention)
-    losses = [loss_of(*token_logprobs(policy, batch)) for batch in rows(policy.family, ranks=data_ranks)]
+    losses = [loss_of(*token_logprobs(policy, of_row(batch))) for batch in rows(policy.family, ranks=data_ranks)]
     torch.stack(losses).sum().backward()
     return [loss.item() for loss in losses], gradients(policy.model)
 
 
-def shared(rank, ranks, _, folders, attention, sequence):
+def shared(rank, ranks, _, folders, attention, sequence, of_row=None):
     """Loss and gradients of each model on `ranks`, which are cut into groups of `sequence` that share a row."""
     mesh = init_device_mesh("cpu", (ranks // sequence, sequence), mesh_dim_names=("data", "sequence"))
     group = mesh["sequence"].get_group()
@@ -41,8 +49,9 @@ def shared(rank, ranks, _, folders, attention, sequence):
     for name, folder in folders.items():
         policy = load_policy(str(folder), attention=attention)
         batch = rows(policy.family, ranks=ranks // sequence)[rank // sequence]
+        batch = batch if of_row is None else of_row(batch)
         if ranks == sequence:
-            loss = loss_of(*token_logprobs_split(policy, batch, 1.0, group))
+            loss = loss_of(*token_terms_split(policy, batch, LOGP_ENTROPY, 1.0, group))
             loss.backward()
             for parameter in policy.model.parameters():
                 if parameter.grad is not None:
@@ -71,6 +80,36 @@ def test_two_ranks_that_share_a_row_compute_what_one_computes(tmp_path, folders,
     found = spawn(shared, 2, tmp_path, folders, attention, 2)
     for name, folder in folders.items():
         require_equal([own[name] for own in found], *alone(folder, 1, attention), sequence=2)
+
+
+def test_two_ranks_share_a_row_with_bidirectional_segments(tmp_path, folders):
+    chosen = {name: folders[name] for name in ("internvl", "gpt_oss")}
+    found = spawn(shared, 2, tmp_path, chosen, "sdpa", 2, with_bidirectional_prompts)
+    for name, folder in chosen.items():
+        losses, expected = alone(folder, 1, "sdpa", with_bidirectional_prompts)
+        require_equal([own[name] for own in found], losses, expected, sequence=2)
+        assert losses != alone(folder, 1, "sdpa")[0]
+
+
+def divergence(_rank, ranks, _folder, model):
+    """The divergence of each token of a shared row to a teacher that the ranks know whole."""
+    policy = load_policy(str(model))
+    (batch,) = rows(policy.family, ranks=1)
+    group = dist.group.WORLD if ranks > 1 else None
+    generator = torch.Generator().manual_seed(0)
+    top = torch.randn(len(batch.target_M), 200, generator=generator).log_softmax(-1).topk(4)
+    terms = ("logp", Divergence("reverse_kl", TeacherTopK(top.indices, top.values)))
+    with torch.no_grad():
+        if group is not None:
+            return token_terms_split(policy, batch, terms, 0.7, group)
+        return token_terms(policy, batch, terms, 0.7)
+
+
+def test_ranks_that_share_a_row_share_the_teacher_of_its_tokens(tmp_path, folders):
+    alone_terms = divergence(0, 1, None, folders["internvl"])
+    for found in spawn(divergence, 2, tmp_path, folders["internvl"]):
+        for got, wanted in zip(found, alone_terms, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_four_ranks_share_key_value_heads_of_which_there_are_two(tmp_path, folders):

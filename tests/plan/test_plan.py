@@ -12,18 +12,21 @@ from typer.testing import CliRunner
 from foveate.cli.app import app
 from foveate.config.cluster import ClusterSettings
 from foveate.config.recipe import SHIPPED, read_recipe
+from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
-from foveate.models.sizes import SIZES, published_config
+from foveate.models.sizes import PUBLISHED_SIZES, published_config
 from foveate.plan import advice, memory
 from foveate.plan.advice import built_share, plan
 from foveate.plan.hardware import GPUS, parse_machines
 from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, shallow, sizes_of
-from foveate.plan.report import report
-from foveate.plan.time import active_parameters, language_flops, vision_flops
-from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, _meta_policy, step_memory
+from foveate.plan.report import plan_text
+from foveate.plan.time import active_parameters, language_flops, seconds_of, vision_flops
+from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, step_memory, traced_policy
 from foveate.plan.workload import Workload, workload_of
 from foveate.rollout.native.cache import GroupCache
+from foveate.train.muon import MUON
+from foveate.train.optim import OPTIMIZERS
 
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml"))
 ALL = ("vision", "projector", "language")
@@ -35,6 +38,7 @@ ON_CPU = ClusterSettings(device="cpu")
 def work_of(config, **changes) -> Workload:
     values = {
         "config": config, "trainable": ALL, "dtype": torch.float32, "checkpointing": False, "cluster": ON_CPU,
+        "optim": OptimSettings(lr=1e-3),
         "budget": 512, "steps": 10, "groups": 8, "answers": 4, "updates": 1, "prompt": 200, "answer": 70, "tiles": 3,
         "longest": 100, "generates": True, "forwards": 0, "reference": False,
     }  # fmt: skip
@@ -107,7 +111,7 @@ def test_one_rank_that_computes_in_bfloat16_keeps_copies_of_its_weights(config):
     assert memory(checkpointing=True).gathered < halved.gathered
 
 
-def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_learns(config):
+def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_trains(config):
     def memory(cluster, **changes):
         return memory_of(work_of(config, cluster=cluster, **changes))
 
@@ -116,10 +120,35 @@ def test_an_engine_with_weights_of_its_own_keeps_them_while_its_rank_learns(conf
     assert (shared.engine, own.engine) == (0.0, weights)
     ranks = memory(ClusterSettings(gpus_per_node=2))
     assert ranks.engine == weights
-    assert ranks.learning == ranks.state + weights + ranks.gathered + ranks.activations + ranks.features + ranks.chunk
+    assert ranks.training == ranks.state + weights + ranks.gathered + ranks.activations + ranks.features + ranks.chunk
     apart = memory(ClusterSettings(gpus_per_node=2, engines=1))
-    assert apart.learning == pytest.approx(ranks.learning - weights)
+    assert apart.training == pytest.approx(ranks.training - weights)
     assert memory(ON_CPU, overlaps=True).engine > 0
+
+
+def test_an_optimizer_takes_the_memory_of_its_state(config):
+    def memory(name, **changes):
+        return memory_of(work_of(config, optim=OptimSettings(lr=1e-3, name=name), **changes))
+
+    trained = 4 * sizes_of(config, ALL).trained
+    adamw, muon = memory("adamw"), memory("muon")
+    assert adamw.optimizer == 2 * trained
+    assert trained < muon.optimizer < 2 * trained
+    assert memory("muon", trainable=("projector",)).optimizer == memory("adamw", trainable=("projector",)).optimizer
+    offloaded = ClusterSettings(gpus_per_node=2, offload=True)
+    saved = memory("adamw", cluster=offloaded).host - memory("muon", cluster=offloaded).host
+    assert saved == pytest.approx((adamw.optimizer - muon.optimizer) / 2)
+    work = work_of(config, optim=OptimSettings(lr=1e-3, name="muon"))
+    machines = parse_machines("H100-80")
+    assert seconds_of(work, machines, muon).update < seconds_of(work_of(config), machines, adamw).update
+
+
+def test_a_plan_refuses_an_optimizer_on_ranks_that_it_cannot_be_sharded_over(config, monkeypatch):
+    alone = replace(MUON, sharded=False)
+    monkeypatch.setitem(OPTIMIZERS, "alone", alone)
+    work = work_of(config, optim=OptimSettings(lr=1e-3, name="alone"), cluster=ClusterSettings())
+    with pytest.raises(ConfigError, match=r"optim.name=alone cannot train weights that are sharded over 8 ranks"):
+        plan(work, parse_machines("8xH100-80"))
 
 
 def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
@@ -132,7 +161,7 @@ def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
 
 
 def test_published_sizes_have_the_papers_parameters():
-    billions = {size: sizes_of(published_config(size), ALL).total / 1e9 for size in SIZES}
+    billions = {size: sizes_of(published_config(size), ALL).total / 1e9 for size in PUBLISHED_SIZES}
     paper = {"1B": 1.1, "2B": 2.3, "4B": 4.7, "8B": 8.5, "14B": 15.1, "38B": 38.4, "20B-A4B": 21.2, "30B-A3B": 30.8}
     paper["241B-A28B"] = 240.7
     assert {size: round(count, 1) for size, count in billions.items()} == pytest.approx(paper, abs=0.11)
@@ -147,7 +176,7 @@ def test_a_token_meets_the_chosen_experts_alone(size, billions):
 
 def test_arithmetic_is_what_the_model_does(config):
     """torch counts products of matrices; attention of the forest is an operator it does not know."""
-    policy = _meta_policy(config, torch.float32, "sdpa")
+    policy = traced_policy(config, torch.float32, "sdpa")
     per_tile, side = config.image_seq_length, config.vision_config.image_size
     batch = _meta_batch(RowShape(256, 64, 3), per_tile, side)
     with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():
@@ -169,11 +198,11 @@ def test_keys_and_values_are_those_of_the_engines_cache(config):
     text = config.text_config
     from foveate.records import Forest
 
-    cache = GroupCache(Forest((0,), (10,), (-1,)), 1, 4, torch.device("cpu"))
+    cache = GroupCache(Forest((0,), (10,), (-1,)), (10,), 1, 4, torch.device("cpu"))
     for layer in range(text.num_hidden_layers):
         row = torch.zeros(text.num_key_value_heads, 10, text.head_dim)
         cache.attend(layer, torch.zeros(text.num_attention_heads, 10, text.head_dim), row, row, 1.0)
-    held = sum(tensor.nbytes for pair in cache._prompt for tensor in pair)
+    held = sum(tensor.nbytes for state in cache.states.values() for tensor in state.prompt)
     assert held == 10 * key_value_bytes(config, 4)
 
 
@@ -201,7 +230,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
     assert cluster.gpus % 8 == 0
     machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
     made = plan(workload_of(settings, None, None, None), machines)
-    assert made.memory.fits(made.machines), report(made)
+    assert made.memory.fits(made.machines), plan_text(made)
     assert made.work.cluster == cluster
     assert made.gpu_hours > 0
 
@@ -210,7 +239,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
 def test_small_recipes_are_planned_from_their_folder(name):
     made = plan(workload_of(read_recipe(name, ["model.path=demo"]), None, None, None), parse_machines("RTX4090-24"))
     assert made.memory.fits(made.machines)
-    assert "fits; the largest micro-batch is about" in report(made)
+    assert "fits; the largest micro-batch is about" in plan_text(made)
 
 
 @pytest.mark.usefixtures("cheap")
@@ -223,13 +252,13 @@ def test_what_does_not_fit_is_told_with_the_fastest_settings_that_do(monkeypatch
     assert made.better is not None
     assert memory_of(made.better).fits(made.machines)
     assert made.better.cluster.offload
-    text = report(made)
+    text = plan_text(made)
     assert "does not fit" in text
     assert "cluster.offload=true" in text
     answering = plan(replace(work, generates=True), parse_machines("8xH100-80"))
     assert answering.better is None  # each rank holds the whole of a native engine
     larger = replace(work, config=published_config("241B-A28B"))
-    assert "use more or larger ones" in report(plan(larger, parse_machines("8xRTX4090-24")))
+    assert "use more or larger ones" in plan_text(plan(larger, parse_machines("8xRTX4090-24")))
 
 
 def test_the_largest_micro_batch_fits_and_a_tenth_more_does_not(config):
@@ -266,12 +295,12 @@ def test_engines_apart_have_gpus_of_their_own(monkeypatch):
     assert apart.memory.engine == both.memory.engine / 2
     assert apart.memory.generating == apart.memory.engine + apart.memory.keys_values
     assert apart.memory.state == 2 * both.memory.state
-    assert "16 x H100-80, 8 that learn and 8 that answer in 4 engines" in report(apart)
+    assert "16 x H100-80, 8 that train and 8 that generate in 4 engines" in plan_text(apart)
     ahead = replace(apart.seconds, overlaps=True)
     assert ahead.step == max(ahead.generate, ahead.forward + ahead.update) + ahead.publish < apart.seconds.step
     spread = advice.on_machines(split, parse_machines("4x8xH100-80"))
     assert (spread.nodes, spread.gpus_per_node, spread.engines) == (4, 6, 4)
-    with pytest.raises(ConfigError, match=r"leaves -7 GPUs to learn on"):
+    with pytest.raises(ConfigError, match=r"leaves -7 GPUs to train on"):
         advice.on_machines(split, parse_machines("H100-80"))
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from foveate.records import DataError, Image, Task
 from foveate.registry import resolve
-from foveate.rewards import CHECKS, REWARDS
-from foveate.rewards.boxes import check_truth, giou, grounding_reward, iou, parse_box, to_pixels, truth_box
+from foveate.rewards import REWARDS
+from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_whole_pixels, truth_box
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -71,9 +71,9 @@ def test_a_degenerate_answer_of_half_a_million_characters_is_parsed(noise):
 
 
 def test_pixels_are_rounded_held_inside_and_never_without_area():
-    assert to_pixels((0, 0, 1000, 1000), 640, 480) == (0, 0, 639, 479)
-    assert to_pixels((-50, 500, 2000, 500), 100, 100) == (0, 50, 99, 51)
-    assert to_pixels((1000, 1000, 1000, 1000), 100, 100) == (98, 98, 99, 99)
+    assert to_whole_pixels((0, 0, 1000, 1000), 640, 480) == (0, 0, 639, 479)
+    assert to_whole_pixels((-50, 500, 2000, 500), 100, 100) == (0, 50, 99, 51)
+    assert to_whole_pixels((1000, 1000, 1000, 1000), 100, 100) == (98, 98, 99, 99)
 
 
 def test_iou_and_giou_of_known_boxes():
@@ -138,12 +138,12 @@ def test_an_unknown_kind_names_the_allowed_ones():
         ("12", "four finite numbers"),
         ([30, 2, 30, 4], "no area"),
         ([3, 40, 30, 4], "no area"),
-        ([3, 4, 1000.5, 40], "outside the picture"),
-        ([-1, 4, 100, 40], "outside the picture"),
+        ([3, 4, 1000.5, 40], "outside the image"),
+        ([-1, 4, 100, 40], "outside the image"),
     ],
 )
 def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):
-    faults = check_truth(grounding_task(answer))
+    faults = check_box(grounding_task(answer))
     assert [field for field, _ in faults] == ["reward_model.ground_truth"]
     assert what in faults[0][1]
     if what.startswith("four"):
@@ -152,10 +152,10 @@ def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):
 
 
 def test_a_good_truth_has_no_fault_and_a_missing_size_is_one():
-    assert check_truth(grounding_task([0, 0.5, 1000, 1000])) == []
-    assert [field for field, _ in check_truth(grounding_task([0, 0, 1, 1], split="x"))] == ["images"]
+    assert check_box(grounding_task([0, 0.5, 1000, 1000])) == []
+    assert [field for field, _ in check_box(grounding_task([0, 0, 1, 1], split="x"))] == ["images"]
 
 
 def test_the_tables_name_functions_that_exist():
     assert resolve(REWARDS, "grounding", "reward") is grounding_reward
-    assert resolve(CHECKS, "grounding", "check") is check_truth
+    assert resolve({}, REWARDS["grounding"].check, "check") is check_box

@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pickle
 
-import numpy as np
 import pytest
 
 from foveate.records import Task
 from foveate.registry import ConfigError, resolve
-from foveate.rewards import BUILDERS, CHECK_BUILDERS, CHECKS, QUICK, REWARDS
-from foveate.rewards.build import make_check, make_reward
-from foveate.rewards.grade import build_reward, truth_check
+from foveate.rewards import REWARDS
+from foveate.rewards.build import build_reward, truth_check
 
 
 def task(source="a", answer="7", **meta):
@@ -17,11 +15,9 @@ def task(source="a", answer="7", **meta):
 
 
 def test_every_name_of_the_tables_can_be_built():
-    for table in (REWARDS, BUILDERS, CHECKS, CHECK_BUILDERS):
-        for name in table:
-            assert callable(resolve(table, name, "reward"))
-    assert REWARDS.keys() & BUILDERS.keys() == set()
-    assert REWARDS.keys() | BUILDERS.keys() >= QUICK
+    for known in REWARDS.values():
+        for path in filter(None, (known.function, known.check)):
+            assert callable(resolve({}, path, "reward"))
 
 
 def test_a_weighted_sum_adds_values_and_keeps_all_parts():
@@ -91,55 +87,6 @@ def test_the_checks_of_all_summed_rewards_are_made():
     assert check(task(answer="[1,2,3,4]", width=5, height=5)) == []
 
 
-COMPUTE = """
-def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0, **kwargs):
-    if solution_str == "mapping":
-        return {"score": 0.5, "length": 3, "pred": "x", "share": kwargs["share"]}
-    if solution_str == "lost":
-        return {"value": 1.0}
-    return float(solution_str == ground_truth) + bonus + extra_info["index"]
-
-def strict(data_source, solution_str, ground_truth, extra_info):
-    extra_info["index"] = 9
-    return ground_truth.sum()
-
-async def later(data_source, solution_str, ground_truth, extra_info):
-    return 1.0
-"""
-
-
-def test_a_compute_score_function_of_a_file_is_a_reward(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(COMPUTE)
-    reward = build_reward("compute_score", {"path": str(file), "arguments": {"bonus": 0.25, "share": 0.125}})
-    assert reward("7", task(index=1)).value == 2.25
-    score = reward("mapping", task(index=1))
-    assert (score.value, score.parts) == (0.5, {"length": 3.0, "share": 0.125})
-    assert reward("lost", task()).note == 'grader failed: ValueError: a mapping without "score": value'
-    assert reward("7", task()).note == "grader failed: KeyError: 'index'"
-
-    row = task(answer=np.array([1, 2]), index=1)
-    assert build_reward("compute_score", {"path": str(file), "name": "strict"})("7", row).value == 3.0
-    assert row.meta["index"] == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"path": "nowhere.py"}, "no such file nowhere.py"),
-        ({"name": "score"}, "has no 'score'"),
-        ({"name": "later"}, "must be a plain function"),
-        ({"name": "strict", "arguments": {"bonus": 1}}, "got an unexpected keyword argument 'bonus'"),
-        ({"arguments": {"ground_truth": 1}}, "multiple values"),
-    ],
-)
-def test_a_compute_score_function_that_cannot_be_called_is_refused(tmp_path, settings, message):
-    file = tmp_path / "mine.py"
-    file.write_text(COMPUTE)
-    with pytest.raises(ConfigError, match=message):
-        make_reward("compute_score", {"path": str(file), **settings})
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -148,7 +95,7 @@ def test_a_compute_score_function_that_cannot_be_called_is_refused(tmp_path, set
     ],
 )
 def test_the_check_of_a_combined_reward_can_be_sent_to_other_processes(name, settings):
-    check = make_check(name, settings)
+    check = truth_check(name, settings)
     bad = Task("0", "a", (), (), None, {}, "x.parquet, row 0")
     sent = pickle.loads(pickle.dumps(check))
     assert sent(bad) == check(bad) != []

@@ -38,8 +38,8 @@ def score(text, task, *, scale: float = 1.0):
         return Score(7.0)
     if text == "nan":
         return Score(math.nan)
-    if text == "float":
-        return 1.0
+    if text == "word":
+        return "right"
     if text == "pid":
         return Score(float(os.getpid()))
     return Score(scale * float(text), {"of": float(task.answer)})
@@ -205,8 +205,8 @@ def test_workers_stay_and_end_with_the_block(grader):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_that_returns_no_score_ends_the_run(grader, workers):
     with Graders(grader, {}, workers=workers) as graders:
-        with pytest.raises(DataError, match=r"returned float 1\.0; it must return"):
-            graders.grade_many([("1", TASKS[0]), ("float", TASKS[0]), ("2", TASKS[0])])
+        with pytest.raises(DataError, match=r"score returned str 'right'; it must return"):
+            graders.grade_many([("1", TASKS[0]), ("word", TASKS[0]), ("2", TASKS[0])])
         assert graders("4", TASKS[0]).value == 4.0
 
 

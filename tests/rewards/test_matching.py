@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from foveate.records import DataError, Task
-from foveate.rewards.boxes import check_truth as check_box
 from foveate.rewards.boxes import grounding_reward
-from foveate.rewards.grade import truth_check
-from foveate.rewards.matching import best_pairs, boxes_reward, check_truth
+from foveate.rewards.build import truth_check
+from foveate.rewards.matching import best_pairs, boxes_reward, check_boxes
 
 
 def scene(answer, **meta):
@@ -95,20 +94,20 @@ def test_the_frame_of_the_truth_decides_what_lies_outside(name):
     assert check is not None
     assert check(scene([0, 0, 1900, 1000], width=1920, height=1080)) == []
     faults = check(scene([0, 0, 1900, 1100], width=1920, height=1080))
-    assert "lies outside the picture: coordinates are pixels of 1920 x 1080" in faults[0][1]
+    assert "lies outside the image: coordinates are pixels of 1920 x 1080" in faults[0][1]
     assert len(check(Task("t", "b", (), (), [0, 0, 5, 5]))) == 1
 
 
 @pytest.mark.parametrize("answer", [TWO, np.array(TWO), "[[0,0,100,100],[500,500,700,700]]", tuple(map(tuple, TWO))])
 def test_lists_arrays_and_json_are_the_same_boxes(answer):
-    assert check_truth(scene(answer)) == []
+    assert check_boxes(scene(answer)) == []
     assert boxes_reward(str(TWO), scene(answer)).value == 1.0
 
 
 def test_a_box_that_is_none_is_named_by_its_place():
-    assert check_truth(scene([TWO[0], [5, 5, 5, 9]]))[0][0] == "reward_model.ground_truth[1]"
-    assert check_box(scene(TWO[0])) == []
+    assert check_boxes(scene([TWO[0], [5, 5, 5, 9]]))[0][0] == "reward_model.ground_truth[1]"
+    assert check_boxes(scene(TWO[0])) == []
     for wrong in (None, "x", [[1, 2, 3]], [[1, 2, 3, "4"]], {"a": 1}):
-        assert "is no list of boxes" in check_truth(scene(wrong))[0][1]
+        assert "is no list of boxes" in check_boxes(scene(wrong))[0][1]
         with pytest.raises(DataError, match=r"^b\.parquet, row 2, field reward_model\.ground_truth: "):
             boxes_reward("[1,2,3,4]", scene(wrong))

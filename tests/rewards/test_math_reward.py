@@ -7,7 +7,7 @@ from geo3k_answers import ANSWERS
 from foveate.records import DataError, Message, Task
 from foveate.rewards import math
 from foveate.rewards.math import math_reward, same_answer
-from foveate.rewards.text import check_truth
+from foveate.rewards.text import check_answer
 
 
 def exercise(answer, question="How much?", **meta):
@@ -185,14 +185,14 @@ def test_a_choice_is_named_by_its_letter_or_by_its_value(answer, truth, right):
 
 def test_lists_and_arrays_accept_any_of_their_entries():
     for truth in (["6", "7"], np.array(["6", "7"]), np.array([6, 7]), np.int64(7), 7, 7.0):
-        assert check_truth(exercise(truth)) == []
+        assert check_answer(exercise(truth)) == []
         assert math_reward("\\boxed{7}", exercise(truth)).value == 1.0
     assert math_reward("\\boxed{8}", exercise(np.array([6, 7]))).value == 0.0
 
 
 @pytest.mark.parametrize("truth", [None, "", " ", [], {"a": 1}, float("nan"), True, ["7", ""]])
 def test_a_ground_truth_that_is_no_answer_is_a_fault(truth):
-    assert [field for field, _ in check_truth(exercise(truth))] == ["reward_model.ground_truth"]
+    assert [field for field, _ in check_answer(exercise(truth))] == ["reward_model.ground_truth"]
     with pytest.raises(DataError, match=r"^m\.parquet, row 1, field reward_model\.ground_truth: "):
         math_reward("\\boxed{7}", exercise(truth))
 

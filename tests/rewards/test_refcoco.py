@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from foveate.records import Image, Task
-from foveate.rewards.build import make_check, make_reward
+from foveate.rewards.build import build_reward, truth_check
 from foveate.rewards.refcoco import first_fields
 
 CASES = json.loads((Path(__file__).parent.parent / "data" / "refcoco_rule.json").read_text())
@@ -30,7 +30,7 @@ def test_there_are_enough_cases_of_both_kinds():
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
 def test_the_first_box_rule_is_that_of_the_published_evaluation(case):
-    score = make_reward("refcoco", {})(case["answer"], task_of(case["truth"], case["width"], case["height"]))
+    score = build_reward("refcoco", {})(case["answer"], task_of(case["truth"], case["width"], case["height"]))
     assert bool(score.value) == case["hit"]
     if case["iou"] is not None and score.parts["parsed"]:
         assert score.parts["iou"] == pytest.approx(max(case["iou"], 0.0), abs=1e-6)
@@ -51,8 +51,8 @@ RULES = {
 def test_where_the_two_rules_part(name):
     text, first, last = RULES[name]
     task = task_of(TRUTH, 640, 480)
-    assert make_reward("refcoco", {"rule": "first"})(text, task).value == first
-    assert make_reward("refcoco", {"rule": "last"})(text, task).value == last
+    assert build_reward("refcoco", {"rule": "first"})(text, task).value == first
+    assert build_reward("refcoco", {"rule": "last"})(text, task).value == last
 
 
 def test_frames_say_what_the_coordinates_are():
@@ -60,13 +60,13 @@ def test_frames_say_what_the_coordinates_are():
     said = {"thousandths": "[100,200,500,600]", "pixels": "[64,96,320,288]", "fractions": "[.1,.2,.5,.6]"}
     for rule in ("first", "last"):
         for frame, text in said.items():
-            reward = make_reward("refcoco", {"rule": rule, "frame": frame})
+            reward = build_reward("refcoco", {"rule": rule, "frame": frame})
             assert reward(text, task).parts["iou"] == pytest.approx(1.0, abs=1e-6)
-    assert make_reward("refcoco", {})(said["pixels"], task).value == 0.0
+    assert build_reward("refcoco", {})(said["pixels"], task).value == 0.0
 
 
 def test_the_ground_truth_is_checked_as_for_the_reward():
-    check = make_check("refcoco", {"rule": "last"})
+    check = truth_check("refcoco", {"rule": "last"})
     assert check is not None
     assert check(task_of([5, 5, 5, 9], 640, 480))[0][0] == "reward_model.ground_truth"
 

@@ -11,8 +11,7 @@ from PIL import Image as Picture
 
 from foveate.records import Image, Message, Task
 from foveate.registry import ConfigError
-from foveate.rewards import remote
-from foveate.rewards.grade import build_reward
+from foveate.rewards.build import build_reward
 from foveate.rewards.remote import data_url
 
 
@@ -20,12 +19,12 @@ from foveate.rewards.remote import data_url
 def server(monkeypatch):
     """A server that keeps what it is sent and answers with its `replies` in turn: (status, JSON value)."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            http.received.append((self.path, dict(self.headers), body))
+            http.received.append((self.path, {key.title(): said for key, said in self.headers.items()}, body))
             status, value = http.replies.pop(0)
             said = json.dumps(value).encode()
             self.send_response(status)

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import CharDelimiterSplit
 
 from foveate.records import Message, Task
 from foveate.registry import ConfigError
-from foveate.rewards.build import make_reward
+from foveate.rewards.build import build_reward
 from foveate.rewards.text import (
     exact,
     final_answer,
@@ -121,14 +121,14 @@ def test_overlong_counts_words_or_the_tokens_of_a_tokenizer(tmp_path):
     tokenizer.pre_tokenizer = CharDelimiterSplit("-")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "a-b-c-d d d"
-    words = make_reward("overlong", {"limit": 4, "buffer": 2})(text, task())
-    tokens = make_reward("overlong", {"limit": 4, "buffer": 2, "tokenizer": str(tmp_path)})(text, task())
+    words = build_reward("overlong", {"limit": 4, "buffer": 2})(text, task())
+    tokens = build_reward("overlong", {"limit": 4, "buffer": 2, "tokenizer": str(tmp_path)})(text, task())
     assert (words.value, words.parts["length"]) == (-0.5, 3.0)
     assert (tokens.value, tokens.parts["length"]) == (-1.0, 4.0)
     with pytest.raises(ConfigError, match=r"buffer must be in 1\.\.limit, found buffer 5 and limit 4"):
-        make_reward("overlong", {"limit": 4, "buffer": 5})
+        build_reward("overlong", {"limit": 4, "buffer": 5})
     with pytest.raises(ConfigError, match=r"no nowhere.tokenizer\.json"):
-        make_reward("overlong", {"limit": 4, "buffer": 2, "tokenizer": "nowhere"})
+        build_reward("overlong", {"limit": 4, "buffer": 2, "tokenizer": "nowhere"})
 
 
 def test_repetition_is_the_share_of_words_said_before():

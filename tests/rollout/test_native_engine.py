@@ -18,6 +18,7 @@ from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.packing import pack
 from foveate.records import DataError, Forest, Image, Message, PackedGroup, SamplingParams, Task
 from foveate.rollout.engine import Request
+from foveate.rollout.native import engine as native
 from foveate.rollout.native.cache import GroupCache
 from foveate.rollout.native.engine import NativeEngine, plan_decode_batches
 
@@ -110,6 +111,47 @@ def test_logprobs_equal_the_trainers_under_bfloat16_up_to_its_precision(folder):
     assert (found - token_logprobs(policy, batch)[0]).abs().mean() < 0.1
 
 
+def with_bidirectional_images(batch, groups):
+    """The batch with each image of a prompt as a bidirectional segment: prompts are chains, answers continue them."""
+    forest, pieces, last = batch.forest, [], {}  # (start, length, parent, bidirectional)
+    prompts = iter(groups)
+    for k, (start, length, parent) in enumerate(zip(forest.start, forest.length, forest.parent, strict=True)):
+        cuts = {length: False}
+        for slot in next(prompts).prompt.slots if parent < 0 else ():
+            cuts |= {slot.position: False, slot.position + slot.count: True}
+        above, begin = last.get(parent, -1), 0
+        for end in sorted(cuts):
+            if end > begin:
+                pieces.append((start + begin, end - begin, above, cuts[end]))
+                above, begin = len(pieces) - 1, end
+        last[k] = above
+    return replace(batch, forest=Forest(*zip(*pieces, strict=True)))
+
+
+def test_prompts_with_bidirectional_images_are_sampled_as_the_trainer_computes_them(policy, monkeypatch):
+    def split(groups):
+        return with_bidirectional_images(pack(groups), groups)
+
+    monkeypatch.setattr(native, "pack", split)
+    policy, sampling = often_stopping(policy), SamplingParams(samples=4, max_tokens=30)
+    requests = requests_of(policy)
+    engine = engine_of(policy)
+    whole = engine.generate(requests, sampling)
+    groups = [
+        PackedGroup.of_tokens(r.prompt, tuple(c.token_ids for c in group))
+        for r, group in zip(requests, whole, strict=True)
+    ]
+    batch = split(groups)
+    assert any(batch.forest.bidirectional)
+    expected = token_logprobs(policy, batch)[0]
+    found = torch.tensor([value for group in whole for answer in group for value in answer.logprobs])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (expected - token_logprobs(policy, pack(groups))[0]).abs().max() > 1e-2
+    begun = interrupted(engine, requests, sampling, 2)
+    assert any("abort" in group for group in finishes(begun))
+    assert ids(engine.generate(begun, sampling)) == ids(whole)
+
+
 def test_greedy_equals_transformers_generate(policy, folder):
     plain = InternVLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").eval()
     requests = requests_of(policy)
@@ -148,14 +190,14 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
     generator = torch.Generator().manual_seed(0)
     lengths, samples, heads, kv_heads, width = (5, 9, 3, 7), 3, 4, 2, 8
     starts = (0, 5, 14, 17)
-    cache = GroupCache(Forest(starts, lengths, (-1,) * 4), samples, 6, torch.device("cpu"))
+    cache = GroupCache(Forest(starts, lengths, (-1,) * 4), lengths, samples, 6, torch.device("cpu"))
 
     def random(count, tokens):
         return torch.randn(count, tokens, width, generator=generator)
 
     prompt_key, prompt_value = random(kv_heads, sum(lengths)), random(kv_heads, sum(lengths))
     assert cache.attend(0, random(heads, sum(lengths)), prompt_key, prompt_value, 0.3) is None
-    cache.branch()
+    cache.fork()
     seen = []
     for group in range(4):
         span = slice(starts[group], starts[group] + lengths[group])
@@ -165,7 +207,7 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
     for step in range(6):
         keep = [row for row, answer in enumerate(rows) if answer not in leaving.get(step, ())]
         if len(keep) < len(rows):
-            rows = [rows[row] for row in cache.keep(keep)]
+            rows = [rows[row] for row in cache.drop(keep)]
         query, key, value = random(heads, len(rows)), random(kv_heads, len(rows)), random(kv_heads, len(rows))
         out = cache.attend(0, query, key, value, 0.3)
         for row, answer in enumerate(rows):
@@ -174,7 +216,7 @@ def test_the_cache_attends_to_prompt_and_own_tokens_while_answers_and_groups_lea
             keys, values = keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0)
             scores = (query[:, [row]] @ keys.transpose(1, 2)) * 0.3
             torch.testing.assert_close(out[:, [row]], scores.softmax(-1) @ values)
-        cache.advance()
+        cache.extend()
     assert sorted(rows) == [5, 6, 8]
 
 
@@ -184,21 +226,21 @@ def test_the_cache_goes_on_from_answers_that_were_begun(window):
     generator = torch.Generator().manual_seed(0)
     forest = Forest((0, 5, 8, 9, 18, 21), (5, 3, 1, 9, 3, 6), (-1, 0, 0, -1, -1, 4))
     heads, kv_heads, width, tokens = 4, 2, 8, 27
-    cache = GroupCache(forest, 2, 12, torch.device("cpu"))
+    cache = GroupCache(forest, (5, 9, 3), 2, 12, torch.device("cpu"))
 
     def random(count, length):
         return torch.randn(count, length, width, generator=generator)
 
     key, value = random(kv_heads, tokens), random(kv_heads, tokens)
     assert cache.attend(0, random(heads, tokens), key, value, 0.3) is None
-    cache.branch()
+    cache.fork()
     paths = [(0, 1), (0, 2), (3,), (3,), (4, 5)]
     spans = [[slice(forest.start[k], forest.start[k] + forest.length[k]) for k in path] for path in paths]
     seen = [tuple(torch.cat([rows[:, span] for span in path], 1) for rows in (key, value)) for path in spans]
     rows = list(range(5))
     for keep in ((0, 1, 2, 3, 4), (0, 2, 3, 4), (0, 2, 4), (4,), (4,)):
         if len(keep) < len(rows):
-            rows = [rows[row] for row in cache.keep([rows.index(answer) for answer in sorted(keep, key=rows.index)])]
+            rows = [rows[row] for row in cache.drop([rows.index(answer) for answer in sorted(keep, key=rows.index)])]
         query, key, value = random(heads, len(rows)), random(kv_heads, len(rows)), random(kv_heads, len(rows))
         out = cache.attend(0, query, key, value, 0.3, AttentionOptions(window, None))
         for row, answer in enumerate(rows):
@@ -208,7 +250,7 @@ def test_the_cache_goes_on_from_answers_that_were_begun(window):
             keys, values = (one[:, last].repeat_interleave(2, 0) for one in seen[answer])
             scores = (query[:, [row]] @ keys.transpose(1, 2)) * 0.3
             torch.testing.assert_close(out[:, [row]], scores.softmax(-1) @ values)
-        cache.advance()
+        cache.extend()
     assert rows == [4]
 
 

@@ -14,6 +14,7 @@ from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, EngineError
 from foveate.models.checkpoint.names import to_hf
+from foveate.models.families.text import TextOnly
 from foveate.models.policy import load_policy
 from foveate.rollout.build import WeightCheck, choose_engine
 from foveate.rollout.check import check_engine
@@ -177,6 +178,6 @@ def test_a_program_that_is_not_there_is_named(parts):
         visible = {"program": "true", "devices": ["0"], "replicas": 2}
         with pytest.raises(ConfigError, match="devices names the GPUs of 1 replicas, there are 2"):
             choose_engine(RolloutSettings(engine=name, engine_settings=visible), 28)(policy, encoder.decode)
-    other = replace(policy, family=replace(policy.family, name="other"))
+    other = replace(policy, family=TextOnly(name="other", stop_ids=policy.family.stop_ids))
     with pytest.raises(ConfigError, match="engine vllm: does not know other; it serves internvl"):
         choose_engine(RolloutSettings(engine="vllm"), 28)(other, encoder.decode)

@@ -27,7 +27,7 @@ class Tasks:
         self.stream = stream
 
     def take(self, count: int) -> list[tuple[Task, Prompt]]:
-        rows = self.stream.take(count)
+        rows = self.stream.draw(count)
         return [
             (Task(str(row), "made up", (Message("user", ""),), (), row), Prompt((row,), (), None, (row,)))
             for row in rows
@@ -131,7 +131,7 @@ class Rewards:
     delay: float = 0.0
     graded: int = 0
 
-    def grade_many(self, pairs: Sequence[tuple[str, Task]]) -> list[Score]:
+    def grade_many(self, pairs: Sequence[tuple[Answer, Task]]) -> list[Score]:
         time.sleep(self.delay)
         self.graded += 1
         return [Score(0.0 if task.answer in self.equal else float(i)) for i, (_, task) in enumerate(pairs)]
@@ -160,7 +160,7 @@ class Bench:
     def run(self, steps: int | None = None, between: Callable[[], None] = lambda: None) -> Bench:
         self.stream = Stream(TASKS, 0, self.count)
         if self.state is None:
-            self.stream.take(self.step * self.count)
+            self.stream.draw(self.step * self.count)
         else:
             self.stream.restore(self.state)
         self.engine.version = self.step
@@ -192,4 +192,4 @@ class Bench:
 
 
 def rows(count: int) -> list[int]:
-    return Stream(TASKS, 0, 4).take(count)
+    return Stream(TASKS, 0, 4).draw(count)

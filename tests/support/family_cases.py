@@ -6,6 +6,8 @@ import json
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     GptOssConfig,
     GptOssForCausalLM,
     Qwen2_5_VLConfig,
@@ -22,8 +24,9 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from foveate.models.checkpoint.quiet import quiet_transformers
-from foveate.models.families.qwen_vl import WORDS
+from foveate.models.checkpoint.small_files import quiet_transformers
+from foveate.models.families import family_class
+from foveate.models.families.qwen_vl import QwenVL
 from foveate.models.tiny import tiny_tokenizer
 
 TEXT = {
@@ -72,15 +75,22 @@ TEXT_MODELS = {
 }
 
 
+def plain_text(model_type):
+    """A text model without a line in the table."""
+    config = CONFIG_MAPPING[model_type]
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config], {**TEXT, "head_dim": 16}
+
+
 def build_family(folder, name, **changes):
     """Write a tiny model by its name in the tables, with weights that tell wrong masks and positions apart. `changes`
     are of the text configuration."""
     tokenizer = tiny_tokenizer(640)
-    tokenizer.add_special_tokens({"extra_special_tokens": list(WORDS)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(QwenVL.reserved)}, replace_extra_special_tokens=False)
     ids = tokenizer.get_vocab()
     vocabulary = {"vocab_size": 700, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    if name in TEXT_MODELS:
-        kind, cls, text = TEXT_MODELS[name]
+    if name not in VISION_MODELS:
+        assert name in TEXT_MODELS or not family_class(name).image_text, f"VISION_MODELS forgot {name}"
+        kind, cls, text = TEXT_MODELS.get(name) or plain_text(name)
         config = kind(**text | vocabulary | changes)
     else:
         kind, cls, text, vision = VISION_MODELS[name]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import Algorithm
 from foveate.algorithms.policy_losses import gspo
+from foveate.algorithms.table import Algorithm
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.data.table import open_tasks, write_rows
 from foveate.datasets.prepared import infer_schema, task_row
@@ -126,8 +126,8 @@ def always_one(_text: str, _task: Task) -> Score:
     return Score(1.0)
 
 
-def a_number(_text: str, _task: Task) -> float:
-    return 1.0
+def a_word(_text: str, _task: Task) -> str:
+    return "right"
 
 
 def not_finite(logp_M: Tensor, _entropy_M: Tensor, _batch: Any, _targets: Any, totals: Totals) -> LossOut:

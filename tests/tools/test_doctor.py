@@ -48,16 +48,16 @@ def test_a_model_is_told_by_what_was_recognised(tiny_policy):
     assert facts["image tokens"].startswith("<IMG_CONTEXT> = ")
     assert facts["stop tokens"].startswith("<|im_end|> = ")
     assert facts["dtype"] == "F32"
-    assert facts["boxes"] == "thousandths of the picture's sides"
+    assert facts["boxes"] == "thousandths of the image's sides"
     assert facts["missing"] == "nothing"
 
 
 @pytest.mark.parametrize(
     ("name", "image", "boxes"),
     [
-        ("qwen2_5_vl", "28 x 28 pixels a token, 3,136 to 100,000 pixels a picture", "pixels of the resized picture"),
-        ("qwen3_vl", "32 x 32 pixels a token, 3,136 to 100,000 pixels a picture", "thousandths of the picture's sides"),
-        ("gpt_oss", "none, it is a text-only model", "thousandths of the picture's sides"),
+        ("qwen2_5_vl", "28 x 28 pixels a token, 3,136 to 100,000 pixels an image", "pixels of the resized image"),
+        ("qwen3_vl", "32 x 32 pixels a token, 3,136 to 100,000 pixels an image", "thousandths of the image's sides"),
+        ("gpt_oss", "none, it is a text-only model", "thousandths of the image's sides"),
     ],
 )
 def test_other_families_are_told_too(name, image, boxes, tmp_path):

@@ -119,11 +119,11 @@ def test_a_file_that_launches_nothing_is_refused(tmp_path):
         import_script(path, {}, 10)
 
 
-def test_a_reward_of_ones_own_goes_through_compute_score(script, tmp_path):
+def test_a_reward_function_of_a_file_is_named_by_its_path(script, tmp_path):
     script.write_text(GROUNDING.replace("anywhere/verl/utils/reward_score/grounding.py", "mine.py"))
     reward = recipe_of(import_script(script, {}, 1000), tmp_path).reward
-    assert reward.name == "compute_score"
-    assert reward.settings == {"path": "mine.py", "name": "compute_score", "arguments": {"reward_type": "mix"}}
+    assert reward.name == "mine.py:compute_score"
+    assert reward.settings == {"reward_type": "mix"}
 
 
 def test_the_command_writes_the_recipe_and_prints_the_account(script, tmp_path):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from test_toy_runs import algorithm_of
 from toy import make_data
 
-from foveate.algorithms import ALGORITHMS
+from foveate.algorithms.table import ALGORITHMS
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.config.model import ModelSettings

@@ -230,7 +230,7 @@ class Batches(Rewards):
         self.partial_answers.set()
         assert self.let.wait(20)
         self.sizes.append(len(pairs))
-        if pairs[0][0] == "bad":
+        if pairs[0][0].text == "bad":
             raise ValueError("no grade")
         return super().grade_many(pairs)
 

@@ -188,7 +188,7 @@ def test_an_engine_with_old_weights_is_refused(tmp_path, tiny_folder, data):
             "rollout.samples is 1, so that",
         ),
         ({"algorithm": {"name": "gspo", "correction": {"mode": "token-truncate", "low": 0.5}}}, "no lower bound"),
-        ({"algorithm": f"{HERE}:text_length"}, "is a function, not a foveate.algorithms.Algorithm"),
+        ({"algorithm": f"{HERE}:text_length"}, "is a function, not a foveate.algorithms.table.Algorithm"),
         ({"reward": {"name": "groundin"}}, "unknown reward 'groundin'; did you mean 'grounding'"),
         ({"reward": {"name": "grounding", "settings": {"kind": "best"}}}, "reward grounding: kind must be "),
         ({"rollout": {"engine": "vlm"}}, "unknown engine 'vlm'"),
@@ -202,8 +202,8 @@ def test_a_choice_that_cannot_be_made_is_refused_before_anything_is_written(tmp_
 
 
 def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data):
-    settings = rl_settings(tmp_path / "run", tiny_folder, data, reward={"name": f"{HERE}:a_number"})
-    with pytest.raises(DataError, match=r"returned float 1\.0; it must return a foveate\.records\.Score"):
+    settings = rl_settings(tmp_path / "run", tiny_folder, data, reward={"name": f"{HERE}:a_word"})
+    with pytest.raises(DataError, match=r"a_word returned str 'right'; it must return a number, a dict of numbers"):
         run_rl(settings)
 
 
@@ -432,7 +432,7 @@ def test_equal_groups_are_computed_where_the_loss_may_have_other_terms(name, los
 def test_a_kl_that_is_on_by_default_gets_its_reference(tmp_path):
     code = tmp_path / "own.py"
     code.write_text(
-        "from foveate.algorithms import Algorithm\n"
+        "from foveate.algorithms.table import Algorithm\n"
         "from foveate.algorithms.policy_losses import gspo\n"
         "def loss(logp_M, entropy_M, batch, targets, totals, *, kl_coefficient: float = 0.1):\n"
         "    return gspo(logp_M, entropy_M, batch, targets, totals, kl_coefficient=kl_coefficient)\n"

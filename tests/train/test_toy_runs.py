@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 from toy import HERE, make_data, rl_settings, sft_settings
 
-from foveate.algorithms import ALGORITHMS
+from foveate.algorithms.table import ALGORITHMS
 from foveate.log import read_metrics
 from foveate.models.tiny import build_tiny
 from foveate.train.rl import run_rl

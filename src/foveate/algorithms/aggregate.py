@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,19 +31,13 @@ def token_weights(batch: Batch, totals: Totals, mode: Aggregate, norm_length: in
         f"norm_length is {norm_length} with aggregate={mode}: it is the constant (in tokens, such as the answer budget)"
         " of aggregate=seq-mean-token-sum-norm; give both or neither",
     )
-    ones_M = torch.ones_like(like)
-    match mode:
-        case "token-mean":
-            return ones_M / totals.tokens
-        case "seq-mean-token-sum":
-            return ones_M / totals.samples
-        case "seq-mean-token-mean":
-            return ones_M / (totals.samples * answer_lengths(batch, like)[batch.sample_M])
-        case "seq-mean-token-sum-norm":
-            assert norm_length is not None
-            return ones_M / (totals.samples * norm_length)
-        case _:
-            assert_never(mode)
+    denominators: dict[Aggregate, Tensor | int] = {
+        "token-mean": totals.tokens,
+        "seq-mean-token-sum": totals.samples,
+        "seq-mean-token-mean": totals.samples * answer_lengths(batch, like)[batch.sample_M],
+        "seq-mean-token-sum-norm": totals.samples * (norm_length or 1),
+    }
+    return torch.ones_like(like) / denominators[mode]
 
 
 def answer_lengths(batch: Batch, like: Tensor) -> Tensor:

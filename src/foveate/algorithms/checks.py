@@ -1,4 +1,4 @@
-"""What can be wrong with an advantage or a loss and its settings, found before anything starts."""
+"""Checks of an advantage, or of a loss with its settings, before anything starts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ADVANTAGE_INPUTS = ("rewards_S", "group_S", "length_S", "baseline_S", "reward_M"
 
 
 def advantage_inputs(advantage: Callable[..., Tensor]) -> tuple[str, ...]:
-    """Names of the tensors that an advantage function eats, in the order of its positional parameters.
+    """Names of the tensors that an advantage function takes, in the order of its positional parameters.
 
     A caller passes these and the settings: `advantage(*(available[name] for name in names), **settings)`. A function
-    that names "baseline_S" needs a greedy answer per prompt. Raises DataError for a name that nobody provides.
+    that names "baseline_S" needs a greedy answer per prompt. Raises DataError for an unknown name.
     """
     parameters = inspect.signature(advantage).parameters.values()
     names = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
@@ -39,13 +39,10 @@ def dry_run(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, refere
     `reference` says whether reference log-probs will be there. Raises what the loss raises, and DataError when the
     loss is not one finite number.
     """
-    batch = _two_answers()
     logp_M = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
-    advantage_M = torch.tensor([1.0, 1.0, -1.0])
-    old_M = logp_M.detach()
-    marked_M = torch.tensor([True, False, False])
-    targets = PolicyTargets(old_M, old_M, advantage_M, old_M if reference else None, marked_M)
-    out = loss(logp_M, -logp_M, batch, targets, Totals(tokens=3, samples=2, groups=1), **settings)
+    old_M, marked_M = logp_M.detach(), torch.tensor([True, False, False])
+    targets = PolicyTargets(old_M, old_M, torch.tensor([1.0, 1.0, -1.0]), old_M if reference else None, marked_M)
+    out = loss(logp_M, -logp_M, _two_answers(), targets, Totals(tokens=3, samples=2, groups=1), **settings)
     _require_finite("policy loss", loss, out)
 
 

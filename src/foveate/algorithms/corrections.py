@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.aggregate import mean_by_answer, sum_by_sample
-from foveate.algorithms.kl import kl
+from foveate.algorithms.kl import MAX_LOG_RATIO, kl
 from foveate.algorithms.metrics import to_metrics
-from foveate.algorithms.terms import MAX_LOG_RATIO, token_log_ratio
+from foveate.algorithms.terms import token_log_ratio
 from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
 
 Correction = Literal["token-truncate", "sequence-truncate", "token-mask", "sequence-mask", "sequence-reject"]
@@ -34,8 +34,9 @@ def correct_mismatch(
     - sequence-mask: prod_t w_t where it lies in low .. high, else 0
     - sequence-reject: 1 for answers whose geometric mean of w_t lies in low .. high, else 0
 
-    Returns the new targets and metrics: mismatch_kl (k3 estimate of KL(engine || trainer), nats per token),
-    mismatch_weight (mean), mismatch_weight_max, mismatch_cut (share of tokens that were truncated or masked).
+    Returns the new targets and metrics: engine/correction_kl (k3 estimate of KL(engine || trainer), nats per token),
+    engine/correction_weight (mean), engine/correction_weight_max, engine/correction_truncated (share of tokens that
+    were truncated or masked).
     Raises DataError when `low` is given for a mode that does not use it; for the others its default is 0.
     """
     truncates = mode.endswith("truncate")

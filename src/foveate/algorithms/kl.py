@@ -14,7 +14,7 @@ from torch import Tensor
 
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
-_MAX_LOG_RATIO = 20.0  # exp of it stays far below the largest float32
+MAX_LOG_RATIO = 20.0  # beyond it a ratio carries no gradient, and exp stays finite in float32
 
 
 def kl(logp_M: Tensor, ref_M: Tensor, estimator: KLEstimator) -> Tensor:
@@ -30,7 +30,7 @@ def kl(logp_M: Tensor, ref_M: Tensor, estimator: KLEstimator) -> Tensor:
         case "k2":
             return 0.5 * difference_M.square()
         case "k3":
-            log_ratio_M = (-difference_M).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+            log_ratio_M = (-difference_M).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
             return log_ratio_M.exp() - log_ratio_M - 1
         case "abs":
             return difference_M.abs()

@@ -1,10 +1,10 @@
-"""Policy losses: pure functions `(logp_M, entropy_M, batch, targets, totals, *, settings) -> LossOut`.
+"""Policy losses `(logp_M, entropy_M, batch, targets, totals, *, settings) -> LossOut`, each written as its surrogate.
 
 logp_M, entropy_M: float (M,), log-probs and entropies (nats) of the trained tokens under the current policy. `batch`
 says which answer each token belongs to, `targets` holds old and reference log-probs and advantages, `totals` the
 denominators of the whole optimizer step: the losses of its micro-batches add up to the loss of the step.
 
-Common settings (`terms.Terms`): aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient.
+`terms.policy_loss` adds what all share: aggregation (its default is the argument), a KL and an entropy term, metrics.
 r_t = exp(logp - old) is the importance ratio of a token, A its advantage, L_i the length of answer i. Formulas are of
 the loss, to be minimised, per token before aggregation. Log-ratios are clamped to +-20 (GSPO: at most 10).
 """
@@ -16,59 +16,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.algorithms.aggregate import Aggregate, mean_by_answer
-from foveate.algorithms.kl import KLEstimator
-from foveate.algorithms.terms import Surrogate, Terms, combine, token_log_ratio
-from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
+from foveate.algorithms.aggregate import mean_by_answer
+from foveate.algorithms.terms import Surrogate, policy_loss, token_log_ratio
+from foveate.records import Batch, PolicyTargets, require
 
 _MAX_LOG_SEQUENCE_RATIO = 10.0
 _WIDEST_SEQUENCE_CLIP = 0.05
 
 
+@policy_loss("seq-mean-token-mean")
 def grpo(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    aggregate: Aggregate = "seq-mean-token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+) -> Surrogate:
     """PPO's clipped surrogate per token: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A).
 
     With `dual_clip` c > 1 (Ye et al. 2019, arXiv 1912.09729) tokens of negative advantage lose at most -c A.
     Sources: PPO (arXiv 1707.06347), GRPO (2402.03300). The settings make it Dr.GRPO (2503.20783) and DAPO (2503.14476).
     """
     ratio_M = token_log_ratio(logp_M, targets.old_M).exp()
-    policy = _clipped_surrogate(ratio_M, targets.advantage_M, clip_low, clip_high, dual_clip)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return _clipped_surrogate(ratio_M, targets.advantage_M, clip_low, clip_high, dual_clip)
 
 
+@policy_loss("seq-mean-token-mean")
 def gspo(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
+    batch: Batch,
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     dual_clip: float | None = None,
-    aggregate: Aggregate = "seq-mean-token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
     allow_wide_clip: bool = False,
-) -> LossOut:
+) -> Surrogate:
     """Group Sequence Policy Optimization: -min(s_i A_i, clip(s_i, 1 - clip_low, 1 + clip_high) A_i) per answer, with
     s_i = exp(mean over the answer's tokens of log r_t) and A_i the mean advantage of the answer.
 
@@ -81,28 +65,22 @@ def gspo(
     log_ratio_S = mean_by_answer(logp_M - targets.old_M, batch).clamp(max=_MAX_LOG_SEQUENCE_RATIO)
     advantage_S = mean_by_answer(targets.advantage_M, batch)
     answer = _clipped_surrogate(log_ratio_S.exp(), advantage_S, clip_low, clip_high, dual_clip)
-    policy = _spread(answer, batch.sample_M)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    assert answer.clipped_M is not None
+    per_token = batch.sample_M  # every token carries the value of its answer
+    return Surrogate(answer.loss_M[per_token], answer.ratio_M[per_token], answer.clipped_M[per_token])
 
 
+@policy_loss("seq-mean-token-mean")
 def gspo_token(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
+    batch: Batch,
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     dual_clip: float | None = None,
-    aggregate: Aggregate = "seq-mean-token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
     allow_wide_clip: bool = False,
-) -> LossOut:
+) -> Surrogate:
     """GSPO with an advantage per token: its ratio is sg[s_i] exp(logp) / sg[exp(logp)], clipped as `gspo` clips s_i.
 
     Equals `gspo` in value and gradient when the advantage is constant within each answer.
@@ -111,49 +89,21 @@ def gspo_token(
     _require_narrow_clip(clip_low, clip_high, allow_wide_clip)
     log_ratio_S = mean_by_answer(logp_M.detach() - targets.old_M, batch)
     log_ratio_M = (logp_M - logp_M.detach() + log_ratio_S[batch.sample_M]).clamp(max=_MAX_LOG_SEQUENCE_RATIO)
-    policy = _clipped_surrogate(log_ratio_M.exp(), targets.advantage_M, clip_low, clip_high, dual_clip)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return _clipped_surrogate(log_ratio_M.exp(), targets.advantage_M, clip_low, clip_high, dual_clip)
 
 
-def reinforce(
-    logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
-    targets: PolicyTargets,
-    totals: Totals,
-    *,
-    aggregate: Aggregate = "token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+@policy_loss("token-mean")
+def reinforce(logp_M: Tensor, targets: PolicyTargets) -> Surrogate:
     """The plain policy gradient: -A logp. Exact for one update per rollout only, since it knows no importance ratio.
 
     Sources: Williams (1992); RLOO (arXiv 2402.14740), ReMax (2310.10505), GPG (2504.02546), OPO (2505.23585).
     """
     ratio_M = token_log_ratio(logp_M, targets.old_M).exp()
-    policy = Surrogate(-targets.advantage_M * logp_M, ratio_M, None)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(-targets.advantage_M * logp_M, ratio_M)
 
 
-def cispo(
-    logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
-    targets: PolicyTargets,
-    totals: Totals,
-    *,
-    clip_low: float = 1.0,
-    clip_high: float = 0.2,
-    aggregate: Aggregate = "token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+@policy_loss("token-mean")
+def cispo(logp_M: Tensor, targets: PolicyTargets, *, clip_low: float = 1.0, clip_high: float = 0.2) -> Surrogate:
     """Clipped importance sampling: -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logp. No token loses its gradient.
 
     `clip_low` 1 leaves the ratio free below. Bounds are relative to 1, as in the paper (MiniMax-M1, arXiv 2506.13585)
@@ -161,26 +111,11 @@ def cispo(
     """
     ratio_M = token_log_ratio(logp_M, targets.old_M).exp().detach()
     bounded_M = ratio_M.clamp(1 - clip_low, 1 + clip_high)
-    policy = Surrogate(-bounded_M * targets.advantage_M * logp_M, ratio_M, bounded_M != ratio_M)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(-bounded_M * targets.advantage_M * logp_M, ratio_M, bounded_M != ratio_M)
 
 
-def sapo(
-    logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
-    targets: PolicyTargets,
-    totals: Totals,
-    *,
-    tau_positive: float = 1.0,
-    tau_negative: float = 1.05,
-    aggregate: Aggregate = "seq-mean-token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+@policy_loss("seq-mean-token-mean")
+def sapo(logp_M: Tensor, targets: PolicyTargets, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Surrogate:
     """Soft adaptive policy optimization: -(4 / tau) sigmoid(tau (r - 1)) A, tau by the sign of A, in place of a clip.
 
     Source: SAPO (arXiv 2511.20347).
@@ -189,26 +124,13 @@ def sapo(
     positive, negative = torch.full_like(ratio_M, tau_positive), torch.full_like(ratio_M, tau_negative)
     tau_M = torch.where(targets.advantage_M > 0, positive, negative)
     gate_M = torch.sigmoid(tau_M * (ratio_M - 1)) * (4 / tau_M)
-    policy = Surrogate(-gate_M * targets.advantage_M, ratio_M, None)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(-gate_M * targets.advantage_M, ratio_M)
 
 
+@policy_loss("seq-mean-token-mean")
 def gmpo(
-    logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
-    targets: PolicyTargets,
-    totals: Totals,
-    *,
-    clip_low: float = 0.4,
-    clip_high: float = 0.4,
-    aggregate: Aggregate = "seq-mean-token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+    logp_M: Tensor, targets: PolicyTargets, batch: Batch, *, clip_low: float = 0.4, clip_high: float = 0.4
+) -> Surrogate:
     """Geometric-mean policy optimization: -A_i exp(mean over tokens of c_t) per answer, where c_t is log r_t held at
     most at clip_high for A > 0 and at least at -clip_low for A < 0: the bounds are of the log-ratio of each token.
 
@@ -218,28 +140,19 @@ def gmpo(
     above_M, below_M = log_ratio_M.clamp(max=clip_high), log_ratio_M.clamp(min=-clip_low)
     bounded_M = torch.where(targets.advantage_M > 0, above_M, below_M)
     loss_S = -mean_by_answer(targets.advantage_M, batch) * mean_by_answer(bounded_M, batch).exp()
-    policy = Surrogate(loss_S[batch.sample_M], log_ratio_M.exp(), bounded_M != log_ratio_M)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(loss_S[batch.sample_M], log_ratio_M.exp(), bounded_M != log_ratio_M)
 
 
+@policy_loss("token-mean")
 def dppo(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
     *,
     divergence: Literal["tv", "kl"] = "tv",
     limit_low: float = 0.2,
     limit_high: float = 0.2,
     ratio_max: float = 20.0,
-    aggregate: Aggregate = "token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+) -> Surrogate:
     """Divergence PPO: -sg[min(r, ratio_max)] A logp, without the tokens that an update pushes further away from the old
     policy than the limit on the divergence of the two-way choice "this token or another" (total variation or KL):
     limit_high for A > 0 and a probability that has risen, limit_low for A <= 0 and one that has fallen.
@@ -257,28 +170,20 @@ def dppo(
     within_low_M = (distance_M <= limit_low) | (new_M >= old_M)
     kept_M = torch.where(targets.advantage_M > 0, within_high_M, within_low_M)
     loss_M = -ratio_M.clamp(max=ratio_max) * targets.advantage_M * logp_M * kept_M
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(Surrogate(loss_M, ratio_M, ~kept_M), logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(loss_M, ratio_M, ~kept_M)
 
 
+@policy_loss("token-mean")
 def clip_cov(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     share: float = 2e-4,  # noqa: ARG001
     cov_low: float = 1.0,  # noqa: ARG001
     cov_high: float = 5.0,  # noqa: ARG001
-    aggregate: Aggregate = "token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+) -> Surrogate:
     """PPO's clipped surrogate, 0 for the marked tokens: they make the entropy fall and give no gradient.
 
     share, cov_low, cov_high: settings of the marks (`covariance.clip_cov_tokens`). Source: arXiv 2505.22617.
@@ -287,35 +192,24 @@ def clip_cov(
     policy = _clipped_surrogate(ratio_M, targets.advantage_M, clip_low, clip_high, None)
     assert policy.clipped_M is not None
     marked_M = _marked(targets)
-    policy = Surrogate(policy.loss_M.masked_fill(marked_M, 0.0), ratio_M, policy.clipped_M | marked_M)
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(policy.loss_M.masked_fill(marked_M, 0.0), ratio_M, policy.clipped_M | marked_M)
 
 
+@policy_loss("token-mean")
 def kl_cov(
     logp_M: Tensor,
-    entropy_M: Tensor,
-    batch: Batch,
     targets: PolicyTargets,
-    totals: Totals,
     *,
     share: float = 2e-4,  # noqa: ARG001
     penalty: float = 1.0,
-    aggregate: Aggregate = "token-mean",
-    norm_length: int | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: KLEstimator = "k3",
-    entropy_coefficient: float = 0.0,
-) -> LossOut:
+) -> Surrogate:
     """-r A without a clip, plus penalty |log r| for the marked tokens, which are held near the old policy.
 
     share: setting of the marks (`covariance.kl_cov_tokens`). Source: arXiv 2505.22617.
     """
     log_ratio_M = token_log_ratio(logp_M, targets.old_M)
     loss_M = penalty * log_ratio_M.abs() * _marked(targets) - log_ratio_M.exp() * targets.advantage_M
-    terms = Terms(aggregate, norm_length, kl_coefficient, kl_estimator, entropy_coefficient)
-    policy = Surrogate(loss_M, log_ratio_M.exp(), None)
-    return combine(policy, logp_M, entropy_M, batch, targets, totals, terms)
+    return Surrogate(loss_M, log_ratio_M.exp())
 
 
 def _marked(targets: PolicyTargets) -> Tensor:
@@ -345,9 +239,3 @@ def _clipped_surrogate(
         clipped = clipped | ((advantage < 0) & (loss > ceiling))
         loss = torch.where(advantage < 0, torch.minimum(loss, ceiling), loss)
     return Surrogate(loss, ratio, clipped)
-
-
-def _spread(answer: Surrogate, sample_M: Tensor) -> Surrogate:
-    """A surrogate per answer as one per token: every token carries the value of its answer."""
-    assert answer.clipped_M is not None
-    return Surrogate(answer.loss_M[sample_M], answer.ratio_M[sample_M], answer.clipped_M[sample_M])

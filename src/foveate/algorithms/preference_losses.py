@@ -27,7 +27,7 @@ from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import to_metrics
 from foveate.records import Batch, LossOut, PairTargets, Totals, require
 
-Terms = dict[str, tuple[float, Tensor]]
+_Terms = dict[str, tuple[float, Tensor]]
 """Name -> (weight, the sum of the term over the pairs or tokens of this micro-batch)."""
 
 
@@ -71,9 +71,11 @@ def mpo(
     weights = {"preference": preference, "quality": quality, "generation": generation}
     for name, weight in weights.items():
         require(weight >= 0, f"setting {name}: is {weight}, a weight must be at least 0")
-    require(any(weights.values()), "settings preference, quality, generation: all are 0, so there is nothing to learn")
+    require(
+        any(weights.values()), "settings preference, quality, generation: all are 0, so there is nothing to train on"
+    )
     pairs = _pairs(logp_M, batch, targets, beta)
-    terms: Terms = {
+    terms: _Terms = {
         "dpo": (preference, _dpo(pairs).sum()),
         "bco": (quality, _bco(pairs, targets.shift).sum()),
         "sft": (generation, -pairs.chosen_logp),
@@ -108,7 +110,7 @@ class RewardShift:
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """What the terms share: lengths and rewards of the answers, (S,), the rewards meaningless without a reference; and
+    """Input of all terms: lengths and rewards of the answers, (S,), the rewards meaningless without a reference; and
     the sums of the log-probs of all chosen and of all rejected answers."""
 
     length_S: Tensor
@@ -144,7 +146,7 @@ def _bco(pairs: _Pairs, shift: float) -> Tensor:
     return -F.logsigmoid(chosen_P - shift) - F.logsigmoid(shift - rejected_P)
 
 
-def _combine(terms: Terms, pairs: _Pairs, totals: Totals) -> LossOut:
+def _combine(terms: _Terms, pairs: _Pairs, totals: Totals) -> LossOut:
     """The weighted sum of the terms, each a mean over the whole step, with metrics.
 
     Metrics: loss (its reduction over the step is that of the whole step), loss/NAME for each term, logp/chosen and

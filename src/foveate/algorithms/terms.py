@@ -1,17 +1,19 @@
-"""What every policy loss shares: importance ratios, aggregation, the KL and entropy terms, and the metrics."""
+"""From a surrogate to a policy loss: importance ratios, and the terms, settings and metrics that all losses share."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from foveate.algorithms.aggregate import Aggregate, token_weights
-from foveate.algorithms.kl import KLEstimator, kl
+from foveate.algorithms.kl import MAX_LOG_RATIO, KLEstimator, kl
 from foveate.algorithms.metrics import to_metrics
 from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
-
-MAX_LOG_RATIO = 20.0  # beyond it a ratio carries no gradient, and exp stays finite in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +23,7 @@ class Surrogate:
 
     loss_M: Tensor
     ratio_M: Tensor
-    clipped_M: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The settings that all policy losses share.
-
-    aggregate, norm_length: see `aggregate.token_weights`. kl_coefficient: weight of the KL to the reference;
-    kl_estimator: see `kl.kl`. entropy_coefficient: weight of the entropy bonus. All terms are aggregated alike.
-    """
-
-    aggregate: Aggregate
-    norm_length: int | None
-    kl_coefficient: float
-    kl_estimator: KLEstimator
-    entropy_coefficient: float
+    clipped_M: Tensor | None = None
 
 
 def token_log_ratio(logp_M: Tensor, old_M: Tensor) -> Tensor:
@@ -44,28 +31,64 @@ def token_log_ratio(logp_M: Tensor, old_M: Tensor) -> Tensor:
     return (logp_M - old_M).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def combine(
+def policy_loss(default: Aggregate) -> Callable[[Callable[..., Surrogate]], Callable[..., LossOut]]:
+    """Make a policy loss of a surrogate `(logp_M, targets, batch, *, settings of its own) -> Surrogate`, which may
+    leave out what it does not need.
+
+    The loss is `(logp_M, entropy_M, batch, targets, totals, *, settings) -> LossOut`, with the settings of the
+    surrogate and those of `_loss`, by which it aggregates as `default` says unless told otherwise.
+    """
+
+    def compose(surrogate: Callable[..., Surrogate]) -> Callable[..., LossOut]:
+        def loss(logp_M: Tensor, entropy_M: Tensor, batch: Batch, targets: PolicyTargets, totals: Totals, **settings):
+            shared = {"aggregate": default, **{name: settings.pop(name) for name in _SHARED if name in settings}}
+            data = {"logp_M": logp_M, "targets": targets, "batch": batch}
+            policy = surrogate(*(data[name] for name in inputs), **settings)
+            return _loss(policy, logp_M, entropy_M, batch, targets, totals, **shared)
+
+        parameters = inspect.signature(surrogate).parameters
+        inputs = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        own = [p for name, p in parameters.items() if name not in inputs]
+        others = [p.replace(default=default) if p.name == "aggregate" else p for p in _SHARED.values()]
+        ours = [*inspect.signature(loss).parameters.values()][:-1]
+        composed: Any = update_wrapper(loss, surrogate)
+        composed.__signature__ = inspect.Signature([*ours, *own, *others])
+        composed.__annotations__ = {**surrogate.__annotations__, **get_type_hints(_loss)}
+        return composed
+
+    return compose
+
+
+def _loss(
     policy: Surrogate,
     logp_M: Tensor,
     entropy_M: Tensor,
     batch: Batch,
     targets: PolicyTargets,
     totals: Totals,
-    terms: Terms,
+    *,
+    aggregate: Aggregate = "token-mean",
+    norm_length: int | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy_coefficient: float = 0.0,
 ) -> LossOut:
     """The aggregated policy term + kl_coefficient * KL - entropy_coefficient * entropy, with metrics.
 
-    Metrics: policy_loss (the aggregated policy term, weighted so that its reduction over a step is that of the whole
-    step), approx_kl (k3 estimate of KL(old || policy)), entropy, ratio_min, ratio_max, clip_fraction (share of tokens,
-    where the loss clips), kl_ref (where a reference is given). Nats; means over tokens.
-    Raises DataError when a KL is asked for without reference log-probs.
+    aggregate, norm_length: see `aggregate.token_weights`; all terms are aggregated alike. kl_coefficient: weight of the
+    KL to the reference; kl_estimator: see `kl.kl`. entropy_coefficient: weight of the entropy bonus.
+
+    Metrics: loss/policy (the aggregated policy term, weighted so that its reduction over a step is that of the whole
+    step), loss/approx_kl (k3 estimate of KL(old || policy)), loss/entropy, loss/ratio_min, loss/ratio_max,
+    loss/clip_fraction (share of tokens, where the loss clips), loss/kl_ref (where a reference is given). Nats; means
+    over tokens. Raises DataError when a KL is asked for without reference log-probs.
     """
     require(
-        terms.kl_coefficient == 0 or targets.ref_M is not None,
-        f"kl_coefficient is {terms.kl_coefficient}, but there are no reference log-probs:"
+        kl_coefficient == 0 or targets.ref_M is not None,
+        f"kl_coefficient is {kl_coefficient}, but there are no reference log-probs:"
         " load a reference model or set kl_coefficient to 0",
     )
-    weight_M = token_weights(batch, totals, terms.aggregate, terms.norm_length, logp_M.detach())
+    weight_M = token_weights(batch, totals, aggregate, norm_length, logp_M.detach())
     policy_loss = (weight_M * policy.loss_M).sum()
     loss = policy_loss
     tokens = float(len(logp_M))
@@ -79,11 +102,14 @@ def combine(
     if policy.clipped_M is not None:
         values["loss/clip_fraction"] = (policy.clipped_M.sum(), tokens)
     if targets.ref_M is not None:
-        kl_M = kl(logp_M, targets.ref_M, terms.kl_estimator)
+        kl_M = kl(logp_M, targets.ref_M, kl_estimator)
         values["loss/kl_ref"] = (kl_M.sum(), tokens)
-        if terms.kl_coefficient:
-            loss = loss + terms.kl_coefficient * (weight_M * kl_M).sum()
-    if terms.entropy_coefficient:
+        if kl_coefficient:
+            loss = loss + kl_coefficient * (weight_M * kl_M).sum()
+    if entropy_coefficient:
         assert entropy_M.requires_grad or not logp_M.requires_grad, "an entropy bonus needs entropies with a gradient"
-        loss = loss - terms.entropy_coefficient * (weight_M * entropy_M).sum()
+        loss = loss - entropy_coefficient * (weight_M * entropy_M).sum()
     return LossOut(loss, to_metrics(values))
+
+
+_SHARED = {name: p for name, p in inspect.signature(_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}

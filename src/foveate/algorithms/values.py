@@ -1,4 +1,4 @@
-"""What a critic is for: advantages from its values, and the loss that it learns by."""
+"""Advantages from the values of a critic, and its loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from foveate.algorithms.metrics import to_metrics
 from foveate.records import LossOut, Totals
 
 
@@ -24,15 +25,15 @@ def gae(
     """Generalised advantage estimation: A_t = sum_k (gamma lam)^k d_{t+k} with d_t = r_t + gamma v_{t+1} - v_t.
 
     reward_M: the reward of each token (an answer's score stands on its last); value_M: what the critic expects before
-    the token; sample_M: the answer of each token, ordered. An answer ends with its last token, also where it was cut.
-    "whiten" makes mean 0 and variance 1 over all tokens (divisor tokens - 1, plus eps). Returns (M,) in the dtype of
-    reward_M; the arithmetic is float64. Source: arXiv 1506.02438.
+    the token; sample_M: the answer of each token, ordered. An answer ends with its last token, also where it was
+    truncated. "whiten" makes mean 0 and variance 1 over all tokens (divisor tokens - 1, plus eps). Returns (M,) in the
+    dtype of reward_M; the arithmetic is float64. Source: arXiv 1506.02438.
     """
     lengths = torch.bincount(sample_M).tolist()
     reward_SL, value_SL = (pad_sequence(list(v.double().split(lengths)), batch_first=True) for v in (reward_M, value_M))
     present_SL = pad_sequence([torch.ones(n, dtype=torch.bool) for n in lengths], batch_first=True)
     advantage_SL = torch.zeros_like(reward_SL)
-    value_next, advantage_next = torch.zeros_like(reward_SL[:, 0]), torch.zeros_like(reward_SL[:, 0])
+    value_next = advantage_next = torch.zeros_like(reward_SL[:, 0])
     for t in reversed(range(reward_SL.shape[1])):  # behind its end an answer has reward 0 and value 0
         advantage_next = reward_SL[:, t] + gamma * value_next - value_SL[:, t] + gamma * lam * advantage_next
         value_next = value_SL[:, t]
@@ -56,11 +57,10 @@ def value_loss(value_M: Tensor, old_M: Tensor, return_M: Tensor, totals: Totals,
         loss_M = torch.maximum(loss_M, (near_M - return_M).square())
     loss = 0.5 * loss_M.sum() / totals.tokens
     tokens = float(len(value_M))
-    value_M = value_M.detach()
-    metrics = {
-        "critic/loss": (loss.item(), tokens / totals.tokens),
-        "critic/error": ((value_M - return_M).abs().sum().item(), tokens),
-        "critic/value": (value_M.sum().item(), tokens),
-        "critic/return": (return_M.sum().item(), tokens),
+    values = {
+        "critic/loss": (loss, tokens / totals.tokens),
+        "critic/error": ((value_M - return_M).abs().sum(), tokens),
+        "critic/value": (value_M.sum(), tokens),
+        "critic/return": (return_M.sum(), tokens),
     }
-    return LossOut(loss, metrics)
+    return LossOut(loss, to_metrics(values))

@@ -37,11 +37,11 @@ VERBS = {
         "export": models.export_command,
     },
     "Answer and evaluate": {
-        "serve": serve.serve,
-        "generate": evaluate.generate,
-        "eval": evaluate.evaluate,
-        "report": evaluate.report,
-        "view": evaluate.view,
+        "serve": serve.serve_command,
+        "generate": evaluate.generate_command,
+        "eval": evaluate.evaluate_command,
+        "report": evaluate.report_command,
+        "view": evaluate.view_command,
         "vlmevalkit": vlmevalkit,
     },
     "Large runs": {

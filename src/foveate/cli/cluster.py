@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Overrides
+from foveate import api
+from foveate.cli.options import Overrides, Recipe
+from foveate.config.runs import StageName
+from foveate.errors import ConfigError
+from foveate.log import print_result
 
 cluster = typer.Typer(help="Machines that train together.", no_args_is_help=True)
 
@@ -27,7 +31,6 @@ def up_command(
 ) -> None:
     """Start the head of a cluster on this machine. Those alone get in that have its token (~/.ray/auth_token)."""
     from foveate.cluster.commands import LOOPBACK, start_node
-    from foveate.log import print_result
 
     join = f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS"
     print_result(
@@ -68,7 +71,7 @@ def stop_command(
 
 
 def submit(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Recipe,
     overrides: Overrides = None,
     head: Head = AT_HEAD,
     env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for all processes; once for each.")] = None,
@@ -77,20 +80,16 @@ def submit(
         Path | None, typer.Option(help="A folder that every node gets a copy of and runs in, with the recipe in it.")
     ] = None,
     detach: Annotated[bool, typer.Option(help="Return at once; `foveate cluster stop JOB` ends the run.")] = False,
-    stage: Annotated[Literal["sft", "mpo", "rl", "cascade"], typer.Option(help="The command that is run.")] = "rl",
+    stage: Annotated[StageName, typer.Option(help="The command that is run.")] = "rl",
 ) -> None:
     """Run `foveate rl` (or --stage) on a cluster and follow its log.
 
     Ctrl-C stops the run; the same command continues it."""
     from foveate.cluster.base import REMOTE
     from foveate.cluster.commands import job_command, runtime_env, use_token
-    from foveate.config.recipe import load_recipe
-    from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
-    from foveate.errors import ConfigError
     from foveate.registry import resolve
 
-    kinds = {"sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings}
-    load_recipe(recipe, overrides or [], kinds[stage])  # what is wrong with it is said here and now
+    api.from_recipe(recipe, *(overrides or ()), stage=stage)  # what is wrong with it is said here and now
     use_token()
     prepared = runtime_env(env or [], pip or [], upload)
     command = job_command(stage, recipe, overrides or [], uploaded=upload is not None, installs=bool(pip))

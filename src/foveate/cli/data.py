@@ -18,11 +18,11 @@ def show_command(
     sources: Sources,
     first: Annotated[int, typer.Option(min=0, help="Row to begin with.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 5,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with the pictures and boxes.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the images and boxes.")] = None,
     column: Columns = None,
     image_root: ImageRoot = None,
 ) -> None:
-    """Print rows as a person reads them: question, pictures, answer."""
+    """Print rows as a person reads them: question, images, answer."""
     from foveate.data.table import open_tasks
     from foveate.log import print_result
     from foveate.report.show import row_text, write_page
@@ -36,7 +36,7 @@ def show_command(
     print_result(f"rows {first}..{shown[-1]} of {len(table)}")
     if html is not None:
         write_page(html, table, shown)
-        print_result(f"{html}: {len(shown)} rows with their pictures")
+        print_result(f"{html}: {len(shown)} rows with their images")
 
 
 @data.command("check")
@@ -55,8 +55,8 @@ def check_command(
     from foveate.data.validate import RowInspection, inspect_rows
     from foveate.encoding.dataset import RowCheck
     from foveate.log import print_result, progress
-    from foveate.models.prompt import load_encoder
-    from foveate.rewards.grade import truth_check
+    from foveate.models.checkpoint.inspect import load_encoder
+    from foveate.rewards.build import truth_check
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
     check = RowCheck(truth_check(reward) if reward else None, encoder)

@@ -7,20 +7,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from foveate import api
 from foveate.cli.options import BadRows, Columns, ImageRoot, columns_of
 from foveate.errors import ConfigError
+from foveate.log import print_result
 
 Rows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
 Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
+RunPath = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]
 Thinking = Annotated[
     bool, typer.Option("--thinking", help="InternVL3.5's thinking mode: its system prompt, at temperature 0.6.")
 ]
-KEY_VARIABLE = "OPENAI_API_KEY"
+CLIENT_KEY = "OPENAI_API_KEY"
+"""Environment variable with the key that servers ask for."""
 THINKING_TEMPERATURE = 0.6
 """As published with the models; it keeps the thinking mode from repeating itself."""
 
 
-def generate(
+def generate_command(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again goes on.")],
     endpoint: Annotated[list[str] | None, typer.Option(help="Address of a server, with /v1; several times.")] = None,
@@ -42,15 +46,14 @@ def generate(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
     retries: Annotated[int, typer.Option(min=0, help="Further tries of a request; waits double up to 30 s.")] = 8,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 600.0,
-    key_variable: Annotated[str, typer.Option(help="Environment variable with the API key.")] = KEY_VARIABLE,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the API key.")] = CLIENT_KEY,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt (with --model).")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
     from foveate.encoding.chat import THINKING_SYSTEM
     from foveate.evaluate.client import ClientSettings, endpoints_of
-    from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
-    from foveate.log import print_result
+    from foveate.evaluate.generate import GenerateRequest, RowsRequest
     from foveate.records import SamplingParams
 
     if thinking and system is not None:
@@ -69,11 +72,11 @@ def generate(
     )  # fmt: skip
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
     limits = (max_prompt_tokens, max_tiles)
-    summary = run_generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
+    summary = api.generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
     print_result(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
 
 
-def evaluate(
+def evaluate_command(
     out: Annotated[Path, typer.Option(help="Folder for predictions, summary and report.")],
     model: Annotated[list[str] | None, typer.Option(help="Model folder, or demo; several to compare them.")] = None,
     data: Annotated[
@@ -100,7 +103,7 @@ def evaluate(
     system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
     rows: Rows = None,
     image_root: ImageRoot = None,
-    gallery: Annotated[int, typer.Option(min=0, help="Pictures in the report.")] = 40,
+    gallery: Annotated[int, typer.Option(min=0, help="Images in the report.")] = 40,
     text_files: Annotated[
         bool, typer.Option("--text-files", help="Also iou.txt, iou_detail.json, latency.txt.")
     ] = False,
@@ -109,13 +112,12 @@ def evaluate(
     on_bad_row: BadRows = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
-    from foveate.evaluate.evaluate_models import EvalRequest, run_eval
-    from foveate.report.page import write_and_print_report
+    from foveate.evaluate.evaluate_models import EvalRequest
 
     if model and not data:
         raise ConfigError("--model needs --data: the files whose rows are asked")
     name, settings = _scoring(task, reward, reward_setting, box_rule, box_frame)
-    run_eval(
+    report = api.evaluate(
         EvalRequest(
             tuple(model or ()), tuple(map(str, data or ())), out, name, samples, max_tokens, max_prompt_tokens,
             max_tiles, system, rows, str(image_root) if image_root else None, gallery, seed, threads,
@@ -123,25 +125,26 @@ def evaluate(
             text_files,
         )
     )  # fmt: skip
-    write_and_print_report(out)
+    print_report(out, report)
 
 
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]) -> None:
+def report_command(run: RunPath) -> None:
     """Write report.html for a run and print its summary."""
-    from foveate.report.page import write_and_print_report
-
-    write_and_print_report(run)
+    print_report(run, api.report(run))
 
 
-def view(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")],
+def view_command(
+    run: RunPath,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0: any free one.")] = 8700,
 ) -> None:
     """Serve the report of a run on this machine, always as the files of the run are now."""
-    from foveate.log import print_result
-    from foveate.report.live import serve_report
+    api.view(run, port, lambda address: print_result(f"{run} at {address}"))
 
-    serve_report(run, port, lambda address: print_result(f"{run} at {address}"))
+
+def print_report(run: Path, report: Path) -> None:
+    """Print the result of a run or an evaluation, and where its report is."""
+    print_result(api.summary(run))
+    print_result(f"Report: {report}")
 
 
 def _scoring(

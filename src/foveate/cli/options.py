@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from annotated_types import Ge
 
-from foveate.config.base import Settings
-from foveate.config.recipe import load_recipe
+from foveate.config.recipe import SettingsT, load_recipe
 from foveate.config.runs import RLSettings, walk
 from foveate.errors import ConfigError
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from foveate.data.validate import ReadOptions
 
 _SETTINGS = dict(walk(RLSettings))
-SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def mirrored(path: str, *flags: str) -> Any:

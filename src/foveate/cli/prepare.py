@@ -11,7 +11,7 @@ from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Seed, So
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
     from foveate.datasets.prepared import Prepared
 
 prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
@@ -22,9 +22,9 @@ Rollouts = Annotated[
     list[Path] | None,
     typer.Option(help="Answers of a model: the folder of a run, rollouts/step_*.jsonl, or evals/step_*.jsonl."),
 ]
-Part = Annotated[
+PartName = Annotated[
     str | None,
-    typer.Option(help="Part of the score that makes an answer right; by default accuracy, hit, or the score."),
+    typer.Option(help="PartName of the score that makes an answer right; by default accuracy, hit, or the score."),
 ]
 Threshold = Annotated[float, typer.Option(help="The least value of a right answer.")]
 
@@ -54,18 +54,15 @@ def prepare_grounding_command(
         typer.Option(min=0, max=1, help="Validation: take this share of each file, one test file for each and all."),
     ] = None,
     test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share that is held out.")] = 0.1,
-    split_by: Annotated[
-        Literal["image", "row"], typer.Option(help="Hold out whole pictures, or single rows.")
-    ] = "image",
+    split_by: Annotated[Literal["image", "row"], typer.Option(help="Hold out whole images, or single rows.")] = "image",
     image_root: ImageRoot = None,
-    copy_images: Annotated[bool, typer.Option(help="Copy the pictures into the folder.")] = False,
+    copy_images: Annotated[bool, typer.Option(help="Copy the images into the folder.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; by default 0, with --val-fraction 42.")] = None,
     on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
     """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
-    from foveate.datasets.grounding import prepare_grounding, prepare_validation
-    from foveate.datasets.grounding_sets import HardSet
+    from foveate.datasets.grounding import HardSet, prepare_grounding, prepare_validation
 
     if (variant == "hard") != (iou_key is not None):
         raise ConfigError("--variant hard and --iou-key belong together: --variant hard --iou-key iou_2b")
@@ -144,7 +141,7 @@ def prepare_rows_command(
     workers: Workers = None,
 ) -> None:
     """Your own data: any files, with the columns that you name."""
-    from foveate.datasets.tables import prepare_rows
+    from foveate.datasets.prepared import prepare_rows
 
     reading = reading_of(image_root, on_bad_row, workers, column)
     _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
@@ -160,28 +157,28 @@ def prepare_filter_command(
         typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
     ] = None,
     min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     model: Annotated[str | None, typer.Option(help="Model folder whose tokens count, or demo.")] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt, images included.")] = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of a picture's shorter side.")] = None,
-    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of a picture's longer side.")] = None,
+    min_side: Annotated[int | None, typer.Option(min=1, help="Fewest pixels of an image's shorter side.")] = None,
+    max_side: Annotated[int | None, typer.Option(min=1, help="Most pixels of an image's longer side.")] = None,
     name: Annotated[str, typer.Option(help="Name of the file, without .parquet.")] = "train",
     column: Columns = None,
     image_root: ImageRoot = None,
     on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
-    """Keep rows by difficulty for a model, by length and by size of their pictures."""
+    """Keep rows by difficulty for a model, by length and by size of their images."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import Limits, prepare_filter
+    from foveate.datasets.filter import Limits, prepare_filter
 
     if (model is None) != (max_prompt_tokens is None):
         raise ConfigError("--model and --max-prompt-tokens belong together: --model FOLDER --max-prompt-tokens 8192")
     length = None
     if model is not None and max_prompt_tokens is not None:
-        from foveate.models.prompt import load_encoder
+        from foveate.models.checkpoint.inspect import load_encoder
 
         length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
     made = prepare_filter(
@@ -198,7 +195,7 @@ def prepare_pairs_command(
     out: OutFolder,
     rollouts: Rollouts = None,
     max_per_prompt: Annotated[int, typer.Option(min=1, help="Most pairs of one prompt.")] = 15,
-    part: Part = None,
+    part: PartName = None,
     threshold: Threshold = 0.5,
     column: Columns = None,
     image_root: ImageRoot = None,
@@ -208,7 +205,7 @@ def prepare_pairs_command(
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""
     from foveate.datasets.answers import CorrectnessRule
-    from foveate.datasets.select import prepare_pairs
+    from foveate.datasets.pairs import prepare_pairs
 
     if not rollouts:
         raise ConfigError("--rollouts is missing: pairs are made of the answers of a model")
@@ -220,7 +217,7 @@ def prepare_pairs_command(
 
 
 def _buckets(text: str) -> Buckets:
-    from foveate.datasets.grounding_sets import Buckets
+    from foveate.datasets.grounding import Buckets
 
     *ranges, last = text.split(",")
     try:
@@ -256,7 +253,7 @@ def prepare_shapes_command(
     train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
     test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
     kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
-    side: Annotated[int, typer.Option(min=48, help="Side of the square pictures, in pixels.")] = 100,
+    side: Annotated[int, typer.Option(min=48, help="Side of the square images, in pixels.")] = 100,
     shortcut: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of right demonstrations for pairs; the rest name the larger object."),

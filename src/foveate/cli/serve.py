@@ -15,15 +15,15 @@ from foveate.errors import ConfigError
 if TYPE_CHECKING:
     from foveate.serve.native import ServeRequest
 
-KEY_VARIABLE = "FOVEATE_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SERVER_KEY = "FOVEATE_API_KEY"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Device of the native engine; a GPU if there is one.")
 ]
 
 
-def serve(
+def serve_command(
     model: Annotated[str, typer.Argument(help="Model folder, or demo.")],
     engine: Annotated[Literal["native", "vllm", "sglang"], typer.Option(help="What answers.")] = "native",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -42,19 +42,19 @@ def serve(
     memory_share: Annotated[float, typer.Option(min=0.05, max=1, help="Their share of the device memory.")] = 0.85,
     engine_argument: Annotated[list[str] | None, typer.Option(help="An argument for them, as it stands.")] = None,
 ) -> None:  # fmt: skip
-    """Serve a model: /v1/chat/completions with pictures, /v1/models and /health, on this machine only by default.
+    """Serve a model: /v1/chat/completions with images, /v1/models and /health, on this machine only by default.
 
     The API key is that of the environment variable FOVEATE_API_KEY, or a new one that is printed."""
     from foveate.log import print_result
     from foveate.serve.engines import EngineRequest, default_name, serve_engine
 
-    key = None if no_key else os.environ.get(KEY_VARIABLE) or secrets.token_urlsafe(24)
-    if key is None and host not in LOOPBACK:
+    key = None if no_key else os.environ.get(SERVER_KEY) or secrets.token_urlsafe(24)
+    if key is None and host not in LOCAL_HOSTS:
         raise ConfigError(f"--no-key with --host {host} would let everybody in; leave one of them out")
     chosen = name or default_name(model)
 
     def ready(address: str) -> None:
-        if key is not None and KEY_VARIABLE not in os.environ:
+        if key is not None and SERVER_KEY not in os.environ:
             print_result(f"API key: {key}")
         print_result(f"Serving {chosen} at {address}")
         sys.stdout.flush()

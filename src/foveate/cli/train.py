@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foveate import api
+from foveate.cli.evaluate import print_report
 from foveate.cli.options import BadRows, Overrides, Recipe, settings_of
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.log import print_result
@@ -51,6 +52,5 @@ def cascade_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: Bad
 
 def _print_run(run: RunFolder, model: str = "final") -> None:
     """Print the result of a finished run, and where its report and its model are."""
-    print_result(api.summary(run.path))
-    print_result(f"Report: {run.report}")
+    print_report(run.path, run.report)
     print_result(f"Model: {run.path / model}")

@@ -20,7 +20,7 @@ import yaml.composer
 from pydantic import ValidationError
 
 from foveate.config.base import Named, Settings
-from foveate.config.runs import STAGES, Stage, is_group, walk
+from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError
 from foveate.registry import explain, suggestion
 
@@ -66,7 +66,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]
         raise ConfigError(_first_problem(error, merged, cls)) from None
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str], stage: Stage | None = None) -> Any:
+def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | None = None) -> Any:
     """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
     `data` and `train`, that are given."""
     given: set[str] = set()

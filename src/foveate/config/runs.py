@@ -271,7 +271,7 @@ class CascadeSettings(Settings):
 
 STAGES = {"sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings}
 """The settings of each command that trains."""
-Stage = Literal["sft", "mpo", "rl", "cascade"]
+StageName = Literal["sft", "mpo", "rl", "cascade"]
 
 
 def walk(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,8 +14,10 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
 class OptimSettings(Settings):
-    lr: float = Field(gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    name: str = Field(default="adamw", description="A known optimizer (adamw, adamw8bit, muon) or an import path.")
+    settings: dict[str, Any] = Field(default={}, description="Settings of the optimizer; the rest by its own defaults.")
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     betas: Betas = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
     warmup_steps: int = Field(
         default=0, ge=0, description="Steps in which the learning rate rises linearly to its peak."

@@ -1,4 +1,4 @@
-"""Pictures: where they are, how large they are shown, whether their file is whole, and their pixels.
+"""Images: where they are, how large they are shown, whether their file is whole, and their pixels.
 
 Sizes come from headers, and wholeness from the structure of the file; pixels are decoded by `load_image` alone.
 """
@@ -22,9 +22,10 @@ import PIL.Image
 from PIL import ExifTags, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from foveate.records import DataError, Image, join_where
+from foveate.errors import DataError
+from foveate.records import Image, join_where
 
-# What undoes each EXIF orientation (CIPA DC-008, tag 0x0112); 1 and unknown values mean upright.
+# The transpose that undoes each EXIF orientation (CIPA DC-008, tag 0x0112); 1 and unknown values mean upright.
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -36,7 +37,7 @@ _UPRIGHT = {
 }
 _TURNED = frozenset({5, 6, 7, 8})
 
-# What Pillow raises for a file whose header or pixels are broken.
+# The errors of Pillow for a file whose header or pixels are broken.
 _BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 _BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error, *_BOMBS
@@ -93,7 +94,7 @@ def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
 
 @lru_cache(maxsize=2**18)
 def _size_of_file(path: Path, changed_ns: int, size: int) -> tuple[int, int]:  # noqa: ARG001 - they make the key
-    """`read_size`, once for all rows that show the same picture, and again when its file has changed."""
+    """`read_size`, once for all rows that show the same image, and again when its file has changed."""
     return read_size(path)
 
 
@@ -119,20 +120,20 @@ def read_size(source: Path | bytes) -> tuple[int, int]:
     except DataError:
         raise
     except _BOMBS as error:
-        raise DataError(f"{name} has too many pixels ({_reason(error)}); make the picture smaller") from error
+        raise DataError(f"{name} has too many pixels ({one_line(error)}); make the image smaller") from error
     except _BROKEN as error:
-        raise DataError(f"{name} is damaged or truncated ({_reason(error)})") from error
+        raise DataError(f"{name} is damaged or truncated ({one_line(error)})") from error
     if fault:
         raise DataError(f"{name} is truncated: {fault}")
     return (height, width) if turned else (width, height)
 
 
 def load_image(image: Image, where: str = "") -> PIL.Image.Image:
-    """Decode a picture to 8-bit RGB, upright.
+    """Decode an image to 8-bit RGB, upright.
 
     EXIF rotation is applied; transparency is laid over white; 16-bit greys keep their upper byte; palettes, CMYK and
     other modes are converted. `where` names the row for errors. Raises DataError if the pixels cannot be decoded, if
-    they are 32-bit floats, or if the size is no longer the one in the record. Of an animation the first picture counts.
+    they are 32-bit floats, or if the size is no longer the one in the record. Of an animation the first image counts.
     """
     name = "embedded bytes" if image.path is None else str(image.path)
     try:
@@ -144,13 +145,13 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
         raise DataError(join_where([where, "field images"]) + f": {name}: {error}") from error
     except _BROKEN as error:
         place = join_where([where, "field images"])
-        raise DataError(f"{place}: {name} cannot be decoded ({_reason(error)}); replace the file") from error
+        raise DataError(f"{place}: {name} cannot be decoded ({one_line(error)}); replace the file") from error
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     if rgb.size != (image.width, image.height):
         raise DataError(
             f"{join_where([where, 'field images'])}: {name} is now {rgb.width} x {rgb.height} pixels, but was "
-            f"{image.width} x {image.height} when the data were read; do not change pictures during a run"
+            f"{image.width} x {image.height} when the data were read; do not change images during a run"
         )
     return rgb
 
@@ -167,7 +168,7 @@ def _no_bombs() -> Iterator[None]:
 
 def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode == "F":
-        raise DataError("32-bit float pixels have no agreed white; save the picture with 8 or 16 bits")
+        raise DataError("32-bit float pixels have no agreed white; save the image with 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         grey = np.asarray(picture).astype(np.int64)
         return PIL.Image.fromarray((grey.clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
@@ -180,7 +181,7 @@ def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 def _orientation(picture: PIL.Image.Image) -> int:
     """The EXIF orientation that is still to be undone. The base class's reader is used because PNG's own would decode
-    the pixels. Metadata that cannot be read leave a picture as it lies, which is how viewers show it."""
+    the pixels. Metadata that cannot be read leave an image as it lies, which is how viewers show it."""
     if picture.format == "TIFF":  # Pillow turns these itself, their size included
         return 1
     try:
@@ -197,7 +198,8 @@ def _name(source: Path | bytes) -> str:
     return f"embedded bytes ({len(source)})" if isinstance(source, bytes) else str(source)
 
 
-def _reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -205,7 +207,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _structure_fault(picture: PIL.Image.Image, file: BinaryIO) -> str:
-    """What is missing at the end of a file, or "". Formats without a cheap check are left to the decoder."""
+    """The fault at the end of a file, or "". Formats without a cheap check are left to the decoder."""
     size = file.seek(0, 2)
     file.seek(0)
     if picture.format == "PNG":

@@ -1,4 +1,4 @@
-"""What turns a raw row of a file into a Task: rows of the schema, RefCOCO-style rows, and rows with one's own columns.
+"""From a raw row of a file to a Task: rows of the schema, RefCOCO-style rows, and rows with other columns.
 
 A parser is plain data, so that worker processes can be given one.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from foveate.data.rows import MARK, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
+from foveate.data.rows import IMAGE_TAG, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
 from foveate.data.sources import dig
 from foveate.records import DataError, Task
 from foveate.registry import suggestion
@@ -20,7 +20,7 @@ REQUIRED = ("data_source", "prompt")
 OPTIONAL = ("reward_model", "images", "videos", "ability", "extra_info")
 REFERRING = ("image", "sent", "bbox", "modal_bbox", "width", "height", "conversations", "id")
 
-# What a column can be mapped to, and where it goes in a row of the schema.
+# The targets that a column can be mapped to, and where it goes in a row of the schema.
 TARGETS = {
     "prompt": "the question as text, or messages [{role, content}] or [{from, value}]",
     "images": "an image or a list of images: paths, bytes, or {path, bytes}",
@@ -55,11 +55,11 @@ class Parser(Protocol):
 
     def column_of(self, field: str) -> list[str]:
         """The column, and the fields below it, that a field of the schema (`extra_info.id`) is read from."""
-        ...
+        return field.split(".")
 
 
 @dataclass(frozen=True, slots=True)
-class SchemaRows:
+class SchemaRows(Parser):
     """Rows of the parquet schema; rows without a prompt are taken for referring expressions.
 
     prompt_form, box_field, keep: for referring expressions, see `rows.parse_referring`."""
@@ -90,12 +90,9 @@ class SchemaRows:
             return parse_row(raw, place)
         return parse_referring(raw, place, self.prompt_form, self.box_field, self.keep)
 
-    def column_of(self, field: str) -> list[str]:
-        return field.split(".")
-
 
 class MappedRows:
-    """Rows with columns of one's own names.
+    """Rows with columns of other names.
 
     mapping: target (see `TARGETS`) -> column of the file; a dot goes into a field (`meta.label`), and `=text` stands
     for the text itself in every row (`source: =clevr`). Other targets join `extra_info` under their own name. A
@@ -167,8 +164,8 @@ def _conversation(prompt: Any, system: Any, images: int) -> Any:
     turns = [_turn(turn) for turn in prompt]
     texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
     asked = next((turn for turn in turns if turn.get("role") == "user" and isinstance(turn.get("content"), str)), None)
-    if images and asked is not None and not any(MARK in text for text in texts):
-        asked["content"] = f"{MARK}\n" * images + asked["content"]
+    if images and asked is not None and not any(IMAGE_TAG in text for text in texts):
+        asked["content"] = f"{IMAGE_TAG}\n" * images + asked["content"]
     return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system else turns
 
 

@@ -10,20 +10,20 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from foveate.data.images import read_image
-from foveate.data.videos import with_frames
-from foveate.records import DataError, Image, Message, Task, join_where
+from foveate.errors import DataError
+from foveate.records import Image, Message, Task, join_where
 
-T = TypeVar("T")
+Field = TypeVar("Field")
 
 ROLES = ("system", "user", "assistant")
-MARK = "<image>"
-FRAME = 1000.0
-LONGEST = 500  # characters of what is told about a problem: values are quoted, and they may be anything
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+THOUSANDTHS = 1000.0
+MAX_PROBLEM_LENGTH = 500  # characters of what is told about a problem: values are quoted, and they may be anything
 EDGE_SLACK = 0.5  # pixels by which an annotated box may pass the edge (rounded annotations do); it is cut there
 
 # How the box of an expression is asked for; the first is InternVL's own, the last the one of the Qwen3-VL recipes.
@@ -37,13 +37,14 @@ PROMPT_FORMS = {
 AMODAL = ("amodal", "qwen_amodal")
 IMITATED = ("response", "chosen")  # fields of extra_info that stand in for a ground truth
 
+_MEDIA_TAG = re.compile(r"<image>|<video>")
 _REF = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
 _BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands, and where its pictures may lie. `row` counts from 0, `line` (of text files) from 1."""
+    """Where a row stands, and where its images may lie. `row` counts from 0, `line` (of text files) from 1."""
 
     file: Path
     row: int
@@ -68,7 +69,7 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        what = self.what if len(self.what) <= LONGEST else f"{self.what[:LONGEST]}…"
+        what = self.what if len(self.what) <= MAX_PROBLEM_LENGTH else f"{self.what[:MAX_PROBLEM_LENGTH]}…"
         line = f"{join_where([self.where, self.field and f'field {self.field}'])}: {' '.join(what.split())}"
         return line.encode("utf-8", "backslashreplace").decode()
 
@@ -83,7 +84,7 @@ class _Faults:
     def add(self, field: str, what: str) -> None:
         self.problems.append(Problem(str(self.place), field, what))
 
-    def attempt(self, field: str, read: Callable[..., T], *arguments: Any) -> T | None:
+    def attempt(self, field: str, read: Callable[..., Field], *arguments: Any) -> Field | None:
         """`read(*arguments)`, or None with a problem of `field` if it raises DataError."""
         try:
             return read(*arguments)
@@ -176,9 +177,38 @@ def _meta(extra_info: Any, ability: Any) -> dict[str, Any]:
 
 
 def _count_marks(faults: _Faults, field: str, messages: tuple[Message, ...], images: int) -> None:
-    marks = sum(message.content.count(MARK) for message in messages)
+    marks = sum(message.content.count(IMAGE_TAG) for message in messages)
     if marks != images:
-        faults.add(field, f"the prompt has {marks} {MARK} marks for {images} images; there must be one mark per image")
+        faults.add(
+            field, f"the prompt has {marks} {IMAGE_TAG} marks for {images} images; there must be one mark per image"
+        )
+
+
+def with_frames(
+    messages: Sequence[Message], images: Sequence[Image], videos: Sequence[Sequence[Image]]
+) -> tuple[tuple[Message, ...], tuple[Image, ...]]:
+    """Messages and images with the frames of every video at its mark: `Frame1: <image>`, `Frame2: <image>`, ... one a
+    line. Raises DataError, without a place, for another number of marks than of images or videos, and for a video
+    without frames."""
+    found = [mark for message in messages for mark in _MEDIA_TAG.findall(message.content)]
+    for mark, given in ((IMAGE_TAG, images), (VIDEO_TAG, videos)):
+        if found.count(mark) != len(given):
+            raise DataError(f"the prompt has {found.count(mark)} {mark} marks for {len(given)}; one each is needed")
+    if not all(videos):
+        raise DataError("a video has no frames")
+    stills, clips = iter(images), iter(videos)
+    placed: list[Image] = []
+
+    def place(match: re.Match[str]) -> str:
+        if match[0] != VIDEO_TAG:
+            placed.append(next(stills))
+            return match[0]
+        frames = next(clips)
+        placed.extend(frames)
+        return "\n".join(f"Frame{number}: <image>" for number in range(1, len(frames) + 1))
+
+    expanded = tuple(replace(message, content=_MEDIA_TAG.sub(place, message.content)) for message in messages)
+    return expanded, tuple(placed)
 
 
 # ------------------------------------------------------------------------------------------------ referring expressions
@@ -190,7 +220,7 @@ def parse_referring(
     """A RefCOCO-style row as a grounding Task, or None with all its problems.
 
     Fields: image (a path); sent, the expression; bbox, [x1, y1, x2, y2] in pixels; width and height in pixels, which
-    must be those of the picture if given; id. Instead of sent and bbox, conversations [{from, value}] may give question
+    must be those of the image if given; id. Instead of sent and bbox, conversations [{from, value}] may give question
     and answer, the box then as `<box>[x1,y1,x2,y2]</box>` in 0..1000. The answer is a list in 0..1000: floats
     1000 x / width and 1000 y / height from pixels, the numbers as written from conversations.
 
@@ -230,7 +260,7 @@ def _same_size(row: Mapping[str, Any], image: Image) -> None:
     said = (row.get("width", image.width), row.get("height", image.height))
     if said != (image.width, image.height):
         raise DataError(
-            f"the row says {_shown(said[0])} x {_shown(said[1])} pixels, but the picture is {image.width} x "
+            f"the row says {_shown(said[0])} x {_shown(said[1])} pixels, but the image is {image.width} x "
             f"{image.height} as shown; the box would be wrong"
         )
 
@@ -242,7 +272,7 @@ def _share(value: Any) -> float:
 
 
 def _box_of_pixels(value: Any, image: Image | None, slack: float) -> list[float] | None:
-    """Pixels to 0..1000, cut at the edges, which may be passed by `slack` pixels. Without a readable picture only the
+    """Pixels to 0..1000, cut at the edges, which may be passed by `slack` pixels. Without a readable image only the
     numbers themselves are checked."""
     x1, y1, x2, y2 = _box(value, "in pixels")
     if image is None:
@@ -251,8 +281,8 @@ def _box_of_pixels(value: Any, image: Image | None, slack: float) -> list[float]
     beyond = max(-x1, -y1, x2 - width, y2 - height)
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if beyond > slack or x2 <= x1 or y2 <= y1:
-        raise DataError(f"{_shown(value)} lies outside the picture of {width} x {height} pixels")
-    return [x1 * FRAME / width, y1 * FRAME / height, x2 * FRAME / width, y2 * FRAME / height]
+        raise DataError(f"{_shown(value)} lies outside the image of {width} x {height} pixels")
+    return [x1 * THOUSANDTHS / width, y1 * THOUSANDTHS / height, x2 * THOUSANDTHS / width, y2 * THOUSANDTHS / height]
 
 
 def _box_of_conversation(conversations: Any) -> list[float]:
@@ -267,8 +297,8 @@ def _box_of_conversation(conversations: Any) -> list[float]:
     while isinstance(value, list) and len(value) == 1:  # [[x1,y1,x2,y2]], the model's own form
         value = value[0]
     box = _box(value, "in 0..1000")
-    if min(box) < 0 or max(box) > FRAME:
-        raise DataError(f"{_shown(value)} lies outside the picture: coordinates are 0..1000 of its sides")
+    if min(box) < 0 or max(box) > THOUSANDTHS:
+        raise DataError(f"{_shown(value)} lies outside the image: coordinates are 0..1000 of its sides")
     return value
 
 
@@ -299,11 +329,11 @@ def _question(row: Mapping[str, Any], prompt_form: str) -> tuple[str, str]:
         asked = _turn(row["conversations"], 0)
         refs = _REF.findall(asked)
         if prompt_form == "internvl":
-            return asked, refs[-1] if refs else asked.replace(MARK, "").strip()
+            return asked, refs[-1] if refs else asked.replace(IMAGE_TAG, "").strip()
         if not refs:
             raise DataError(f"neither sent nor <ref>..</ref> in the question to fill the prompt form {prompt_form!r}")
         sent = refs[-1]
-    return f"{MARK}\n{PROMPT_FORMS[prompt_form].format(sent=sent)}", sent
+    return f"{IMAGE_TAG}\n{PROMPT_FORMS[prompt_form].format(sent=sent)}", sent
 
 
 def _turn(conversations: Any, position: int) -> str:

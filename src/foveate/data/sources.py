@@ -17,14 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from foveate.records import DataError
+from foveate.data.images import one_line
+from foveate.errors import DataError
 
 SUFFIXES = (".parquet", ".jsonl", ".arrow")
 BLOCK_ROWS = 64
 
 MOST_ROWS = 2**30
 _DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, SystemError)
-"""What pyarrow raises for a file whose bytes are not what they say."""
+"""The errors of pyarrow for a file that is damaged."""
 
 Raw = dict[str, Any] | DataError
 """The fields of a row, or why it cannot be read."""
@@ -43,13 +44,12 @@ class Source(Protocol):
         """`count` rows from row `first` on; they must exist."""
         ...
 
-    def line(self, row: int) -> int | None:
+    def line(self, row: int) -> int | None:  # noqa: ARG002 - parquet and Arrow have no lines
         """The line of a row in a text file, from 1; None for other files."""
-        ...
+        return None
 
     def only(self, columns: Sequence[str]) -> None:
         """Read no other columns from now on, where the format can save that."""
-        ...
 
     def values(self, path: Sequence[str]) -> list[Any]:
         """One value of every row: column, then fields of it; None where a row lacks it."""
@@ -78,7 +78,7 @@ def expand(path: Path) -> list[Path]:
     return files
 
 
-def split_of(file: Path) -> str:
+def split_name(file: Path) -> str:
     """The split that a file of a dataset belongs to: the start of its name (`train-00000-of-00002.parquet`) or, for
     what save_to_disk wrote, the name of its folder."""
     return file.parent.name if file.suffix == ".arrow" else file.stem.split("-")[0]
@@ -95,7 +95,7 @@ def _listed(file: Path, key: str) -> list[Any]:
     try:
         return list(json.loads(file.read_bytes())[key])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not written by datasets.save_to_disk ({_one_line(error)})") from error
+        raise DataError(f"{file}: not written by datasets.save_to_disk ({one_line(error)})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- parquet
@@ -118,7 +118,7 @@ class RowGroups:
             try:
                 table = file.read_row_group(group, columns=columns, use_threads=False)
             except _DAMAGED as error:
-                raise DataError(f"row group {group} cannot be read ({_one_line(error)})") from error
+                raise DataError(f"row group {group} cannot be read ({one_line(error)})") from error
             self.tables[key] = table
             self.held += table.nbytes
             while len(self.tables) > 1 and self.held > self.budget:
@@ -127,7 +127,7 @@ class RowGroups:
         return self.tables[key]
 
 
-class ParquetRows:
+class ParquetRows(Source):
     """The rows of a parquet file."""
 
     def __init__(self, path: Path, cache: RowGroups, columns: Sequence[str] | None = None) -> None:
@@ -138,7 +138,7 @@ class ParquetRows:
             metadata = self.file.metadata
             counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         except _DAMAGED as error:
-            raise DataError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
+            raise DataError(f"{path}: cannot be read as parquet ({one_line(error)})") from error
         if min(counts, default=0) < 0 or sum(counts) > MOST_ROWS:
             raise DataError(f"{path}: cannot be read as parquet (it says that it has {sum(counts)} rows)")
         self.columns = list(self.file.schema_arrow.names if columns is None else columns)
@@ -149,9 +149,6 @@ class ParquetRows:
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
-
-    def line(self, row: int) -> None:  # noqa: ARG002 - parquet has no lines
-        return None
 
     def only(self, columns: Sequence[str]) -> None:
         assert self.names is not None
@@ -189,14 +186,14 @@ class ParquetRows:
                 column = _checked(self._whole(table, group)).column(0)
                 found.extend(dig(value, path[1:]) for value in column.to_pylist())
             except _DAMAGED as error:
-                raise DataError(f"{self.path}: row group {group} cannot be read ({_one_line(error)})") from error
+                raise DataError(f"{self.path}: row group {group} cannot be read ({one_line(error)})") from error
         return found
 
 
 # ------------------------------------------------------------------------------------------------------------ arrow
 
 
-class ArrowRows:
+class ArrowRows(Source):
     """The rows of an Arrow file in the stream or the file format, mapped into memory and not read."""
 
     def __init__(self, path: Path) -> None:
@@ -205,16 +202,13 @@ class ArrowRows:
             self.table = _mapped(path)
             self.names: list[str] | None = self.table.column_names
         except _DAMAGED as error:
-            raise DataError(f"{path}: cannot be read as Arrow ({_one_line(error)})") from error
+            raise DataError(f"{path}: cannot be read as Arrow ({one_line(error)})") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ArrowRows, (self.path,)
 
     def __len__(self) -> int:
         return self.table.num_rows
-
-    def line(self, row: int) -> None:  # noqa: ARG002 - Arrow has no lines
-        return None
 
     def only(self, columns: Sequence[str]) -> None:
         self.table = self.table.select([name for name in self.table.column_names if name in columns])
@@ -229,7 +223,7 @@ class ArrowRows:
         try:
             return [dig(value, path[1:]) for value in _checked(self.table.select([path[0]])).column(0).to_pylist()]
         except _DAMAGED as error:
-            raise DataError(f"{self.path}: field {'.'.join(path)} cannot be read ({_one_line(error)})") from error
+            raise DataError(f"{self.path}: field {'.'.join(path)} cannot be read ({one_line(error)})") from error
 
 
 def _raw_rows(table: pa.Table) -> list[Raw]:
@@ -238,7 +232,7 @@ def _raw_rows(table: pa.Table) -> list[Raw]:
         return _checked(table).to_pylist()
     except _DAMAGED as error:
         if table.num_rows == 1:
-            return [DataError(f"is damaged ({_one_line(error)})")]
+            return [DataError(f"is damaged ({one_line(error)})")]
     return [row for index in range(table.num_rows) for row in _raw_rows(table.slice(index, 1))]
 
 
@@ -260,7 +254,7 @@ def _mapped(path: Path) -> pa.Table:
 # ------------------------------------------------------------------------------------------------------------ jsonl
 
 
-class JsonlRows:
+class JsonlRows(Source):
     """The rows of a JSONL file; only the places of its lines are kept. Blank lines are no rows."""
 
     def __init__(self, path: Path) -> None:
@@ -284,9 +278,6 @@ class JsonlRows:
     def line(self, row: int) -> int | None:
         return int(self.lines[row])
 
-    def only(self, columns: Sequence[str]) -> None:
-        """Nothing is saved: a line is parsed as a whole."""
-
     def block(self, first: int, count: int) -> Iterator[Raw]:
         with self.path.open("rb") as file:
             for row in range(first, first + count):
@@ -305,7 +296,7 @@ def _parsed(line: bytes) -> Raw:
     except RecursionError:
         return DataError("is not usable JSON (it is nested too deeply)")
     except ValueError as error:  # a whole number of thousands of digits
-        return DataError(f"is not usable JSON ({_one_line(error)})")
+        return DataError(f"is not usable JSON ({one_line(error)})")
     return value if isinstance(value, dict) else DataError(f"must hold one JSON object, not {type(value).__name__}")
 
 
@@ -316,7 +307,3 @@ def dig(value: Any, path: Sequence[str]) -> Any:
             return None
         value = value.get(name)
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from foveate.records import DataError
+from foveate.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Stream:
         """Epochs taken so far, with their fraction."""
         return self.position / self.length
 
-    def take(self, count: int | None = None) -> list[int]:
+    def draw(self, count: int | None = None) -> list[int]:
         """The next `count` row indices (one batch of them by default)."""
         places = self.coming(self.batch if count is None else count)
         for place in places:
@@ -96,13 +97,17 @@ class Stream:
             self._beyond -= {self.position}
             self.position += 1
 
+    def observe(self, place: int, score: float) -> None:
+        """Tell what the answers to the task at this place scored. A shuffle does not depend on it; `AdaptiveStream`
+        does."""
+
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to go on with the very next row."""
+        """All that `restore` needs to continue with the very next row."""
         place = {"position": self.position, "beyond": sorted(self._beyond)}
         return {"length": self.length, "seed": self.seed, "plan": self._plan, **place}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises DataError if it belongs to another dataset size, seed, weights or
+        """Continue where `state` was taken. Raises DataError if it belongs to another dataset size, seed, weights or
         curriculum."""
         for name, here in (("length", self.length), ("seed", self.seed), ("plan", self._plan)):
             if state.get(name, "") != here:
@@ -124,6 +129,37 @@ class Stream:
                 order = rng.permutation(len(rows))
             self._ordered = epoch, rows[order]
         return self._ordered[1]
+
+
+class AdaptiveStream(Stream):
+    """A stream whose order depends on what its tasks scored, by overriding `adapt`.
+
+    Observations take effect at the step boundary, that is with the next `draw`, and in the order of the tasks, however
+    their answers happened to finish. Those that wait are part of the state. Streams are copied to look ahead: `adapt`
+    replaces what it changes.
+    """
+
+    _observed: Mapping[int, float] = MappingProxyType({})
+
+    def observe(self, place: int, score: float) -> None:
+        self._observed = {**self._observed, place: score}
+
+    def adapt(self, observed: Sequence[tuple[int, float]]) -> None:
+        """Take in what tasks scored: their places, in order, with their scores."""
+        raise NotImplementedError
+
+    def draw(self, count: int | None = None) -> list[int]:
+        if self._observed:
+            self.adapt(sorted(self._observed.items()))
+            self._observed = {}
+        return super().draw(count)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "observed": sorted(self._observed.items())}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self._observed = dict(state["observed"])
 
 
 def _part(share: float, rows: np.ndarray) -> int:

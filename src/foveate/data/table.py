@@ -24,7 +24,7 @@ BOX = pa.list_(pa.float64())
 # A row group is read as a whole, and each takes memory as long as its file is open: small ones make access to shuffled
 # rows fast, few ones keep a file of a million rows small.
 GROUP_ROWS = 512
-GROUP_BYTES = 2**20  # of embedded pictures
+GROUP_BYTES = 2**20  # of embedded images
 CACHE_BYTES = 64 * 2**20
 
 
@@ -125,7 +125,7 @@ class TaskTable:
     """Tasks of one or several files by index, read when asked for. `len(table)`, `table[i]`.
 
     `table[i]` raises DataError with the first problem of that row; `inspect(i)` returns all of them. Made by
-    `open_tasks` or `validate.read_tasks`. A table can be pickled; the files are opened again where it arrives.
+    `open_tasks` or `validate.ReadOptions`. A table can be pickled; the files are opened again where it arrives.
     """
 
     def __init__(

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.table import TaskTable, open_tasks
+from foveate.errors import DataError
 from foveate.log import progress as progress_bar
-from foveate.records import DataError, Task, require
+from foveate.records import Task, require
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ LISTED = 20
 
 @dataclass(frozen=True, slots=True)
 class RowInspection:
-    """What is done to each row: its check, and a measure taken of every row that is good."""
+    """The work on each row: its check, and a measure taken of every row that is good."""
 
     check: Check | None = None
     measure: Measure | None = None
@@ -54,7 +55,8 @@ class RowInspection:
 
 @dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """What was found: the indices of the good rows, all problems in order, and the measure of each good row."""
+    """The result over all rows: the indices of the good ones, all problems in order, and the measure of each good
+    one."""
 
     kept: list[int]
     problems: list[Problem]
@@ -62,16 +64,16 @@ class ValidationReport:
 
 
 def inspect_rows(
-    table: TaskTable, look: RowInspection, *, workers: int | None = None, progress: Progress | None = None
+    table: TaskTable, inspection: RowInspection, *, workers: int | None = None, progress: Progress | None = None
 ) -> ValidationReport:
     """Look at every row, headers of images included.
 
     workers: processes; None for one per core and 4,000 rows, at most 8. With one, the rows are looked at in this
-    process, and so are they if `look` cannot be pickled (a check from a file of the user). Raises DataError if a worker
-    is killed from outside.
+    process, and so are they if `inspection` cannot be pickled (a check from a file of the user). Raises DataError if a
+    worker is killed from outside.
     """
     kept, problems, measures = [], [], []
-    for index, (found, measure) in enumerate(_results(table, look, _worker_count(table, look, workers))):
+    for index, (found, measure) in enumerate(_results(table, inspection, _worker_count(table, inspection, workers))):
         problems.extend(found)
         if not found:
             kept.append(index)
@@ -87,15 +89,14 @@ def validate(
     on_bad_row: OnBadRow = "error",
     check: Check | None = None,
     workers: int | None = None,
-    progress: Progress | None = None,
 ) -> tuple[list[int], list[Problem]]:
     """Look at every row and return the indices of the good ones and all problems.
 
-    check: further demands on a task, such as `rewards.boxes.check_truth`. workers: as for `inspect_rows`. With "error"
+    check: further demands on a task, such as `rewards.boxes.check_box`. workers: as for `inspect_rows`. With "error"
     any problem raises one DataError: the first problem, and how many more there are; the first 20 are logged. With
     "skip" bad rows are left out; that no row is left raises DataError too.
     """
-    found = inspect_rows(table, RowInspection(check), workers=workers, progress=progress)
+    found = inspect_rows(table, RowInspection(check), workers=workers)
     raise_on_bad_rows(table, found, on_bad_row)
     return found.kept, found.problems
 
@@ -114,30 +115,10 @@ def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnB
         raise DataError(f"{table.names}: none of the {len(table)} rows can be used; the first problem: {problems[0]}")
 
 
-def read_tasks(
-    paths: str | Path | Sequence[str | Path],
-    *,
-    image_root: Path | None = None,
-    columns: Mapping[str, str] | None = None,
-    parser: Parser | None = None,
-    on_bad_row: OnBadRow = "error",
-    check: Check | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[TaskTable, list[Problem]]:
-    """Open and validate: the table of the good rows, and the problems of those that "skip" left out.
-
-    Arguments and errors as for `store.open_tasks` and `validate`.
-    """
-    table = open_tasks(paths, image_root=image_root, columns=columns, parser=parser)
-    kept, problems = validate(table, on_bad_row=on_bad_row, check=check, workers=workers, progress=progress)
-    return table.select(kept), problems
-
-
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How the sources of a preparation are read: see `store.open_tasks`, `inspect_rows` and `validate`. Calling it
-    reads."""
+    """How files are opened and every row of them checked: see `table.open_tasks`, `inspect_rows` and `validate`.
+    Calling it reads."""
 
     image_root: Path | None = None
     columns: Mapping[str, str] | None = None
@@ -155,8 +136,8 @@ class ReadOptions:
         """The table of the good rows, and what was found, its measures being those of the rows of the table."""
         table = open_tasks(paths, image_root=self.image_root, columns=self.columns, parser=parser)
         with progress_bar(f"checking {table.names:.60}", len(table)) as advance:
-            look = RowInspection(check, measure)
-            found = inspect_rows(table, look, workers=self.workers, progress=lambda *_: advance(1))
+            inspection = RowInspection(check, measure)
+            found = inspect_rows(table, inspection, workers=self.workers, progress=lambda *_: advance(1))
         raise_on_bad_rows(table, found, self.on_bad_row)
         return table.select(found.kept), found
 
@@ -168,25 +149,25 @@ AS_IS = ReadOptions()
 # ---------------------------------------------------------------------------------------------------------- workers
 
 
-def _worker_count(table: TaskTable, look: RowInspection, workers: int | None) -> int:
+def _worker_count(table: TaskTable, inspection: RowInspection, workers: int | None) -> int:
     if workers is None:
         workers = min(os.cpu_count() or 1, MAX_WORKERS, len(table) // ROWS_PER_WORKER)
     if workers > 1:
         try:
-            pickle.dumps(look)
+            pickle.dumps(inspection)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             logger.info("the rows are checked in one process, since the check cannot be sent to others (%s)", error)
             return 1
     return max(1, workers)
 
 
-def _results(table: TaskTable, look: RowInspection, workers: int) -> Iterator[tuple[list[Problem], Any]]:
+def _results(table: TaskTable, inspection: RowInspection, workers: int) -> Iterator[tuple[list[Problem], Any]]:
     if workers == 1:
-        yield from look(table, 0, len(table))
+        yield from inspection(table, 0, len(table))
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _begin, (table, look)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (table, inspection)) as pool:
         try:
             for results in pool.map(_look_at, range(0, len(table), CHUNK_ROWS)):
                 yield from results
@@ -199,13 +180,13 @@ def _results(table: TaskTable, look: RowInspection, workers: int) -> Iterator[tu
 
 
 _WORK: list[tuple[TaskTable, RowInspection]] = []
-"""In a worker process: what it was started for."""
+"""In a worker process: the table and the inspection that it was started for."""
 
 
-def _begin(table: TaskTable, look: RowInspection) -> None:
-    _WORK[:] = [(table, look)]
+def _begin(table: TaskTable, inspection: RowInspection) -> None:
+    _WORK[:] = [(table, inspection)]
 
 
 def _look_at(first: int) -> list[tuple[list[Problem], Any]]:
-    table, look = _WORK[0]
-    return list(look(table, first, CHUNK_ROWS))
+    table, inspection = _WORK[0]
+    return list(inspection(table, first, CHUNK_ROWS))

@@ -1,4 +1,4 @@
-r"""Prepare Geometry3K (hiyouga/geometry3k on the Hugging Face hub): a problem, one picture, an answer in \boxed{}."""
+r"""Prepare Geometry3K (hiyouga/geometry3k on the Hugging Face hub): a problem, one image, an answer in \boxed{}."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 from foveate.data.parsers import Parsed
 from foveate.data.rows import Place, parse_row
-from foveate.data.sources import split_of
+from foveate.data.sources import split_name
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared
-from foveate.datasets.tables import prepare_splits
+from foveate.datasets.prepared import Prepared, prepare_splits
 from foveate.errors import ConfigError
 from foveate.records import DataError
 
@@ -69,7 +68,7 @@ def prepare_geo3k(source: str, out: Path, *, reading: ReadOptions = AS_IS) -> Pr
     if not folder.exists():
         folder = _download(source)
     settings = {"dataset": SOURCE, "instruction": INSTRUCTION}
-    return prepare_splits(folder, out, Geo3kRows(), split_of, settings=settings, reading=reading)
+    return prepare_splits(folder, out, Geo3kRows(), split_name, settings=settings, reading=reading)
 
 
 def _download(name: str) -> Path:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +14,16 @@ import pyarrow as pa
 from foveate.data.parsers import SchemaRows
 from foveate.data.table import BOX, TaskTable, row_schema
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.grounding_sets import REFCOCO_SPLITS, HardSet, SplitBy, hold_out, take_hard, take_share
-from foveate.datasets.prepared import Prepared, publish, sha256, task_row
+from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, task_row
 from foveate.files import atomic_path
 from foveate.records import Image, Task, require
+
+SplitBy = Literal["image", "row"]
+
+REFCOCO_SPLITS = (
+    "refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
+    "refcocog_val", "refcocog_test",
+)  # fmt: skip
 
 EXTRA_INFO = {
     "split": pa.string(),
@@ -45,9 +51,9 @@ def prepare_grounding(
 ) -> Prepared:
     """Turn RefCOCO-style JSONL (see `rows.parse_referring`) into the parquet schema, ground truth in 0..1000.
 
-    test_fraction: the share of pictures (split_by "image": no picture is in both splits) or of rows ("row") that is
+    test_fraction: the share of images (split_by "image": no image is in both splits) or of rows ("row") that is
     held out at random by `seed`; 0 and 1 put all rows into one split, whose file alone is written. Rows keep the order
-    of the sources. With `hard` the training rows are its choice of them, in random order. Pictures are referred to by
+    of the sources. With `hard` the training rows are its choice of them, in random order. Images are referred to by
     absolute path, or with copy_images copied into `out/images` and referred to from there, which makes the folder
     self-contained.
 
@@ -165,14 +171,81 @@ def _rows(table: TaskTable, indices: Sequence[int], split: str, copy_to: Path | 
 
 
 def _file(image: Image) -> Path:
-    assert image.path is not None, "JSONL rows name pictures by path"
+    assert image.path is not None, "JSONL rows name images by path"
     return image.path.resolve()
 
 
 def _copied(image: Path, folder: Path) -> str:
-    """Copy a picture under a name that its content makes unique; returns the path relative to `folder`."""
+    """Copy an image under a name that its content makes unique; returns the path relative to `folder`."""
     name = f"images/{image.stem}-{sha256(image)[:8]}{image.suffix}"
     if not (folder / name).exists():
         with atomic_path(folder / name) as temporary:
             shutil.copyfile(image, temporary)
     return name
+
+
+# ----------------------------------------------------------------------------------------- which rows are taken
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Ranges of IoU and the share of the positives that each gives: range i goes from edges[i] up to the next edge, the
+    last one to 1. The last range gives what the shares of the others leave."""
+
+    edges: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    shares: tuple[float, ...] = (0.15, 0.20, 0.20, 0.20)
+
+    def __post_init__(self) -> None:
+        shown = f"buckets with edges {list(self.edges)} and shares {list(self.shares)}"
+        require(
+            len(self.edges) == len(self.shares) + 1,
+            f"{shown}: give one edge more than shares; the last range takes the rest",
+        )
+        require(list(self.edges) == sorted(set(self.edges)), f"{shown}: the edges must grow")
+        require(min(self.edges) >= 0 and max(self.edges) < 1, f"{shown}: the edges must be within 0..1")
+        require(min(self.shares, default=0) >= 0 and sum(self.shares) <= 1, f"{shown}: the shares must add up to 0..1")
+
+    def targets(self, total: int) -> list[int]:
+        """How many of `total` positives each range should give."""
+        wanted = [int(total * share) for share in self.shares]
+        return [*wanted, total - sum(wanted)]
+
+
+@dataclass(frozen=True, slots=True)
+class HardSet:
+    """The hard set: rows that the model misses and a larger one does not, and as many that the model finds.
+
+    iou_key, teacher_iou_key: fields of the rows with the IoU of the model's and of the larger model's answer.
+    """
+
+    iou_key: str
+    teacher_iou_key: str = "241b_model_iou"
+    buckets: Buckets = Buckets()
+
+
+def take_hard(
+    iou: Sequence[float], teacher_iou: Sequence[float], buckets: Buckets, rng: np.random.Generator
+) -> tuple[list[int], dict[str, int]]:
+    """The rows of the hard set in random order, and the counts for the summary.
+
+    All negatives (model below 0.5, teacher above 0.5) are kept; of the positives (in one of the buckets) each bucket
+    gives its share of as many, or all it has: what one lacks is not taken from another.
+    """
+    model, teacher = np.asarray(iou), np.asarray(teacher_iou)
+    negatives = np.flatnonzero((model < 0.5) & (teacher > 0.5))
+    taken = [negatives]
+    counts = {"hard negatives": len(negatives)}
+    ends = [*buckets.edges[1:], np.inf]
+    for low, high, wanted in zip(buckets.edges, ends, buckets.targets(len(negatives)), strict=True):
+        inside = np.flatnonzero((model >= low) & (model < high))
+        chosen = rng.choice(inside, min(wanted, len(inside)), replace=False) if len(inside) else inside
+        taken.append(chosen)
+        counts[f"positives with IoU from {low:g} (wanted {wanted}, there are {len(inside)})"] = len(chosen)
+    rows = np.concatenate(taken)
+    require(len(negatives) > 0, "the hard set is empty: no row has a model IoU below 0.5 and a teacher IoU above 0.5")
+    return rng.permutation(rows).tolist(), counts
+
+
+def take_share(count: int, fraction: float, seed: int) -> list[int]:
+    """At least one of `count` rows, `fraction` of them (rounded down), at random, in random order."""
+    return np.random.default_rng(seed).permutation(count)[: max(1, int(fraction * count))].tolist()

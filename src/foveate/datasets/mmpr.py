@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from foveate.data.demos import check_pair
-from foveate.data.parsers import OPTIONAL, REQUIRED, MappedRows, Parsed, SchemaRows
+from foveate.data.parsers import OPTIONAL, REQUIRED, MappedRows, Parsed, Parser, SchemaRows
 from foveate.data.rows import Place, Problem, parse_row
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared, infer_schema, publish, task_row
-from foveate.datasets.tables import prepare_rows
+from foveate.datasets.prepared import Prepared, infer_schema, prepare_rows, publish, task_row
 from foveate.records import DataError, require
 
 # ---------------------------------------------------------------------------------------------------------- MMPR-Tiny
@@ -25,7 +24,7 @@ TINY_SOURCE = "mmpr_tiny"
 
 
 @dataclass(frozen=True, slots=True)
-class MmprTinyRows:
+class MmprTinyRows(Parser):
     """Rows of mmpr_tiny.parquet: the schema, with paths that may begin with the name of the dataset's folder, and with
     rows of text alone. All get `source` as data_source; what stood there becomes extra_info.original_source."""
 
@@ -46,9 +45,6 @@ class MmprTinyRows:
             "extra_info": {**extra, "original_source": raw.get("data_source")},
         }
         return parse_row(row, place)
-
-    def column_of(self, field: str) -> list[str]:
-        return field.split(".")
 
 
 def _below(place: Place, image: Any) -> Any:
@@ -73,7 +69,7 @@ def prepare_mmpr_tiny(
     seed: int = 0,
     reading: ReadOptions = AS_IS,
 ) -> Prepared:
-    """MMPR-Tiny as train.parquet (and test.parquet) with a manifest, pictures named by absolute path.
+    """MMPR-Tiny as train.parquet (and test.parquet) with a manifest, images named by absolute path.
 
     parquet: mmpr_tiny.parquet, with the folder `images` (from images.zip) beside it or below `reading.image_root`.
     source: what becomes data_source; InternVL3.5 scores these rows by the geo3k reward. Raises DataError for rows that
@@ -95,7 +91,7 @@ def prepare_mmpr_tiny(
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One entry of meta.json: a JSONL file of pairs, the folder of its pictures, and how often its rows are taken."""
+    """One entry of meta.json: a JSONL file of pairs, the folder of its images, and how often its rows are taken."""
 
     name: str
     file: Path
@@ -110,8 +106,8 @@ def prepare_mmpr(
     extra_info.rejected in place of a ground truth.
 
     meta: meta.json, {name: {root, annotation, repeat_time}}. Annotations hold image (a path, a list, or nothing for
-    pairs that were made without the picture), question, chosen, rejected and maybe system_prompt; a question without
-    marks gets its pictures in front. Relative paths start from `root`, else from the folder of meta.json or the one
+    pairs that were made without the image), question, chosen, rejected and maybe system_prompt; a question without
+    marks gets its images in front. Relative paths start from `root`, else from the folder of meta.json or the one
     above. repeat_time 2 takes each row twice, 0.5 a random half, 2.5 both. The same input and seed give the same bytes.
     """
     annotations = read_meta(meta, root)
@@ -133,7 +129,7 @@ def prepare_mmpr(
         tables[annotation.name] = table.select(_repeated(len(table), annotation.repeat_time, seed))
     taken = {name: table for name, table in tables.items() if len(table)}
     require(bool(taken), f"{meta}: no pair is left of any entry; raise repeat_time")
-    schema = infer_schema(_pairs(taken, pictures=False))
+    schema = infer_schema(_pairs(taken, images=False))
     return publish(
         out,
         {"pairs": _pairs(taken)},
@@ -185,10 +181,10 @@ def _repeated(rows: int, repeat: float, seed: int) -> list[int]:
     return [*list(range(rows)) * int(repeat), *sorted(some.tolist())]
 
 
-def _pairs(tables: Mapping[str, TaskTable], pictures: bool = True) -> Iterator[dict[str, Any]]:
+def _pairs(tables: Mapping[str, TaskTable], images: bool = True) -> Iterator[dict[str, Any]]:
     index = 0
     for name, table in tables.items():
         for task in table:
             preferred = replace(task, meta={**task.meta, "ability": "preference"})
-            yield task_row(preferred, pictures=pictures, dataset=name, index=index)
+            yield task_row(preferred, images=images, dataset=name, index=index)
             index += 1

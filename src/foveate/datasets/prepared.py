@@ -1,22 +1,27 @@
-"""What every preparation shares: rows of the schema made from tasks, files that appear whole, and their manifest."""
+"""The part that all preparations share: rows of the schema made from tasks, whole files with their manifest, splits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
-from foveate.data.table import row_schema, write_rows
+from foveate.data.sources import expand
+from foveate.data.table import TaskTable, row_schema, write_rows
+from foveate.data.validate import AS_IS, ReadOptions
+from foveate.errors import DataError
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.records import DataError, Image, Task
+from foveate.records import Image, Task, require
 
 MANIFEST = "manifest.json"
 _INFERRED_ROWS = 2048
@@ -24,7 +29,7 @@ _INFERRED_ROWS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a preparation wrote: rows by file (without its suffix), the problems of the rows that were left out, and
+    """The result of a preparation: rows by file (without its suffix), the problems of the rows that were left out, and
     further counts for the summary."""
 
     folder: Path
@@ -98,14 +103,14 @@ def sha256(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- rows
 
 
-def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, Any]:
-    """A task as a row of the schema. Pictures in files are named by absolute path, others are embedded, and with
-    `pictures` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
+def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]:
+    """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
+    `images` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
         "prompt": [{"role": message.role, "content": message.content} for message in task.messages],
-        "images": [image_value(image) for image in task.images] if pictures else [],
+        "images": [image_value(image) for image in task.images] if images else [],
         "ability": task.meta.get("ability"),
         "reward_model": {"style": "rule", "ground_truth": task.answer},
         "extra_info": {**meta, "id": task.id, **extra},
@@ -113,7 +118,7 @@ def task_row(task: Task, *, pictures: bool = True, **extra: Any) -> dict[str, An
 
 
 def image_value(image: Image) -> str | bytes:
-    """What names or holds a picture in a row: its absolute path, or its bytes."""
+    """An image as a row has it: its absolute path, or its bytes."""
     if image.path is not None:
         return str(image.path.resolve())
     assert image.data is not None, "an image has a path or bytes"
@@ -167,3 +172,113 @@ def _of_different_types(where: str, field: str, error: Exception) -> str:
         f"{where}, {field}: values of different types, which parquet cannot hold ({' '.join(str(error).split())}); "
         "write them all as text, or all as numbers"
     )
+
+
+# ----------------------------------------------------------------------------------- files of tasks as they are
+
+
+def prepare_rows(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    parser: Parser | None = None,
+    test_fraction: float = 0.0,
+    seed: int = 0,
+    reading: ReadOptions = AS_IS,
+    settings: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """Rows of any parquet, JSONL or Arrow files as train.parquet, test.parquet and manifest.json.
+
+    parser: what reads the rows, if not the schema or `reading.columns`. test_fraction: the share of rows that is held
+    out at random by `seed`; 0 holds out none. Images are named by absolute path, or embedded where they were. The
+    same sources, options and seed give the same bytes. Raises DataError for bad rows (unless they are skipped) and for
+    ground truths of different types.
+    """
+    require(0.0 <= test_fraction <= 1.0, f"setting test_fraction: must be within 0..1, not {test_fraction}")
+    table, found = reading(sources, parser=parser)
+    splits = hold_out(range(len(table)), test_fraction, np.random.default_rng(seed), "row")
+    said = {"columns": dict(reading.columns)} if reading.columns else {}
+    return publish_tables(
+        {name: table.select(rows) for name, rows in splits.items()},
+        out,
+        problems=found.problems,
+        settings={**said, **(settings or {}), "test_fraction": test_fraction, "seed": seed},
+    )
+
+
+def prepare_splits(
+    source: Path,
+    out: Path,
+    parser: Parser,
+    split_of: Callable[[Path], str],
+    *,
+    settings: Mapping[str, Any],
+    reading: ReadOptions,
+) -> Prepared:
+    """The files of a dataset as one parquet file per split; `split_of` names the split of a file."""
+    members: dict[str, list[Path]] = {}
+    for file in expand(source):
+        members.setdefault(split_of(file), []).append(file)
+    tables: dict[str, TaskTable] = {}
+    problems: list[Problem] = []
+    for name, files in members.items():
+        tables[name], found = reading(files, parser=parser)
+        problems += found.problems
+    return publish_tables(tables, out, problems=problems, settings=settings)
+
+
+def publish_tables(
+    tables: Mapping[str, TaskTable],
+    out: Path,
+    *,
+    problems: Sequence[Problem],
+    settings: Mapping[str, Any],
+    counts: Mapping[str, int] | None = None,
+    extra: Callable[[str], Mapping[str, Any]] | None = None,
+) -> Prepared:
+    """Write each table as NAME.parquet, all with one schema that fits their rows. extra: from the id of a task to what
+    joins its `extra_info`."""
+    schema = infer_schema(row for name, table in tables.items() for row in _rows(table, name, extra, images=False))
+    files = {name: _rows(table, name, extra) for name, table in tables.items()}
+    sources = dict.fromkeys(path for table in tables.values() for path in table.files)
+    return publish(
+        out, files, schema, total=sum(map(len, tables.values())), sources=list(sources), settings=settings,
+        problems=problems, counts=counts,
+    )  # fmt: skip
+
+
+def _rows(
+    table: TaskTable, split: str, extra: Callable[[str], Mapping[str, Any]] | None, images: bool = True
+) -> Iterator[dict[str, Any]]:
+    for position, task in enumerate(table):
+        more = extra(task.id) if extra is not None else {}
+        yield task_row(task, images=images, split=split, index=position, **more)
+
+
+def hold_out(keys: Sequence[Hashable], fraction: float, rng: np.random.Generator, what: str) -> dict[str, list[int]]:
+    """Row indices by split, train and test, in order: rows with the same key stay together. `what` says in the error
+    what a key stands for ("image"). Fractions 0 and 1 leave one split. Raises DataError if a split would be empty."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    count = round(fraction * len(groups))
+    if 0.0 < fraction < 1.0:
+        count = min(max(count, 1), len(groups) - 1)
+        if count == 0:
+            raise DataError(f"one {what} cannot be split into train and test; set test_fraction to 0 or 1")
+    drawn = set(rng.permutation(len(groups))[:count].tolist())
+    splits: dict[str, list[int]] = {"train": [], "test": []}
+    for position, indices in enumerate(groups.values()):
+        splits["test" if position in drawn else "train"].extend(indices)
+    return {name: sorted(indices) for name, indices in splits.items() if indices}
+
+
+def shown_counts(counts: Mapping[str, int]) -> str:
+    """Counts for a message."""
+    return ", ".join(f"{name}: {count}" for name, count in counts.items())
+
+
+def rollout_hashes(paths: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each file of rollouts that paths, files or folders, stand for."""
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("step_*.jsonl")))]
+    return {str(file): sha256(file) for file in files}

@@ -248,8 +248,11 @@ def _other(rng: np.random.Generator, used: set[tuple[str, str]]) -> tuple[str, s
     return choice
 
 
-def _shuffled(rng: np.random.Generator, shapes: list[Shape]) -> tuple[tuple[Shape, ...], list[int]]:
-    """The shapes in a random drawing order, and the new index of each old one."""
+def _shuffled(
+    rng: np.random.Generator, looks: list[tuple[str, str]], centres: list[tuple[int, int]], radii: list[int]
+) -> tuple[tuple[Shape, ...], list[int]]:
+    """Shapes of these looks in a random drawing order, and the index in it of each look."""
+    shapes = [Shape(kind, hue, x, y, r) for (hue, kind), (x, y), r in zip(looks, centres, radii, strict=True)]
     order = [int(i) for i in rng.permutation(len(shapes))]
     return tuple(shapes[i] for i in order), [order.index(i) for i in range(len(shapes))]
 
@@ -270,8 +273,7 @@ def _pair(rng: np.random.Generator, side: int) -> Scene | None:
     target = first if relation in ("left", "top") else 1 - first
     distractor = _other(rng, used)
     looks = [(colour, shape), (colour, shape), distractor]
-    objects = [Shape(kind, hue, x, y, r) for (hue, kind), (x, y), r in zip(looks, centres, radii, strict=True)]
-    shapes, where = _shuffled(rng, objects)
+    shapes, where = _shuffled(rng, looks, centres, radii)
     expression = f"the {relation} {colour} {shape}"
     return Scene(side, _background(rng), shapes, expression, "pair", relation, where[target], where[0])
 
@@ -288,9 +290,7 @@ def _attribute(rng: np.random.Generator, side: int) -> Scene | None:
     centres = _place(rng, side, radii)
     if centres is None:
         return None
-    shapes, where = _shuffled(
-        rng, [Shape(kind, hue, x, y, r) for (hue, kind), (x, y), r in zip(looks, centres, radii, strict=True)]
-    )
+    shapes, where = _shuffled(rng, looks, centres, radii)
     size_word = f"{_SIZE_WORDS[big]} " if with_twin else ""
     expression = f"the {size_word}{target_look[0]} {target_look[1]}"
     return Scene(side, _background(rng), shapes, expression, "attribute", "", where[0], -1)
@@ -324,8 +324,6 @@ def _relation(rng: np.random.Generator, side: int) -> Scene | None:
     if not (beyond[0] > margin and beyond[1] < -margin):
         return None
     looks = [look, look, anchor_look]
-    shapes, where = _shuffled(
-        rng, [Shape(kind, hue, x, y, r) for (hue, kind), (x, y), r in zip(looks, centres, radii, strict=True)]
-    )
+    shapes, where = _shuffled(rng, looks, centres, radii)
     expression = f"the {look[0]} {look[1]} {_BESIDE[relation]} the {anchor_look[0]} {anchor_look[1]}"
     return Scene(side, _background(rng), shapes, expression, "relation", relation, where[0], -1)

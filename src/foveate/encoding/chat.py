@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from foveate.records import Message
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from foveate.records import Message
 
 IMAGE_MARK = "<image>"
 
@@ -41,9 +41,9 @@ THINKING_SYSTEM = (
 """The system message of InternVL3.5's thinking mode, word for word as on its model card (`R1_SYSTEM_PROMPT`)."""
 
 
-CHANNEL = "<|channel|>"
-FINAL = f"{CHANNEL}final<|message|>"
-"""How answers of GPT-OSS begin: its template leaves the channel to the model."""
+ANSWER_STARTS = {"<|start|>assistant": ("<|channel|>", "final<|message|>")}
+"""By the end of a prompt, the token that answers begin with, and the rest for demonstrated answers that do not have it:
+the template of GPT-OSS leaves the channel to the model."""
 
 _PLACES = re.compile(r"(Frame-?\d+: ?)?<image>")
 
@@ -53,17 +53,18 @@ def frames_in(text: str) -> list[bool]:
     return [match[1] is not None for match in _PLACES.finditer(text)]
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> str:
-    """The prompt as text, generation prompt included. A `system` message is put in front unless there is one."""
+def render(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None = None,
+    template: str = CORRECTED_TEMPLATE,
+) -> str:
+    """The prompt as text, generation prompt included. A `system` message is put in front unless there is one. The
+    `template` stands in for a tokenizer without one."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
-    template = None if tokenizer.chat_template else CORRECTED_TEMPLATE
-    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    fallback = None if tokenizer.chat_template else template
+    text = tokenizer.apply_chat_template(turns, chat_template=fallback, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     return text
-
-
-def wants_channel(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts end where an answer has to name its channel."""
-    return render((Message("user", "?"),), tokenizer).endswith("<|start|>assistant")

@@ -14,19 +14,19 @@ from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.data.rows import Problem
 from foveate.data.stream import Curriculum, Stream, ranks
-from foveate.data.table import TaskTable, open_tasks
-from foveate.data.validate import Check, validate
+from foveate.data.table import TaskTable
+from foveate.data.validate import Check, ReadOptions
 from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.encoding.encode import Encoder
-from foveate.encoding.family import PromptFamily, budget_of
-from foveate.log import progress
-from foveate.records import DataError, Task
+from foveate.encoding.family import Family, budget_of
+from foveate.errors import DataError
+from foveate.records import Task
 
 logger = logging.getLogger(__name__)
 
 
 def build_encoder(
-    tokenizer: PreTrainedTokenizerBase, family: PromptFamily, model: ModelSettings, data: DataSettings
+    tokenizer: PreTrainedTokenizerBase, family: Family, model: ModelSettings, data: DataSettings
 ) -> Encoder:
     """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
     budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
@@ -36,7 +36,7 @@ def build_encoder(
 
 @dataclass(frozen=True, slots=True)
 class RowCheck:
-    """What a row must pass before a run: its ground truth, and its length as prompt from text and image headers. None
+    """The checks of a row before a run: its ground truth, and its length as prompt from text and image headers. None
     leaves one of them out."""
 
     truth: Check | None
@@ -53,19 +53,13 @@ def read_checked(
     """The usable rows of some files, every row checked from its text and image headers before anything else runs:
     ground truth, images, marks, and length as prompt. Raises DataError unless bad rows are to be skipped."""
     root = Path(data.image_root) if data.image_root is not None else None
-    table = open_tasks(paths, image_root=root, columns=data.columns)
-    with progress(f"checking {', '.join(paths)}", len(table)) as advance:
-        kept, problems = validate(
-            table,
-            on_bad_row=data.on_bad_row,
-            check=RowCheck(truth, encoder),
-            workers=data.workers,
-            progress=lambda *_: advance(1),
-        )
-    if problems:
-        left_out = len(table) - len(kept)
-        logger.warning("%d of %d rows are left out; the first: %s", left_out, len(table), problems[0])
-    return table.select(kept), problems
+    reading = ReadOptions(root, data.columns, data.on_bad_row, data.workers)
+    table, found = reading(paths, check=RowCheck(truth, encoder))
+    if found.problems:
+        left_out = len({problem.where for problem in found.problems})
+        total = len(table) + left_out
+        logger.warning("%d of %d rows are left out; the first: %s", left_out, total, found.problems[0])
+    return table, found.problems
 
 
 def build_stream(table: TaskTable, data: DataSettings, seed: int, batch: int) -> Stream:

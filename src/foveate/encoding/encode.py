@@ -9,9 +9,9 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.data.images import load_image
-from foveate.encoding.chat import CHANNEL, FINAL, IMAGE_MARK, frames_in, render, wants_channel
-from foveate.encoding.family import PromptFamily
-from foveate.records import DataError, ImageSlot, Prompt, Task
+from foveate.encoding.chat import IMAGE_MARK, frames_in, render
+from foveate.encoding.family import Family
+from foveate.records import DataError, ImageSlot, Message, Prompt, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class Encoder:
     `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none."""
 
     tokenizer: PreTrainedTokenizerBase
-    family: PromptFamily
+    family: Family
     budget: int
     max_prompt_tokens: int
     system: str | None = None
 
     def __call__(self, task: Task) -> Prompt:
-        """Decode, tile and tokenise. Raises DataError naming the row for whatever is wrong with it."""
+        """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
         text, budgets = self._text(task)
         engine_ids = self._ids(text)
         slots = self._slots(task, engine_ids, budgets)
@@ -41,15 +41,15 @@ class Encoder:
         return Prompt(tuple(token_ids), slots, pixels, tuple(engine_ids))
 
     def with_box_frame(self, task: Task) -> Task:
-        """The task with the frame of the boxes that the model will write about its first picture, for the graders."""
+        """The task with the frame of the boxes that the model will write about its first image, for the graders."""
         if not task.images:
             return task
-        picture, budget = task.images[0], self.family.share(self.budget, len(task.images))
-        frame = self.family.box_frame(picture.width, picture.height, budget)
+        image, budget = task.images[0], self.family.share(self.budget, len(task.images))
+        frame = self.family.box_frame(image.width, image.height, budget)
         return replace(task, meta={**task.meta, "box_frame": frame})
 
     def validation_errors(self, task: Task) -> list[tuple[str, str]]:
-        """What keeps a task from being encoded, as (field, what is wrong), from its text and image headers alone."""
+        """The reasons why a task cannot be encoded, as (field, fault), from its text and image headers alone."""
         try:
             length = self.length(task)
         except DataError as error:
@@ -64,9 +64,12 @@ class Encoder:
         return len(engine_ids) + sum(slot.count - 1 for slot in self._slots(task, engine_ids, budgets))
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
-        """A demonstrated answer as token ids, with the stop token that ends it; GPT-OSS says it in a channel."""
-        if not response.startswith(CHANNEL) and wants_channel(self.tokenizer):
-            response = FINAL + response
+        """A demonstrated answer as token ids, with the stop token that ends it and, where it lacks it, the start that
+        its prompt asks for: GPT-OSS names a channel."""
+        prompt = render((Message("user", "?"),), self.tokenizer, template=self.family.template)
+        for end, (token, rest) in self.family.answer_starts.items():
+            if prompt.endswith(end) and not response.startswith(token):
+                response = token + rest + response
         return (*self.tokenizer.encode(response, add_special_tokens=False), self.family.stop_ids[0])
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
@@ -81,7 +84,7 @@ class Encoder:
         return self.tokenizer.batch_decode([[token] for token in token_ids], skip_special_tokens=False)
 
     def _ids(self, text: str) -> list[int]:
-        """What `tokenizer.encode` gives, in half of its time: without offsets and masks, which nobody reads here."""
+        """`tokenizer.encode` in half of its time: without offsets and masks, which are not read here."""
         tokenizer = self.tokenizer
         if isinstance(tokenizer, PreTrainedTokenizerFast) and not tokenizer.split_special_tokens:
             backend = tokenizer.backend_tokenizer
@@ -92,7 +95,7 @@ class Encoder:
     def _text(self, task: Task) -> tuple[str, list[int]]:
         """The prompt with what stands for an image in place of its mark, and the budget of each image."""
         try:
-            text = render(task.messages, self.tokenizer, self.system)
+            text = render(task.messages, self.tokenizer, self.system, self.family.template)
         except TemplateError as error:
             raise DataError(f"{task.where}, field prompt: the model's chat template refuses it: {error}") from error
         marks = text.count(IMAGE_MARK)
@@ -101,7 +104,7 @@ class Encoder:
                 f"{task.where}, field prompt: {marks} {IMAGE_MARK} marks for {len(task.images)} images; "
                 "each image needs one mark, in order"
             )
-        if marks and not self.family.image_text:
+        if marks and not self.family.sees_images:
             raise DataError(f"{task.where}, field images: {self.family.name} is a text-only model and sees no images")
         for word in self.family.reserved:
             if word in text:

@@ -1,92 +1,180 @@
-"""What encoding needs to know of a family of models. `foveate.models.families.internvl` has the families."""
+"""The seam of model families: a `Family` declares all that differs between models, so that no caller asks which one it
+is. `foveate.models.families` has the table of families."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from foveate.encoding.chat import ANSWER_STARTS, CORRECTED_TEMPLATE
 from foveate.errors import DataError
+from foveate.records import ImageSlot
+
+PER_MILLE = (1000, 1000)
+"""The frame of boxes in thousandths of the image's sides."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageShape:
-    """What a family makes of an image: `tokens` placeholder tokens and `entries` of the pixel tensor (tiles or
-    patches). `grid` (rows, columns) is how the tokens lie in the picture where positions are 3-D, else None."""
+    """The size of an image in a prompt: `tokens` placeholder tokens and `entries` of the pixel tensor (tiles or
+    patches). `grid` (rows, columns) is how the tokens lie in the image where positions are 3-D, else None."""
 
     tokens: int
     entries: int
     grid: tuple[int, int] | None = None
 
 
-class PromptFamily(Protocol):
-    """How a family writes images into text and cuts them into tiles or patches."""
+@dataclass(frozen=True, slots=True)
+class DummyImage:
+    """Pixels and grids, as in `Batch`, of an image that nothing depends on."""
+
+    pixels: Tensor
+    grids: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Image features (tokens, D) that stand in for the embeddings of placeholder tokens; and `deeper` ones of the same
+    shape, which are added at these tokens behind the first, second, ... layer of the language model (DeepStack)."""
+
+    embeddings: Tensor
+    deeper: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAs:
+    """How a server of another project takes the models of a family: their small files and the names of their weights
+    in `layout`, `options` on its command line, and tokenizer_config.json without the settings `hidden` and with the
+    tokens `lent`, which are the end token where the vocabulary has none."""
+
+    layout: Literal["hf", "chat"] = "hf"
+    options: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()
+
+    def tokenizer_config(self, settings: Mapping[str, Any], end_token: Any) -> dict[str, Any]:
+        """tokenizer_config.json for the server."""
+        kept = {key: value for key, value in settings.items() if key not in self.hidden}
+        extra = settings.get("extra_special_tokens") or {}
+        return {**kept, **{key: end_token for key in self.lent if key not in kept and key not in extra}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A family of models, with the facts of one checkpoint. The defaults are those of a model without images.
+
+    Facts: `name`; `stop_ids` end an answer, the first ends demonstrations; `image_token_id` is the token that image
+    features replace, -1 for none; `placeholder_ids` may never be sampled; `budget` is the tiles (without the thumbnail)
+    or pixels of one image that the checkpoint was made for.
+
+    Declarations:
+        parts: `vision`, `projector`, `language`, `head` -> names of submodules, the first of them the main one. A
+            submodule inside another part belongs to the inner part alone.
+        towers: `model_type` of the language models that it may stand on; empty where the model is its own.
+        image_text: stands for one image in the text, before it grows to its number of tokens; empty for no images.
+        reserved: words that may not occur in the text of a task.
+        unit: the size of an image is limited in `tiles` or `pixels`, or "" for no images.
+        bidirectional_images: whether the tokens of an image attend to each other both ways.
+        image_runs: the runs of placeholder tokens that an image becomes.
+        template, template_name, template_token: the chat template for a checkpoint without one, its name in sentences,
+            and a token that it needs.
+        answer_starts: how demonstrated answers begin, by the end of a prompt, as `ANSWER_STARTS`.
+        auto_class: transformers' class that loads the model.
+        github_type: `model_type` of its GitHub layout. foveate maps the layouts of such a family itself; transformers
+            reads and writes those of the others (None).
+        transposed_experts: whether checkpoints may hold the matrices of experts as (expert, in, out), which
+            transformers turns as it loads and not as it saves.
+        servers: the servers that take it ("vllm", "sglang"), and how.
+    """
+
+    name: str
+    stop_ids: tuple[int, ...]
+    image_token_id: int = -1
+    placeholder_ids: tuple[int, ...] = ()
+    budget: int = 0
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("model",), "head": ("lm_head",)}
+    towers: ClassVar[tuple[str, ...]] = ()
+    image_text: ClassVar[str] = ""
+    reserved: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[Literal["tiles", "pixels", ""]] = ""
+    bidirectional_images: ClassVar[bool] = False
+    image_runs: ClassVar[int] = 1
+    template: ClassVar[str] = CORRECTED_TEMPLATE
+    template_name: ClassVar[str] = "the corrected InternVL template"
+    template_token: ClassVar[str] = "<|im_start|>"
+    answer_starts: ClassVar[Mapping[str, tuple[str, str]]] = ANSWER_STARTS
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+    github_type: ClassVar[str | None] = None
+    transposed_experts: ClassVar[bool] = False
+    servers: ClassVar[Mapping[str, ServedAs]] = {}
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Self]:
+        """transformers' configuration of a model folder, and the facts of the family, from its small files. Raises
+        DataError naming what is missing or does not fit."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is read")
 
     @property
-    def name(self) -> str:
-        """The name of the family."""
-        ...
+    def sees_images(self) -> bool:
+        return bool(self.image_text)
 
     @property
-    def image_text(self) -> str:
-        """What stands for one image in the text, before it grows to its number of tokens; empty: it sees no images."""
-        ...
+    def dummy_image(self) -> DummyImage | None:
+        """The smallest image, for ranks that have none while others have; None for a family without images."""
+        return None
 
-    @property
-    def image_token_id(self) -> int:
-        """The token that image features replace; -1 where there is none."""
-        ...
-
-    @property
-    def reserved(self) -> tuple[str, ...]:
-        """Words that may not occur in the text of a task."""
-        ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer; the first is the one that demonstrations end with."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """What the size of an image is limited in: `tiles` or `pixels`, or "" for a family without images."""
-        ...
-
-    @property
-    def budget(self) -> int:
-        """Tiles (without the thumbnail) or pixels of one image that the checkpoint was made for."""
-        ...
-
-    def share(self, budget: int, images: int) -> int:
-        """What each of several images of a prompt may take of a budget: a function of nothing else."""
-        ...
+    def share(self, budget: int, images: int) -> int:  # noqa: ARG002
+        """The part of a budget for each of several images of a prompt: a function of nothing else."""
+        return budget
 
     def frame_budget(self, budget: int) -> int:
-        """What a frame of a video may take, however many there are."""
-        ...
+        """The budget of a frame of a video, however many there are."""
+        return budget
 
-    def shape(self, width: int, height: int, budget: int) -> ImageShape:
-        """What becomes of an image of that size in pixels. Raises DataError, without a place, if it cannot be seen."""
-        ...
+    def box_frame(self, width: int, height: int, budget: int) -> tuple[int, int]:  # noqa: ARG002
+        """The largest x and y of boxes as the family writes them: `PER_MILLE`, or the size of the resized image."""
+        return PER_MILLE
 
-    def pixels(self, image: Image.Image, budget: int) -> Tensor:
+    def image_summary(self) -> str:
+        """How the family sees images, in one line."""
+        return "none, it is a text-only model"
+
+    def shape(self, width: int, height: int, budget: int) -> ImageShape:  # noqa: ARG002
+        """The size in a prompt of an image of that size in pixels, from these alone. Raises DataError, without a place,
+        for an image that cannot be seen."""
+        raise self._text_only()
+
+    def pixels(self, image: Image.Image, budget: int) -> Tensor:  # noqa: ARG002
         """The tiles or patches of an RGB image, float32 (N, 3, H, W)."""
-        ...
+        raise self._text_only()
 
-    def box_frame(self, width: int, height: int, budget: int) -> tuple[int, int]:
-        """The largest x and y of boxes as the family writes them: (1000, 1000), or the size of the resized image."""
-        ...
+    def features(self, model: nn.Module, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+        """Features of all images in the order of their placeholder tokens. `grids` as in `Batch`."""
+        raise self._text_only()
+
+    def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:  # noqa: ARG002
+        """One image, the entries (N, 3, H, W) of its slot, as the multimodal fields that vLLM passes to the model: each
+        with how the values of several images are joined (`flat`, `batched` or `shared`)."""
+        raise self._text_only()
+
+    def _text_only(self) -> DataError:
+        return DataError(f"{self.name} is a text-only model and sees no images")
 
 
-def budget_of(family: PromptFamily, *, max_tiles: int | None, max_pixels: int | None) -> int:
+def budget_of(family: Family, *, max_tiles: int | None, max_pixels: int | None) -> int:
     """The budget of one prompt: the limit that was set, else the checkpoint's own. Raises DataError for a limit in a
     unit that the family does not have."""
     limits = {"tiles": max_tiles, "pixels": max_pixels}
     for unit, limit in limits.items():
         if limit is not None and unit != family.unit:
-            instead = f"set max_{family.unit}" if family.unit else "it sees no images"
+            instead = f"set max_{family.unit}" if family.sees_images else "it sees no images"
             raise DataError(f"max_{unit} is {limit}, but {family.name} has no limit in {unit}; {instead}")
     limit = limits.get(family.unit)
     return family.budget if limit is None else limit

@@ -1,5 +1,5 @@
-"""Tasks of a run with their prompts, in the order of its stream; where it is asked for, encoded ahead of the step in
-processes of their own, so that no step waits for pictures to be decoded."""
+"""The tasks of a run with their prompts, in the order of its stream. Worker processes may encode them ahead of the
+step, which then does not wait for images to be decoded."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from foveate.encoding.encode import Encoder
 from foveate.records import DataError, Prompt, Task
 
 Encoded = tuple[Task, Prompt, np.ndarray | None]
-"""What a process sends: the pixels beside the prompt, because tensors would travel through shared memory."""
+"""A message of a process: the pixels beside the prompt, because tensors would travel through shared memory."""
 
 
 class Reader:
     """The next tasks of a stream with their prompts; each is encoded once. A context manager: processes end with it.
 
     With `workers` 0 tasks are encoded when they are taken. With more, as many as were taken last are encoded ahead, in
-    the order of the stream, whose position counts what was taken: a run goes on from it with the same tasks, and its
-    prompts are the same for any number of workers.
+    the order of the stream, whose position counts those that were taken: a run resumes from it with the same tasks, and
+    its prompts are the same for any number of workers.
     """
 
     def __init__(self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0) -> None:
@@ -53,11 +53,11 @@ class Reader:
         """The next `count` tasks of the stream (one batch by default). Raises DataError naming the row for one that
         cannot be encoded, and if a process was killed."""
         if self._pool is None:
-            tasks = [self._table[index] for index in self._stream.take(count)]
+            tasks = [self._table[index] for index in self._stream.draw(count)]
             return [(self.encoder.with_box_frame(task), self.encoder(task)) for task in tasks]
         wanted = self._stream.batch if count is None else count
         self._submit(wanted)
-        self._stream.take(wanted)
+        self._stream.draw(wanted)
         now = [self._ahead.popleft() for _ in range(wanted)]
         self._submit(wanted)
         try:
@@ -71,7 +71,7 @@ class Reader:
     def _submit(self, count: int) -> None:
         """Have the next `count` tasks from the stream's position on in work, and keep what already is."""
         assert self._pool is not None
-        coming = copy.copy(self._stream).take(max(count, len(self._ahead)))
+        coming = copy.copy(self._stream).draw(max(count, len(self._ahead)))
         if [index for index, _ in self._ahead] != coming[: len(self._ahead)]:  # the stream was set to another place
             self._ahead.clear()
         for index in coming[len(self._ahead) :]:
@@ -84,7 +84,7 @@ def _received(sent: Encoded) -> tuple[Task, Prompt]:
 
 
 _WORK: list[tuple[TaskTable, Encoder]] = []
-"""In a worker process: what it was started for."""
+"""In a worker process: the table and the encoder that it was started for."""
 
 
 def _begin(table: TaskTable, encoder: Encoder) -> None:

@@ -29,7 +29,7 @@ from foveate.files import atomic_write_text
 from foveate.log import progress
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Task
-from foveate.rewards.grade import truth_check
+from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.native.engine import NativeEngine
 

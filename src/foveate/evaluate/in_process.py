@@ -43,7 +43,7 @@ def _producer(request: GenerateRequest, engine: Engine, encoder: Encoder) -> Pro
                 answers = tuple(
                     GeneratedAnswer(
                         one.text, len(one.token_ids), one.finish,
-                        tuple(zip(encoder.pieces(one.token_ids), (round(v, 4) for v in one.logprobs), strict=True))
+                        tuple(zip(encoder.pieces(one.token_ids), one.logprobs.round(4).tolist(), strict=True))
                         if request.logprobs else (),
                     )
                     for one in reply

@@ -55,7 +55,7 @@ def predict(
         if samples:
             drawn = engine.generate(requests, SamplingParams(samples, max_tokens, temperature=1.0))
         answers = [(*best, *others) for best, others in zip(greedy, drawn, strict=True)]
-        asked = [(one.text, task) for task, own in zip(some, answers, strict=True) for one in own]
+        asked = [(one, task) for task, own in zip(some, answers, strict=True) for one in own]
         scores = iter(graders.grade_many(asked))
         for task, own in zip(some, answers, strict=True):
             detailed_row = len(predictions) < detailed
@@ -67,7 +67,7 @@ def predict(
 
 def _answer(answer: Answer, encoder: Encoder, detailed: bool) -> GeneratedAnswer:
     ids = answer.token_ids
-    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs, strict=True)) if detailed else ()
+    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs.tolist(), strict=True)) if detailed else ()
     return GeneratedAnswer(answer.text, len(ids), answer.finish, pieces)
 
 

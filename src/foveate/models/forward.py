@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.models.attention.kernels import KeyValueCache, SequenceParallelAttention
-from foveate.models.logprobs import chunked_logprobs
+from foveate.models.logprobs import LOGP_ENTROPY, Term, chunked_terms
 from foveate.models.policy import Policy
 from foveate.records import Batch
 
@@ -18,11 +18,11 @@ from foveate.records import Batch
 def embed(
     policy: Policy, batch: Batch, split: SequenceParallelAttention | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And what
-    the language model is to be told besides: features that enter behind its first layers, and where.
+    """Input embeddings (T, D): token embeddings, with image features at the slots; each image is encoded once. And
+    the language model's further inputs: features that enter behind its first layers, and where.
 
-    Features beyond those of the slots are of a blank, which keeps the ranks of a sharded model in step: they enter
-    with weight 0, so that the vision tower is in the graph."""
+    Features beyond those of the slots are of a dummy image, which keeps the ranks of a sharded model in step: they
+    enter with weight 0, so that the vision tower is in the graph."""
     language: Any = policy.part("language")
     embeddings = language.get_input_embeddings()(batch.token_ids_T)
     if batch.pixels is None:
@@ -62,14 +62,20 @@ def hidden_states(
 
 def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (M,) of the trained tokens, under softmax(logits / temperature)."""
+    logp_M, entropy_M = token_terms(policy, batch, LOGP_ENTROPY, temperature)
+    return logp_M, entropy_M
+
+
+def token_terms(policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float = 1.0) -> tuple[Tensor, ...]:
+    """The `terms` of `foveate.models.logprobs.chunked_terms`, each (M,), of the trained tokens."""
     hidden = hidden_states(policy, batch)
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
-    return chunked_logprobs(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature)
+    return chunked_terms(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature, terms)
 
 
 def token_values(policy: Policy, batch: Batch) -> Tensor:
-    """What a head of one number says before each trained token: (M,)."""
+    """The output of a head of one number before each trained token: (M,)."""
     return policy.part("head")(hidden_states(policy, batch)[batch.source_M])[:, 0]
 
 

@@ -1,6 +1,6 @@
 """Low-rank adapters through peft: put in after loading, merged into the weights when the model is saved.
 
-LoRA (arXiv 2106.09685): a linear layer W learns as W + alpha / rank * B A, with B = 0 at the start.
+LoRA (arXiv 2106.09685): a linear layer W becomes W + alpha / rank * B A, with B = 0 at the start.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from foveate.models.sharded import put
 
 _ADAPTER = "default"  # what peft calls one that has no name
 _WITHOUT_TARGETS = ("vision", "language")
-"""The parts whose linear layers get adapters when no targets are named; the projector is small and learns whole."""
+"""The parts whose linear layers get adapters when no targets are named; the projector is small and trains in full."""
 
 
 def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str]) -> None:
-    """Put adapters into linear layers of the parts `modules`, and say what learns: a part with adapters by these alone
-    (the head with the language model), a part without whole. Experts of mixture models are no linear layers
+    """Put adapters into linear layers of the parts `modules`, and say what trains: in a part with adapters these alone
+    (the head belongs to the language model here), else the part in full. Experts of mixture models are no linear layers
     and get none.
 
     Raises ConfigError where peft is missing, and for a target that no linear layer of these parts is called.
@@ -33,7 +33,8 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("model.lora needs peft; install it by: pip install 'foveate[lora]'") from error
-    linear = {name: part for name, part in _linear_layers(policy) if part in modules}
+    layers = [name for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)]
+    linear = {name: part for name in layers if (part := part_of(policy.family, name)) in modules}
     called = {name.rpartition(".")[2] for name in linear}
     unknown = [target for target in settings.targets or () if target not in called]
     if unknown:
@@ -45,7 +46,7 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         chosen = [name for name, part in linear.items() if part in _WITHOUT_TARGETS]
     else:
         chosen = [name for name in linear if name.rpartition(".")[2] in settings.targets]
-    learning = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
     )
@@ -55,7 +56,7 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
     adapted = {linear[name] for name in chosen}
     adapted |= {"head"} if "language" in adapted else set()
     for name, parameter in policy.model.named_parameters():
-        if name in learning and part_of(policy.family, name) not in adapted:
+        if name in trained and part_of(policy.family, name) not in adapted:
             parameter.requires_grad_(True)
 
 
@@ -70,21 +71,15 @@ def reset_adapters(model: nn.Module) -> None:
         second.zero_()
 
 
-def _linear_layers(policy: Policy) -> Iterator[tuple[str, str]]:
-    for name, module in policy.model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, part_of(policy.family, name)
-
-
-def learns_by_adapters_alone(model: nn.Module) -> bool:
+def trains_adapters_only(model: nn.Module) -> bool:
     """Whether the model with its adapters off is what it was before training."""
-    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return bool(learning) and all(".lora_" in name for name in learning)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(".lora_" in name for name in trained)
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it learned by adapters: they count 0 times. (peft's own switch also says of their
+    """The model as it was before its adapters trained: they count 0 times. (peft's own switch also says of their
     weights that they need no gradient, which FSDP takes over for good.)"""
     layers = _adapted(model)
     for layer in layers.values():
@@ -97,7 +92,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of the model without adapters, with what the adapters learned added to them."""
+    """The weights under the names of the model without adapters, with the adapters merged into them."""
     layers = _adapted(model)
     state = {}
     for name, tensor in model.state_dict().items():

@@ -15,24 +15,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    InternVLForConditionalGeneration,
-    PreTrainedTokenizerBase,
-)
+from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
 
 from foveate.config.base import has_gpu
+from foveate.encoding.family import Family
 from foveate.errors import DataError
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.checkpoint.configs import with_dtype
-from foveate.models.checkpoint.convert import write_hf_weights_as, write_json, write_other_files
-from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit, unreadable
+from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
+from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.quiet import quiet_transformers
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
-from foveate.models.families.internvl import Family, InternVL
+from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
 from foveate.models.sizes import meta_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,45 +67,45 @@ class Policy:
 
 
 def best_place() -> dict[str, str]:
-    """Where and in which type a model computes that only answers, if nobody says so: arguments of `load_policy`."""
+    """Device and dtype by default for a model that only answers: arguments of `load_policy`."""
     return {"device": "cuda", "dtype": "bfloat16"} if has_gpu() else {"device": "cpu", "dtype": "float32"}
 
 
 def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", device: str = "cpu") -> Policy:
     """Load a model folder of any family and layout, in evaluation mode.
 
-    Raises DataError for anything that is not one, or not whole; what can be told from the small files and from the
-    headers of the weights is told before the weights are read. No code that comes with a checkpoint is run.
+    Raises DataError for anything that is not one, or incomplete; errors in the small files and in the headers of the
+    weights are found before the weights are read. No code that comes with a checkpoint is run.
     """
     found = inspect_model_folder(path)
     keep_float32(device)
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
-        model = _read_internvl(found, options) if isinstance(found.family, InternVL) else _read(found, options)
+        model = _read_mapped(found, options) if found.family.github_type else _read(found, options)
     return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
 
 
 def keep_float32(device: str) -> None:
-    """On a GPU, the convolution that cuts pictures would have 10 bits in float32, by PyTorch's default."""
+    """On a GPU, the convolution that cuts images into patches would have 10 bits in float32, by PyTorch's default."""
     if torch.device(device).type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
 
 
 def model_options(found: ModelFolder, attention: str, dtype: str) -> dict[str, Any]:
-    """What transformers is told of a model that it makes."""
+    """The arguments by which transformers makes a model."""
     kernels: Any = KERNELS[attention]
-    if found.family.unit:
+    if "vision" in found.family.parts:
         kernels = {"text_config": kernels, "vision_config": "sdpa"}
     return {"config": found.config, "dtype": DTYPES[dtype], "attn_implementation": kernels}
 
 
 def load_on_meta(path: str) -> Policy:
     """A checkpoint as `load_policy` finds it, with the same checks, but with its weights on the meta device: shapes
-    without memory. Of InternVL nothing but headers is read. The other families need accelerate for that, and are loaded
-    where it is missing. Raises DataError as `load_policy` does."""
+    without memory. Where foveate maps the layouts (InternVL), only headers are read. The other families need accelerate
+    for that, and are loaded where it is missing. Raises DataError as `load_policy` does."""
     found = inspect_model_folder(path)
     with load_errors(found.folder), quiet_transformers():
-        if isinstance(found.family, InternVL):
+        if found.family.github_type:
             hf_tensors(found.folder, found.format, found.config)
             model: Any = meta_model(found.config)
         else:
@@ -121,14 +116,15 @@ def load_on_meta(path: str) -> Policy:
 
 @contextmanager
 def load_errors(folder: Path) -> Iterator[None]:
-    """Whatever a folder of weights is refused for, as a DataError about it."""
+    """Turns every refusal of a folder of weights into a DataError about it."""
     try:
         yield
     except _UNREADABLE as error:
         raise error if isinstance(error, DataError) else unreadable(folder, error) from error
 
 
-def _read_internvl(found: ModelFolder, options: dict[str, Any]) -> Any:
+def _read_mapped(found: ModelFolder, options: dict[str, Any]) -> Any:
+    """A model whose layouts foveate maps itself, which are those of InternVL."""
     hf_tensors(found.folder, found.format, found.config)
     in_memory = found.format == "chat"
     return InternVLForConditionalGeneration.from_pretrained(
@@ -140,8 +136,8 @@ def _read_internvl(found: ModelFolder, options: dict[str, Any]) -> Any:
 
 def _read(found: ModelFolder, options: dict[str, Any]) -> Any:
     """A model whose layouts transformers knows itself."""
-    held = read_headers(weight_files(found.folder))  # a file that is cut off is told here, by its name
-    auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
+    held = read_headers(weight_files(found.folder))  # a truncated file is reported here, by its name
+    auto = found.family.auto_class
     with torch.device("meta"):
         wanted = sum(parameter.numel() for parameter in auto.from_config(found.config).parameters())
     if wanted > 2 * sum(math.prod(tensor.shape) for tensor in held.values()):  # transformers would make up the rest
@@ -217,9 +213,8 @@ def _without_tied_head(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor
 
 def _turned_as_stored(policy: Policy, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     """The weights with the matrices of experts transposed where the folder that the model came from has them so, or
-    None where it does not. Released Qwen3-VL mixtures store them as (expert, in, out), which transformers 5 turns as it
-    loads and does not turn back."""
-    if policy.family.name != "qwen3_vl_moe":
+    None where it does not: transformers 5 turns them as it loads and does not turn them back."""
+    if not policy.family.transposed_experts:
         return None
     stored = read_headers(weight_files(policy.folder))
     state = dict(policy.model.state_dict() if state is None else state)

@@ -1,7 +1,7 @@
-"""Models without memory, and their weights read from disk into whatever share of them this process holds.
+"""Models without memory, and their weights read from disk into the share of them that this process holds.
 
-One tensor is in memory at a time, and of a tensor that is stored as it is held and cut by rows only these rows; a
-tensor that transformers joins from many, such as the experts of a layer, is joined and cut.
+One tensor is in memory at a time, and only the rows of this rank where a tensor is stored as it is held and sharded by
+rows; a tensor that transformers joins from many, such as the experts of a layer, is joined and then sharded.
 """
 
 from __future__ import annotations
@@ -9,47 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import hf_tensors, require_fit
 from foveate.models.checkpoint.inspect import inspect_model_folder
-from foveate.models.checkpoint.quiet import quiet_transformers
-from foveate.models.checkpoint.safetensors_io import Stored, read_headers, weight_files
-from foveate.models.families.internvl import InternVL
+from foveate.models.checkpoint.safetensors_io import Stored, read_headers, read_tensor, weight_files
+from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.policy import Policy, keep_float32, load_errors, model_options
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -> Policy:
-    """The policy of a model folder on the meta device, to be cut, allocated and filled. Raises DataError as
+    """The policy of a model folder on the meta device, to be sharded, allocated and loaded. Raises DataError as
     `load_policy` does, and for weights that are quantised."""
     found = inspect_model_folder(path)
     if "quantization_config" in found.config.to_dict():
         raise DataError(f"{found.folder}: the weights are quantised; several ranks read weights that are not")
-    auto: Any = AutoModelForImageTextToText if found.family.unit else AutoModelForCausalLM
     options = model_options(found, attention, dtype)
     with load_errors(found.folder), quiet_transformers(), torch.device("meta"):
-        model = auto.from_config(**options)
+        model = found.family.auto_class.from_config(**options)
     return Policy(model.eval(), found.tokenizer, found.family, found.folder, found.format)
 
 
 def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None = None) -> None:
-    """Give memory to a hollow policy, cut or whole, whose modules are those of `root`. Its weights are arbitrary; what
-    follows from the configuration is computed. `computing`: where buffers are to be, if not on the `device` on which
-    the weights rest."""
+    """Give memory to a policy on the meta device, sharded or not, whose modules are those of `root`. Its weights are
+    arbitrary; buffers that follow from the configuration are computed. `computing`: where buffers are to be, if not on
+    the `device` on which the weights rest."""
     keep_float32(computing or device)
     root.to_empty(device=device)
     model: Any = policy.model
@@ -82,24 +74,20 @@ def load_sharded(policy: Policy, without: Sequence[str] = ()) -> None:
 
 
 def put(target: Tensor, value: Tensor | Stored) -> None:
-    """Copy a whole tensor, or one on disk, into one that may be cut over ranks."""
+    """Copy a full tensor, or one on disk, into one that may be sharded over ranks."""
     if tuple(value.shape) != tuple(target.shape):
         raise ValueError(f"shape {tuple(value.shape)} where config.json asks for {tuple(target.shape)}")
-    if not isinstance(target, DTensor):
-        target.copy_(read(value) if isinstance(value, Stored) else value)
-        return
-    rows = _rows(target) if isinstance(value, Stored) else None
-    if rows is not None:
-        assert isinstance(value, Stored)
-        target.to_local().copy_(read(value, rows))
-        return
-    whole = read(value) if isinstance(value, Stored) else value
-    cut = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(cut.to_local())
+    rows = _rows(target) if isinstance(target, DTensor) and isinstance(value, Stored) else None
+    found = read_tensor(value, rows) if isinstance(value, Stored) else value
+    if isinstance(target, DTensor):
+        if rows is None:
+            found = distribute_tensor(found, target.device_mesh, target.placements, src_data_rank=None).to_local()
+        target = target.to_local()
+    target.copy_(found)
 
 
 def _rows(target: DTensor) -> slice | None:
-    """The rows that this rank holds of a tensor that is cut by rows alone."""
+    """The rows that this rank holds of a tensor that is sharded by rows alone, else None."""
     kinds = [placement for placement in target.placements if not isinstance(placement, Replicate)]
     if kinds != [Shard(0)]:
         return None
@@ -109,36 +97,8 @@ def _rows(target: DTensor) -> slice | None:
     return slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 0)
 
 
-def read(stored: Stored, rows: slice | None = None) -> Tensor:
-    """A tensor from disk, or some rows of one that is in one piece."""
-    if stored.dtype not in _DTYPES:
-        raise ValueError(f"dtype {stored.dtype}, which is none of {', '.join(_DTYPES)}")
-    shape, pieces = stored.shape, [(piece.file, piece.start, piece.size) for piece in stored.pieces]
-    if rows is not None:
-        [piece] = stored.pieces
-        row = piece.size // stored.shape[0]
-        shape = (rows.stop - rows.start, *stored.shape[1:])
-        pieces = [(piece.file, piece.start + rows.start * row, shape[0] * row)]
-    found = torch.empty(sum(size for *_, size in pieces), dtype=torch.uint8)
-    into = memoryview(found.numpy())  # pyright: ignore[reportArgumentType]
-    for file, start, size in pieces:
-        _read_into(file, start, into[:size])
-        into = into[size:]
-    return found.view(_DTYPES[stored.dtype]).view(shape)
-
-
-def _read_into(file: Path, start: int, into: memoryview) -> None:
-    with open(file, "rb", buffering=0) as source:
-        source.seek(start)
-        while into:
-            count = source.readinto(into)
-            if not count:
-                raise DataError(f"{file}: became shorter while it was read; copy or download it again")
-            into = into[count:]
-
-
 def _targets(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint fills, by the names without adapters."""
+    """The tensors that a checkpoint fills, by their names without adapters."""
     state = model.state_dict(keep_vars=True)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
@@ -148,7 +108,7 @@ def _values(
 ) -> Iterator[tuple[str, Tensor | Stored]]:
     """The tensors of a checkpoint by the names of the model, joined as transformers joins them."""
     model: Any = policy.model
-    if isinstance(policy.family, InternVL):
+    if policy.family.github_type:
         stored = hf_tensors(policy.folder, policy.format, model.config)
     else:
         stored = read_headers(weight_files(policy.folder))
@@ -158,24 +118,24 @@ def _values(
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     known: Any = {**targets, **dict.fromkeys(without, 0)}
     joined: dict[str, WeightConverter] = {}
-    strange = []
+    unknown = []
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = name, None
         if target not in known:
-            strange.append(name)
+            unknown.append(name)
         elif pattern is not None:
             dtype = targets[target].dtype
             one = joined.setdefault(target, deepcopy(by_pattern[pattern]))
             one.add_tensor(target, name, pattern, partial(_read_as, stored[name], dtype))  # pyright: ignore[reportArgumentType]
         elif target not in without:
             yield target, stored[name]
-    require_fit(policy.folder, "also hold", strange)
+    require_fit(policy.folder, "also hold", unknown)
     for target in list(joined):
         for name, value in joined.pop(target).convert(target, model=model, config=model.config).items():
             yield name, value[0] if isinstance(value, list) else value
 
 
 def _read_as(stored: Stored, dtype: torch.dtype) -> Tensor:
-    return read(stored).to(dtype)
+    return read_tensor(stored).to(dtype)

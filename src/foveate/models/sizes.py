@@ -51,7 +51,7 @@ _GPT_OSS_20B = {
     "num_experts_per_tok": 4, "vocab_size": 201088, "sliding_window": 128, "tie_word_embeddings": False,
 }  # fmt: skip
 
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+PUBLISHED_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1B": (_VISION_300M, _qwen3(1024, 28, 16, 3072)),
     "2B": (_VISION_300M, _qwen3(2048, 28, 16, 6144)),
     "4B": (_VISION_300M, _qwen3(2560, 36, 32, 9728)),
@@ -66,8 +66,8 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def published_config(size: str) -> InternVLConfig:
-    """The configuration of a published size, a key of `SIZES`."""
-    vision, text = SIZES[size]
+    """The configuration of a published size, a key of `PUBLISHED_SIZES`."""
+    vision, text = PUBLISHED_SIZES[size]
     return InternVLConfig(
         vision_config=dict(vision), text_config=dict(text), image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
     )

@@ -23,8 +23,7 @@ from transformers import (
 from foveate.datasets.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
 from foveate.encoding.chat import CORRECTED_TEMPLATE
 from foveate.models.checkpoint.configs import tile_preprocessor
-from foveate.models.checkpoint.convert import write_json
-from foveate.models.checkpoint.quiet import quiet_transformers
+from foveate.models.checkpoint.small_files import quiet_transformers, write_json
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
@@ -156,7 +155,7 @@ def build_tiny(folder: Path, size: TinySize | None = None, *, seed: int = 0, pad
 
 def retile(source: Path, folder: Path, tile: int, max_tiles: int) -> Path:
     """Write the model of a Hugging Face folder for image tiles of another size, its weights otherwise the same: the
-    positions of the vision tower are interpolated (bicubic), as InternViT does for larger pictures."""
+    positions of the vision tower are interpolated (bicubic), as InternViT does for larger images."""
     config: Any = InternVLConfig.from_pretrained(source)
     patch = config.vision_config.patch_size[0]
     config.vision_config.image_size = [tile, tile]

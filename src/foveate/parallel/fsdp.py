@@ -6,6 +6,7 @@ without images beside others with them needs a blank (`foveate.parallel.packing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -20,9 +21,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from foveate.config.cluster import ClusterSettings
 from foveate.models.attention.kernels import keep_from_compiler
-from foveate.models.forward import token_logprobs, token_values
+from foveate.models.forward import token_terms, token_values
+from foveate.models.logprobs import LOGP_ENTROPY, Term
 from foveate.models.policy import DTYPES, Policy
-from foveate.parallel.ulysses import token_logprobs_split, token_values_split
+from foveate.parallel.ulysses import token_terms_split, token_values_split
 from foveate.records import Batch
 
 
@@ -41,19 +43,21 @@ class _OfPolicy(nn.Module):
 
 
 class LogProbs(_OfPolicy):
-    """`token_logprobs` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
+    """`token_terms` of a policy as the forward of one module, because FSDP gathers weights around a forward: also
     those that belong to no block (the head, whose logits are never whole, and the embedding)."""
 
-    def forward(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (M,) of the trained tokens of this rank's batch."""
+    def forward(
+        self, batch: Batch, temperature: float = 1.0, terms: Sequence[Term] = LOGP_ENTROPY
+    ) -> tuple[Tensor, ...]:
+        """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch."""
         if self.sequence is not None:
-            return token_logprobs_split(self.policy, batch, temperature, self.sequence)
+            return token_terms_split(self.policy, batch, terms, temperature, self.sequence)
         with _computing_in(self.autocast, self.policy):
-            return token_logprobs(self.policy, batch, temperature)
+            return token_terms(self.policy, batch, terms, temperature)
 
 
 class Values(_OfPolicy):
-    """`token_values` of a critic, as `LogProbs` is `token_logprobs` of a policy."""
+    """`token_values` of a critic, as `LogProbs` is `token_terms` of a policy."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Values (M,) before the trained tokens of this rank's batch."""

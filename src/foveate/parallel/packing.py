@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foveate.models.families.internvl import DummyImage
+from foveate.encoding.family import DummyImage
 from foveate.records import Answer, Batch, Forest, ImageSlot, PackedGroup, Prompt
 
 

@@ -2,7 +2,7 @@
 
 Each rank holds an equal run of the row's tokens in every layer. For attention they exchange: a rank gives away its
 tokens' other heads and gets all tokens of its own heads, so that the kernels see the whole forest and know nothing of
-ranks. Images are dealt out as whole tiles (whole pictures, in families that see them whole), and their features are
+ranks. Images are shared out as whole tiles (whole images, in families that do not tile them), and their features are
 gathered. Every rank ends with the log-probs of all trained tokens, and computes the same loss; in backward each carries
 the gradient of its own tokens alone, so that gradients are added over ranks.
 """
@@ -19,22 +19,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
+from foveate.encoding.family import Features
 from foveate.errors import ConfigError
 from foveate.models.attention.kernels import AttentionOptions
-from foveate.models.families.internvl import Features
 from foveate.models.forward import hidden_states
-from foveate.models.logprobs import chunked_logprobs
+from foveate.models.logprobs import Divergence, Term, chunked_terms
 from foveate.models.policy import Policy
 from foveate.records import Batch, Forest
-
-Group = dist.ProcessGroup
 
 
 def check_heads(policy: Policy, ranks: int) -> None:
     """Raise ConfigError unless the attention heads of the language model can be shared out evenly."""
     config: Any = policy.model.config
-    heads = (config.text_config if policy.family.unit else config).num_attention_heads
+    heads = config.get_text_config().num_attention_heads
     if heads % ranks:
         allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise ConfigError(
@@ -43,52 +42,54 @@ def check_heads(policy: Policy, ranks: int) -> None:
         )
 
 
-def token_logprobs_split(policy: Policy, batch: Batch, temperature: float, group: Group) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` of one row on all ranks of `group`, which call it together with the same batch."""
+def token_terms_split(
+    policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float, group: ProcessGroup
+) -> tuple[Tensor, ...]:
+    """`token_terms` of one row on all ranks of `group`, which call it together with the same batch and terms."""
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
-    both = _of_trained(
-        policy,
-        batch,
-        group,
-        lambda hidden, target: torch.stack(chunked_logprobs(hidden, weight, target, temperature), -1),
-    )
-    return both[:, 0], both[:, 1]
+
+    def head(hidden: Tensor, trained: Tensor) -> Tensor:
+        own = [term.rows(trained) if isinstance(term, Divergence) else term for term in terms]
+        target = batch.token_ids_T[batch.target_M[trained]]
+        return torch.stack(chunked_terms(hidden, weight, target, temperature, own), -1)
+
+    return _of_trained(policy, batch, group, head).unbind(-1)
 
 
-def token_values_split(policy: Policy, batch: Batch, group: Group) -> Tensor:
+def token_values_split(policy: Policy, batch: Batch, group: ProcessGroup) -> Tensor:
     """`token_values` of one row on all ranks of `group`, which call it together with the same batch."""
     return _of_trained(policy, batch, group, lambda hidden, _: policy.part("head")(hidden))[:, 0]
 
 
-def _of_trained(policy: Policy, batch: Batch, group: Group, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What `head` says of hidden states (m, D) and their targets (m,), for all trained tokens of the row: (M, ...)."""
-    part = Part.of(batch, policy, group)
+def _of_trained(policy: Policy, batch: Batch, group: ProcessGroup, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The output of `head` for all trained tokens of the row: (M, ...). It is given hidden states (m, D), and the
+    indices (m,) of the trained tokens that they predict."""
+    part = RowShare.of(batch, policy, group)
     hidden = hidden_states(policy, part.batch, split=part)
-    target = batch.token_ids_T[batch.target_M[part.trained[part.rank]]]
-    own = head(hidden[part.batch.source_M], target)
+    own = head(hidden[part.batch.source_M], part.trained[part.rank])
     everything = _gathered(own, [len(one) for one in part.trained], group, is_shared=True)
     return everything[torch.cat(part.trained).argsort()]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one rank computes of a row that a group of ranks shares.
+class RowShare:
+    """One rank's part of a row that a group of ranks shares.
 
-    batch: its own tokens with the layout of the whole row, its own tiles, and the slots of its own image tokens.
+    batch: its own tokens with the forest of the whole row, its own tiles, and the slots of its own image tokens.
     features: the indices of its own image tokens among all of the row; shares: how many image tokens each rank's tiles
     give; trained: for each rank, which of the M trained tokens it predicts.
     """
 
     batch: Batch
-    group: Group
+    group: ProcessGroup
     rank: int
     features: Tensor
     shares: list[int]
     trained: list[Tensor]
 
     @classmethod
-    def of(cls, batch: Batch, policy: Policy, group: Group) -> Part:
+    def of(cls, batch: Batch, policy: Policy, group: ProcessGroup) -> RowShare:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         slots = len(batch.slot_index)
         batch = _padded(batch, ranks)
@@ -97,7 +98,7 @@ class Part:
         mine = (batch.slot_index // size == rank).nonzero()[:, 0]
         owner_M = batch.source_M // size
         trained = [(owner_M == one).nonzero()[:, 0] for one in range(ranks)]
-        pixels, grids, shares = _dealt(batch, slots, policy, rank, ranks)
+        pixels, grids, shares = _shared_images(batch, slots, policy, rank, ranks)
         part = replace(
             batch,
             token_ids_T=batch.token_ids_T[own],
@@ -112,7 +113,7 @@ class Part:
 
     def see(self, policy: Policy) -> Features:
         """The features of this rank's image tokens, from tiles that all ranks have encoded; and behind them those of
-        a blank, where this rank had no tile to encode."""
+        a dummy image, where this rank had no tile to encode."""
         assert self.batch.pixels is not None
         seen = policy.family.features(policy.model, self.batch.pixels, self.batch.grids)
 
@@ -147,7 +148,7 @@ class Part:
 
 
 def _padded(batch: Batch, ranks: int) -> Batch:
-    """The row, made a multiple of `ranks` long by a tree of its own that nothing sees."""
+    """The row, made a multiple of `ranks` long by a root that nothing else sees."""
     forest, more = batch.forest, -batch.forest.tokens % ranks
     if not more:
         return batch
@@ -155,15 +156,21 @@ def _padded(batch: Batch, ranks: int) -> Batch:
         batch,
         token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
         position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
-        forest=Forest((*forest.start, forest.tokens), (*forest.length, more), (*forest.parent, -1)),
+        forest=Forest(
+            (*forest.start, forest.tokens),
+            (*forest.length, more),
+            (*forest.parent, -1),
+            (*forest.bidirectional, False),
+        ),
     )
 
 
-def _dealt(
+def _shared_images(
     batch: Batch, slots: int, policy: Policy, rank: int, ranks: int
 ) -> tuple[Tensor | None, tuple[tuple[int, int], ...], list[int]]:
     """The pixels and grids of this rank, and how many image tokens the pixels of each rank give. Tiles, or whole
-    pictures, go in runs of about equal tokens; a rank that gets none encodes a blank, so that all make the same calls.
+    images, go in runs of about equal tokens; a rank that gets none encodes a dummy image, so that all make the same
+    calls.
     """
     dummy_image = policy.family.dummy_image
     if dummy_image is None:
@@ -171,10 +178,10 @@ def _dealt(
     pixels = batch.pixels
     if pixels is None or batch.dummy_image:
         return dummy_image.pixels.to(batch.token_ids_T.device), dummy_image.grids, [0] * ranks
-    pictures = [rows * columns for rows, columns in batch.grids]
-    if pictures:
-        entries = len(pixels) // sum(pictures)
-        tokens, units = pictures, [count * entries for count in pictures]
+    image_tokens = [rows * columns for rows, columns in batch.grids]
+    if image_tokens:
+        entries = len(pixels) // sum(image_tokens)
+        tokens, units = image_tokens, [count * entries for count in image_tokens]
     else:
         tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
     middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]
@@ -191,7 +198,7 @@ class _Exchange(torch.autograd.Function):
     """(H, T / n, d) on each of n ranks to (H / n, T, d), or back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group, to_heads: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, group: ProcessGroup, to_heads: bool) -> Tensor:
         ctx.group, ctx.to_heads = group, to_heads
         return _exchanged(rows, group, to_heads)
 
@@ -201,7 +208,7 @@ class _Exchange(torch.autograd.Function):
         return _exchanged(grads[0], ctx.group, not ctx.to_heads), None, None
 
 
-def _exchanged(rows: Tensor, group: Group, to_heads: bool) -> Tensor:
+def _exchanged(rows: Tensor, group: ProcessGroup, to_heads: bool) -> Tensor:
     ranks = dist.get_world_size(group)
     sent = torch.stack(rows.chunk(ranks, 0 if to_heads else 1))
     received = torch.empty_like(sent)
@@ -209,7 +216,7 @@ def _exchanged(rows: Tensor, group: Group, to_heads: bool) -> Tensor:
     return torch.cat(received.unbind(), 1 if to_heads else 0)
 
 
-def _gathered(values: Tensor, counts: Sequence[int], group: Group, *, is_shared: bool) -> Tensor:
+def _gathered(values: Tensor, counts: Sequence[int], group: ProcessGroup, *, is_shared: bool) -> Tensor:
     """The rows of all ranks in their order, `counts` of each. is_shared: every rank makes the same use of the result,
     so that the gradient of its own rows is whole on each; otherwise the gradients of the ranks are added."""
     return _Gathered.apply(values, tuple(counts), group, is_shared)
@@ -217,7 +224,7 @@ def _gathered(values: Tensor, counts: Sequence[int], group: Group, *, is_shared:
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, counts: tuple[int, ...], group: Group, is_shared: bool) -> Tensor:
+    def forward(ctx: Any, values: Tensor, counts: tuple[int, ...], group: ProcessGroup, is_shared: bool) -> Tensor:
         ctx.counts, ctx.group, ctx.is_shared = counts, group, is_shared
         longest = max(counts)
         filled = torch.cat([values, values.new_zeros(longest - len(values), *values.shape[1:])])

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,14 +13,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import ConfigError
-from foveate.models.families.internvl import InternVL
-from foveate.models.policy import Policy
-from foveate.models.sizes import meta_model
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.plan.hardware import Machines
 from foveate.plan.memory import Memory, memory_of
 from foveate.plan.time import Seconds, seconds_of
+from foveate.plan.trace import traced_policy
 from foveate.plan.workload import Workload
+from foveate.train.optim import check_optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,7 @@ class Plan:
 def plan(work: Workload, machines: Machines) -> Plan:
     """The plan of a recipe on `machines`, which stand in the place of those that it names."""
     work = replace(work, cluster=on_machines(work.cluster, machines))
+    check_optimizer(work.optim, work.cluster)
     trainers = replace(machines, nodes=work.cluster.nodes, per_node=work.cluster.gpus_per_node)
     memory = memory_of(work)
     better = None if memory.fits(machines) else next(_better(work, trainers), None)
@@ -66,7 +65,7 @@ def on_machines(cluster: ClusterSettings, machines: Machines) -> ClusterSettings
     if rest <= 0 or rest % machines.nodes:
         raise ConfigError(
             f"--gpus {machines.nodes}x{machines.per_node}x{machines.name}: cluster.engines={cluster.engines} with "
-            f"cluster.engine_tensor_parallel={cluster.engine_tensor_parallel} leaves {rest} GPUs to learn on, which "
+            f"cluster.engine_tensor_parallel={cluster.engine_tensor_parallel} leaves {rest} GPUs to train on, which "
             f"must be at least 1 and equally many on each of {machines.nodes} machines"
         )
     values = {**cluster.model_dump(), "nodes": machines.nodes, "gpus_per_node": per_node}
@@ -78,8 +77,8 @@ def on_machines(cluster: ClusterSettings, machines: Machines) -> ClusterSettings
 def _largest(work: Workload, machines: Machines, memory: Memory) -> int:
     """On the line through the memory of this micro-batch and of one half as long."""
     half = memory_of(replace(work, budget=max(2, work.budget // 2)))
-    slope = (memory.learning - half.learning) / max(1, work.budget - work.budget // 2)
-    room = machines.usable - memory.learning
+    slope = (memory.training - half.training) / max(1, work.budget - work.budget // 2)
+    room = machines.usable - memory.training
     if slope <= 0:
         return work.budget if room >= 0 else 0
     return max(0, int(work.budget + room / slope))
@@ -98,12 +97,9 @@ def _better(work: Workload, machines: Machines) -> Iterator[Workload]:
     row = work.budget * work.cluster.sequence_parallel
     for shard_over, again, offload, parts, tensor in product(shards, (False, True), (False, True), split, joined):
         changed = {
-            "shard": shard_over,
-            "offload": offload,
-            "sequence_parallel": parts,
-            "engine_tensor_parallel": tensor,
+            "shard": shard_over, "offload": offload, "sequence_parallel": parts, "engine_tensor_parallel": tensor,
             "engines": answering // tensor,
-        }
+        }  # fmt: skip
         cluster = ClusterSettings.model_validate({**work.cluster.model_dump(), **changed})
         other = replace(work, cluster=cluster, checkpointing=again, budget=-(-row // parts))
         memory = memory_of(other)
@@ -117,14 +113,12 @@ def built_share(work: Workload) -> float:
     weights of the first rank over the mean; above 1 where something does not divide evenly."""
     if work.cluster.ranks == 1:
         return 1.0
-    model: Any = meta_model(work.config)
-    tokenizer: Any = None
-    family = InternVL(0, (), (), 0, 0, 0, (), ())
+    policy = traced_policy(work.config, work.dtype, "auto")
     dist.init_process_group("fake", rank=0, world_size=work.cluster.ranks, store=FakeStore())
     try:
-        policy = Policy(model, tokenizer, family, Path(), "hf")
         shard(LogProbs(policy), mesh_of(work.cluster, "cpu"), work.cluster, checkpointing=work.checkpointing)
-        own = sum(parameter.to_local().numel() for parameter in model.parameters())
-        return own * work.cluster.shards / sum(parameter.numel() for parameter in model.parameters())
+        weights: list[Any] = [*policy.model.parameters()]
+        own = sum(weight.to_local().numel() for weight in weights)
+        return own * work.cluster.shards / sum(weight.numel() for weight in weights)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What GPUs can do, by vendors' data sheets, and how much of it training gets. Other hardware is one more row."""
+"""GPUs by their data sheets, and the share of it that training gets. Other hardware is one more row."""
 
 from __future__ import annotations
 

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
+from foveate.config.train import OptimSettings
+from foveate.models.policy import freeze_except
 from foveate.models.sizes import parameter_counts
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
-from foveate.plan.trace import RowShape, StepMemory, step_memory
+from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy
 from foveate.plan.workload import Workload
+from foveate.train.optim import state_bytes
 
 ENGINE_BYTES = 2
 """Of a weight, key or value in an engine of its own: bfloat16."""
@@ -20,8 +23,8 @@ ENGINE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per GPU, on those that learn and those that answer. Where they are the same, an engine keeps weights of its
-    own while they learn, and there are no gradients and activations while they answer."""
+    """Bytes per GPU, on those that train and those that generate. Where they are the same, an engine keeps weights of
+    its own while they train, and there are no gradients and activations while they generate."""
 
     weights: float
     gradients: float
@@ -41,8 +44,8 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def learning(self) -> float:
-        """The most while learning: in a backward pass, or in the optimizer step with its copy of the weights."""
+    def training(self) -> float:
+        """The most while training: in a backward pass, or in the optimizer step with its copy of the weights."""
         epochs = self.gathered + self.activations + self.features + self.chunk
         return self.state + (0 if self.apart else self.engine) + max(epochs, self.scratch)
 
@@ -52,7 +55,7 @@ class Memory:
         return (0 if self.apart else self.weights + self.optimizer) + self.engine + self.keys_values
 
     def fits(self, machines: Machines) -> bool:
-        return max(self.learning, self.generating) <= machines.usable and self.host <= HOST_MEMORY
+        return max(self.training, self.generating) <= machines.usable and self.host <= HOST_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,12 @@ class Sizes:
     root: int
 
 
+def sizes_of(config: Any, train: tuple[str, ...]) -> Sizes:
+    return _sizes(_ByText(config), train)
+
+
 class _ByText:
-    """A configuration that is equal to another by its text, so that what is known of it can be kept."""
+    """A configuration that equals another with the same text, so that results can be cached by it."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -79,10 +86,6 @@ class _ByText:
         return hash(self.text)
 
 
-def sizes_of(config: Any, train: tuple[str, ...]) -> Sizes:
-    return _sizes(_ByText(config), train)
-
-
 @lru_cache(maxsize=256)
 def _sizes(held: _ByText, train: tuple[str, ...]) -> Sizes:
     counts = parameter_counts(held.config)
@@ -90,6 +93,18 @@ def _sizes(held: _ByText, train: tuple[str, ...]) -> Sizes:
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
     return Sizes(sum(counts.values()), sum(counts[part] for part in train), block, root + counts["projector"])
+
+
+def optimizer_bytes(work: Workload) -> int:
+    """The optimizer's state, over all ranks: its first state for the model's shapes."""
+    return _optimizer_bytes(_ByText(work.config), work.trainable, work.dtype, work.optim.model_dump_json())
+
+
+@lru_cache(maxsize=256)
+def _optimizer_bytes(held: _ByText, train: tuple[str, ...], dtype: torch.dtype, optim: str) -> int:
+    policy = traced_policy(held.config, dtype, "auto")
+    freeze_except(policy, train)
+    return state_bytes(policy.model, OptimSettings.model_validate_json(optim))
 
 
 def key_value_bytes(config: Any, itemsize: int) -> int:
@@ -104,7 +119,7 @@ def memory_of(work: Workload) -> Memory:
     stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
-    gradients = sizes.trained * stored / shards
+    gradients, moments = sizes.trained * stored / shards, optimizer_bytes(work) / shards
     gathered = 0.0
     if not spread and computed < stored:  # copies that autocast keeps: of a block alone where it is computed again
         gathered = float(computed * (sizes.root + sizes.block if work.checkpointing else sizes.trained))
@@ -113,17 +128,16 @@ def memory_of(work: Workload) -> Memory:
     if spread and not cluster.reshard:
         gathered += computed * (sizes.total - sizes.root)
     step = activation_memory(work)
-    resident = weights + 3 * gradients
     rest = cluster.offload and spread
     apart = work.generates and cluster.engines > 0
     own = spread or apart or computed != stored or work.overlaps  # the engine has weights of its own
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
     parallel = cluster.engine_tensor_parallel
-    learning = (resident + gradients if rest else 0) + _pixels(work) / cluster.ranks
+    offloaded = (weights + 2 * gradients + moments if rest else 0) + _pixels(work) / cluster.ranks
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
-        optimizer=0 if rest else 2 * gradients,
+        optimizer=0 if rest else moments,
         gathered=gathered,
         activations=step.activations,
         features=step.features,
@@ -131,7 +145,7 @@ def memory_of(work: Workload) -> Memory:
         scratch=0 if rest else gradients,
         engine=sizes.total * ENGINE_BYTES / parallel if own and work.generates else 0,
         keys_values=one_answer / parallel if work.generates else 0,
-        host=max(learning, sizes.total * ENGINE_BYTES / parallel if apart else 0) + 4 * GIB,
+        host=max(offloaded, sizes.total * ENGINE_BYTES / parallel if apart else 0) + 4 * GIB,
         apart=apart,
     )
 
@@ -143,7 +157,7 @@ def _pixels(work: Workload) -> float:
 
 
 def activation_memory(work: Workload) -> StepMemory:
-    """The real step, traced in small depths and carried on to the full ones: every further block adds the same."""
+    """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
     return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.trainable, work.checkpointing, on_gpu)
 

@@ -8,7 +8,7 @@ from foveate.plan.memory import sizes_of
 from foveate.plan.time import in_flight
 
 
-def report(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
     """Memory by part, whether it fits and what to change, time by phase, and the assumptions."""
     work, machines, memory = plan.work, plan.machines, plan.memory
     sizes = sizes_of(work.config, work.trainable)
@@ -38,7 +38,7 @@ def _apart(plan: Plan) -> str:
     cluster = plan.work.cluster
     if not cluster.engines:
         return ""
-    return f", {cluster.ranks} that learn and {cluster.gpus - cluster.ranks} that answer in {cluster.engines} engines"
+    return f", {cluster.ranks} that train and {cluster.gpus - cluster.ranks} that generate in {cluster.engines} engines"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -47,7 +47,7 @@ def _table(plan: Plan) -> list[str]:
         ("weights", memory.weights), ("gradients", memory.gradients), ("optimizer", memory.optimizer),
         ("gathered blocks", memory.gathered), ("activations", memory.activations),
         ("pixels, features", memory.features), ("log-prob chunk", memory.chunk),
-        ("= while learning", memory.learning), ("engine weights", memory.engine),
+        ("= while training", memory.training), ("engine weights", memory.engine),
         ("keys and values", memory.keys_values), ("= while generating", memory.generating),
         (f"host, of {HOST_MEMORY / GIB:.0f} GiB", memory.host),
     ]  # fmt: skip

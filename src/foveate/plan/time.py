@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, HOST_BANDWIDTH, Machines
-from foveate.plan.memory import ENGINE_BYTES, Memory, key_value_bytes, sizes_of
+from foveate.plan.memory import ENGINE_BYTES, Memory, key_value_bytes, optimizer_bytes, sizes_of
 from foveate.plan.workload import Workload
 
 
@@ -22,8 +22,8 @@ class Seconds:
 
     @property
     def step(self) -> float:
-        learn = self.forward + self.update
-        return (max(self.generate, learn) if self.overlaps else self.generate + learn) + self.publish
+        train = self.forward + self.update
+        return (max(self.generate, train) if self.overlaps else self.generate + train) + self.publish
 
 
 def active_parameters(config: Any) -> int:
@@ -66,7 +66,7 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
     vision = pieces * vision_flops(work.config, work.tiles)
     # backward is twice a forward; a checkpointed block is computed once more
     again = 3 + work.checkpointing
-    learned = again * language + (again if "vision" in work.trainable else 1) * vision
+    trained = again * language + (again if "vision" in work.trainable else 1) * vision
     ranks = work.cluster.ranks
     rate = machines.gpu.flops * FLOPS_SHARE * ranks / work.groups
     batches = max(
@@ -77,7 +77,7 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
         forward=work.forwards * max((language + vision) / rate, batches * gather),
-        update=work.epochs * max(learned / rate, batches * 3 * gather) + _optimizer(work, machines),
+        update=work.epochs * max(trained / rate, batches * 3 * gather) + _optimizer(work, machines),
         publish=_publish(work, machines),
         overlaps=work.overlaps,
     )
@@ -92,8 +92,9 @@ def _gather(work: Workload, machines: Machines) -> float:
 
 
 def _optimizer(work: Workload, machines: Machines) -> float:
-    """Weights, gradients and both moments read, three of them written, in each update of a step."""
-    moved = 7 * sizes_of(work.config, work.trainable).trained * work.dtype.itemsize / work.cluster.shards
+    """Weights, gradients and state read, weights and state written, in each update of a step."""
+    trained = sizes_of(work.config, work.trainable).trained * work.dtype.itemsize
+    moved = (3 * trained + 2 * optimizer_bytes(work)) / work.cluster.shards
     speed = HOST_BANDWIDTH if work.cluster.offload else machines.gpu.bandwidth * BANDWIDTH_SHARE
     return work.updates * moved / speed
 

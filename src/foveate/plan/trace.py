@@ -69,7 +69,7 @@ class RowShape:
 class StepMemory:
     """Bytes at the peak of a forward and backward, without weights and accumulated gradients.
 
-    `features`: pixels and image features; `chunk`: what the log-probs take beside their input; `activations`: the rest.
+    `features`: pixels and image features; `chunk`: the log-probs, without their input; `activations`: the rest.
     """
 
     activations: int
@@ -96,7 +96,7 @@ def step_memory(
 
     The gradient of each weight is dropped as soon as it is whole: the plan counts gradients by themselves.
     """
-    policy = _meta_policy(config, dtype, kernel)
+    policy = traced_policy(config, dtype, kernel)
     model: Any = policy.model
     freeze_except(policy, train)
     if checkpointing:
@@ -121,7 +121,7 @@ def step_memory(
 
 
 def _chunk_memory(head: Any, target_M: Tensor, elements: int) -> int:
-    """What log-probs and their backward take beside hidden states and head."""
+    """Memory of log-probs and their backward, without hidden states and head."""
     with StorageCounter([head, target_M]) as counter:
         hidden = torch.empty(len(target_M), head.shape[1], dtype=head.dtype, device="meta", requires_grad=True)
         before = counter.live
@@ -137,7 +137,7 @@ def _drop(parameter: Tensor) -> None:
 def _fused(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """What `sdpa` keeps on a device: on the meta device it would compute all scores."""
+    """Attention that keeps as much as `sdpa` does on a device: on the meta device that would compute all scores."""
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -146,14 +146,13 @@ _FUSED = "foveate_planned"
 AttentionInterface.register(_FUSED, _fused)
 
 
-def _meta_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
+def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
+    """A policy on the meta device."""
     kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
     with torch.device("meta"):
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
-    side = config.vision_config.image_size[0]
-    family = InternVL(config.image_token_id, (), (), side, config.image_seq_length, 12, (), ())
     tokenizer: Any = None
-    return Policy(model.eval(), tokenizer, family, Path(), "hf")
+    return Policy(model.eval(), tokenizer, InternVL.planned(config), Path(), "hf")
 
 
 def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:

@@ -1,4 +1,4 @@
-"""What a recipe asks of machines: a model, and a step's prompts, answers and tiles."""
+"""The work of a recipe: a model, and a step's prompts, answers and tiles."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 
 from foveate.config.cluster import ClusterSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.formats import hf_form, model_config, read_tokenizer
+from foveate.models.checkpoint.formats import hf_form, model_config
 from foveate.models.checkpoint.inspect import resolve_folder
+from foveate.models.checkpoint.small_files import read_tokenizer
 from foveate.models.policy import DTYPES
-from foveate.models.sizes import SIZES, published_config
+from foveate.models.sizes import PUBLISHED_SIZES, published_config
 from foveate.plan.trace import RowShape
 from foveate.train.algorithm import build_algorithm
 
@@ -24,9 +26,9 @@ from foveate.train.algorithm import build_algorithm
 class Workload:
     """`prompt` (image tokens included), `answer` and `tiles` are means of one prompt; `longest` bounds the answer.
 
-    A step has `groups` prompts with `answers` each, learned from in `updates` optimizer steps on micro-batches of
+    A step has `groups` prompts with `answers` each, trained on in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
-    update: old and reference log-probs. `overlaps`: the next answers are generated while these are learned from.
+    update: old and reference log-probs. `overlaps`: the next answers are generated while these are trained on.
     """
 
     config: Any
@@ -34,6 +36,7 @@ class Workload:
     dtype: torch.dtype
     checkpointing: bool
     cluster: ClusterSettings
+    optim: OptimSettings
     budget: int
     steps: int
     groups: int
@@ -60,7 +63,7 @@ class Workload:
 
     @property
     def row(self) -> RowShape:
-        """What one device holds of a full micro-batch, a share of it under sequence parallelism."""
+        """The part of a full micro-batch on one device, a share of it under sequence parallelism."""
         share = self.cluster.sequence_parallel
         tokens = self.budget * share
         prompts = max(1, tokens // (self.prompt + self.answers * self.answer))
@@ -72,7 +75,7 @@ class Workload:
 def workload_of(
     settings: RLSettings | SFTSettings | MPOSettings, prompt: int | None, answer: int | None, tiles: int | None
 ) -> Workload:
-    """The workload of a recipe. None for a mean: 7 tiles (a picture of 4:3 at 640 pixels with its thumbnail has 7 or
+    """The workload of a recipe. None for a mean: 7 tiles (an image of 4:3 at 640 pixels with its thumbnail has 7 or
     13) and 100 tokens of text, or the longest prompt if that is less; an eighth of the longest answer."""
     model, data, train = settings.model, settings.data, settings.train
     config = _config_of(model.path)
@@ -84,7 +87,7 @@ def workload_of(
     common: dict[str, Any] = {
         "config": config, "trainable": model.trainable, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
         "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
-        "prompt": prompt, "tiles": tiles,
+        "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
     if not isinstance(settings, RLSettings):
         longest = max(2, data.max_prompt_tokens - prompt)
@@ -109,10 +112,10 @@ def _config_of(path: str) -> Any:
     if path == "demo" or Path(path).is_dir():
         folder = resolve_folder(path)
         return model_config(folder, hf_form(folder, read_tokenizer(folder)))
-    sizes = sorted((size for size in SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
+    sizes = sorted((size for size in PUBLISHED_SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
     if not sizes:
         raise ConfigError(
             f"model.path {path}: no such folder, and the name is not that of a published size: InternVL3_5- and one of "
-            f"{', '.join(SIZES)}"
+            f"{', '.join(PUBLISHED_SIZES)}"
         )
     return published_config(sizes[-1])

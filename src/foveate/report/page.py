@@ -24,7 +24,7 @@ from rich.text import Text
 
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.files import atomic_write_text
-from foveate.log import print_result, read_metrics
+from foveate.log import read_metrics
 from foveate.records import DataError
 from foveate.report.charts import HEIGHT, LEFT, WIDTH, Chart, Series, chart_metrics, make_chart
 from foveate.report.gallery import gallery_cards, shorten
@@ -120,13 +120,6 @@ def render_report(run_folder: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def write_and_print_report(folder: Path) -> None:
-    """Write the report of a run or evaluation, and print the summary and where the report is."""
-    path = write_report(folder)
-    print_result(terminal_summary(folder))
-    print_result(f"Report: {path}")
 
 
 def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) -> Chart | None:

@@ -1,51 +1,46 @@
-"""Rewards: text and a task in, a score out.
-
-`REWARDS` names the graders, `(text, task, *, settings) -> Score`; keyword-only arguments are their settings. `BUILDERS`
-names those that do work before the first answer, such as loading a file or building other rewards: called with their
-settings alone they return the grader. `CHECKS` names, for the graders that need their ground truth in one form, the
-test of that form: `(task) -> [(field, what)]`, one entry per fault, which validation runs over a whole dataset before
-any model is loaded; `CHECK_BUILDERS` those that are built from settings. What `QUICK` names takes little and bounded
-time, whatever the answer, and may run in the training process itself.
-"""
+"""Rewards: an answer and its task in, a score out. `REWARDS` is the table of the known ones."""
 
 from __future__ import annotations
 
-REWARDS: dict[str, str] = {
-    "grounding": "foveate.rewards.boxes:grounding_reward",
-    "boxes": "foveate.rewards.matching:boxes_reward",
-    "refcoco": "foveate.rewards.refcoco:refcoco",
-    "math": "foveate.rewards.math:math_reward",
-    "geo3k": "foveate.rewards.geo3k:geo3k",
-    "multiple_choice": "foveate.rewards.text:multiple_choice",
-    "exact": "foveate.rewards.text:exact",
-    "format_tags": "foveate.rewards.text:format_tags",
-    "repetition": "foveate.rewards.text:repetition",
-}
+from typing import NamedTuple
 
-BUILDERS: dict[str, str] = {
-    "weighted_sum": "foveate.rewards.combine:weighted_sum",
-    "by_source": "foveate.rewards.combine:by_source",
-    "overlong": "foveate.rewards.text:overlong",
-    "compute_score": "foveate.rewards.custom:compute_score",
-    "judge": "foveate.rewards.remote:judge",
-    "endpoint": "foveate.rewards.remote:endpoint",
-}
+GROUND_TRUTH = "reward_model.ground_truth"
+"""The field of a row that rewards compare answers with."""
 
-CHECKS: dict[str, str] = {
-    "grounding": "foveate.rewards.boxes:check_truth",
-    "refcoco": "foveate.rewards.boxes:check_truth",
-    "boxes": "foveate.rewards.matching:check_truth",
-    "math": "foveate.rewards.text:check_truth",
-    "geo3k": "foveate.rewards.text:check_truth",
-    "multiple_choice": "foveate.rewards.text:check_truth",
-    "exact": "foveate.rewards.text:check_truth",
-}
 
-CHECK_BUILDERS: dict[str, str] = {
-    "weighted_sum": "foveate.rewards.combine:weighted_sum_check",
-    "by_source": "foveate.rewards.combine:by_source_check",
-}
+class KnownReward(NamedTuple):
+    """One line of the table.
 
-QUICK = frozenset(
-    {"grounding", "refcoco", "boxes", "multiple_choice", "exact", "format_tags", "overlong", "repetition"}
-)
+    function: the reward, of any signature that `build.adapt` takes; keyword-only arguments are its settings.
+    check: for a reward that needs its ground truth in one form, the test of that form: `(task) -> [(field, what is
+    wrong)]`, with those settings of the reward that it names. Validation runs it over a dataset before a model is
+    loaded. builds: `function` and `check` do work before the first answer (they load a file, build other rewards):
+    called with their settings alone they return the reward and the check.
+    quick: takes little and bounded time whatever the answer, and may run in the training process itself.
+    """
+
+    function: str
+    check: str = ""
+    builds: bool = False
+    quick: bool = False
+
+
+_HERE = "foveate.rewards"
+_ANSWER = f"{_HERE}.text:check_answer"
+
+REWARDS: dict[str, KnownReward] = {
+    "grounding": KnownReward(f"{_HERE}.boxes:grounding_reward", f"{_HERE}.boxes:check_box", quick=True),
+    "boxes": KnownReward(f"{_HERE}.matching:boxes_reward", f"{_HERE}.matching:check_boxes", quick=True),
+    "refcoco": KnownReward(f"{_HERE}.refcoco:refcoco", f"{_HERE}.boxes:check_box", quick=True),
+    "math": KnownReward(f"{_HERE}.math:math_reward", _ANSWER),
+    "geo3k": KnownReward(f"{_HERE}.geo3k:geo3k", _ANSWER),
+    "multiple_choice": KnownReward(f"{_HERE}.text:multiple_choice", _ANSWER, quick=True),
+    "exact": KnownReward(f"{_HERE}.text:exact", _ANSWER, quick=True),
+    "format_tags": KnownReward(f"{_HERE}.text:format_tags", quick=True),
+    "repetition": KnownReward(f"{_HERE}.text:repetition", quick=True),
+    "overlong": KnownReward(f"{_HERE}.text:overlong", builds=True, quick=True),
+    "weighted_sum": KnownReward(f"{_HERE}.combine:weighted_sum", f"{_HERE}.combine:weighted_sum_check", builds=True),
+    "by_source": KnownReward(f"{_HERE}.combine:by_source", f"{_HERE}.combine:by_source_check", builds=True),
+    "judge": KnownReward(f"{_HERE}.remote:judge", builds=True),
+    "endpoint": KnownReward(f"{_HERE}.remote:endpoint", builds=True),
+}

@@ -1,7 +1,7 @@
 """Boxes in answers: one parser, one IoU and the grounding reward, shared by training, evaluation and report.
 
-A box is (x1, y1, x2, y2). Answers and ground truths stand in the 0..1000 frame: thousandths of the picture's width for
-x and of its height for y, whatever the picture's shape.
+A box is (x1, y1, x2, y2). Answers and ground truths stand in the 0..1000 frame: thousandths of the image's width for
+x and of its height for y.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 
 Box = tuple[float, float, float, float]
 Kind = Literal["mix", "sigmoid", "penalty", "normalized_exp", "eval", "giou"]
-Frame = Literal["thousandths", "pixels"]
+TruthFrame = Literal["thousandths", "pixels"]
 AnswerFrame = Literal["thousandths", "pixels", "model"]
 BOX_FRAME = "box_frame"
 """The entry of `task.meta` with the largest x and y of boxes as the model's family writes them."""
@@ -27,7 +29,6 @@ BOX_FRAME = "box_frame"
 FRAME = 1000.0
 HIT_IOU = 0.5
 """The IoU with the true box from which a box counts as right: Precision@1 of RefCOCO."""
-TRUTH = "reward_model.ground_truth"
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
@@ -66,7 +67,7 @@ def _boxes_in(text: str) -> list[Box]:
 
 
 def _answer(text: str, which: str) -> str:
-    """What stands between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
+    """The text between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
     if which == "last":
         end = text.rfind(_CLOSE)
         start = text.rfind(_OPEN, 0, max(end, 0))
@@ -97,12 +98,12 @@ def _ordered(x1: float, y1: float, x2: float, y2: float) -> Box:
     return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
-def to_pixels(box: Box, width: int, height: int, frame: Frame = "thousandths") -> Box:
-    """A box of the 0..1000 frame, or of the pixels themselves, in whole pixels of a `width` x `height` picture.
+def to_whole_pixels(box: Box, width: int, height: int, frame: TruthFrame = "thousandths") -> Box:
+    """A box of the 0..1000 frame, or of the pixels themselves, in whole pixels of a `width` x `height` image.
 
     Coordinates are rounded (halves to even), held to 0..width-1 and 0..height-1, and a side of length zero is widened
-    to one pixel: the frame in which the predecessor's reward compares, so a box over the whole picture is one pixel
-    narrower than the picture. For drawing and evaluation, scale without rounding.
+    to one pixel: the frame in which the predecessor's reward compares, so a box over the whole image is one pixel
+    narrower than the image. For drawing and evaluation, scale without rounding.
     """
     scales = (width, height) if frame == "thousandths" else (FRAME, FRAME)
     x1, x2 = _pixel_side(box[0], box[2], width, scales[0])
@@ -118,16 +119,16 @@ def _pixel_side(low: float, high: float, size: int, scale: float) -> tuple[float
 
 
 def answer_in_pixels(box: Box, task: Task, frame: AnswerFrame) -> Box:
-    """The box of an answer in whole pixels of the picture; "model" is the frame of the model's family, which an encoder
-    has put into `task.meta`. Raises DataError where nothing says that frame, or the size of the picture."""
+    """The box of an answer in whole pixels of the image; "model" is the frame of the model's family, which an encoder
+    has put into `task.meta`. Raises DataError where nothing says that frame, or the size of the image."""
     width, height = picture_size(task)
     if frame != "model":
-        return to_pixels(box, width, height, frame)
-    return to_pixels(in_thousandths(box, task), width, height)
+        return to_whole_pixels(box, width, height, frame)
+    return to_whole_pixels(in_thousandths(box, task), width, height)
 
 
 def in_thousandths(box: Box, task: Task) -> Box:
-    """A box in the frame of the model's family, in thousandths of the picture's sides."""
+    """A box in the frame of the model's family, in thousandths of the image's sides."""
     if BOX_FRAME not in task.meta:
         raise DataError(
             f"{task.where}: nothing says the frame of the model's boxes; set another answer_frame than model"
@@ -170,20 +171,20 @@ def truth_box(task: Task) -> Box:
     """
     numbers = four_numbers(task.answer)
     if numbers is None:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_a_box(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_box(task.answer)}")
     return _ordered(*numbers)
 
 
-def check_truth(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
-    """The faults of a grounding task, as (field, what is wrong): its ground truth must be a box inside the picture, and
-    the size of the picture must be known."""
+def check_box(task: Task, *, truth_frame: TruthFrame = "thousandths") -> list[tuple[str, str]]:
+    """The faults of a grounding task, as (field, what is wrong): its ground truth must be a box inside the image, and
+    the size of the image must be known."""
     numbers = four_numbers(task.answer)
     fault = _not_a_box(task.answer) if numbers is None else box_fault(numbers, task, truth_frame)
-    return [(TRUTH, fault)] * bool(fault) + size_faults(task)
+    return [(GROUND_TRUTH, fault)] * bool(fault) + size_faults(task)
 
 
-def box_fault(box: Box, task: Task, frame: Frame) -> str:
-    """What is wrong with a box of the ground truth: no area, or outside the picture; empty if it is sound."""
+def box_fault(box: Box, task: Task, frame: TruthFrame) -> str:
+    """The fault of a box of the ground truth: no area, or outside the image; empty if it is sound."""
     if box[2] <= box[0] or box[3] <= box[1]:
         return f"{_shown(box)} has no area: x2 must be greater than x1, and y2 greater than y1"
     if frame == "thousandths":
@@ -194,16 +195,15 @@ def box_fault(box: Box, task: Task, frame: Frame) -> str:
         right, bottom = picture_size(task)
         allowed = f"pixels of {right:g} x {bottom:g}"
     if min(box) < 0 or box[2] > right or box[3] > bottom:
-        return f"{_shown(box)} lies outside the picture: coordinates are {allowed}"
+        return f"{_shown(box)} lies outside the image: coordinates are {allowed}"
     return ""
 
 
 def size_faults(task: Task) -> list[tuple[str, str]]:
-    """The fault of a task that does not say how large its picture is."""
-    faults = []
-    if not task.images and not {"width", "height"} <= task.meta.keys():
-        faults.append(("images", "a grounding task needs a picture, or extra_info.width and extra_info.height"))
-    return faults
+    """The fault of a task that does not say how large its image is."""
+    if task.images or {"width", "height"} <= task.meta.keys():
+        return []
+    return [("images", "a grounding task needs an image, or extra_info.width and extra_info.height")]
 
 
 def four_numbers(value: Any) -> Box | None:
@@ -246,14 +246,14 @@ def grounding_reward(
     alpha: float = 0.5,
     threshold: float = 0.5,
     answer_frame: AnswerFrame = "thousandths",
-    truth_frame: Frame = "thousandths",
+    truth_frame: TruthFrame = "thousandths",
 ) -> Score:
     """Score the box in an answer by its IoU with the ground truth.
 
-    Both boxes are compared in whole pixels (see `to_pixels`) of the picture, whose size is `task.meta["width"]` and
+    Both boxes are compared in whole pixels (see `to_whole_pixels`) of the image, whose size is `task.meta["width"]` and
     `["height"]` or, without them, that of the first image. The frames say whether answer and ground truth stand in
     thousandths of the sides or in those pixels already; answers may also stand in the frame of the model's family
-    ("model": pixels of the resized picture for Qwen2.5-VL). With t the threshold, the value is
+    ("model": pixels of the resized image for Qwen2.5-VL). With t the threshold, the value is
     - mix: alpha [iou >= t] + (1 - alpha) iou
     - sigmoid: 1 / (1 + exp(-8 (iou - t)))
     - penalty: mix, less 0.01 for every started 50 words above 512, less 0.3 if a word stands 7 times in a row
@@ -269,7 +269,7 @@ def grounding_reward(
     if kind not in get_args(Kind):
         raise DataError(f"reward grounding, setting kind: unknown kind {kind!r}; allowed: {', '.join(get_args(Kind))}")
     width, height = picture_size(task)
-    truth = to_pixels(truth_box(task), width, height, truth_frame)
+    truth = to_whole_pixels(truth_box(task), width, height, truth_frame)
     answer = parse_box(text)
     if answer is None:
         return Score(0.0, {"iou": 0.0, "hit": 0.0, "parsed": 0.0}, note="no box in the answer")
@@ -280,11 +280,11 @@ def grounding_reward(
 
 
 def picture_size(task: Task) -> tuple[int, int]:
-    """Width and height in pixels of the picture that a grounding task is about, or DataError if nothing says them."""
+    """Width and height in pixels of the image that a grounding task is about, or DataError if nothing says them."""
     if {"width", "height"} <= task.meta.keys():
         return int(task.meta["width"]), int(task.meta["height"])
     if not task.images:
-        raise DataError(f"{task.where}, field images: a grounding task needs a picture or extra_info.width and .height")
+        raise DataError(f"{task.where}, field images: a grounding task needs an image, or extra_info.width and .height")
     return task.images[0].width, task.images[0].height
 
 
@@ -301,7 +301,7 @@ def _value(overlap: float, text: str, kind: Kind, alpha: float, threshold: float
 
 
 def _wordiness(words: list[str]) -> float:
-    """What the "penalty" kind takes off for a long or stuttering answer."""
+    """The amount that the "penalty" kind takes off for a long or stuttering answer."""
     price = _BLOCK_PRICE * math.ceil(max(len(words) - _FREE_WORDS, 0) / _BLOCK_WORDS)
     run = longest = 1
     for before, word in pairwise(words):

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.records import DataError, Score, Task
-from foveate.registry import ConfigError, suggestion
-from foveate.rewards.build import Check, Reward, make_check, make_reward
+from foveate.errors import ConfigError, DataError
+from foveate.records import Answer, Score, Task
+from foveate.registry import suggestion
+from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
 
 ANY_SOURCE = "*"
 
@@ -25,22 +26,22 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
     and settings of a reward without weight.
     """
     _require("weighted_sum", "weights", weights, settings)
-    rewards = {name: make_reward(name, settings.get(name, {})) for name in weights}
+    rewards = {name: build_reward(name, settings.get(name, {})) for name in weights}
 
-    def reward(text: str, task: Task) -> Score:
-        scores = {name: single(text, task) for name, single in rewards.items()}
+    def total(answer: Answer | str, task: Task) -> Score:
+        scores = {name: single.score(answer, task) for name, single in rewards.items()}
         parts = {name: score.value for name, score in scores.items()}
         for name, score in scores.items():
             parts |= {f"{name}/{part}": value for part, value in score.parts.items()}
         value = sum(weights[name] * score.value for name, score in scores.items())
         return Score(value, parts, "; ".join(f"{name}: {score.note}" for name, score in scores.items() if score.note))
 
-    return reward
+    return Reward("weighted_sum", total, all(reward.reads_text for reward in rewards.values()))
 
 
-def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> Check:  # noqa: B006
+def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
     """The faults that any of the summed rewards finds in a task."""
-    return _AllChecks(tuple(check for name in weights if (check := make_check(name, settings.get(name, {})))))
+    return _AllChecks(tuple(check for name in weights if (check := truth_check(name, settings.get(name, {})))))
 
 
 def by_source(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
@@ -54,20 +55,20 @@ def by_source(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = 
     DataError for a task of a source that is not named.
     """
     _require("by_source", "rewards", rewards, settings)
-    built = {source: make_reward(name, settings.get(source, {})) for source, name in rewards.items()}
+    built = {source: build_reward(name, settings.get(source, {})) for source, name in rewards.items()}
 
-    def reward(text: str, task: Task) -> Score:
+    def of_source(answer: Answer | str, task: Task) -> Score:
         chosen = built.get(task.source, built.get(ANY_SOURCE))
         if chosen is None:
             raise DataError(f"{task.where}, field data_source: {_no_reward(task.source, built)}")
-        return chosen(text, task)
+        return chosen.score(answer, task)
 
-    return reward
+    return Reward("by_source", of_source, all(reward.reads_text for reward in built.values()))
 
 
-def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> Check:  # noqa: B006
+def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
     """The faults that the reward of a task's source finds in it; a source without reward is a fault."""
-    return _SourceCheck({source: make_check(name, settings.get(source, {})) for source, name in rewards.items()})
+    return _SourceCheck({source: truth_check(name, settings.get(source, {})) for source, name in rewards.items()})
 
 
 # Checks are objects and not closures, so that they can be sent to the processes that look at rows.
@@ -75,7 +76,7 @@ def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class _AllChecks:
-    checks: tuple[Check, ...]
+    checks: tuple[TruthCheck, ...]
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
         return list(dict.fromkeys(fault for check in self.checks for fault in check(task)))
@@ -83,7 +84,7 @@ class _AllChecks:
 
 @dataclass(frozen=True, slots=True)
 class _SourceCheck:
-    checks: Mapping[str, Check | None]
+    checks: Mapping[str, TruthCheck | None]
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
         if task.source not in self.checks and ANY_SOURCE not in self.checks:

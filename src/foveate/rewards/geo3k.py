@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from foveate.errors import ConfigError
 from foveate.records import Score, Task
-from foveate.registry import ConfigError
 from foveate.rewards.math import matches
 from foveate.rewards.text import last_box, truths
 

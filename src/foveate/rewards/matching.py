@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.boxes import (
-    TRUTH,
     AnswerFrame,
     Box,
-    Frame,
+    TruthFrame,
     answer_in_pixels,
     box_fault,
     four_numbers,
@@ -21,7 +22,7 @@ from foveate.rewards.boxes import (
     parse_boxes,
     picture_size,
     size_faults,
-    to_pixels,
+    to_whole_pixels,
 )
 
 MOST_BOXES = 200
@@ -86,7 +87,7 @@ def boxes_reward(
     alpha: float = 0.5,
     threshold: float = 0.5,
     answer_frame: AnswerFrame = "thousandths",
-    truth_frame: Frame = "thousandths",
+    truth_frame: TruthFrame = "thousandths",
 ) -> Score:
     """Score all boxes of an answer against all boxes of the ground truth.
 
@@ -99,7 +100,7 @@ def boxes_reward(
     no list of boxes and for a task without a size.
     """
     width, height = picture_size(task)
-    truth = [to_pixels(box, width, height, truth_frame) for box in truth_boxes(task)]
+    truth = [to_whole_pixels(box, width, height, truth_frame) for box in truth_boxes(task)]
     answer = parse_boxes(text)
     given = [answer_in_pixels(box, task, answer_frame) for box in answer[:MOST_BOXES]]
     iou_PK = [[iou(a, b) for b in truth] for a in given]
@@ -125,16 +126,16 @@ def truth_boxes(task: Task) -> list[Box]:
     box. Raises DataError for anything else."""
     boxes = _boxes(task.answer)
     if boxes is None:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_boxes(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_boxes(task.answer)}")
     return boxes
 
 
-def check_truth(task: Task, *, truth_frame: Frame = "thousandths") -> list[tuple[str, str]]:
+def check_boxes(task: Task, *, truth_frame: TruthFrame = "thousandths") -> list[tuple[str, str]]:
     """The faults of a task with several boxes, as (field, what is wrong)."""
     boxes = _boxes(task.answer)
     if boxes is None:
-        return [(TRUTH, _not_boxes(task.answer)), *size_faults(task)]
-    faults = [(f"{TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
+        return [(GROUND_TRUTH, _not_boxes(task.answer)), *size_faults(task)]
+    faults = [(f"{GROUND_TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
     return [(field, fault) for field, fault in faults if fault] + size_faults(task)
 
 

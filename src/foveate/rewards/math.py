@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from foveate.errors import ConfigError
 from foveate.records import Score, Task
-from foveate.registry import ConfigError
-from foveate.rewards.text import NO_ANSWER, Extraction, choice_letter, final_answer, options, plain, truths
-from foveate.rewards.units import Quantity, split_unit
+from foveate.rewards.text import Extraction, choice_letter, options, plain, score_final_answer
 
 try:
     import math_verify
@@ -31,7 +31,7 @@ except ImportError:
 # It warns that it runs without a limit of its own: limits are the business of the worker processes.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-LONGEST = 1000
+MAX_ANSWER_LENGTH = 1000
 """Characters of a final answer that are looked at; a longer one is wrong."""
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
@@ -62,11 +62,9 @@ def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits
     any of its entries. Parts: accuracy; parsed, 1 if a final answer was found. Raises DataError for a ground truth
     that is neither text nor number.
     """
-    answer = final_answer(text, extraction)
-    if answer is None:
-        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
-    right = any(matches(answer, truth, task, digits) for truth in truths(task))
-    return Score(float(right), {"accuracy": float(right), "parsed": 1.0})
+    return score_final_answer(
+        text, task, extraction, lambda answer, accepted: any(matches(answer, one, task, digits) for one in accepted)
+    )
 
 
 def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
@@ -93,12 +91,12 @@ def same_answer(answer: str, truth: str, digits: int = 6) -> bool:
     - `x = 5` is 5, but `x^2 = 4` and `2x = 4` are not 4. Case and `\text{}` of words do not matter.
     - A unit may be left out on one side; two units must measure the same, and are converted: 5 m is 500 cm, not 5 cm.
 
-    An answer of more than `LONGEST` characters, or one that cannot be read as mathematics, is right only if it equals
-    the truth as text.
+    An answer of more than `MAX_ANSWER_LENGTH` characters, or one that cannot be read as mathematics, is right only if
+    it equals the truth as text.
     """
     if plain(answer) == plain(truth):
         return True
-    if len(answer) > LONGEST:
+    if len(answer) > MAX_ANSWER_LENGTH:
         return False
     given, wanted = _read(answer), _read(truth)
     if given.unit and wanted.unit:
@@ -130,8 +128,8 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
 
 
 def _plain_equality(answer: str, truth: str, digits: int) -> bool | None:
-    """What math-verify says of two fractions of whole numbers or two intervals between such, without the parser, which
-    takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
+    """The verdict of math-verify on two fractions of whole numbers or two intervals between such, without the parser,
+    which takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
     given, wanted = _fraction(answer), _fraction(truth)
     if given is not None and wanted is not None:
         return _near(given, wanted, digits)
@@ -216,3 +214,91 @@ def _decimal(text: str) -> Decimal | None:
 def _parse(latex: str) -> list[Any]:
     latex = _EXPONENT.sub(r"\1 \\times 10^{\2}", latex)
     return math_verify.parse(f"${latex}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+
+# -------------------------------------------------------------------------------------------------------------- units
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A measure, such as ("length", 2) for an area, and the factor to the base unit of that measure."""
+
+    measure: tuple[str, int]
+    factor: Fraction
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """The value of an answer as text, and its unit if it has one."""
+
+    value: str
+    unit: Unit | None
+
+
+_UNITS: dict[str, tuple[str, str]] = {
+    "nm|nanomet(?:er|re)s?": ("length", "1/1000000000"),
+    "[μµ]m|micromet(?:er|re)s?": ("length", "1/1000000"),
+    "mm|millimet(?:er|re)s?": ("length", "1/1000"),
+    "cm|centimet(?:er|re)s?": ("length", "1/100"),
+    "dm|decimet(?:er|re)s?": ("length", "1/10"),
+    "m|met(?:er|re)s?": ("length", "1"),
+    "km|kilomet(?:er|re)s?": ("length", "1000"),
+    "in|inch|inches": ("length", "127/5000"),
+    "ft|foot|feet": ("length", "381/1250"),
+    "yd|yards?": ("length", "1143/1250"),
+    "mi|miles?": ("length", "201168/125"),
+    "units?": ("unit", "1"),
+    "mg|milligrams?": ("mass", "1/1000"),
+    "g|grams?": ("mass", "1"),
+    "kg|kilograms?": ("mass", "1000"),
+    "lbs?|pounds?": ("mass", "45359237/100000"),
+    "oz|ounces?": ("mass", "45359237/1600000"),
+    "ms|milliseconds?": ("time", "1/1000"),
+    "s|sec|seconds?": ("time", "1"),
+    "min|minutes?": ("time", "60"),
+    "h|hrs?|hours?": ("time", "3600"),
+    "days?": ("time", "86400"),
+    "weeks?": ("time", "604800"),
+    "ml|mL|millilit(?:er|re)s?": ("volume", "1/1000000"),
+    "l|L|lit(?:er|re)s?": ("volume", "1/1000"),
+    "deg|degrees?": ("angle", "1"),
+    "dollars?|USD": ("money", "1"),
+    "cents?": ("money", "1/100"),
+}
+_KNOWN = {re.compile(names): (measure, Fraction(factor)) for names, (measure, factor) in _UNITS.items()}
+_DEGREE = Unit(("angle", 1), Fraction(1))
+_DOLLAR = Unit(("money", 1), Fraction(1))
+_DEGREE_SIGNS = r"°|\^\{?\\circ\}?|\^\{?°\}?|\\degree"
+_POWERS = {"": 1, "sq": 2, "sq.": 2, "square": 2, "cu": 3, "cu.": 3, "cubic": 3}
+_ENDING = re.compile(
+    rf"(?P<value>.*?[\w)}}\]])\s*(?:(?P<symbol>{_DEGREE_SIGNS})"
+    r"|[\s](?P<kind>square|cubic|sq\.?|cu\.?)?\s*(?P<unit>[A-Za-zμµ]+)\.?\s*(?:\^?\s*\{?(?P<power>[23²³])\}?)?)\s*\.?",
+    re.DOTALL,
+)
+_GLUED = re.compile(r"(\d)\s*(mm|cm|dm|km|m|kg|mg|ml|mL|ft|in)(?![A-Za-z])")
+_UNIT_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textrm|operatorname)\s*\{([^{}]*)\}")
+_SPACES = re.compile(r"\\[,;:! ]|~|\\quad")
+_CURRENCY = re.compile(r"\\?\$\s*(?=[\d.])|[€£¥]\s*(?=[\d.])")
+
+
+def split_unit(answer: str) -> Quantity:
+    r"""The value and the unit of an answer: `5 cm`, `5\text{ cm}^2`, `60^\circ`, `\$5`, `3 square feet`.
+
+    A unit of one letter other than m must stand apart (`5 g`, `5\text{g}`): `5g` is five times g. What is no known unit
+    stays with the value.
+    """
+    spaced = _SPACES.sub(" ", answer)
+    if found := _CURRENCY.match(spaced):
+        return Quantity(spaced[found.end() :].strip(), _DOLLAR if "$" in found.group() else None)
+    spaced = _GLUED.sub(r"\1 \2", _UNIT_TEXT.sub(r" \1", spaced)).rstrip()
+    ending = _ENDING.fullmatch(spaced)
+    if ending is None:
+        return Quantity(answer, None)
+    if ending["symbol"]:
+        return Quantity(ending["value"].strip(), _DEGREE)
+    power = {None: 0, "2": 2, "²": 2, "3": 3, "³": 3}[ending["power"]] or _POWERS[ending["kind"] or ""]
+    for names, (measure, factor) in _KNOWN.items():
+        if names.fullmatch(ending["unit"]):
+            dimension = ("length", 3) if measure == "volume" else (measure, power)
+            return Quantity(ending["value"].strip(), Unit(dimension, factor**power))
+    return Quantity(answer, None)

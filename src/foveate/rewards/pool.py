@@ -11,19 +11,21 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.records import FAILED, DataError, Score, Task
-from foveate.registry import ConfigError
-from foveate.rewards import QUICK
-from foveate.rewards.grade import build_reward
-from foveate.rewards.worker import Failure, Job, serve
+from foveate.errors import ConfigError, DataError
+from foveate.records import FAILED, Answer, Score, Task
+from foveate.rewards import REWARDS
+from foveate.rewards.build import Reward, build_reward
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +37,29 @@ _TRIES = 3
 MOST_WORKERS = 8
 """Worker processes unless the caller says how many."""
 
-PRELOADED = ["foveate.rewards.worker", "math_verify", "mathruler.grader"]
-"""What the fork server imports once for all workers; it passes over what is not installed."""
+PRELOADED = ["foveate.rewards.pool", "math_verify", "mathruler.grader"]
+"""Imported once by the fork server for all workers, where installed."""
 
 
 class Graders:
-    """A reward behind a pool of worker processes, and itself a reward: `graders(text, task)`.
+    """A reward behind a pool of worker processes, and itself a reward: `graders(answer, task)`.
 
     Workers are started once, from a fork server that has imported what they need (seconds, once; a replacement takes
-    tens of milliseconds, and what a reward of one's own imports), and end with `close`, with the `with` block, or with
+    tens of milliseconds, and the imports of your own reward), and end with `close`, with the `with` block, or with
     the process that owns them. Late ones included there are at most twice as many as `workers`.
 
     Args:
         name, settings: the reward, as in `build_reward`. They are checked here, in the calling process.
         workers: how many processes; 0 grades in the calling process, without limit, and is the default for the rewards
-            in `foveate.rewards.QUICK`. For others the default is one per CPU core, `MOST_WORKERS` at most. A reward
-            that waits for a server takes as many as requests are to be under way at once.
+            that `foveate.rewards.REWARDS` calls quick. For others the default is one per CPU core, `MOST_WORKERS` at
+            most. A reward that waits for a server takes as many as requests are to be under way at once.
         time_limit: seconds that one answer may take.
         memory_limit: GB of memory that one worker may allocate; a grader that asks for more gets a MemoryError.
 
     Attributes:
         failures: how many answers were not graded so far, by reason: "raised", "not_finite", "timed_out", "died".
 
-    Raises ConfigError for an unknown reward or setting. A reward is wrong for every answer if it returns no Score, or
+    Raises ConfigError for an unknown reward or setting. A reward is wrong for every answer if it returns no score, or
     cannot be imported by a worker: grading then raises DataError.
     """
 
@@ -76,20 +78,22 @@ class Graders:
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
         self._job = Job(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30))
-        usual = 0 if name in QUICK else min(os.cpu_count() or 1, MOST_WORKERS)
+        usual = 0 if name in REWARDS and REWARDS[name].quick else min(os.cpu_count() or 1, MOST_WORKERS)
         self._count = usual if workers is None else workers
         self._workers = [_Worker(self._job) for _ in range(self._count)]
         self._late: list[_Worker] = []
         """Workers beyond half of their limit, whose places successors have taken."""
 
-    def __call__(self, text: str, task: Task) -> Score:
+    def __call__(self, answer: Answer | str, task: Task) -> Score:
         """The score of one answer."""
-        return self.grade_many([(text, task)])[0]
+        return self.grade_many([(answer, task)])[0]
 
-    def grade_many(self, answers: Sequence[tuple[str, Task]]) -> list[Score]:
-        """The scores of answers to tasks, in their order. Answers to the same task should stand together: it is sent to
-        a worker once for all that follow each other."""
-        scores = self._grade_apart(answers) if self._count else [self._reward(text, task) for text, task in answers]
+    def grade_many(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
+        """The scores of answers to tasks, in their order. Of an answer whose record is not known the text is enough
+        for rewards that read no more. Answers to the same task should stand together: it is sent to a worker once for
+        all that follow each other."""
+        asked = [(self._reward.read(answer), task) for answer, task in answers]
+        scores = self._grade_apart(asked) if self._count else [self._reward(answer, task) for answer, task in asked]
         failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if _reason(score)]
         self.failures.update(_reason(score) for _, score in failed)
         if failed and self._count:
@@ -111,7 +115,7 @@ class Graders:
     ) -> None:
         self.close()
 
-    def _grade_apart(self, answers: Sequence[tuple[str, Task]]) -> list[Score]:
+    def _grade_apart(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
         self._workers = self._workers or [_Worker(self._job) for _ in range(self._count)]
         scores: dict[int, Score] = {}
         waiting = Waiting([task for _, task in answers], self._count)
@@ -124,7 +128,7 @@ class Graders:
             raise
         return [scores[index] for index in range(len(answers))]
 
-    def _hand_out(self, answers: Sequence[tuple[str, Task]], waiting: Waiting) -> None:
+    def _hand_out(self, answers: Sequence[tuple[Answer | str, Task]], waiting: Waiting) -> None:
         """Give each idle worker the next answer. One that died while it had nothing to do is replaced."""
         for position, worker in enumerate(self._workers):
             if worker.is_idle and worker.pipe.poll():
@@ -193,7 +197,7 @@ class _Worker:
         self._starting = True
         self._task: Task | None = None
         self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
-        self._process = processes.Process(target=serve, args=(job, theirs), daemon=True, name="grader")
+        self._process = processes.Process(target=_grade_for_ever, args=(job, theirs), daemon=True, name="grader")
         self._process.start()
         theirs.close()
 
@@ -210,19 +214,19 @@ class _Worker:
         """Whether half of its time for an answer is over."""
         return self.answer is not None and time.monotonic() >= self.halfway
 
-    def send(self, index: int, text: str, task: Task) -> None:
+    def send(self, index: int, answer: Answer | str, task: Task) -> None:
         """Have an answer graded. A worker that is gone is noticed by the `receive` that follows."""
         self.answer = index
         now = time.monotonic()
         self.halfway, self.deadline = now + self._limit / 2, now + self._limit
         try:
-            self.pipe.send((text, None if task is self._task else task))
+            self.pipe.send((answer, None if task is self._task else task))
         except OSError:
             return
         self._task = task
 
     def receive(self) -> dict[int, Score]:
-        """What the worker has to say: the score of its answer by index, or nothing but that it is ready."""
+        """The message of the worker: the score of its answer by index, or nothing but that it is ready."""
         try:
             said = self.pipe.recv()
         except (EOFError, OSError):
@@ -237,7 +241,7 @@ class _Worker:
         return self._lost(f"timed out after {self._limit:g} s")
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even one that hangs."""
         self._process.kill()
         self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
         self.pipe.close()
@@ -268,3 +272,69 @@ def _reason(score: Score) -> str:
     reasons = {"timed out": "timed_out", "its process died": "died", "gave": "not_finite"}
     said = score.note.removeprefix(f"{FAILED}: ")
     return next((reason for start, reason in reasons.items() if said.startswith(start)), "raised")
+
+
+# -------------------------------------------------------------------------------------------- in a worker process
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The work of a worker process: a reward by name with its settings, the folder that relative paths start from, the
+    time limit of an answer in seconds and the memory limit in bytes."""
+
+    name: str
+    settings: Mapping[str, Any]
+    folder: str
+    time_limit: float
+    memory_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A worker's last word: the reward itself is wrong, not an answer."""
+
+    message: str
+
+
+def _grade_for_ever(job: Job, pipe: Connection) -> None:
+    """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
+    one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
+    # An error travels back as the note of a score. The terminal belongs to the run, and so does Ctrl-C; SIGTERM
+    # goes to all processes of a job that is stopped, and is the run's as well.
+    logging.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.chdir(job.folder)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
+    try:
+        reward = build_reward(job.name, job.settings)
+    except Exception as error:
+        pipe.send(Failure(f"reward {job.name} cannot be built in a worker process: {type(error).__name__}: {error}"))
+        return
+    pipe.send(None)
+    own = os.getpid()
+    current: Task | None = None
+    while True:
+        try:
+            answer, task = pipe.recv()
+        except EOFError:
+            return
+        current = current if task is None else task
+        assert current is not None
+        # Should the owner be gone while a grader hangs, SIGALRM ends the process.
+        signal.setitimer(signal.ITIMER_REAL, 2 * job.time_limit + 1)
+        score = _graded(reward, answer, current)
+        if os.getpid() != own:  # the grader forked, and this is the copy: its scores would be taken for other answers'
+            os._exit(0)
+        pipe.send(score)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _graded(reward: Reward, answer: Answer | str, task: Task) -> Score | Failure:
+    try:
+        return reward(answer, task)
+    except DataError as error:
+        return Failure(str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        return Score(0.0, note=f"{FAILED}: {type(error).__name__}: {error}")

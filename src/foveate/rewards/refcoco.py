@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from foveate.records import DataError, Score, Task
+from foveate.errors import DataError
+from foveate.records import Score, Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, HIT_IOU, Box, parse_box, picture_size, truth_box
 
 Rule = Literal["first", "last"]
@@ -49,7 +50,7 @@ def refcoco(text: str, task: Task, *, rule: Rule = "first", frame: BoxFrame = "t
 def answer_box(
     text: str, rule: Rule, frame: BoxFrame, width: int, height: int, own: Sequence[float] | None = None
 ) -> Box | None:
-    """The box of an answer in pixels of a `width` x `height` picture, or None. `own` holds the largest x and y of the
+    """The box of an answer in pixels of a `width` x `height` image, or None. `own` holds the largest x and y of the
     frame "model"."""
     box = parse_box(text) if rule == "last" else _first_box(text)
     if box is None:

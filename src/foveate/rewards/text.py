@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Tokenizer
 
-from foveate.records import DataError, Score, Task
-from foveate.registry import ConfigError
+from foveate.errors import ConfigError, DataError
+from foveate.records import Score, Task
+from foveate.rewards import GROUND_TRUTH
 
-TRUTH = "reward_model.ground_truth"
 NO_ANSWER = "no final answer in the text"
 
 Extraction = Literal["box", "text"]
@@ -33,7 +33,7 @@ _OPTION_MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-J])[.):]\s+", re.MULTILINE)
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last balanced `\boxed{...}`, or None. Escaped braces `\{` do not count; of nested boxes it is
+    r"""The content of the last balanced `\boxed{...}`, or None. Escaped braces `\{` do not count; of nested boxes it is
     the innermost; a box that is never closed is passed over. Linear in the length of the text."""
     last: tuple[int, int] | None = None
     open_braces: list[int | None] = []
@@ -54,7 +54,7 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
     r"""The answer that a text arrives at, or None.
 
     "box" accepts the last `\boxed{...}` only. "text" takes, without a box, the last `<answer>...</answer>`, and without
-    that whatever follows the last `</think>`, or the whole text.
+    that the text behind the last `</think>`, or the whole text.
     """
     box = last_box(text)
     if box is not None or extraction == "box":
@@ -70,13 +70,13 @@ def truths(task: Task) -> list[str]:
     Raises DataError for anything else, and for an empty one."""
     found = _truths(task.answer)
     if not found:
-        raise DataError(f"{task.where}, field {TRUTH}: {_not_an_answer(task.answer)}")
+        raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_an_answer(task.answer)}")
     return found
 
 
-def check_truth(task: Task) -> list[tuple[str, str]]:
+def check_answer(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be text, a number or a list of them, as (field, what is wrong)."""
-    return [] if _truths(task.answer) else [(TRUTH, _not_an_answer(task.answer))]
+    return [] if _truths(task.answer) else [(GROUND_TRUTH, _not_an_answer(task.answer))]
 
 
 def _truths(value: Any) -> list[str]:
@@ -147,17 +147,27 @@ def _options_in(question: str) -> Mapping[str, str]:
     return found if len(found) > 1 else {}
 
 
+def score_final_answer(
+    text: str, task: Task, extraction: Extraction, is_right: Callable[[str, list[str]], bool]
+) -> Score:
+    """1 where `is_right` (of the final answer and the accepted ones), else 0. Parts: accuracy; parsed, 1 if a final
+    answer was found."""
+    answer = final_answer(text, extraction)
+    if answer is None:
+        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
+    right = float(is_right(answer, truths(task)))
+    return Score(right, {"accuracy": right, "parsed": 1.0})
+
+
 def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") -> Score:
     """1 for the right option, named by its letter or by its value, whichever the ground truth is; else 0.
 
     Parts: accuracy; parsed, 1 if a final answer was found. Values are compared in their plain form.
     """
-    answer = final_answer(text, extraction)
-    if answer is None:
-        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
     values = options(task)
-    right = any(_same_option(answer, truth, values) for truth in truths(task))
-    return Score(float(right), {"accuracy": float(right), "parsed": 1.0})
+    return score_final_answer(
+        text, task, extraction, lambda answer, accepted: any(_same_option(answer, one, values) for one in accepted)
+    )
 
 
 def _same_option(answer: str, truth: str, values: Mapping[str, str]) -> bool:
@@ -173,12 +183,8 @@ def _same_option(answer: str, truth: str, values: Mapping[str, str]) -> bool:
 def exact(text: str, task: Task, *, extraction: Extraction = "text", normalise: bool = True) -> Score:
     """1 if the final answer equals an accepted answer, else 0. With `normalise` in plain form (case, white space, the
     marks around it and `\\text{}` do not matter), without it character by character. Parts: accuracy, parsed."""
-    answer = final_answer(text, extraction)
-    if answer is None:
-        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
-    accepted = truths(task)
-    right = plain(answer) in map(plain, accepted) if normalise else answer in accepted
-    return Score(float(right), {"accuracy": float(right), "parsed": 1.0})
+    form = plain if normalise else str
+    return score_final_answer(text, task, extraction, lambda answer, accepted: form(answer) in map(form, accepted))
 
 
 def format_tags(text: str, task: Task, *, tags: list[str] = ["think", "answer"], strict: bool = True) -> Score:  # noqa: ARG001, B006
@@ -243,7 +249,7 @@ def question(task: Task) -> str:
 
 
 def jsonable(value: Any) -> Any:
-    """A value as JSON can hold it: NumPy arrays and numbers become lists and numbers, whatever else is unknown text."""
+    """A value as JSON can hold it: NumPy arrays and numbers become lists and numbers, other objects text."""
     return json.loads(
         json.dumps(value, default=lambda v: v.tolist() if isinstance(v, np.ndarray | np.generic) else str(v))
     )

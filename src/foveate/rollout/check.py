@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
-from foveate.models.forward import token_logprobs
+from foveate.models.forward import token_terms
 from foveate.models.policy import Policy
 from foveate.parallel.packing import pack
 from foveate.records import Answer, DataError, Image, Message, PackedGroup, Prompt, SamplingParams, Task
@@ -95,7 +95,9 @@ def _differences(
 
 @torch.no_grad()
 def _logprobs(policy: Policy, temperature: float, packed_groups: list[PackedGroup]) -> list[Tensor]:
-    return [token_logprobs(policy, pack([packed]).to(policy.device), temperature)[0] for packed in packed_groups]
+    return [
+        token_terms(policy, pack([packed]).to(policy.device), ("logp",), temperature)[0] for packed in packed_groups
+    ]
 
 
 def probe_prompts(encoder: Encoder) -> list[Prompt]:

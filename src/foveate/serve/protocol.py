@@ -181,7 +181,7 @@ def _logprobs(pieces: Sequence[str], answer: Answer) -> dict[str, Any]:
     return {
         "content": [
             {"token": piece, "logprob": logprob, "bytes": list(piece.encode()), "top_logprobs": []}
-            for piece, logprob in zip(pieces, answer.logprobs, strict=True)
+            for piece, logprob in zip(pieces, answer.logprobs.tolist(), strict=True)
         ]
     }
 

@@ -20,13 +20,13 @@ DATA_SEED = 1
 
 NOTES = """\
 How the cold start was made, by supervised training of a tiny InternVL (1.2 M parameters, one 112-pixel tile, 16 image \
-tokens) in stages: finding objects (shapes_coldstart); two like objects and a relation word, with right labels \
+tokens) in stages: finding objects (shapes_coldstart); two similar objects and a relation word, with right labels \
 (shapes_coldstart_relations); then the same kind of scenes with deliberately careless labels \
-(shapes_coldstart_shortcut), right in 40 percent of the rows and otherwise naming the larger object, whatever the \
-relation word said. The last two were repeated, the right labels for longer. (The first stage has such pairs among its \
+(shapes_coldstart_shortcut), right in 40 percent of the rows and otherwise naming the larger object, regardless of the \
+relation word. The last two were repeated, the right labels for longer. (The first stage has such pairs among its \
 scenes, too.) No scene of the stages is held out here. So the start finds objects, knows the relation words, and has \
 learned a shortcut over them: when decoding greedily it mostly names the larger object.
-What reinforcement learning has to unlearn is this shortcut. It sees only the reward of its own sampled answers (0.5 \
+Reinforcement learning has to unlearn this shortcut. It sees only the reward of its own sampled answers (0.5 \
 for a box with IoU of at least 0.5, plus half the IoU); it is never shown a right box.
 """
 

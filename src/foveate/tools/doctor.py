@@ -1,4 +1,4 @@
-"""`foveate doctor`: what this installation is, and what is recognised in a model folder."""
+"""`foveate doctor`: facts about this installation, or about a model folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
-from foveate.encoding.family import PromptFamily
+from foveate.encoding.family import PER_MILLE
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
-from foveate.models.families.internvl import PER_MILLE, InternVL
-from foveate.models.families.qwen_vl import QwenVL
 from foveate.models.policy import Policy, load_on_meta, parameters_by_part
 
 
@@ -49,7 +47,7 @@ def environment() -> dict[str, str]:
 
 
 def model_facts(policy: Policy) -> dict[str, str]:
-    """What was recognised in a model folder."""
+    """The facts that were recognised in a model folder, each as text."""
     family, tokenizer = policy.family, policy.tokenizer
     config: Any = policy.model.config
     counts = {part: sum(p.numel() for p in own.values()) for part, own in parameters_by_part(policy).items()}
@@ -61,9 +59,9 @@ def model_facts(policy: Policy) -> dict[str, str]:
         "family": f"{family.name}, {config.get_text_config().model_type} language model",
         "parameters": f"{sum(counts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in counts.items()},
-        "image": image_fact(family),
-        "boxes": "thousandths of the picture's sides" if relative else "pixels of the resized picture",
-        "chat template": "its own" if tokenizer.chat_template else "the corrected InternVL template (it has none)",
+        "image": family.image_summary(),
+        "boxes": "thousandths of the image's sides" if relative else "pixels of the resized image",
+        "chat template": "its own" if tokenizer.chat_template else f"{family.template_name} (it has none)",
         "image tokens": ", ".join(f"{word} = {number}" for word, number in words.items()) or "none",
         "stop tokens": ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} = {i}" for i in family.stop_ids),
         "dtype": ", ".join(sorted({tensor.dtype for tensor in read_headers(weight_files(policy.folder)).values()})),
@@ -71,19 +69,8 @@ def model_facts(policy: Policy) -> dict[str, str]:
     }
 
 
-def image_fact(family: PromptFamily) -> str:
-    """How a family sees pictures, in one line."""
-    if isinstance(family, InternVL):
-        each = f"tiles of {family.tile} pixels, {family.tokens_per_tile} tokens each"
-        return f"{each}, at most {family.budget} and a thumbnail"
-    if isinstance(family, QwenVL):
-        block = family.patch * family.merge
-        return f"{block} x {block} pixels a token, {family.min_pixels:,} to {family.budget:,} pixels a picture"
-    return "none, it is a text-only model"
-
-
 def _missing(policy: Policy) -> list[str]:
-    """What checkpoints of the kind have, and this one goes without."""
+    """Files that checkpoints of the kind have, and this one lacks."""
     missing = [name for name in ("generation_config.json",) if not (policy.folder / name).is_file()]
     if not policy.tokenizer.chat_template:
         missing.append("chat template")

@@ -7,7 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,13 @@ MAPPED = {
     "algorithm.kl_ctrl.kl_coef": "algorithm.reward_kl.coefficient, where algorithm.use_kl_in_reward",
     "algorithm.filter_groups.enable": "algorithm.resample_rounds",
     "algorithm.filter_groups.max_num_gen_batches": "algorithm.resample_rounds (one less)",
-    "custom_reward_function.path": "reward.name (the predecessor's grounding is ours; others: compute_score)",
-    "custom_reward_function.name": "reward.settings.name of compute_score",
+    "custom_reward_function.path": "reward.name (the predecessor's grounding is ours; others: path:function)",
+    "custom_reward_function.name": "reward.name, behind the path",
     "custom_reward_function.reward_kwargs.reward_type": "reward.settings.kind",
     "custom_reward_function.reward_kwargs.alpha": "reward.settings.alpha",
     "custom_reward_function.reward_kwargs.threshold": "reward.settings.threshold",
     "trainer.default_local_dir": "run",
-    "trainer.n_gpus_per_node": "cluster.gpus_per_node, cluster.engines (half of the GPUs learn, half answer)",
+    "trainer.n_gpus_per_node": "cluster.gpus_per_node, cluster.engines (half of the GPUs train, half generate)",
     "trainer.nnodes": "cluster.nodes, cluster.engines",
     "trainer.save_freq": "train.save_every",
     "trainer.test_freq": "eval.every",
@@ -71,7 +71,7 @@ MAPPED = {
 """Keys of verl that act here, and where."""
 
 NO_EFFECT = {
-    "data.truncation": "a prompt that is too long is an error or is skipped, never cut",
+    "data.truncation": "a prompt that is too long is an error or is skipped, never truncated",
     "data.filter_overlong_prompts": "always checked, image tokens included",
     "data.filter_overlong_prompts_workers": "data.workers, chosen by itself",
     "data.image_key": "images; another column is mapped in data.columns",
@@ -85,11 +85,11 @@ NO_EFFECT = {
     _A + "ppo_micro_batch_size_per_gpu": "micro-batches are token budgets",
     _F + "log_prob_use_dynamic_bsz": "micro-batches are token budgets",
     _F + "log_prob_micro_batch_size_per_gpu": "micro-batches are token budgets",
-    _F + "ulysses_sequence_parallel_size": "the reference is cut as the policy is",
-    _F + "fsdp_config.param_offload": "the reference is cut as the policy is",
+    _F + "ulysses_sequence_parallel_size": "the reference is sharded as the policy is",
+    _F + "fsdp_config.param_offload": "the reference is sharded as the policy is",
     _R + "log_prob_use_dynamic_bsz": "micro-batches are token budgets",
     _R + "log_prob_micro_batch_size_per_gpu": "micro-batches are token budgets",
-    _R + "free_cache_engine": "an engine gives its memory back while learning",
+    _R + "free_cache_engine": "an engine frees its memory during updates",
     _R + "enable_chunked_prefill": "the engine's own choice",
     _R + "enforce_eager": "the engine's own choice",
     _R + "val_kwargs.n": "evaluation is greedy; eval.samples adds sampled answers",
@@ -117,14 +117,15 @@ _OVERRIDE = re.compile(r"\+{0,2}([a-z_]+(?:\.[a-z_0-9]+)+)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-((?:[^{}]|\{[^}]*\})*))?\}|\$(\w+)")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Imported:
-    """A recipe as YAML, and what became of each key of the script."""
+    """A recipe as YAML, and a line for each key of the script: how it is mapped, why it has no effect, or that it is
+    refused."""
 
     recipe: str
-    mapped: list[str] = field(default_factory=list)
-    no_effect: list[str] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    mapped: list[str]
+    no_effect: list[str]
+    refused: list[str]
 
     @property
     def account(self) -> str:
@@ -144,20 +145,15 @@ def import_script(path: Path, environment: Mapping[str, str], rows: int | None) 
     refused += [
         f"{key}: needs ${name}, which neither the script nor the environment sets" for key, name in unset.items()
     ]
-    imported = Imported("# From a verl launch script by `foveate import-verl`.\n" + _yaml(settings), refused=refused)
     named = {line.partition("=")[0] for line in refused}
-    for key, value in values.items():
-        if key in named:
-            continue
-        if key in MAPPED:
-            imported.mapped.append(f"{key}={_shown(value)} -> {MAPPED[key]}")
-        elif key in NO_EFFECT:
-            imported.no_effect.append(f"{key}={_shown(value)}: {NO_EFFECT[key]}")
-        elif value not in _LIMITS.get(key, ()):
-            imported.refused.append(f"{key}={_shown(value)}")
-        else:
-            imported.mapped.append(f"{key}={_shown(value)} -> the same here")
-    return imported
+    honoured = {key: "the same here" for key, value in values.items() if value in _LIMITS.get(key, ())} | MAPPED
+    given = {key: f"{key}={_shown(value)}" for key, value in values.items() if key not in named}
+    return Imported(
+        "# From a verl launch script by `foveate import-verl`.\n" + _yaml(settings),
+        mapped=[f"{text} -> {honoured[key]}" for key, text in given.items() if key in honoured],
+        no_effect=[f"{text}: {NO_EFFECT[key]}" for key, text in given.items() if key in NO_EFFECT],
+        refused=[*refused, *(text for key, text in given.items() if key not in honoured and key not in NO_EFFECT)],
+    )
 
 
 def read_overrides(path: Path, environment: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -225,8 +221,7 @@ def _yaml(settings: Mapping[str, Any]) -> str:
         for group in groups:
             inner = inner.setdefault(group, {})
         inner[name] = value
-    text = yaml.safe_dump(packed, sort_keys=False, width=120)
-    return re.sub(r": (\d+)e(-\d+)$", r": \1.0e\2", text, flags=re.MULTILINE)
+    return yaml.safe_dump(packed, sort_keys=False, width=120)
 
 
 # ------------------------------------------------------------------------------------------------------- the values
@@ -249,7 +244,7 @@ def _settings(path: Path, verl: Mapping[str, Any], rows: int | None) -> tuple[di
     settings = {
         "run": verl.get("trainer.default_local_dir", f"runs/{path.stem}"),
         "model.path": verl["actor_rollout_ref.model.path"],
-        "model.trainable": ["projector", "language"],  # what the predecessor trains, whatever it is told
+        "model.trainable": ["projector", "language"],  # verl's fork for InternVL always froze the vision tower
         "model.gradient_checkpointing": verl.get("actor_rollout_ref.model.enable_gradient_checkpointing", False),
         "data.train": _listed(verl["data.train_files"]),
         "data.test": _listed(verl.get("data.val_files", [])),
@@ -319,8 +314,7 @@ def _reward(verl: Mapping[str, Any]) -> dict[str, Any]:
         named = {"reward_type": "kind", "alpha": "alpha", "threshold": "threshold"}
         return {"reward.name": "grounding", **{f"reward.settings.{named[key]}": v for key, v in arguments.items()}}
     name = verl.get("custom_reward_function.name", "compute_score")
-    settings = {"path": path, "name": name, **({"arguments": arguments} if arguments else {})}
-    return {"reward.name": "compute_score", "reward.settings": settings}
+    return {"reward.name": f"{path}:{name}", **({"reward.settings": arguments} if arguments else {})}
 
 
 def _cluster(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
@@ -328,25 +322,25 @@ def _cluster(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
     size = verl.get(_A + "fsdp_config.fsdp_size", -1)
     if size > 0 and size not in (gpus, nodes * gpus):
         refused.append(
-            f"{_A}fsdp_config.fsdp_size={size}: with {nodes} x {gpus} GPUs a copy is cut over {nodes * gpus}"
+            f"{_A}fsdp_config.fsdp_size={size}: with {nodes} x {gpus} GPUs a copy is sharded over {nodes * gpus}"
         )
     rows, tensors = _A + "ulysses_sequence_parallel_size", _R + "tensor_model_parallel_size"
     row, joined = verl.get(rows, 1), verl.get(tensors, 1)
-    machines, learning = _halved(nodes, gpus, row, joined)
-    answering = nodes * gpus - machines * learning
-    for key, value, whole in ((rows, row, learning), (tensors, joined, answering)):
+    machines, training = _halved(nodes, gpus, row, joined)
+    generating = nodes * gpus - machines * training
+    for key, value, whole in ((rows, row, training), (tensors, joined, generating)):
         if whole % value:
             refused.append(f"{key}={value}: does not divide the {whole} GPUs that are left for it")
-    row, joined = math.gcd(row, learning), math.gcd(joined, answering or 1)
+    row, joined = math.gcd(row, training), math.gcd(joined, generating or 1)
     engines = {
-        "cluster.engines": answering // joined,
+        "cluster.engines": generating // joined,
         "cluster.engine_tensor_parallel": joined,
         "cluster.engine_memory": float(verl.get(_R + "gpu_memory_utilization", 0.5)),
     }
     return {
         "cluster.nodes": machines,
-        "cluster.gpus_per_node": learning,
-        **(engines if answering else {}),
+        "cluster.gpus_per_node": training,
+        **(engines if generating else {}),
         "cluster.shard": "hybrid" if size == gpus and machines > 1 else "full",
         "cluster.sequence_parallel": row,
         "cluster.offload": bool(
@@ -357,8 +351,8 @@ def _cluster(verl: Mapping[str, Any], refused: list[str]) -> dict[str, Any]:
 
 
 def _halved(nodes: int, gpus: int, row: int, joined: int) -> tuple[int, int]:
-    """(machines, GPUs on each) that learn, of which half as many as verl has: half of each machine, or half of the
-    machines where `row` or `joined` GPUs, which talk in every layer, need more."""
+    """(machines, GPUs on each) that train, half of those that verl uses: half of each machine, or half of the machines
+    where `row` or `joined` GPUs, which communicate in every layer, need more."""
     half = gpus // 2
     if nodes == 1 or (half and half % row == 0 and half % joined == 0):
         return nodes, max(1, half)

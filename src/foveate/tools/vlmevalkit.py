@@ -22,6 +22,7 @@ from foveate.evaluate.answers import AnswerStore, Generated, GeneratedAnswer
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
 from foveate.files import atomic_path, atomic_write_text
 from foveate.models.checkpoint.formats import read_config
+from foveate.models.families import family_class
 from foveate.records import SamplingParams, Task
 from foveate.rewards.text import jsonable, options, question
 
@@ -44,7 +45,8 @@ def checkpoint_models(folder: Path, name: str) -> dict[str, Any]:
     """The entries of a checkpoint, without and with thinking, as its own list has InternVL3.5.
 
     Raises ConfigError for one that is not in the GitHub format, the only one that its class loads."""
-    if read_config(folder)["model_type"] != "internvl_chat":
+    model_type = read_config(folder)["model_type"]
+    if model_type != family_class(model_type).github_type:
         raise ConfigError(
             f"{folder} is not in InternVL's GitHub format, which VLMEvalKit's InternVLChat needs; run "
             f"`foveate convert {folder} OUT --to chat` and give --model OUT, or serve it and give --endpoint"

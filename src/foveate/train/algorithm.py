@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from foveate.algorithms import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import corrected_loss
 from foveate.algorithms.kl import KLPenalty
+from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
 from foveate.config.algorithm import AlgorithmSettings, CriticSettings
 from foveate.config.runs import RLSettings
 from foveate.errors import ConfigError
@@ -64,7 +64,9 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
     for a constant and names none. Raises ConfigError or DataError for whatever it refuses, before a run starts."""
     row = resolve(ALGORITHMS, settings.name, "algorithm")
     if not isinstance(row, Algorithm):
-        raise ConfigError(f"algorithm {settings.name} is a {type(row).__name__}, not a foveate.algorithms.Algorithm")
+        raise ConfigError(
+            f"algorithm {settings.name} is a {type(row).__name__}, not a foveate.algorithms.table.Algorithm"
+        )
     where = f"algorithm {settings.name}"
     advantage = resolve(ADVANTAGES, row.advantage, "advantage")
     loss = resolve(POLICY_LOSSES, row.loss, "policy loss")
@@ -87,8 +89,6 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
     token_mask = _bound_token_mask(row.token_mask, in_force, where) if row.token_mask else None
     inputs = advantage_inputs(advantage)
     _check_critic(settings, "value_M" in inputs)
-    is_ours = row.loss in POLICY_LOSSES.values()  # ours are linear in the advantage but for their KL and entropy terms
-    other_terms = kl_in_loss or token_mask is not None or (is_ours and in_force["entropy_coefficient"] != 0)
     return ResolvedAlgorithm(
         name=settings.name,
         advantage=bound_advantage,
@@ -96,7 +96,7 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
         loss=bound_loss,
         needs_reference=kl_in_loss or settings.reward_kl is not None,
         needs_old=settings.correction is not None or token_mask is not None or settings.reward_kl is not None,
-        keeps_equal_groups=not is_ours or other_terms or settings.critic is not None,
+        keeps_equal_groups=row.trains_without_advantage(in_force) or settings.critic is not None,
         token_mask=token_mask,
         reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),
         advantage_clip=settings.advantage_clip,

@@ -279,7 +279,7 @@ class AsyncRollouts:
             taken = sampler.reader.take(count)
         self._spend("encode", clock.seconds["encode"])
         places = self._source.coming(count)
-        self._source.take(count)
+        self._source.draw(count)
         return [
             PendingGroup(place, task, Request(prompt, seed_of("ahead", sampler.seed, place)))
             for place, (task, prompt) in zip(places, taken, strict=True)

@@ -21,8 +21,8 @@ from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.stream import Stream
 from foveate.data.validate import ReadOptions
 from foveate.datasets.answers import CorrectnessRule
+from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
-from foveate.datasets.select import prepare_pairs
 from foveate.encoding.dataset import build_encoder, read_checked
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
@@ -33,13 +33,14 @@ from foveate.log import MetricsWriter, progress, read_metrics
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.records import SamplingParams
 from foveate.report.stages import Stage, write_stages
-from foveate.rewards.grade import build_reward, truth_check
+from foveate.rewards.build import build_reward, truth_check
 from foveate.rollout.build import choose_engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.clock import Clock
 from foveate.train.mpo import build_preference_loss, run_mpo
+from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, new_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
@@ -76,6 +77,8 @@ def _check(settings: CascadeSettings) -> None:
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)
     check_cluster(rl)
+    check_optimizer(rl.optim, rl.cluster)
+    check_optimizer(settings.mpo.optim, rl.cluster)
     check_run(build_algorithm(rl.algorithm, rl.rollout.max_tokens), rl)
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
@@ -153,7 +156,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
         for step, first in enumerate(range(0, prompts, CHUNK), start=1):
             count = min(CHUNK, prompts - first)
             if step <= done:
-                stream.take(count)
+                stream.draw(count)
             else:
                 clock = Clock()
                 groups, _ = sampler.draw(step, count, 0, clock)

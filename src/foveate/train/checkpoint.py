@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a continued run needs, whole or not there at all, the newest few kept.
+"""Checkpoints: everything that a resumed run needs, whole or not there at all, the newest few kept.
 
 A checkpoint is a folder `step_000020` with weights and optimizer state in the format of torch.distributed.checkpoint,
 each rank's share in files of its own, and `state.json` with the rest and the hashes of these files. It is written
@@ -33,13 +33,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils._pytree import tree_leaves
 
-from foveate.errors import DataError, DiskError
+from foveate.errors import ConfigError, DataError, DiskError
 from foveate.files import atomic_path, disk_error, with_room
 from foveate.parallel.ranks import Ranks
 
-_NAME = re.compile(r"step_(\d{6,})")
+SCHEMA = 2
+"""Of checkpoints. It grows when their content changes, and others are refused."""
 
+_NAME = re.compile(r"step_(\d{6,})")
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -55,47 +58,52 @@ def save_checkpoint(
     """Write `folder/step_XXXXXX` and delete all but the `keep` newest and the best. After a DiskError nothing new is
     there. Several `ranks` call it together, and share the file system.
 
-    content: what `tensors_of` the models and their optimizers gives, or a copy of it. `state["score"]`, where it is a
-    number, says how well these weights did.
+    content: `tensors_of` the models and their optimizers, or a copy of it. `state["score"]`, where it is a number, says
+    how well these weights did.
     """
     path = place_of(folder, step)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in _leaves(content))
-    state = {"step": step, **state}
+    tensors = [leaf for leaf in tree_leaves(dict(content)) if isinstance(leaf, Tensor)]
+    state = {"schema": SCHEMA, "ranks": _count(ranks), "step": step, **state}
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with_room(partial(_write, path, content, state, ranks), needed)
     if ranks is None or ranks.is_first:
         _rotate(folder, keep)
-    if ranks is not None:
-        ranks.gather(None, ranks.saving)
+    _gather(ranks, None)
     return path
 
 
+def _count(ranks: Ranks | None) -> int:
+    return 1 if ranks is None else ranks.cluster.ranks
+
+
+def _gather(ranks: Ranks | None, value: Any) -> list[Any]:
+    return [value] if ranks is None else ranks.gather(value, ranks.saving)
+
+
 def _write(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], ranks: Ranks | None) -> None:
-    """Write a checkpoint, whole or not at all. All ranks end alike: with what went wrong on any."""
-    if ranks is None:
-        with atomic_path(path) as temporary:
-            _write_state(temporary, state, _write_share(path, temporary, content, None))
-        return
+    """Write a checkpoint, whole or not at all. If a rank fails, all raise its error."""
     problem: DiskError | None = None
+    is_first = ranks is None or ranks.is_first
     try:
-        with atomic_path(path) if ranks.is_first else nullcontext(path) as temporary:
-            temporary = Path(ranks.gather(str(temporary), ranks.saving)[0])
-            hashes = _write_share(path, temporary, content, ranks)
-            hashes = {name: value for own in ranks.gather(hashes, ranks.saving) for name, value in own.items()}
-            if ranks.is_first:
-                _write_state(temporary, state, hashes)
+        with atomic_path(path) if is_first else nullcontext(path) as temporary:
+            temporary = Path(_gather(ranks, str(temporary))[0])
+            shares = _gather(ranks, _write_share(path, temporary, content, ranks))
+            if is_first:
+                hashes = {name: value for share in shares for name, value in share.items()}
+                _write_state(temporary, {**state, "hashes": hashes})
     except DiskError as error:
         problem = error
-    problem = next((one for one in ranks.gather(problem, ranks.saving) if one is not None), None)
+    problem = next((one for one in _gather(ranks, problem) if one is not None), None)
     if problem is not None:
         raise problem
 
 
-def _write_state(temporary: Path, state: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
-    (temporary / "state.json").write_text(json.dumps({**state, "hashes": hashes}, indent=2) + "\n")
+def _write_state(temporary: Path, state: Mapping[str, Any]) -> None:
+    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def _write_share(path: Path, temporary: Path, content: Mapping[str, Any], ranks: Ranks | None) -> dict[str, str]:
-    """Write this rank's share; the hashes of its files by name. What fails on a rank fails on all."""
+    """Write this rank's share; the hashes of its files by name. A failure on one rank is raised on all."""
     group = None if ranks is None else ranks.saving
     try:
         with _one_process():
@@ -169,11 +177,17 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def load_checkpoint(path: Path, trained: Mapping[str, Trained], ranks: Ranks | None = None) -> dict[str, Any]:
-    """Restore weights and optimizer in place; returns what was saved as `state`, with "step". Several `ranks` call it
-    together, not necessarily as many as have saved. Raises DataError for a file that is not as it was written."""
+def load_checkpoint(
+    path: Path, trained: Mapping[str, Trained], ranks: Ranks | None = None, *, bound_to_ranks: str = ""
+) -> dict[str, Any]:
+    """Restore weights and optimizer in place; returns the `state` that was saved, with "step".
+
+    Several `ranks` call it together, not necessarily as many as have saved, unless `bound_to_ranks` names an optimizer
+    whose state only serves the number of ranks that saved it: then another number raises ConfigError. Raises DataError
+    for a file that is not as it was written.
+    """
     tensors = tensors_of(trained)
-    state = _read(path, tensors, ranks)
+    state = _read(path, tensors, ranks, bound_to_ranks)
     for name, (model, optimizer) in trained.items():
         model.load_state_dict(tensors[f"{name}model"])
         set_optimizer_state_dict(model, optimizer, tensors[f"{name}optimizer"], options=_OPTIONS)
@@ -188,19 +202,37 @@ def load_weights(path: Path, model: nn.Module) -> int:
     return state["step"]
 
 
-def _read(path: Path, tensors: dict[str, Any], ranks: Ranks | None) -> dict[str, Any]:
-    """Fill tensors in place from files that are as they were written; what was saved as `state`."""
-    try:
+def _read(path: Path, tensors: dict[str, Any], ranks: Ranks | None, bound_to_ranks: str = "") -> dict[str, Any]:
+    """Fill tensors in place from files that are as they were written; the `state` that was saved."""
+    with _unreadable(path):
         state = json.loads((path / "state.json").read_text())
+    schema, saved_by = state.pop("schema", 1), state.pop("ranks", 1)
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"{path}: this checkpoint has schema {schema}, this version of foveate reads schema {SCHEMA}; use the"
+            " version that wrote it, or start over with another run="
+        )
+    if bound_to_ranks and saved_by != _count(ranks):
+        raise ConfigError(
+            f"{path}: was saved by {saved_by} ranks; the state of optimizer {bound_to_ranks} cannot be resumed by"
+            f" {_count(ranks)}: use as many ranks as before"
+        )
+    with _unreadable(path), _one_process():
         _verify(path, state.pop("hashes"), ranks)
-        with _one_process():
-            load(tensors, checkpoint_id=str(path), no_dist=ranks is None)
+        load(tensors, checkpoint_id=str(path), no_dist=ranks is None)
+    return state
+
+
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Errors of reading a checkpoint as a DataError in one line."""
+    try:
+        yield
     except (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError, CheckpointException) as error:
         reason = " ".join(str(_cause(error)).split())[:300]
         raise DataError(
-            f"{path}: this checkpoint cannot be read ({reason}); delete it to go on from an older one"
+            f"{path}: this checkpoint cannot be read ({reason}); delete it to resume from an older one"
         ) from error
-    return state
 
 
 def _verify(path: Path, hashes: Mapping[str, str], ranks: Ranks | None) -> None:
@@ -214,8 +246,8 @@ def _verify(path: Path, hashes: Mapping[str, str], ranks: Ranks | None) -> None:
 
 
 def _cause(error: BaseException) -> Exception:
-    """What torch wraps in its own exception: the error of the operating system where there is one, which torch hides
-    behind one of its file format; else the error as it came."""
+    """The error that torch wraps in its own: that of the operating system where there is one, which torch hides behind
+    one of its file format; else the error as it came."""
     inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     chain: list[BaseException] = [inner]
     while chain[-1].__context__ is not None:
@@ -238,30 +270,10 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 def tensors_of(trained: Mapping[str, Trained]) -> dict[str, Any]:
-    """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs."""
+    """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs. An
+    optimizer holds the state of all its parameters from the start (`build_optimizer`)."""
     tensors: dict[str, Any] = {}
     for name, (model, optimizer) in trained.items():
-        _complete(optimizer)
         tensors[f"{name}model"] = model.state_dict()
         tensors[f"{name}optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return tensors
-
-
-def _complete(optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that had no gradient yet, such as a vision tower's before the first picture, the state with which
-    AdamW begins: a checkpoint holds that of all."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
-                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": step, **averages}
-
-
-def _leaves(content: Any) -> Iterator[Tensor]:
-    """All tensors in nested mappings and lists."""
-    if isinstance(content, Tensor):
-        yield content
-    elif isinstance(content, Mapping | list):
-        for part in content.values() if isinstance(content, Mapping) else content:
-            yield from _leaves(part)

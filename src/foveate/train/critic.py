@@ -20,12 +20,12 @@ from foveate.train.optim import build_optimizer
 
 
 class Critic:
-    """Starts from the weights of the policy, with a head that says 0, and learns the same parts of the model."""
+    """Starts from the weights of the policy, with a head that gives 0, and trains the same parts of the model."""
 
     def __init__(
         self, policy: Policy, settings: CriticSettings, optim: OptimSettings, ready: Callable[[Policy], Values]
     ) -> None:
-        """`ready` makes what computes its values, whose weights it cuts over the ranks where there are several."""
+        """`ready` makes the module that computes its values, and shards its weights where there are several ranks."""
         model: Any = copy.deepcopy(policy.model)
         weight = policy.part("head").weight
         assert isinstance(weight, Tensor)
@@ -39,7 +39,7 @@ class Critic:
         self._clip = settings.clip
 
     def values(self, batch: Batch) -> Tensor:
-        """What is expected before each trained token: (M,), float32 or wider."""
+        """The value expected before each trained token: (M,), float32 or wider."""
         value_M = self._values(batch)
         return value_M.to(torch.promote_types(value_M.dtype, torch.float32))
 

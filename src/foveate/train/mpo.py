@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from foveate.algorithms import PREFERENCE_LOSSES
 from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.preference_losses import RewardShift
+from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
@@ -31,7 +31,7 @@ from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
-from foveate.train.optim import learning_rate
+from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
 from foveate.train.session import (
     GracefulShutdown,
@@ -53,6 +53,7 @@ def run_mpo(settings: MPOSettings) -> RunFolder:
 
 def _run(settings: MPOSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
+    check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
     loss = build_preference_loss(settings.loss)
     model = inspect_model_folder(settings.model.path)

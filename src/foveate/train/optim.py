@@ -1,29 +1,132 @@
-"""AdamW, its learning-rate schedule, and one careful optimizer step."""
+"""The table of optimizers, the learning-rate schedule, and one careful optimizer step.
+
+A row of the table is an `OptimizerSpec`: one file with a function that builds a `torch.optim.Optimizer`, and the state
+with which it begins. Everything else (checkpoints, plans, learning rates) follows from these.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from foveate.config.cluster import ClusterSettings
 from foveate.config.train import OptimSettings
+from foveate.errors import ConfigError
+from foveate.registry import bind, resolve
+
+OPTIMIZERS: dict[str, str] = {
+    "adamw": "foveate.train.optim:ADAMW",
+    "adamw8bit": "foveate.train.adamw8bit:ADAMW8BIT",
+    "muon": "foveate.train.muon:MUON",
+}
 
 
-def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over the parameters that train. Matrices decay; biases, norms and other vectors do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+@dataclass(frozen=True, slots=True)
+class OptimizerSpec:
+    """An optimizer, as the rest of foveate knows it.
+
+    build: `(parameters by name, OptimSettings, *, settings) -> torch.optim.Optimizer`. Parameter groups may have rules
+    of their own, among them `lr_scale`, a factor on the learning rate.
+    first_state: `(optimizer, group, parameter) -> state` of a parameter before its first gradient. Its tensors are what
+    a checkpoint holds and what a plan counts.
+    needs: a package that must be installed. sharded: whether the step is right for weights that are sharded over ranks.
+    portable: whether a checkpoint may be resumed on another number of ranks.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    first_state: Callable[[Any, dict[str, Any], Tensor], dict[str, Any]]
+    needs: str = ""
+    sharded: bool = True
+    portable: bool = True
+
+
+def optimizer_spec(optim: OptimSettings) -> OptimizerSpec:
+    """The row of the table, or the object at the import path. Raises ConfigError for none, and for what it lacks."""
+    spec = resolve(OPTIMIZERS, optim.name, "optimizer")
+    if not isinstance(spec, OptimizerSpec):
+        raise ConfigError(f"optimizer {optim.name} is a {type(spec).__name__}, not a foveate.train.optim.OptimizerSpec")
+    if spec.needs and find_spec(spec.needs) is None:
+        raise ConfigError(
+            f"optim.name={optim.name} needs {spec.needs}, which is not installed; run pip install {spec.needs}, or"
+            " choose another optimizer"
+        )
+    return spec
+
+
+def check_optimizer(optim: OptimSettings, cluster: ClusterSettings) -> None:
+    """Raise ConfigError for an optimizer that is not there, its settings, or ranks that it cannot be sharded over."""
+    spec = optimizer_spec(optim)
+    _bound(spec, optim)
+    if cluster.ranks > 1 and not spec.sharded:
+        raise ConfigError(
+            f"optim.name={optim.name} cannot train weights that are sharded over {cluster.ranks} ranks; use one rank,"
+            " or choose adamw"
+        )
+
+
+def build_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
+    """The optimizer of the parameters that train, each with its first state. Its groups count the `updates` taken."""
+    spec = optimizer_spec(optim)
+    optimizer = _bound(spec, optim)({name: p for name, p in model.named_parameters() if p.requires_grad}, optim)
+    for group in optimizer.param_groups:
+        group["updates"] = 0
+        for parameter in group["params"]:
+            optimizer.state[parameter] = spec.first_state(optimizer, group, parameter)
+    return optimizer
+
+
+def _bound(spec: OptimizerSpec, optim: OptimSettings) -> Callable[..., torch.optim.Optimizer]:
+    return bind(spec.build, optim.settings, f"optimizer {optim.name}")
+
+
+def state_bytes(model: nn.Module, optim: OptimSettings) -> int:
+    """Bytes of the optimizer's state for a model, which may be on the meta device; counters are not counted."""
+    states = build_optimizer(model, optim).state.values()
+    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor) and value.ndim)
+
+
+# ------------------------------------------------------------------------------------------------------------ AdamW
+
+
+def decay_groups(parameters: Iterable[Tensor], optim: OptimSettings) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay; biases, norms and other vectors do not."""
+    parameters = list(parameters)
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    on_gpu = all(p.device.type == "cuda" for p in trained)  # there `foreach` would make temporaries of all parameters
-    how = {"fused": True} if on_gpu and trained else {"foreach": True}
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.lr, betas=settings.betas, **how
-    )
+    return [group for group in groups if group["params"]]
+
+
+def implementation(parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """The kernels of torch's AdamW: on a GPU `foreach` would make temporaries of all parameters."""
+    devices = {p.device.type for p in parameters}
+    return {"fused": True} if devices == {"cuda"} else {"foreach": True}
+
+
+def adamw(named: Mapping[str, Tensor], optim: OptimSettings, *, eps: float = 1e-8) -> torch.optim.AdamW:
+    """torch's AdamW."""
+    groups = decay_groups(named.values(), optim)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=eps, **implementation(named.values()))
+
+
+def adamw_state(_optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """No step taken, and both moments 0."""
+    step = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
+    return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+ADAMW = OptimizerSpec(adamw, adamw_state)
+
+
+# ------------------------------------------------------------------------------------------------------------ a step
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
@@ -37,8 +140,8 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 
 @dataclass(slots=True)
 class LossScale:
-    """What a loss is multiplied by before its backward pass in float16, whose gradients underflow (arXiv 1710.03740):
-    half as much after a step with gradients that are not finite, twice as much after `patience` steps without."""
+    """The factor on a loss before its backward pass in float16, whose gradients underflow (arXiv 1710.03740): halved
+    after a step with gradients that are not finite, doubled after `patience` steps without."""
 
     value: float = 2.0**16
     good: int = 0
@@ -52,11 +155,17 @@ class LossScale:
             self.value, self.good = self.value * 2, 0
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Let the next step have learning rate `lr`, times the `lr_scale` of a group that has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 def apply_gradients(
-    optimizer: torch.optim.AdamW, lr: float, max_grad_norm: float, scale: float = 1.0
+    optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, scale: float = 1.0
 ) -> tuple[float, bool]:
-    """Clip the global gradient norm, step with learning rate `lr`, and clear the gradients. `scale`: what the loss was
-    multiplied by.
+    """Clip the global gradient norm, step with learning rate `lr`, and clear the gradients. `scale`: the factor on the
+    loss.
 
     Returns the norm before clipping and whether the step was taken: gradients that are not finite are thrown away, and
     the optimizer's state stays as it was.
@@ -70,8 +179,9 @@ def apply_gradients(
     norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
     finite = math.isfinite(norm)
     if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.step()
+        for group in optimizer.param_groups:
+            group["updates"] = group.get("updates", 0) + 1
     optimizer.zero_grad(set_to_none=True)
     return norm, finite

@@ -29,7 +29,7 @@ from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
 from foveate.records import SamplingParams
-from foveate.rewards.grade import truth_check
+from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine, place_of_policy
 from foveate.rollout.engine import Streaming
@@ -38,7 +38,7 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm, check_run
 from foveate.train.async_rollouts import AsyncRollouts
 from foveate.train.clock import Clock
-from foveate.train.optim import learning_rate
+from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import (
@@ -55,6 +55,7 @@ from foveate.train.worker import Worker, use_threads
 
 def run_rl(settings: RLSettings) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+    check_optimizer(settings.optim, settings.cluster)
     return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
 
 

@@ -55,10 +55,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def write_rollouts(
-    folder: Path,
-    step: int,
-    groups: Sequence[Group],
-    advantages: Sequence[Sequence[float]] | None = None,
+    folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]] | None = None
 ) -> None:
     """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
     `advantages`: of the answers of each group."""

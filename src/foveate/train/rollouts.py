@@ -74,7 +74,9 @@ class Grading:
         if not batch:
             return
         try:
-            scores = iter(self._graders.grade_many([(a.text, task) for task, answers, _ in batch for a in answers]))
+            scores = iter(
+                self._graders.grade_many([(answer, task) for task, answers, _ in batch for answer in answers])
+            )
             found = [tuple(next(scores) for _ in answers) for _, answers, _ in batch]
         except BaseException as error:
             for *_, future in batch:

@@ -154,13 +154,7 @@ def resume(
     return state["step"]
 
 
-def save(
-    workers: WorkerGroup[Worker],
-    run: RunFolder,
-    step: int,
-    state: dict[str, Any],
-    train: TrainSettings,
-) -> None:
+def save(workers: WorkerGroup[Worker], run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings) -> None:
     """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
     broadcast(workers, Worker.save, run.checkpoints, step, state, train.keep_checkpoints, train.save_async)
 

@@ -17,7 +17,7 @@ from foveate.parallel.balance import Costs
 from foveate.records import Demo, PackedGroup, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
-from foveate.train.optim import learning_rate
+from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.session import (
     GracefulShutdown,
     check_offline,
@@ -36,6 +36,7 @@ def run_sft(settings: SFTSettings) -> RunFolder:
 
 def _run(settings: SFTSettings, again: bool) -> RunFolder:
     check_offline(settings.cluster)
+    check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)

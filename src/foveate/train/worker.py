@@ -24,7 +24,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, set_disk_wait, with_room
 from foveate.models.forward import evaluating
-from foveate.models.lora import adapters_off, add_adapters, learns_by_adapters_alone, merged_state, reset_adapters
+from foveate.models.lora import adapters_off, add_adapters, merged_state, reset_adapters, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
@@ -35,7 +35,7 @@ from foveate.records import Batch, PackedGroup, Totals
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
-from foveate.train.optim import LossScale, apply_gradients, build_optimizer
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer, optimizer_spec
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
 
@@ -86,6 +86,7 @@ class Worker:
             is_own = self.reference is self.policy
             self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
         self.optimizer = build_optimizer(self.policy.model, optim)
+        self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
         self.token_budget = token_budget * (cluster.sequence_parallel if cluster is not None else 1)
         self.temperature = temperature
@@ -122,7 +123,7 @@ class Worker:
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
             for batch, members in self._batches(groups):
-                logp_M, _ = compute(batch, self.temperature)
+                (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
 
@@ -213,7 +214,7 @@ class Worker:
     def _step(
         self,
         policy: Policy,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         losses: Sequence[Metrics],
         lr: float,
         groups: Sequence[PackedGroup],
@@ -249,10 +250,10 @@ class Worker:
             else:
                 (logp_M.sum() + entropy_M.sum()).backward()
 
-    def _seed_dropout(self, optimizer: torch.optim.AdamW) -> None:
+    def _seed_dropout(self, optimizer: torch.optim.Optimizer) -> None:
         """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
         if self._seed is not None:
-            taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+            taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
     def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
@@ -281,7 +282,7 @@ class Worker:
         self._saving.wait()
 
     def restore(self, path: Path) -> dict[str, Any]:
-        state = load_checkpoint(path, self._trained(), self.ranks)
+        state = load_checkpoint(path, self._trained(), self.ranks, bound_to_ranks=self._bound_to_ranks)
         scale = state.pop("scale", None)
         if self.scale is not None and scale is not None:
             self.scale = LossScale(**scale)
@@ -321,7 +322,7 @@ def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
 
 def _frozen_copy(policy: Policy) -> Policy:
     """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
-    if learns_by_adapters_alone(policy.model):
+    if trains_adapters_only(policy.model):
         return policy
     model = copy.deepcopy(policy.model).requires_grad_(False)
     return replace(policy, model=model)

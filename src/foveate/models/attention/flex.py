@@ -2,8 +2,10 @@
 
 The descendants of a segment stand together in the row, right behind it. So a token sees exactly those at or before it
 whose segment is still open, that is, whose last descendant has not ended: key k is seen by query q where
-k <= q < end[k], and of these, with a sliding window, the last ones on its path. Blocks of 128 x 128 tokens in which
-nothing is seen are skipped, and those in which all is seen need no mask (FlexAttention: arXiv 2412.05496).
+k <= q < end[k], and of these, with a sliding window, the last ones on its path. In a bidirectional segment a token
+also sees those behind it, so that k < reach[q], the end of the segment, takes the place of k <= q. Blocks of 128 x 128
+tokens in which nothing is seen are skipped, and those in which all is seen need no mask (FlexAttention: arXiv
+2412.05496).
 """
 
 from __future__ import annotations
@@ -46,22 +48,23 @@ def flex_forest_attention(
 
 @cache
 def _compiled() -> Any:
-    """Compiled for rows of any length and any forest: learning, sampling and rows of one block have each a kernel of
-    their own, with and without a window. What cannot be compiled raises, since all scores would be computed instead."""
+    """Compiled for rows of any length and any forest: training, sampling and rows of one block each have their own
+    kernel, with and without a window. A mask that cannot be compiled raises, since all scores would be computed
+    instead."""
     compiled: Any = torch.compile  # whose declared overloads lack the limit
     return compiled(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
-@torch.inference_mode(False)  # one that was made for sampling must also do for learning
+@torch.inference_mode(False)  # one that was made for sampling must also do for training
 def block_mask(forest: Forest, device: torch.device, window: int | None = None) -> BlockMask:
     """The mask of a forest, and which of its blocks are empty, full or neither."""
     count = -(-forest.tokens // BLOCK)
-    end_T, position_T = _filled(_ends(forest), 1, count), _filled(path_positions(forest), 0, count)
-    some, whole = _blocks(end_T, position_T, window)
-    end, position = end_T.to(device), position_T.to(device)
-    earliest = position - (window or 0) + 1  # a tensor: FlexAttention compiles no mask that depends on a number
+    visible = _visible(forest, count, window)
+    some, whole = _blocks(*visible)
+    # all tensors: FlexAttention compiles no mask that depends on a number
+    end, reach, position, earliest = (values.to(device) for values in visible)
 
     def seen(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < end[k])
@@ -69,10 +72,30 @@ def block_mask(forest: Forest, device: torch.device, window: int | None = None) 
     def seen_in_window(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < end[k]) & (position[k] >= earliest[q])
 
+    def seen_both_ways(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k < reach[q]) & (q < end[k]) & (position[k] >= earliest[q])
+
     partial, full = _ordered(some & ~whole, device), _ordered(whole, device)
-    mod: Any = seen if window is None else seen_in_window
+    mod: Any = seen_both_ways if any(forest.bidirectional) else seen if window is None else seen_in_window
     length = count * BLOCK
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mod, seq_lengths=(length, length))
+
+
+def _visible(forest: Forest, count: int, window: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each token of `count` blocks, int64 (count * BLOCK,): the `end` of the last descendant of its segment, where
+    it stops being seen; its `reach`, the place behind the last token that it sees; its position on its path, and the
+    `earliest` position that it sees."""
+    position_T, length_K = path_positions(forest), torch.tensor(forest.length)
+    bidirectional_T = torch.tensor(forest.bidirectional).repeat_interleave(length_K)
+    start_T = torch.tensor(forest.start).repeat_interleave(length_K)
+    causal_T = torch.arange(forest.tokens) + 1
+    reach_T = torch.where(bidirectional_T, start_T + length_K.repeat_interleave(length_K), causal_T)
+    earliest_T = torch.zeros_like(position_T) if window is None else position_T - window + 1
+    begin_T = position_T - (causal_T - 1 - start_T)  # where its segment begins on the path
+    earliest_T = torch.where(bidirectional_T, earliest_T.minimum(begin_T), earliest_T)
+    filled = ((_ends(forest), 1), (reach_T, 1), (position_T, 0), (earliest_T, 0))
+    end, reach, position, earliest = (_filled(values_T, step, count) for values_T, step in filled)
+    return end, reach, position, earliest
 
 
 def _ends(forest: Forest) -> Tensor:
@@ -91,18 +114,15 @@ def _filled(values_T: Tensor, step: int, count: int) -> Tensor:
     return torch.cat([values_T, step * added])
 
 
-def _blocks(end_T: Tensor, position_T: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def _blocks(end: Tensor, reach: Tensor, position: Tensor, earliest: Tensor) -> tuple[Tensor, Tensor]:
     """Which blocks of (queries, keys) have something that is seen, and which nothing that is not, bool (n, n). With a
     window, the first may name too many."""
-    ends, positions = end_T.view(-1, BLOCK), position_T.view(-1, BLOCK)
-    number = torch.arange(len(ends))
-    first, behind = number[:, None] * BLOCK, (number[:, None] + 1) * BLOCK
-    before = number < number[:, None]
-    some = (number == number[:, None]) | (before & (first < ends.amax(1)))
-    whole = before & (behind <= ends.amin(1))
-    if window is not None:
-        some &= positions.amin(1)[:, None] - positions.amax(1) < window
-        whole &= positions.amax(1)[:, None] - positions.amin(1) < window
+    end, reach, position, earliest = (values.view(-1, BLOCK) for values in (end, reach, position, earliest))
+    first = torch.arange(len(end)) * BLOCK
+    some = (first < reach.amax(1)[:, None]) & (first[:, None] < end.amax(1))
+    some &= position.amax(1) >= earliest.amin(1)[:, None]
+    whole = (first + BLOCK <= reach.amin(1)[:, None]) & (first[:, None] + BLOCK <= end.amin(1))
+    whole &= position.amin(1) >= earliest.amax(1)[:, None]
     return some, whole
 
 

@@ -3,11 +3,13 @@
 `foveate_reference` builds the dense T x T mask of the forest: it is the truth. On a CPU, `foveate_forest` computes the
 same without padding the row, without a mask of T x T and without copying the keys of a prompt for each answer:
 
-- every segment attends causally to itself (segments of like length share one call), and
+- every segment attends to itself, causally unless it is bidirectional (segments of like length share one call), and
 - all descendants of a segment, which stand together in the row, attend to it in one call, without any mask.
 
 With a sliding window, where a token sees the last `window` tokens of its path (from the root to itself), segments are
-cut into chunks of a window's length: a chunk attends causally to itself, and under a band to what lies before it.
+cut into chunks of a window's length: a chunk attends causally to itself, and under a band to the tokens before it. A
+bidirectional segment attends to itself as a whole, as transformers' Gemma 3 has it, and under the band to the segments
+above.
 
 Each call gives a partial softmax with its log-sum-exp; partial results are merged by the log-sum-exp identity used for
 attention over split keys (Flash-Decoding, Ring Attention: arXiv 2310.01889). In backward, the flash kernel is
@@ -49,7 +51,7 @@ KERNELS = {
 
 
 class KeyValueCache(Protocol):
-    """What a sampler passes as `cache=`: it sees the keys and values of every layer and may answer in their place."""
+    """A sampler's `cache=`: it sees the keys and values of every layer and may compute attention in their place."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions
@@ -60,7 +62,7 @@ class KeyValueCache(Protocol):
 
 
 class SequenceParallelAttention(Protocol):
-    """What shares one row between ranks: each holds a part of its tokens, see `foveate.parallel.ulysses`."""
+    """A row shared between ranks, each of which holds a part of its tokens, see `foveate.parallel.ulysses`."""
 
     def attend(
         self,
@@ -82,7 +84,7 @@ class SequenceParallelAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """What a layer adds to plain attention: a sliding window (in tokens, itself included), and sinks (H,)."""
+    """The extras of a layer's attention: a sliding window (in tokens, itself included), and sinks (H,)."""
 
     window: int | None = None
     sinks: Tensor | None = None
@@ -92,7 +94,9 @@ PLAIN = AttentionOptions()
 
 
 def forest_mask(forest: Forest, device: torch.device | None = None, window: int | None = None) -> Tensor:
-    """The dense boolean mask of a forest, (T, T): True where the row's token may see the column's token."""
+    """The dense boolean mask of a forest, (T, T): True where the row's token may see the column's token. A window hides
+    the tokens that stand `window` or more before the row's token on its path, but none of its own bidirectional
+    segment."""
     mask = torch.zeros(forest.tokens, forest.tokens, dtype=torch.bool, device=device)
     for start, length, parent in zip(forest.start, forest.length, forest.parent, strict=True):
         rows = slice(start, start + length)
@@ -104,6 +108,9 @@ def forest_mask(forest: Forest, device: torch.device | None = None, window: int 
     if window is not None:
         position = path_positions(forest).to(mask.device)
         mask &= position[:, None] - position < window
+    for start, length, bidirectional in zip(forest.start, forest.length, forest.bidirectional, strict=True):
+        if bidirectional:
+            mask[start : start + length, start : start + length] = True
     return mask
 
 
@@ -150,7 +157,7 @@ class _ForestAttention(torch.autograd.Function):
                 0.0, part.causal, attn_mask=_bias(part, query), scale=scale,
             )  # fmt: skip
             tokens, rows, rows_lse = part.query.tokens, part.query.flat(partial), part.query.flat(partial_lse)
-            if part.causal:
+            if part.first:
                 out[tokens], lse[tokens] = rows, rows_lse
                 continue
             before = lse[tokens]
@@ -183,7 +190,7 @@ class _ForestAttention(torch.autograd.Function):
             for total, runs, share in (
                 (grad_query, part.query, grad_q), (grad_key, part.key, grad_k), (grad_value, part.key, grad_v),
             ):  # fmt: skip
-                if part.causal:
+                if part.first:
                     total[runs.tokens] = runs.flat(share)
                 elif part.shared and isinstance(runs.tokens, Tensor):
                     total.index_add_(0, runs.tokens, runs.flat(share))

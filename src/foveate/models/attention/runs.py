@@ -56,13 +56,15 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One call of the flash kernel: B runs of queries, each against one of B runs of keys.
+    """One call of the flash kernel: B runs of queries, each against one of B runs of keys. The `first` calls, of runs
+    against themselves, cover every token of the row exactly once.
 
     `bias` (B, 1, 1 or L_q, L_k) is -inf at the copies that fill up shorter runs of keys, and outside of the window;
     None where nothing is masked. `shared` says that several runs of queries may have the same keys."""
 
     query: Runs
     key: Runs
+    first: bool
     causal: bool
     bias: Tensor | None
     shared: bool = False
@@ -80,36 +82,45 @@ class _Run:
     distance: int = 0
 
 
-def _runs(forest: Forest) -> tuple[list[_Run], list[list[_Run]]]:
-    """Each segment against itself, and the descendants of each inner segment against it: these by depth, because the
-    queries of nested segments overlap and may not share a call."""
-    own = [_Run(s, n, s, n) for s, n in zip(forest.start, forest.length, strict=True)]
+def _own_runs(forest: Forest, window: int | None, *, bidirectional: bool) -> list[_Run]:
+    """Each segment of one kind against itself; causal ones in chunks of a window's length."""
+    return [
+        _Run(start + first, min(step, length - first), start + first, min(step, length - first))
+        for start, length, kind in zip(forest.start, forest.length, forest.bidirectional, strict=True)
+        if kind == bidirectional
+        for step in [length if window is None or bidirectional else window]
+        for first in range(0, length, step)
+    ]
+
+
+def _inner_runs(forest: Forest) -> list[list[_Run]]:
+    """The descendants of each inner segment against it, by depth, because the queries of nested segments overlap and
+    may not share a call."""
     depth: list[int] = []
     for parent in forest.parent:
         depth.append(0 if parent < 0 else depth[parent] + 1)
     end = [s + n for s, n in zip(forest.start, forest.length, strict=True)]
     below = list(end)
-    for k in range(len(own) - 1, -1, -1):
+    for k in reversed(range(len(end))):
         parent = forest.parent[k]
         if parent >= 0:
             below[parent] = max(below[parent], below[k])
     inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
-    for k, run in enumerate(own):
+    for k, (start, length) in enumerate(zip(forest.start, forest.length, strict=True)):
         if below[k] > end[k]:
-            inner[depth[k]].append(_Run(end[k], below[k] - end[k], run.q, run.q_length))
-    return own, inner
+            inner[depth[k]].append(_Run(end[k], below[k] - end[k], start, length))
+    return inner
 
 
 def _window_runs(forest: Forest, window: int) -> list[list[_Run]]:
-    """Chunks of each segment against themselves, then against the nearest piece before them, the one before that, ...:
-    pieces are chunks of the same path, cut where segments end, as far as the window reaches."""
-    levels: list[list[_Run]] = [[]]
+    """Chunks of each segment against the nearest piece before them, the one before that, ...: pieces are chunks of the
+    same path, cut where segments end, as far as the window reaches."""
+    levels: list[list[_Run]] = []
     begin = _path_begins(forest)
     for k, length in enumerate(forest.length):
         for first in range(0, length, window):
             query, size = forest.start[k] + first, min(window, length - first)
-            levels[0].append(_Run(query, size, query, size))
-            for level, (key, keys, distance) in enumerate(_before(forest, begin, k, first, window), 1):
+            for level, (key, keys, distance) in enumerate(_before(forest, begin, k, first, window)):
                 if level == len(levels):
                     levels.append([])
                 seeing = min(size, keys - 1 + window - distance)  # queries further on see nothing of this piece
@@ -118,9 +129,9 @@ def _window_runs(forest: Forest, window: int) -> list[list[_Run]]:
 
 
 def _before(forest: Forest, begin: list[int], k: int, first: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """The pieces that token `first` of segment `k` sees before it on its path, nearest first, each as its first token,
-    its length, and how far back its first token is."""
-    where, segment, end = begin[k] + first, k, first
+    """The pieces that token `first` of segment `k` sees before it on its path, outside of a segment that is
+    bidirectional; nearest first, each as its first token, its length, and how far back its first token is."""
+    where, segment, end = begin[k] + first, k, 0 if forest.bidirectional[k] else first
     while segment >= 0:
         reach = max(0, where - window + 1 - begin[segment])
         if reach < end:
@@ -163,20 +174,20 @@ def _as_batch(starts: list[int], lengths: list[int], device: torch.device) -> Ru
     return Runs(batch, longest, filled[real].to(device), filled.to(device), real.to(device))
 
 
-def _part(bucket: list[_Run], causal: bool, device: torch.device, window: int | None) -> Part:
+def _part(bucket: list[_Run], device: torch.device, window: int | None, *, first: bool, causal: bool) -> Part:
     bucket = sorted(bucket, key=lambda run: run.q)
     query = _as_batch([run.q for run in bucket], [run.q_length for run in bucket], device)
     key = _as_batch([run.k for run in bucket], [run.k_length for run in bucket], device)
     bias = None
     if causal:  # the copies stand after every true query
-        return Part(query, key, causal, None)
+        return Part(query, key, first, causal, None)
     if key.real is not None:
         bias = torch.zeros(key.real.shape, device=device).masked_fill(~key.real, float("-inf"))
         bias = bias.view(key.batch, 1, 1, key.length)
-    if window is not None:
+    if window is not None and not first:
         band = _band(bucket, query.length, key.length, window).to(device)
         bias = band if bias is None else band + bias
-    return Part(query, key, causal, bias, shared=window is not None)
+    return Part(query, key, first, causal, bias, shared=window is not None)
 
 
 def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
@@ -190,7 +201,7 @@ def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
 
 
 def parts(forest: Forest, device: torch.device, window: int | None = None) -> tuple[Part, ...]:
-    """The kernel calls for a layout. The causal calls come first and cover every token exactly once."""
+    """The kernel calls for a forest, the `first` ones in front."""
     if window is not None:
         longest = max(begin + length for begin, length in zip(_path_begins(forest), forest.length, strict=True))
         window = window if window < longest else None
@@ -199,8 +210,13 @@ def parts(forest: Forest, device: torch.device, window: int | None = None) -> tu
 
 @lru_cache(maxsize=64)
 def _parts(forest: Forest, device: torch.device, window: int | None) -> tuple[Part, ...]:
-    own, inner = _runs(forest)
-    levels = [own, *inner] if window is None else _window_runs(forest, window)
-    return tuple(
-        _part(bucket, level == 0, device, window) for level, runs in enumerate(levels) for bucket in _buckets(runs)
+    own = [
+        _part(bucket, device, window, first=True, causal=not bidirectional)
+        for bidirectional in (False, True)
+        for bucket in _buckets(_own_runs(forest, window, bidirectional=bidirectional))
+    ]
+    levels = _inner_runs(forest) if window is None else _window_runs(forest, window)
+    return (
+        *own,
+        *(_part(bucket, device, window, first=False, causal=False) for runs in levels for bucket in _buckets(runs)),
     )

@@ -51,7 +51,7 @@ _VISION = (
 """Keys of vision_config: chat, Hugging Face, and the chat form's default."""
 
 _QK_NORM_EPS = 1e-6
-"""transformers normalises queries and keys with this epsilon, whatever layer_norm_eps says."""
+"""transformers normalises queries and keys with this epsilon, not with layer_norm_eps."""
 
 _CHAT_ONLY_VALUES = {"ps_version": ("v1", "v2"), "pad2square": (False, False)}
 """Chat keys with one value that the Hugging Face form means, too: (the default, that value)."""

@@ -1,12 +1,11 @@
 """Checkpoints from one layout into another, as a stream of bytes: `foveate convert`.
 
-What only one of the two formats has (config.json, the image preprocessing, the Python files of the GitHub format)
-travels in a folder `chat_format` or `hf_format` of the other one, so that the way back restores it.
+Files that only one of the two formats has (config.json, the image preprocessing, the Python files of the GitHub
+format) travel in a folder `chat_format` or `hf_format` of the other one, so that the way back restores it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from transformers import InternVLConfig, PreTrainedTokenizerBase
 
+from foveate.encoding.family import ServedAs
 from foveate.errors import DataError, DiskError
 from foveate.files import atomic_path
 from foveate.log import progress
@@ -39,7 +39,7 @@ from foveate.models.checkpoint.formats import (
 )
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, CheckpointFormat, from_hf
 from foveate.models.checkpoint.safetensors_io import Stored, write_weights
-from foveate.models.families.internvl import is_count, read_json
+from foveate.models.checkpoint.small_files import is_count, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ _IMAGE_TOKENS = {
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-"""What transformers' InternVL processor asks its tokenizer for. Vocabularies without <video> get it where the embedding
-has a row for it."""
+"""The tokens that transformers' InternVL processor asks its tokenizer for. Vocabularies without <video> get it where
+the embedding has a row for it."""
 _DEFAULT_TILES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was converted: the layouts, the numbers of tensors, of their bytes, and of weight files."""
+    """The result of a conversion: the layouts, the numbers of tensors, of their bytes, and of weight files."""
 
     source: CheckpointFormat
     target: CheckpointFormat
@@ -80,13 +80,13 @@ class Conversion:
 
 
 def convert(source: Path, target: Path, to: CheckpointFormat, *, shard_bytes: int = SHARD_BYTES) -> Conversion:
-    """Write the checkpoint `source` in the layout `to` as the new folder `target`, whole or not at all.
+    """Write the checkpoint `source` in the layout `to` as the new folder `target`, completely or not at all.
 
-    Memory stays at one buffer of bytes, whatever the model's size; every tensor arrives bit for bit. Everything is
+    Memory stays at one buffer of bytes for a model of any size; every tensor arrives bit for bit. Everything is
     checked against the configuration before anything is written.
 
     Raises:
-        DataError: the source is not a whole InternVL checkpoint in safetensors, cannot be expressed in the other
+        DataError: the source is not a complete InternVL checkpoint in safetensors, cannot be expressed in the other
             format, or the target exists.
         DiskError: the target cannot be written, or does not fit.
     """
@@ -185,6 +185,15 @@ def write_other_files(source: Path, target: Path, layout: CheckpointFormat, to: 
     _write_to_chat(source, target) if other == "chat" else _write_to_hf(source, target)
 
 
+def write_served_files(source: Path, target: Path, layout: CheckpointFormat, served: ServedAs, end_token: Any) -> None:
+    """The small files of a checkpoint in the new folder `target`, as a server takes them."""
+    target.mkdir()
+    write_other_files(source, target, layout, served.layout)
+    path = target / _TOKENIZER
+    if path.is_file():
+        write_json(path, served.tokenizer_config(read_json(path), end_token))
+
+
 def _small_files(folder: Path) -> list[Path]:
     """The files of a folder that are neither weights, nor their index, nor hidden."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -259,9 +268,3 @@ def _with_image_tokens(settings: Json, hf: Json, tokenizer: PreTrainedTokenizerB
     if isinstance(extra, dict):
         return {**settings, "extra_special_tokens": {**extra, **lacking}}
     return {**settings, **lacking}  # transformers 5 keeps a list there, and the names beside it
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file of a checkpoint; one that already says the same stays as it is."""
-    if not path.is_file() or read_json(path) != content:
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,33 +1,33 @@
-"""Which layout a checkpoint folder has, its configuration in the Hugging Face form, and whether its tensors are whole.
+"""The layout of a checkpoint folder, its configuration in the Hugging Face form, and whether its tensors are complete.
 
 Only small files and the headers of the weights are read, and no code that comes with a checkpoint is run.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoTokenizer, InternVLConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, InternVLConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from foveate.errors import DataError
 from foveate.models.checkpoint.configs import Json, chat_to_hf, tied
-from foveate.models.checkpoint.names import CheckpointFormat, from_hf, split_parts, to_hf
-from foveate.models.checkpoint.quiet import quiet_transformers
+from foveate.models.checkpoint.names import CheckpointFormat, from_hf, to_hf
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, weight_files
-from foveate.models.families.internvl import read_json
+from foveate.models.checkpoint.small_files import (
+    quiet_transformers,
+    read_json,
+    read_tokenizer,
+    require_words,
+    unreadable,
+)
+from foveate.models.families import FAMILIES, family_class
 from foveate.models.sizes import meta_model
-
-MODEL_TYPES = {"internvl": "Hugging Face", "internvl_chat": "GitHub"}
-"""What `model_type` of config.json is for InternVL, and the format that it stands for."""
-
-OTHER_TYPES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2", "qwen3", "qwen3_moe", "gpt_oss")
-"""`model_type` of the other models that are known; each has one format, transformers' own."""
 
 IMAGE_WORDS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
@@ -38,9 +38,10 @@ def detect_format(folder: Path) -> CheckpointFormat:
     The two Hugging Face layouts have the same configuration and are told apart by the names of their tensors.
     Raises DataError for anything else, and for weights that are not safetensors.
     """
-    config, files = read_config(folder), weight_files(folder)
-    if config["model_type"] != "internvl":
-        return "chat" if config["model_type"] == "internvl_chat" else "hf"
+    model_type, files = read_config(folder)["model_type"], weight_files(folder)
+    github_type = family_class(model_type).github_type
+    if github_type is None or model_type == github_type:
+        return "hf" if github_type is None else "chat"
     names = read_headers(files[:1])
     return "hf" if any(name.startswith(("model.", "lm_head.")) for name in names) else "hf-old"
 
@@ -55,8 +56,8 @@ def read_config(folder: Path) -> Json:
         )
     config = read_json(path)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES and kind not in OTHER_TYPES:
-        known = ", ".join([*(f"{name} ({form} format)" for name, form in MODEL_TYPES.items()), *OTHER_TYPES])
+    if kind not in FAMILIES:
+        known = ", ".join(_with_format(name) for name in FAMILIES)
         why = ", a model that exists only as code of its checkpoint, which is never run" if "auto_map" in config else ""
         raise DataError(f"{path}: model_type is {kind!r}{why}; known are: {known}")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -68,33 +69,44 @@ def read_config(folder: Path) -> Json:
     return config
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with its chat template. Raises DataError for one that is damaged."""
+def _with_format(model_type: str) -> str:
+    """A `model_type`, with the format that it stands for in a family of several."""
+    github_type = family_class(model_type).github_type
+    if github_type is None:
+        return model_type
+    return f"{model_type} ({'GitHub' if model_type == github_type else 'Hugging Face'} format)"
+
+
+def read_hf_config(folder: Path, towers: Collection[str]) -> Any:
+    """The configuration of a folder in transformers' own format. Raises DataError where it cannot be read, and for a
+    language model that is none of `towers`."""
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare exceptions
+            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         raise unreadable(folder, error) from error
-    older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
-    if not tokenizer.chat_template and older.is_file():
-        tokenizer.chat_template = read_json(older).get("chat_template")
-    return tokenizer
+    form = read_config(folder)
+    if "tie_word_embeddings" not in form and "tie_word_embeddings" in (form.get("text_config") or {}):
+        config.tie_word_embeddings = tied(form)  # what only the text model says counts for the whole
+    if towers:
+        check_tower(folder, config.get_text_config().model_type, towers)
+    return config
+
+
+def check_tower(folder: Path, kind: str | None, towers: Collection[str]) -> None:
+    """Refuse a language model that a family does not stand on: the forest kernels compute its attention, or lack it."""
+    if kind not in towers:
+        known = ", ".join(towers)
+        raise DataError(
+            f"{folder / 'config.json'}: text_config.model_type is {kind!r}; the forest kernels know {known}"
+        )
 
 
 def read_image_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an InternVL. Raises DataError also for one that has no tokens for images."""
     tokenizer = read_tokenizer(folder)
-    vocabulary = tokenizer.get_vocab()
-    missing = [word for word in IMAGE_WORDS if word not in vocabulary]
-    if missing:
-        raise DataError(f"{folder}: the tokenizer lacks {', '.join(missing)}; InternVL cannot see images without them")
+    require_words(folder, tokenizer, IMAGE_WORDS, "InternVL")
     return tokenizer
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    """What a user reads when no sense can be made of a folder, or of a file of it."""
-    reason = " ".join(str(error).split())
-    return DataError(f"{path}: cannot be loaded ({type(error).__name__}: {reason}); replace it")
 
 
 def hf_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Json:
@@ -103,12 +115,13 @@ def hf_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Json:
     Raises DataError, with the file, for a language model that is not known and for what that form cannot express.
     """
     config = read_config(folder)
-    if config["model_type"] in OTHER_TYPES:
-        kind = config["model_type"]
+    kind = config["model_type"]
+    github_type = family_class(kind).github_type
+    if github_type is None:
         raise DataError(
             f"{folder / 'config.json'}: model_type is {kind!r}, which has one layout; convert InternVL only"
         )
-    if config["model_type"] == "internvl":
+    if kind != github_type:
         return {**config, "tie_word_embeddings": tied(config)}
     return mapped(folder, chat_to_hf, config, tokenizer.get_vocab()["<IMG_CONTEXT>"])
 
@@ -153,7 +166,8 @@ def hf_tensors(folder: Path, layout: CheckpointFormat, config: InternVLConfig) -
         parts = len(names)
         shape = (stored.shape[0] // parts, *stored.shape[1:]) if parts > 1 else stored.shape
         for i, part in enumerate(names):
-            found[part] = Stored(stored.dtype, shape, (stored.pieces[0].part(i, parts),))
+            piece = stored.pieces[0].part(i, parts)
+            found[part] = Stored(stored.dtype, shape, (piece,), name, i * shape[0] if shape else 0)
     optional = {"lm_head.weight"} if tied(config.to_dict()) else set()
     missing = sorted({from_hf(name, layout)[0] for name in wanted.keys() - found.keys() - optional})
     require_fit(folder, "lack", missing)
@@ -178,28 +192,11 @@ def _check_shape(folder: Path, name: str, stored: Stored, parts: list[tuple[int,
 def expected_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a checkpoint of this configuration holds, by hf name.
 
-    Checkpoints of Qwen3-MoE hold every expert's matrices on their own; transformers 5 joins them as it loads.
+    They are those that transformers saves: it joins the matrices of experts as it loads them, and splits them again.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
-    text: Any = config.text_config
-    if text.model_type != "qwen3_moe":
-        return shapes
-    apart: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        apart |= _experts(name, shape) or {name: shape}
-    return apart
-
-
-def _experts(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]] | None:
-    match = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-    if match is None:
-        return None
-    prefix, matrix = match.groups()
-    count, rows, columns = shape
-    if matrix == "down_proj":
-        return {f"{prefix}.{i}.down_proj.weight": (rows, columns) for i in range(count)}
-    halves = ("gate_proj", "up_proj")
-    return {f"{prefix}.{i}.{half}.weight": (rows // 2, columns) for i in range(count) for half in halves}
+    model = meta_model(config)
+    stored = revert_weight_conversion(model, dict(model.state_dict()))
+    return {to_hf(name, "hf-old")[0]: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
 def hf_state_dict(folder: Path, layout: CheckpointFormat) -> dict[str, Tensor]:
@@ -209,6 +206,5 @@ def hf_state_dict(folder: Path, layout: CheckpointFormat) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
                 names = to_hf(name, layout)
-                parts: Iterable[Tensor] = split_parts(tensors.get_tensor(name), len(names))
-                state |= zip(names, parts, strict=True)
+                state |= zip(names, tensors.get_tensor(name).tensor_split(len(names)), strict=True)
     return state

@@ -1,4 +1,4 @@
-"""What a model folder is, from its small files alone: format, configuration, tokenizer, family. No weights are read."""
+"""A model folder told by its small files alone: format, configuration, tokenizer, family. No weights are read."""
 
 from __future__ import annotations
 
@@ -7,35 +7,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from foveate.encoding.chat import render
+from foveate.encoding.encode import Encoder
+from foveate.encoding.family import Family, budget_of
 from foveate.errors import DataError
-from foveate.models.checkpoint.configs import hf_preprocessor, tied
-from foveate.models.checkpoint.formats import (
-    MODEL_TYPES,
-    detect_format,
-    hf_form,
-    mapped,
-    model_config,
-    read_config,
-    read_image_tokenizer,
-    read_tokenizer,
-    unreadable,
-)
+from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.quiet import quiet_transformers
-from foveate.models.families.internvl import Family, internvl_family
-from foveate.models.families.qwen_vl import qwen_family
-from foveate.models.families.text import text_family
+from foveate.models.checkpoint.small_files import read_tokenizer
+from foveate.models.families import family_class
 from foveate.records import Message
-
-LANGUAGE_MODELS = (
-    "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
-)  # fmt: skip
-"""Language models whose attention the forest kernels compute, sliding windows and sinks included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,59 +38,33 @@ def resolve_folder(path: str) -> Path:
 
 
 def inspect_model_folder(path: str) -> ModelFolder:
-    """What is in a model folder of any family and layout. Raises DataError, naming the file, for what is none, for
-    weights that are not safetensors, for a model that is not known, and for parts that do not fit each other. No code
-    that comes with a checkpoint is run."""
+    """Recognise a model folder of any family and layout. Raises DataError, naming the file, for what is none, for
+    weights that are not safetensors, for a model that is not known, for parts that do not fit each other, and for a
+    chat template that cannot be used. No code that comes with a checkpoint is run."""
     folder = resolve_folder(path)
     layout = detect_format(folder)
-    if read_config(folder)["model_type"] in MODEL_TYPES:
-        return _internvl(folder, layout)
     tokenizer = read_tokenizer(folder)
-    try:
-        with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
-        raise unreadable(folder, error) from error
-    form = read_config(folder)
-    if "tie_word_embeddings" not in form and "tie_word_embeddings" in (form.get("text_config") or {}):
-        config.tie_word_embeddings = tied(form)  # what only the text model says counts for the whole
-    text = config.get_text_config()
-    _check_language(folder, text.model_type)
-    family = text_family if text is config else qwen_family
-    return _with_template(ModelFolder(folder, layout, config, tokenizer, family(folder, config, tokenizer)))
-
-
-def _internvl(folder: Path, layout: CheckpointFormat) -> ModelFolder:
-    tokenizer = read_image_tokenizer(folder)
-    form = hf_form(folder, tokenizer)
-    _check_language(folder, (form.get("text_config") or {}).get("model_type"))
-    config: Any = model_config(folder, form)
-    layer, layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
-        raise DataError(f"{folder / 'config.json'}: images are taken from layer {layer} of a tower of {layers} layers")
-    processor = mapped(folder, hf_preprocessor, read_config(folder)) if layout == "chat" else None
-    family = internvl_family(folder, config, tokenizer, processor)
-    return _with_template(ModelFolder(folder, layout, config, tokenizer, family))
-
-
-def _with_template(found: ModelFolder) -> ModelFolder:
-    """Refuse a chat template that cannot be used, and a tokenizer without one where the one that would stand in has
-    words it does not know."""
-    if not found.tokenizer.chat_template and "<|im_start|>" not in found.tokenizer.get_vocab():
+    config, family = family_class(read_config(folder)["model_type"]).read(folder, tokenizer)
+    if not tokenizer.chat_template and family.template_token not in tokenizer.get_vocab():
         raise DataError(
-            f"{found.folder}: no chat template, and the tokenizer has no <|im_start|>; add chat_template.jinja"
+            f"{folder}: no chat template, and the tokenizer has no {family.template_token}; add chat_template.jinja"
         )
     try:
-        render((Message("user", "?"),), found.tokenizer)
+        render((Message("user", "?"),), tokenizer, template=family.template)
     except (TemplateError, TypeError) as error:
-        raise DataError(f"{found.folder}: the chat template cannot be used ({error}); mend it") from error
-    return found
+        raise DataError(f"{folder}: the chat template cannot be used ({error}); mend it") from error
+    return ModelFolder(folder, layout, config, tokenizer, family)
 
 
-def _check_language(folder: Path, kind: str | None) -> None:
-    """Refuse attention that the forest kernels lack."""
-    if kind not in LANGUAGE_MODELS:
-        known = ", ".join(LANGUAGE_MODELS)
-        raise DataError(
-            f"{folder / 'config.json'}: text_config.model_type is {kind!r}; the forest kernels know {known}"
-        )
+def load_encoder(
+    path: str,
+    *,
+    max_tiles: int | None,
+    max_pixels: int | None = None,
+    max_prompt_tokens: int,
+    system: str | None = None,
+) -> Encoder:
+    """The encoder of a model folder; see `Encoder` for the limits. Raises DataError for what is no model folder."""
+    found = inspect_model_folder(path)
+    budget = budget_of(found.family, max_tiles=max_tiles, max_pixels=max_pixels)
+    return Encoder(found.tokenizer, found.family, budget, max_prompt_tokens, system)

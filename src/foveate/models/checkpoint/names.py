@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from torch import Tensor
-
 from foveate.errors import DataError
 
 CheckpointFormat = Literal["chat", "hf-old", "hf"]
@@ -26,41 +24,45 @@ CHECKPOINT_FORMATS: dict[CheckpointFormat, str] = {
 }
 """The layouts, and what they are called in sentences."""
 
-_HF_PREFIXES = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("vision_tower.", "model.vision_tower."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
+_SHARED = (
+    ("language_model.lm_head", "lm_head"),
+    ("language_model.model", "model.language_model"),
 )
-"""Beginnings of names: hf-old, hf. The first two are those of the chat layout, too."""
+"""Modules that the chat and the hf-old layout call the same: there, in hf."""
 
-_CHAT_MODULES = (
+_OLD = (*_SHARED, ("vision_tower", "model.vision_tower"), ("multi_modal_projector", "model.multi_modal_projector"))
+
+_CHAT_LAYER, _HF_LAYER = "vision_model.encoder.layers.#.", "model.vision_tower.encoder.layer.#."
+_CHAT = (
+    *_SHARED,
     ("mlp1.0", "model.multi_modal_projector.layer_norm"),
     ("mlp1.1", "model.multi_modal_projector.linear_1"),
     ("mlp1.3", "model.multi_modal_projector.linear_2"),
     ("vision_model.embeddings.class_embedding", "model.vision_tower.embeddings.cls_token"),
     ("vision_model.embeddings.patch_embedding", "model.vision_tower.embeddings.patch_embeddings.projection"),
     ("vision_model.embeddings.position_embedding", "model.vision_tower.embeddings.position_embeddings"),
+    (f"{_CHAT_LAYER}attn.qkv", f"{_HF_LAYER}attention.q_proj"),
+    (f"{_CHAT_LAYER}attn.qkv", f"{_HF_LAYER}attention.k_proj"),
+    (f"{_CHAT_LAYER}attn.qkv", f"{_HF_LAYER}attention.v_proj"),
+    (f"{_CHAT_LAYER}attn.proj", f"{_HF_LAYER}attention.projection_layer"),
+    (f"{_CHAT_LAYER}attn.q_norm", f"{_HF_LAYER}attention.q_norm"),
+    (f"{_CHAT_LAYER}attn.k_norm", f"{_HF_LAYER}attention.k_norm"),
+    (f"{_CHAT_LAYER}norm1", f"{_HF_LAYER}layernorm_before"),
+    (f"{_CHAT_LAYER}norm2", f"{_HF_LAYER}layernorm_after"),
+    (f"{_CHAT_LAYER}ls1", f"{_HF_LAYER}lambda_1"),
+    (f"{_CHAT_LAYER}ls2", f"{_HF_LAYER}lambda_2"),
+    (f"{_CHAT_LAYER}mlp.fc1", f"{_HF_LAYER}mlp.fc1"),
+    (f"{_CHAT_LAYER}mlp.fc2", f"{_HF_LAYER}mlp.fc2"),
 )
-"""Modules and parameters outside of the vision layers: chat, hf."""
+_MODULES: dict[CheckpointFormat, tuple[tuple[str, str], ...]] = {
+    "chat": _CHAT,
+    "hf-old": _OLD,
+    "hf": tuple((hf, hf) for _, hf in _OLD),
+}
+"""Modules and parameters: in the layout, in hf. `#` is the number of a vision layer. Several with one name in the
+layout are fused there, in this order along the first axis."""
 
-_CHAT_LAYER, _HF_LAYER = "vision_model.encoder.layers.", "model.vision_tower.encoder.layer."
-_LAYER_MODULES = (
-    ("attn.proj", "attention.projection_layer"),
-    ("attn.q_norm", "attention.q_norm"),
-    ("attn.k_norm", "attention.k_norm"),
-    ("norm1", "layernorm_before"),
-    ("norm2", "layernorm_after"),
-    ("ls1", "lambda_1"),
-    ("ls2", "lambda_2"),
-    ("mlp.fc1", "mlp.fc1"),
-    ("mlp.fc2", "mlp.fc2"),
-)
-"""Modules and parameters of one vision layer: chat, hf. The fused `attn.qkv` is not among them."""
-
-_QKV = "attn.qkv"
-_THIRDS = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-"""The rows of the fused projection, in this order."""
+_VISION_LAYER = re.compile(r"(?<=\.encoder\.layers\.)\d+|(?<=\.encoder\.layer\.)\d+")
 
 
 def to_hf(name: str, layout: CheckpointFormat) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ def to_hf(name: str, layout: CheckpointFormat) -> tuple[str, ...]:
 
     Raises DataError for a name that the layout does not have.
     """
-    names = {"chat": _chat_to_hf, "hf-old": _old_to_hf, "hf": _known_hf}[layout](name)
+    names = tuple(_renamed(name, own, hf) for own, hf in _MODULES[layout] if _is_in(name, own))
     if not names:
         raise DataError(f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS[layout]} layout")
     return names
@@ -80,65 +82,20 @@ def from_hf(name: str, layout: CheckpointFormat) -> tuple[str, int, int]:
     The parts follow each other along the first axis: (".. attn.qkv.weight", 1, 3) is the middle third.
     Raises DataError for a name that hf does not have.
     """
-    found = {"chat": _hf_to_chat, "hf-old": _hf_to_old, "hf": _same}[layout](name)
-    if found is None:
-        raise DataError(f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS['hf']} layout")
-    return found
+    for own, hf in _MODULES[layout]:
+        if _is_in(name, hf):
+            parts = [part for other, part in _MODULES[layout] if other == own]
+            return _renamed(name, hf, own), parts.index(hf), len(parts)
+    raise DataError(f"{name} is not a tensor of InternVL in the {CHECKPOINT_FORMATS['hf']} layout")
 
 
-def split_parts(tensor: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """The parts of a fused tensor (parts * R, ...): views of shape (R, ...)."""
-    return tensor.tensor_split(parts) if parts > 1 else (tensor,)
+def _is_in(name: str, module: str) -> bool:
+    """Whether a tensor belongs to a module; a parameter is a module of one tensor."""
+    return f"{_VISION_LAYER.sub('#', name)}.".startswith(f"{module}.")
 
 
-def _chat_to_hf(name: str) -> tuple[str, ...]:
-    for chat, hf in _HF_PREFIXES[:2]:
-        if name.startswith(chat):
-            return (hf + name.removeprefix(chat),)
-    if match := re.fullmatch(re.escape(_CHAT_LAYER) + r"(\d+)\.(.+)", name):
-        number, rest = match.groups()
-        if rest.startswith(_QKV + "."):
-            return tuple(f"{_HF_LAYER}{number}.{third}{rest.removeprefix(_QKV)}" for third in _THIRDS)
-        found = _renamed(rest, _LAYER_MODULES)
-        return (f"{_HF_LAYER}{number}.{found}",) if found else ()
-    found = _renamed(name, _CHAT_MODULES)
-    return (found,) if found else ()
-
-
-def _hf_to_chat(name: str) -> tuple[str, int, int] | None:
-    for chat, hf in _HF_PREFIXES[:2]:
-        if name.startswith(hf):
-            return chat + name.removeprefix(hf), 0, 1
-    if match := re.fullmatch(re.escape(_HF_LAYER) + r"(\d+)\.(.+)", name):
-        number, rest = match.groups()
-        for part, third in enumerate(_THIRDS):
-            if rest.startswith(third + "."):
-                return f"{_CHAT_LAYER}{number}.{_QKV}{rest.removeprefix(third)}", part, len(_THIRDS)
-        found = _renamed(rest, [(hf, chat) for chat, hf in _LAYER_MODULES])
-        return (f"{_CHAT_LAYER}{number}.{found}", 0, 1) if found else None
-    found = _renamed(name, [(hf, chat) for chat, hf in _CHAT_MODULES])
-    return (found, 0, 1) if found else None
-
-
-def _old_to_hf(name: str) -> tuple[str, ...]:
-    return tuple(hf + name.removeprefix(old) for old, hf in _HF_PREFIXES if name.startswith(old))
-
-
-def _hf_to_old(name: str) -> tuple[str, int, int] | None:
-    return next(((old + name.removeprefix(hf), 0, 1) for old, hf in _HF_PREFIXES if name.startswith(hf)), None)
-
-
-def _known_hf(name: str) -> tuple[str, ...]:
-    return (name,) if any(name.startswith(hf) for _, hf in _HF_PREFIXES) else ()
-
-
-def _same(name: str) -> tuple[str, int, int] | None:
-    return (name, 0, 1) if _known_hf(name) else None
-
-
-def _renamed(name: str, modules: tuple[tuple[str, str], ...] | list[tuple[str, str]]) -> str | None:
-    """`name` with the module at its beginning renamed; a parameter is a module of one tensor."""
-    for old, new in modules:
-        if name == old or name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    return None
+def _renamed(name: str, module: str, to: str) -> str:
+    """The name of a tensor of `module` with that module renamed."""
+    number = _VISION_LAYER.search(name)
+    renamed = to + _VISION_LAYER.sub("#", name).removeprefix(module)
+    return renamed.replace("#", number[0]) if number else renamed

@@ -1,7 +1,7 @@
 """Safetensors as byte ranges: headers of a checkpoint folder, and files written piece by piece.
 
-A converter only renames tensors, cuts them along their first axis and joins them again. In row-major storage each of
-these is a copy of byte ranges, so that nothing is decoded, every dtype passes bit for bit, and memory holds one buffer.
+A converter only renames tensors, splits them along their first axis and joins them again. In row-major storage each is
+a copy of byte ranges: nothing is decoded, every dtype passes bit for bit, and memory holds one buffer.
 
 The format: 8 bytes with the length of the header (little endian), a JSON header, the data.
 https://github.com/huggingface/safetensors#format
@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import safe_open
+from torch import Tensor
+
 from foveate.errors import DataError
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _BUFFER = 1 << 24
 """Bytes copied at a time."""
 _BITS = re.compile(r"(?:F|BF|I|U|C)(\d+)(?:_.+)?")
@@ -31,26 +34,29 @@ _HEADER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ByteRange:
     """A contiguous range of bytes of a file."""
 
     file: Path
     start: int
     size: int
 
-    def part(self, index: int, count: int) -> Piece:
+    def part(self, index: int, count: int) -> ByteRange:
         """One of `count` equal parts."""
         size = self.size // count
-        return Piece(self.file, self.start + index * size, size)
+        return ByteRange(self.file, self.start + index * size, size)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor on disk: its dtype as safetensors calls it, its shape, and the pieces that its bytes are made of."""
+    """A tensor on disk: its dtype as safetensors calls it, its shape, and the pieces that its bytes are made of. One of
+    a single piece can be read by `read_tensor`: it begins at a `row` of the tensor `name` of its file."""
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ByteRange, ...]
+    name: str = ""
+    row: int = 0
 
     @property
     def size(self) -> int:
@@ -100,7 +106,7 @@ def _indexed_files(index: Path) -> list[Path]:
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """All tensors of some files by name, in the order of their bytes. Only headers are read.
 
-    Raises DataError for a file that is cut off or not safetensors, and for a tensor that two files hold.
+    Raises DataError for a file that is truncated or not safetensors, and for a tensor that two files hold.
     """
     tensors: dict[str, Stored] = {}
     for file in files:
@@ -109,9 +115,20 @@ def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
             start, end = entry["data_offsets"]
             if name in tensors:
                 raise DataError(f"{file}: {name} is in {tensors[name].pieces[0].file.name}, too; one of them is old")
-            piece = Piece(file, data_start + start, end - start)
-            tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), (piece,))
+            piece = ByteRange(file, data_start + start, end - start)
+            tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), (piece,), name)
     return tensors
+
+
+def read_tensor(stored: Stored, rows: slice | None = None) -> Tensor:
+    """A tensor of one piece, or some of its rows, mapped into memory: pages are read when used."""
+    [piece] = stored.pieces
+    with safe_open(piece.file, framework="pt") as file:
+        tensor = file.get_slice(stored.name)
+        if not stored.shape:
+            return tensor[...]
+        rows = rows or slice(0, stored.shape[0])
+        return tensor[stored.row + rows.start : stored.row + rows.stop]
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -151,29 +168,18 @@ def write_weights(
     A tensor larger than a shard gets one of its own. Tensors keep their order, except that wide dtypes come first
     within a file, so that each is aligned. `advance` is called with the bytes just written.
     """
-    shards = _shards(tensors, shard_bytes)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        total = sum(tensor.size for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    split: Any = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in split.filename_to_tensors.items():
         _write_file(folder / name, {tensor: tensors[tensor] for tensor in shard}, advance)
-    return [folder / name for name in names]
-
-
-def _shards(tensors: Mapping[str, Stored], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= tensor.size
-    return shards
+    return [folder / name for name in split.filename_to_tensors]
 
 
 def _write_file(path: Path, tensors: Mapping[str, Stored], advance: Callable[[int], None]) -> None:
@@ -194,7 +200,7 @@ def _write_file(path: Path, tensors: Mapping[str, Stored], advance: Callable[[in
         _copy_pieces([piece for name in order for piece in tensors[name].pieces], out, advance)
 
 
-def _copy_pieces(pieces: Sequence[Piece], out: BinaryIO, advance: Callable[[int], None]) -> None:
+def _copy_pieces(pieces: Sequence[ByteRange], out: BinaryIO, advance: Callable[[int], None]) -> None:
     buffer = memoryview(bytearray(_BUFFER))
     for piece in pieces:
         with open(piece.file, "rb", buffering=0) as source:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: pictures in their own shape, as patches with 3-D positions.
+"""Qwen2.5-VL and Qwen3-VL: images in their own shape, as patches with 3-D positions.
 
 Sources: transformers, `image_processing_pil_qwen2_vl.py` (resizing, order of the patches) and the models' own code;
 Qwen2-VL (arXiv 2409.12191), section 2.1.
@@ -6,75 +6,106 @@ Qwen2-VL (arXiv 2409.12191), section 2.1.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
-from foveate.encoding.family import ImageShape
-from foveate.models.families.internvl import (
-    PER_MILLE,
-    DummyImage,
-    Features,
+from foveate.encoding.family import PER_MILLE, DummyImage, Family, Features, ImageShape, ServedAs
+from foveate.errors import DataError
+from foveate.models.checkpoint.formats import read_hf_config
+from foveate.models.checkpoint.small_files import (
+    check_image_token,
     check_vocabulary,
     is_count,
     read_preprocessor,
+    require_words,
     stop_ids,
 )
-from foveate.records import DataError
+from foveate.records import ImageSlot
 
-WORDS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _ASPECT = 200
-"""No picture may be longer than this many times its other side."""
+"""No image may be longer than this many times its other side."""
+_VLLM = ServedAs(
+    options=(
+        *("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})),
+        "--no-mm-device-do-normalize",  # pixels come normalised
+    )
+)
 
 
-@dataclass(frozen=True, slots=True)
-class QwenVL:
-    """A picture is resized to whole blocks of `merge` x `merge` patches of `patch` pixels, one token a block, with an
-    area between `min_pixels` and the budget. `relative_boxes`: boxes are thousandths of the sides (Qwen3-VL), else
-    pixels of the resized picture (Qwen2.5-VL)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QwenVL(Family):
+    """An image is resized to whole blocks of `merge` x `merge` patches of `patch` pixels, one token a block, with an
+    area between `min_pixels` and the budget. Each patch is given `repeats` times, as frames of a video.
+    `relative_boxes`: boxes are thousandths of the sides, else pixels of the resized image."""
 
-    name: str
-    image_token_id: int
-    placeholder_ids: tuple[int, ...]
-    stop_ids: tuple[int, ...]
     patch: int
     merge: int
     repeats: int
     min_pixels: int
-    budget: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    relative_boxes: bool
-    image_text: str = "<|vision_start|><|image_pad|><|vision_end|>"
-    reserved: tuple[str, ...] = WORDS
-    unit: str = "pixels"
 
-    @property
-    def parts(self) -> Mapping[str, tuple[str, ...]]:
-        return {
-            "vision": ("model.visual",),
-            "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
-            "language": ("model.language_model",),
-            "head": ("lm_head",),
+    relative_boxes: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vision": ("model.visual",),
+        "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+        "language": ("model.language_model",),
+        "head": ("lm_head",),
+    }
+    image_text = "<|vision_start|><|image_pad|><|vision_end|>"
+    reserved = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    unit = "pixels"
+    auto_class = AutoModelForImageTextToText
+
+    @classmethod
+    def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Self]:
+        config, vocabulary = read_hf_config(folder, cls.towers), tokenizer.get_vocab()
+        require_words(folder, tokenizer, cls.reserved, "the model")
+        check_image_token(folder, config.image_token_id, tokenizer, "<|image_pad|>")
+        check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
+        vision, processor = config.vision_config, read_preprocessor(folder, [])
+        sizes = {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
         }
+        for key, value in sizes.items():
+            if processor.get(key, value) != value:
+                raise DataError(
+                    f"{folder}: {key} of the image processor is {processor[key]}, the vision tower's is {value}"
+                )
+        least, most = _pixel_limits(folder, processor)
+        return config, cls(
+            name=config.model_type,
+            image_token_id=config.image_token_id,
+            placeholder_ids=tuple(sorted(vocabulary[word] for word in cls.reserved)),
+            stop_ids=stop_ids(folder, tokenizer),
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            repeats=vision.temporal_patch_size,
+            min_pixels=least,
+            budget=most,
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
+        )
 
     @property
     def dummy_image(self) -> DummyImage:
         return DummyImage(torch.zeros(self.merge**2, 3, self.patch, self.patch), ((1, 1),))
 
-    def share(self, budget: int, images: int) -> int:  # noqa: ARG002 - each image has the whole budget
-        return budget
-
-    def frame_budget(self, budget: int) -> int:
-        return budget
+    def image_summary(self) -> str:
+        block = self.patch * self.merge
+        return f"{block} x {block} pixels a token, {self.min_pixels:,} to {self.budget:,} pixels an image"
 
     def shape(self, width: int, height: int, budget: int) -> ImageShape:
         wide, high = self._resized(width, height, budget)
@@ -86,8 +117,7 @@ class QwenVL:
         return PER_MILLE if self.relative_boxes else self._resized(width, height, budget)
 
     def pixels(self, image: Image.Image, budget: int) -> Tensor:
-        """Patches (N, 3, patch, patch), those of a block side by side. The model wants each `repeats` times, as frames
-        of a video; that is done on the way into it."""
+        """Patches (N, 3, patch, patch), those of a block side by side. They are repeated on the way into the model."""
         size = self._resized(image.width, image.height, budget)
         values = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / np.float32(255)
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
@@ -98,17 +128,26 @@ class QwenVL:
 
     def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:
         pixels = pixels.to(next(model.parameters()).dtype)
-        patches = pixels[:, :, None].expand(-1, -1, self.repeats, -1, -1).flatten(1)
-        grid = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
-        seen = model.get_image_features(pixel_values=patches, image_grid_thw=torch.tensor(grid, device=pixels.device))
+        patches = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
+        grid = torch.tensor(patches, device=pixels.device)
+        seen = model.get_image_features(pixel_values=self._frames(pixels), image_grid_thw=grid)
         deeper = seen.get("deepstack_features") or ()  # of all images together before transformers 5.19
-        whole = tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in deeper)
-        return Features(torch.cat(seen.pooler_output), whole)
+        joined = tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in deeper)
+        return Features(torch.cat(seen.pooler_output), joined)
+
+    def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:
+        assert slot.grid is not None
+        grid = torch.tensor([1, *(side * self.merge for side in slot.grid)])
+        return {"pixel_values": (self._frames(pixels), "flat"), "image_grid_thw": (grid, "batched")}
+
+    def _frames(self, pixels: Tensor) -> Tensor:
+        """Patches (N, 3, H, W) as the model takes them: (N, 3 * repeats * H * W)."""
+        return pixels[:, :, None].expand(-1, -1, self.repeats, -1, -1).flatten(1)
 
     def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
         """Width and height after resizing: whole blocks, the aspect ratio kept as far as they allow."""
         if max(width, height) > _ASPECT * min(width, height):
-            raise DataError(f"a picture of {width} x {height} pixels is too narrow; {self.name} takes 1:{_ASPECT}")
+            raise DataError(f"an image of {width} x {height} pixels is too narrow; {self.name} takes 1:{_ASPECT}")
         block = self.patch * self.merge
         wide, high = (round(side / block) * block for side in (width, height))
         if wide * high > budget:
@@ -120,48 +159,27 @@ class QwenVL:
         return wide, high
 
 
-def qwen_family(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase) -> QwenVL:
-    """The family's facts from transformers' configuration and the folder. Raises DataError naming what is missing."""
-    vocabulary = tokenizer.get_vocab()
-    missing = [word for word in WORDS if word not in vocabulary]
-    if missing:
-        raise DataError(f"{folder}: the tokenizer lacks {', '.join(missing)}; the model cannot see images without them")
-    if config.image_token_id != vocabulary["<|image_pad|>"]:
-        raise DataError(
-            f"{folder}/config.json: image_token_id is {config.image_token_id}, but the tokenizer's <|image_pad|> is "
-            f"{vocabulary['<|image_pad|>']}; correct image_token_id"
-        )
-    check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
-    vision, processor = config.vision_config, read_preprocessor(folder, [])
-    sizes = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-    }
-    for key, value in sizes.items():
-        if processor.get(key, value) != value:
-            raise DataError(
-                f"{folder}: {key} of the image processor is {processor[key]}, the vision tower's is {value}"
-            )
-    least, most = _pixel_limits(folder, processor)
-    return QwenVL(
-        name=config.model_type,
-        image_token_id=config.image_token_id,
-        placeholder_ids=tuple(sorted(vocabulary[word] for word in WORDS)),
-        stop_ids=stop_ids(folder, tokenizer),
-        patch=vision.patch_size,
-        merge=vision.spatial_merge_size,
-        repeats=vision.temporal_patch_size,
-        min_pixels=least,
-        budget=most,
-        mean=tuple(processor["image_mean"]),
-        std=tuple(processor["image_std"]),
-        relative_boxes=config.model_type != "qwen2_5_vl",
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen25VL(QwenVL):
+    relative_boxes = False
+    towers = ("qwen2_5_vl_text",)
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3VL(QwenVL):
+    towers = ("qwen3_vl_text",)
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3VLMoe(QwenVL):
+    towers = ("qwen3_vl_moe_text",)
+    transposed_experts = True
 
 
 def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]:
-    """The fewest and the most pixels of a resized picture, as the image processor says them."""
+    """The fewest and the most pixels of a resized image, as the image processor says them."""
     size = processor.get("size") or {}
     edges = size if isinstance(size, dict) else {}
     least = processor.get("min_pixels") or edges.get("shortest_edge")
@@ -173,7 +191,7 @@ def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]
         )
     if not is_count(least) or not is_count(most) or least > most:
         raise DataError(
-            f"{folder}: the image processor takes pictures of {least!r} to {most!r} pixels; these must be whole "
+            f"{folder}: the image processor takes images of {least!r} to {most!r} pixels; these must be whole "
             "numbers above 0, the smaller one first"
         )
     return least, most

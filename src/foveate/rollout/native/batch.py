@@ -1,4 +1,4 @@
-"""The answers of a wave of the native engine while they are sampled."""
+"""The answers of a decode batch of the native engine while they are sampled."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DecodeBatch:
 
     def _keep(self, live: list[int]) -> None:
         assert self.cache is not None
-        order = self.cache.keep(live) if live else []
+        order = self.cache.drop(live) if live else []
         self.live = [*range(len(order))]
         self.answers = [self.answers[row] for row in order]
         rows = self._on_device(order)

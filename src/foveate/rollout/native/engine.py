@@ -33,9 +33,9 @@ must be ahead to record one."""
 
 @dataclass(slots=True)
 class Stats:
-    """What the engine computed since it was made. `prefills` and `prefill_tokens` count prompts and their tokens, those
-    of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the answer
-    tokens that went through them (the last token of an answer is never fed back)."""
+    """Counts of the engine's work since it was made. `prefills` and `prefill_tokens` count prompts and their tokens,
+    those of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the
+    answer tokens that went through them (the last token of an answer is never fed back)."""
 
     prefills: int = 0
     prefill_tokens: int = 0
@@ -46,11 +46,11 @@ class Stats:
 class NativeEngine:
     """Samples with a policy's model in this process (the `Engine` seam of `foveate.rollout.engine`).
 
-    Requests are answered in waves. The prompts of a wave go through the model as one packed row, each once, images
-    included; then every step takes one token of each live answer through it, and finished answers leave. Answers that
-    were interrupted go on behind their prompt: all their tokens go through the model in that first row. The reported
-    log-probs are those of `foveate.rollout.native.sampling.draw`: over the whole vocabulary, comparable with the
-    trainer's. On a GPU, steps are recorded and replayed (`foveate.rollout.native.graphs`).
+    Requests are answered in decode batches. The prompts of a batch go through the model as one packed row, each once,
+    images included; then every step takes one token of each live answer through it, and finished answers leave. Answers
+    that were interrupted go on behind their prompt: all their tokens go through the model in that first row. The
+    reported log-probs are those of `foveate.rollout.native.sampling.draw`: over the whole vocabulary, comparable with
+    the trainer's. On a GPU, steps are recorded and replayed (`foveate.rollout.native.graphs`).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class NativeEngine:
     ) -> None:
         """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
         cache, prompts and longest possible answers together (None: `cache_tokens`); a prompt whose answers
-        alone exceed it is a wave of its own. With `own_weights` the model belongs to the engine and `publish` copies
+        alone exceed it has a batch to itself. With `own_weights` the model belongs to the engine and `publish` copies
         into it; without, whoever trains the policy changes the very tensors that the engine reads."""
         self.policy = policy
         self.version = version
@@ -107,7 +107,7 @@ class NativeEngine:
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
-        """Groups as they finish; what nobody asks for is not computed."""
+        """Groups as they finish, computed as the caller asks for them."""
         open_ = [
             i
             for i, r in enumerate(requests)
@@ -134,7 +134,7 @@ class NativeEngine:
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Answers sampled from now on carry `version`. An engine with its own weights copies all of `weights`, named as
-        in the model's state dict, one after the other; those that are cut over ranks are gathered for it. Raises
+        in the model's state dict, one after the other; those that are sharded over ranks are gathered for it. Raises
         DataError, with nothing changed, where a name is unknown or missing or a shape differs. An engine that shares
         the policy's weights has them already and looks at none."""
         if self._own_weights:
@@ -146,7 +146,7 @@ class NativeEngine:
         return prompt.token_ids
 
     def sleep(self) -> None:
-        """Nothing to give back: the weights are the trainer's, and the cache of a wave goes with it."""
+        """Nothing to give back: the weights are the trainer's, and the cache of a batch goes with it."""
 
     def healthy(self) -> bool:
         return True
@@ -158,7 +158,7 @@ class NativeEngine:
         """Nothing runs outside of a call."""
 
     def _advance(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> list[int]:
-        """Sample until requests of the wave have all their answers: their numbers. Nobody else's code runs within,
+        """Sample until requests of the batch have all their answers: their numbers. No caller's code runs within,
         where autograd is off and the model in evaluation mode."""
         finished: list[int] = []
         with torch.inference_mode(), evaluating(self.policy.model):
@@ -174,21 +174,17 @@ class NativeEngine:
 
     def _prefill(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> Tensor:
         """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
-        The wave gets its cache, with the keys and values of prompts and of what was begun."""
-        device, samples = self.policy.device, sampling.samples
+        The batch gets its cache, with the keys and values of prompts and of what was begun."""
+        device = self.policy.device
         batch = pack(decode_batch.packed_groups).to(device)
-        decode_batch.cache = cache = GroupCache(batch.forest, samples, sampling.max_tokens - 1, device)
+        lengths = [len(packed.prompt) for packed in decode_batch.packed_groups]
+        cache = GroupCache(batch.forest, lengths, sampling.samples, sampling.max_tokens - 1, device)
+        decode_batch.cache = cache
         hidden = hidden_states(self.policy, batch, cache)
-        cache.branch()
+        cache.fork()
         self.stats.prefills += len(decode_batch.packed_groups)
         self.stats.prefill_tokens += batch.forest.tokens
-        ends = [start + length - 1 for start, length in zip(batch.forest.start, batch.forest.length, strict=True)]
-        roots = [segment for segment, above in enumerate(batch.forest.parent) if above < 0]
-        rows: list[int] = []
-        for root, packed in zip(roots, decode_batch.packed_groups, strict=True):
-            below = len(packed.answers)
-            rows += ends[root + 1 : root + 1 + below] if below else ends[root : root + 1] * samples
-        return hidden[torch.tensor(rows, device=device)]
+        return hidden[cache.rows.last_B]
 
     def _decode_step(self, decode_batch: DecodeBatch, cache: GroupCache) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
@@ -199,14 +195,14 @@ class NativeEngine:
             out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
             return out.last_hidden_state[0]
 
-        if not cache.is_fixed:
+        if not cache.rows.is_fixed:
             decode_batch.replay = None  # before another is recorded, so that its memory is free
-            cache.loosen()
+            cache.rows.loosen()
             if self._record is not None and decode_batch.ahead > _WORTH:
-                cache.fix()
+                cache.rows.fix()
                 decode_batch.replay = self._record(through, decode_batch.last_B, decode_batch.position_B)
         hidden = (decode_batch.replay or through)(decode_batch.last_B, decode_batch.position_B)
-        cache.advance()
+        cache.extend()
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(decode_batch.live)
         return hidden
@@ -224,8 +220,8 @@ class NativeEngine:
 
 
 def cache_tokens(policy: Policy) -> int:
-    """How many tokens a wave may hold if nobody says so: 32,768, or what half of a GPU's free memory has room for, each
-    with its keys and values in all layers, and with 16 hidden states while it is first computed."""
+    """How many tokens a decode batch may hold by default: 32,768, or what half of a GPU's free memory has room for,
+    each with its keys and values in all layers, and with 16 hidden states while it is first computed."""
     if policy.device.type != "cuda":
         return _TOKENS
     head = policy.part("head").weight
@@ -236,9 +232,10 @@ def cache_tokens(policy: Policy) -> int:
 
 
 def plan_decode_batches(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
-    """Indices of the prompts of each wave, prompts of like length together, so that little of the cache is padding.
+    """Indices of the prompts of each decode batch, prompts of like length together, so that little of the cache is
+    padding.
 
-    A prompt takes as many cache tokens as the longest of its wave, plus `max_tokens` for each of its answers.
+    A prompt takes as many cache tokens as the longest of its batch, plus `max_tokens` for each of its answers.
     """
     decode_batches: list[list[int]] = []
     for index in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):

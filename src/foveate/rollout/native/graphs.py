@@ -19,14 +19,14 @@ then."""
 
 
 def recorder(policy: Policy) -> Record | None:
-    """What records steps of a policy; None on CPUs, and where a step cannot be recorded."""
+    """The recorder of a policy's steps; None on CPUs, and where a step cannot be recorded."""
     return record if policy.device.type == "cuda" and is_recordable(policy.model) else None
 
 
 def is_recordable(model: Any) -> bool:
     """Whether a step is the same operations whatever it computes: not of mixtures, whose experts wait for what the
     router says, and not with rotations that depend on the longest position. Nor with dropout: while one thread records,
-    CUDA gives no random numbers to another, which may be learning."""
+    CUDA gives no random numbers to another, which may be training."""
     rotations = str(model.config.get_text_config().rope_parameters)  # of each kind of layers, in some models
     return not (
         any(name.endswith(".experts") for name, _ in model.named_modules())
@@ -42,7 +42,7 @@ def record(step: Step, last_B: Tensor, position_B: Tensor) -> Step:
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         step(*given)
-        graph.capture_begin(capture_error_mode="thread_local")  # another thread may be learning
+        graph.capture_begin(capture_error_mode="thread_local")  # another thread may be training
         try:
             hidden = step(*given)
         finally:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from foveate.errors import ConfigError, EngineError
-from foveate.models.checkpoint.convert import write_json, write_other_files
+from foveate.models.checkpoint.convert import write_served_files
 from foveate.models.checkpoint.names import from_hf
-from foveate.models.families.internvl import read_json
+from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
@@ -38,8 +38,6 @@ from foveate.rollout.server.launch import (
 from foveate.rollout.server.process import HOST, PORT, Replica, ReplicaLostError, meanwhile
 from foveate.rollout.server.weights import Sender, plan_buckets, served_weights
 
-KNOWN = ("internvl", "qwen2", "qwen3")
-"""Families whose images and weights are handed over as SGLang reads them."""
 _GROUP = "weights"
 _ON_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
@@ -82,8 +80,7 @@ class SGLangEngine(ServedEngine):
         the model's configuration says); `memory_fraction` the part of the device's memory for weights and key-value
         cache (None: 0.8, or 0.4 where it is `shared`), `cache_tokens` the size of that cache in tokens (None: as fits);
         the others are those of `foveate.rollout.vllm.engine.VLLMEngine`."""
-        if policy.family.name not in KNOWN:
-            raise ConfigError(f"engine sglang: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+        self._served = served_as(policy.family, "sglang")
         if shutil.which(program) is None:
             raise ConfigError(f"engine sglang: no program {program!r}; name the Python of an environment with SGLang")
         require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
@@ -116,7 +113,8 @@ class SGLangEngine(ServedEngine):
     def new_replica(self, number: int) -> Replica:
         model, plugin = self.folder / "model", self.folder / "plugin"
         if not model.exists():
-            _write_model(self._policy, model)
+            policy = self._policy
+            write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
             write_plugin(plugin, Path(__file__).with_name("plugin.py"), "sglang", "sglang.srt.plugins")
         command = [self._program, "-m", "sglang.launch_server", "--model-path", str(model), "--host", HOST]
         log = (self._logs or self.folder) / f"sglang-{number}.log"
@@ -149,7 +147,7 @@ class SGLangEngine(ServedEngine):
 
     def _send(self, replica: Replica, version: int, weights: list[tuple[str, Tensor]]) -> None:
         self.abort(replica)
-        named = chat_weights(weights) if self._policy.family.name == "internvl" else weights
+        named = chat_weights(weights) if self._served.layout == "chat" else weights
         if self._transfer == "disk":
             update = {"model_path": str(self.on_disk(named)), "load_format": "auto", "weight_version": str(version)}
             _succeed(replica.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
@@ -258,15 +256,3 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 def _succeed(answer: Any) -> None:
     if not answer["success"]:
         raise EngineError(f"the server refused new weights: {answer['message']}")
-
-
-def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model, InternVL's in the GitHub layout and without the names of processors that SGLang
-    would build."""
-    folder.mkdir()
-    images = policy.family.name == "internvl"
-    write_other_files(policy.folder, folder, policy.format, "chat" if images else policy.format)
-    if not images:
-        return
-    path = folder / "tokenizer_config.json"
-    write_json(path, {key: value for key, value in read_json(path).items() if key != "processor_class"})

@@ -22,11 +22,10 @@ from msgspec import msgpack
 from torch import Tensor
 
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.convert import write_json, write_other_files
-from foveate.models.families.internvl import Family, read_json
-from foveate.models.families.qwen_vl import QwenVL
+from foveate.models.checkpoint.convert import write_served_files
+from foveate.models.families import served_as
 from foveate.models.policy import Policy
-from foveate.records import Answer, ImageSlot, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
@@ -54,8 +53,6 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
-KNOWN = ("internvl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3")
-"""Families whose images and weights are handed over as vLLM reads them."""
 _GENERATE = "/inference/v1/generate"
 _RAW = 3
 """vLLM's MessagePack extension type for the bytes of a tensor."""
@@ -105,7 +102,8 @@ class VLLMEngine(ServedEngine):
         but for the largest tensor (a server takes as much, and the largest tensor); `arguments` are added to the
         command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
         goes with the engine)."""
-        _require(policy, program)
+        self._served = served_as(policy.family, "vllm")
+        _require(program)
         require_place(policy, shared, devices, replicas * tensor_parallel, transfer)
         self._devices, self._transfer = visible_devices(devices, replicas), transfer
         self._policy, self._decode = policy, decode
@@ -121,8 +119,7 @@ class VLLMEngine(ServedEngine):
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
-            *(("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})) if policy.family.unit else ()),
-            *(("--no-mm-device-do-normalize",) if isinstance(policy.family, QwenVL) else ()),  # pixels come normalised
+            *self._served.options,
             *(_cpu_options(policy, longest) if on_cpu else _gpu_options(memory_fraction, shared)),
             *(("--max-model-len", str(longest)) if longest else ()),
             *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
@@ -137,7 +134,8 @@ class VLLMEngine(ServedEngine):
     def new_replica(self, number: int) -> Replica:
         model, plugin = self.folder / "model", self.folder / "plugin"
         if not model.exists():
-            _write_model(self._policy, model)
+            policy = self._policy
+            write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
             write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
         command = [self._program, "serve", str(model), "--host", HOST, "--port", PORT, *self._options]
         log = (self._logs or self.folder) / f"vllm-{number}.log"
@@ -244,17 +242,15 @@ class VLLMEngine(ServedEngine):
         dtype = next(self._policy.model.parameters()).dtype
         images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
         places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
-        family = self._policy.family
-        items = [_image_item(family, image, slot) for image, slot in zip(images, prompt.slots, strict=True)]
+        fields = map(self._policy.family.vllm_fields, images, prompt.slots)
+        items = [_image_item(one, slot.tiles) for one, slot in zip(fields, prompt.slots, strict=True)]
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
 
 
-def _require(policy: Policy, program: str) -> None:
-    """Raise ConfigError where vLLM cannot serve the family, or is not there."""
-    if policy.family.name not in KNOWN:
-        raise ConfigError(f"engine vllm: does not know {policy.family.name}; it serves {', '.join(KNOWN)}")
+def _require(program: str) -> None:
+    """Raise ConfigError where vLLM is not there."""
     if shutil.which(program) is None:
         raise ConfigError(
             f"engine vllm: no program {program!r}; install vLLM into an environment of its own "
@@ -285,22 +281,17 @@ def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
     return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
 
 
-def _image_item(family: Family, pixels: Tensor, slot: ImageSlot) -> bytes:
-    """One image, the entries (N, 3, H, W) of its slot, as vLLM's MessagePack of a `MultiModalKwargsItem`: values by
-    name, each with how the values of several images are joined."""
-    flat = ["flat", {"slices": [[0, len(pixels), None]], "dim": 0, "keep_on_cpu": False}]
-    each = ["batched", {"keep_on_cpu": True}]
-    if isinstance(family, QwenVL):
-        assert slot.grid is not None
-        grid = torch.tensor([1, *(side * family.merge for side in slot.grid)])
-        patches = pixels[:, :, None].expand(-1, -1, family.repeats, -1, -1).flatten(1)
-        values = {"pixel_values": (patches, flat), "image_grid_thw": (grid, each)}
-    else:
-        shared = ["shared", {"batch_size": 1, "keep_on_cpu": True}]
-        token = torch.tensor(family.image_token_id)
-        count = torch.tensor(len(pixels))
-        values = {"pixel_values": (pixels, flat), "image_num_patches": (count, each), "image_token_id": (token, shared)}
-    return msgpack.encode({name: {"data": _raw(tensor), "field": field} for name, (tensor, field) in values.items()})
+def _image_item(fields: dict[str, tuple[Tensor, str]], entries: int) -> bytes:
+    """The fields of one image of so many entries, as vLLM's MessagePack of a `MultiModalKwargsItem`: values by name,
+    each with how the values of several images are joined."""
+    joined = {
+        "flat": {"slices": [[0, entries, None]], "dim": 0, "keep_on_cpu": False},
+        "batched": {"keep_on_cpu": True},
+        "shared": {"batch_size": 1, "keep_on_cpu": True},
+    }
+    return msgpack.encode(
+        {name: {"data": _raw(tensor), "field": [how, joined[how]]} for name, (tensor, how) in fields.items()}
+    )
 
 
 def _raw(tensor: Tensor) -> list[Any]:
@@ -310,18 +301,3 @@ def _raw(tensor: Tensor) -> list[Any]:
 
 def _announced(bucket: Bucket) -> tuple[int, list[tuple[str, str, list[int], int]]]:
     return bucket.size, [(name, dtype_name(tensor), list(tensor.shape), at) for name, tensor, at in bucket.tensors]
-
-
-def _write_model(policy: Policy, folder: Path) -> None:
-    """The small files of the model in the Hugging Face layout. transformers' processor, which vLLM builds for InternVL
-    at its start and foveate's requests never reach, asks for a video token; vocabularies without one lend it their end
-    token."""
-    folder.mkdir()
-    write_other_files(policy.folder, folder, policy.format, "hf")
-    if policy.family.name != "internvl":
-        return
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path)
-    extra = settings.get("extra_special_tokens") or {}
-    if "video_token" not in settings and "video_token" not in extra:
-        write_json(path, {**settings, "video_token": policy.tokenizer.eos_token})

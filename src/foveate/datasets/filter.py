@@ -1,0 +1,135 @@
+"""Prepare from what is prepared: rows kept by difficulty and size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.data.table import TaskTable
+from foveate.data.validate import AS_IS, ReadOptions
+from foveate.datasets.answers import RIGHT, CorrectnessRule, ScoredAnswer, by_id, read_answers
+from foveate.datasets.prepared import Prepared, publish_tables, rollout_hashes, shown_counts
+from foveate.records import Task, require
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Which rows stay. accuracy: the share of right answers, both ends included (MMPR-Tiny: 0.2 to 0.8); answers: the
+    fewest answers that tell it; prompt_tokens: the longest prompt, images included; short_side, long_side: the fewest
+    pixels of the shorter and the most of the longer side of every image. None leaves a measure out."""
+
+    accuracy: tuple[float, float] | None = None
+    answers: int = 1
+    prompt_tokens: int | None = None
+    short_side: int | None = None
+    long_side: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None:
+            low, high = self.accuracy
+            require(0 <= low <= high <= 1, f"setting accuracy: must be two growing numbers in 0..1, not {low}, {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSizes:
+    """The measure of a task: prompt tokens (0 without `length`), the shortest and the longest side of its images."""
+
+    length: Callable[[Task], int] | None
+
+    def __call__(self, task: Task) -> tuple[int, int | None, int | None]:
+        sides = [side for image in task.images for side in (image.width, image.height)]
+        tokens = self.length(task) if self.length is not None else 0
+        return tokens, min(sides, default=None), max(sides, default=None)
+
+
+def prepare_filter(
+    sources: Sequence[Path],
+    out: Path,
+    limits: Limits,
+    *,
+    name: str = "train",
+    rollouts: Sequence[Path] = (),
+    correctness_rule: CorrectnessRule = RIGHT,
+    length: Callable[[Task], int] | None = None,
+    reading: ReadOptions = AS_IS,
+) -> Prepared:
+    """The rows within `limits` as NAME.parquet with a manifest, in the order of the sources.
+
+    length: the number of prompt tokens of a task (`Encoder.length`), for limits.prompt_tokens. rollouts: see
+    `answers.read_answers`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
+    extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
+    bad rows, ids that are not unique, and if no row is left.
+    """
+    require(Path(name).name == name, f"setting name: {name!r} is no name of a file")
+    require(limits.accuracy is None or bool(rollouts), "a limit on accuracy needs the rollouts of a model")
+    require(limits.prompt_tokens is None or length is not None, "a limit on prompt tokens needs a model folder")
+    table, found = reading(sources, measure=TaskSizes(length))
+    counts = {"rows read": len(table)}
+    kept = _by_size(found.measures, limits, counts)
+    accuracy: dict[str, dict[str, Any]] = {}
+    if limits.accuracy is not None:
+        accuracy = {
+            key: _accuracy(answers, correctness_rule) for key, answers in read_answers(rollouts).items() if answers
+        }
+        kept = _by_accuracy(table, kept, accuracy, limits, counts)
+    require(bool(kept), f"{table.names}: no row is within the limits ({shown_counts(counts)})")
+    return publish_tables(
+        {name: table.select(kept)},
+        out,
+        problems=found.problems,
+        settings={
+            "limits": asdict(limits),
+            **({"columns": dict(reading.columns)} if reading.columns else {}),
+            **({"right": asdict(correctness_rule), "rollouts": rollout_hashes(rollouts)} if rollouts else {}),
+        },
+        counts=counts,
+        extra=(lambda task_id: accuracy[task_id]) if accuracy else None,
+    )
+
+
+def _by_size(measures: Sequence[Any], limits: Limits, counts: dict[str, int]) -> list[int]:
+    kept = []
+    refused = dict.fromkeys(("prompt too long", "image too small", "image too large"), 0)
+    for index, (tokens, shortest, longest) in enumerate(measures):
+        if limits.prompt_tokens is not None and tokens > limits.prompt_tokens:
+            refused["prompt too long"] += 1
+        elif limits.short_side is not None and shortest is not None and shortest < limits.short_side:
+            refused["image too small"] += 1
+        elif limits.long_side is not None and longest is not None and longest > limits.long_side:
+            refused["image too large"] += 1
+        else:
+            kept.append(index)
+    counts.update({reason: count for reason, count in refused.items() if count})
+    return kept
+
+
+def _accuracy(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:
+    return {"accuracy": sum(map(correctness_rule, answers)) / len(answers), "answers": len(answers)}
+
+
+def _by_accuracy(
+    table: TaskTable,
+    rows: Sequence[int],
+    accuracy: Mapping[str, Mapping[str, Any]],
+    limits: Limits,
+    counts: dict[str, int],
+) -> list[int]:
+    assert limits.accuracy is not None
+    low, high = limits.accuracy
+    part = table.select(rows)
+    reasons = {"without enough answers": 0, "too hard": 0, "too easy": 0}
+    kept = []
+    for task_id, position in by_id(part).items():
+        known = accuracy.get(task_id)
+        if known is None or known["answers"] < limits.answers:
+            reasons["without enough answers"] += 1
+        elif known["accuracy"] < low:
+            reasons["too hard"] += 1
+        elif known["accuracy"] > high:
+            reasons["too easy"] += 1
+        else:
+            kept.append(rows[position])
+    counts.update(reasons)
+    return kept

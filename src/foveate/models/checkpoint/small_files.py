@@ -1,0 +1,132 @@
+"""The small files of a model folder, read without running any code that comes with it, and what families check in them.
+Every refusal is a DataError that names the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from foveate.errors import DataError
+
+_ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
+"""Settings of the image processor that have one value: bicubic resize, pixels in 0..1, normalised."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no reports of transformers while a model is read or written; as it was afterwards."""
+    level = transformers_logging.get_verbosity()
+    hook = transformers_logging.set_tqdm_hook(lambda bar, args, kwargs: bar(*args, **{**kwargs, "disable": True}))
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.set_tqdm_hook(hook)
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    """The refusal of a folder, or of a file of it, that makes no sense."""
+    reason = " ".join(str(error).split())
+    return DataError(f"{path}: cannot be loaded ({type(error).__name__}: {reason}); replace it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file. Raises DataError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file of a checkpoint; one that already says the same stays as it is."""
+    if not path.is_file() or read_json(path) != content:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with its chat template. Raises DataError for one that is damaged."""
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise unreadable(folder, error) from error
+    older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
+    if not tokenizer.chat_template and older.is_file():
+        tokenizer.chat_template = read_json(older).get("chat_template")
+    return tokenizer
+
+
+def require_words(folder: Path, tokenizer: PreTrainedTokenizerBase, words: Collection[str], model: str) -> None:
+    """Raise DataError for a tokenizer without the tokens by which `model` is shown images."""
+    vocabulary = tokenizer.get_vocab()
+    if missing := [word for word in words if word not in vocabulary]:
+        raise DataError(f"{folder}: the tokenizer lacks {', '.join(missing)}; {model} cannot see images without them")
+
+
+def check_image_token(folder: Path, token_id: Any, tokenizer: PreTrainedTokenizerBase, word: str) -> None:
+    """Raise DataError where config.json and the tokenizer disagree about the token of images."""
+    expected = tokenizer.get_vocab()[word]
+    if token_id != expected:
+        raise DataError(
+            f"{folder}/config.json: image_token_id is {token_id}, but the tokenizer's {word} is {expected}; correct "
+            "image_token_id"
+        )
+
+
+def check_vocabulary(folder: Path, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError for a tokenizer with more tokens than the embedding has rows."""
+    if len(tokenizer) > rows:
+        raise DataError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows; they must fit"
+        )
+
+
+def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """<|im_end|> (GPT-OSS: <|return|>) ends a turn; the tokenizer's own end token, where it is another one, ends it
+    too. Raises DataError where there is none."""
+    vocabulary = tokenizer.get_vocab()
+    words = ("<|im_end|>", "<|return|>", tokenizer.eos_token)
+    ids = tuple(dict.fromkeys(vocabulary[word] for word in words if word in vocabulary))
+    if not ids:
+        raise DataError(f"{folder}: the tokenizer has no end token; name one in tokenizer_config.json as eos_token")
+    return ids
+
+
+def read_preprocessor(folder: Path, needed: Sequence[str]) -> dict[str, Any]:
+    """The settings of transformers' image processor, refused where they lack something or ask for what is not built:
+    another resize than the bicubic one, or pixels that are not in 0..1 and normalised."""
+    path, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    content = read_json(path) if path.is_file() else {}
+    if not content and joint.is_file():
+        path, content = joint, read_json(joint).get("image_processor")
+    if not isinstance(content, dict) or not path.is_file():
+        raise DataError(f"{folder}: no preprocessor_config.json; images cannot be prepared as the model expects")
+    absent = [key for key in (*needed, "image_mean", "image_std") if key not in content]
+    if absent:
+        raise DataError(f"{path}: lacks {', '.join(absent)}; images cannot be prepared as the model expects")
+    for key, only in _ONLY.items():
+        if content.get(key, only) != only:
+            raise DataError(f"{path}: {key} is {content[key]}; only {only} is known")
+    for key, above in (("image_mean", -math.inf), ("image_std", 0.0)):
+        value = content[key]
+        numbers = [v for v in value if isinstance(v, int | float) and v > above] if isinstance(value, list) else []
+        if len(numbers) != 3 or len(value) != 3:
+            raise DataError(f"{path}: {key} is {value!r}; it must be three numbers{' above 0' if above == 0 else ''}")
+    return content
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,32 @@
+"""AdamW whose moments take one byte each, by bitsandbytes, on a GPU or on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.config.train import OptimSettings
+from foveate.train.optim import OptimizerSpec, decay_groups
+
+
+def adamw8bit(named: Mapping[str, Tensor], optim: OptimSettings, *, min_8bit_size: int = 4096) -> torch.optim.Optimizer:
+    """AdamW with moments quantised in blocks of 256 (arXiv 2110.02861).
+
+    min_8bit_size: parameters with fewer elements keep moments in float32.
+    """
+    bitsandbytes: Any = import_module("bitsandbytes")  # an extra, and slow to import
+    return bitsandbytes.optim.AdamW8bit(
+        decay_groups(named.values(), optim), lr=optim.lr, betas=optim.betas, min_8bit_size=min_8bit_size
+    )
+
+
+def _first_state(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    optimizer.init_state(group, parameter, 0, 0)  # the two numbers name a parameter with overridden settings: none here
+    return optimizer.state[parameter]
+
+
+ADAMW8BIT = OptimizerSpec(adamw8bit, _first_state, needs="bitsandbytes", sharded=False)

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from foveate.errors import ConfigError, DataError
+from foveate.records import Answer, Message, Score, Task
+from foveate.rewards import REWARDS, KnownReward
+from foveate.rewards.build import build_reward, truth_check
+from foveate.rewards.pool import Graders
+
+FUNCTIONS = """
+from foveate.records import Score
+
+
+def plain(text, task, *, scale: float = 1.0):
+    return scale * (text == task.answer)
+
+
+def record(answer, task, *, limit: int = 3):
+    return {"score": len(answer.token_ids), "cut": answer.finish == "length", "fits": len(answer.token_ids) <= limit}
+
+
+def truth(answer, ground_truth, level, *, scale: float = 1.0):
+    return {"right": scale * (answer == ground_truth), "level": level}
+
+
+def any_column(answer, ground_truth, **columns):
+    return sorted(columns) == ["data_source", "level", "solution"]
+
+
+def trl(completions, level, ground_truth=None, **kwargs):
+    return [float(c == t) + l for c, t, l in zip(completions, ground_truth, level)]
+
+
+def trl_settings(completions, *, level: int = 1, **kwargs):
+    return [float(level)]
+
+
+def trl_prompts(prompts, completions):
+    return [float(len(p) + len(c)) for p, c in zip(prompts, completions)]
+
+
+def trl_messages(completions: list[list[dict[str, str]]], prompts, solution: list[str], **kwargs):
+    texts = [completion[0]["content"] for completion in completions]
+    return [float(t == s and p[0]["role"] == "user") for t, s, p in zip(texts, solution, prompts)]
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, bonus=0.0, **kwargs):
+    extra_info["level"] += 1
+    parts = {"acc": solution_str == ground_truth, "pred": solution_str, "source": data_source == "s", **kwargs}
+    return {"score": parts["acc"] + bonus + extra_info["level"], **parts}
+
+
+def strict(data_source, solution_str, ground_truth, extra_info, *, weight: float = 1.0):
+    return weight * ground_truth.sum()
+
+
+def wordy(text, task):
+    return {"acc": 1.0, "why": "fine"}
+
+
+def nothing(text, task):
+    return None
+
+
+def bare(completions):
+    return 0.5
+
+
+def two(prompt, response):
+    return 1.0
+
+
+async def later(text, task):
+    return 1.0
+"""
+
+TASK = Task("0", "s", (Message("user", "<image>\nHow?"),), (), "yes", {"level": 2}, "r.parquet, row 0")
+YES = Answer.sampled((5, 6, 7, 8), (0.0,) * 4, "yes", "length", 0)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rewards") / "mine.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+FORMS = {
+    "plain": ({"scale": 2.0}, Score(2.0)),
+    "record": ({"limit": 4}, Score(4.0, {"cut": 1.0, "fits": 1.0})),
+    "truth": ({"scale": 0.5}, Score(2.5, {"right": 0.5, "level": 2.0})),
+    "any_column": ({}, Score(1.0)),
+    "trl": ({}, Score(3.0)),
+    "trl_settings": ({"level": 5}, Score(5.0)),
+    "trl_prompts": ({}, Score(7.0)),
+    "trl_messages": ({}, Score(1.0)),
+    "compute_score": ({"bonus": 0.25, "share": 0.5}, Score(4.25, {"acc": 1.0, "source": 1.0, "share": 0.5})),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_function_of_each_signature_is_a_reward(file, name):
+    settings, score = FORMS[name]
+    assert build_reward(f"{file}:{name}", settings)(YES, TASK) == score
+    assert TASK.meta == {"level": 2}
+
+
+@pytest.mark.parametrize("name", ["record", "truth", "trl", "compute_score"])
+def test_each_signature_works_in_worker_processes(file, name):
+    settings, score = FORMS[name]
+    with Graders(f"{file}:{name}", settings, workers=1) as graders:
+        assert graders.grade_many([(YES, TASK)] * 3) == [score] * 3
+
+
+def test_a_worker_is_sent_no_more_than_the_reward_reads(file):
+    for name in FORMS:
+        assert build_reward(f"{file}:{name}", {}).read(YES) == (YES if name == "record" else "yes")
+    weights = {f"{file}:plain": 1.0, "exact": 1.0}
+    assert build_reward("weighted_sum", {"weights": weights}).read(YES) == "yes"
+    mixed = build_reward("weighted_sum", {"weights": {**weights, f"{file}:record": 0.5}})
+    assert mixed.read(YES) is YES
+    assert mixed(YES, TASK).value == 4.0
+    with pytest.raises(DataError, match="takes \\(answer, task\\), but only the text"):
+        mixed("yes", TASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "two",
+            {},
+            r"two: parameters \(prompt, response\) fit no known signature; write \(answer, task\), \(text, task\)",
+        ),
+        ("later", {}, "later must be a plain function"),
+        ("FILE", {}, "has no 'FILE'"),
+        ("plain", {"scael": 1.0}, "unknown setting 'scael'; did you mean 'scale'"),
+        ("record", {"limit": 1.5}, "limit must be a whole number, found 1.5"),
+        ("truth", {"level": 1}, "unknown setting 'level'"),
+        ("trl", {"level": 1}, "unknown setting 'level'; it has no settings"),
+        ("strict", {"bonus": 1}, "extra_info, bonus .*got an unexpected keyword argument 'bonus'"),
+        ("strict", {"weight": "1"}, "weight must be a number, found '1'"),
+        ("compute_score", {"ground_truth": 1}, "multiple values"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_any_answer(file, name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(f"{file}:{name}", settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wordy", r"wordy returned dict \{'acc': 1.0, 'why': 'fine'\}; it must return a number"),
+        ("nothing", "nothing returned NoneType None; it must return"),
+        ("bare", r"bare returned 0\.5 for one completion; it must return \[score\]"),
+    ],
+)
+def test_what_is_no_score_is_refused_by_name_and_value(file, name, message):
+    with pytest.raises(DataError, match=message):
+        build_reward(f"{file}:{name}", {})("yes", TASK)
+    with pytest.raises(DataError, match=message):
+        build_reward("weighted_sum", {"weights": {f"{file}:{name}": 1.0}})("yes", TASK)
+
+
+def test_a_ground_truth_comes_as_it_is_stored(file):
+    row = Task("0", "s", (), (), np.array([1, 2]), {})
+    assert build_reward(f"{file}:strict", {"weight": 2.0})("7", row).value == 6.0
+    assert build_reward(f"{file}:compute_score", {})("7", row).note.startswith("grader failed: KeyError: 'level'")
+
+
+def test_rows_without_a_column_that_a_reward_names_are_reported(file):
+    check = truth_check(f"{file}:truth")
+    assert check is not None
+    assert check(TASK) == []
+    bad = Task("1", "s", (), (), "yes")
+    assert pickle.loads(pickle.dumps(check))(bad) == [
+        ("extra_info.level", "is missing; the reward has a parameter of this name")
+    ]
+    assert truth_check(f"{file}:trl_messages") is truth_check(f"{file}:compute_score") is None
+
+
+def test_a_new_reward_is_a_function_with_its_check_and_one_line_of_the_table(tmp_path, monkeypatch):
+    file = tmp_path / "vowels.py"
+    file.write_text(
+        "def vowels(text, task, *, least: int = 1):\n"
+        "    return sum(letter in 'aeiou' for letter in text) >= least\n\n"
+        "def check_vowels(task, *, least: int = 1):\n"
+        "    return [] if task.meta['vowels'] >= least else [('extra_info.vowels', 'are too few')]\n"
+    )
+    monkeypatch.setitem(REWARDS, "vowels", KnownReward(f"{file}:vowels", f"{file}:check_vowels", quick=True))
+    with Graders(
+        "weighted_sum", {"weights": {"vowels": 2.0}, "settings": {"vowels": {"least": 2}}}, workers=0
+    ) as graders:
+        assert [score.value for score in graders.grade_many([("a", TASK), ("aye", TASK)])] == [0.0, 2.0]
+    assert build_reward("vowels", {})("a", TASK).value == 1.0
+    check = truth_check("vowels", {"least": 3})
+    assert check is not None
+    assert check(Task("0", "s", (), (), None, {"vowels": 2})) == [("extra_info.vowels", "are too few")]
+    with pytest.raises(ConfigError, match="unknown reward 'vowel'; did you mean 'vowels'"):
+        build_reward("vowel", {})
