@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
 
+from foveate.data.answers import CorrectnessRule
 from foveate.data.demos import check_pair, pair_of
 from foveate.data.table import open_tasks
 from foveate.data.validate import ReadOptions
-from foveate.datasets.answers import CorrectnessRule
 from foveate.datasets.filter import Limits, prepare_filter
 from foveate.datasets.geo3k import INSTRUCTION, prepare_geo3k
 from foveate.datasets.grounding import Buckets, HardSet, prepare_grounding, prepare_validation, take_hard, take_share
@@ -324,7 +324,14 @@ def test_a_source_is_never_replaced_by_what_is_made_from_it(tmp_path, sums):
 
 
 def answered(text, score, finish="stop", note="", **parts):
-    return {"text": text, "score": score, "parts": parts, "finish": finish, "note": note}
+    return {"text": text, "tokens": 3, "score": score, "parts": parts, "finish": finish, "note": note}
+
+
+def scored(row_id, answers):
+    """A row of rollouts or predictions."""
+    prompt = [{"role": "user", "content": "1 + 1?"}]
+    row = {"id": row_id, "source": "sums", "where": "", "question": "1 + 1?", "prompt": prompt, "images": []}
+    return row | {"ground_truth": "2", "answers": answers}
 
 
 @pytest.fixture
@@ -353,7 +360,7 @@ def rollouts(tmp_path):
         "step_000002": {"s2": [right, wrong], "s3": [right] * 2, "s9": [right]},
     }
     for step, rows in steps.items():
-        jsonl(folder / f"{step}.jsonl", [{"id": key, "answers": answers} for key, answers in rows.items()])
+        jsonl(folder / f"{step}.jsonl", [scored(key, answers) for key, answers in rows.items()])
     return tmp_path / "run"
 
 
@@ -382,10 +389,11 @@ def test_what_is_right_may_be_the_score_or_a_part_of_it(tmp_path, sums, rollouts
 
 
 def test_predictions_of_an_evaluation_count_too_by_their_sampled_answers(tmp_path, sums):
-    def said(hit):
-        return {"text": "x", "score": hit / 2, "iou": hit / 1, "hit": bool(hit)}
-
-    rows = [{"id": f"s{i}", **said(0), "sampled": [said(1), said(0)] if i < 2 else []} for i in range(5)]
+    greedy, drawn = (
+        answered("x", 0.0, hit=0.0) | {"greedy": True},
+        [answered("x", hit / 2, hit=hit) for hit in (1.0, 0.0)],
+    )
+    rows = [scored(f"s{i}", [greedy, *drawn] if i < 2 else [greedy]) for i in range(5)]
     file = jsonl(tmp_path / "step_000000.jsonl", rows)
     made = prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0.5, 0.5)), rollouts=[file])
     assert [task.id for task in open_tasks(made.folder / "train.parquet")] == ["s0", "s1"]
@@ -418,7 +426,7 @@ def test_limits_that_nothing_can_measure_are_refused(tmp_path, sums):
 
 def test_rollouts_that_are_none_are_refused_by_line(tmp_path, sums):
     file = jsonl(tmp_path / "step_000001.jsonl", [{"id": "s0"}])
-    with pytest.raises(DataError, match=r"step_000001\.jsonl, line 1: no line of rollouts or predictions"):
+    with pytest.raises(DataError, match=r"step_000001\.jsonl, row 1, field source: no ScoredRow of this version"):
         prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0, 1)), rollouts=[file])
     with pytest.raises(DataError, match="no rollouts there"):
         prepare_filter([sums], tmp_path / "out", Limits(accuracy=(0, 1)), rollouts=[tmp_path / "pictures", tmp_path])
@@ -440,7 +448,7 @@ def test_ids_that_stand_for_two_rows_are_refused(tmp_path, sums, rollouts):
 def test_a_model_without_pairs_is_told_why_and_what_to_change(tmp_path, sums, scores, ids, message):
     given = [answered(f"say {i}", score) for i, score in enumerate(scores)]
     (tmp_path / "r").mkdir()
-    jsonl(tmp_path / "r" / "step_000001.jsonl", [{"id": ids, "answers": given}])
+    jsonl(tmp_path / "r" / "step_000001.jsonl", [scored(ids, given)])
     with pytest.raises(DataError, match=message):
         prepare_pairs([sums], tmp_path / "out", rollouts=[tmp_path / "r"])
     assert not (tmp_path / "out").exists()
@@ -448,7 +456,7 @@ def test_a_model_without_pairs_is_told_why_and_what_to_change(tmp_path, sums, sc
 
 def test_right_answers_that_were_all_cut_make_no_pairs_and_that_is_said(tmp_path, sums):
     given = [answered("endless", 1.0, finish="length"), answered("no", 0.0)]
-    file = jsonl(tmp_path / "step_000001.jsonl", [{"id": "s0", "answers": given}])
+    file = jsonl(tmp_path / "step_000001.jsonl", [scored("s0", given)])
     with pytest.raises(DataError, match=r"reached the token limit .* raise rollout\.max_tokens .*answers truncated: 1"):
         prepare_pairs([sums], tmp_path / "out", rollouts=[file])
 
@@ -462,7 +470,7 @@ def test_pairs_are_right_against_wrong_answers_at_most_k_per_prompt(tmp_path, su
         answered("?", 0.0, note="grader failed: X"),
     ]
     (tmp_path / "r").mkdir()
-    jsonl(tmp_path / "r" / "step_000001.jsonl", [{"id": "s0", "answers": many}, {"id": "s1", "answers": odd}])
+    jsonl(tmp_path / "r" / "step_000001.jsonl", [scored("s0", many), scored("s1", odd)])
     for name in ("one", "two"):
         made = prepare_pairs([sums], tmp_path / name, rollouts=[tmp_path / "r"], max_per_prompt=4, seed=3)
     assert made.counts == {

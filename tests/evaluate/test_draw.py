@@ -12,10 +12,10 @@ from foveate.evaluate.draw import (
     TRUE_COLOUR,
     LabelledBox,
     as_shown,
+    box_in_pixels,
     draw_boxes,
     encode_jpeg,
     save_thumbnail,
-    to_pixels,
     true_and_predicted,
 )
 from foveate.evaluate.predictions import thumbnail_path
@@ -28,13 +28,13 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def test_a_box_in_thousandths_is_scaled_by_each_side_of_the_picture() -> None:
-    assert to_pixels((0, 0, 1000, 1000), (641, 428)) == (0, 0, 640, 427)
-    assert to_pixels((250, 500, 500, 750), (801, 401)) == (200, 200, 400, 300)
+    assert box_in_pixels((0, 0, 1000, 1000), (641, 428)) == (0, 0, 640, 427)
+    assert box_in_pixels((250, 500, 500, 750), (801, 401)) == (200, 200, 400, 300)
 
 
 def test_corners_in_any_order_and_outside_the_picture_are_mended() -> None:
-    assert to_pixels((500, 750, 250, 500), (801, 401)) == (200, 200, 400, 300)
-    assert to_pixels((-50, 0, 2000, 100), (101, 101)) == (0, 0, 100, 10)
+    assert box_in_pixels((500, 750, 250, 500), (801, 401)) == (200, 200, 400, 300)
+    assert box_in_pixels((-50, 0, 2000, 100), (101, 101)) == (0, 0, 100, 10)
 
 
 def test_the_true_box_is_green_and_the_predicted_red() -> None:

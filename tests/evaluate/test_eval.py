@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from fake_run import a_row, an_answer
 from serving import served
 from toy import make_data
 
@@ -19,16 +20,14 @@ from foveate.evaluate.client import ClientSettings
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
 from foveate.evaluate.metrics import (
-    bootstrap,
     likely_frame,
-    paired,
     pass_at,
-    split_of,
-    splits,
+    refcoco_split,
+    refcoco_splits,
     summary_statistics,
     vote,
 )
-from foveate.evaluate.predictions import Prediction, SampledAnswer, read_evaluations
+from foveate.evaluate.predictions import bootstrap, paired, read_evaluations
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.models.tiny import retile
 from foveate.records import SamplingParams
@@ -38,19 +37,17 @@ PHOTOS = Path(__file__).parent.parent / "data" / "refphotos" / "refphotos.jsonl"
 
 
 def box_row(row_id, text, overlap, **fields):
-    answer, size = [100, 200, 500, 600], (640, 480)
-    row = Prediction(row_id, "s", "the cat", answer, *size, text, None, overlap, overlap, overlap >= 0.5, {}, ())
-    return replace(row, **fields)
+    hit = overlap >= 0.5
+    truth = [100, 200, 500, 600]
+    return a_row(row_id, answer=truth, text=text, box=None, score=overlap, iou=overlap, hit=hit, **fields)
 
 
 def sampled_row(*texts, right="7", rank=None):
     answers = tuple(
-        SampledAnswer(
-            text, float(text.endswith(right)), hit=text.endswith(right), rank=None if rank is None else rank[i]
-        )
+        an_answer(text, float(text.endswith(right)), hit=text.endswith(right), rank=None if rank is None else rank[i])
         for i, text in enumerate(texts)
     )
-    return Prediction("r", "s", "q", right, 0, 0, texts[0], None, 0.0, None, False, {}, answers, "sampled")
+    return replace(a_row("r", answer=right, width=0), answers=answers)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -81,8 +78,7 @@ def test_sampled_figures_by_hand():
 
 def test_boxes_vote_by_overlap_and_texts_by_what_they_end_on():
     texts = ("[0,0,10,10]", "no idea", "[500,500,700,700]", "[510,500,700,710]")
-    answers = tuple(SampledAnswer(text, 0.0) for text in texts)
-    row = replace(box_row("a", "", 0.0), sampled=answers)
+    row = box_row("a", "", 0.0, sampled=tuple(an_answer(text, 0.0) for text in texts))
     assert vote(row, 4).text in texts[2:]
     words = ("<answer>7</answer>", r"so \boxed{8}", r"\boxed{ 8 }", "7?")
     assert vote(sampled_row(*words), 4).text == words[1]
@@ -98,7 +94,7 @@ def test_an_interval_covers_the_mean_as_often_as_it_says():
         low, high = bootstrap((rng.random(60) < 0.4).astype(float).tolist(), trial) or (1.0, 0.0)
         covered += low <= 0.4 <= high
     assert 0.88 <= covered / 200 <= 0.99
-    assert bootstrap([1.0] * 5) == [1.0, 1.0]
+    assert bootstrap([1.0] * 5) == (1.0, 1.0)
     assert bootstrap([]) is None
 
 
@@ -132,23 +128,25 @@ def test_the_average_over_splits_is_said_only_of_all_eight():
     names = ["refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco_plus_testA", "refcoco+_testB",
              "refcocog_val", "refcocog_test"]  # fmt: skip
     rows = [box_row(f"{name}-{i}", "", float(i < place)) for place, name in enumerate(names) for i in range(8)]
-    found = splits(rows)
+    found = refcoco_splits(rows)
     assert found is not None
     assert list(found["accuracy"].values()) == [place / 8 for place in range(8)]
     assert found["mean_of_8"] == pytest.approx(sum(range(8)) / 64)
-    part = splits([row for row in rows if split_of(row) != "refcocog_val"])
+    part = refcoco_splits([row for row in rows if refcoco_split(row) != "refcocog_val"])
     assert part is not None
     assert (part["mean_of_8"], part["missing"]) == (None, ["refcocog_val"])
-    assert splits([box_row("photo-1", "", 1.0), box_row("refcoco_train-1", "", 1.0)]) is None
+    assert refcoco_splits([box_row("photo-1", "", 1.0), box_row("refcoco_train-1", "", 1.0)]) is None
 
 
 def test_two_models_are_compared_row_by_row():
     before = [box_row(str(i), "", float(i < 4)) for i in range(8)]
     after = [box_row(str(i), "", float(i in (0, 1, 2, 5, 6))) for i in range(9)]
     found = paired(before, after)
-    assert (found["rows"], found["better"], found["worse"], found["only_in_one"]) == (8, ["5", "6"], ["3"], 1)
-    assert found["difference"] == pytest.approx(1 / 8)
-    assert found["interval"][0] < 1 / 8 < found["interval"][1]
+    assert found is not None
+    assert (found.rows, found.better, found.worse, found.only_in_one) == (8, ("5", "6"), ("3",), 1)
+    assert found.difference == pytest.approx(1 / 8)
+    assert found.interval[0] < 1 / 8 < found.interval[1]
+    assert paired(before, [box_row("x", "", 1.0)]) is None
 
 
 def test_tasks_name_rewards_with_their_settings():
@@ -183,17 +181,22 @@ def whole_path(tmp_path, monkeypatch, model, source, tokens, *options):
     return read_evaluations(tmp_path / "served"), read_evaluations(tmp_path / "inside")
 
 
+def without_logprobs(row, *answers):
+    return replace(row, answers=tuple(replace(answer, logprobs=()) for answer in answers))
+
+
 def assert_same(served_answers, inside):
     greedy, drawn = (one.predictions for one in served_answers)
     [own] = inside
-    assert [replace(row, pieces=()) for row in greedy] == [
-        replace(row, pieces=(), sampled=()) for row in own.predictions
+    assert [without_logprobs(row, *row.answers) for row in greedy] == [
+        without_logprobs(row, row.shown) for row in own.predictions
     ]
     for row, expected in zip(drawn, own.predictions, strict=True):
         assert [(a.text, a.score) for a in row.sampled] == [(a.text, a.score) for a in expected.sampled]
     for row, expected in zip(greedy[:8], own.predictions[:8], strict=True):
-        assert [piece for piece, _ in row.pieces] == [piece for piece, _ in expected.pieces]
-        assert [value for _, value in row.pieces] == pytest.approx([value for _, value in expected.pieces], abs=2e-4)
+        assert [token for token, _ in row.shown.logprobs] == [token for token, _ in expected.shown.logprobs]
+        values = [value for _, value in expected.shown.logprobs]
+        assert [value for _, value in row.shown.logprobs] == pytest.approx(values, abs=2e-4)
 
 
 def test_served_answers_have_the_numbers_of_those_in_process(tmp_path, monkeypatch):

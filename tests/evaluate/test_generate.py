@@ -18,9 +18,9 @@ from toy import make_data
 
 from foveate.data.table import open_tasks
 from foveate.errors import ConfigError, DataError, UserError
-from foveate.evaluate.answers import read_generated, shard_paths
 from foveate.evaluate.client import ClientSettings, messages_of
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
+from foveate.evaluate.shards import read_generated, shard_paths
 from foveate.records import SamplingParams
 
 ROWS = 60
@@ -185,7 +185,7 @@ def test_half_a_line_is_cut_off_and_a_broken_one_is_told(tmp_path, ask):
         assert ask(server)["last_start"]["rows"] == 1
         assert texts(tmp_path / "out") == EXPECTED
         last.write_bytes(b"{}\n")
-        with pytest.raises(DataError, match=r"answers_00002\.jsonl:1: not a row of answers"):
+        with pytest.raises(DataError, match=r"answers_00002\.jsonl, row 1, field id: no GeneratedRow"):
             ask(server)
 
 
@@ -241,4 +241,4 @@ def test_in_process_answers_resume_too(tmp_path, tiny_folder):
     lines = shard_paths(tmp_path / "whole")[0].read_bytes().splitlines(keepends=True)
     shard_paths(tmp_path / "whole")[0].write_bytes(b"".join(lines[:2]) + lines[2][:40])
     assert run(tmp_path / "whole") == whole
-    assert all(len(answer.pieces) == answer.tokens for answers in whole.values() for answer in answers)
+    assert all(len(answer.logprobs) == answer.tokens for answers in whole.values() for answer in answers)

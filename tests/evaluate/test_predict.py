@@ -12,12 +12,13 @@ from toy import HERE, make_data, rl_settings
 import foveate.evaluate.predict
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
+from foveate.data.answers import ScoredRow
 from foveate.data.table import open_tasks
 from foveate.encoding.dataset import build_encoder
 from foveate.errors import ConfigError
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.predict import predict
-from foveate.evaluate.predictions import Evaluation, Prediction, correctness, read_evaluations, summarise
+from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.report.page import write_report
 from foveate.rewards.pool import Graders
 from foveate.rollout.native.engine import NativeEngine
@@ -61,8 +62,10 @@ def evaluation(model: Path, data: Path, out: Path) -> Evaluation:
     return found
 
 
-def plain(found: Evaluation) -> list[Prediction]:
-    return [replace(row, pieces=()) for row in found.predictions]
+def plain(found: Evaluation) -> list[ScoredRow]:
+    return [
+        replace(row, answers=tuple(replace(answer, logprobs=()) for answer in row.answers)) for row in found.predictions
+    ]
 
 
 def test_evaluating_outside_gives_the_predictions_of_the_run(tmp_path, run, tiny_folder, data):
@@ -79,7 +82,7 @@ def test_an_evaluation_leaves_predictions_summary_pictures_and_a_report(tmp_path
     expected = summarise(found.predictions, 0)
     assert (one["rows"], one["accuracy"]["value"]) == (6, pytest.approx(expected["greedy"]["accuracy"]))
     assert one["sampled"]["avg@3"] == pytest.approx(expected["sampled"]["accuracy"])
-    assert len(found.predictions[0].pieces) > 0
+    assert len(found.predictions[0].shown.logprobs) > 0
     assert len(list((tmp_path / "out" / "gallery").iterdir())) == 2
     assert "6 held-out questions" in (tmp_path / "out" / "report.html").read_text()
 
@@ -89,7 +92,7 @@ def test_sampled_accuracy_is_the_mean_over_the_answers(run):
         hits = [answer.hit for row in found.predictions for answer in row.sampled]
         assert len(hits) == 6 * 3
         assert summarise(found.predictions, found.step)["sampled"]["accuracy"] == pytest.approx(sum(hits) / len(hits))
-        greedy = [correctness(row) for row in found.predictions]
+        greedy = [row.shown.correctness for row in found.predictions]
         assert summarise(found.predictions, found.step)["greedy"]["accuracy"] == pytest.approx(sum(greedy) / 6)
 
 
@@ -100,15 +103,17 @@ def test_answers_depend_on_seed_and_row_and_not_on_their_neighbours(monkeypatch,
     assert ask(table) == whole
     assert ask(table.select(range(3))) == whole[:3]
     other = ask(table, seed=1)
-    assert [row.text for row in other] == [row.text for row in whole]
+    assert [row.shown for row in other] == [row.shown for row in whole]
     assert [row.sampled for row in other] != [row.sampled for row in whole]
 
 
 def test_a_prediction_tells_question_truth_picture_and_tags(ask, data):
     task = open_tasks(data / "test.parquet")[0]
     row = ask(open_tasks(data / "test.parquet").select([0]), samples=0)[0]
-    assert (row.id, row.question, row.width, row.height) == (task.id, task.meta["question"], 56, 56)
-    assert row.answer == list(task.answer)
+    assert (row.id, row.where, row.question) == (task.id, task.where, task.meta["question"])
+    assert [(image.path, image.width, image.height) for image in row.images] == [(None, 56, 56)]
+    assert row.prompt[-1] == {"role": "user", "content": task.messages[-1].content}
+    assert row.ground_truth == list(task.answer)
     assert row.tags == {"kind": "pair", "relation": task.meta["relation"]}
     assert row.sampled == ()
 
@@ -121,7 +126,8 @@ def test_rows_without_a_picture_are_asked_too(tmp_path, ask):
     }
     (tmp_path / "words.jsonl").write_text(json.dumps(row) + "\n")
     [found] = ask(open_tasks(tmp_path / "words.jsonl"))
-    assert (found.question, found.width, found.answer, found.box) == ("What is red?", 0, "a colour", None)
+    assert (found.question, found.images, found.ground_truth) == ("What is red?", (), "a colour")
+    assert {answer.box for answer in found.answers} == {None}
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, tiny_folder, data):

@@ -7,23 +7,24 @@ import math
 from pathlib import Path
 
 import pytest
-from fake_run import a_miss, a_row
+from fake_run import a_miss, a_row, an_answer
 
+from foveate.data.answers import ScoredRow, read_answers
 from foveate.evaluate.predictions import (
+    RESAMPLES,
     Evaluation,
-    SampledAnswer,
+    bootstrap,
     read_evaluations,
-    read_predictions,
     summarise,
     write_evaluation,
 )
 from foveate.records import DataError
-from foveate.report.summary import compare
+from foveate.report.summary import compare_evaluations
 
 
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
     rows = [
-        a_row(tags={"relation": "left"}, sampled=(SampledAnswer("x", 0.5, 0.4, False),)),
+        a_row(tags={"relation": "left"}, sampled=(an_answer("x", 0.5, 0.4, False),)),
         a_miss("b", answer=7, iou=None),
     ]
     write_evaluation(tmp_path, 20, rows)
@@ -34,13 +35,20 @@ def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_a_prediction_without_a_field_is_refused_by_file_row_and_field(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 0, [a_row(), a_row("b")])
     path = tmp_path / "evals/step_000000.jsonl"
-    path.write_text(path.read_text().replace('"iou": 1.0, ', "", 2).replace('"id": "a"', '"iou": 1.0, "id": "a"'))
-    with pytest.raises(DataError, match=r"step_000000\.jsonl, row 2: .*iou"):
-        read_predictions(path)
+    first, second = path.read_text().splitlines(keepends=True)
+    for found, put, message in (
+        ('"score": 1.0, ', "", r"row 2, field answers\.0\.score: no ScoredRow of this version \(Field required\)"),
+        ('"id": "b"', '"id": 7', "row 2, field id: .*string"),
+        ('"id": "b"', '"id": "b", "iou": 1', "row 2, field iou: .*[Uu]nexpected"),
+        (second, second[:40] + "\n", "row 2: no ScoredRow .*Invalid JSON"),
+    ):
+        path.write_text(first + second.replace(found, put))
+        with pytest.raises(DataError, match=r"step_000000\.jsonl, " + message):
+            list(read_answers(path, ScoredRow))
 
 
 def test_the_summary_averages_rows_and_within_rows_their_samples() -> None:
-    hit, miss = SampledAnswer("", 1.0, 0.9, True), SampledAnswer("", 0.0, 0.1, False)
+    hit, miss = an_answer("", 1.0, 0.9, True), an_answer("", 0.0, 0.1, False)
     rows = [
         a_row("a", iou=0.8, tags={"relation": "left"}, sampled=(hit, hit, hit, miss)),
         a_miss("b", tags={"relation": "left"}, sampled=(miss, miss)),
@@ -70,7 +78,7 @@ def test_without_boxes_the_score_stands_for_accuracy() -> None:
     summary = summarise(rows, 0)
     assert summary["greedy"] == {"accuracy": 0.5, "mean_iou": None, "score": 0.5}
     assert summary["sampled"] == {"samples": 0, "accuracy": None, "mean_iou": None, "score": None}
-    comparison = compare([Evaluation(0, tuple(rows))])
+    comparison = compare_evaluations([Evaluation(0, tuple(rows))])
     assert comparison is not None
     assert comparison.sentences == ("Greedy mean score is 0.500 on 2 held-out questions.",)
 
@@ -87,14 +95,17 @@ def test_the_interval_is_that_of_paired_differences() -> None:
             + [a_row(str(index)) for index in range(7, 10)]
         ),
     )
-    comparison = compare([before, after])
+    comparison = compare_evaluations([before, after])
     assert comparison is not None
     assert comparison.paired is not None
     paired = comparison.paired
-    assert (paired.rows, paired.gained, paired.lost, paired.unchanged) == (10, 4, 1, 5)
-    deviation = math.sqrt((4 * 0.7**2 + 1.3**2 + 5 * 0.3**2) / 9)
+    assert (paired.rows, len(paired.better), len(paired.worse), paired.unchanged) == (10, 4, 1, 5)
+    deviation = math.sqrt((4 * 0.7**2 + 1.3**2 + 5 * 0.3**2) / 10)
+    low, high = paired.interval
     assert paired.difference == pytest.approx(0.3)
-    assert paired.high - paired.low == pytest.approx(2 * 1.96 * deviation / math.sqrt(10))
+    assert high - low == pytest.approx(2 * 1.96 * deviation / math.sqrt(10), rel=0.15)
+    assert (low, high) == bootstrap([1.0] * 4 + [0.0] * 2 + [-1.0] + [0.0] * 3)
+    assert RESAMPLES >= 1000
     assert paired.is_noise
     assert "chance alone could explain it" in comparison.sentences[1]
 
@@ -104,13 +115,13 @@ def test_a_better_step_before_the_last_is_told() -> None:
         Evaluation(step, (a_row("a", hit=hit), a_miss("b", hit=second)))
         for step, hit, second in ((0, False, False), (10, True, True), (20, True, False))
     ]
-    comparison = compare(steps)
+    comparison = compare_evaluations(steps)
     assert comparison is not None
     assert comparison.sentences[-1] == "The best evaluation was 100.0 % at step 10."
 
 
 def test_a_fall_is_called_a_fall() -> None:
-    comparison = compare([Evaluation(20, (a_row(),)), Evaluation(40, (a_miss(),))])
+    comparison = compare_evaluations([Evaluation(20, (a_row(),)), Evaluation(40, (a_miss(),))])
     assert comparison is not None
     assert comparison.sentences[0] == (
         "Greedy accuracy at IoU 0.5 fell from 100.0 % to 0.0 % on 1 held-out question from step 20 to step 40."

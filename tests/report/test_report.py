@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_run import a_miss, a_row, make_run
+from fake_run import a_miss, a_row, an_answer, make_run
 from pages import Page, rendered
 from PIL import Image
 
 from foveate.errors import DiskError
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.predictions import (
-    SampledAnswer,
     thumbnail_path,
     write_evaluation,
     write_gallery,
     write_skipped,
 )
 from foveate.records import DataError
+from foveate.report.charts import format_value
 from foveate.report.page import write_report
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -72,15 +72,24 @@ def test_tables_and_cards_leave_out_what_all_rows_share(tmp_path: Path) -> None:
     assert "0 · box size 5 to 20 %" in text
 
 
+def test_without_scripts_the_last_values_stand_in_the_page(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "run", steps=30, rows=3)))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    table = page.text[page.text.index("Last values") :]
+    for name, value in last.items():
+        shown = format_value(value).replace("\u202f", " ")
+        assert name == "step" or f"{name} 30 {shown}" in table
+
+
 def test_text_of_models_and_data_is_never_markup(tmp_path: Path) -> None:
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'</style>"
     folder = tmp_path / "run"
-    row = a_row(
-        f"id{attack}", question=attack, text=attack, tags={attack: attack}, sampled=(SampledAnswer(attack, 1.0),)
-    )
+    row = a_row(f"id{attack}", question=attack, text=attack, tags={attack: attack}, sampled=(an_answer(attack, 1.0),))
     other = a_row("other", tags={attack: "other"})
     write_evaluation(folder, 0, [row, other])
-    write_evaluation(folder, 1, [replace(row, answer=attack, iou=None, box=None), other])
+    write_evaluation(
+        folder, 1, [replace(row, ground_truth=attack, answers=(an_answer(attack, 1.0, greedy=True),)), other]
+    )
     write_gallery(folder, [row.id])
     write_skipped(folder, [attack])
     for name in ("config.yaml", "notes.txt"):
@@ -91,6 +100,7 @@ def test_text_of_models_and_data_is_never_markup(tmp_path: Path) -> None:
     clean = Page(write_report(make_run(tmp_path / "clean", rows=1)))
     assert attack in page.text
     assert "<script>alert" not in page.source
+    assert page.charts[attack] == [(attack, [[step, step] for step in range(3)])]
     assert not page.attributes("img")
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in clean.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
@@ -188,7 +198,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, exists: 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 0.1}\n{"step": 2, "a": 0.3}\n{"step": 3, "a')
-    assert "a from 0.1 at step 1 to 0.3 at step 2" in Page(write_report(tmp_path)).source
+    assert Page(write_report(tmp_path)).charts == {"a": [("a", [[1, 0.1], [2, 0.3]])]}
 
 
 @pytest.mark.parametrize(

@@ -40,15 +40,15 @@ def browser():
     driver.quit()
 
 
+def thinking(answer, row_id):
+    text = f"<think>Let me look at {row_id}.</think>{answer.text}"
+    return replace(answer, text=text, logprobs=(("<box>", -0.01), ("12", -1.6)))
+
+
 def with_thoughts(folder: Path) -> Path:
     """Answers with a thinking section and the probabilities of their tokens, at every step."""
     for one in read_evaluations(folder):
-        rows = [
-            replace(
-                row, text=f"<think>Let me look at {row.id}.</think>{row.text}", pieces=(("<box>", -0.01), ("12", -1.6))
-            )
-            for row in one.predictions
-        ]
+        rows = [replace(row, answers=(thinking(row.shown, row.id), *row.sampled)) for row in one.predictions]
         write_evaluation(folder, one.step, rows)
     return folder
 
@@ -121,6 +121,37 @@ def test_thinking_is_folded_and_probabilities_come_when_asked_for(page, tmp_path
     marks = [(mark.text, mark.get_attribute("title")) for mark in tokens.find_elements(By.TAG_NAME, "span")]
     browser.implicitly_wait(0)
     assert marks == [("<box>", "99.0 %"), ("12", "20.2 %")]
+
+
+def test_charts_are_drawn_from_the_pages_own_json(page, tmp_path):
+    rows = [
+        {"step": step, "loss": value, "eval/x": 0.41 + 0.04 * step, "reward/a": step % 2, "reward/b": step / 18}
+        for step, value in enumerate([1e-7, 2e-7, None, 3e-7, None, 2e-7, 1e-7])
+    ]
+    long = [{"step": step, "reward/a": float(step % 2), "reward/b": step / 18} for step in range(7, 60)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + long))
+    browser = page(tmp_path)
+
+    def read(title):
+        figures = browser.find_elements(By.CSS_SELECTOR, "figure[data-chart]")
+        figure = next(one for one in figures if one.find_element(By.TAG_NAME, "h3").text == title)
+        texts = [text.text for text in figure.find_elements(By.CSS_SELECTOR, "svg.plot text")]
+        paths = [path.get_attribute("d") for path in figure.find_elements(By.CSS_SELECTOR, "svg.plot path")]
+        label = figure.find_element(By.CSS_SELECTOR, "svg.plot").get_attribute("aria-label")
+        return texts, paths, len(figure.find_elements(By.CSS_SELECTOR, "svg.plot circle")), label
+
+    texts, paths, dots, label = read("loss")
+    assert texts[:4] == ["0", "1e-7", "2e-7", "3e-7"]
+    assert texts[4:] == ["0", "2", "4", "6"]
+    assert [path.count("M") for path in paths] == [3]
+    assert dots == 5
+    assert label.startswith("loss: loss from 1.00e-7 at step 0 to 1.00e-7 at step 6.")
+    assert read("Held-out figures")[0][:4] == ["0.4", "0.5", "0.6", "0.7"]
+    texts, paths, dots, _ = read("Reward")
+    assert (len(paths), dots) == (4, 0)
+    averages = [float(pair.split(" ")[1]) for pair in paths[1][1:].split("L")][5:-5]
+    assert max(averages) - min(averages) < 100
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 def test_charts_answer_to_the_keyboard(page, tmp_path):

@@ -105,10 +105,11 @@ def test_the_verbs_of_prepare_work_together_from_rows_to_pairs(tmp_path):
     own = ["--column", "prompt=q", "--column", "answer=a", "--column", "id=id", "--column", "source==toy"]
     assert "4 train rows" in run("prepare", "rows", tmp_path / "x.jsonl", "--out", tmp_path / "d", *own)
     answers = [
-        {"text": text, "score": score, "parts": {}, "finish": "stop", "note": ""}
+        {"text": text, "tokens": 1, "score": score, "parts": {}, "finish": "stop", "note": ""}
         for text, score in (("yes", 1), ("no", 0))
     ]
-    lines = [{"id": f"r{i}", "answers": answers[: 1 + i % 2]} for i in range(4)]
+    asked = {"source": "toy", "where": "", "question": "?", "prompt": [], "images": [], "ground_truth": "yes"}
+    lines = [{"id": f"r{i}", **asked, "answers": answers[: 1 + i % 2]} for i in range(4)]
     (tmp_path / "step_000001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data, rollouts = tmp_path / "d" / "train.parquet", ["--rollouts", tmp_path / "step_000001.jsonl"]
     said = run("prepare", "filter", data, "--out", tmp_path / "f", *rollouts, "--accuracy", "0.2:0.8")

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from foveate.data.answers import ImageReference, ScoredAnswer, ScoredRow
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.predictions import (
-    Prediction,
-    SampledAnswer,
     thumbnail_path,
     write_evaluation,
     write_gallery,
@@ -58,7 +57,7 @@ def make_run(folder: Path, steps: int = 60, rows: int = 40, photographs: bool = 
 
 def make_scene(
     row_id: str, rng: random.Random, photograph: bool
-) -> tuple[Prediction, Sequence[float], str, Image.Image]:
+) -> tuple[ScoredRow, Sequence[float], str, Image.Image]:
     """A row without answers, the box of the object that it could be mistaken for, and the picture."""
     size = rng.choice([(640, 427), (427, 640), (480, 360)]) if photograph else (112, 112)
     colour, relation = rng.choice(list(COLOURS)), rng.choice(RELATIONS)
@@ -83,20 +82,23 @@ def make_scene(
         scaled = [value * size[axis % 2] / 1000 for axis, value in enumerate(box)]
         pen.ellipse(scaled, fill=COLOURS[colour])
     question = f"<image>\nWhere is the {colour} circle {relation} of the other one? Answer with its box."
-    row = Prediction(row_id, "shapes", question, target, *size, "", None, 0.0, 0.0, False, {"relation": relation}, ())
+    row = a_row(row_id, question=question, answer=target, width=size[0], height=size[1], tags={"relation": relation})
     return row, distractor, relation, picture
 
 
 def make_prediction(
-    scene: Prediction, distractor: Sequence[float], relation: str, luck: float, skill: float, rng: random.Random
-) -> Prediction:
+    scene: ScoredRow, distractor: Sequence[float], relation: str, luck: float, skill: float, rng: random.Random
+) -> ScoredRow:
     ease = {"left": 0.1, "right": 0.05, "above": -0.05, "below": -0.12}[relation]
-    box, iou = jittered(scene.answer if luck < skill + ease else distractor, scene.answer, rng)
+    truth = scene.ground_truth
+    box, iou = jittered(truth if luck < skill + ease else distractor, truth, rng)
     if luck > 0.97:
-        return replace(scene, text="I cannot tell.", sampled=(SampledAnswer("I cannot tell.", 0.0, 0.0, False),))
-    drawn = [jittered(scene.answer if rng.random() < skill - 0.04 else distractor, scene.answer, rng) for _ in range(8)]
-    sampled = tuple(SampledAnswer(as_text(guess), overlap, overlap, overlap >= 0.5) for guess, overlap in drawn)
-    return replace(scene, text=as_text(box), box=tuple(box), score=iou, iou=iou, hit=iou >= 0.5, sampled=sampled)
+        silent = an_answer("I cannot tell.", 0.0, iou=0.0, hit=False)
+        return replace(scene, answers=(replace(silent, greedy=True), silent))
+    drawn = [jittered(truth if rng.random() < skill - 0.04 else distractor, truth, rng) for _ in range(8)]
+    sampled = [an_answer(as_text(guess), overlap, iou=overlap, hit=overlap >= 0.5) for guess, overlap in drawn]
+    greedy = an_answer(as_text(box), iou, iou=iou, hit=iou >= 0.5, box=tuple(box), greedy=True)
+    return replace(scene, answers=(greedy, *sampled))
 
 
 def jittered(box: Sequence[float], true: Sequence[float], rng: random.Random) -> tuple[list[int], float]:
@@ -144,24 +146,42 @@ def make_step(step: int, steps: int, rng: random.Random) -> dict[str, float | No
     }
 
 
-def a_row(row_id: str = "a", **changes: object) -> Prediction:
-    row = Prediction(
+def an_answer(
+    text: str, score: float, iou: float | None = None, hit: bool | None = None, **fields: object
+) -> ScoredAnswer:
+    """An answer with its score; iou and hit become parts of it where they are given."""
+    parts = {name: float(value) for name, value in (("iou", iou), ("hit", hit)) if value is not None}
+    return ScoredAnswer(text, "stop", len(text), score=score, parts=parts, note="", **fields)
+
+
+def a_row(
+    row_id: str = "a",
+    *,
+    question: str = "Where is it?",
+    answer: object = (100, 200, 300, 400),
+    width: int = 640,
+    height: int = 480,
+    text: str = "<box>[[100, 200, 300, 400]]</box>",
+    box: tuple[float, ...] | None = (100, 200, 300, 400),
+    score: float = 1.0,
+    iou: float | None = 1.0,
+    hit: bool | None = True,
+    tags: dict[str, str] | None = None,
+    sampled: tuple[ScoredAnswer, ...] = (),
+) -> ScoredRow:
+    """A row with a greedy answer, a hit, and sampled ones. `answer` is the ground truth."""
+    return ScoredRow(
         id=row_id,
         source="shapes",
-        question="Where is it?",
-        answer=[100, 200, 300, 400],
-        width=640,
-        height=480,
-        text="<box>[[100, 200, 300, 400]]</box>",
-        box=(100, 200, 300, 400),
-        score=1.0,
-        iou=1.0,
-        hit=True,
-        tags={},
-        sampled=(),
+        where="test.parquet, row 0",
+        question=question,
+        prompt=({"role": "user", "content": question},),
+        images=(ImageReference("a.png", width, height),) if width else (),
+        ground_truth=list(answer) if isinstance(answer, tuple) else answer,
+        answers=(an_answer(text, score, iou, hit, box=box, greedy=True), *sampled),
+        tags=tags or {},
     )
-    return replace(row, **changes)
 
 
-def a_miss(row_id: str = "a", **changes: object) -> Prediction:
+def a_miss(row_id: str = "a", **changes: object) -> ScoredRow:
     return a_row(row_id, **{"box": None, "text": "no", "score": 0.0, "iou": 0.0, "hit": False} | changes)

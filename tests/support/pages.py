@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,6 +33,12 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.texts).split())
+
+    @property
+    def charts(self) -> dict[str, list[tuple[str, list[list[float | None]]]]]:
+        """The lines of each chart, (label, points), by its title."""
+        [content] = re.findall(r'<script type="application/json" id="charts">(.*?)</script>', self.source, re.DOTALL)
+        return {c["title"]: [(one["label"], one["points"]) for one in c["series"]] for c in json.loads(content)}
 
     def attributes(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import read_generated
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import RowsRequest
-from foveate.tools.vlmevalkit import checkpoint_models, endpoint_models, read_predictions, write_config, write_tsv
+from foveate.evaluate.shards import read_generated
+from foveate.tools.vlmevalkit import checkpoint_models, endpoint_models, import_predictions, write_config, write_tsv
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_predictions_come_back_as_answers(tmp_path, rows):
     with (tmp_path / "m_mine.tsv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerows([["index", "prediction"], *([index, text] for index, text in enumerate(said))])
-    assert read_predictions(tmp_path / "m_mine.tsv", rows, tmp_path / "back") == 3
+    assert import_predictions(tmp_path / "m_mine.tsv", rows, tmp_path / "back") == 3
     assert [row.answers[0].text for row in read_generated(tmp_path / "back")] == ["A", r"\boxed{B}", "A"]
     request = EvalRequest(
         (), (), tmp_path / "eval", "multiple_choice", generated=(tmp_path / "back",), missing="wrong",
@@ -68,18 +68,18 @@ def test_predictions_come_back_as_answers(tmp_path, rows):
     found = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"]["back"]
     assert (found["accuracy"]["value"], found["missing"]) == (0.5, 1)
     with pytest.raises(DataError, match="has answers already"):
-        read_predictions(tmp_path / "m_mine.tsv", rows, tmp_path / "back")
+        import_predictions(tmp_path / "m_mine.tsv", rows, tmp_path / "back")
 
 
 def test_predictions_that_do_not_fit_the_rows_are_refused(tmp_path, rows):
     (tmp_path / "a.tsv").write_text("index\tprediction\n4\tA\n")
     with pytest.raises(DataError, match="index '4' is none of the 4 rows"):
-        read_predictions(tmp_path / "a.tsv", rows, tmp_path / "one")
+        import_predictions(tmp_path / "a.tsv", rows, tmp_path / "one")
     (tmp_path / "b.tsv").write_text("index\tanswer\n0\tA\n")
     with pytest.raises(DataError, match="needed are index and prediction"):
-        read_predictions(tmp_path / "b.tsv", rows, tmp_path / "two")
+        import_predictions(tmp_path / "b.tsv", rows, tmp_path / "two")
     with pytest.raises(DataError, match="PRED_FORMAT=tsv"):
-        read_predictions(tmp_path / "c.xlsx", rows, tmp_path / "three")
+        import_predictions(tmp_path / "c.xlsx", rows, tmp_path / "three")
 
 
 def test_a_checkpoint_is_named_with_and_without_thinking(tmp_path):

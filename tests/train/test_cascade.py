@@ -137,7 +137,7 @@ def test_a_stage_runs_alone_on_the_artefacts_of_the_one_before(tmp_path, whole, 
 
 
 MOMENTS = {
-    "evaluation of the start": ("foveate.evaluate.evaluator.write_evaluation", 1),
+    "evaluation of the start": ("foveate.evaluate.predict.write_evaluation", 1),
     "supervised stage": ("foveate.train.sft.learning_rate", 2),
     "answers for the pairs": ("foveate.train.cascade.write_rollouts", 2),
     "pairs": ("foveate.train.cascade.prepare_pairs", 1),

@@ -171,7 +171,7 @@ def prepare_filter_command(
     workers: Workers = None,
 ) -> None:
     """Keep rows by difficulty for a model, by length and by size of their images."""
-    from foveate.datasets.answers import CorrectnessRule
+    from foveate.data.answers import CorrectnessRule
     from foveate.datasets.filter import Limits, prepare_filter
 
     if (model is None) != (max_prompt_tokens is None):
@@ -204,7 +204,7 @@ def prepare_pairs_command(
     workers: Workers = None,
 ) -> None:
     """Preference pairs of right and wrong answers, from the rollouts of a model."""
-    from foveate.datasets.answers import CorrectnessRule
+    from foveate.data.answers import CorrectnessRule
     from foveate.datasets.pairs import prepare_pairs
 
     if not rollouts:

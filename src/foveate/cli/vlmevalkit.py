@@ -1,4 +1,4 @@
-"""`foveate vlmevalkit`: its configuration, our rows as its TSV, its predictions as answers of ours."""
+"""`foveate vlmevalkit`: its configuration, our rows as its TSV, its predictions as our answers."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def answers(
     image_root: ImageRoot = None,
     columns: Columns = None,
 ) -> None:
-    """Turn VLMEvalKit's predictions into answers of ours."""
+    """Turn VLMEvalKit's predictions into our answers."""
     from foveate.log import print_result
-    from foveate.tools.vlmevalkit import read_predictions
+    from foveate.tools.vlmevalkit import import_predictions
 
-    print_result(f"{out}: {read_predictions(predictions, _source(sources, image_root, columns), out)} rows")
+    print_result(f"{out}: {import_predictions(predictions, _source(sources, image_root, columns), out)} rows")
 
 
 def _source(sources: list[Path], image_root: Path | None, columns: list[str] | None) -> RowsRequest:

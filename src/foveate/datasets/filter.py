@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.data.answers import RIGHT, CorrectnessRule, ScoredAnswer, answers_by_id
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.answers import RIGHT, CorrectnessRule, ScoredAnswer, by_id, read_answers
-from foveate.datasets.prepared import Prepared, publish_tables, rollout_hashes, shown_counts
+from foveate.datasets.prepared import Prepared, publish_tables, rollout_hashes, rows_by_id, shown_counts
 from foveate.records import Task, require
 
 
@@ -58,7 +58,7 @@ def prepare_filter(
     """The rows within `limits` as NAME.parquet with a manifest, in the order of the sources.
 
     length: the number of prompt tokens of a task (`Encoder.length`), for limits.prompt_tokens. rollouts: see
-    `answers.read_answers`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
+    `answers_by_id`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
     extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
     bad rows, ids that are not unique, and if no row is left.
     """
@@ -71,7 +71,7 @@ def prepare_filter(
     accuracy: dict[str, dict[str, Any]] = {}
     if limits.accuracy is not None:
         accuracy = {
-            key: _accuracy(answers, correctness_rule) for key, answers in read_answers(rollouts).items() if answers
+            key: _accuracy(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items() if answers
         }
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({shown_counts(counts)})")
@@ -121,7 +121,7 @@ def _by_accuracy(
     part = table.select(rows)
     reasons = {"without enough answers": 0, "too hard": 0, "too easy": 0}
     kept = []
-    for task_id, position in by_id(part).items():
+    for task_id, position in rows_by_id(part).items():
         known = accuracy.get(task_id)
         if known is None or known["answers"] < limits.answers:
             reasons["without enough answers"] += 1

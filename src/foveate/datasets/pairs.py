@@ -9,11 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from foveate.data.answers import RIGHT, CorrectnessRule, ScoredAnswer, answers_by_id
 from foveate.data.demos import CHOSEN, REJECTED
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.answers import RIGHT, CorrectnessRule, ScoredAnswer, by_id, read_answers
-from foveate.datasets.prepared import Prepared, infer_schema, publish, rollout_hashes, shown_counts, task_row
+from foveate.datasets.prepared import (
+    Prepared,
+    infer_schema,
+    publish,
+    rollout_hashes,
+    rows_by_id,
+    shown_counts,
+    task_row,
+)
 from foveate.records import require
 
 PAIRED = "prompts with a right and a wrong answer"
@@ -39,10 +47,10 @@ def prepare_pairs(
     """
     require(max_per_prompt >= 1, f"setting max_per_prompt: must be at least 1, not {max_per_prompt}")
     table, found = reading(sources)
-    answers = read_answers(rollouts)
+    answers = answers_by_id(rollouts)
     drawn: dict[int, list[tuple[str, str]]] = {}
     counts: dict[str, int] = dict.fromkeys(("prompts", PAIRED, ALL_RIGHT, ALL_WRONG, ALL_TRUNCATED, UNANSWERED), 0)
-    for task_id, index in by_id(table).items():
+    for task_id, index in rows_by_id(table).items():
         rng = np.random.default_rng((seed, index))
         given = answers.get(task_id, [])
         pairs = _draw_pairs(given, correctness_rule, max_per_prompt, rng)
@@ -79,7 +87,7 @@ def _outcome(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule,
     right = [answer for answer in answers if correctness_rule(answer)]
     if not right:
         return ALL_WRONG
-    return ALL_TRUNCATED if not any(answer.finished for answer in right) else ALL_RIGHT
+    return ALL_TRUNCATED if not any(answer.finish == "stop" for answer in right) else ALL_RIGHT
 
 
 def _no_pairs(counts: Mapping[str, int]) -> str:
@@ -98,7 +106,9 @@ def _no_pairs(counts: Mapping[str, int]) -> str:
 def _draw_pairs(
     answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule, most: int, rng: np.random.Generator
 ) -> list[tuple[str, str]]:
-    right = list(dict.fromkeys(answer.text for answer in answers if correctness_rule(answer) and answer.finished))
+    right = list(
+        dict.fromkeys(answer.text for answer in answers if correctness_rule(answer) and answer.finish == "stop")
+    )
     wrong = list(
         dict.fromkeys(answer.text for answer in answers if not correctness_rule(answer) and answer.text not in right)
     )

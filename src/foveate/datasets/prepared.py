@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from foveate.data.answers import answer_files
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.sources import expand
@@ -280,5 +281,17 @@ def shown_counts(counts: Mapping[str, int]) -> str:
 
 def rollout_hashes(paths: Sequence[Path]) -> dict[str, str]:
     """The SHA-256 of each file of rollouts that paths, files or folders, stand for."""
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("step_*.jsonl")))]
-    return {str(file): sha256(file) for file in files}
+    return {str(file): sha256(file) for path in paths for file in answer_files(path)}
+
+
+def rows_by_id(table: TaskTable) -> dict[str, int]:
+    """The row of each id. Raises DataError for ids that stand for several rows."""
+    rows: dict[str, int] = {}
+    for index, task in enumerate(table):
+        if task.id in rows:
+            raise DataError(
+                f"{task.where}: the id {task.id!r} is also that of {table[rows[task.id]].where}; answers are matched "
+                "to rows by id, so give each row an extra_info.id of its own"
+            )
+        rows[task.id] = index
+    return rows

@@ -12,10 +12,11 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.table import TaskTable
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import Failed, Generated, GeneratedAnswer
+from foveate.evaluate.shards import Failed
 from foveate.records import SamplingParams, Task
 from foveate.rewards.remote import data_url
 from foveate.rollout.seeds import seed_of
@@ -30,7 +31,7 @@ FIRST_REST, LONGEST_REST = 0.5, 30.0
 _REFUSED = frozenset({400, 413, 415, 422})
 _FATAL = frozenset({401, 403, 404})
 _BROKEN_OFF = frozenset({"abort", "error"})
-"""What vLLM and SGLang say of an answer that they did not finish."""
+"""How vLLM and SGLang mark an answer that they did not finish."""
 _KEY = "no-key"
 
 
@@ -84,7 +85,7 @@ class ChatClient:
     settings: ClientSettings
     sampling: SamplingParams
     seed: int
-    deliver: Callable[[Generated | Failed], None]
+    deliver: Callable[[GeneratedRow | Failed], None]
     servers: list[Server] = field(default_factory=list)
     lost: int = 0
 
@@ -139,10 +140,10 @@ class ChatClient:
                 assert isinstance(outcome, Failed)
                 raise ConfigError(
                     f"{self.lost} rows in a row failed, the last by: {outcome.reason}; "
-                    "finished rows are kept, and the same command goes on with the rest"
+                    "finished rows are kept, and the same command continues with the rest"
                 )
 
-    async def _ask(self, task: Task, index: int) -> Generated | Failed:
+    async def _ask(self, task: Task, index: int) -> GeneratedRow | Failed:
         reason = ""
         for attempt in range(1, self.settings.retries + 2):
             server = min(self.servers, key=lambda one: (max(one.rests_until, time.monotonic()), one.busy))
@@ -165,10 +166,16 @@ class ChatClient:
                 server.failures = 0
                 taken = time.monotonic() - started
                 used = reply.usage
-                return Generated(
-                    index, task.id, _answers(reply, self.sampling.samples), used and used.prompt_tokens,
-                    used and used.completion_tokens, round(taken, 4), attempt, server.url,
-                )  # fmt: skip
+                return GeneratedRow(
+                    **prompt_fields(task),
+                    answers=_answers(reply, self.sampling.samples),
+                    index=index,
+                    prompt_tokens=used and used.prompt_tokens,
+                    answer_tokens=used and used.completion_tokens,
+                    seconds=round(taken, 4),
+                    tries=attempt,
+                    server=server.url,
+                )
             finally:
                 server.busy -= 1
         return Failed(index, task.id, "failed", reason, self.settings.retries + 1)
@@ -198,7 +205,7 @@ class ChatClient:
 
 
 def messages_of(task: Task, system: str | None, *, verbatim: bool) -> Any:
-    """A task as OpenAI's messages, pictures as data: URLs. Servers put a line break behind each picture, so the one
+    """A task as OpenAI's messages, images as data: URLs. Servers put a line break behind each image, so the one
     that stands in the text leaves, unless texts are taken `verbatim`."""
     images = iter(task.images)
     turns: list[dict[str, Any]] = []
@@ -238,7 +245,7 @@ def _answer(choice: Any, total: int | None) -> GeneratedAnswer:
     text = (f"<think>{thought}</think>\n" if thought else "") + (said or "")
     listed = choice.logprobs.content if choice.logprobs and choice.logprobs.content else ()
     pieces = tuple((entry.token, round(entry.logprob, 4)) for entry in listed)
-    return GeneratedAnswer(text, len(pieces) or total, choice.finish_reason or "stop", pieces)
+    return GeneratedAnswer(text, choice.finish_reason or "stop", len(pieces) or total, pieces)
 
 
 def _openai() -> Any:

@@ -1,4 +1,4 @@
-"""Boxes on pictures, and pictures made small. Boxes are in thousandths of the picture, as the models write them."""
+"""Boxes drawn on images, and images made small. Boxes are in thousandths of the image, as the models write them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from foveate.evaluate.predictions import Box
 from foveate.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from foveate.rewards.boxes import Box
 
 TRUE_COLOUR = "#12a150"
 PREDICTED_COLOUR = "#e5263f"
@@ -32,16 +35,16 @@ def true_and_predicted(true_box: Box | None, predicted_box: Box | None) -> tuple
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
-    """A copy of the picture in RGB with the boxes on it, later ones on top.
+    """A copy of the image in RGB with the boxes on it, later ones on top.
 
-    Corners may come in any order; what lies outside the picture is cut off. Line width and type grow with the picture.
+    Corners may come in any order; parts outside the image are not drawn. Line width and type grow with the image.
     """
     canvas = as_shown(image)
     pen = ImageDraw.Draw(canvas)
     width = max(2, round(max(canvas.size) / 220))
     font = ImageFont.load_default(size=max(10, max(canvas.size) / 36))
     for position, entry in enumerate(boxes):
-        left, top, right, bottom = to_pixels(entry.box, canvas.size)
+        left, top, right, bottom = box_in_pixels(entry.box, canvas.size)
         pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white", width=width + 2)
         pen.rectangle((left, top, right, bottom), outline=entry.colour, width=width)
         if entry.label:
@@ -50,10 +53,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[LabelledBox]) -> Image.Image:
     return canvas
 
 
-def to_pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """A box in thousandths as left, top, right, bottom in pixels of a picture of `size` (width, height).
+def box_in_pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """A box in thousandths as left, top, right, bottom in pixels of an image of `size` (width, height).
 
-    Each axis is scaled by its own side; the result lies within the picture, and left <= right, top <= bottom.
+    Each axis is scaled by its own side; the result lies within the image, and left <= right, top <= bottom.
     """
     (left, right), (top, bottom) = (
         sorted(min(max(value, 0.0), 1000.0) / 1000 * (side - 1) for value in pair)
@@ -72,12 +75,12 @@ def as_shown(image: Image.Image) -> Image.Image:
 
 
 def save_thumbnail(image: Image.Image, path: Path, max_side: int = 400) -> None:
-    """Write the picture as JPEG, its longer side at most `max_side` pixels, its shape kept; small ones never grow."""
+    """Write the image as JPEG, its longer side at most `max_side` pixels, its shape kept; small ones never grow."""
     atomic_write_bytes(path, encode_jpeg(image, max_side, quality=85))
 
 
 def encode_jpeg(image: Image.Image, max_side: int, quality: int) -> bytes:
-    """The picture as shown, shrunk to `max_side` pixels at most, as the bytes of a JPEG file."""
+    """The image as shown, shrunk to `max_side` pixels at most, as the bytes of a JPEG file."""
     small = as_shown(image)
     small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
@@ -93,7 +96,7 @@ def _draw_label(
     size: tuple[int, int],
     above: bool,
 ) -> None:
-    """The label on a filled plate above or below a corner, moved inwards where it would leave the picture."""
+    """The label on a filled plate above or below a corner, moved inwards where it would leave the image."""
     left, top, right, bottom = pen.textbbox((0, 0), entry.label, font=font)
     plate_width, plate_height = right - left + 6, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - plate_width))

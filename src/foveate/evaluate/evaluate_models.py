@@ -7,31 +7,28 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from foveate.config.data import DataSettings
-from foveate.config.model import ModelSettings
+from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
-from foveate.encoding.dataset import build_encoder, read_checked
+from foveate.encoding.dataset import read_checked
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import Generated, GeneratedAnswer, read_generated
-from foveate.evaluate.evaluator import save_gallery
 from foveate.evaluate.generate import REQUEST
-from foveate.evaluate.metrics import box_reader, likely_frame, paired, summary_statistics
-from foveate.evaluate.predict import BATCH, predict, prediction
-from foveate.evaluate.predictions import Evaluation, Prediction, write_models, write_skipped
+from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics
+from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
+from foveate.evaluate.predictions import Evaluation, mean, paired, write_models, write_skipped
+from foveate.evaluate.shards import read_generated
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.models.policy import best_place, load_policy
 from foveate.records import Task
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
-from foveate.rollout.native.engine import NativeEngine
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +39,13 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mmpr": ("math", {"extraction": "text"}),
     "multiple_choice": ("multiple_choice", {"extraction": "text"}),
 }
-"""What `--task` stands for: a reward and its settings."""
+"""The reward of a `--task` with its settings."""
 Missing = Literal["error", "skip", "wrong"]
 
 
 @dataclass(frozen=True, slots=True)
 class EvalRequest:
-    """What `foveate eval` was asked; see its `--help`. `models` are asked `data` in process; `generated` are folders
+    """The options of `foveate eval`; see its `--help`. `models` are asked `data` in process; `generated` are folders
     of `foveate generate`, which name their data themselves."""
 
     models: tuple[str, ...]
@@ -122,9 +119,7 @@ def _label(path: Path, found: Sequence[Evaluation]) -> str:
     return name if name not in taken else f"{name} ({len(found) + 1})"
 
 
-def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list[Prediction], TaskTable]:
-    policy = load_policy(name, **best_place())
-    model = ModelSettings(path=name, max_tiles=request.max_tiles)
+def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list[ScoredRow], TaskTable]:
     data = DataSettings(
         train=request.data,
         image_root=request.image_root,
@@ -132,13 +127,13 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         max_prompt_tokens=request.max_prompt_tokens,
         system=request.system,
     )
-    encoder = build_encoder(policy.tokenizer, policy.family, model, data)
+    engine, encoder = load_engine(name, data, request.max_tiles)
     table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))
     tasks = table.first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
     with progress("evaluating", len(tasks)) as advance:
         predictions = predict(
-            NativeEngine(policy, encoder.decode),
+            engine,
             tasks,
             encoder,
             graders,
@@ -154,7 +149,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
 
 def _from_folder(
     request: EvalRequest, folder: Path, graders: Graders
-) -> tuple[list[Prediction], TaskTable, dict[str, Any]]:
+) -> tuple[list[ScoredRow], TaskTable, dict[str, Any]]:
     """The rows of a folder of `foveate generate` in the order of its data, and what they cost."""
     asked = _request_of(folder)
     root = Path(asked["image_root"]) if asked["image_root"] else None
@@ -169,47 +164,47 @@ def _from_folder(
             f"{folder}: {len(lacking)} of {len(tasks)} rows have no answer, the first is row {lacking[0]}; run the "
             "same `foveate generate` again, or say --missing skip or --missing wrong"
         )
-    way = "greedy" if asked["sampling"]["temperature"] == 0 else "sampled"
+    greedy = asked["sampling"]["temperature"] == 0
     chosen = [index for index in range(len(tasks)) if index in rows or request.missing == "wrong"]
     critic = Graders(request.critic, request.critic_settings) if request.critic else None
-    predictions: list[Prediction] = []
+    predictions: list[ScoredRow] = []
     with critic or nullcontext(), progress(f"scoring {folder.name}", len(chosen)) as advance:
         for begin in range(0, len(chosen), BATCH):
             some = chosen[begin : begin + BATCH]
             pairs = [(tasks[index], rows.get(index) or _no_answer(index, tasks[index])) for index in some]
-            predictions += _scored(request, folder, pairs, way, graders, critic, len(predictions))
+            predictions += _scored(request, folder, pairs, greedy, graders, critic, len(predictions))
             advance(len(some))
     return predictions, tasks, _cost(list(rows.values()), len(lacking))
 
 
-def _no_answer(index: int, task: Task) -> Generated:
-    return Generated(index, task.id, (GeneratedAnswer("", 0, "missing"),), None, 0, 0.0, 0, "")
+def _no_answer(index: int, task: Task) -> GeneratedRow:
+    missing = (GeneratedAnswer("", "missing", 0),)
+    cost: dict[str, Any] = {"prompt_tokens": None, "answer_tokens": 0, "seconds": 0.0, "tries": 0, "server": ""}
+    return GeneratedRow(**prompt_fields(task), answers=missing, index=index, **cost)
 
 
 def _scored(
     request: EvalRequest,
     folder: Path,
-    pairs: Sequence[tuple[Task, Generated]],
-    way: str,
+    pairs: Sequence[tuple[Task, GeneratedRow]],
+    greedy: bool,
     graders: Graders,
     critic: Graders | None,
     done: int,
-) -> Iterator[Prediction]:
+) -> Iterator[ScoredRow]:
     """Some rows graded together. Single tokens are kept for the gallery, of which `done` rows have been."""
     for task, row in pairs:
         if row.id != task.id:
             raise DataError(f"{folder}: row {row.index} is {row.id}, but {task.where} is {task.id}; the data changed")
     asked = [(answer.text, task) for task, row in pairs for answer in row.answers]
     scores = iter(graders.grade_many(asked))
-    ranks = iter(critic.grade_many(asked)) if critic is not None and way == "sampled" else None
+    ranks = iter(critic.grade_many(asked)) if critic is not None and not greedy else None
     reader = box_reader(request.reward, request.settings)
     for place, (task, row) in enumerate(pairs, start=done):
         scored = [(answer, next(scores)) for answer in row.answers]
-        answer, score = scored[0]
-        first = answer if place < request.gallery else replace(answer, pieces=())
         own = None if ranks is None else [next(ranks).value for _ in row.answers]
-        drawn = scored if way == "sampled" else ()
-        yield prediction(task, (first, score), drawn, way=way, ranks=own, read_box=reader)
+        detailed = place < request.gallery
+        yield scored_row(task, scored, greedy=greedy, detailed=detailed, ranks=own, read_box=reader)
 
 
 def _request_of(folder: Path) -> dict[str, Any]:
@@ -219,15 +214,15 @@ def _request_of(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: no folder of `foveate generate`: {REQUEST} cannot be read ({error})") from error
 
 
-def _cost(rows: Sequence[Generated], missing: int) -> dict[str, Any]:
-    tokens = [row.tokens for row in rows if row.tokens is not None]
+def _cost(rows: Sequence[GeneratedRow], missing: int) -> dict[str, Any]:
+    tokens = [row.answer_tokens for row in rows if row.answer_tokens is not None]
     ends = [answer.finish for row in rows for answer in row.answers]
     return {
         "missing": missing,
         "seconds": sum(row.seconds for row in rows),
         "tokens": sum(tokens),
         "tokens_per_row": sum(tokens) / len(tokens) if tokens else None,
-        "cut": sum(end == "length" for end in ends) / len(ends) if ends else None,
+        "truncated": sum(end == "length" for end in ends) / len(ends) if ends else None,
     }
 
 
@@ -250,8 +245,13 @@ def _summary(
         "reward": request.reward,
         "settings": dict(request.settings),
         "models": models,
-        "against_first": {one.label: paired(first.predictions, one.predictions, request.seed) for one in found[1:]},
+        "against_first": {one.label: _compared(first, one, request.seed) for one in found[1:]},
     }
+
+
+def _compared(first: Evaluation, other: Evaluation, seed: int) -> dict[str, Any] | None:
+    found = paired(first.predictions, other.predictions, seed)
+    return None if found is None else asdict(found)
 
 
 def write_text_files(out: Path, found: Sequence[Evaluation], costs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -259,15 +259,14 @@ def write_text_files(out: Path, found: Sequence[Evaluation], costs: Mapping[str,
     are several. Its pass rate counts IoU above 0.5, not from 0.5 on."""
     for one in found:
         folder = out if len(found) == 1 else out / "text" / one.label.replace("/", "_")
-        rows = [row for row in one.predictions if row.iou is not None]
+        rows = [(row.question, row.shown.iou) for row in one.predictions if row.shown.iou is not None]
         if not rows:
             raise ConfigError(f"--text-files are for boxes, and {one.label} has none")
-        overlaps = [row.iou or 0.0 for row in rows]
-        rate = sum(value > 0.5 for value in overlaps) / len(rows)
-        atomic_write_text(folder / "iou.txt", f"mean_iou: {sum(overlaps) / len(rows):.6f}\npass_rate@0.5: {rate:.6f}\n")
+        average, rate = mean(iou for _, iou in rows), mean(float(iou > 0.5) for _, iou in rows)
+        atomic_write_text(folder / "iou.txt", f"mean_iou: {average:.6f}\npass_rate@0.5: {rate:.6f}\n")
         detail = {
-            str(index): {"v": row.iou, "hash": hashlib.sha256(row.question.encode()).hexdigest()}
-            for index, row in enumerate(rows)
+            str(index): {"v": iou, "hash": hashlib.sha256(question.encode()).hexdigest()}
+            for index, (question, iou) in enumerate(rows)
         }
         atomic_write_text(folder / "iou_detail.json", json.dumps(detail) + "\n")
         cost = costs.get(one.label)

@@ -1,4 +1,4 @@
-"""`foveate generate`: answers to all rows of some files, from servers or in process, and on after a kill."""
+"""`foveate generate`: answers to all rows of some files, from servers or in process, resumed after a kill."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate.data.answers import GeneratedRow
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
 from foveate.errors import ConfigError, DataError, UserError
-from foveate.evaluate.answers import AnswerStore, Failed, Generated, read_generated
 from foveate.evaluate.client import ChatClient, ClientSettings
+from foveate.evaluate.shards import AnswerStore, Failed, read_generated
 from foveate.files import LOCK_FILES, atomic_write_text, held
 from foveate.log import progress
 from foveate.records import SamplingParams
+
+if TYPE_CHECKING:
+    from foveate.encoding.dataset import RowCheck
 
 logger = logging.getLogger(__name__)
 
 REQUEST = "generate.json"
 OURS = (REQUEST, "shards", "failed.jsonl", "summary.json", *LOCK_FILES)
-Deliver = Callable[[Generated | Failed], None]
+Deliver = Callable[[GeneratedRow | Failed], None]
 Produce = Callable[[TaskTable, Sequence[int], Deliver], None]
 """Asks for some rows of a table, and delivers each outcome as it comes."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowsRequest:
-    """Which rows are asked. `columns` maps columns of one's own, see `foveate.data.parsers`."""
+    """Which rows are asked. `columns` maps foreign column names, see `foveate.data.parsers`."""
 
     data: tuple[str, ...]
     rows: int | None = None
@@ -44,7 +48,7 @@ class RowsRequest:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """What `foveate generate` was asked. Exactly one of `model` (a folder: in process) and `client` is given."""
+    """The options of `foveate generate`. Exactly one of `model` (a folder: in process) and `client` is given."""
 
     source: RowsRequest
     out: Path
@@ -59,7 +63,7 @@ class GenerateRequest:
     shard_rows: int = 1000
 
     def identity(self, table: TaskTable, left_out: Sequence[int]) -> dict[str, Any]:
-        """What decides the answers: a folder goes on with the same only."""
+        """All that decides the answers: a folder is continued only by a request that is the same in it."""
         return {
             "data": list(self.source.data),
             "table_rows": len(table),
@@ -96,7 +100,7 @@ def run_generate(request: GenerateRequest) -> dict[str, Any]:
         try:
             with progress("generating", len(table), done=before) as advance:
 
-                def deliver(outcome: Generated | Failed) -> None:
+                def deliver(outcome: GeneratedRow | Failed) -> None:
                     if isinstance(outcome, Failed):
                         failures[outcome.index] = outcome
                     else:
@@ -122,16 +126,14 @@ def run_generate(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _prepare(request: GenerateRequest) -> tuple[TaskTable, Produce, list[int], list[str]]:
-    """The usable rows, what produces answers to them, and the rows that are left out: by number and in words."""
+    """The usable rows, the function that gets answers to them, and the rows left out: by number and in words."""
     source = request.source
     root = Path(source.image_root) if source.image_root else None
     table = open_tasks(source.data, image_root=root, columns=source.columns)
     if request.client is not None:
         check, produce = None, _from_servers(request, request.client)
     else:
-        from foveate.evaluate.in_process import prepare_model  # a client needs neither models nor transformers
-
-        check, produce = prepare_model(request)
+        check, produce = _in_process(request, request.model or "")
     kept, problems = validate(table, on_bad_row=source.on_bad_row, check=check)
     left_out = sorted(set(range(len(table))) - set(kept))
     return table.select(kept), produce, left_out, list(map(str, problems))
@@ -142,6 +144,24 @@ def _from_servers(request: GenerateRequest, client: ClientSettings) -> Produce:
         ChatClient(client, request.sampling, request.seed, deliver).run(table, todo)
 
     return produce
+
+
+def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce]:
+    """The check whether the model can be asked a row, and the function that asks it."""
+    from foveate.config.data import DataSettings
+    from foveate.encoding.dataset import RowCheck
+    from foveate.evaluate.predict import generate_rows, load_engine  # a client needs neither models nor transformers
+
+    data = DataSettings(train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system)
+    engine, encoder = load_engine(model, data, request.max_tiles)
+
+    def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
+        for row in generate_rows(
+            engine, encoder, table, todo, request.sampling, seed=request.seed, logprobs=request.logprobs
+        ):
+            deliver(row)
+
+    return RowCheck(None, encoder), produce
 
 
 def _claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:
@@ -201,13 +221,13 @@ def summarise_answers(folder: Path, rows: int, failures: Any, left_out: Sequence
         "answers": sum(finishes.values()),
         "finish": dict(finishes),
         "tried_again": sum(tries) - len(tries),
-        "latency_seconds": _spread(seconds),
-        "answer_tokens": _spread(lengths),
-        "prompt_tokens": _spread(prompts),
+        "latency_seconds": _distribution(seconds),
+        "answer_tokens": _distribution(lengths),
+        "prompt_tokens": _distribution(prompts),
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
+def _distribution(values: Sequence[float]) -> dict[str, float] | None:
     """Sum, mean, quantiles and maximum; None of nothing."""
     if not values:
         return None

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: means with intervals, avg@k, pass@k, majority, best-of-N, thresholds, frames."""
+"""The figures of one model: means with intervals, avg@k, pass@k, majority, best-of-N, thresholds, splits, frames."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from foveate.evaluate.predict import model_box
-from foveate.evaluate.predictions import Prediction, SampledAnswer, correctness, mean, row_value, summarise
+from foveate.data.answers import ScoredAnswer, ScoredRow
+from foveate.evaluate.predictions import bootstrap, mean, summarise
 from foveate.records import Task
-from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, iou, parse_box, picture_size
+from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, in_thousandths, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
 from foveate.rewards.text import final_answer, plain
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
-RESAMPLES = 1000
-_CHUNK = 100
 SPLITS = (
     "refcoco_val", "refcoco_testA", "refcoco_testB", "refcoco+_val", "refcoco+_testA", "refcoco+_testB",
     "refcocog_val", "refcocog_test",
@@ -29,54 +25,29 @@ FRAMES: tuple[BoxFrame, ...] = ("thousandths", "pixels", "fractions")
 _FEW_BOXES, _CLEARLY = 8, 0.1
 
 
-def summary_statistics(rows: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
-    """Everything that is said of one model. An interval is [low, high], the 95 % percentile bootstrap over rows
-    (Efron 1979): it covers the choice of the questions, not of the training seed nor, beyond its mean, of the draws."""
-    values = [row_value(row) for row in rows]
+def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, Any]:
+    """Everything that the summary says of one model. An interval is [low, high], see `bootstrap`."""
+    values = [row.value for row in rows]
+    tags = summarise(rows, 0)["by_tag"]
+    overlaps = [row.shown.iou for row in rows if row.shown.iou is not None]
+    drawn = [row for row in rows if row.sampled]
     found: dict[str, Any] = {
         "rows": len(rows),
         "accuracy": {"value": mean(values), "interval": bootstrap(values, seed)},
-        "score": mean(row.score for row in rows),
-        "decoding": sorted({row.way for row in rows}),
+        "score": mean(row.shown.score for row in rows),
+        "decoding": sorted({"greedy" if row.shown.greedy else "sampled" for row in rows}),
     }
-    tags = summarise(rows, 0)["by_tag"]
     if tags:
         found["by_tag"] = tags
-    overlaps = [row.iou for row in rows if row.iou is not None]
     if overlaps:
         found["mean_iou"] = {"value": mean(overlaps), "interval": bootstrap(overlaps, seed)}
-        found["with_box"] = mean(float(row.box is not None) for row in rows)
+        found["with_box"] = mean(float(row.shown.box is not None) for row in rows)
         found["accuracy_at"] = {f"{t:g}": mean(float(one >= t) for one in overlaps) for t in THRESHOLDS}
         found["frames"] = {frame: mean(_iou_in(row, frame) for row in rows) for frame in FRAMES}
-        found["splits"] = splits(rows)
-    if any(row.sampled for row in rows):
-        found["sampled"] = _sampled([row for row in rows if row.sampled])
+        found["splits"] = refcoco_splits(rows)
+    if drawn:
+        found["sampled"] = _sampled(drawn)
     return found
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> list[float] | None:
-    """The 95 % interval of the mean over `RESAMPLES` draws of as many rows with replacement; None of nothing."""
-    if not values:
-        return None
-    array, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    draws = [array[rng.integers(0, len(array), (_CHUNK, len(array)))].mean(1) for _ in range(RESAMPLES // _CHUNK)]
-    low, high = np.quantile(np.concatenate(draws), (0.025, 0.975))
-    return [float(low), float(high)]
-
-
-def paired(before: Sequence[Prediction], after: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
-    """Two models on the rows that both have: the mean difference with its bootstrap interval, and which rows turned."""
-    old = {row.id: row for row in before}
-    both = [(old[row.id], row) for row in after if row.id in old]
-    changes = [(new.id, row_value(new) - row_value(former)) for former, new in both]
-    return {
-        "rows": len(both),
-        "difference": mean(change for _, change in changes),
-        "interval": bootstrap([change for _, change in changes], seed),
-        "better": [row_id for row_id, change in changes if change > 0],
-        "worse": [row_id for row_id, change in changes if change < 0],
-        "only_in_one": len(before) + len(after) - 2 * len(both),
-    }
 
 
 def pass_at(n: int, correct: int, k: int) -> float:
@@ -84,27 +55,29 @@ def pass_at(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def _sampled(rows: Sequence[Prediction]) -> dict[str, Any]:
+def _sampled(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     """avg@n, pass@k for powers of two and n, the vote, and best-of-n where answers have a rank."""
     n = min(len(row.sampled) for row in rows)
-    right = [[correctness(answer) for answer in row.sampled[:n]] for row in rows]
+    right = [[answer.correctness for answer in row.sampled[:n]] for row in rows]
     share = all(value in (0.0, 1.0) for one in right for value in one)
     ks = sorted({k for k in (1 << power for power in range(n.bit_length())) if k <= n} | {n})
     found: dict[str, Any] = {"n": n, f"avg@{n}": mean(sum(one) / n for one in right)}
     if share:
         found |= {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks}
-    found[f"majority@{n}"] = mean(correctness(vote(row, n)) for row in rows)
-    if all(answer.rank is not None for row in rows for answer in row.sampled[:n]):
-        found[f"best_of@{n}"] = mean(correctness(max(row.sampled[:n], key=_rank)) for row in rows)
+    found[f"majority@{n}"] = mean(vote(row, n).correctness for row in rows)
+    ranks = [[answer.rank for answer in row.sampled[:n] if answer.rank is not None] for row in rows]
+    if all(len(one) == n for one in ranks):
+        best = (values[one.index(max(one))] for values, one in zip(right, ranks, strict=True))
+        found[f"best_of@{n}"] = mean(best)
     return found
 
 
-def vote(row: Prediction, n: int) -> SampledAnswer:
+def vote(row: ScoredRow, n: int) -> ScoredAnswer:
     """The answer that most of the first n agree with, the earliest of these. Boxes agree by overlap: the one with the
     largest total IoU to all of them. Others agree if their final answers are the same text; what has none has no vote.
     """
     answers = row.sampled[:n]
-    if row.iou is not None:
+    if row.shown.iou is not None:
         boxes = [parse_box(answer.text) for answer in answers]
         support = [sum(iou(box, other) for other in boxes if other) if box else -1.0 for box in boxes]
         return answers[support.index(max(support))]
@@ -116,15 +89,10 @@ def vote(row: Prediction, n: int) -> SampledAnswer:
     return next(answer for answer, final in zip(answers, finals, strict=True) if final and plain(final) == winner)
 
 
-def _rank(answer: SampledAnswer) -> float:
-    assert answer.rank is not None
-    return answer.rank
-
-
 # ------------------------------------------------------------------------------------------------------- grounding
 
 
-def split_of(row: Prediction) -> str | None:
+def refcoco_split(row: ScoredRow) -> str | None:
     """Which of the eight RefCOCO splits a row belongs to, by the name of its dataset or the start of its id."""
     for name in (row.tags.get("dataset", ""), row.source, row.id):
         found = re.match(r"(refcoco(?:\+|_?plus|g)?)_?(val|testA|testB|test)(?![a-zA-Z])", name)
@@ -134,13 +102,13 @@ def split_of(row: Prediction) -> str | None:
     return None
 
 
-def splits(rows: Sequence[Prediction]) -> dict[str, Any] | None:
+def refcoco_splits(rows: Sequence[ScoredRow]) -> dict[str, Any] | None:
     """Accuracy of each RefCOCO split, and the mean over splits only where all eight are there; None without any."""
     groups: dict[str, list[float]] = {}
     for row in rows:
-        split = split_of(row)
+        split = refcoco_split(row)
         if split is not None:
-            groups.setdefault(split, []).append(row_value(row))
+            groups.setdefault(split, []).append(row.value)
     if not groups:
         return None
     accuracy = {name: mean(groups[name]) for name in SPLITS if name in groups}
@@ -162,17 +130,27 @@ def likely_frame(found: Mapping[str, Any], rows: int) -> BoxFrame | None:
     return best if rows >= _FEW_BOXES and means[best] > means["thousandths"] + _CLEARLY else None
 
 
-def _iou_in(row: Prediction, frame: BoxFrame) -> float:
-    if row.iou is None:
+def _iou_in(row: ScoredRow, frame: BoxFrame) -> float:
+    if row.shown.iou is None:
         return 0.0
-    box = answer_box(row.text, "last", frame, row.width, row.height)
-    sides = (row.width, row.height, row.width, row.height)
-    x1, y1, x2, y2 = (value / FRAME * side for value, side in zip(row.answer, sides, strict=True))
+    width, height = row.images[0].width, row.images[0].height
+    box = answer_box(row.shown.text, "last", frame, width, height)
+    x1, y1, x2, y2 = (v / FRAME * side for v, side in zip(row.ground_truth, (width, height) * 2, strict=True))
     return iou(box, (x1, y1, x2, y2)) if box is not None else 0.0
 
 
-def box_reader(name: str, settings: Mapping[str, Any]) -> Callable[[str, Task], Box | None]:
-    """What reads the box of an answer, in thousandths for the picture, by the rule and frame of a reward."""
+BoxReader = Callable[[str, Task], Box | None]
+"""From an answer to its box in thousandths of the image."""
+
+
+def model_box(text: str, task: Task) -> Box | None:
+    """The last box of an answer, from the frame of the model's family where the task says it."""
+    box = parse_box(text)
+    return in_thousandths(box, task) if box is not None and BOX_FRAME in task.meta else box
+
+
+def box_reader(name: str, settings: Mapping[str, Any]) -> BoxReader:
+    """The reader of boxes that follows the rule and frame of a reward."""
     rule = settings.get("rule", "first") if name == "refcoco" else "last"
     frame = settings.get("frame" if name == "refcoco" else "answer_frame", "thousandths")
 

@@ -1,33 +1,77 @@
-"""Held-out tasks -> predictions: greedy answers, sampled answers, and their scores."""
+"""Tasks -> answers of a model in this process, with their scores: for an evaluation in a run or outside of one, and for
+`foveate generate --model`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-import numpy as np
-
+from foveate.config.data import DataSettings
+from foveate.config.model import ModelSettings
+from foveate.config.train import EvalSettings
+from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredAnswer, ScoredRow, prompt_fields, score_fields
+from foveate.data.images import load_image
 from foveate.data.table import TaskTable
+from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
-from foveate.evaluate.answers import GeneratedAnswer
-from foveate.evaluate.predictions import Box, Prediction, SampledAnswer
+from foveate.evaluate.draw import save_thumbnail
+from foveate.evaluate.metrics import BoxReader, model_box
+from foveate.evaluate.predictions import BOX_SIZES, EXPRESSION_LENGTHS, thumbnail_path, write_evaluation, write_gallery
+from foveate.log import progress
+from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
-from foveate.rewards.boxes import BOX_FRAME, in_thousandths, parse_box, truth_box
+from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
 from foveate.rollout.engine import Answering, Request
+from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
+
+logger = logging.getLogger(__name__)
 
 TAGS = ("relation", "kind", "dataset")
 """Fields of a task's meta by whose values accuracy is broken down."""
 BATCH = 64
-SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (math.inf, "over 20 %"))
-"""Shares of the picture below which the true box lies."""
-WORDS = ((2, "1 to 2"), (5, "3 to 5"), (9, "6 to 9"), (math.inf, "10 or more"))
-"""Lengths up to which an expression goes."""
-Scored = tuple[GeneratedAnswer, Score]
-BoxReader = Callable[[str, Task], Box | None]
-"""From an answer to its box in thousandths."""
+
+
+def load_engine(path: str, data: DataSettings, max_tiles: int | None) -> tuple[NativeEngine, Encoder]:
+    """The native engine with the weights of a model folder, and the encoder of its prompts."""
+    policy = load_policy(path, **best_place())
+    encoder = build_encoder(policy.tokenizer, policy.family, ModelSettings(path=path, max_tiles=max_tiles), data)
+    return NativeEngine(policy, encoder.decode), encoder
+
+
+def generate_rows(
+    engine: Answering,
+    encoder: Encoder,
+    table: TaskTable,
+    rows: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    logprobs: bool,
+) -> Iterator[GeneratedRow]:
+    """The answers to `rows` of a table in order. `seconds` are those of a batch: an answer is there when all are."""
+    for begin in range(0, len(rows), BATCH):
+        some = rows[begin : begin + BATCH]
+        tasks = [table[index] for index in some]
+        prompts = [encoder(task) for task in tasks]
+        requests = [Request(p, seed_of("eval", seed, i)) for p, i in zip(prompts, some, strict=True)]
+        start = time.monotonic()
+        groups = engine.generate(requests, sampling)
+        seconds = round(time.monotonic() - start, 4)
+        for index, task, prompt, group in zip(some, tasks, prompts, groups, strict=True):
+            yield GeneratedRow(
+                **prompt_fields(task),
+                answers=tuple(generated_answer(answer, encoder, logprobs) for answer in group),
+                index=index,
+                prompt_tokens=len(prompt),
+                answer_tokens=sum(len(answer.token_ids) for answer in group),
+                seconds=seconds,
+                tries=1,
+                server="in process",
+            )
 
 
 def predict(
@@ -40,13 +84,13 @@ def predict(
     max_tokens: int,
     seed: int,
     detailed: int = 0,
-    read_box: BoxReader | None = None,
+    read_box: BoxReader = model_box,
     advance: Callable[[int], None],
-) -> list[Prediction]:
-    """One prediction per task: the greedy answer, and `samples` answers drawn at temperature 1. The draws depend on
-    `seed` and the index of the task alone, so that two models are asked with the same luck. The first `detailed` rows
-    keep the log-probs of their tokens, which the report shows."""
-    predictions: list[Prediction] = []
+) -> list[ScoredRow]:
+    """One row per task: the greedy answer, and `samples` answers drawn at temperature 1. The draws depend on `seed` and
+    the index of the task alone, so that two models are asked with the same luck. The first `detailed` rows keep the
+    log-probs of their greedy answers, which the report shows."""
+    rows: list[ScoredRow] = []
     for begin in range(0, len(tasks), BATCH):
         some = [encoder.with_box_frame(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
         requests = [Request(encoder(task), seed_of("eval", seed, begin + i)) for i, task in enumerate(some)]
@@ -58,84 +102,126 @@ def predict(
         asked = [(one, task) for task, own in zip(some, answers, strict=True) for one in own]
         scores = iter(graders.grade_many(asked))
         for task, own in zip(some, answers, strict=True):
-            detailed_row = len(predictions) < detailed
-            first, *others = ((_answer(one, encoder, detailed_row and one is own[0]), next(scores)) for one in own)
-            predictions.append(prediction(task, first, others, read_box=read_box))
+            keep = len(rows) < detailed
+            scored = [(generated_answer(one, encoder, keep and one is own[0]), next(scores)) for one in own]
+            rows.append(scored_row(task, scored, greedy=True, detailed=keep, read_box=read_box))
         advance(len(some))
-    return predictions
+    return rows
 
 
-def _answer(answer: Answer, encoder: Encoder, detailed: bool) -> GeneratedAnswer:
+def generated_answer(answer: Answer, encoder: Encoder, logprobs: bool) -> GeneratedAnswer:
     ids = answer.token_ids
-    pieces = tuple(zip(encoder.pieces(ids), answer.logprobs.tolist(), strict=True)) if detailed else ()
-    return GeneratedAnswer(answer.text, len(ids), answer.finish, pieces)
+    values = (round(float(value), 4) for value in answer.logprobs)
+    tokens = tuple(zip(encoder.pieces(ids), values, strict=True)) if logprobs else ()
+    return GeneratedAnswer(answer.text, answer.finish, len(ids), tokens)
 
 
-def model_box(text: str, task: Task) -> Box | None:
-    """The last box of an answer, from the frame of the model's family where the task says it."""
-    box = parse_box(text)
-    return in_thousandths(box, task) if box is not None and BOX_FRAME in task.meta else box
+# ----------------------------------------------------------------------------------------------------------- scores
 
 
-def prediction(
+def scored_row(
     task: Task,
-    first: Scored,
-    drawn: Sequence[Scored],
+    answers: Sequence[tuple[GeneratedAnswer, Score]],
     *,
-    way: str = "greedy",
+    greedy: bool,
+    detailed: bool,
     ranks: Sequence[float] | None = None,
-    read_box: BoxReader | None = None,
-) -> Prediction:
-    """The answers to one task with their scores. `ranks`, one per drawn answer, are what best-of-N goes by; without
-    them it is the mean log-prob where it is known."""
-    answer, score = first
-    has_box = "iou" in score.parts
-    image = task.images[0] if task.images else None
+    read_box: BoxReader = model_box,
+) -> ScoredRow:
+    """The answers to one task with their scores, the first one decoded greedily or not; a `detailed` row keeps its
+    log-probs. Best-of-N goes by `ranks`, one per answer; without them by the mean log-prob where it is known."""
+    has_box = "iou" in answers[0][1].parts
+    asked = prompt_fields(task)
     tags = {tag: str(task.meta[tag]) for tag in TAGS if task.meta.get(tag)}
-    question = _question(task)
-    return Prediction(
-        id=task.id,
-        source=task.source,
-        question=question,
-        answer=list(truth_box(task)) if has_box else _plain(task.answer),
-        width=image.width if image else 0,
-        height=image.height if image else 0,
-        text=answer.text,
-        box=(read_box or model_box)(answer.text, task) if has_box else None,
-        score=score.value,
-        iou=score.parts.get("iou"),
-        hit=_hit(score),
-        tags={**tags, **_box_tags(truth_box(task), question)} if has_box else tags,
-        sampled=tuple(_sampled(*one, ranks[i] if ranks else None) for i, one in enumerate(drawn)),
-        way=way,
-        pieces=tuple((text, round(logprob, 4)) for text, logprob in answer.pieces),
-    )
-
-
-def _sampled(answer: GeneratedAnswer, score: Score, rank: float | None) -> SampledAnswer:
-    if rank is None and answer.pieces:
-        rank = sum(logprob for _, logprob in answer.pieces) / len(answer.pieces)
-    return SampledAnswer(answer.text, score.value, score.parts.get("iou"), _hit(score), rank)
+    if has_box:
+        asked["ground_truth"] = list(truth_box(task))
+        tags |= _box_tags(truth_box(task), asked["question"])
+    scored = []
+    for place, (answer, score) in enumerate(answers):
+        own = answer.logprobs
+        rank = ranks[place] if ranks else sum(value for _, value in own) / len(own) if own else None
+        best = greedy and place == 0
+        scored.append(
+            ScoredAnswer(
+                answer.text, answer.finish, answer.tokens, own if detailed and place == 0 else (),
+                **score_fields(score), greedy=best,
+                box=read_box(answer.text, task) if has_box else None, rank=None if best else rank,
+            )
+        )  # fmt: skip
+    return ScoredRow(**asked, answers=tuple(scored), tags=tags)
 
 
 def _box_tags(box: Box, expression: str) -> dict[str, str]:
-    """How large the true box is in the picture, and how long the expression."""
+    """The size of the true box in the image, and the length of the expression."""
     share = (box[2] - box[0]) * (box[3] - box[1]) / 1e6
     words = len(expression.replace("<image>", "").split())
     return {
-        "box size": next(name for limit, name in SIZES if share < limit),
-        "words": next(name for limit, name in WORDS if words <= limit),
+        "box size": next(name for limit, name in BOX_SIZES if share < limit),
+        "words": next(name for limit, name in EXPRESSION_LENGTHS if words <= limit),
     }
 
 
-def _hit(score: Score) -> bool | None:
-    return bool(score.parts["hit"]) if "hit" in score.parts else None
+# ---------------------------------------------------------------------------------------------------------- in a run
 
 
-def _question(task: Task) -> str:
-    asked = task.meta.get("question")
-    return str(asked) if asked else next(m.content for m in reversed(task.messages) if m.role == "user")
+class Evaluator:
+    """Asks the held-out tasks of a run, when it is due. Predictions and gallery go to the run's folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: EvalSettings,
+        tasks: TaskTable | None,
+        encoder: Encoder,
+        graders: Graders,
+        *,
+        seed: int,
+        max_tokens: int,
+        last_step: int,
+    ) -> None:
+        """`tasks` None: the run has no evaluation. `max_tokens` bounds an answer; after `last_step` one is due."""
+        self.folder, self.settings, self.encoder, self.graders = folder, settings, encoder, graders
+        self.tasks = None if tasks is None else tasks.first(settings.prompts)
+        self.seed, self.max_tokens, self.last_step = seed, max_tokens, last_step
+        self._gallery_saved = False
+
+    def is_due(self, step: int) -> bool:
+        """Before the first step, every `eval.every` steps, and after the last one."""
+        return self.tasks is not None and (step % self.settings.every == 0 or step == self.last_step)
+
+    def evaluate(self, engine: Answering, step: int) -> dict[str, float]:
+        """Ask all held-out tasks with the engine's weights and write the answers; returns the headline figures."""
+        assert self.tasks is not None
+        if not self._gallery_saved:
+            save_gallery(self.folder, self.tasks.first(self.settings.gallery))
+            self._gallery_saved = True
+        with progress(f"evaluating step {step}", len(self.tasks)) as advance:
+            rows = predict(
+                engine,
+                self.tasks,
+                self.encoder,
+                self.graders,
+                samples=self.settings.samples,
+                max_tokens=self.max_tokens,
+                seed=self.seed,
+                advance=advance,
+            )
+        summary = write_evaluation(self.folder, step, rows)
+        figures = {
+            f"eval/{way}_{name}": summary[way][name]
+            for way in ("greedy", "sampled")
+            for name in ("accuracy", "mean_iou", "score")
+            if summary[way][name] is not None
+        }
+        logger.info(
+            "step %d: %s", step, ", ".join(f"{name.removeprefix('eval/')} {v:.3f}" for name, v in figures.items())
+        )
+        return figures
 
 
-def _plain(answer: Any) -> Any:
-    return answer.tolist() if isinstance(answer, np.ndarray) else answer
+def save_gallery(folder: Path, tasks: TaskTable) -> None:
+    """Small copies of the images of the tasks that the report shows."""
+    shown = [task for task in tasks if task.images]
+    for task in shown:
+        save_thumbnail(load_image(task.images[0], task.where), thumbnail_path(folder, task.id))
+    write_gallery(folder, [task.id for task in shown])

@@ -1,6 +1,6 @@
-"""The report's gallery: held-out pictures with the true box and what was predicted at several steps.
+"""The report's gallery: held-out images with the true box and the predicted one at several steps.
 
-A picture is embedded once; boxes are vectors over it, so that steps are switched without another copy.
+An image is embedded once; boxes are vectors over it, so that steps are switched without another copy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from foveate.data.answers import ScoredRow
 from foveate.evaluate.draw import encode_jpeg
-from foveate.evaluate.predictions import Box, Evaluation, Prediction, thumbnail_path
+from foveate.evaluate.predictions import Evaluation, thumbnail_path
 
 PICTURE_BUDGET = 2_300_000
 """Bytes of all embedded pictures together, before base64 makes four of three."""
@@ -26,15 +27,15 @@ TEXT_LIMIT, LEAST_TEXT = 6000, 120
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """One row of the gallery at one step: `prediction` is None when that evaluation did not hold the row. `thought` is
-    what stands in `<think>` tags, `said` the rest, both cut to what the page has room for; `pieces` are [text, p]."""
+class GalleryFrame:
+    """One row of the gallery at one step: `row` is None when that evaluation did not hold the row. `thought` is
+    what stands in `<think>` tags, `said` the rest, both shortened to the room of the page; `pieces` are [text, p]."""
 
     step: int
     thought: str
     said: str
     pieces: tuple[tuple[str, float], ...]
-    prediction: Prediction | None
+    row: ScoredRow | None
     outcome: str
     box: tuple[float, float, float, float] | None
 
@@ -44,12 +45,12 @@ class Card:
     """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths;
     `tags` are those by which the rows differ."""
 
-    row: Prediction
+    row: ScoredRow
     picture: str
     width: int
     height: int
     true_box: tuple[float, float, float, float] | None
-    frames: tuple[Frame, ...]
+    frames: tuple[GalleryFrame, ...]
     tags: tuple[tuple[str, str], ...]
 
     @property
@@ -61,7 +62,7 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
     """The rows named by `ids`, in that order, as far as an evaluation holds them."""
     shown = spread(evaluations, max(2, min(GALLERY_STEPS, MOST_FRAMES // max(1, len(ids)))))
     by_step = [{row.id: row for row in evaluation.predictions} for evaluation in shown]
-    known: dict[str, Prediction] = {}
+    known: dict[str, ScoredRow] = {}
     for rows in by_step:
         known |= {row_id: rows[row_id] for row_id in ids if row_id in rows}
     share = PICTURE_BUDGET // max(1, len(known))
@@ -78,22 +79,33 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
             _frame(evaluation, rows.get(row_id), *room) for evaluation, rows in zip(shown, by_step, strict=True)
         )
         tags = tuple((name, value) for name, value in row.tags.items() if name in telling)
-        cards.append(Card(row, picture, width, height, rectangle(true_box(row)), frames, tags))
+        cards.append(
+            Card(
+                row,
+                picture,
+                width,
+                height,
+                rectangle(None if row.shown.iou is None else row.ground_truth),
+                frames,
+                tags,
+            )
+        )
     return tuple(cards)
 
 
-def _frame(evaluation: Evaluation, prediction: Prediction | None, text_room: int, piece_room: int) -> Frame:
+def _frame(evaluation: Evaluation, row: ScoredRow | None, text_room: int, piece_room: int) -> GalleryFrame:
     """Outcome "h" is a hit, "m" a miss, "n" neither: right and wrong are not defined, or the row was not asked."""
-    if prediction is None:
-        return Frame(evaluation.step, "", "", (), None, "n", None)
-    outcome = {True: "h", False: "m", None: "n"}[prediction.hit]
-    thought, said = split_thinking(prediction.text)
-    pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in prediction.pieces[:piece_room])
+    if row is None:
+        return GalleryFrame(evaluation.step, "", "", (), None, "n", None)
+    answer = row.shown
+    outcome = {True: "h", False: "m", None: "n"}[answer.hit]
+    thought, said = split_thinking(answer.text)
+    pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in answer.logprobs[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)
-    return Frame(evaluation.step, thought, said, pieces, prediction, outcome, rectangle(prediction.box))
+    return GalleryFrame(evaluation.step, thought, said, pieces, row, outcome, rectangle(answer.box))
 
 
-def telling_tags(rows: Iterable[Prediction]) -> set[str]:
+def telling_tags(rows: Iterable[ScoredRow]) -> set[str]:
     """The names of the tags that have more than one value in these rows."""
     values: dict[str, set[str]] = {}
     for row in rows:
@@ -103,7 +115,7 @@ def telling_tags(rows: Iterable[Prediction]) -> set[str]:
 
 
 def split_thinking(text: str) -> tuple[str, str]:
-    """What stands in the first `<think>` section, one without an end included, and everything else."""
+    """The text of the first `<think>` section, one without an end included, and everything else."""
     before, opening, rest = text.partition("<think>")
     thought, _, after = rest.partition("</think>")
     return (thought.strip(), f"{before}{after}".strip()) if opening else ("", text)
@@ -116,15 +128,7 @@ def spread(evaluations: Sequence[Evaluation], count: int) -> tuple[Evaluation, .
     return tuple(evaluations[round(index * (len(evaluations) - 1) / (count - 1))] for index in range(count))
 
 
-def true_box(row: Prediction) -> Box | None:
-    """The ground truth of a grounding row; None for any other task."""
-    if row.iou is None:
-        return None
-    left, top, right, bottom = row.answer
-    return (left, top, right, bottom)
-
-
-def rectangle(box: Box | None) -> tuple[float, float, float, float] | None:
+def rectangle(box: Sequence[float] | None) -> tuple[float, float, float, float] | None:
     """A box by its corners, in any order, as x, y, width, height."""
     if box is None:
         return None
@@ -151,7 +155,7 @@ def embed_picture(path: Path, limit: int) -> tuple[str, int, int]:
 
 
 def shorten(text: str, room: int = 1200) -> str:
-    """Text for the page: the marks of images removed, long answers cut with a count of what is missing."""
+    """Text for the page: the marks of images removed, long answers shortened with a count of the missing characters."""
     plain = text.replace("<image>", "").strip()
     if len(plain) <= room:
         return plain

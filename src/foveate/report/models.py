@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.report.charts import Chart, Series, make_chart
+from foveate.report.charts import Chart, Series
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,13 @@ def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
     columns = [dict(_flat(one)) for one in models.values()]
     labels = dict.fromkeys(label for column in columns for label in column)
     lines = tuple((label, tuple(column.get(label, "–") for column in columns)) for label in labels)
-    series = [
+    series = tuple(
         Series(name, tuple((round(100 * float(t)), value) for t, value in one["accuracy_at"].items()))
         for name, one in models.items()
         if "accuracy_at" in one
-    ]
-    chart = None
-    if series:
-        chart = make_chart("Accuracy by threshold", "IoU in percent", series, "%", smooth=False, dots=True)
+    )
+    title, hint = "Accuracy by threshold", "IoU in percent"
+    chart = Chart(title, hint, series, "%", smooth=False, dots=True) if series else None
     return ModelTable(tuple(models), lines, chart)
 
 
@@ -52,7 +51,7 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines += [(name, _percent(value)) for name, value in splits["accuracy"].items()]
         lines.append(("mean of the 8 splits", _percent(splits["mean_of_8"])))
     if "tokens_per_row" in one:
-        lines += [("rows without an answer", str(one["missing"])), ("answers cut off", _percent(one["cut"]))]
+        lines += [("rows without an answer", str(one["missing"])), ("truncated answers", _percent(one["truncated"]))]
         lines.append(("tokens per row", "–" if one["tokens_per_row"] is None else f"{one['tokens_per_row']:.1f}"))
         lines.append(("seconds per row", f"{one['seconds'] / max(1, one['rows']):.2f}"))
     return lines

@@ -22,16 +22,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from foveate.errors import DataError
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.files import atomic_write_text
 from foveate.log import read_metrics
-from foveate.records import DataError
-from foveate.report.charts import HEIGHT, LEFT, WIDTH, Chart, Series, chart_metrics, make_chart
+from foveate.report.charts import Chart, Series, chart_metrics
 from foveate.report.gallery import gallery_cards, shorten
 from foveate.report.models import model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
-from foveate.report.summary import Change, Comparison, compare, format_difference, format_figure
-from foveate.rewards.boxes import HIT_IOU
+from foveate.report.summary import Change, Comparison, compare_evaluations, format_difference, format_figure
 
 INPUTS = (
     "config.yaml", "versions.json", "metrics.jsonl", "evals", "predictions.jsonl", "gallery.json", "summary.json",
@@ -64,7 +63,7 @@ class Run:
         return max(steps, default=0)
 
     def moment(self, step: int) -> str:
-        """What the page calls a step: by the stage that ended there, where the run has stages, or by the model."""
+        """The name of a step on the page: by the stage that ended there, where the run has stages, or by the model."""
         label = next((one.label for one in self.evaluations if one.step == step), "")
         return label or next((stage.name for stage in self.stages if stage.step == step), f"step {step}")
 
@@ -87,6 +86,8 @@ def write_report(run_folder: Path) -> Path:
 
 def render_report(run_folder: Path) -> str:
     """The page. Raises as `write_report`."""
+    from foveate.rewards.boxes import HIT_IOU
+
     run = read_run(run_folder)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("foveate.report", "."),
@@ -97,22 +98,26 @@ def render_report(run_folder: Path) -> str:
     )
     environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
     script = environment.get_template("report.js.j2").render()
-    charts, steady = chart_metrics(run.metrics)
+    curves, values = chart_metrics(run.metrics)
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
-    comparison = compare(run.evaluations)
+    comparison = compare_evaluations(run.evaluations)
+    models = model_table(run.summary)
+    headline = accuracy_chart(run.evaluations, comparison) if comparison else None
+    charts = [chart for chart in (headline, models.chart if models else None, *curves) if chart is not None]
     by_model = bool(run.evaluations and run.evaluations[0].label)
     return environment.get_template("report.html.j2").render(
         run=run,
         comparison=comparison,
         stages=compare_stages(run.stages, run.evaluations),
-        headline_chart=accuracy_chart(run.evaluations, comparison) if comparison else None,
+        headline_chart=headline,
         charts=charts,
-        steady=steady,
-        chart_box={"width": WIDTH, "height": HEIGHT, "left": LEFT},
+        chart_data=[chart.data() for chart in charts],
+        curves=curves,
+        values=values,
         cards=cards,
         by_model=by_model,
         table_name="Before and after" if not by_model else "Side by side" if len(run.evaluations) > 1 else "Breakdown",
-        models=model_table(run.summary),
+        models=models,
         gallery_steps=[frame.step for frame in cards[0].frames] if cards else [],
         hit_iou=HIT_IOU,
         has_boxes=any(card.true_box for card in cards),
@@ -133,13 +138,14 @@ def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) ->
         if points:
             series.append(Series(way, points))
     unit = "%" if comparison.percent else ""
-    return make_chart(f"Held-out {comparison.measure}", "by training step", series, unit, smooth=False, dots=True)
+    title = f"Held-out {comparison.measure}"
+    return Chart(title, "by training step", tuple(series), unit, smooth=False, dots=True)
 
 
 def terminal_summary(run_folder: Path) -> RenderableType:
     """The result in words, and the table of before and after. Raises as `write_report`."""
     run = read_run(run_folder)
-    comparison = compare(run.evaluations)
+    comparison = compare_evaluations(run.evaluations)
     if comparison is None:
         return Text(f"{run.name}: no evaluation yet; the last training step is {run.last_step}.")
     stages = compare_stages(run.stages, run.evaluations)

@@ -13,9 +13,9 @@ import jinja2
 from foveate.data.images import load_image
 from foveate.data.table import TaskTable
 from foveate.evaluate.draw import TRUE_COLOUR, LabelledBox, draw_boxes, encode_jpeg
-from foveate.evaluate.predictions import Box
 from foveate.files import atomic_write_text
 from foveate.records import DataError, Image, Task
+from foveate.rewards.boxes import Box
 
 TEXT_LIMIT = 600
 PICTURE_SIDE = 640

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.table import Table
 
+from foveate.errors import DataError
 from foveate.evaluate.predictions import Evaluation
 from foveate.files import atomic_write_text
-from foveate.records import DataError
-from foveate.report.summary import Comparison, compare, format_difference, format_figure
+from foveate.report.summary import Comparison, compare_evaluations, format_difference, format_figure
 
 FILE = "stages.json"
 
@@ -64,7 +64,7 @@ def compare_stages(stages: Sequence[Stage], evaluations: Sequence[Evaluation]) -
     reached = [stage for stage in stages if stage.step in by_step]
     if len(reached) < 2:
         return None
-    alone = [compare([by_step[stage.step]]) for stage in reached]
+    alone = [compare_evaluations([by_step[stage.step]]) for stage in reached]
     found = [one for one in alone if one is not None]
     labels = [change.label for change in found[0].overall]
     rows = [Row(label, tuple(_figure(one, label) for one in found)) for label in labels]
@@ -111,9 +111,9 @@ def _tagged(comparison: Comparison, number: int, value: str) -> str:
 
 
 def _difference(first: Evaluation, other: Evaluation) -> str:
-    comparison = compare([first, other])
-    paired = comparison.paired if comparison else None
-    if comparison is None or paired is None:
+    comparison = compare_evaluations([first, other])
+    change = comparison.paired if comparison else None
+    if comparison is None or change is None:
         return "–"
-    shown = [format_difference(value, comparison.percent) for value in (paired.difference, paired.low, paired.high)]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+    value, low, high = (format_difference(one, comparison.percent) for one in (change.difference, *change.interval))
+    return f"{value} ({low} to {high})"

@@ -1,19 +1,16 @@
-"""What a run achieved, in numbers and plain sentences: the comparison of its first and last evaluation."""
+"""The result of a run in numbers and plain sentences: the comparison of its first and last evaluation."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.evaluate.predict import SIZES, WORDS
-from foveate.evaluate.predictions import Evaluation, row_value, summarise
-from foveate.rewards.boxes import HIT_IOU
+from foveate.evaluate.predictions import BOX_SIZES, EXPRESSION_LENGTHS, Evaluation, Paired, mean, paired, summarise
 
 FIGURES = (("greedy", "accuracy"), ("greedy", "mean_iou"), ("sampled", "accuracy"), ("sampled", "mean_iou"))
 MAX_TAG_VALUES = 40
-ORDERED = {"box size": [name for _, name in SIZES], "words": [name for _, name in WORDS]}
+ORDERED = {"box size": [name for _, name in BOX_SIZES], "words": [name for _, name in EXPRESSION_LENGTHS]}
 """Values of a tag in an order of their own; others go by how many rows have them."""
 
 
@@ -43,27 +40,6 @@ class TagTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
-    """The rows that both evaluations hold: how many turned from wrong to right and back, and the mean difference of
-    their correctness with its 95 % interval, mean +- 1.96 s / sqrt(n) over the paired differences."""
-
-    rows: int
-    gained: int
-    lost: int
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def unchanged(self) -> int:
-        return self.rows - self.gained - self.lost
-
-    @property
-    def is_noise(self) -> bool:
-        return self.low <= 0 <= self.high
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
     """Before and after. With a single evaluation `paired` is None and every `after` is None."""
 
@@ -81,7 +57,7 @@ class Comparison:
     sentences: tuple[str, ...]
 
 
-def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
+def compare_evaluations(evaluations: Sequence[Evaluation]) -> Comparison | None:
     """The first evaluation against the last one, None without any that holds a row."""
     filled = [evaluation for evaluation in evaluations if evaluation.predictions]
     if not filled:
@@ -90,7 +66,7 @@ def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
     first = summarise(before.predictions, before.step)
     last = summarise(after.predictions, after.step) if after else None
     measure, percent = _measure(before)
-    paired = _paired(before, after) if after else None
+    change = paired(before.predictions, after.predictions) if after else None
     overall = _overall(first, last, measure, percent)
     return Comparison(
         measure=measure,
@@ -103,8 +79,8 @@ def compare(evaluations: Sequence[Evaluation]) -> Comparison | None:
         samples=(last or first)["sampled"]["samples"],
         overall=overall,
         by_tag=_by_tag(first, last, percent),
-        paired=paired,
-        sentences=_sentences(filled, overall[0], paired, percent),
+        paired=change,
+        sentences=_sentences(filled, overall[0], change, percent),
     )
 
 
@@ -124,11 +100,13 @@ def format_difference(value: float | None, percent: bool) -> str:
 
 
 def _measure(evaluation: Evaluation) -> tuple[str, bool]:
-    """What the accuracy of these rows is called, and whether it is a share."""
-    decided = [row for row in evaluation.predictions if row.hit is not None]
+    """The name of the accuracy of these rows, and whether it is a share."""
+    from foveate.rewards.boxes import HIT_IOU
+
+    decided = [row.shown for row in evaluation.predictions if row.shown.hit is not None]
     if not decided:
         return "mean score", False
-    return (f"accuracy at IoU {HIT_IOU:g}" if all(row.iou is not None for row in decided) else "accuracy"), True
+    return (f"accuracy at IoU {HIT_IOU:g}" if all(one.iou is not None for one in decided) else "accuracy"), True
 
 
 def _overall(first: dict[str, Any], last: dict[str, Any] | None, measure: str, percent: bool) -> tuple[Change, ...]:
@@ -162,28 +140,8 @@ def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -
     return tuple(tables)
 
 
-def _paired(before: Evaluation, after: Evaluation) -> Paired | None:
-    old = {row.id: row for row in before.predictions}
-    pairs = [(old[row.id], row) for row in after.predictions if row.id in old]
-    if not pairs:
-        return None
-    differences = [row_value(new) - row_value(previous) for previous, new in pairs]
-    count = len(differences)
-    average = sum(differences) / count
-    variance = sum((value - average) ** 2 for value in differences) / max(1, count - 1)
-    reach = 1.96 * math.sqrt(variance / count)
-    return Paired(
-        rows=count,
-        gained=sum(value > 0 for value in differences),
-        lost=sum(value < 0 for value in differences),
-        difference=average,
-        low=average - reach,
-        high=average + reach,
-    )
-
-
 def _sentences(
-    evaluations: Sequence[Evaluation], headline: Change, paired: Paired | None, percent: bool
+    evaluations: Sequence[Evaluation], headline: Change, change: Paired | None, percent: bool
 ) -> tuple[str, ...]:
     """The result in words: what happened, how sure that is, and whether an earlier step was better."""
     first, last = evaluations[0], evaluations[-1]
@@ -195,7 +153,7 @@ def _sentences(
         return (f"{what} is {before} on {rows}{moment}.",)
     if last.label:
         figures = "; ".join(f"{one.label} {format_figure(_greedy(one), percent)}" for one in evaluations)
-        certainty = (_certainty(paired, percent),) if paired is not None else ()
+        certainty = (_certainty(change, percent),) if change is not None else ()
         return (f"{what} on {rows}: {figures}.", *certainty)
     span = f"after {_steps(last.step)}" if first.step == 0 else f"from step {first.step} to step {last.step}"
     if before == after:
@@ -203,26 +161,26 @@ def _sentences(
     else:
         verb = "rose" if headline.difference > 0 else "fell"
         sentences = [f"{what} {verb} from {before} to {after} on {rows} {span}."]
-    if paired is not None:
-        sentences.append(_certainty(paired, percent))
+    if change is not None:
+        sentences.append(_certainty(change, percent))
     best = max(evaluations, key=lambda evaluation: _greedy(evaluation))
     if best is not last and best is not first and format_figure(_greedy(best), percent) != after:
         sentences.append(f"The best evaluation was {format_figure(_greedy(best), percent)} at step {best.step}.")
     return tuple(sentences)
 
 
-def _certainty(paired: Paired, percent: bool) -> str:
+def _certainty(change: Paired, percent: bool) -> str:
     unit = " points" if percent else ""
-    low, high = format_difference(paired.low, percent), format_difference(paired.high, percent)
-    turned = f"{paired.gained} turned from wrong to right, {paired.lost} from right to wrong"
+    low, high = (format_difference(value, percent) for value in change.interval)
+    turned = f"{len(change.better)} turned from wrong to right, {len(change.worse)} from right to wrong"
     if not percent:
-        turned = f"{paired.gained} scored higher, {paired.lost} lower"
-    verdict = "so chance alone could explain it" if paired.is_noise else "so chance alone does not explain it"
+        turned = f"{len(change.better)} scored higher, {len(change.worse)} lower"
+    verdict = "so chance alone could explain it" if change.is_noise else "so chance alone does not explain it"
     return f"{turned}; the 95 % interval of the difference is {low} to {high}{unit}, {verdict}."
 
 
 def _greedy(evaluation: Evaluation) -> float:
-    return sum(map(row_value, evaluation.predictions)) / len(evaluation.predictions)
+    return mean(row.value for row in evaluation.predictions) or 0.0
 
 
 def _steps(count: int) -> str:

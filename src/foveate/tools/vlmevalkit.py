@@ -1,4 +1,4 @@
-"""VLMEvalKit: its configuration for our models, our rows as its TSV, and its predictions as answers of ours.
+"""VLMEvalKit: its configuration for our models, our rows as its TSV, and its predictions as our answers.
 
 Written for the releases whose `run.py` takes `--config` (2025 on) and for `ms-vlmeval`. Its files are plain; nothing of
 it is imported.
@@ -14,12 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import validate
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.answers import AnswerStore, Generated, GeneratedAnswer
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
+from foveate.evaluate.shards import AnswerStore
 from foveate.files import atomic_path, atomic_write_text
 from foveate.models.checkpoint.formats import read_config
 from foveate.models.families import family_class
@@ -38,7 +39,7 @@ DATASETS = {
 }
 """Datasets of its own, with the class that its configuration must name."""
 MCQ, VQA = "CustomMCQDataset", "CustomVQADataset"
-"""Its classes for files of one's own: with options, which it grades; and without, for which it only infers."""
+"""Its classes for your own files: with options, which it grades; and without, for which it only infers."""
 
 
 def checkpoint_models(folder: Path, name: str) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def write_config(path: Path, models: dict[str, Any], datasets: Sequence[str], ts
 
 
 def write_tsv(path: Path, source: RowsRequest) -> int:
-    """Rows of ours as a TSV for `$LMUData`: index, question, answer, image (base64), and A, B, ... where every row has
+    """Our rows as a TSV for `$LMUData`: index, question, answer, image (base64), and A, B, ... where every row has
     options. The answer to a question with options is their letter. Returns the number of rows."""
     table = _table(source)
     letters = sorted({letter for task in table for letter in options(task)}) if all(map(options, table)) else []
@@ -91,7 +92,7 @@ def write_tsv(path: Path, source: RowsRequest) -> int:
     return len(table)
 
 
-def read_predictions(predictions: Path, source: RowsRequest, out: Path) -> int:
+def import_predictions(predictions: Path, source: RowsRequest, out: Path) -> int:
     """Its predictions (`PRED_FORMAT=tsv`) as a folder like those of `foveate generate`, for `foveate eval --generated`.
 
     Rows that lack an answer, or that failed there, stay without one. Returns the rows taken. Raises DataError for a
@@ -105,15 +106,17 @@ def read_predictions(predictions: Path, source: RowsRequest, out: Path) -> int:
         if store.done:
             raise DataError(f"{out}: has answers already; choose another folder")
         for index, text in _predicted(predictions, len(table)):
-            answer = GeneratedAnswer(text, None, "stop")
-            store.write(Generated(index, table[index].id, (answer,), None, None, 0.0, 1, "VLMEvalKit"))
+            answers = (GeneratedAnswer(text, "stop", None),)
+            cost: dict[str, Any] = {"prompt_tokens": None, "answer_tokens": None, "seconds": 0.0, "tries": 1}
+            asked = prompt_fields(table[index])
+            store.write(GeneratedRow(**asked, answers=answers, index=index, **cost, server="VLMEvalKit"))
         identity = request.identity(table, [])
         atomic_write_text(out / REQUEST, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return len(store.done)
 
 
 def _predicted(path: Path, rows: int) -> Iterator[tuple[int, str]]:
-    csv.field_size_limit(sys.maxsize)  # pictures stand in the cells
+    csv.field_size_limit(sys.maxsize)  # images stand in the cells
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         if not {"index", "prediction"} <= set(reader.fieldnames or ()):
@@ -133,7 +136,7 @@ def _table(source: RowsRequest) -> TaskTable:
 
 
 def _cells(task: Task) -> tuple[str, str, str]:
-    """Question, answer and picture of a row; several pictures are a list, as VLMEvalKit reads them."""
+    """Question, answer and image of a row; several images are a list, as VLMEvalKit reads them."""
     answer = jsonable(task.answer)
     pictures = [
         base64.b64encode(image.path.read_bytes() if image.path else image.data or b"").decode() for image in task.images

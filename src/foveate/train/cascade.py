@@ -18,16 +18,16 @@ from foveate.cluster.base import start_workers
 from foveate.cluster.colocated_engines import ColocatedEngines
 from foveate.cluster.rank_engine import InferenceWorker
 from foveate.config.runs import CascadeSettings, RLSettings
+from foveate.data.answers import CorrectnessRule, ScoredRow, read_answers
 from foveate.data.stream import Stream
 from foveate.data.validate import ReadOptions
-from foveate.datasets.answers import CorrectnessRule
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
 from foveate.encoding.dataset import build_encoder, read_checked
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
-from foveate.evaluate.evaluator import Evaluator
-from foveate.evaluate.predictions import predictions_path, read_predictions, write_evaluation
+from foveate.evaluate.predict import Evaluator
+from foveate.evaluate.predictions import predictions_path, write_evaluation
 from foveate.files import atomic_write_text
 from foveate.log import MetricsWriter, progress, read_metrics
 from foveate.models.checkpoint.inspect import inspect_model_folder
@@ -213,4 +213,4 @@ def gather(settings: CascadeSettings, run: RunFolder) -> None:
 
 def _gather_evaluations(run: RunFolder, stage: str, offset: int) -> None:
     for file in (run.path / stage / "evals").glob("step_*.jsonl"):
-        write_evaluation(run.path, offset + int(file.stem.removeprefix("step_")), read_predictions(file))
+        write_evaluation(run.path, offset + int(file.stem.removeprefix("step_")), list(read_answers(file, ScoredRow)))

@@ -22,7 +22,7 @@ from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder, build_stream, read_checked
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
-from foveate.evaluate.evaluator import Evaluator
+from foveate.evaluate.predict import Evaluator
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder

@@ -1,21 +1,20 @@
-"""What a step says about its answers: metrics for the curves, and the answers themselves for reading."""
+"""The answers of a step: their metrics for the curves, and the answers themselves for reading."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import torch
 
-from foveate.files import atomic_write_text, with_room
+from foveate.data.answers import ScoredAnswer, ScoredRow, prompt_fields, score_fields, write_answers
+from foveate.files import with_room
 from foveate.records import FAILED, Group, Score
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a step: reward, its parts, length, and how many were cut or could not be graded; with
+    """Means over the answers of a step: reward, its parts, length, how many were truncated or not graded; with
     several sources of tasks also the reward, length and number of answers of each."""
     scores: list[Score] = [score for group in groups for score in group.scores]
     answers = [answer for group in groups for answer in group.answers]
@@ -57,26 +56,21 @@ def _mean(values: Sequence[float]) -> float:
 def write_rollouts(
     folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]] | None = None
 ) -> None:
-    """`step_000001.jsonl` in the folder: one line per prompt with its answers, scores and references to its images.
-    `advantages`: of the answers of each group."""
-    lines = []
-    for group, own in zip(groups, repeat(repeat(None)) if advantages is None else advantages, strict=False):
-        answers = [
-            {
-                "text": answer.text,
-                "tokens": len(answer),
-                "finish": answer.finish,
-                "version": answer.version,
-                "versions": answer.versions,
-                "score": score.value,
-                "parts": dict(score.parts),
-                "note": score.note,
-                "advantage": advantage,
-            }
-            for answer, score, advantage in zip(group.answers, group.scores, own, strict=False)
-        ]
-        images = [str(image.path) if image.path else None for image in group.task.images]
-        messages = [{"role": message.role, "content": message.content} for message in group.task.messages]
-        row = {"id": group.task.id, "where": group.task.where, "prompt": messages, "images": images, "answers": answers}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    with_room(partial(atomic_write_text, folder / f"step_{step:06d}.jsonl", "".join(lines)))
+    """`step_000001.jsonl` in the folder: a `ScoredRow` per prompt. `advantages`: of the answers of each group."""
+    rows = []
+    for number, group in enumerate(groups):
+        own = [None] * len(group.answers) if advantages is None else advantages[number]
+        answers = tuple(
+            ScoredAnswer(
+                answer.text,
+                answer.finish,
+                len(answer),
+                **score_fields(score),
+                version=answer.version,
+                versions=answer.versions,
+                advantage=advantage,
+            )
+            for answer, score, advantage in zip(group.answers, group.scores, own, strict=True)
+        )
+        rows.append(ScoredRow(**prompt_fields(group.task), answers=answers))
+    with_room(partial(write_answers, folder / f"step_{step:06d}.jsonl", rows))
