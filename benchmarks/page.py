@@ -39,14 +39,14 @@ section.
 
 {conditions}
 
-Each system runs in a process and an environment of its own and is asked for one step at a time, in turn, while the
-others wait; every other round the order is turned round. The first step of each warms up and is not timed.
+Each system runs in a process and an environment of its own and computes one step at a time, in turn, while the
+others wait; every other round reverses the order. The first step of each warms up and is not timed.
 **Nothing is timed on CPUs unless losses and gradient norms agree to 1e-4**; a test holds the gradient of every
-parameter to TRL's and verl's. Seconds are of processor time,
-which neighbours on the machine disturb least (wall seconds stand
-beside them), and a ratio is the median over pairs of neighbouring steps, with the smallest and the largest. Peers:
+parameter to TRL's and verl's. Seconds are processor time, which
+other programs on the machine disturb least; wall seconds are given, too. A ratio is the median over pairs of
+neighbouring steps, with the smallest and the largest. Peers:
 TRL 1.16.0 (`GRPOTrainer`'s own loss), verl 0.9.1 (`train_batch` of its FSDP engine, on one rank), transformers
-5.19.0 (`generate`), vLLM 0.32.0 on the CPU. All in float32, but for the section on a GPU. The model has the
+5.19.0 (`generate`), vLLM 0.32.0 on the CPU. All in float32, except in the section on a GPU. The model has the
 proportions of InternVL3.5-1B: vision 192 wide, 4 layers; text 256 wide, 4 layers.
 
 ![Processor seconds of each system, as multiples of foveate's](performance.svg)"""
@@ -226,9 +226,9 @@ def _step(found: dict[str, Result]) -> Iterator[str]:
         ])  # fmt: skip
     prompt = steps["foveate"][0]["prompt_tokens"] // 2
     yield (
-        f"\nTwo PNG pictures (60 tiles and a thumbnail, {prompt:,} prompt tokens), 16 answers of 64 "
+        f"\nTwo PNG images (60 tiles and a thumbnail, {prompt:,} prompt tokens), 16 answers of 64 "
         f"tokens to each: read, "
-        "encode, answer, grade, learn. TRL runs its own `train()` with transformers' generate. Processor seconds:"
+        "encode, generate, score, train. TRL runs its own `train()` with transformers' generate. Processor seconds:"
     )
     yield from table(
         [
@@ -351,7 +351,7 @@ def _limit(found: dict[str, Result]) -> Iterator[str]:
             sampling["decode_seconds"], sampling["decode_flops"] / result["matrix_flops"]
         )
         yield (
-            f"\nSampling in the whole step: {sampling['prefill_flops'] / 1e9:.0f} GFLOP for prompts and pictures, "
+            f"\nSampling in the whole step: {sampling['prefill_flops'] / 1e9:.0f} GFLOP for prompts and images, "
             f"{sampling['decode_flops'] / 1e9:.0f} GFLOP and {sampling['decode_bytes'] / 1e9:.2f} GB "
             f"for the answers: at "
             f"least {least:.2f} s by this machine's speeds; measured {seconds:.2f} s."
