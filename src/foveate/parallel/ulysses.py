@@ -50,7 +50,7 @@ def token_terms_split(
     assert isinstance(weight, Tensor)
 
     def head(hidden: Tensor, trained: Tensor) -> Tensor:
-        own = [term.rows(trained) if isinstance(term, Divergence) else term for term in terms]
+        own: list[Term] = [term.rows(trained) if isinstance(term, Divergence) else term for term in terms]
         target = batch.token_ids_T[batch.target_M[trained]]
         return torch.stack(chunked_terms(hidden, weight, target, temperature, own), -1)
 

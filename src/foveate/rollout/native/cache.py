@@ -45,9 +45,9 @@ class Moves:
 
 class SequenceState(Protocol):
     """A layer's memory of each sequence: keys and values, or the state of a recurrence. It is made with the `Rows` of
-    its batch. Inputs are those of the layer's kind; B answers are the rows of a step."""
+    its batch. The inputs of its methods are those of the layer's kind; B answers are the rows of a step."""
 
-    def prefill(self, *inputs: Any) -> None:
+    def prefill(self, *inputs: Any, **named: Any) -> None:
         """Keep what the answers need of the packed row of prompts and of begun answers; the layer itself computes its
         output there."""
         ...
@@ -56,7 +56,7 @@ class SequenceState(Protocol):
         """Every answer continues from the last token of its prompt, or of what was begun of it."""
         ...
 
-    def extend(self, *inputs: Any) -> Tensor:
+    def extend(self, *inputs: Any, **named: Any) -> Tensor:
         """Take in one token of each of the B answers; the layer's output for them. `Rows.step` tokens were taken in
         before. While steps are recorded, it is the same operations on the same tensors every time."""
         ...
