@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """The base: a one-line message that says what was found, where, what is allowed and what to do."""
@@ -29,3 +31,14 @@ class DiskFull(DiskError):
 
 class EngineError(UserError, RuntimeError):
     """A rollout engine that cannot continue: the message says what it did and where its log is."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise DataError with `message` unless `condition` holds."""
+    if not condition:
+        raise DataError(message)
+
+
+def join_where(parts: Sequence[str]) -> str:
+    """The place of a problem for an error message: `file, row 3, field images`."""
+    return ", ".join(part for part in parts if part)

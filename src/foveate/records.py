@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.errors import DataError
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-# ---------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +69,6 @@ class Pair:
     rejected: str
 
 
-# ------------------------------------------------------------------------------------------------------ encoding
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
@@ -102,9 +95,6 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-# ------------------------------------------------------------------------------------------------------- rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +252,6 @@ class Group:
     baseline: Score | None = None
 
 
-# ------------------------------------------------------------------------------------------------------ training
-
-
 @dataclass(frozen=True, slots=True)
 class Forest:
     """A forest of token segments packed into one row of T tokens.
@@ -292,7 +279,7 @@ class Forest:
         return self.start[-1] + self.length[-1] if self.start else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedGroup:
     """A prompt with the answers that share it: one root of a forest and its children. Every answer has at least one
     token."""
@@ -407,14 +394,3 @@ class LossOut:
 
     loss: Tensor
     metrics: Mapping[str, tuple[Tensor | float, float]]
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise DataError with `message` unless `condition` holds."""
-    if not condition:
-        raise DataError(message)
-
-
-def join_where(parts: Sequence[str]) -> str:
-    """The place of a problem for an error message: `file, row 3, field images`."""
-    return ", ".join(part for part in parts if part)

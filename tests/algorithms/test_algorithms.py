@@ -14,14 +14,14 @@ from loss_cases import LOSSES, double, make_batch, random_case, read_reference, 
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import correct_mismatch
 from foveate.algorithms.kl import KLPenalty
-from foveate.algorithms.metrics import reduce_metrics
+from foveate.algorithms.metrics import reduce_metrics, to_metrics
 from foveate.algorithms.policy_losses import grpo, gspo, reinforce
 from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
 from foveate.algorithms.terms import Surrogate, policy_loss
 from foveate.algorithms.values import gae, value_loss
 from foveate.config.algorithm import AlgorithmSettings
-from foveate.errors import ConfigError
-from foveate.records import DataError, LossOut, PolicyTargets, Totals
+from foveate.errors import ConfigError, DataError
+from foveate.records import LossOut, PolicyTargets, Totals
 from foveate.registry import bind
 from foveate.train.algorithm import build_algorithm
 
@@ -186,11 +186,11 @@ def test_a_lower_bound_for_truncation_is_refused():
 
 def test_metrics_of_micro_batches_reduce_to_those_of_the_whole_batch():
     logp_M, batch, targets, totals = random_case(seed=9)
-    whole = reduce_metrics([grpo(logp_M, -logp_M, batch, targets, totals).metrics])
+    whole = reduce_metrics([to_metrics(grpo(logp_M, -logp_M, batch, targets, totals).metrics)])
     parts = []
     for answers in ([0, 3], [7], [1, 2, 4, 5, 6]):
         part_logp_M, part_batch, part_targets, _ = take_answers(answers, logp_M, batch, targets)
-        parts.append(grpo(part_logp_M, -part_logp_M, part_batch, part_targets, totals).metrics)
+        parts.append(to_metrics(grpo(part_logp_M, -part_logp_M, part_batch, part_targets, totals).metrics))
     assert reduce_metrics(parts) == pytest.approx(whole)
 
 
@@ -200,7 +200,7 @@ def test_metrics_are_what_their_names_say():
     log_ratio_M = logp_M - targets.old_M
     ratio_M, advantage_M = log_ratio_M.exp(), targets.advantage_M
     clipped_M = ((ratio_M > 1.2) & (advantage_M > 0)) | ((ratio_M < 0.8) & (advantage_M < 0))
-    found = reduce_metrics([out.metrics])
+    found = reduce_metrics([to_metrics(out.metrics)])
     expected = {
         "loss/policy": out.loss + 0.5 * (-logp_M).mean(),
         "loss/approx_kl": (ratio_M - log_ratio_M - 1).mean(),
@@ -246,7 +246,7 @@ def test_the_value_loss_takes_the_worse_of_the_value_and_its_clipped_move():
     assert out.loss.item() == pytest.approx(0.5 * (0.25 + 1.0 + 4.0) / 6)
     (gradient_M,) = torch.autograd.grad(out.loss, value_M)
     assert gradient_M.tolist() == pytest.approx([0.0, -1 / 6, 2 / 6])
-    reduced = reduce_metrics([out.metrics])
+    reduced = reduce_metrics([to_metrics(out.metrics)])
     assert reduced["critic/error"] == pytest.approx(1.0)
 
 

@@ -9,7 +9,7 @@ import torch
 from loss_cases import double, make_batch, read_reference
 
 from foveate.algorithms.checks import dry_run_pairs
-from foveate.algorithms.metrics import reduce_metrics
+from foveate.algorithms.metrics import reduce_metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift, bco, dpo, ipo, mpo, sft
 from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.errors import DataError
@@ -61,7 +61,7 @@ def test_losses_and_gradients_are_those_of_trl(case):
     expected_M = torch.cat([double(answer) for answer in alternating(case["grad"])])
     torch.testing.assert_close(gradient_M, expected_M, rtol=1e-11, atol=1e-15)
     if case["name"] != "sft":
-        said = reduce_metrics([out.metrics])
+        said = reduce_metrics([to_metrics(out.metrics)])
         assert said["reward/margin"] == pytest.approx(case["margins"], rel=1e-12)
         assert said["reward/preferred"] == pytest.approx(case["accuracies"])
 
@@ -76,7 +76,7 @@ def test_bco_with_a_shift_is_that_of_trl_and_so_is_its_running_mean():
         out, gradient_M = evaluated(bco, *packed(answers, ref, step["shift"]), beta=TRL["shifted"]["beta"])
         assert out.loss.item() == pytest.approx(step["loss"], rel=1e-12)
         torch.testing.assert_close(gradient_M, double(step["grad"]).flatten(), rtol=1e-11, atol=1e-15)
-        said = reduce_metrics([out.metrics])
+        said = reduce_metrics([to_metrics(out.metrics)])
         running.add(said["reward/chosen"], said["reward/rejected"], len(step["logp"]))
         assert running.mean == pytest.approx(step["shift"], abs=1e-7)
 
@@ -141,11 +141,11 @@ def test_neither_order_nor_micro_batches_bias_a_loss(loss, parts):
         some_M, some, some_targets, _ = packed([answers[i] for i in members], [ref[i] for i in members], shift)
         out, part_M = evaluated(loss, some_M, some, some_targets, totals)
         total += out.loss.item()
-        metrics.append(out.metrics)
+        metrics.append(to_metrics(out.metrics))
         index_M = torch.cat([(batch.sample_M == sample).nonzero()[:, 0] for sample in members])
         torch.testing.assert_close(part_M, gradient_M[index_M], rtol=1e-10, atol=1e-15)
     assert total == pytest.approx(whole.loss.item(), rel=1e-12)
-    assert reduce_metrics(metrics) == pytest.approx(reduce_metrics([whole.metrics]), rel=1e-9)
+    assert reduce_metrics(metrics) == pytest.approx(reduce_metrics([to_metrics(whole.metrics)]), rel=1e-9)
     assert reduce_metrics(metrics)["loss/total"] == pytest.approx(total, rel=1e-12)
 
 
@@ -155,7 +155,10 @@ def test_a_step_down_the_gradient_prefers_the_chosen_answer_more(loss):
     logp_M, batch, targets, totals = packed(answers, ref)
     out, gradient_M = evaluated(loss, logp_M, batch, targets, totals)
     after, _ = evaluated(loss, logp_M - 0.1 * gradient_M, batch, targets, totals)
-    assert reduce_metrics([after.metrics])["reward/margin"] > reduce_metrics([out.metrics])["reward/margin"]
+    assert (
+        reduce_metrics([to_metrics(after.metrics)])["reward/margin"]
+        > reduce_metrics([to_metrics(out.metrics)])["reward/margin"]
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -24,7 +24,8 @@ from foveate.data.images import load_image, read_image
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows
 from foveate.encoding.dataset import RowCheck
-from foveate.records import FAILED, DataError, Image, Message, Task
+from foveate.errors import DataError
+from foveate.records import FAILED, Image, Message, Task
 from foveate.rewards import REWARDS
 from foveate.rewards.boxes import check_box, parse_box
 from foveate.rewards.build import build_reward

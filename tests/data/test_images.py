@@ -10,7 +10,8 @@ import pytest
 from PIL import ImageOps
 
 from foveate.data.images import load_image, read_image, read_size
-from foveate.records import DataError, Image
+from foveate.errors import DataError
+from foveate.records import Image
 
 
 def saved(picture, fmt="PNG", **options):

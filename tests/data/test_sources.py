@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from foveate.data.table import open_tasks
-from foveate.records import DataError, Message
+from foveate.errors import DataError
+from foveate.records import Message
 
 OWN = {"prompt": "question", "images": "image", "answer": "label"}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from foveate.data.stream import AdaptiveStream, Curriculum, Stream, ranks
-from foveate.records import DataError
+from foveate.errors import DataError
 
 
 def test_every_epoch_holds_every_row_once_even_where_batches_cross_epochs():

@@ -17,8 +17,8 @@ from reading import read_tasks
 
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows, validate
-from foveate.errors import DiskError
-from foveate.records import DataError, Message
+from foveate.errors import DataError, DiskError
+from foveate.records import Message
 from foveate.rewards.boxes import check_box
 
 PHOTOS = Path(__file__).parent.parent / "data" / "refphotos"

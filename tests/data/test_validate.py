@@ -11,7 +11,8 @@ import pytest
 from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.encoding.dataset import RowCheck
-from foveate.records import DataError, Task
+from foveate.errors import DataError
+from foveate.records import Task
 from foveate.rewards.text import check_answer
 
 

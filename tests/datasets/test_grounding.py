@@ -13,7 +13,7 @@ from foveate.data.parsers import SchemaRows
 from foveate.data.table import open_tasks
 from foveate.data.validate import ReadOptions
 from foveate.datasets.grounding import prepare_grounding
-from foveate.records import DataError
+from foveate.errors import DataError
 from foveate.rewards.boxes import check_box
 
 PHOTOS = Path(__file__).parent.parent / "data" / "refphotos"

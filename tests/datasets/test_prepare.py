@@ -21,8 +21,8 @@ from foveate.datasets.grounding import Buckets, HardSet, prepare_grounding, prep
 from foveate.datasets.mmpr import prepare_mmpr, prepare_mmpr_tiny
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import prepare_rows
-from foveate.errors import ConfigError
-from foveate.records import DataError, Message
+from foveate.errors import ConfigError, DataError
+from foveate.records import Message
 
 
 @pytest.fixture

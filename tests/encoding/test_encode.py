@@ -10,8 +10,9 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE, render
 from foveate.encoding.encode import Encoder
+from foveate.errors import DataError
 from foveate.models.policy import load_policy
-from foveate.records import DataError, Image, Message
+from foveate.records import Image, Message
 
 CASES = {
     "one tile": ("<image>\nWhat is shown?", [(56, 56)]),

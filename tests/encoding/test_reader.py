@@ -11,7 +11,7 @@ from foveate.data.stream import Stream
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
-from foveate.records import DataError
+from foveate.errors import DataError
 
 
 @pytest.fixture

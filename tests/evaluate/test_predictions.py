@@ -10,6 +10,7 @@ import pytest
 from fake_run import a_miss, a_row, an_answer
 
 from foveate.data.answers import ScoredRow, read_answers
+from foveate.errors import DataError
 from foveate.evaluate.predictions import (
     RESAMPLES,
     Evaluation,
@@ -18,7 +19,6 @@ from foveate.evaluate.predictions import (
     summarise,
     write_evaluation,
 )
-from foveate.records import DataError
 from foveate.report.summary import compare_evaluations
 
 

@@ -21,11 +21,12 @@ from foveate.config.train import OptimSettings
 from foveate.data.images import read_image
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import budget_of
+from foveate.errors import DataError
 from foveate.models.checkpoint.convert import convert
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
-from foveate.records import DataError, PackedGroup, SamplingParams, Totals
+from foveate.records import PackedGroup, SamplingParams, Totals
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine

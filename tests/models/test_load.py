@@ -10,11 +10,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, InternVLForCondition
 from transformers.utils import logging as transformers_logging
 
 from foveate.encoding.chat import render
+from foveate.errors import DataError
 from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy, save_policy
 from foveate.parallel.packing import pack
-from foveate.records import DataError, Message, PackedGroup
+from foveate.records import Message, PackedGroup
 
 
 @pytest.fixture

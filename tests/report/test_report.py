@@ -14,7 +14,7 @@ from fake_run import a_miss, a_row, an_answer, make_run
 from pages import Page, rendered
 from PIL import Image
 
-from foveate.errors import DiskError
+from foveate.errors import DataError, DiskError
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.predictions import (
     thumbnail_path,
@@ -22,7 +22,6 @@ from foveate.evaluate.predictions import (
     write_gallery,
     write_skipped,
 )
-from foveate.records import DataError
 from foveate.report.charts import format_value
 from foveate.report.page import write_report
 

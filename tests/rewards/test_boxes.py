@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foveate.records import DataError, Image, Task
+from foveate.errors import DataError
+from foveate.records import Image, Task
 from foveate.registry import resolve
 from foveate.rewards import REWARDS
 from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_whole_pixels, truth_box

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from geo3k_answers import ANSWERS
 
-from foveate.records import DataError, Task
+from foveate.errors import DataError
+from foveate.records import Task
 from foveate.rewards.geo3k import geo3k, has_form
 
 

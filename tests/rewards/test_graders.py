@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import foveate.rewards.pool
-from foveate.records import DataError, Task
+from foveate.errors import DataError
+from foveate.records import Task
 from foveate.registry import ConfigError
 from foveate.rewards import pool
 from foveate.rewards.pool import Graders, Waiting

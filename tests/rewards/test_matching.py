@@ -5,7 +5,8 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 
-from foveate.records import DataError, Task
+from foveate.errors import DataError
+from foveate.records import Task
 from foveate.rewards.boxes import grounding_reward
 from foveate.rewards.build import truth_check
 from foveate.rewards.matching import best_pairs, boxes_reward, check_boxes

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from geo3k_answers import ANSWERS
 
-from foveate.records import DataError, Message, Task
+from foveate.errors import DataError
+from foveate.records import Message, Task
 from foveate.rewards import math
 from foveate.rewards.math import math_reward, same_answer
 from foveate.rewards.text import check_answer

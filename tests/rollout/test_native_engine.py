@@ -11,12 +11,13 @@ from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 
 from foveate.encoding.encode import Encoder
+from foveate.errors import DataError
 from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.packing import pack
-from foveate.records import DataError, Forest, Image, Message, PackedGroup, SamplingParams, Task
+from foveate.records import Forest, Image, Message, PackedGroup, SamplingParams, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native import engine as native
 from foveate.rollout.native.cache import GroupCache

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.records import Batch, Totals, require
+from foveate.errors import require
+from foveate.records import Batch, Totals
 
 Aggregate = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 

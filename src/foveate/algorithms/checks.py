@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.records import Batch, Forest, LossOut, PairTargets, PolicyTargets, Totals, require
+from foveate.errors import require
+from foveate.records import Batch, Forest, LossOut, PairTargets, PolicyTargets, Totals
 
 ADVANTAGE_INPUTS = ("rewards_S", "group_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
 """reward_M, value_M and sample_M are per token, as in `values.gae`, whose result is per token too."""

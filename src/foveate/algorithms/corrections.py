@@ -16,16 +16,16 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import mean_by_answer, sum_by_sample
 from foveate.algorithms.kl import MAX_LOG_RATIO, kl
-from foveate.algorithms.metrics import to_metrics
 from foveate.algorithms.terms import token_log_ratio
-from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
+from foveate.errors import require
+from foveate.records import Batch, LossOut, PolicyTargets, Totals
 
 Correction = Literal["token-truncate", "sequence-truncate", "token-mask", "sequence-mask", "sequence-reject"]
 
 
 def correct_mismatch(
     batch: Batch, targets: PolicyTargets, *, mode: Correction, low: float | None = None, high: float = 2.0
-) -> tuple[PolicyTargets, dict[str, tuple[float, float]]]:
+) -> tuple[PolicyTargets, dict[str, tuple[Tensor, float]]]:
     """`targets` with advantages multiplied by importance weights between trainer (old_M) and sampler (engine_M).
 
     - token-truncate: min(w_t, high) (truncated importance sampling; Yao et al. 2025)
@@ -50,14 +50,12 @@ def correct_mismatch(
         weight_M = torch.ones_like(weight_M)
     weight_M = weight_M.clamp(max=high) if truncates else weight_M.masked_fill(cut_M, 0.0)
     tokens = float(len(weight_M))
-    metrics = to_metrics(
-        {
-            "engine/correction_kl": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
-            "engine/correction_weight": (weight_M.sum(), tokens),
-            "engine/correction_weight_max": (weight_M.max(), tokens),
-            "engine/correction_truncated": (cut_M.sum(), tokens),
-        }
-    )
+    metrics = {
+        "engine/correction_kl": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
+        "engine/correction_weight": (weight_M.sum(), tokens),
+        "engine/correction_weight_max": (weight_M.max(), tokens),
+        "engine/correction_truncated": (cut_M.sum(), tokens),
+    }
     return dataclasses.replace(targets, advantage_M=targets.advantage_M * weight_M), metrics
 
 

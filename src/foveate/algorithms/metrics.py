@@ -16,10 +16,15 @@ Metrics = Mapping[str, tuple[float, float]]
 
 def to_metrics(values: Mapping[str, tuple[Tensor | float, float]]) -> dict[str, tuple[float, float]]:
     """Scalar tensors (or floats) with their weights as plain floats, fetched from the device in one transfer."""
-    device = next((value.device for value, _ in values.values() if isinstance(value, Tensor)), None)
-    numbers = torch.stack(
-        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value, _ in values.values()]
-    ).tolist()
+    found = [value for value, _ in values.values()]
+    device = next((value.device for value in found if isinstance(value, Tensor)), None)
+    scalars = [
+        value.detach().double()
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.float64, device=device)
+        for value in found
+    ]
+    numbers = torch.stack(scalars).tolist()
     return {name: (number, weight) for number, (name, (_, weight)) in zip(numbers, values.items(), strict=True)}
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import mean_by_answer
 from foveate.algorithms.terms import Surrogate, policy_loss, token_log_ratio
-from foveate.records import Batch, PolicyTargets, require
+from foveate.errors import require
+from foveate.records import Batch, PolicyTargets
 
 _MAX_LOG_SEQUENCE_RATIO = 10.0
 _WIDEST_SEQUENCE_CLIP = 0.05

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.algorithms.aggregate import sum_by_sample
-from foveate.algorithms.metrics import to_metrics
-from foveate.records import Batch, LossOut, PairTargets, Totals, require
+from foveate.errors import require
+from foveate.records import Batch, LossOut, PairTargets, Totals
 
 _Terms = dict[str, tuple[float, Tensor]]
 """Name -> (weight, the sum of the term over the pairs or tokens of this micro-batch)."""
@@ -173,4 +173,4 @@ def _combine(terms: _Terms, pairs: _Pairs, totals: Totals) -> LossOut:
             "reward/margin": ((chosen_P - rejected_P).sum(), count),
             "reward/preferred": ((chosen_P > rejected_P).sum(), count),
         }
-    return LossOut(loss, to_metrics(values))
+    return LossOut(loss, values)

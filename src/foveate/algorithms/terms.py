@@ -12,8 +12,8 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import Aggregate, token_weights
 from foveate.algorithms.kl import MAX_LOG_RATIO, KLEstimator, kl
-from foveate.algorithms.metrics import to_metrics
-from foveate.records import Batch, LossOut, PolicyTargets, Totals, require
+from foveate.errors import require
+from foveate.records import Batch, LossOut, PolicyTargets, Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def _loss(
     if entropy_coefficient:
         assert entropy_M.requires_grad or not logp_M.requires_grad, "an entropy bonus needs entropies with a gradient"
         loss = loss - entropy_coefficient * (weight_M * entropy_M).sum()
-    return LossOut(loss, to_metrics(values))
+    return LossOut(loss, values)
 
 
 _SHARED = {name: p for name, p in inspect.signature(_loss).parameters.items() if p.kind is p.KEYWORD_ONLY}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foveate.algorithms.metrics import to_metrics
 from foveate.records import LossOut, Totals
 
 
@@ -63,4 +62,4 @@ def value_loss(value_M: Tensor, old_M: Tensor, return_M: Tensor, totals: Totals,
         "critic/value": (value_M.sum(), tokens),
         "critic/return": (return_M.sum(), tokens),
     }
-    return LossOut(loss, to_metrics(values))
+    return LossOut(loss, values)

@@ -19,7 +19,6 @@ from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import Any, Concatenate, Generic, Self
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -28,12 +27,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.job_submission import JobSubmissionClient
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess
 from foveate.cluster.local import P, R, W
 from foveate.cluster.network import set_network_interface
+from foveate.cluster.references import References, restored
 from foveate.cluster.weights import Packet
 from foveate.cluster.worker_process import WorkerProcess
 from foveate.config.cluster import ClusterSettings
@@ -271,7 +269,7 @@ class _Link:
         if self._group is not None:
             remove_placement_group(self._group)
         if self._is_ours:
-            _IMAGES.clear()
+            _REFERENCES.clear()
             ray.shutdown()
         self._group, self._is_ours = None, False
 
@@ -307,17 +305,15 @@ def _short(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-# ----------------------------------------------------------------------------------------- images travel by reference
+# ------------------------------------------------------------------------------ groups and images travel by reference
 
 
-_IMAGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""The images that are in the object store, each with its reference."""
 _PACKING = threading.Lock()
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Pickles a call with tensors of pixels, the only ones with four dimensions, left out: these are put into Ray's
-    object store once, and fetched from there at most once per machine. So is what is in the store already."""
+    """Pickles a call without groups and pixels (`References`): these are put into Ray's object store once, and fetched
+    from there at most once per machine. So is what is in the store already."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -327,16 +323,11 @@ class _Pickler(cloudpickle.Pickler):
     def pack(cls, content: Any) -> tuple[bytes, list[Any]]:
         for name in [name for name in sys.modules if name.startswith(FILE_MODULES)]:
             cloudpickle.register_pickle_by_value(sys.modules[name])  # the ranks cannot import it by that name
-        pickler = cls(file := io.BytesIO())
         with _PACKING:
-            pickler.dump(content)
-        return file.getvalue(), pickler.refs
+            return _packed_alone(content)
 
     def persistent_id(self, obj: Any) -> int | None:
-        if isinstance(obj, Tensor) and obj.ndim == 4:
-            if obj not in _IMAGES:
-                _IMAGES[obj] = ray.put(obj.numpy())
-            obj = _IMAGES[obj]
+        obj = _REFERENCES.of(obj)
         if not isinstance(obj, ray.ObjectRef):
             return None
         self.refs.append(obj)
@@ -344,13 +335,22 @@ class _Pickler(cloudpickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, packed: bytes, refs: list[Any]) -> None:
+    def __init__(self, packed: bytes, refs: Sequence[Any]) -> None:
         super().__init__(io.BytesIO(packed))
-        self._found = ray.get(refs)
+        self._found = ray.get([*refs])
 
     def persistent_load(self, pid: Any) -> Any:
-        found = self._found[pid]
-        return torch.tensor(found) if isinstance(found, np.ndarray) else found
+        return restored(self._found[pid], lambda content, references: _Unpickler(content, references).load())
+
+
+def _packed_alone(content: Any) -> tuple[bytes, list[Any]]:
+    """As `_Pickler.pack`, within it."""
+    pickler = _Pickler(file := io.BytesIO())
+    pickler.dump(content)
+    return file.getvalue(), pickler.refs
+
+
+_REFERENCES = References(ray.put, _packed_alone)
 
 
 # --------------------------------------------------------------------------------------------------------------- jobs

@@ -22,8 +22,8 @@ import PIL.Image
 from PIL import ExifTags, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from foveate.errors import DataError
-from foveate.records import Image, join_where
+from foveate.errors import DataError, join_where
+from foveate.records import Image
 
 # The transpose that undoes each EXIF orientation (CIPA DC-008, tag 0x0112); 1 and unknown values mean upright.
 _UPRIGHT = {

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from foveate.data.rows import IMAGE_TAG, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
 from foveate.data.sources import dig
-from foveate.records import DataError, Task
+from foveate.errors import DataError
+from foveate.records import Task
 from foveate.registry import suggestion
 
 Parsed = tuple[Task | None, list[Problem]]

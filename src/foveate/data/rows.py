@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from foveate.data.images import read_image
-from foveate.errors import DataError
-from foveate.records import Image, Message, Task, join_where
+from foveate.errors import DataError, join_where
+from foveate.records import Image, Message, Task
 
 Field = TypeVar("Field")
 

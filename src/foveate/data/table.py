@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from foveate.data.parsers import MappedRows, Parser, SchemaRows
 from foveate.data.rows import Place, Problem
 from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source, expand, open_source
+from foveate.errors import DataError
 from foveate.files import atomic_path
-from foveate.records import DataError, Task
+from foveate.records import Task
 
 BOX = pa.list_(pa.float64())
 # A row group is read as a whole, and each takes memory as long as its file is open: small ones make access to shuffled

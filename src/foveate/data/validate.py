@@ -16,9 +16,9 @@ from typing import Any, Literal
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.table import TaskTable, open_tasks
-from foveate.errors import DataError
+from foveate.errors import DataError, require
 from foveate.log import progress as progress_bar
-from foveate.records import Task, require
+from foveate.records import Task
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from foveate.data.answers import RIGHT, CorrectnessRule, ScoredAnswer, answers_b
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, publish_tables, rollout_hashes, rows_by_id, shown_counts
-from foveate.records import Task, require
+from foveate.errors import require
+from foveate.records import Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ from foveate.data.rows import Place, parse_row
 from foveate.data.sources import split_name
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, prepare_splits
-from foveate.errors import ConfigError
-from foveate.records import DataError
+from foveate.errors import ConfigError, DataError
 
 SOURCE = "hiyouga/geometry3k"
 INSTRUCTION = (

@@ -15,8 +15,9 @@ from foveate.data.parsers import SchemaRows
 from foveate.data.table import BOX, TaskTable, row_schema
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, task_row
+from foveate.errors import require
 from foveate.files import atomic_path
-from foveate.records import Image, Task, require
+from foveate.records import Image, Task
 
 SplitBy = Literal["image", "row"]
 

@@ -16,7 +16,7 @@ from foveate.data.rows import Place, Problem, parse_row
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, infer_schema, prepare_rows, publish, task_row
-from foveate.records import DataError, require
+from foveate.errors import DataError, require
 
 # ---------------------------------------------------------------------------------------------------------- MMPR-Tiny
 

@@ -22,7 +22,7 @@ from foveate.datasets.prepared import (
     shown_counts,
     task_row,
 )
-from foveate.records import require
+from foveate.errors import require
 
 PAIRED = "prompts with a right and a wrong answer"
 ALL_RIGHT, ALL_WRONG = "all answers right", "all answers wrong"

@@ -19,10 +19,10 @@ from foveate.data.rows import Problem
 from foveate.data.sources import expand
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.errors import DataError
+from foveate.errors import DataError, require
 from foveate.files import atomic_write_text
 from foveate.log import progress
-from foveate.records import Image, Task, require
+from foveate.records import Image, Task
 
 MANIFEST = "manifest.json"
 _INFERRED_ROWS = 2048

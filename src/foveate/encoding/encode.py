@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from foveate.data.images import load_image
 from foveate.encoding.chat import IMAGE_MARK, frames_in, render
 from foveate.encoding.family import Family
-from foveate.records import DataError, ImageSlot, Message, Prompt, Task
+from foveate.errors import DataError
+from foveate.records import ImageSlot, Message, Prompt, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ import torch
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
-from foveate.records import DataError, Prompt, Task
+from foveate.errors import DataError
+from foveate.records import Prompt, Task
 
 Encoded = tuple[Task, Prompt, np.ndarray | None]
 """A message of a process: the pixels beside the prompt, because tensors would travel through shared memory."""

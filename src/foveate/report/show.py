@@ -12,9 +12,10 @@ import jinja2
 
 from foveate.data.images import load_image
 from foveate.data.table import TaskTable
+from foveate.errors import DataError
 from foveate.evaluate.draw import TRUE_COLOUR, LabelledBox, draw_boxes, encode_jpeg
 from foveate.files import atomic_write_text
-from foveate.records import DataError, Image, Task
+from foveate.records import Image, Task
 from foveate.rewards.boxes import Box
 
 TEXT_LIMIT = 600

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from foveate.encoding.encode import Encoder
-from foveate.errors import EngineError
+from foveate.errors import DataError, EngineError
 from foveate.models.forward import token_terms
 from foveate.models.policy import Policy
 from foveate.parallel.packing import pack
-from foveate.records import Answer, DataError, Image, Message, PackedGroup, Prompt, SamplingParams, Task
+from foveate.records import Answer, Image, Message, PackedGroup, Prompt, SamplingParams, Task
 from foveate.rollout.engine import Engine, Request
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from foveate.models.attention.runs import path_positions
+from foveate.models.attention.runs import path_positions, subtree_ends
 from foveate.records import Forest
 
 BLOCK = 128
@@ -89,23 +89,14 @@ def _visible(forest: Forest, count: int, window: int | None) -> tuple[Tensor, Te
     bidirectional_T = torch.tensor(forest.bidirectional).repeat_interleave(length_K)
     start_T = torch.tensor(forest.start).repeat_interleave(length_K)
     causal_T = torch.arange(forest.tokens) + 1
+    end_T = torch.tensor(subtree_ends(forest)).repeat_interleave(length_K)
     reach_T = torch.where(bidirectional_T, start_T + length_K.repeat_interleave(length_K), causal_T)
     earliest_T = torch.zeros_like(position_T) if window is None else position_T - window + 1
     begin_T = position_T - (causal_T - 1 - start_T)  # where its segment begins on the path
     earliest_T = torch.where(bidirectional_T, earliest_T.minimum(begin_T), earliest_T)
-    filled = ((_ends(forest), 1), (reach_T, 1), (position_T, 0), (earliest_T, 0))
+    filled = ((end_T, 1), (reach_T, 1), (position_T, 0), (earliest_T, 0))
     end, reach, position, earliest = (_filled(values_T, step, count) for values_T, step in filled)
     return end, reach, position, earliest
-
-
-def _ends(forest: Forest) -> Tensor:
-    """For each token, the place in the row behind the last descendant of its segment, int64 (T,)."""
-    ends = [start + length for start, length in zip(forest.start, forest.length, strict=True)]
-    for segment in reversed(range(len(ends))):
-        parent = forest.parent[segment]
-        if parent >= 0:
-            ends[parent] = max(ends[parent], ends[segment])
-    return torch.tensor(ends).repeat_interleave(torch.tensor(forest.length))
 
 
 def _filled(values_T: Tensor, step: int, count: int) -> Tensor:

@@ -30,6 +30,16 @@ def _path_begins(forest: Forest) -> list[int]:
     return begin
 
 
+def subtree_ends(forest: Forest) -> list[int]:
+    """The place in the row behind the last descendant of each segment."""
+    ends = [start + length for start, length in zip(forest.start, forest.length, strict=True)]
+    for segment in reversed(range(len(ends))):
+        parent = forest.parent[segment]
+        if parent >= 0:
+            ends[parent] = max(ends[parent], ends[segment])
+    return ends
+
+
 @dataclass(frozen=True, slots=True)
 class Runs:
     """B runs of tokens, as a (B, L) batch for the flash kernel.
@@ -99,16 +109,11 @@ def _inner_runs(forest: Forest) -> list[list[_Run]]:
     depth: list[int] = []
     for parent in forest.parent:
         depth.append(0 if parent < 0 else depth[parent] + 1)
-    end = [s + n for s, n in zip(forest.start, forest.length, strict=True)]
-    below = list(end)
-    for k in reversed(range(len(end))):
-        parent = forest.parent[k]
-        if parent >= 0:
-            below[parent] = max(below[parent], below[k])
     inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
-    for k, (start, length) in enumerate(zip(forest.start, forest.length, strict=True)):
-        if below[k] > end[k]:
-            inner[depth[k]].append(_Run(end[k], below[k] - end[k], start, length))
+    for k, below in enumerate(subtree_ends(forest)):
+        start, length = forest.start[k], forest.length[k]
+        if below > start + length:
+            inner[depth[k]].append(_Run(start + length, below - start - length, start, length))
     return inner
 
 

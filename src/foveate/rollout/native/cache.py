@@ -45,7 +45,7 @@ class Moves:
 
 class SequenceState(Protocol):
     """A layer's memory of each sequence: keys and values, or the state of a recurrence. It is made with the `Rows` of
-    its batch. Inputs are those of the layer's kind; B answers are the rows of a step."""
+    its batch. The inputs of its methods are those of the layer's kind; B answers are the rows of a step."""
 
     def prefill(self, *inputs: Any, **named: Any) -> None:
         """Keep what the answers need of the packed row of prompts and of begun answers; the layer itself computes its

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import DataError
 from foveate.models.forward import evaluating, hidden_states
 from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
 from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
-from foveate.records import Answer, DataError, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
 from foveate.rollout.native.batch import DecodeBatch
 from foveate.rollout.native.cache import GroupCache, cached_numbers
