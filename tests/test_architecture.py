@@ -26,9 +26,8 @@ ROOT_FILES, ROOMS = 9, 20
 LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 28_200
 LONG_FUNCTIONS: set[str] = set()
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
-TWICE, WHATS = 28, 118
-"""How many public names may stand in two modules, and how many docstrings may begin with "What". Both only fall, to 5
-and 0."""
+TWICE, WHATS = 5, 0
+"""How many public names may stand in two modules, and how many docstrings may begin with "What"."""
 WITHOUT_TORCH = {"errors", "files", "registry", "records", "config", "run_folder", "log", "report", "api", "cli"}
 """Modules and rooms that do not import torch, nor anything of the package that does."""
 NOT_YET_WITHOUT_TORCH: set[str] = set()

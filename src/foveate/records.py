@@ -172,7 +172,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What follows a prompt: segments, of which the policy sampled those that are trained. `text` is that of all
+    """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is that of all
     segments, without stop tokens. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause or by
     `rollout.time_limit`."""
 
@@ -313,7 +313,7 @@ class PackedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a model eats, the same for SFT, MPO and RL: one packed row.
+    """One packed row, the input of a model: the same for SFT, MPO and RL.
 
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
@@ -351,7 +351,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PolicyTargets:
-    """What a policy loss eats beside the current log-probs: float tensors over the M trained tokens.
+    """The inputs of a policy loss besides the current log-probs: float tensors over the M trained tokens.
 
     old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
     frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
@@ -367,8 +367,8 @@ class PolicyTargets:
 
 @dataclass(frozen=True, slots=True)
 class PairTargets:
-    """What a preference loss eats beside the current log-probs. The samples of its batch are pairs: chosen, rejected,
-    chosen, rejected, ...
+    """The inputs of a preference loss besides the current log-probs. The samples of its batch are pairs: chosen,
+    rejected, chosen, rejected, ...
 
     ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
     loss that needs none; shift: BCO's reward shift.

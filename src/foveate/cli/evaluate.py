@@ -12,7 +12,7 @@ from foveate.cli.options import BadRows, Columns, ImageRoot, columns_of
 from foveate.errors import ConfigError
 from foveate.log import print_result
 
-Rows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
+FirstRows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
 Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]
 Thinking = Annotated[
@@ -39,7 +39,7 @@ def generate_command(
     system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Keep the log-prob of every token.")] = False,
-    rows: Rows = None,
+    rows: FirstRows = None,
     image_root: ImageRoot = None,
     columns: Columns = None,
     on_bad_row: BadRows = None,
@@ -101,7 +101,7 @@ def evaluate_command(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
-    rows: Rows = None,
+    rows: FirstRows = None,
     image_root: ImageRoot = None,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report.")] = 40,
     text_files: Annotated[

@@ -1,4 +1,4 @@
-"""What the commands of a cluster do: Ray's own command line and job server, with its ports closed to other machines."""
+"""The commands of a cluster: Ray's own command line and job server, with its ports closed to other machines."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def job_command(command: str, recipe: str, overrides: list[str], *, uploaded: bo
 
 
 def runtime_env(variables: list[str], packages: list[str], upload: Path | None) -> dict[str, Any]:
-    """What Ray prepares for a job on every node: environment variables (NAME=VALUE), packages, a copy of a folder. A
+    """Ray's preparations for a job on every node: environment variables (NAME=VALUE), packages, a copy of a folder. A
     job that is stopped has time to save.
 
     Raises ConfigError for a variable without a value, and for a folder that is none.

@@ -112,7 +112,7 @@ class EngineProcess:
         return [], False
 
     def more(self, patience: float) -> Finished:
-        """What has finished since the last call; waits up to `patience` seconds for it. Raises what the engine
+        """The groups that finished since the last call; waits up to `patience` seconds for it. Raises what the engine
         raised."""
         return self._current[1].more(patience)
 

@@ -1,4 +1,4 @@
-"""What travels to processes once, and by its reference from then on: the groups of a step, and the images in them."""
+"""The groups of a step and their images travel to each process once, and by reference from then on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class References:
 
 
 def restored(found: Any, load: Callable[[bytes, Sequence[Any]], Any]) -> Any:
-    """What a reference stood for. load: the object of bytes and references."""
+    """The object that a reference stood for. load: the object of bytes and references."""
     if isinstance(found, StoredGroup):
         return PackedGroup(*load(found.content, found.references))
     return torch.tensor(found) if isinstance(found, np.ndarray) else found

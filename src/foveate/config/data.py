@@ -8,7 +8,7 @@ from pydantic import Field
 
 from foveate.config.base import Settings, Strings
 
-Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
+FileWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
 
 
 class CurriculumSettings(Settings):
@@ -36,7 +36,7 @@ class DataSettings(Settings):
         description="Names of your columns: prompt, images, answer, ... -> column, or =text for a constant text. "
         "Empty: the files have the usual ones.",
     )
-    weights: Weights = Field(
+    weights: FileWeights = Field(
         default=(),
         description="How often the rows of each file in data.train come in an epoch, such as [1, 0.5, 3]; empty: once.",
     )

@@ -144,7 +144,7 @@ class ScoredRow(PromptRow):
         return sum(answer.correctness for answer in self.answers) / len(self.answers)
 
 
-Row = TypeVar("Row", GeneratedRow, ScoredRow)
+AnswerRow = TypeVar("AnswerRow", GeneratedRow, ScoredRow)
 
 
 def prompt_fields(task: Task) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def write_answers(path: Path, rows: Iterable[PromptRow]) -> None:
     atomic_write_bytes(path, b"".join(map(row_line, rows)))
 
 
-def read_answers(path: Path, kind: type[Row], *, appending: bool = False) -> Iterator[Row]:
+def read_answers(path: Path, kind: type[AnswerRow], *, appending: bool = False) -> Iterator[AnswerRow]:
     """The rows of a file in order. `appending`: a last line without its line break is still being written, or torn by
     a kill, and is left out. Raises DataError that names file, row and field for a line that is no such row."""
     with path.open("rb") as lines:
@@ -206,7 +206,7 @@ def read_answers(path: Path, kind: type[Row], *, appending: bool = False) -> Ite
                 yield _row(line, kind, f"{path}, row {number}")
 
 
-def _row(line: bytes, kind: type[Row], where: str) -> Row:
+def _row(line: bytes, kind: type[AnswerRow], where: str) -> AnswerRow:
     try:
         return _adapter(kind).validate_json(line, strict=True)
     except ValueError as error:

@@ -56,7 +56,7 @@ class ClientSettings:
 
 
 @dataclass(slots=True)
-class Server:
+class Endpoint:
     """One endpoint: how busy it is, and until when it is left alone."""
 
     url: str
@@ -86,7 +86,7 @@ class ChatClient:
     sampling: SamplingParams
     seed: int
     deliver: Callable[[GeneratedRow | Failed], None]
-    servers: list[Server] = field(default_factory=list)
+    servers: list[Endpoint] = field(default_factory=list)
     lost: int = 0
 
     def run(self, table: TaskTable, rows: Iterable[int]) -> None:
@@ -107,7 +107,7 @@ class ChatClient:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _connect(self, url: str, stack: AsyncExitStack) -> Server:
+    async def _connect(self, url: str, stack: AsyncExitStack) -> Endpoint:
         openai = _openai()
         client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get(self.settings.key_variable) or _KEY, max_retries=0,
@@ -129,7 +129,7 @@ class ChatClient:
             raise ConfigError(
                 f"{url} has no model {wanted!r}; it has {', '.join(owners) or 'none'}; give --served-model"
             )
-        return Server(url, client, wanted, owners[wanted] == "foveate")
+        return Endpoint(url, client, wanted, owners[wanted] == "foveate")
 
     async def _work(self, table: TaskTable, remaining: Iterable[int]) -> None:
         for index in remaining:
@@ -180,7 +180,7 @@ class ChatClient:
                 server.busy -= 1
         return Failed(index, task.id, "failed", reason, self.settings.retries + 1)
 
-    async def _request(self, server: Server, task: Task, index: int) -> Any:
+    async def _request(self, server: Endpoint, task: Task, index: int) -> Any:
         sampling = self.sampling
         extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
         if server.verbatim:

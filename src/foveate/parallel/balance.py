@@ -12,7 +12,7 @@ from foveate.records import PackedGroup
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What parts of a tree cost in a forward pass, in tokens' worth of matrix products.
+    """The cost of the parts of a group in a forward pass, in tokens' worth of matrix products.
 
     pair: two tokens of which one sees the other, in all layers of the language model; entry: one entry of the pixels,
     a tile or a patch, in the vision tower."""

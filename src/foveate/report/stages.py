@@ -28,7 +28,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StageRow:
     """One line of the comparison: a cell of text for each stage."""
 
     label: str
@@ -40,7 +40,7 @@ class Stages:
     """The comparison of the stages that have been evaluated."""
 
     stages: tuple[Stage, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[StageRow, ...]
 
 
 def write_stages(run_folder: Path, stages: Sequence[Stage]) -> None:
@@ -67,18 +67,18 @@ def compare_stages(stages: Sequence[Stage], evaluations: Sequence[Evaluation]) -
     alone = [compare_evaluations([by_step[stage.step]]) for stage in reached]
     found = [one for one in alone if one is not None]
     labels = [change.label for change in found[0].overall]
-    rows = [Row(label, tuple(_figure(one, label) for one in found)) for label in labels]
+    rows = [StageRow(label, tuple(_figure(one, label) for one in found)) for label in labels]
     for number, tags in enumerate(found[0].by_tag):
         for value in [change.label for change in tags.greedy]:
             cells = tuple(_tagged(one, number, value) for one in found)
-            rows.append(Row(f"{tags.tag}: {value} (greedy)", cells))
+            rows.append(StageRow(f"{tags.tag}: {value} (greedy)", cells))
     ends = [by_step[stage.step] for stage in reached]
     since_start = ["–", *(_difference(ends[0], one) for one in ends[1:])]
-    rows.append(Row("against the start, points (95 % interval)", tuple(since_start)))
+    rows.append(StageRow("against the start, points (95 % interval)", tuple(since_start)))
     if len(ends) > 2:
         since_last = ["–", *(_difference(before, one) for before, one in pairwise(ends))]
-        rows.append(Row("against the stage before", tuple(since_last)))
-    rows.append(Row("time of the stage", tuple(format_seconds(stage.seconds) for stage in reached)))
+        rows.append(StageRow("against the stage before", tuple(since_last)))
+    rows.append(StageRow("time of the stage", tuple(format_seconds(stage.seconds) for stage in reached)))
     return Stages(tuple(reached), tuple(rows))
 
 

@@ -27,10 +27,11 @@ def choose_engine(
     dtype: str | None = None,
     given: Mapping[str, Any] = {},
 ) -> Callable[..., Any]:
-    """What makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in: they are the
-    keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of the longest
-    prompt with its answer. `given`: more arguments, for engines that know them. `asynchronous`: it answers while the
-    policy learns, so that the native one gets weights of its own; and so it does to compute in another `dtype`.
+    """A function that makes the engine from (policy, decode, *, version), with `rollout.engine_settings` filled in:
+    they are the keyword-only arguments of the engine's class. An engine that asks for `longest` is told the tokens of
+    the longest prompt with its answer. `given`: more arguments, for engines that know them. `asynchronous`: it answers
+    while the policy learns, so that the native one gets weights of its own; and so it does to compute in another
+    `dtype`.
 
     Raises ConfigError for whatever does not fit; nothing is started yet."""
     make: Any = resolve(ENGINES, rollout.engine, "engine")

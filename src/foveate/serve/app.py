@@ -26,7 +26,8 @@ OWNER = "foveate"
 
 
 class Chat:
-    """What the routes need: a named model behind a batcher. `key` None lets everybody in; `max_tokens` ends answers."""
+    """The state of the routes: a named model behind a batcher. `key` None lets everybody in; `max_tokens` ends
+    answers."""
 
     def __init__(self, name: str, encoder: Encoder, batcher: Batcher, max_tokens: int, key: str | None) -> None:
         self.name, self.encoder, self.batcher, self.max_tokens, self.key = name, encoder, batcher, max_tokens, key

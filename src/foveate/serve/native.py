@@ -29,7 +29,7 @@ GRACE = 5
 
 @dataclass(frozen=True, slots=True)
 class ServeRequest:
-    """What `foveate serve` was asked; see its `--help`."""
+    """The options of `foveate serve`; see its `--help`."""
 
     model: str
     name: str

@@ -39,7 +39,7 @@ from foveate.errors import ConfigError, DataError, DiskError
 from foveate.files import atomic_path, disk_error, with_room
 from foveate.parallel.ranks import Ranks
 
-SCHEMA = 2
+CHECKPOINT_SCHEMA = 2
 """Of checkpoints. It grows when their content changes, and others are refused."""
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -63,7 +63,7 @@ def save_checkpoint(
     """
     path = place_of(folder, step)
     tensors = [leaf for leaf in tree_leaves(dict(content)) if isinstance(leaf, Tensor)]
-    state = {"schema": SCHEMA, "ranks": _count(ranks), "step": step, **state}
+    state = {"schema": CHECKPOINT_SCHEMA, "ranks": _count(ranks), "step": step, **state}
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with_room(partial(_write, path, content, state, ranks), needed)
     if ranks is None or ranks.is_first:
@@ -207,10 +207,10 @@ def _read(path: Path, tensors: dict[str, Any], ranks: Ranks | None, bound_to_ran
     with _unreadable(path):
         state = json.loads((path / "state.json").read_text())
     schema, saved_by = state.pop("schema", 1), state.pop("ranks", 1)
-    if schema != SCHEMA:
+    if schema != CHECKPOINT_SCHEMA:
         raise ConfigError(
-            f"{path}: this checkpoint has schema {schema}, this version of foveate reads schema {SCHEMA}; use the"
-            " version that wrote it, or start over with another run="
+            f"{path}: this checkpoint has schema {schema}, this version of foveate reads {CHECKPOINT_SCHEMA}; use the "
+            "version that wrote it, or start over with another run="
         )
     if bound_to_ranks and saved_by != _count(ranks):
         raise ConfigError(

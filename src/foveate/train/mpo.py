@@ -169,6 +169,6 @@ def _move(shift: RewardShift, learned: Mapping[str, float], pairs: int) -> None:
 
 
 def _totals(pairs: Sequence[TrainPair]) -> Totals:
-    """What a preference loss divides by: pairs, and the tokens of the chosen answers."""
+    """The denominators of a preference loss: pairs, and the tokens of the chosen answers."""
     chosen_tokens = sum(pair.group.lengths[0] for pair in pairs)
     return Totals(tokens=chosen_tokens, samples=2 * len(pairs), groups=len(pairs))

@@ -124,7 +124,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
 
 
 def new_engine(settings: RLSettings) -> Callable[..., Any]:
-    """What makes an engine. One with a process of its own has a policy of its own to read, and nobody learns on it."""
+    """A function that makes an engine. An engine in its own process reads its own policy, which is not trained."""
     rollout, cluster = settings.rollout, settings.cluster
     if not cluster.engines:
         dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
@@ -138,7 +138,7 @@ def new_engine(settings: RLSettings) -> Callable[..., Any]:
 
 
 def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
-    """What answers: the ranks' own engines, or engines in processes of their own."""
+    """The engines: those of the ranks, or remote ones in processes of their own."""
     cluster, model = settings.cluster, settings.model
     if not cluster.engines:
         return ColocatedEngines(workers)
@@ -167,7 +167,7 @@ def _sampler(
     graders: Graders,
     step: int,
 ) -> Iterator[SyncRollouts | AsyncRollouts]:
-    """What gives each step its groups: in turn with learning, or, with a staleness, ahead of it."""
+    """The source of each step's groups: sampled in turn with training, or, with a staleness, while it trains."""
     staleness, train = settings.rollout.staleness, settings.train
     source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
     with Reader(table, source, encoder, settings.data.image_workers) as reader:

@@ -1,4 +1,4 @@
-"""What the pages share: what they cannot do yet, the place to continue from, and when to save."""
+"""Shared by the pages of all stages: settings that are refused, the step to resume from, and when to save."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 def retry_on_lost_rank(retries: int, run: Callable[[bool], Result]) -> Result:
-    """What `run` returns. Where it has lost a process it is run again, which continues from its last checkpoint, at
+    """The result of `run`. Where it has lost a process it is run again, which resumes from its last checkpoint, at
     most `retries` times. It is told whether it runs again."""
     for left in range(retries, 0, -1):
         try:
@@ -116,7 +116,7 @@ def check_cluster(settings: RLSettings) -> None:
 
 
 def _check_ranks_answer(settings: RLSettings) -> None:
-    """What cannot be where several ranks answer themselves."""
+    """Refuse settings that several ranks with colocated engines cannot have."""
     advice = "with several ranks that takes processes of its own: set cluster.engines to their number"
     if settings.rollout.staleness:
         raise ConfigError(f"rollout.staleness={settings.rollout.staleness}: {advice}, or use 0")
@@ -127,7 +127,7 @@ def _check_ranks_answer(settings: RLSettings) -> None:
 
 
 class Stateful(Protocol):
-    """What goes on where its `state()` was taken."""
+    """Something that resumes where its `state()` was taken."""
 
     def state(self) -> dict[str, Any]: ...
 

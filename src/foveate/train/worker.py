@@ -96,7 +96,7 @@ class Worker:
         self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
-        """What computes log-probs or values of a policy. Where there are several ranks, its weights are cut over them,
+        """A module that computes log-probs or values of a policy. With several ranks its weights are sharded over them,
         and each reads its share."""
         if self._compiles:
             compile_blocks(policy.model, sharded=self.ranks is not None)
@@ -129,7 +129,7 @@ class Worker:
 
     @torch.no_grad()
     def values(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
-        """What the critic expects before each trained token, one vector per group."""
+        """The values that the critic expects before each trained token, one vector per group."""
         assert self.critic is not None
         found: list[Tensor] = []
         with evaluating(self.critic.model):

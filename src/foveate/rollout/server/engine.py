@@ -44,7 +44,7 @@ BAN = -100.0
 
 @dataclass(slots=True)
 class Counts:
-    """What happened since the engine was made."""
+    """Counters since the engine was made."""
 
     groups: int = 0
     tokens: int = 0

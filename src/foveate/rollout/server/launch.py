@@ -1,4 +1,4 @@
-"""What servers are given on their way: devices, a plug-in, tokens that they may not sample, and weights from where."""
+"""Arguments of servers: devices, a plug-in, tokens that they may not sample, and weights from where."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def banned_ids(policy: Policy) -> list[int]:
 
 
 def visible_devices(devices: list[str] | None, servers: int) -> list[dict[str, str]]:
-    """What the environment of each server says about its GPUs. Raises ConfigError where they are not one for each."""
+    """The variables of each server that name its GPUs. Raises ConfigError where they are not one for each."""
     if devices is not None and len(devices) != servers:
         raise ConfigError(f"engine: devices names the GPUs of {len(devices)} servers, there are {servers}")
     return [{}] * servers if devices is None else [{"CUDA_VISIBLE_DEVICES": numbers} for numbers in devices]

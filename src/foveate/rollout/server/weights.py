@@ -51,8 +51,8 @@ class Bucket:
 
 
 def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a server needs of a model: its parameters, adapters merged into them. Nothing is computed before the first
-    is asked for."""
+    """The weights that a server needs of a model: its parameters, adapters merged into them. Nothing is computed before
+    the first is asked for."""
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
     yield from merged_state(model).items() if adapted else model.named_parameters()
 
@@ -87,7 +87,7 @@ def pack_bucket(flat: Tensor, bucket: Bucket, number: int) -> Tensor:
 
 
 def trailer(data: Tensor, number: int) -> Tensor:
-    """What goes behind the bytes of a bucket, uint8 (TRAILER,). The sum wraps around; any single changed bit changes
+    """The trailer behind the bytes of a bucket, uint8 (TRAILER,). The sum wraps around; any single changed bit changes
     it."""
     words = torch.empty(2, dtype=torch.int64, device=data.device)
     words[0], words[1] = data.view(torch.int64).sum(), number
@@ -96,8 +96,8 @@ def trailer(data: Tensor, number: int) -> Tensor:
 
 @torch.no_grad()
 def messages(buckets: Sequence[Bucket], device: torch.device) -> Iterator[Tensor]:
-    """What is broadcast, in order, made when it is asked for. Two buffers serve all buckets that are packed: a message
-    may be under way while the next is made, and not longer."""
+    """The tensors to broadcast, in order, made when they are asked for. Two buffers serve all buckets that are packed:
+    a message may be under way while the next is made, and not longer."""
     packed = [bucket.size + TRAILER for bucket in buckets if not bucket.alone]
     buffers = [torch.empty(max(packed), dtype=torch.uint8, device=device) for _ in packed[:2]]
     for number, bucket in enumerate(buckets):

@@ -178,7 +178,7 @@ class SGLangEngine(ServedEngine):
     # ------------------------------------------------------------------------------------------------- the requests
 
     def read(self, server: Server, prompt: Prompt) -> tuple[int, ...]:
-        """What was sent, if the server counts as many tokens: it does not show their ids."""
+        """The token ids that were sent, if the server counts as many tokens: it does not show their ids."""
         sampling = SamplingParams(max_tokens=1)
         found = self._generate(server, Request(prompt, 0), sampling)[0]["meta_info"]["prompt_tokens"]
         return prompt.token_ids if found == len(prompt) else prompt.token_ids[:found]

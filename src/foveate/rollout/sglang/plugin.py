@@ -1,4 +1,4 @@
-"""What foveate adds to the SGLang processes that it starts: tiles over HTTP, buckets with checksums, the trainer's
+"""foveate's additions to the SGLang processes that it starts: tiles over HTTP, buckets with checksums, the trainer's
 log-probs, counted tokens.
 
 This file is copied beside each server (see `foveate.rollout.sglang.engine`), runs in SGLang's own environment, and

@@ -1,4 +1,4 @@
-"""What foveate adds to the vLLM processes that it starts: weights by broadcast, and log-probs at the temperature.
+"""foveate's additions to the vLLM processes that it starts: weights by broadcast, and log-probs at the temperature.
 
 This file is copied beside each server (see `foveate.rollout.vllm.engine`), runs in vLLM's own environment, and imports
 nothing of foveate. It is the only one that imports vLLM. Written for vLLM 0.32; the parity check at the start of a run
@@ -52,8 +52,8 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What comes: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or one bucket and the
-    `handle` of its memory on this GPU, and its number; or a safetensors file."""
+    """The buckets of an update: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or one
+    bucket and the `handle` of its memory on this GPU, and its number; or a safetensors file."""
 
     buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
     file: str = ""
