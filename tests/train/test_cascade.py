@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -195,11 +196,12 @@ main()
 def test_a_killed_cascade_goes_on_with_the_same_command(tmp_path, data, whole, moment):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(cascade_settings(tmp_path / "run", data)))
-    here, command = Path(HERE).parent, [sys.executable, "-c", KILLED]
-    killed = subprocess.run([*command, moment, "cascade", str(recipe)], cwd=here)
+    command = [sys.executable, "-c", KILLED]
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(HERE).parent), str(Path(__file__).parent)])}
+    killed = subprocess.run([*command, moment, "cascade", str(recipe)], env=places)
     assert killed.returncode == -signal.SIGKILL
     again = [*command, "", "cascade", str(recipe)]
-    said = subprocess.run(again, cwd=here, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(again, env=places, check=True, capture_output=True, text=True).stdout
     assert f"Model: {tmp_path / 'run' / 'rl' / 'final'}" in said.replace("\n", "")
     assert (tmp_path / "run" / "report.html").exists()
     assert_equal(RunFolder(tmp_path / "run"), whole)

@@ -258,8 +258,6 @@ def test_a_checkpoint_of_another_schema_is_refused_in_one_line(schema, tmp_path)
     content = json.loads((path / "state.json").read_text())
     assert content.pop("schema") == 2
     (path / "state.json").write_text(json.dumps(content if schema is None else {**content, "schema": schema}))
-    with pytest.raises(
-        ConfigError, match=f"has schema {schema or 1}, this version of foveate reads 2"
-    ) as caught:
+    with pytest.raises(ConfigError, match=f"has schema {schema or 1}, this version of foveate reads 2") as caught:
         load_checkpoint(path, {"": trained("adamw")})
     assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -165,7 +166,8 @@ main()
 def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data, whole, moment):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(settings_in(tmp_path / "run", tiny_folder, data)))
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, "rl", str(recipe)], cwd=Path(toy.__file__).parent)
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(toy.__file__).parent), str(Path(__file__).parent)])}
+    killed = subprocess.run([sys.executable, "-c", KILLED, moment, "rl", str(recipe)], env=places)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "final").exists()
     again = [sys.executable, "-c", "from foveate.cli.app import main; main()", "rl", str(recipe)]
