@@ -317,8 +317,8 @@ class Batch:
 
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
-    grids: rows and columns of the tokens of each image, in order, for families that need them; blank: whether the last
-    image has no slots and is there for its own sake (`Family.dummy_image`).
+    grids: rows and columns of the tokens of each image, in order, for families that need them; dummy_image: whether the
+    last image has no slots and is there for its own sake (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """

@@ -1,7 +1,7 @@
 """One model over many ranks with PyTorch's FSDP2, applied from outside to a model that knows nothing of it.
 
 Every rank runs the same blocks in the same order, so a rank must not skip the vision tower while others run it: a batch
-without images beside others with them needs a blank (`foveate.parallel.packing.pad_with_dummy_image`).
+without images beside others with them needs a dummy one (`foveate.parallel.packing.pad_with_dummy_image`).
 """
 
 from __future__ import annotations

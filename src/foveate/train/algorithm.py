@@ -113,7 +113,7 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
         name = "samples" if rollout.samples == 1 else "top_k"
         raise ConfigError(
             f"rollout.{name} is 1, so that the rewards of a group are always equal, but algorithm {method.name}"
-            f" replaces groups of equal rewards: raise rollout.{name}, or set algorithm.refills=0"
+            f" replaces groups of equal rewards: raise rollout.{name}, or set algorithm.resample_rounds=0"
         )
     if rollout.partial and method.needs_baseline:
         raise ConfigError(

@@ -329,7 +329,7 @@ def _frozen_copy(policy: Policy) -> Policy:
 
 
 def _forget_dummy_images(policy: Policy) -> None:
-    """Clear what blank pictures left in a step in which no rank had a real one: as in one process, the optimizer
+    """Clear what dummy images left in a step in which no rank had a real one: as in one process, the optimizer
     leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
     parts = parameters_by_part(policy)
     for part in parts.keys() - {"language", "head"}:
