@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveate.encoding.family import ServedAs
 from foveate.errors import ConfigError
+from foveate.models.checkpoint.convert import write_served_files
 from foveate.models.policy import Policy
 
 DEFAULT_MEMORY_FRACTION = 0.4
@@ -48,9 +50,19 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def write_launch_files(
+    folder: Path, policy: Policy, served: ServedAs, plugin: Path, name: str, group: str
+) -> tuple[Path, Path]:
+    """Write the model's small files and, as an installed package with an entry point of `group`, the plug-in file; returns
+    the folders of both, within `folder`."""
+    write_served_files(policy.folder, folder / "model", policy.format, served, policy.tokenizer.eos_token)
+    write_plugin(folder / "plugin", plugin, name, group)
+    return folder / "model", folder / "plugin"
+
+
 def write_plugin(folder: Path, file: Path, name: str, group: str) -> None:
     """A folder that, on the path of a server's Python, is an installed package with one entry point of `group`: the
-    function `register` of `file`, which stands beside this one."""
+    function `register` of `file`."""
     module = f"foveate_{name}_plugin"
     info = folder / f"{module}-0.dist-info"
     info.mkdir(parents=True)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from foveate.errors import ConfigError, EngineError
-from foveate.models.checkpoint.convert import write_served_files
 from foveate.models.checkpoint.names import from_hf
 from foveate.models.families import served_as
 from foveate.models.policy import Policy
@@ -30,7 +29,7 @@ from foveate.rollout.server.launch import (
     banned_ids,
     dtype_name,
     python_path,
-    write_plugin,
+    write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
 from foveate.rollout.server.weights import plan_buckets, served_weights
@@ -84,12 +83,11 @@ class SGLangEngine(ServedEngine):
             "sglang", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, devices=devices, shared=shared,
             tensor_parallel=tensor_parallel, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
         )  # fmt: skip
-        model, plugin = self.folder / "model", self.folder / "plugin"
-        write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
-        write_plugin(plugin, Path(__file__).with_name("plugin.py"), "sglang", "sglang.srt.plugins")
+        plugin_file = Path(__file__).with_name("plugin.py")
+        model, plugin = write_launch_files(self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins")
+        self._banned = banned_ids(policy)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
-        self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
         self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
         self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}

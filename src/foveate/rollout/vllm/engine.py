@@ -22,7 +22,6 @@ from msgspec import msgpack
 from torch import Tensor
 
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.convert import write_served_files
 from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
@@ -34,7 +33,7 @@ from foveate.rollout.server.launch import (
     banned_ids,
     dtype_name,
     python_path,
-    write_plugin,
+    write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
 from foveate.rollout.server.weights import Bucket, handles, plan_buckets, served_weights
@@ -105,9 +104,9 @@ class VLLMEngine(ServedEngine):
             "vllm", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, tensor_parallel=tensor_parallel,
             devices=devices, shared=shared, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
         )  # fmt: skip
-        model, plugin = self.folder / "model", self.folder / "plugin"
-        write_served_files(policy.folder, model, policy.format, self._served, policy.tokenizer.eos_token)
-        write_plugin(plugin, Path(__file__).with_name("plugin.py"), "vllm", "vllm.general_plugins")
+        plugin_file = Path(__file__).with_name("plugin.py")
+        group = "vllm.general_plugins"
+        model, plugin = write_launch_files(self.folder, policy, self._served, plugin_file, "vllm", group)
         self._banned = banned_ids(policy)
         on_cpu = (device or policy.device.type) == "cpu"
         memory_mb = _cpu_memory(policy, longest) if on_cpu and memory_mb is None else memory_mb
