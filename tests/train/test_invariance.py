@@ -4,6 +4,7 @@ ordered, split over micro-batches and shared by ranks. In float64, through the m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +62,20 @@ def examples_of(worker: Worker, method: ResolvedAlgorithm, groups: Sequence[Grou
     """The groups of a step as its later updates see them: the policy has moved away from the old one."""
     batch, _ = compute_advantages(LocalWorkers(worker), groups, method, 2, Costs(0.01, 2.0))
     generator = torch.Generator().manual_seed(1)
-    assert batch.kept == tuple(range(len(groups)))
+    assert [*batch.policy_rows] == [*range(len(groups))]
 
-    def moved(vectors: Sequence[torch.Tensor] | None, number: int) -> torch.Tensor:
-        assert vectors is not None
-        noise = torch.randn(len(vectors[number]), generator=generator, dtype=torch.float64)
-        return vectors[number].double() + 0.3 * noise
+    def moved(vector: torch.Tensor | None) -> torch.Tensor:
+        assert vector is not None
+        return vector.double() + 0.3 * torch.randn(len(vector), generator=generator, dtype=torch.float64)
 
     examples: list[Example] = []
-    for n, (group, advantage) in enumerate(zip(batch.groups, batch.advantages, strict=True)):
-        passes = batch.passes
-        old, ref, engine = moved(passes.old, n), moved(passes.ref, n), moved(passes.old, n)
+    for n, row in batch.policy_rows.items():
+        old, ref, engine = moved(row.old), moved(row.ref), moved(row.old)
         value = None
-        if batch.returns is not None:
-            value = ValueRow(group, moved(passes.value, n), batch.returns[n])
-        masked = torch.rand(group.trained_tokens, generator=generator) > 0.7
-        examples.append((PolicyRow(group, engine, advantage, old, ref, masked), value))
+        if n in batch.value_rows:
+            value = replace(batch.value_rows[n], value=moved(batch.value_rows[n].value))
+        masked = torch.rand(row.group.trained_tokens, generator=generator) > 0.7
+        examples.append((PolicyRow(row.group, engine, row.advantage, old, ref, masked), value))
     return examples
 
 

@@ -98,6 +98,11 @@ def answer_ids(answer: Answer) -> Tensor:
     return torch.cat([torch.from_numpy(segment.token_ids) for segment in answer.segments])
 
 
+def engine_logprobs(group: PackedGroup) -> Tensor:
+    """Log-probs of the trained tokens of all answers as the engine reported them, float32 (M,)."""
+    return torch.cat([torch.from_numpy(answer.logprobs) for answer in group.answers])
+
+
 def trained_places(answer: Answer) -> Tensor:
     """Which tokens of an answer are trained, int64 (M,), counted from its first token."""
     trained = torch.tensor([segment.trained for segment in answer.segments])

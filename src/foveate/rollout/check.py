@@ -16,7 +16,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import DataError, EngineError
 from foveate.models.forward import token_terms
 from foveate.models.policy import Policy
-from foveate.parallel.packing import pack
+from foveate.parallel.packing import engine_logprobs, pack
 from foveate.records import Answer, Image, Message, PackedGroup, Prompt, SamplingParams, Task
 from foveate.rollout.engine import Engine, Request
 
@@ -87,10 +87,9 @@ def logprob_differences(
 def _differences(
     trainer: Callable[[list[PackedGroup]], list[Tensor]], prompts: Sequence[Prompt], groups: Sequence[Sequence[Answer]]
 ) -> list[Tensor]:
-    pairs = zip(prompts, groups, strict=True)
-    expected = trainer([PackedGroup(prompt, tuple(group)) for prompt, group in pairs])
-    sampled = [torch.cat([torch.from_numpy(one.logprobs) for one in group]) for group in groups]
-    return [(own.to(other) - other).abs() for own, other in zip(sampled, expected, strict=True)]
+    packed = [PackedGroup(prompt, tuple(group)) for prompt, group in zip(prompts, groups, strict=True)]
+    pairs = zip(map(engine_logprobs, packed), trainer(packed), strict=True)
+    return [(sampled.to(expected) - expected).abs() for sampled, expected in pairs]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Concatenate
 
 import torch
@@ -16,6 +16,7 @@ from foveate.algorithms.values import gae
 from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
+from foveate.parallel.packing import engine_logprobs
 from foveate.records import Group, PackedGroup, Totals
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.targets import PolicyRow, Row, ValueRow
@@ -34,16 +35,14 @@ class Passes:
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """The groups of a step and their advantages, a vector (M,) each over the trained tokens.
-
-    kept: the indices of the groups that contribute to the gradient, for which alone there are `passes`, and `returns`
-    of the critic (None without one)."""
+    """The groups of a step and their advantages, a vector (M,) each over the trained tokens; and the rows that the
+    updates eat, by the index of their group: of the groups that contribute to the gradient alone. There are rows for
+    values where there is a critic."""
 
     groups: tuple[PackedGroup, ...]
     advantages: tuple[Tensor, ...]
-    kept: tuple[int, ...]
-    passes: Passes
-    returns: tuple[Tensor, ...] | None
+    policy_rows: Mapping[int, PolicyRow]
+    value_rows: Mapping[int, ValueRow]
 
     @property
     def answer_advantages(self) -> list[list[float]]:
@@ -62,21 +61,26 @@ def compute_advantages(
     terms beside the advantage. cost_of: what balances the ranks.
     """
     packed = tuple(PackedGroup(group.prompt, group.answers) for group in groups)
-    everything = tuple(range(len(groups)))
     old = updates > 1 or algorithm.needs_old
     if algorithm.needs_token_values:
+        computed = [*range(len(groups))]
         passes = _run_passes(workers, packed, algorithm, cost_of, old=old)
         advantages, returns, metrics = _advantages(groups, packed, algorithm, passes)
-        kept = tuple(i for i in everything if algorithm.contributes_gradient(advantages[i]))
-        if kept != everything:
-            passes = Passes(*(None if own is None else [own[i] for i in kept] for own in _vectors(passes)))
-            returns = None if returns is None else tuple(returns[i] for i in kept)
     else:
         advantages, returns, metrics = _advantages(groups, packed, algorithm, Passes(None, None, None))
-        kept = tuple(i for i in everything if algorithm.contributes_gradient(advantages[i]))
-        passes = _run_passes(workers, [packed[i] for i in kept], algorithm, cost_of, old=old)
+        computed = [i for i, own in enumerate(advantages) if algorithm.contributes_gradient(own)]
+        passes = _run_passes(workers, [packed[i] for i in computed], algorithm, cost_of, old=old)
+    policy_rows: dict[int, PolicyRow] = {}
+    value_rows: dict[int, ValueRow] = {}
+    for number, i in enumerate(computed):
+        if not algorithm.contributes_gradient(advantages[i]):
+            continue
+        old_M, ref_M = (None if own is None else own[number] for own in (passes.old, passes.ref))
+        policy_rows[i] = PolicyRow(packed[i], engine_logprobs(packed[i]), advantages[i], old_M, ref_M, None)
+        if passes.value is not None and returns is not None:
+            value_rows[i] = ValueRow(packed[i], passes.value[number], returns[i])
     without = sum(not own.any() for own in advantages)
-    batch = TrainBatch(packed, advantages, kept, passes, returns)
+    batch = TrainBatch(packed, advantages, policy_rows, value_rows)
     return batch, {**metrics, "rollout/groups_without_advantage": float(without)}
 
 
@@ -104,19 +108,18 @@ def update(
     tokens = 0
     for first in [*range(0, len(batch.groups), share)] * epochs:
         members = range(first, min(first + share, len(batch.groups)))
-        chosen = [number for number, i in enumerate(batch.kept) if i in members]
+        chosen = [i for i in members if i in batch.policy_rows]
         if not chosen:
             continue
-        groups = [batch.groups[batch.kept[number]] for number in chosen]
-        costs = [*map(cost_of, groups)]
-        tokens += sum(group.tokens for group in groups)
+        costs = [cost_of(batch.groups[i]) for i in chosen]
+        tokens += sum(batch.groups[i].tokens for i in chosen)
         totals = _totals([batch.groups[i] for i in members])
         if algorithm.critic is not None:
-            rows = _value_rows(batch, chosen)
-            critic_records.append(_step(workers, Worker.update_critic, rows, costs, totals, rates["critic/lr"]))
+            values = [batch.value_rows[i] for i in chosen]
+            critic_records.append(_step(workers, Worker.update_critic, values, costs, totals, rates["critic/lr"]))
         if rates["optim/lr"]:
-            masks = _masks(workers, batch, chosen, algorithm, generator, costs, is_fresh=not records)
-            rows = _policy_rows(batch, chosen, masks)
+            rows = [batch.policy_rows[i] for i in chosen]
+            rows = _masked(workers, rows, algorithm, generator, costs, is_fresh=not records)
             records.append(_step(workers, Worker.update_policy, rows, costs, algorithm.loss, totals, rates["optim/lr"]))
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
@@ -145,10 +148,6 @@ def _run_passes(
         scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
         scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
     )
-
-
-def _vectors(passes: Passes) -> tuple[Sequence[Tensor] | None, ...]:
-    return passes.old, passes.ref, passes.value
 
 
 # --------------------------------------------------------------------------------------------- rewards and advantages
@@ -204,49 +203,25 @@ def _token_rewards(
 # ------------------------------------------------------------------------------------------------------------ updates
 
 
-def _value_rows(batch: TrainBatch, chosen: Sequence[int]) -> list[ValueRow]:
-    """`chosen`: places in `batch.kept`."""
-    assert batch.passes.value is not None
-    assert batch.returns is not None
-    return [ValueRow(batch.groups[batch.kept[n]], batch.passes.value[n], batch.returns[n]) for n in chosen]
-
-
-def _policy_rows(batch: TrainBatch, chosen: Sequence[int], masks: Sequence[Tensor | None]) -> list[PolicyRow]:
-    """`chosen`: places in `batch.kept`."""
-    old, ref = batch.passes.old, batch.passes.ref
-    rows: list[PolicyRow] = []
-    for number, mask in zip(chosen, masks, strict=True):
-        group, advantage = batch.groups[batch.kept[number]], batch.advantages[batch.kept[number]]
-        own = None if old is None else old[number], None if ref is None else ref[number]
-        rows.append(PolicyRow(group, engine_logprobs(group), advantage, *own, mask))
-    return rows
-
-
-def engine_logprobs(group: PackedGroup) -> Tensor:
-    """Log-probs of the trained tokens as the engine reported them, float32 (M,)."""
-    return torch.cat([torch.from_numpy(answer.logprobs) for answer in group.answers])
-
-
-def _masks(
+def _masked(
     workers: WorkerGroup[Worker],
-    batch: TrainBatch,
-    chosen: Sequence[int],
+    rows: list[PolicyRow],
     algorithm: ResolvedAlgorithm,
     generator: torch.Generator,
     costs: Sequence[float],
     *,
     is_fresh: bool,
-) -> Sequence[Tensor | None]:
-    """The tokens of one update that its loss treats apart, under the weights of this moment: those of the old policy in
-    the first update, later on those of another pass."""
-    if algorithm.token_mask is None or batch.passes.old is None:
-        return [None] * len(chosen)
-    groups = [batch.groups[batch.kept[number]] for number in chosen]
-    old = [batch.passes.old[number] for number in chosen]
-    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, groups, costs)
-    advantage_M = torch.cat([batch.advantages[batch.kept[number]] for number in chosen])
+) -> list[PolicyRow]:
+    """The rows of one update with the tokens that its loss treats apart, under the weights of this moment: those of the
+    old policy in the first update, later on those of another pass."""
+    old = [row.old for row in rows if row.old is not None]
+    if algorithm.token_mask is None or not old:
+        return rows
+    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, [row.group for row in rows], costs)
+    advantage_M = torch.cat([row.advantage for row in rows])
     masked_M = algorithm.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
-    return masked_M.split([group.trained_tokens for group in groups])
+    masks = masked_M.split([row.group.trained_tokens for row in rows])
+    return [replace(row, masked=mask) for row, mask in zip(rows, masks, strict=True)]
 
 
 def _step(
