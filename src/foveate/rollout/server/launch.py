@@ -53,8 +53,8 @@ def dtype_name(tensor: Tensor) -> str:
 def write_launch_files(
     folder: Path, policy: Policy, served: ServedAs, plugin: Path, name: str, group: str
 ) -> tuple[Path, Path]:
-    """Write the model's small files and, as an installed package with an entry point of `group`, the plug-in file; returns
-    the folders of both, within `folder`."""
+    """Write the model's small files and, as an installed package with an entry point of `group`, the plug-in file;
+    returns the folders of both, within `folder`."""
     write_served_files(policy.folder, folder / "model", policy.format, served, policy.tokenizer.eos_token)
     write_plugin(folder / "plugin", plugin, name, group)
     return folder / "model", folder / "plugin"

@@ -84,7 +84,9 @@ class SGLangEngine(ServedEngine):
             tensor_parallel=tensor_parallel, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
         )  # fmt: skip
         plugin_file = Path(__file__).with_name("plugin.py")
-        model, plugin = write_launch_files(self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins")
+        model, plugin = write_launch_files(
+            self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins"
+        )
         self._banned = banned_ids(policy)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
