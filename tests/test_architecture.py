@@ -17,7 +17,7 @@ from foveate.models.families import FAMILIES
 PACKAGE = Path(__file__).parent.parent / "src" / "foveate"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    "__init__", "errors", "files", "registry", "records", "log", "config", "run_folder",
+    "__init__", "errors", "files", "registry", "processes", "records", "log", "config", "run_folder",
     "data", "datasets", "algorithms", "rewards", "encoding", "models", "parallel", "rollout", "cluster", "serve",
     "evaluate", "report", "train", "plan", "tools", "api", "cli", "__main__",
 )  # fmt: skip
@@ -28,7 +28,19 @@ LONG_FUNCTIONS: set[str] = set()
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
 TWICE, WHATS = 5, 0
 """How many public names may stand in two modules, and how many docstrings may begin with "What"."""
-WITHOUT_TORCH = {"errors", "files", "registry", "records", "config", "run_folder", "log", "report", "api", "cli"}
+WITHOUT_TORCH = {
+    "errors",
+    "files",
+    "registry",
+    "processes",
+    "records",
+    "config",
+    "run_folder",
+    "log",
+    "report",
+    "api",
+    "cli",
+}
 """Modules and rooms that do not import torch, nor anything of the package that does."""
 NOT_YET_WITHOUT_TORCH: set[str] = set()
 DOOR = {"api", "config", "errors", "log", "cli"}
@@ -124,7 +136,7 @@ def test_the_command_line_goes_through_the_door():
     assert not [
         name for name, used in users.items() if "cli" in used and name.split("/")[0] not in ("cli", "__main__.py")
     ]
-    assert not [name for name, used in users.items() if "api" in used and not name.startswith("cli/")]
+    assert not [name for name, used in users.items() if "api" in used and not name.startswith(("cli/", "api/"))]
     around = {Path(name).stem for name, used in users.items() if name.startswith("cli/") and used - DOOR - {"__init__"}}
     assert around <= NOT_YET_THROUGH_THE_DOOR
 

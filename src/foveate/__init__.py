@@ -11,8 +11,10 @@ PUBLIC = {
     **{
         name: f"foveate.api:{name}"
         for name in (
-            "from_recipe", "train_sft", "train_mpo", "train_rl", "cascade", "demo", "generate", "evaluate", "report",
-            "summary", "plan", "plan_report", "doctor", "convert", "export", "import_verl", "serve", "view",
+            "from_recipe", "train_sft", "train_mpo", "train_rl", "Recipe", "Run", "demo", "generate", "evaluate",
+            "report",
+            "summary", "plan", "plan_report", "doctor", "convert", "export", "import_verl",
+            "settings_list", "settings_page", "recipes_list", "rewards_list", "algorithms_list", "serve", "view",
         )
     },
     "prepare_filter": "foveate.datasets.filter:prepare_filter",

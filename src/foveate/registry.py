@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
@@ -24,6 +25,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from foveate.errors import ConfigError
 
+PASSED = "passed:"
+"""Prefix of the names of functions that Python code has passed in a call; only this process knows them."""
+_passed: dict[str, Callable[..., Any]] = {}
 FILE_MODULES = "foveate_file_"
 """Prefix of the names of modules that were loaded from a file; only this process knows them."""
 
@@ -42,6 +46,8 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
     path = table.get(name, name)
     if not isinstance(path, str):
         return path
+    if path.startswith(PASSED):
+        return _passed_function(path, kind)
     module_name, colon, attribute = path.rpartition(":")
     if not colon:
         raise ConfigError(
@@ -55,6 +61,61 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
         public = [member for member in members if not member.startswith("_")]
         raise ConfigError(f"{kind} {path!r}: {module_name} has no {attribute!r}{suggestion(attribute, public)}")
     return members[attribute]
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The name, for settings, of a function that Python code has passed: with a hash of its source and of the numbers
+    and texts that it holds, so that a run that was begun with other code is not continued. From now on this process can
+    resolve it. Raises ConfigError for what is no plain function."""
+    if not inspect.isfunction(function):
+        raise ConfigError(f"{function!r:.60} must be a plain function, or a name")
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except OSError:  # typed into python -i, or made by exec
+        source = function.__code__.co_code.hex()
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    held += [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [value for value in held if isinstance(value, str | int | float | None)]
+    code = hashlib.sha256(f"{source}{values}".encode()).hexdigest()[:12]
+    name = f"{PASSED}{function.__name__.strip('<>')}-{code}"
+    _passed[name] = function
+    return name
+
+
+def _passed_function(name: str, kind: str) -> Callable[..., Any]:
+    if name not in _passed:
+        was = name.removeprefix(PASSED).rpartition("-")[0]
+        raise ConfigError(
+            f"{kind} {name!r}: the function {was} was passed by Python code; pass it again, unchanged, or name code in "
+            "a file, path/to/file.py:object"
+        )
+    return _passed[name]
+
+
+def pickled(name: str, settings: Mapping[str, Any]) -> bytes:
+    """The passed functions that are named here, by value, for `unpickle` in another process. Raises ConfigError for one
+    that cannot be sent."""
+    text = f"{name} {settings}"
+    named = {key: function for key, function in _passed.items() if key in text}
+    if not named:
+        return b""
+    import cloudpickle
+
+    try:
+        return cloudpickle.dumps(named)
+    except Exception as error:
+        raise ConfigError(
+            f"{', '.join(named)}: cannot be sent to the processes that grade ({type(error).__name__}: {error}); set "
+            "reward.workers=0 to grade in this process"
+        ) from None
+
+
+def unpickle(functions: bytes) -> None:
+    """Make known here the functions that `pickled` has sent."""
+    if functions:
+        import cloudpickle
+
+        _passed.update(cloudpickle.loads(functions))
 
 
 def bind(function: Callable[..., Any], settings: Mapping[str, Any], kind: str) -> partial[Any]:

@@ -88,7 +88,7 @@ def test_types_are_taken_literally(bad):
         ({"rollout": {"samples": 1}}, "rollout.samples is 1, but algorithm gspo compares answers"),
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0, which gives equal answers"),
         ({"optim": {"warmup_steps": 11}}, "optim.warmup_steps is 11, more than train.steps=10"),
-        ({"data": {"test": []}}, "eval.every is 20, but data.test is empty"),
+        ({"data": {"test": []}, "eval": {"every": 20}}, "eval.every is 20, but data.test is empty"),
         ({"eval": {"prompts": 4}}, "eval.gallery is 16, more than eval.prompts=4"),
         ({"model": {"trainable": ["vision", "vision"]}}, "model.trainable names a part twice"),
         (

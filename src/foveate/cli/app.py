@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
-from foveate.cli import evaluate, models, plan, serve, train
+import foveate
+from foveate.cli import evaluate, lists, models, plan, serve, train
 from foveate.cli.cluster import cluster, submit
 from foveate.cli.data import data
 from foveate.cli.prepare import prepare
 from foveate.cli.vlmevalkit import vlmevalkit
 from foveate.errors import UserError
+from foveate.log import print_result
 
 app = typer.Typer(
     help="Reinforcement learning for vision-language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -44,6 +46,12 @@ VERBS = {
         "view": evaluate.view_command,
         "vlmevalkit": vlmevalkit,
     },
+    "Look up": {
+        "settings": lists.settings_command,
+        "recipes": lists.recipes_command,
+        "rewards": lists.rewards_command,
+        "algorithms": lists.algorithms_command,
+    },
     "Large runs": {
         "plan": plan.plan_command,
         "import-verl": plan.import_verl_command,
@@ -52,6 +60,22 @@ VERBS = {
     },
 }
 """What the help shows, panel by panel."""
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print_result(f"foveate {foveate.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
 
 for panel, verbs in VERBS.items():
     for name, verb in verbs.items():

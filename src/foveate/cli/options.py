@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from annotated_types import Ge
 
-from foveate.config.recipe import SettingsT, load_recipe
-from foveate.config.runs import RLSettings, walk
+from foveate import api
+from foveate.config.runs import RLSettings, StageName, walk
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def reading_of(
     return ReadOptions(image_root, columns_of(columns), "skip" if on_bad_row == "skip" else "error", workers)
 
 
-def settings_of(cls: type[SettingsT], recipe: str, overrides: list[str] | None, on_bad_row: str | None) -> SettingsT:
-    """The settings of a recipe with its overrides, `--on-bad-row` among them."""
+def recipe_of(stage: StageName, recipe: str, overrides: list[str] | None, on_bad_row: str | None) -> api.Recipe:
+    """A recipe of this stage with its overrides, `--on-bad-row` among them."""
     bad_rows = [f"data.on_bad_row={on_bad_row}"] if on_bad_row else []
-    return load_recipe(recipe, [*(overrides or ()), *bad_rows], cls)
+    return api.from_recipe(recipe, *(overrides or ()), *bad_rows, stage=stage)

@@ -21,7 +21,7 @@ def plan_command(
     tiles: Annotated[int | None, typer.Option(min=0, help="Mean image tiles of a prompt.")] = None,
 ) -> None:
     """Memory, time and GPU hours of a recipe before anything starts, from the shapes of its model."""
-    settings = api.from_recipe(recipe, *(overrides or ()))
+    settings = api.from_recipe(recipe, *(overrides or ())).settings
     means = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "tiles": tiles}
     print_result(api.plan_report(api.plan(settings, gpus, **means)))
 

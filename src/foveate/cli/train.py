@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from foveate import api
 from foveate.cli.evaluate import print_report
-from foveate.cli.options import BadRows, Overrides, Recipe, settings_of
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.cli.options import BadRows, Overrides, Recipe, recipe_of
 from foveate.log import print_result
-
-if TYPE_CHECKING:
-    from foveate.run_folder import RunFolder
 
 
 def demo_command(
@@ -25,32 +21,32 @@ def demo_command(
 ) -> None:
     """Train a small InternVL to ground by GSPO on this machine, in minutes, and write a report with pictures."""
     folder = run or Path("runs/cascade" if cascade else "runs/demo")
-    _print_run(api.demo(folder, *(overrides or ()), seed=seed, cascade=cascade), "rl/final" if cascade else "final")
+    _print_run(api.demo(folder, *(overrides or ()), seed=seed, cascade=cascade))
 
 
 def sft_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
-    _print_run(api.train_sft(settings_of(SFTSettings, recipe, overrides, on_bad_row)))
+    _print_run(recipe_of("sft", recipe, overrides, on_bad_row).train())
 
 
 def mpo_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Preference optimisation (MPO, DPO, IPO, BCO) on rows with extra_info.chosen and extra_info.rejected. The same run
     folder again continues it."""
-    _print_run(api.train_mpo(settings_of(MPOSettings, recipe, overrides, on_bad_row)))
+    _print_run(recipe_of("mpo", recipe, overrides, on_bad_row).train())
 
 
 def rl_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """Online reinforcement learning. The same run folder again continues an interrupted run."""
-    _print_run(api.train_rl(settings_of(RLSettings, recipe, overrides, on_bad_row)))
+    _print_run(recipe_of("rl", recipe, overrides, on_bad_row).train())
 
 
 def cascade_command(recipe: Recipe, overrides: Overrides = None, on_bad_row: BadRows = None) -> None:
     """All stages of Cascade RL: cold start where set, pairs of the model's own answers, MPO, online RL, and a report
     that compares them. The same run folder again continues it."""
-    _print_run(api.cascade(settings_of(CascadeSettings, recipe, overrides, on_bad_row)), "rl/final")
+    _print_run(recipe_of("cascade", recipe, overrides, on_bad_row).train())
 
 
-def _print_run(run: RunFolder, model: str = "final") -> None:
+def _print_run(run: api.Run) -> None:
     """Print the result of a finished run, and where its report and its model are."""
     print_report(run.path, run.report)
-    print_result(f"Model: {run.path / model}")
+    print_result(f"Model: {run.model}")

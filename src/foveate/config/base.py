@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 # YAML has lists only; strict types would ask for a tuple.
-Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(strict=False)]
+"""Several strings; one alone need not stand in a list."""
 
 
 class Settings(BaseModel):

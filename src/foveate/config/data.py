@@ -23,7 +23,10 @@ class CurriculumSettings(Settings):
 
 
 class DataSettings(Settings):
-    train: Strings = Field(min_length=1, description="Training files: parquet or JSONL.")
+    train: Strings = Field(
+        min_length=1,
+        description="Training files (parquet, JSONL, Arrow), or datasets of the Hugging Face Hub, owner/name@split.",
+    )
     image_root: str | None = Field(
         default=None,
         description="Folder that relative image paths start from; null: the folder of the file that names them.",

@@ -25,7 +25,8 @@ class LoraSettings(Settings):
 class ModelSettings(Settings):
     path: str = Field(
         min_length=1,
-        description='Folder of a Hugging Face InternVL model; "demo" is the small one shipped with foveate.',
+        description='Folder of a model, or its name on the Hugging Face Hub, owner/name or owner/name@revision; "demo" '
+        "is the small one shipped with foveate.",
     )
     attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
         default="auto",

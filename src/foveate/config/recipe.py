@@ -60,10 +60,50 @@ def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]
     merged = Entry({}, str(path))
     for layer in (*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)):
         merged = _merge(merged, _spell_out(layer, named, ""), named, "")
+    return _validated(merged, cls)
+
+
+def _validated(merged: Entry, cls: type[SettingsT]) -> SettingsT:
     try:
         return cls.model_validate(_plain(merged))
     except ValidationError as error:
         raise ConfigError(_first_problem(error, merged, cls)) from None
+
+
+def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Path | None = None) -> SettingsT:
+    """The settings that are given as Python values, over those of a recipe where one is the `base`.
+
+    A key is a group (`optim={"lr": 1e-5}`), a dotted path ("optim.lr"), or the name of a setting where only one group
+    has it (`lr`). Raises ConfigError as `load_recipe`, for a key that names nothing, and for one that names several.
+    """
+    named = _default_names(cls)
+    merged = Entry({}, "settings")
+    given = [_python_layer(key, value, cls) for key, value in values.items()]
+    for layer in (*(_read_with_base(find_recipe(base), ()) if base is not None else ()), *given):
+        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
+    return _validated(merged, cls)
+
+
+def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
+    where = f"argument {key}"
+    known = [path for path, _ in walk(cls)]
+    alike = [path for path in known if path.rpartition(".")[2] == key]
+    if key not in known and len(alike) > 1:
+        raise ConfigError(
+            f"{where}: is the name of several settings: {', '.join(alike)}; write one of them out, as in "
+            f"**{{{alike[0]!r}: ...}}"
+        )
+    path = key if key in known or not alike else alike[0]
+    entry = _python_entry(value, where)
+    for part in reversed(path.split(".")):
+        entry = Entry({part: entry}, where)
+    return entry
+
+
+def _python_entry(value: Any, where: str) -> Entry:
+    if isinstance(value, Mapping):
+        return Entry({str(key): _python_entry(one, f"{where}: {key}") for key, one in value.items()}, where)
+    return Entry(str(value) if isinstance(value, Path) else value, where)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | None = None) -> Any:

@@ -22,9 +22,11 @@ from foveate.config.rollout import RolloutSettings
 from foveate.config.train import (
     EvalSettings,
     LogSettings,
+    MPOOptimSettings,
     MPOTrainSettings,
     OptimSettings,
     RLTrainSettings,
+    SFTOptimSettings,
     SFTTrainSettings,
     TrainSettings,
 )
@@ -40,7 +42,7 @@ class RunSettings(Settings):
     seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
     model: ModelSettings
     data: DataSettings
-    optim: OptimSettings
+    optim: OptimSettings = OptimSettings()
     train: TrainSettings
     cluster: ClusterSettings = ClusterSettings()
     log: LogSettings = LogSettings()
@@ -109,6 +111,16 @@ class RLSettings(RunSettings):
     algorithm: AlgorithmSettings = AlgorithmSettings()
     reward: RewardSettings = RewardSettings()
     eval: EvalSettings = EvalSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluated_where_there_is_data(cls, values: Any) -> Any:
+        """Without held-out rows there is no evaluation, unless it is asked for, which is refused below."""
+        data, evaluation = values.get("data"), values.get("eval", {})
+        held_out = data.test if isinstance(data, RLDataSettings) else isinstance(data, dict) and data.get("test")
+        if held_out or not isinstance(evaluation, dict):
+            return values
+        return {**values, "eval": {"every": 0, **evaluation}}
 
     def _check_budget(self) -> None:
         rollout, budget, split = self.rollout, self.train.tokens_per_micro_batch, self.cluster.sequence_parallel
@@ -181,19 +193,21 @@ class RLSettings(RunSettings):
 class SFTSettings(RunSettings):
     """A run of supervised fine-tuning."""
 
+    optim: SFTOptimSettings = SFTOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
     train: SFTTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class MPOSettings(RunSettings):
     """A run of preference optimisation."""
 
+    optim: MPOOptimSettings = MPOOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
     train: MPOTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     loss: PreferenceSettings = PreferenceSettings()
 
 
 class SFTStage(Settings):
     data: DataSettings
-    optim: OptimSettings
+    optim: SFTOptimSettings = SFTOptimSettings()
     train: SFTTrainSettings
 
 
@@ -212,13 +226,13 @@ class PairSettings(Settings):
 
 class MPOStage(Settings):
     loss: PreferenceSettings = PreferenceSettings()
-    optim: OptimSettings
+    optim: MPOOptimSettings = MPOOptimSettings()
     train: MPOTrainSettings
 
 
 class RLStage(Settings):
     algorithm: AlgorithmSettings = AlgorithmSettings()
-    optim: OptimSettings
+    optim: OptimSettings = OptimSettings()
     train: RLTrainSettings
 
 

@@ -16,7 +16,7 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 class OptimSettings(Settings):
     name: str = Field(default="adamw", description="A known optimizer (adamw, adamw8bit, muon) or an import path.")
     settings: dict[str, Any] = Field(default={}, description="Settings of the optimizer; the rest by its own defaults.")
-    lr: float = Field(gt=0, description="Peak learning rate.")
+    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     betas: Betas = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
     warmup_steps: int = Field(
@@ -29,6 +29,14 @@ class OptimSettings(Settings):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients with a larger global L2 norm are scaled down to it."
     )
+
+
+class SFTOptimSettings(OptimSettings):
+    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+
+
+class MPOOptimSettings(OptimSettings):
+    lr: float = Field(default=2e-7, gt=0, description="Peak learning rate.")
 
 
 class TrainSettings(Settings):
@@ -84,7 +92,8 @@ class EvalSettings(Settings):
     every: int = Field(
         default=20,
         ge=0,
-        description="Steps between evaluations; others come before the first and after the last step. 0: none.",
+        description="Steps between evaluations; others come before the first and after the last step. 0: none, as "
+        "always where it is not set and data.test is empty.",
     )
     prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first of data.test; null: all.")
     samples: int = Field(

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foveate.data.hub import dataset_files, is_hub_name
 from foveate.data.parsers import MappedRows, Parser, SchemaRows
 from foveate.data.rows import Place, Problem
 from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source, expand, open_source
@@ -231,7 +232,7 @@ def open_tasks(
     files: list[Source] = []
     numbers: list[int] = []
     for number, path in enumerate([paths] if isinstance(paths, str | Path) else paths):
-        for file in expand(Path(path)):
+        for file in dataset_files(str(path)) if is_hub_name(path) else expand(Path(path)):
             source = open_source(file, cache)
             if source.names is not None:
                 try:

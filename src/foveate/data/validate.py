@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from foveate.data.rows import Problem
 from foveate.data.table import TaskTable, open_tasks
 from foveate.errors import DataError, require
 from foveate.log import progress as progress_bar
+from foveate.processes import worker_context
 from foveate.records import Task
 
 logger = logging.getLogger(__name__)
@@ -165,9 +165,7 @@ def _results(table: TaskTable, inspection: RowInspection, workers: int) -> Itera
     if workers == 1:
         yield from inspection(table, 0, len(table))
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, context, _begin, (table, inspection)) as pool:
+    with ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (table, inspection)) as pool:
         try:
             for results in pool.map(_look_at, range(0, len(table), CHUNK_ROWS)):
                 yield from results

@@ -4,7 +4,6 @@ step, which then does not wait for images to be decoded."""
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +18,7 @@ from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
+from foveate.processes import worker_context
 from foveate.records import Prompt, Task
 
 Encoded = tuple[Task, Prompt, np.ndarray | None]
@@ -39,9 +39,7 @@ class Reader:
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Encoded]]] = deque()
         if workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self._pool = ProcessPoolExecutor(workers, context, _begin, (table, encoder))
+            self._pool = ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (table, encoder))
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,6 @@ half through its limit gets a successor at once, so that what a new process need
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import resource
 import signal
@@ -23,7 +22,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.errors import ConfigError, DataError
+from foveate.processes import worker_context
 from foveate.records import FAILED, Answer, Score, Task
+from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
 from foveate.rewards.build import Reward, build_reward
 
@@ -77,7 +78,8 @@ class Graders:
         self.failures: Counter[str] = Counter()
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
-        self._job = Job(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30))
+        functions = pickled(name, settings)
+        self._job = Job(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
         usual = 0 if name in REWARDS and REWARDS[name].quick else min(os.cpu_count() or 1, MOST_WORKERS)
         self._count = usual if workers is None else workers
         self._workers = [_Worker(self._job) for _ in range(self._count)]
@@ -187,8 +189,7 @@ class _Worker:
     def __init__(self, job: Job, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
         start."""
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(PRELOADED)
+        processes = worker_context(PRELOADED)
         self.pipe, theirs = processes.Pipe()
         self.answer: int | None = None
         self.is_alive = True
@@ -253,10 +254,7 @@ class _Worker:
             logger.warning("a process for the reward did not start: %s; starting another one", how)
             return {}
         if self._starting or self.answer is None:
-            raise DataError(
-                f"a process for the reward did not start: {how}; a script that grades must begin its work under "
-                "`if __name__ == '__main__':`; workers 0 grades without processes"
-            )
+            raise DataError(f"a process for the reward did not start: {how}; workers 0 grades without processes")
         return {self.answer: Score(0.0, note=f"{FAILED}: {how}")}
 
     def _end(self) -> str:
@@ -280,13 +278,15 @@ def _reason(score: Score) -> str:
 @dataclass(frozen=True, slots=True)
 class Job:
     """The work of a worker process: a reward by name with its settings, the folder that relative paths start from, the
-    time limit of an answer in seconds and the memory limit in bytes."""
+    time limit of an answer in seconds, the memory limit in bytes, and the functions among them that Python code has
+    passed (`foveate.registry.pickled`)."""
 
     name: str
     settings: Mapping[str, Any]
     folder: str
     time_limit: float
     memory_limit: int
+    functions: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +308,7 @@ def _grade_for_ever(job: Job, pipe: Connection) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
     try:
+        unpickle(job.functions)
         reward = build_reward(job.name, job.settings)
     except Exception as error:
         pipe.send(Failure(f"reward {job.name} cannot be built in a worker process: {type(error).__name__}: {error}"))

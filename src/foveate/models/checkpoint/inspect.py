@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from foveate.data.hub import is_hub_name, model_folder
 from foveate.encoding.chat import render
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family, budget_of
@@ -33,8 +34,11 @@ class ModelFolder:
 
 
 def resolve_folder(path: str) -> Path:
-    """The folder of a checkpoint: `demo` is the cold start that is shipped with foveate."""
-    return Path(str(files("foveate") / "assets" / "demo")) if path == "demo" else Path(path)
+    """The folder of a checkpoint: `demo` is the cold start that is shipped with foveate; a name of the Hugging Face Hub
+    (`owner/name`, `owner/name@revision`) that is no folder here is downloaded, unless it has been already."""
+    if path == "demo":
+        return Path(str(files("foveate") / "assets" / "demo"))
+    return model_folder(path) if is_hub_name(path) else Path(path)
 
 
 def inspect_model_folder(path: str) -> ModelFolder:

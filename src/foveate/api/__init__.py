@@ -11,11 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.config.recipe import read_recipe
+from foveate.api.run import Run
+from foveate.api.training import Recipe as Recipe
+from foveate.api.training import finished
+from foveate.api.training import from_recipe as from_recipe
+from foveate.api.training import train_mpo as train_mpo
+from foveate.api.training import train_rl as train_rl
+from foveate.api.training import train_sft as train_sft
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.files import atomic_write_text
-from foveate.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,59 +33,18 @@ if TYPE_CHECKING:
     from foveate.serve.engines import EngineRequest
     from foveate.serve.native import ServeRequest
     from foveate.tools.import_verl import Imported
+    from foveate.tools.listing import Choice
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Any:
-    """The settings of a recipe, a YAML file or the name of a shipped one, with `group.name=value` overrides.
-
-    They are `SFTSettings`, `MPOSettings`, `RLSettings` or `CascadeSettings`: those of `stage`, or of the first stage
-    that has all settings which are given.
-    """
-    return read_recipe(name, overrides, stage)
-
-
-def train_sft(settings: SFTSettings) -> RunFolder:
-    """Supervised fine-tuning on demonstrations. The same run folder resumes an interrupted run; it gets a report."""
-    from foveate.train.sft import run_sft
-
-    return _with_report(run_sft(settings))
-
-
-def train_mpo(settings: MPOSettings) -> RunFolder:
-    """Preference optimisation on pairs of answers. The same run folder resumes an interrupted run."""
-    from foveate.train.mpo import run_mpo
-
-    return _with_report(run_mpo(settings))
-
-
-def train_rl(settings: RLSettings) -> RunFolder:
-    """Online reinforcement learning. The same run folder resumes an interrupted run."""
-    from foveate.train.rl import run_rl
-
-    return _with_report(run_rl(settings))
-
-
-def cascade(settings: CascadeSettings) -> RunFolder:
-    """All stages of Cascade RL; the trained model is in the folder `rl/final` below. The same folder resumes it."""
-    from foveate.train.cascade import run_cascade
-
-    return _with_report(run_cascade(settings))
-
-
-def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False) -> RunFolder:
+def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False) -> Run:
     """Train the shipped model to ground by GSPO, in minutes on a CPU; `cascade`: with preference optimisation first.
     The scenes are drawn in a folder beside `run`."""
     from foveate.tools.demo import run_demo
 
-    return _with_report(run_demo(Path(run), seed, overrides, cascade))
-
-
-def _with_report(run: RunFolder) -> RunFolder:
-    report(run.path)
-    return run
+    return finished(run_demo(Path(run), seed, overrides, cascade))
 
 
 # ------------------------------------------------------------------------------------------- answers and evaluation
@@ -183,6 +147,41 @@ def plan_report(plan: Plan) -> str:
     from foveate.plan.report import plan_text
 
     return plan_text(plan)
+
+
+def settings_list(stage: StageName = "rl", group: str | None = None) -> list[Choice]:
+    """The settings of a stage, or of one group of it, as `foveate settings` shows them."""
+    from foveate.tools import listing
+
+    return listing.settings_list(stage, group)
+
+
+def settings_page() -> str:
+    """The settings of all stages as a page in Markdown."""
+    from foveate.tools import listing
+
+    return listing.settings_page()
+
+
+def recipes_list(name: str | None = None) -> list[Choice] | str:
+    """The shipped recipes, or the text of one."""
+    from foveate.tools import listing
+
+    return listing.recipes_list(name)
+
+
+def rewards_list() -> list[Choice]:
+    """The known rewards with their settings."""
+    from foveate.tools import listing
+
+    return listing.rewards_list()
+
+
+def algorithms_list() -> list[Choice]:
+    """The known algorithms, advantages and losses."""
+    from foveate.tools import listing
+
+    return listing.algorithms_list()
 
 
 def import_verl(script: str | Path, rows: int | None = None, *, out: str | Path | None = None) -> Imported:

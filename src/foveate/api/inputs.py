@@ -1,0 +1,109 @@
+"""Objects that Python code passes to a run, as settings know them: rows as a file beside it, functions by a name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from foveate.errors import ConfigError, DataError
+from foveate.files import atomic_path
+from foveate.registry import name_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@runtime_checkable
+class _WritesParquet(Protocol):
+    def to_parquet(self, path_or_buf: Any) -> Any: ...
+
+
+Reward = str | Callable[..., Any] | Sequence[tuple[str | Callable[..., Any], float]]
+
+
+def reward_settings(reward: Reward | Mapping[str, Any]) -> dict[str, Any]:
+    """The `reward` group of settings: of a function or a name, of a list of (function or name, weight), whose weighted
+    sum it is, or as it stands."""
+    if isinstance(reward, Mapping):
+        return {**reward, "name": _named(reward.get("name", "grounding"))}
+    if isinstance(reward, str) or callable(reward):
+        return {"name": _named(reward)}
+    pairs = [pair for pair in reward if isinstance(pair, tuple | list) and len(pair) == 2]
+    if not pairs or len(pairs) != len(reward):
+        raise ConfigError("reward: must be a function, a name, or a list of (function or name, weight)")
+    return {"name": "weighted_sum", "settings": {"weights": {_named(one): float(weight) for one, weight in pairs}}}
+
+
+def _named(reward: str | Callable[..., Any]) -> str:
+    return reward if isinstance(reward, str) else name_of(reward)
+
+
+def data_files(data: Any, file: Path) -> list[str]:
+    """The files of some data: paths as they are; rows (a list of dicts, a Hugging Face dataset, a table of pandas or
+    pyarrow) are written to `file`, unless it holds them already.
+
+    Raises DataError for anything else, and for rows that no table can hold.
+    """
+    if isinstance(data, str | Path):
+        return [str(data)]
+    if isinstance(data, list | tuple) and data and all(isinstance(one, str | Path) for one in data):
+        return [str(one) for one in data]
+    content = _parquet(data)
+    if not file.exists() or hashlib.sha256(file.read_bytes()).digest() != hashlib.sha256(content).digest():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            temporary.write_bytes(content)
+    return [str(file)]
+
+
+def _parquet(data: Any) -> bytes:
+    """Rows as the bytes of a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    if isinstance(data, list | tuple):
+        pq.write_table(_table(data), buffer)
+    elif isinstance(data, _WritesParquet):  # datasets.Dataset, which embeds its images, and pandas.DataFrame
+        data.to_parquet(buffer)
+    elif isinstance(data, pa.Table):
+        pq.write_table(data, buffer)
+    else:
+        raise DataError(
+            f"rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found {type(data).__name__}"
+        )
+    return buffer.getvalue()
+
+
+def _table(rows: Sequence[Any]) -> pa.Table:
+    import pyarrow as pa
+
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {number}: must be a dict, found {type(row).__name__}")
+    if not rows:
+        raise DataError("there are no rows")
+    try:
+        return pa.Table.from_pylist([_plain(row) for row in rows])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
+        raise DataError(
+            f"the rows do not make a table: {' '.join(str(error).split())}; a column must have one type"
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    """Images as the bytes of a PNG file, paths as text."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        file = io.BytesIO()
+        value.save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,74 @@
+"""A run as Python code and notebooks look at it: its numbers, its curves, its pictures, its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from foveate.report.notebook import Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder, also while the run goes on."""
+
+    path: Path
+
+    @property
+    def folder(self) -> RunFolder:
+        """The paths of all that the run leaves behind."""
+        return RunFolder(self.path)
+
+    @property
+    def model(self) -> Path:
+        """Folder of the trained model; of a cascade that of its last stage."""
+        own = self.folder.final
+        return own if own.exists() else self.path / "rl" / own.name
+
+    @property
+    def report(self) -> Path:
+        """The page of the run (`report.html`)."""
+        return self.folder.report
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of each step: {"step": 1, "reward/mean": 0.25, ...}."""
+        from foveate.log import read_metrics
+
+        return read_metrics(self.folder.metrics)
+
+    @property
+    def metrics(self) -> pa.Table:
+        """The metrics as a table, a row for each step; null where a step did not measure one. `.to_pandas()` makes it a
+        DataFrame."""
+        import pyarrow as pa
+
+        rows = self.rows
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: [row.get(name) for row in rows] for name in names})
+
+    def plot(self, *names: str) -> Figure:
+        """The curves of some metrics over the steps, which a notebook shows; by default of the reward, and of the
+        held-out accuracy where there is one. Raises ConfigError for a metric that the run has not measured."""
+        from foveate.report.notebook import plot
+
+        return plot(self.rows, names)
+
+    def gallery(self, count: int = 8) -> Figure:
+        """Held-out images with the answers of the last evaluation, which a notebook shows. Raises DataError where
+        there was none."""
+        from foveate.report.notebook import gallery
+
+        return gallery(self.path, count)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str:
+        return self.plot()._repr_html_()

@@ -1,0 +1,178 @@
+"""The stages of training as calls: from a model, rows and a reward, or from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.api.inputs import Reward, data_files, reward_settings
+from foveate.api.run import Run
+from foveate.config.recipe import read_recipe, settings_of
+from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
+from foveate.run_folder import RunFolder
+
+AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The settings of a whole run, ready to train."""
+
+    settings: Any
+
+    def train(self) -> Run:
+        """Run the stage of the settings, or the rest of one that was interrupted: the same run folder resumes it."""
+        return finished(_stage(self.settings))
+
+
+def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
+    """A recipe, a YAML file or the name of a shipped one, with `group.name=value` overrides.
+
+    Its settings are `SFTSettings`, `MPOSettings`, `RLSettings` or `CascadeSettings`: those of `stage`, or of the first
+    stage that has all settings which are given.
+    """
+    return Recipe(read_recipe(name, overrides, stage))
+
+
+def train_rl(
+    model: str | Path,
+    train_data: Any,
+    reward: Reward | Mapping[str, Any],
+    *,
+    eval_data: Any = None,
+    algorithm: str | Mapping[str, Any] = "gspo",
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Online reinforcement learning.
+
+    Args:
+        model: a model folder, or "demo" for the small one that is shipped.
+        train_data: rows (a list of dicts, a `datasets.Dataset`, a DataFrame) or paths of files; `eval_data` likewise,
+            held out: without it nothing is evaluated.
+        reward: a function, the name of a known reward, or a list of (function or name, weight). A function takes
+            `(answer, ground_truth, **columns)`, or TRL's `(completions, **columns) -> list`, or `(text, task)`, and
+            returns a number, a dict of parts, or a `Score`.
+        algorithm: a name (`gspo`, `grpo`, `dapo`, ...), or settings, `{"name": "gspo", "correction": ...}`.
+        config: a recipe whose settings these arguments change.
+        run_dir: folder of the run, which the same call resumes; by default a new one, `runs/rl-1`.
+        overrides: settings by group (`optim={"lr": 1e-5}`), by path (`**{"optim.lr": 1e-5}`) or, where only one group
+            has it, by name (`lr=1e-5`).
+
+    Raises UserError for anything that the caller can mend, before the run begins.
+    """
+    return Recipe(
+        rl_settings(
+            model,
+            train_data,
+            reward,
+            eval_data=eval_data,
+            algorithm=algorithm,
+            config=config,
+            run_dir=run_dir,
+            overrides=overrides,
+        )
+    ).train()
+
+
+def rl_settings(
+    model: str | Path,
+    train_data: Any,
+    reward: Reward | Mapping[str, Any],
+    *,
+    eval_data: Any,
+    algorithm: str | Mapping[str, Any],
+    config: str | Path | None,
+    run_dir: str | Path | None,
+    overrides: Mapping[str, Any],
+) -> RLSettings:
+    """The settings of `train_rl` with these arguments; rows are written beside the run folder."""
+    run = _run_folder(run_dir, "rl")
+    given = {**_common(model, train_data, run), "algorithm": algorithm, "reward": reward_settings(reward)}
+    if eval_data is not None:
+        given["data.test"] = data_files(eval_data, _rows_of(run) / "test.parquet")
+    return settings_of({**given, **overrides}, RLSettings, config)
+
+
+def train_sft(
+    model: str | Path,
+    train_data: Any,
+    *,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Supervised fine-tuning on demonstrations; arguments as those of `train_rl`."""
+    return _offline("sft", model, train_data, config, run_dir, overrides)
+
+
+def train_mpo(
+    model: str | Path,
+    train_data: Any,
+    *,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Preference optimisation on pairs of answers; arguments as those of `train_rl`."""
+    return _offline("mpo", model, train_data, config, run_dir, overrides)
+
+
+def _offline(
+    stage: StageName,
+    model: str | Path,
+    data: Any,
+    config: str | Path | None,
+    run_dir: str | Path | None,
+    overrides: Mapping[str, Any],
+) -> Run:
+    given = {**_common(model, data, _run_folder(run_dir, stage)), **overrides}
+    return Recipe(settings_of(given, STAGES[stage], config)).train()
+
+
+def _common(model: str | Path, data: Any, run: Path) -> dict[str, Any]:
+    files = data_files(data, _rows_of(run) / "train.parquet")
+    return {"run": str(run), "model.path": str(model), "data.train": files}
+
+
+def _rows_of(run: Path) -> Path:
+    """The folder of rows that were passed; beside that of the run, which is its own."""
+    return run.with_name(run.name + "-data")
+
+
+def _run_folder(given: str | Path | None, stage: str) -> Path:
+    if given is not None:
+        return Path(given)
+    number = 1
+    while Path(f"runs/{stage}-{number}").exists():
+        number += 1
+    return Path(f"runs/{stage}-{number}")
+
+
+def _stage(settings: AnySettings) -> RunFolder:
+    if isinstance(settings, SFTSettings):
+        from foveate.train.sft import run_sft
+
+        return run_sft(settings)
+    if isinstance(settings, MPOSettings):
+        from foveate.train.mpo import run_mpo
+
+        return run_mpo(settings)
+    if isinstance(settings, RLSettings):
+        from foveate.train.rl import run_rl
+
+        return run_rl(settings)
+    from foveate.train.cascade import run_cascade
+
+    return run_cascade(settings)
+
+
+def finished(folder: RunFolder) -> Run:
+    """A run that has ended, with its report written."""
+    from foveate.report.page import write_report
+
+    write_report(folder.path)
+    return Run(folder.path)

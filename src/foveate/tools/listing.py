@@ -1,0 +1,172 @@
+"""Lists of what there is to choose from, told from the code: settings, recipes, rewards and algorithms."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, PREFERENCE_LOSSES
+from foveate.config.base import Settings
+from foveate.config.recipe import SHIPPED, find_recipe, read_values
+from foveate.config.runs import STAGES, is_group, walk
+from foveate.errors import ConfigError
+from foveate.registry import resolve, suggestion
+from foveate.rewards import REWARDS
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One line of a list: its name, what it may be and is by default (empty where that says nothing), what it does."""
+
+    name: str
+    kind: str
+    default: str
+    text: str
+
+    def __str__(self) -> str:
+        given = ", ".join(part for part in (self.kind, self.default) if part)
+        return f"{self.name}{f'  ({given})' if given else ''}\n    {self.text}"
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def settings_list(stage: str = "rl", group: str | None = None) -> list[Choice]:
+    """The settings of a stage, or of one group or setting of it. Raises ConfigError for an unknown one."""
+    listed = [(path, field) for path, field in walk(STAGES[stage]) if not is_group(field)]
+    if group is not None:
+        chosen = [one for one in listed if one[0] == group or one[0].startswith(f"{group}.")]
+        if not chosen:
+            groups = {path.partition(".")[0] for path, _ in listed}
+            raise ConfigError(
+                f"no setting {group!r} in stage {stage}{suggestion(group, [*groups, *dict(listed)])}; groups: "
+                f"{', '.join(sorted(groups))}"
+            )
+        listed = chosen
+    return [line for path, field in listed for line in _setting(path, field)]
+
+
+def _setting(path: str, field: FieldInfo) -> Iterator[Choice]:
+    yield Choice(path, _kind(field.annotation), _default(field), field.description or "")
+    for model in _optional_groups(field.annotation):  # `algorithm.critic` and the like: null, or a group
+        for name, inner in walk(model, f"{path}."):
+            if not is_group(inner):
+                yield Choice(name, _kind(inner.annotation), _default(inner), inner.description or "")
+
+
+def _optional_groups(annotation: Any) -> list[type[Settings]]:
+    return [one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, Settings)]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default.model_dump(mode="json") if isinstance(field.default, Settings) else field.default
+    return f"default {json.dumps(value, default=list, ensure_ascii=False)}"
+
+
+def _kind(annotation: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if origin is tuple:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if origin is dict or annotation is dict:
+        return "mapping"
+    if origin in (Union, type(int | None)):
+        return " or ".join(_kind(one) for one in get_args(annotation))
+    if get_args(annotation):
+        return _kind(get_args(annotation)[0])
+    is_settings = isinstance(annotation, type) and issubclass(annotation, Settings)
+    return "group" if is_settings else names.get(annotation, str(annotation))
+
+
+def settings_page() -> str:
+    """`docs/settings.md`: the settings of all stages, those of `rl` first and of the others what differs."""
+    parts = [
+        "# Settings\n\nAll settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
+        "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them in the "
+        "terminal.\n"
+    ]
+    known: dict[str, Choice] = {}
+    for stage in ("rl", "sft", "mpo", "cascade"):
+        own = [one for one in settings_list(stage) if known.get(one.name) != one]
+        known |= {one.name: one for one in own}
+        parts.append(f"\n## foveate {stage}\n")
+        if stage != "rl":
+            parts.append("\nWhere it differs from the stages above.\n")
+        parts.append("\n| setting | values | default | meaning |\n| --- | --- | --- | --- |\n")
+        for one in own:
+            cells = (f"`{one.name}`", one.kind, f"`{one.default.removeprefix('default ')}`", one.text)
+            parts.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n")
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------- recipes, rewards and algorithms
+
+
+def recipes_list(name: str | None = None) -> list[Choice] | str:
+    """The shipped recipes with the first sentence of each, or the text of one. Raises ConfigError for an unknown."""
+    if name is not None:
+        return find_recipe(name).read_text(encoding="utf-8")
+    return [
+        Choice(path.stem, _stage_of(read_values(path)), "", _comment(path.read_text("utf-8"))) for path in _shipped()
+    ]
+
+
+def _shipped() -> list[Any]:
+    return sorted(SHIPPED.glob("*.yaml"))
+
+
+def _stage_of(values: Mapping[str, Any]) -> str:
+    return f"from {values['base']}" if "base" in values else ""
+
+
+def _comment(text: str) -> str:
+    """The first sentence of the comment at the top."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return _sentence(" ".join(lines))
+
+
+def rewards_list() -> list[Choice]:
+    """The known rewards: their settings, and their first sentence."""
+    functions = {name: known.function for name, known in REWARDS.items()}
+    return [_function(name, resolve({}, path, "reward")) for name, path in functions.items()]
+
+
+def algorithms_list() -> list[Choice]:
+    """The named algorithms: advantage, loss and paper of each; then the advantages and losses to combine."""
+    rows = [
+        Choice(
+            f"algorithm {name}",
+            f"advantage {row.advantage}, loss {row.loss}",
+            "",
+            f"arXiv {row.source}" if row.source else "",
+        )
+        for name, row in ALGORITHMS.items()
+    ]
+    tables = {"advantage": ADVANTAGES, "loss": POLICY_LOSSES, "preference loss": PREFERENCE_LOSSES}
+    return rows + [
+        _function(f"{kind} {name}", resolve({}, path, kind))
+        for kind, table in tables.items()
+        for name, path in table.items()
+    ]
+
+
+def _function(name: str, function: Any) -> Choice:
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    settings = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in keywords)
+    return Choice(name, ", ".join(settings), "", _sentence(inspect.getdoc(function) or ""))
+
+
+def _sentence(text: str) -> str:
+    head, stop, _ = " ".join(text.split("\n\n")[0].split()).partition(". ")
+    return head + stop.strip()

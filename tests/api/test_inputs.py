@@ -1,0 +1,202 @@
+"""What Python code passes to a run: rows, functions, settings by name."""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+
+from foveate.api.inputs import data_files, reward_settings
+from foveate.api.training import rl_settings
+from foveate.config.recipe import load_recipe, settings_of
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.errors import ConfigError, DataError
+from foveate.registry import name_of
+from foveate.rewards.build import build_reward
+
+ROWS = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
+NEEDED = {"run": "r", "model.path": "demo", "data.train": ["a.jsonl"], "steps": 3}
+
+
+def right(answer, ground_truth, **columns):
+    return float(answer == ground_truth) + 0 * len(columns)
+
+
+def settings(**more):
+    given = {"eval_data": None, "algorithm": "gspo", "config": None, "run_dir": None, "overrides": {"steps": 3}, **more}
+    return rl_settings("demo", ["a.jsonl"], right, **given)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_written_once_and_paths_are_left_alone(tmp_path):
+    file = tmp_path / "rows" / "train.parquet"
+    assert data_files(ROWS, file) == [str(file)]
+    assert pq.read_table(file).to_pylist() == ROWS
+    before = file.stat().st_mtime_ns
+    data_files(list(ROWS), file)
+    assert file.stat().st_mtime_ns == before
+    data_files(ROWS[:2], file)
+    assert pq.read_table(file).num_rows == 2
+    assert data_files("rows.jsonl", file) == ["rows.jsonl"]
+    assert data_files([Path("a.parquet"), "owner/name@train"], file) == ["a.parquet", "owner/name@train"]
+
+
+def test_images_among_the_rows_travel_as_png(tmp_path):
+    image = PIL.Image.new("RGB", (3, 2), (255, 0, 0))
+    [file] = data_files([{"image": image, "many": [image, image], "answer": "red"}], tmp_path / "rows.parquet")
+    [row] = pq.read_table(file).to_pylist()
+    assert row["image"]["bytes"].startswith(b"\x89PNG")
+    assert len(row["many"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ([], "there are no rows"),
+        ([1, 2], "row 0: must be a dict, found int"),
+        ([{"a": 1}, {"a": "b"}], "the rows do not make a table"),
+        (7, "rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found int"),
+    ],
+)
+def test_what_is_no_rows_is_refused(tmp_path, data, said):
+    with pytest.raises(DataError, match=said):
+        data_files(data, tmp_path / "rows.parquet")
+    assert not (tmp_path / "rows.parquet").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def test_a_function_gets_a_name_that_changes_with_its_source():
+    first, again, other = (name_of(make) for make in (lambda answer, _: float(len(answer)), right, right))
+    assert first.startswith("passed:lambda-")
+    assert again == other
+    assert first != again
+
+
+def test_what_a_function_holds_is_part_of_its_name():
+    def weighted(weight):
+        def own(answer, ground_truth):
+            return weight * (answer == ground_truth)
+
+        return own
+
+    assert name_of(weighted(0.5)) == name_of(weighted(0.5))
+    assert name_of(weighted(0.5)) != name_of(weighted(2.0))
+
+
+def test_a_reward_is_a_name_a_function_a_weighted_list_or_settings():
+    assert reward_settings("exact") == {"name": "exact"}
+    assert reward_settings({"name": right, "workers": 0}) == {"name": name_of(right), "workers": 0}
+    assert build_reward(reward_settings(right)["name"], {}).name == name_of(right)
+    combined = reward_settings([(right, 1), ("exact", 0.5)])
+    assert combined == {"name": "weighted_sum", "settings": {"weights": {name_of(right): 1.0, "exact": 0.5}}}
+
+
+@pytest.mark.parametrize("bad", [[right], [], [(right, 1, 2)], [("exact", 1.0), right]])
+def test_a_list_of_rewards_has_pairs(bad):
+    with pytest.raises(ConfigError, match="a list of \\(function or name, weight\\)"):
+        reward_settings(bad)
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(ConfigError, match="must be a plain function, or a name"):
+        reward_settings(functools.partial(right, columns=1))
+
+
+def test_a_function_that_was_not_passed_again_is_asked_for():
+    with pytest.raises(ConfigError, match="the function mine was passed by Python code; pass it again, unchanged"):
+        build_reward("passed:mine-0123456789ab", {})
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_settings_are_named_by_group_by_path_or_alone():
+    found = settings_of({**NEEDED, "optim": {"lr": 1e-4}, "train.save_every": 7, "max_tokens": 9}, RLSettings)
+    assert (found.optim.lr, found.train.save_every, found.rollout.max_tokens) == (1e-4, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"stepss": 3}, r"argument stepss: unknown setting stepss; did you mean train\.steps"),
+        ({"optim": {"learning_rate": 1}}, r"argument optim: learning_rate: unknown setting optim\.learning_rate"),
+        ({"samples": 4}, r"argument samples: is the name of several settings: rollout\.samples, eval\.samples"),
+        ({"rollout": {"samples": "4"}}, r"rollout\.samples must be a whole number, found '4'"),
+        ({"train.lr": 1}, r"unknown setting train\.lr; did you mean optim\.lr"),
+    ],
+)
+def test_wrong_overrides_are_told_with_the_nearest(given, said):
+    with pytest.raises(ConfigError, match=said):
+        settings_of({**NEEDED, **given}, RLSettings)
+
+
+def test_arguments_stand_over_a_recipe():
+    found = settings(config="shapes_gspo", run_dir="x", overrides={"train.steps": 5}, algorithm="grpo")
+    assert (found.run, found.train.steps, found.algorithm.name, found.optim.lr) == ("x", 5, "grpo", 1e-4)
+    assert found.data.train == ("a.jsonl",)
+
+
+def test_a_run_without_a_folder_gets_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings().run == "runs/rl-1"
+    (tmp_path / "runs/rl-1").mkdir(parents=True)
+    assert settings().run == "runs/rl-2"
+
+
+def test_without_held_out_rows_nothing_is_evaluated():
+    assert settings(run_dir="a").eval.every == 0
+    assert settings(run_dir="a", eval_data="b.jsonl").eval.every == 20
+    with pytest.raises(ConfigError, match=r"eval\.every is 5, but data\.test is empty"):
+        settings(run_dir="a", overrides={"steps": 3, "eval": {"every": 5}})
+
+
+def test_a_recipe_of_five_lines_is_whole(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "run: runs/mine\nmodel: {path: demo}\ndata: {train: rows.jsonl}\nreward: exact\ntrain: {steps: 9}\n"
+    )
+    found = load_recipe(recipe, [], RLSettings)
+    assert (found.data.train, found.optim.lr, found.eval.every) == (("rows.jsonl",), 1e-6, 0)
+
+
+def test_each_stage_has_its_own_usual_learning_rate():
+    rates = [settings_of(NEEDED, cls).optim.lr for cls in (SFTSettings, MPOSettings, RLSettings)]
+    assert rates == [1e-5, 2e-7, 1e-6]
+
+
+# ----------------------------------------------------------------------------------------------------------- a script
+
+SCRIPT = """
+import foveate as fv
+
+def right(answer, ground_truth, **columns):
+    return {{"right": float(answer == ground_truth), "long": len(answer) / 100}}
+
+rows = [{{"question": f"What is {{n}} plus 1?", "answer": str(n + 1)}} for n in range(8)]
+columns = {{"prompt": "question", "answer": "answer", "source": "=sums"}}
+run = fv.train_rl(
+    "demo", rows, right, run_dir={folder!r}, steps=2, max_tokens=8, prompts_per_step=2,
+    rollout={{"samples": 4}}, **{{"data.columns": columns, "reward.workers": 1}},
+)
+print(len(run.metrics), run.model.is_dir(), run.report.is_file(), "reward/long" in run.metrics.column_names)
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_trains_with_its_own_function_in_workers(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path / "run")))
+    for _ in range(2):  # the second time there is nothing left to do
+        ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.splitlines()[-1] == "2 True True True"
+    script.write_text(script.read_text().replace("/ 100", "/ 50"))
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert "belongs to a run with other settings: reward.name was" in ended.stderr

@@ -1,0 +1,147 @@
+"""The part of the Hugging Face Hub's HTTP interface that downloads use, over a folder: ROOT/models/owner/name/files and
+ROOT/datasets/owner/name/files. `python fake_hub.py ROOT` prints its address."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    root = Path()
+    drop_after: int | None = None
+    """Bytes of a file after which the connection is dropped, once."""
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        url = urlparse(self.path)
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
+        Hub.asked.append(f"{self.command} {url.path}")
+        if parts[0] == "api":
+            return self.api(parts[1:], parse_qs(url.query))
+        kind = "datasets" if parts[0] == "datasets" else "models"
+        parts = parts[1:] if kind == "datasets" else parts
+        repo, (_, revision, *path) = "/".join(parts[:2]), parts[2:]
+        if not self.known(kind, repo, revision):
+            return None
+        file = self.folder(kind, repo) / "/".join(path)
+        if not file.is_file():
+            return self.error("EntryNotFound")
+        return self.file(file, body)
+
+    def known(self, kind: str, repo: str, revision: str) -> bool:
+        if not self.folder(kind, repo).is_dir():
+            self.error("RepoNotFound", 401)
+            return False
+        if revision not in ("main", COMMIT):
+            self.error("RevisionNotFound")
+            return False
+        return True
+
+    def folder(self, kind: str, repo: str) -> Path:
+        return self.root / kind / repo
+
+    def api(self, parts: list[str], query: dict[str, list[str]]) -> None:
+        kind, parts = parts[0], parts[1:]
+        if kind not in ("models", "datasets"):
+            return self.error("EntryNotFound")
+        if not parts:
+            wanted = (query.get("search") or query.get("author") or [""])[0].lower()
+            names = [str(path.relative_to(self.root / kind)) for path in sorted((self.root / kind).glob("*/*"))]
+            return self.json([{"id": name, "modelId": name} for name in names if wanted in name.lower()])
+        repo, rest = "/".join(parts[:2]), parts[2:]
+        revision = "/".join(rest[1:2]) if rest else "main"
+        if not self.known(kind, repo, revision):
+            return None
+        folder = self.folder(kind, repo)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [str(path.relative_to(folder)) for path in files]
+        if rest and rest[0] == "tree":
+            return self.json(
+                [
+                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": self.etag(path)}
+                    for name, path in zip(names, files, strict=True)
+                ]
+            )
+        siblings = [{"rfilename": name} for name in names]
+        return self.json(
+            {
+                "id": repo,
+                "sha": COMMIT,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+                "siblings": siblings,
+            }
+        )
+
+    @staticmethod
+    def etag(file: Path) -> str:
+        return hashlib.sha1(file.read_bytes()).hexdigest()
+
+    def file(self, file: Path, body: bool) -> None:
+        content, first = file.read_bytes(), 0
+        asked = self.headers.get("Range", "")
+        if asked.startswith("bytes="):
+            first = int(asked.removeprefix("bytes=").partition("-")[0])
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", f'"{self.etag(file)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Accept-Ranges", "bytes")
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - first))
+        self.end_headers()
+        if not body:
+            return
+        if Hub.drop_after is not None and len(content) > Hub.drop_after:
+            self.wfile.write(content[first : Hub.drop_after])
+            Hub.drop_after = None
+            self.close_connection = True
+            return
+        self.wfile.write(content[first:])
+
+    def error(self, code: str, status: int = 404) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def json(self, value: object) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def serve(root: Path) -> ThreadingHTTPServer:
+    Hub.root = root
+    return ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+
+
+if __name__ == "__main__":
+    server = serve(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        Hub.drop_after = int(sys.argv[2])
+    print(f"http://127.0.0.1:{server.server_port}", flush=True)  # noqa: T201
+    server.serve_forever()

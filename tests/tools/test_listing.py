@@ -1,0 +1,48 @@
+"""Lists of what there is to choose from."""
+
+from pathlib import Path
+
+import pytest
+
+from foveate.algorithms.table import ALGORITHMS
+from foveate.config.recipe import SHIPPED
+from foveate.errors import ConfigError
+from foveate.rewards import REWARDS
+from foveate.tools.listing import algorithms_list, recipes_list, rewards_list, settings_list, settings_page
+
+PAGE = Path(__file__).parents[2] / "docs/settings.md"
+
+
+def test_the_page_of_settings_is_current():
+    assert PAGE.read_text().strip() == settings_page().strip(), "run: foveate settings --markdown > docs/settings.md"
+
+
+def test_every_setting_says_what_it_does():
+    assert [one.name for one in settings_list("rl") if not one.text] == []
+
+
+def test_a_setting_shows_values_default_and_meaning():
+    [one] = settings_list("rl", "rollout.samples")
+    assert (one.kind, one.default) == ("whole number", "default 8")
+    assert str(one).startswith("rollout.samples  (whole number, default 8)\n    Answers per prompt")
+    critic = [choice.name for choice in settings_list("rl", "algorithm.critic")]
+    assert {"algorithm.critic", "algorithm.critic.lr"} <= {*critic}
+
+
+def test_an_unknown_group_is_told_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"no setting 'optin' in stage rl; did you mean 'optim'"):
+        settings_list("rl", "optin")
+
+
+def test_every_recipe_reward_and_algorithm_is_listed_with_a_sentence():
+    recipes = recipes_list()
+    assert [one.name for one in recipes] == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    assert [one.name for one in rewards_list()] == [*REWARDS]
+    named = [one.name for one in algorithms_list()]
+    assert {f"algorithm {name}" for name in ALGORITHMS} <= {*named}
+    for one in (*recipes, *rewards_list()):
+        assert one.text.endswith((".", ":")) or one.text, one.name
+
+
+def test_a_recipe_is_shown_as_it_stands():
+    assert recipes_list("shapes_gspo") == (SHIPPED / "shapes_gspo.yaml").read_text()
