@@ -92,8 +92,8 @@ def settings_page() -> str:
     """`docs/settings.md`: the settings of all stages, those of `rl` first and of the others what differs."""
     parts = [
         "# Settings\n\nAll settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
-        "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them in the "
-        "terminal.\n"
+        "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them "
+        "in the terminal.\n"
     ]
     known: dict[str, Choice] = {}
     for stage in ("rl", "sft", "mpo", "cascade"):
