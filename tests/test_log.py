@@ -197,3 +197,22 @@ def test_results_go_to_standard_output_as_they_are(capsys):
     text = "runs/[bold]/" + "very/" * 40 + "report.html"
     print_result(text)
     assert capsys.readouterr() == (text + "\n", "")
+
+
+def test_a_step_is_told_with_its_reward_and_what_else_was_measured(caplog):
+    metrics = {"reward/mean": 0.53125, "reward/hit": 0.5, "answer/length": 14.25, "answer/truncated": 0.0, "note": "x"}
+    with caplog.at_level(logging.INFO, "foveate"), progress("training", 30, done=10) as advance:
+        for step in range(20):
+            advance(1, {**metrics, "loss/entropy": 0.25} if step else metrics)
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("training: 11 of 30: reward 0.531, hits 50.0%, length 14.2, truncated 0%, ")
+    assert ", entropy 0.250, " in last
+    assert last.endswith("0 s left")
+
+
+def test_the_bar_of_training_shows_the_reward(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=True, width=100))
+    with progress("training", 2) as advance:
+        advance(1, {"reward/mean": 0.75})
+    assert "training  reward 0.750" in screen.getvalue()

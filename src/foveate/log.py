@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -138,12 +138,19 @@ class _Rate(ProgressColumn):
         return Text(_rate(task.speed) if task.speed else "", style="progress.data.speed")
 
 
+class Advance(Protocol):
+    def __call__(self, units: int, metrics: Mapping[str, Metric] | None = None) -> None:
+        """Tell of the units just done, and of the metrics of the last one, where it has any."""
+        ...
+
+
 @contextmanager
-def progress(description: str, total: int, interval: float = 30.0, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, interval: float = 30.0, done: int = 0) -> Iterator[Advance]:
     """Show how far a long piece of work is, with its rate and the time left.
 
     In a terminal this is a bar that vanishes when the work is done; bars may be nested. Elsewhere it is a log line at
-    most every `interval` seconds, so that short work is silent.
+    most every `interval` seconds, so that short work is silent. Steps of training pass their metrics: the bar shows the
+    reward or the loss, and a log line tells of a step, in a terminal too.
 
     Args:
         description: what is being done ("evaluating").
@@ -154,30 +161,71 @@ def progress(description: str, total: int, interval: float = 30.0, done: int = 0
     Yields:
         advance: call it with the units just done.
     """
+    lines = _Lines(description, total, interval, done)
     if not console.is_terminal:
-        yield _line_progress(description, total, interval, done)
+        yield lines
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total, completed=done)
-        yield lambda units: bar.advance(task, units)
+
+        def advance(units: int, metrics: Mapping[str, Metric] | None = None) -> None:
+            bar.advance(task, units)
+            if metrics is not None:
+                bar.update(task, description=f"{description}  {_told(metrics)[0]}")
+                lines(units, metrics)
+
+        yield advance
 
 
-def _line_progress(description: str, total: int, interval: float, before: int) -> Callable[[int], None]:
-    start = last = time.monotonic()
-    done = before
+class _Lines:
+    """Log lines: of work at most one in `interval` seconds, of steps with metrics the first, the last, and one in ten
+    seconds."""
 
-    def advance(units: int) -> None:
-        nonlocal done, last
-        done += units
+    def __init__(self, description: str, total: int, interval: float, before: int) -> None:
+        self._description, self._total, self._interval, self._before = description, total, interval, before
+        self._done, self._start = before, time.monotonic()
+        self._last = self._start
+
+    def __call__(self, units: int, metrics: Mapping[str, Metric] | None = None) -> None:
+        self._done += units
         now = time.monotonic()
-        if now - last >= interval:
-            last = now
-            rate = (done - before) / max(now - start, 1e-9)
-            pace = f", {_rate(rate)}, {(total - done) / rate:.0f} s left" if rate else ""
-            logger.info("%s: %d of %d%s", description, done, total, pace)
+        is_edge = metrics is not None and (self._done == self._before + units or self._done == self._total)
+        if not is_edge and now - self._last < (self._interval if metrics is None else min(self._interval, 10.0)):
+            return
+        self._last = now
+        rate = (self._done - self._before) / max(now - self._start, 1e-9)
+        pace = f", {_rate(rate)}, {_time((self._total - self._done) / rate)} left" if rate else ""
+        told = "" if metrics is None else f": {', '.join(_told(metrics))}"
+        logger.info("%s: %d of %d%s%s", self._description, self._done, self._total, told, pace)
 
-    return advance
+
+_TOLD = (
+    ("reward/mean", "reward {:.3f}"),
+    ("reward/accuracy", "accuracy {:.1%}"),
+    ("reward/hit", "hits {:.1%}"),
+    ("eval/greedy_accuracy", "held-out accuracy {:.1%}"),
+    ("loss/total", "loss {:.4f}"),
+    ("eval/loss", "held-out loss {:.4f}"),
+    ("answer/length", "length {:.1f}"),
+    ("answer/truncated", "truncated {:.0%}"),
+    ("loss/kl_ref", "KL {:.4f}"),
+    ("loss/entropy", "entropy {:.3f}"),
+    ("time/generate_tokens_per_second", "{:,.0f} tokens/s"),
+    ("time/update_tokens_per_second", "{:,.0f} tokens/s trained"),
+)
+"""What a line says of a step: metrics, each where it was measured."""
+
+
+def _told(metrics: Mapping[str, Metric]) -> list[str]:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    return [form.format(numbers[name]) for name, form in _TOLD if name in numbers] or [""]
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _rate(rate: float) -> str:

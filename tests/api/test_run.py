@@ -8,7 +8,7 @@ from foveate.api.run import Run
 from foveate.errors import ConfigError, DataError
 from foveate.report.notebook import gallery, plot
 
-STEPS = [{"step": n, "reward/mean": n / 10, "loss/mean": -n, "note": "text"} for n in range(1, 6)]
+STEPS = [{"step": n, "reward/mean": n / 10, "loss/total": -n, "note": "text"} for n in range(1, 6)]
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def test_a_metric_that_a_step_did_not_measure_is_null_there(run):
 
 def test_a_plot_shows_the_reward_first_and_others_when_asked(run):
     html = run.plot().html
-    assert html.index("reward/mean") < html.index("loss/mean")
-    assert "<polyline" in run.plot("loss/mean").html
+    assert html.index("reward/mean") < html.index("loss/total")
+    assert "<polyline" in run.plot("loss/total").html
     assert run._repr_html_() == html
     with pytest.raises(ConfigError, match=r"no metric 'reward/men'; did you mean 'reward/mean'"):
         run.plot("reward/men")

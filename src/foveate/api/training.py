@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from foveate.api.inputs import Reward, data_files, reward_settings
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
 from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
+from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
 AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
@@ -24,6 +26,8 @@ class Recipe:
 
     def train(self) -> Run:
         """Run the stage of the settings, or the rest of one that was interrupted: the same run folder resumes it."""
+        if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
+            setup_logging()  # else a script would be silent
         return finished(_stage(self.settings))
 
 

@@ -91,11 +91,12 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
-                metrics.write(step, record | clock.metrics(update=sum(pair.group.tokens for pair in pairs)))
+                record |= clock.metrics(update=sum(pair.group.tokens for pair in pairs))
+                metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                     save(workers, run, step, state, settings.train)
-                advance(1)
+                advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run

@@ -114,7 +114,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
                         save(workers, run, step, state, settings.train)
-                advance(1)
+                advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run

@@ -68,12 +68,11 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                     rest = weighting, sft_total(groups, weighting), rate
                     learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
                 tokens = sum(group.tokens for group in groups)
-                metrics.write(
-                    step, {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
-                )
+                record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
+                metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
                     save(workers, run, step, {"stream": stream.state()}, settings.train)
-                advance(1)
+                advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run
