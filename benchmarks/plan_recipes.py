@@ -26,7 +26,7 @@ def main(stage: str) -> None:
         machines = parse_machines(f"{cluster.gpus // 8}x8xH100-80")
         trainers = replace(machines, nodes=cluster.nodes, per_node=cluster.gpus_per_node)
         work = workload_of(settings, None, None, None)
-        memory, sizes = memory_of(work), sizes_of(work.config, work.trainable)
+        memory, sizes = memory_of(work), sizes_of(work.config, work.trainable, work.lora)
         hours = seconds_of(work, trainers, memory).step * work.steps * machines.count / 3600
         parts = (
             memory.weights, memory.gradients, memory.optimizer, memory.gathered, memory.activations + memory.features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,13 @@ from typer.testing import CliRunner
 
 from foveate.cli.app import app
 from foveate.config.cluster import ClusterSettings
+from foveate.config.model import LoraSettings
 from foveate.config.recipe import SHIPPED, read_recipe
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
+from foveate.models.lora import add_adapters
+from foveate.models.policy import freeze_except, load_policy
 from foveate.models.sizes import PUBLISHED_SIZES, published_config
 from foveate.plan import advice, memory
 from foveate.plan.advice import built_share, plan
@@ -28,7 +32,8 @@ from foveate.rollout.native.cache import GroupCache
 from foveate.train.muon import MUON
 from foveate.train.optim import OPTIMIZERS
 
-LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml"))
+ONE_GPU = sorted(path.stem for path in SHIPPED.glob("geo3k_*.yaml"))
+LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in ONE_GPU)
 ALL = ("vision", "projector", "language")
 
 
@@ -233,6 +238,28 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
     assert made.memory.fits(made.machines), plan_text(made)
     assert made.work.cluster == cluster
     assert made.gpu_hours > 0
+
+
+@pytest.mark.parametrize("name", ONE_GPU)
+def test_a_recipe_for_one_gpu_fits_on_the_one_that_it_names(name):
+    kind = {"24": "RTX4090-24", "80": "H100-80"}[
+        re.search(r"GPU of (\d+) GB", (SHIPPED / f"{name}.yaml").read_text())[1]
+    ]
+    made = plan(workload_of(read_recipe(name, []), None, None, None), parse_machines(f"1x1x{kind}"))
+    assert made.memory.fits(made.machines), plan_text(made)
+
+
+def test_adapters_are_planned_as_they_are_trained(tiny_folder, config):
+    settings = LoraSettings(rank=4, targets=("q_proj", "v_proj"))
+    policy = load_policy(str(tiny_folder))
+    freeze_except(policy, ALL)
+    add_adapters(policy, settings, ALL)
+    trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    whole, adapted = (memory_of(work_of(config, lora=lora)) for lora in (None, settings))
+    assert sizes_of(config, ALL, settings).trained == trained
+    assert adapted.gradients == 4 * trained
+    assert adapted.optimizer == pytest.approx(8 * trained, rel=0.01)
+    assert adapted.weights == whole.weights
 
 
 @pytest.mark.parametrize("name", ["shapes_gspo", "shapes_coldstart"])

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
-from foveate.models.policy import freeze_except
 from foveate.models.sizes import parameter_counts
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
-from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy
+from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy, train_parts
 from foveate.plan.workload import Workload
 from foveate.train.optim import state_bytes
 
@@ -68,8 +68,8 @@ class Sizes:
     root: int
 
 
-def sizes_of(config: Any, train: tuple[str, ...]) -> Sizes:
-    return _sizes(_ByText(config), train)
+def sizes_of(config: Any, train: tuple[str, ...], lora: LoraSettings | None = None) -> Sizes:
+    return _sizes(_ByText(config), train, lora)
 
 
 class _ByText:
@@ -87,23 +87,30 @@ class _ByText:
 
 
 @lru_cache(maxsize=256)
-def _sizes(held: _ByText, train: tuple[str, ...]) -> Sizes:
+def _sizes(held: _ByText, train: tuple[str, ...], lora: LoraSettings | None) -> Sizes:
     counts = parameter_counts(held.config)
     text = held.config.text_config
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
-    return Sizes(sum(counts.values()), sum(counts[part] for part in train), block, root + counts["projector"])
+    trained = sum(counts[part] for part in train)
+    if lora is not None:
+        policy = traced_policy(held.config, torch.float32, "auto")
+        train_parts(policy, train, lora)
+        trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+    return Sizes(sum(counts.values()), trained, block, root + counts["projector"])
 
 
 def optimizer_bytes(work: Workload) -> int:
     """The optimizer's state, over all ranks: its first state for the model's shapes."""
-    return _optimizer_bytes(_ByText(work.config), work.trainable, work.dtype, work.optim.model_dump_json())
+    return _optimizer_bytes(_ByText(work.config), work.trainable, work.lora, work.dtype, work.optim.model_dump_json())
 
 
 @lru_cache(maxsize=256)
-def _optimizer_bytes(held: _ByText, train: tuple[str, ...], dtype: torch.dtype, optim: str) -> int:
+def _optimizer_bytes(
+    held: _ByText, train: tuple[str, ...], lora: LoraSettings | None, dtype: torch.dtype, optim: str
+) -> int:
     policy = traced_policy(held.config, dtype, "auto")
-    freeze_except(policy, train)
+    train_parts(policy, train, lora)
     return state_bytes(policy.model, OptimSettings.model_validate_json(optim))
 
 
@@ -115,7 +122,7 @@ def key_value_bytes(config: Any, itemsize: int) -> int:
 
 def memory_of(work: Workload) -> Memory:
     """The memory of a workload. A single process without a cluster shares its weights with the engine."""
-    sizes, cluster = sizes_of(work.config, work.trainable), work.cluster
+    sizes, cluster = sizes_of(work.config, work.trainable, work.lora), work.cluster
     stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
@@ -159,16 +166,23 @@ def _pixels(work: Workload) -> float:
 def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
-    return _extrapolated(_ByText(work.config), work.row, work.compute_dtype, work.trainable, work.checkpointing, on_gpu)
+    model = _ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
+    return _extrapolated(*model, work.checkpointing, on_gpu)
 
 
 @lru_cache(maxsize=256)
 def _extrapolated(
-    held: _ByText, row: RowShape, dtype: torch.dtype, train: tuple[str, ...], checkpointing: bool, on_gpu: bool
+    held: _ByText,
+    row: RowShape,
+    dtype: torch.dtype,
+    train: tuple[str, ...],
+    lora: LoraSettings | None,
+    checkpointing: bool,
+    on_gpu: bool,
 ) -> StepMemory:
     vision, language = held.config.vision_config.num_hidden_layers, held.config.text_config.num_hidden_layers
     depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
-    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu}
+    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
     traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
     base, deeper, higher = (memory.activations for memory in traced)
     activations = base + (deeper - base) * (language - 2) / 2 + (higher - base) * (vision - 1)

@@ -11,7 +11,7 @@ from foveate.plan.time import in_flight
 def plan_text(plan: Plan) -> str:
     """Memory by part, whether it fits and what to change, time by phase, and the assumptions."""
     work, machines, memory = plan.work, plan.machines, plan.memory
-    sizes = sizes_of(work.config, work.trainable)
+    sizes = sizes_of(work.config, work.trainable, work.lora)
     lines = [
         f"{machines.count} x {machines.name}{_apart(plan)}; {sizes.total:,} parameters, {sizes.trained:,} trained; "
         f"a rank holds {plan.rank_share:.2f} times its even share of the weights",

@@ -86,14 +86,14 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
 def _gather(work: Workload, machines: Machines) -> float:
     """All weights brought together once on every rank."""
     shards = work.cluster.shards
-    total = sizes_of(work.config, work.trainable).total * work.compute_dtype.itemsize
+    total = sizes_of(work.config, work.trainable, work.lora).total * work.compute_dtype.itemsize
     host = total / shards / (machines.gpu.host * BANDWIDTH_SHARE) if work.cluster.offload else 0.0
     return total * (shards - 1) / shards / machines.reach(shards) + host
 
 
 def _optimizer(work: Workload, machines: Machines) -> float:
     """Weights, gradients and state read, weights and state written, in each update of a step."""
-    trained = sizes_of(work.config, work.trainable).trained * work.dtype.itemsize
+    trained = sizes_of(work.config, work.trainable, work.lora).trained * work.dtype.itemsize
     moved = (3 * trained + 2 * optimizer_bytes(work)) / work.cluster.shards
     speed = HOST_BANDWIDTH if work.cluster.offload else machines.gpu.bandwidth * BANDWIDTH_SHARE
     return work.updates * moved / speed
@@ -102,7 +102,7 @@ def _optimizer(work: Workload, machines: Machines) -> float:
 def _publish(work: Workload, machines: Machines) -> float:
     if not work.generates or work.cluster.gpus == 1:
         return 0.0
-    return sizes_of(work.config, work.trainable).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
+    return sizes_of(work.config, work.trainable, work.lora).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
 
 
 def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
@@ -122,7 +122,7 @@ def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     live = min(queue, in_flight(work, machines, memory))
     flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel
     head = work.config.text_config.vocab_size * work.config.text_config.hidden_size
-    active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.trainable).total
+    active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.trainable, work.lora).total
     context = (work.prompt + work.answer / 2) * key_value_bytes(work.config, ENGINE_BYTES)
     read = min(weights, active * live) * ENGINE_BYTES
     token = max((read + live * context) / speed, 2 * active * live / flops)

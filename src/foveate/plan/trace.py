@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, InternVLForConditionalGeneration
 
+from foveate.config.model import LoraSettings
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
+from foveate.models.lora import add_adapters
 from foveate.models.policy import Policy, freeze_except
 from foveate.parallel.packing import pack
 from foveate.records import Batch, ImageSlot, PackedGroup, Prompt
@@ -90,6 +92,7 @@ def step_memory(
     checkpointing: bool,
     kernel: str = "auto",
     on_gpu: bool = False,
+    lora: LoraSettings | None = None,
 ) -> StepMemory:
     """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`. `on_gpu`:
     log-probs are computed in the larger chunks of GPUs.
@@ -98,7 +101,7 @@ def step_memory(
     """
     policy = traced_policy(config, dtype, kernel)
     model: Any = policy.model
-    freeze_except(policy, train)
+    train_parts(policy, train, lora)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -153,6 +156,13 @@ def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
     tokenizer: Any = None
     return Policy(model.eval(), tokenizer, InternVL.planned(config), Path(), "hf")
+
+
+def train_parts(policy: Policy, parts: Sequence[str], lora: LoraSettings | None) -> None:
+    """Say what is trained, as a run does: parts, or the adapters in them."""
+    freeze_except(policy, parts)
+    if lora is not None:
+        add_adapters(policy, lora, parts)
 
 
 def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:

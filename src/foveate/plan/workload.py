@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from foveate.config.cluster import ClusterSettings
+from foveate.config.model import LoraSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
@@ -51,6 +52,7 @@ class Workload:
     reference: bool
     epochs: int = 1
     overlaps: bool = False
+    lora: LoraSettings | None = None
 
     @property
     def engines(self) -> int:
@@ -85,7 +87,8 @@ def workload_of(
     if tiles * per_tile > prompt:
         raise ConfigError(f"{tiles} tiles are {tiles * per_tile} tokens, more than a prompt of {prompt}")
     common: dict[str, Any] = {
-        "config": config, "trainable": model.trainable, "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
+        "config": config, "trainable": model.trainable, "lora": model.lora,
+        "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
         "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
         "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
@@ -98,12 +101,12 @@ def workload_of(
             longest=longest, generates=False, forwards=0, reference=False,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
-    reference = build_algorithm(settings.algorithm, longest).needs_reference
+    needs_reference = build_algorithm(settings.algorithm, longest).needs_reference
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
         epochs=settings.train.epochs_per_step, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
-        answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + reference,
-        reference=reference,
+        answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + needs_reference,
+        reference=needs_reference and model.lora is None,  # else the model with its adapters off
     )  # fmt: skip
 
 
