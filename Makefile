@@ -7,7 +7,7 @@ SLOW ?=
 # Spinning threads starve their neighbours; one thread per test worker is fastest.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint bench coldstart clean
+.PHONY: demo test test-slow lint docs bench coldstart clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,11 @@ lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The pages of docs/ as a site in build/site; a warning is an error.
+docs: $(VENV)/ready-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 # Side by side with TRL, verl, transformers and vLLM, each in an environment of its own under build/peers; rewrites
 # docs/performance.md. Over an hour of one core.

@@ -44,7 +44,8 @@ def texts() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value
-    pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs/recipes.md"}  # lists verl's, too
+    others = {ROOT / "docs/recipes.md", ROOT / "docs/coming_from.md"}  # list the settings of other trainers, too
+    pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - others
     for path in sorted(pages):
         yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
 
