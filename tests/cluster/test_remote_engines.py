@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from family_cases import build_family
 
 from foveate.cluster.engine_process import EngineLostError, EngineProcess
 from foveate.cluster.local import LocalWorkers
@@ -20,6 +21,7 @@ from foveate.cluster.remote_engines import RemoteEngines
 from foveate.cluster.weights import Incoming, Outgoing
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
+from foveate.encoding.encode import Encoder
 from foveate.errors import DataError, EngineError, RankLost
 from foveate.models.policy import load_policy
 from foveate.records import SamplingParams
@@ -323,3 +325,22 @@ def test_an_engine_that_is_no_trainer_keeps_its_weights_until_the_next_publish(t
     assert kept.tensors == original.tensors
     assert (kept.data == original.data).all()
     assert sent.packet(False) is None
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl"])
+def test_tied_weights_reach_an_engine_of_its_own_once_and_stay_tied(name, make_task, tmp_path):
+    folder = str(build_family(tmp_path, name, tie_word_embeddings=True))
+    policy = load_policy(folder)
+    encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
+    process, outgoing = EngineProcess(partial(load_policy, folder), NativeEngine, encode.decode), Outgoing(policy.model)
+    requests = [Request(encode(make_task("Where is the circle?")), 0)]
+    for version in (3, 4):
+        learn(policy, version)
+        packet = outgoing.packet(True)
+        names = [name for name, *_ in packet.tensors]
+        assert names == [name for name, _ in policy.model.named_parameters()]
+        process.take(packet)
+        process.publish(version)
+        expected = NativeEngine(policy, encode.decode, version=version).generate(requests, SAMPLING)
+        assert process._engine.generate(requests, SAMPLING) == expected
+    process.close()

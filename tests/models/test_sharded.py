@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from family_cases import VISION_MODELS, build_family
+from family_cases import VISION_MODELS, build_family, build_internvl
 from rank_cases import spawn, whole
 from safetensors.torch import load_file, save_file
 
@@ -19,18 +19,21 @@ from foveate.models.tiny import TinySize, build_tiny
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
 OTHERS = [*VISION_MODELS, "qwen3", "qwen3_moe", "gpt_oss"]
+TIED = ["internvl, tied", "qwen3_vl, tied", "qwen3, tied"]
 TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """InternVL in its layouts, one with tied embeddings and one of experts, and the other families."""
+    """InternVL in its layouts, the other families, and some of each with tied embeddings."""
     root = tmp_path_factory.mktemp("folders")
     made = {name: build_family(root / name, name) for name in OTHERS}
     made["internvl"] = build_tiny(root / "hf", TINY)
     made["internvl, chat"] = root / "chat"
     convert(made["internvl"], root / "chat", "chat", shard_bytes=100_000)
-    return made
+    tied = {"tie_word_embeddings": True}
+    made["internvl, tied"] = build_internvl(root / "tied", TINY, text=tied, vision={})
+    return made | {f"{name}, tied": build_family(root / f"{name}-tied", name, **tied) for name in ("qwen3_vl", "qwen3")}
 
 
 def tensors_of(policy):
@@ -45,7 +48,7 @@ def require_same(found, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["internvl", "internvl, chat", *OTHERS])
+@pytest.mark.parametrize("name", ["internvl", "internvl, chat", *OTHERS, *TIED])
 def test_a_filled_model_is_the_loaded_one_bit_for_bit(folders, name, dtype):
     loaded = load_policy(str(folders[name]), dtype=dtype)
     policy = meta_policy(str(folders[name]), dtype=dtype)
@@ -53,6 +56,7 @@ def test_a_filled_model_is_the_loaded_one_bit_for_bit(folders, name, dtype):
     allocate(policy, policy.model, "cpu")
     load_sharded(policy)
     require_same(tensors_of(policy), tensors_of(loaded))
+    assert policy.is_tied == loaded.is_tied == (name in TIED)
     names = [[name for name, _ in one.model.named_parameters()] for one in (policy, loaded)]
     assert names[0] == names[1]  # tied weights are one
     assert policy.model.training == loaded.model.training
@@ -75,7 +79,7 @@ def filled_shares(_rank, ranks, _folder, folders):
 
 @pytest.mark.slow
 def test_ranks_fill_their_shares_with_the_same_weights(tmp_path, folders):
-    chosen = {name: folders[name] for name in ("internvl, chat", "qwen3_vl_moe", "qwen2_5_vl", "qwen3")}
+    chosen = {name: folders[name] for name in ("internvl, chat", "qwen3_vl_moe", "qwen2_5_vl", "qwen3", *TIED)}
     results = spawn(filled_shares, 4, tmp_path, chosen)
     for name, folder in chosen.items():
         loaded = load_policy(str(folder))

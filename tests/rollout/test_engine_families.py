@@ -8,46 +8,64 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import build_family
-from test_engine_conformance import SAMPLING, SIZE, Case, start
+from family_cases import build_family, build_internvl
+from test_engine_conformance import NINE_HEADS, SAMPLING, SIZE, Case, make_likely_answers_differ, start
 
 from foveate.encoding.encode import Encoder
 from foveate.models.checkpoint.convert import convert
 from foveate.models.policy import load_policy
-from foveate.models.tiny import build_tiny
 from foveate.records import SamplingParams
 from foveate.rollout.check import check_engine
 from foveate.rollout.native.engine import NativeEngine
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+TIED = {"tie_word_embeddings": True}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
-    "qwen2": HEADS,
-    "qwen3": {**HEADS, "head_dim": 32},
+    "qwen2": HEADS,  # has biases
+    "qwen3": {**HEADS, "head_dim": 32},  # has none
 }
-PAIRS = [*(("vllm", name) for name in ("chat", *SIZES)), ("sglang", "qwen2"), ("sglang", "qwen3")]
-THROUGH_A_FILE = (("vllm", "qwen3"), ("sglang", "qwen3"))
+MODELS = {
+    **{name: (name, size) for name, size in SIZES.items()},
+    **{f"{name}-tied": (name, {**size, **TIED}) for name, size in SIZES.items()},
+    "qwen2-nine": ("qwen2", NINE_HEADS),
+    "qwen2-nine-tied": ("qwen2", {**NINE_HEADS, **TIED}),
+    "qwen3-biases": ("qwen3", {**NINE_HEADS, "attention_bias": True, **TIED}),
+}
+"""Family and changes of its text configuration by name."""
+CHAT = {"chat": {}, "chat-tied": TIED}
+"""InternVL in the GitHub layout, with changes of its text configuration."""
+NO_VLLM = ("qwen3-biases",)
+"""Models that vLLM has no place for."""
+PAIRS = [
+    *(("vllm", name) for name in (*CHAT, *MODELS) if name not in NO_VLLM),
+    *(("sglang", name) for name in (*CHAT, *MODELS) if "_vl" not in name),
+]
+THROUGH_A_FILE = ("qwen3", "qwen3-tied")
 """Whose weights travel through a file."""
 pytestmark = pytest.mark.slow
+
+
+def build(folder, name):
+    """The folder of a model."""
+    if name in CHAT:
+        build_internvl(folder / "hf", SIZE, text=CHAT[name], vision={})
+        convert(folder / "hf", folder / "model", "chat")
+        return folder / "model"
+    family, changes = MODELS[name]
+    return build_family(folder, family, **changes)
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="-".join)
 def case(request, tmp_path_factory, make_image, make_task):
     engine, name = request.param
     folder = tmp_path_factory.mktemp(name)
-    if name == "chat":
-        convert(build_tiny(folder / "hf", SIZE, padded_vocabulary=700), folder / "model", "chat")
-    else:
-        (folder / "model").mkdir()
-        build_family(folder / "model", name, **SIZES[name])
-    policy = load_policy(str(folder / "model"))
-    if name == "chat":
-        with torch.no_grad():
-            for key, parameter in policy.model.named_parameters():
-                if "norm" not in key:
-                    parameter.mul_(4 if "embed_tokens" in key or "lm_head" in key else 2)
+    policy = load_policy(str(build(folder, name)))
+    assert policy.is_tied == name.endswith(("tied", "biases"))
+    if name in CHAT:
+        make_likely_answers_differ(policy)
     encoder = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
     tasks = [make_task("the big blue square"), make_task("a red circle above it")]
     if policy.family.unit:
@@ -55,7 +73,7 @@ def case(request, tmp_path_factory, make_image, make_task):
             make_task("<image>\nWhat is shown?", make_image(168, 56, 1)),
             make_task("<image> above <image>\nthe circle", make_image(56, 112, 3), make_image(224, 168, 4)),
         ]
-    transfer = "disk" if (engine, name) in THROUGH_A_FILE else "broadcast"
+    transfer = "disk" if name in THROUGH_A_FILE else "broadcast"
     running = start(engine, policy, encoder, transfer=transfer)
     yield Case(running, policy, encoder, [encoder(task) for task in tasks])
     running.close()

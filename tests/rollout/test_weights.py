@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+from family_cases import build_family
+from safetensors.torch import load_file
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+from foveate.config.model import LoraSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, EngineError
+from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.names import to_hf
+from foveate.models.families import served_as
 from foveate.models.families.text import TextOnly
+from foveate.models.lora import add_adapters
 from foveate.models.policy import load_policy
 from foveate.rollout.build import WeightCheck, choose_engine
 from foveate.rollout.check import check_engine
 from foveate.rollout.native.engine import NativeEngine
-from foveate.rollout.server.weights import ALIGNMENT, TRAILER, Sender, pack_bucket, plan_buckets
+from foveate.rollout.server.launch import write_launch_files
+from foveate.rollout.server.weights import (
+    ALIGNMENT,
+    TRAILER,
+    Sender,
+    WeightsFile,
+    pack_bucket,
+    plan_buckets,
+    served_weights,
+)
 from foveate.rollout.sglang.engine import chat_weights
 
 WEIGHTS = [
@@ -96,6 +114,49 @@ def test_names_of_the_github_layout_fuse_what_it_fuses_and_lose_nothing(tiny_pol
         rebuilt |= zip(names, tensor.tensor_split(len(names)), strict=True)
     assert rebuilt.keys() == weights.keys()
     assert all(torch.equal(rebuilt[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_vl"])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_tied_head_is_sent_once_as_the_embedding_also_with_adapters(name, adapters, tmp_path):
+    folder = build_family(tmp_path / "model", name, tie_word_embeddings=True)
+    policy, expected = load_policy(str(folder)), dict(load_policy(str(folder)).model.named_parameters())
+    assert policy.is_tied
+    if adapters:
+        add_adapters(policy, LoraSettings(rank=2), ("language",))
+    sent = dict(served_weights(policy.model))
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in sent.items())
+    written = WeightsFile(tmp_path / "file").write(1, sent.items()) / "model.safetensors"
+    assert load_file(written).keys() == expected.keys()
+
+
+@pytest.mark.parametrize("outer", [None, False, True])
+@pytest.mark.parametrize("inner", [None, False, True])
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+@pytest.mark.parametrize("layout", ["hf", "chat"])
+def test_a_server_reads_wherever_it_looks_whether_the_trainers_head_is_the_embedding(
+    layout, server, inner, outer, tiny_folder, tmp_path
+):
+    """Folders may say it in one place, in neither, or in both and not the same."""
+    folder, text = tiny_folder, {"hf": "text_config", "chat": "llm_config"}[layout]
+    if layout == "chat":
+        folder = tmp_path / "chat"
+        convert(tiny_folder, folder, "chat")
+    config = json.loads((folder / "config.json").read_text())
+    for part, value in ((config, outer), (config[text], inner)):
+        del part["tie_word_embeddings"]
+        part |= {} if value is None else {"tie_word_embeddings": value}
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    (changed / "config.json").write_text(json.dumps(config))
+    policy = load_policy(str(changed))
+    served = served_as(policy.family, server)
+    (tmp_path / "launch").mkdir()
+    found, _ = write_launch_files(tmp_path / "launch", policy, served, Path(__file__), server, "group")
+    config = json.loads((found / "config.json").read_text())
+    text = {"hf": "text_config", "chat": "llm_config"}[served.layout]
+    assert config["tie_word_embeddings"] is config[text]["tie_word_embeddings"] is policy.is_tied
 
 
 # ----------------------------------------------------------------------------------------------------------- the proof

@@ -10,6 +10,8 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GptOssConfig,
     GptOssForCausalLM,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -27,7 +29,7 @@ from transformers import (
 from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.families import family_class
 from foveate.models.families.qwen_vl import QwenVL
-from foveate.models.tiny import tiny_tokenizer
+from foveate.models.tiny import build_tiny, tiny_tokenizer
 
 TEXT = {
     "hidden_size": 64,
@@ -101,12 +103,13 @@ def build_family(folder, name, **changes):
             video_token_id=ids["<|video_pad|>"],
             vision_start_token_id=ids["<|vision_start|>"],
             vision_end_token_id=ids["<|vision_end|>"],
-            tie_word_embeddings=False,
+            tie_word_embeddings=(text | changes)["tie_word_embeddings"],
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = cls(config).float()
     generator = torch.Generator().manual_seed(1)
+    scale = 4 * (TEXT["hidden_size"] / config.get_text_config().hidden_size) ** 0.5
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key and key.endswith("weight"):
@@ -114,12 +117,30 @@ def build_family(folder, name, **changes):
             elif key.endswith(("sinks", "bias")):
                 parameter.copy_(torch.empty_like(parameter).normal_(std=0.5, generator=generator))
             else:
-                parameter.mul_(4)
+                parameter.mul_(scale)
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if name in VISION_MODELS:
         write_processor(folder, config.vision_config.patch_size)
+    return folder
+
+
+def build_internvl(folder, size, *, text, vision):
+    """Write a tiny InternVL with these changes of its text and vision configurations; biases are not zero."""
+    build_tiny(folder, size, padded_vocabulary=700)
+    content = InternVLConfig.from_pretrained(folder).to_dict()
+    content["text_config"] |= text
+    content["vision_config"] |= vision
+    content["tie_word_embeddings"] = content["text_config"]["tie_word_embeddings"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = InternVLForConditionalGeneration(InternVLConfig.from_dict(content)).float()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     return folder
 
 

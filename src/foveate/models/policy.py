@@ -62,6 +62,12 @@ class Policy:
         return self.device.type == "meta"
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        model: Any = self.model
+        return self.part("head").weight is model.get_input_embeddings().weight
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

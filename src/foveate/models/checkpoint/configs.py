@@ -194,6 +194,14 @@ def tied(config: Mapping[str, Any]) -> bool:
     return bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings", False)))
 
 
+def with_tied(config: Mapping[str, Any], is_tied: bool) -> Json:
+    """A configuration, of any layout, that says in the whole and in its text model whether the embeddings are tied:
+    programs differ in which of the two they read, and in what they assume where it is silent."""
+    texts = {key: config[key] for key in ("text_config", "llm_config") if config.get(key)}
+    parts = {key: {**text, "tie_word_embeddings": is_tied} for key, text in texts.items()}
+    return {**config, **parts, "tie_word_embeddings": is_tied}
+
+
 def with_dtype(config: Mapping[str, Any], dtype: str) -> Json:
     """A configuration of weights in another dtype ("bfloat16"), wherever it or a part of it names one."""
     parts = {key: with_dtype(value, dtype) for key, value in config.items() if key.endswith("_config") and value}

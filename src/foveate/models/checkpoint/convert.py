@@ -27,6 +27,7 @@ from foveate.models.checkpoint.configs import (
     hf_preprocessor,
     hf_to_chat,
     patched,
+    with_tied,
 )
 from foveate.models.checkpoint.formats import (
     detect_format,
@@ -185,10 +186,13 @@ def write_other_files(source: Path, target: Path, layout: CheckpointFormat, to: 
     _write_to_chat(source, target) if other == "chat" else _write_to_hf(source, target)
 
 
-def write_served_files(source: Path, target: Path, layout: CheckpointFormat, served: ServedAs, end_token: Any) -> None:
+def write_served_files(
+    source: Path, target: Path, layout: CheckpointFormat, served: ServedAs, end_token: Any, *, is_tied: bool
+) -> None:
     """The small files of a checkpoint in the new folder `target`, as a server takes them."""
     target.mkdir()
     write_other_files(source, target, layout, served.layout)
+    write_json(target / "config.json", with_tied(read_json(target / "config.json"), is_tied))
     path = target / _TOKENIZER
     if path.is_file():
         write_json(path, served.tokenizer_config(read_json(path), end_token))

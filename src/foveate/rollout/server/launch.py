@@ -55,7 +55,9 @@ def write_launch_files(
 ) -> tuple[Path, Path]:
     """Write the model's small files and, as an installed package with an entry point of `group`, the plug-in file;
     returns the folders of both, within `folder`."""
-    write_served_files(policy.folder, folder / "model", policy.format, served, policy.tokenizer.eos_token)
+    write_served_files(
+        policy.folder, folder / "model", policy.format, served, policy.tokenizer.eos_token, is_tied=policy.is_tied
+    )
     write_plugin(folder / "plugin", plugin, name, group)
     return folder / "model", folder / "plugin"
 

@@ -51,10 +51,14 @@ class Bucket:
 
 
 def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a server needs of a model: its parameters, adapters merged into them. Nothing is computed before
-    the first is asked for."""
-    adapted = any(".lora_" in name for name, _ in model.named_parameters())
-    yield from merged_state(model).items() if adapted else model.named_parameters()
+    """The weights that a server needs of a model: its parameters, adapters merged into them, a tied head once, as the
+    embedding. Nothing is computed before the first is asked for."""
+    names = {name for name, _ in model.named_parameters()}
+    if not any(".lora_" in name for name in names):
+        yield from model.named_parameters()
+        return
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    yield from ((name, tensor) for name, tensor in merged_state(model).items() if name not in again)
 
 
 def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Bucket]:

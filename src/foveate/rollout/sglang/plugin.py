@@ -1,5 +1,5 @@
-"""foveate's additions to the SGLang processes that it starts: tiles over HTTP, buckets with checksums, the trainer's
-log-probs, counted tokens.
+"""foveate's additions to the SGLang processes that it starts: tiles over HTTP, tied embeddings, buckets with checksums,
+the trainer's log-probs, counted tokens.
 
 This file is copied beside each server (see `foveate.rollout.sglang.engine`), runs in SGLang's own environment, and
 imports nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sglang.srt.configs.internvl import InternVLChatConfig
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.multimodal.processors.internvl import InternVLProcessor
@@ -30,6 +31,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 def register() -> None:
     """The entry point `sglang.srt.plugins`, called once in every process of a server."""
     _take_tiles()
+    _tie_embeddings()
     _check_buckets()
     _report_trainers_logprobs()
 
@@ -48,6 +50,18 @@ def _take_tiles() -> None:
 def _decoded(item: dict[str, Any]) -> dict[str, Any]:
     flat = torch.frombuffer(bytearray(b64decode(item["data"])), dtype=DTYPES[item["dtype"]])
     return {"format": "processor_output", "hash": item["hash"], "pixel_values": flat.view(item["shape"])}
+
+
+def _tie_embeddings() -> None:
+    """The head of an InternVL is the embedding where config.json says so: SGLang takes none to be."""
+    plain = InternVLChatConfig.__init__
+
+    def init(self: Any, *args: Any, llm_config: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, llm_config=llm_config, **kwargs)
+        is_tied = bool(llm_config) and llm_config["tie_word_embeddings"]
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings = is_tied
+
+    InternVLChatConfig.__init__ = init
 
 
 def _check_buckets() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 from base64 import b64decode
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -137,9 +138,19 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.missing:
             raise RuntimeError(f"no weights came for {min(self.missing)} and {len(self.missing) - 1} more")
         finalize_layerwise_reload(self.model, self.model_config)
+        for layer in _tied_layers(self.model):
+            layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]
 
     def shutdown(self) -> None:
         self.group = None
+
+
+def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that share a parameter, such as a head that is the embedding. vLLM loads it in one of them, and leaves
+    the others with what they made of the old one: on CPUs, a packed copy."""
+    layers = [(layer, {*map(id, layer.parameters(recurse=False))}) for layer in model.modules()]
+    uses = Counter(parameter for _, own in layers for parameter in own)
+    return [layer for layer, own in layers if any(uses[parameter] > 1 for parameter in own)]
 
 
 def _opened(handle: str, device: torch.device) -> torch.Tensor:
