@@ -12,6 +12,7 @@ from family_cases import build_family, build_internvl
 from test_engine_conformance import NINE_HEADS, SAMPLING, SIZE, Case, make_likely_answers_differ, start
 
 from foveate.encoding.encode import Encoder
+from foveate.errors import EngineError
 from foveate.models.checkpoint.convert import convert
 from foveate.models.policy import load_policy
 from foveate.records import SamplingParams
@@ -114,3 +115,11 @@ def test_the_parity_check_passes(case):
 
 def test_groups_are_complete(case):
     assert [len(group) for group in case.engine.generate(case.requests(), SAMPLING)] == [4] * len(case.prompts)
+
+
+@pytest.mark.parametrize("name", NO_VLLM)
+def test_a_weight_without_a_place_in_the_model_of_the_server_is_named(name, tmp_path):
+    policy = load_policy(str(build(tmp_path, name)))
+    encoder = Encoder(policy.tokenizer, policy.family, policy.family.budget, 1024)
+    with pytest.raises(EngineError, match=r"has no place for model\.layers\.0\.self_attn\.o_proj\.bias"):
+        start("vllm", policy, encoder)

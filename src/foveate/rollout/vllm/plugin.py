@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 from base64 import b64decode
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -73,6 +74,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Where buckets arrive."""
     missing: frozenset[str] = frozenset()
     """Parameters of the model that have not come yet since the update began."""
+    is_proven = False
+    """Whether every tensor of an update has found its place in the model."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if not init_info.host:
@@ -98,7 +101,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Load bucket by bucket; the next is on its way while one is loaded."""
         if update_info.file:
             with safe_open(update_info.file, "pt", device=str(self.device)) as file:
-                self.missing -= self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                self._take((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
             return
         if update_info.handle:
             # a copy: the trainer fills that memory anew, and vLLM keeps tensors until it has all of a layer
@@ -123,7 +126,19 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if (found, number) != (sent, place):
             what = f"as number {place} with checksum {found}, not as {number} with {sent}"
             raise RuntimeError(f"the bucket of {tensors[0][0]} arrived {what}")
-        self.missing -= self.model.load_weights([(name, _tensor(flat, *where)) for name, *where in tensors])
+        self._take((name, _tensor(flat, *where)) for name, *where in tensors)
+
+    def _take(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load weights, in the first update one by one: vLLM drops a tensor without a word where its model has no place
+        for it, such as a bias. Raises RuntimeError for such a tensor."""
+        if self.is_proven:
+            self.missing -= self.model.load_weights(weights)
+            return
+        for name, tensor in weights:
+            taken = self.model.load_weights([(name, tensor)])
+            if not taken:
+                raise RuntimeError(f"the {type(self.model).__name__} of vLLM has no place for {name}")
+            self.missing -= taken
 
     def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
         """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
@@ -140,6 +155,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in _tied_layers(self.model):
             layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]
+        self.is_proven = True
 
     def shutdown(self) -> None:
         self.group = None
