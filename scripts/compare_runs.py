@@ -72,6 +72,11 @@ SETTINGS: dict[str, str] = {
     "algorithm.refills": "algorithm.resample_rounds",
 }
 """Path of a setting at the parent -> path at this commit, where they differ."""
+FORMER: dict[str, dict[str, Any]] = {
+    "mpo": {"loss": {"settings": {"generation_mean": "token"}}},
+    "cascade": {"mpo": {"loss": {"settings": {"generation_mean": "token"}}}},
+}
+"""Run -> settings by which this commit computes what parents compute by default."""
 IGNORED = ("seconds", "tokens_per_second", "time/")
 """Metrics that measure time, by the beginnings of their names at either commit."""
 
@@ -179,12 +184,12 @@ def _make_inputs(parent: Path, folder: Path) -> None:
 
 
 def _compare(name: str, ranks: int, parent: Path, folder: Path) -> bool:
-    verb, settings = RUNS[name]
+    _, settings = RUNS[name]
     if ranks > 1:
         engines = {"engines": 1} if name == "async" else {}
         settings = {**settings, "cluster": {**settings["cluster"], "gpus_per_node": ranks, **engines}}
     before, after = (
-        _metrics(verb, settings, f"{name}-{ranks}-{checkout.name}", checkout, folder) for checkout in (parent, HEAD)
+        _metrics(name, settings, f"{name}-{ranks}-{checkout.name}", checkout, folder) for checkout in (parent, HEAD)
     )
     problems = _differences(before, after)
     print(f"{name} on {ranks} rank{'s' * (ranks > 1)}: {len(after)} steps, " + (problems[0] if problems else "equal"))
@@ -193,9 +198,17 @@ def _compare(name: str, ranks: int, parent: Path, folder: Path) -> bool:
     return not problems
 
 
-def _metrics(verb: str, settings: dict[str, Any], run: str, checkout: Path, folder: Path) -> list[dict[str, float]]:
+def _merged(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """The settings with `others` set in them, group by group."""
+    groups = {key: _merged(settings.get(key, {}), value) for key, value in others.items() if isinstance(value, dict)}
+    return {**settings, **others, **groups}
+
+
+def _metrics(name: str, settings: dict[str, Any], run: str, checkout: Path, folder: Path) -> list[dict[str, float]]:
     is_head = checkout == HEAD
     settings = {"run": run, **json.loads(json.dumps(settings))}
+    if is_head:
+        settings = _merged(settings, FORMER.get(name, {}))
     for old, new in SETTINGS.items() if is_head else ():
         *path, last = old.split(".")
         group = settings
@@ -210,7 +223,7 @@ def _metrics(verb: str, settings: dict[str, Any], run: str, checkout: Path, fold
             group[last] = value
     recipe = folder / f"{run}.yaml"
     recipe.write_text(json.dumps(settings))  # JSON is YAML
-    _foveate(checkout, folder, verb, str(recipe))
+    _foveate(checkout, folder, RUNS[name][0], str(recipe))
     lines = (folder / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -55,6 +55,7 @@ def random_pairs(seed, pairs=4, shift=0.3):
 def test_losses_and_gradients_are_those_of_trl(case):
     answers, ref = alternating(TRL["paired"]["logp"]), alternating(TRL["paired"]["ref"])
     settings = {} if case["name"] == "sft" else {"beta": case["beta"]}
+    settings |= {"generation_mean": "token"} if case["name"] == "mpo" else {}
     loss = resolve(PREFERENCE_LOSSES, case["name"], "loss")
     out, gradient_M = evaluated(loss, *packed(answers, ref), **settings)
     assert out.loss.item() == pytest.approx(case["loss"], rel=1e-12)
@@ -84,7 +85,7 @@ def test_bco_with_a_shift_is_that_of_trl_and_so_is_its_running_mean():
 # ------------------------------------------------------------------------------------------------ the formulas by hand
 
 
-def by_hand(answers, ref, shift, beta, weights):
+def by_hand(answers, ref, shift, beta, weights, generation_mean="pair"):
     """MPO one pair at a time in plain Python."""
     preference = quality = generation = 0.0
     pairs = len(answers) // 2
@@ -98,17 +99,18 @@ def by_hand(answers, ref, shift, beta, weights):
         rejected = beta * (sum(answers[2 * i + 1]) - ref[2 * i + 1])
         preference += minus_log_sigmoid(chosen - rejected) / pairs
         quality += (minus_log_sigmoid(chosen - shift) + minus_log_sigmoid(-(rejected - shift))) / pairs
-        generation -= sum(answers[2 * i]) / tokens
+        generation -= sum(answers[2 * i]) / (len(answers[2 * i]) * pairs if generation_mean == "pair" else tokens)
     return weights[0] * preference + weights[1] * quality + weights[2] * generation
 
 
 @pytest.mark.parametrize("weights", [(0.8, 0.2, 1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
 @pytest.mark.parametrize("beta", [0.1, 1.3])
-def test_mpo_is_its_formula(weights, beta):
+@pytest.mark.parametrize("generation_mean", ["pair", "token"])
+def test_mpo_is_its_formula(weights, beta, generation_mean):
     answers, ref, shift = random_pairs(1)
     settings = dict(zip(("preference", "quality", "generation"), weights, strict=True))
-    out, _ = evaluated(mpo, *packed(answers, ref, shift), beta=beta, **settings)
-    assert out.loss.item() == pytest.approx(by_hand(answers, ref, shift, beta, weights), rel=1e-12)
+    out, _ = evaluated(mpo, *packed(answers, ref, shift), beta=beta, generation_mean=generation_mean, **settings)
+    assert out.loss.item() == pytest.approx(by_hand(answers, ref, shift, beta, weights, generation_mean), rel=1e-12)
 
 
 def test_mpo_has_the_weights_of_the_paper_and_each_term_stands_alone():
@@ -116,7 +118,54 @@ def test_mpo_has_the_weights_of_the_paper_and_each_term_stands_alone():
     case = packed(answers, ref, shift)
     whole = mpo(*case).loss
     assert whole.item() == pytest.approx(by_hand(answers, ref, shift, 0.1, (0.8, 0.2, 1.0)), rel=1e-12)
-    assert whole.item() == pytest.approx((0.8 * dpo(*case).loss + 0.2 * bco(*case).loss + sft(*case).loss).item())
+    imitate = mpo(*case, preference=0.0, quality=0.0).loss
+    assert whole.item() == pytest.approx((0.8 * dpo(*case).loss + 0.2 * bco(*case).loss + imitate).item())
+    by_token = mpo(*case, preference=0.0, quality=0.0, generation_mean="token").loss
+    assert by_token.item() == pytest.approx(sft(*case).loss.item(), rel=1e-14)
+
+
+def test_a_long_chosen_answer_weighs_no_more_than_a_short_one():
+    answers = [[-3.0] * 5, [-1.0] * 3, [-0.25] * 400, [-1.0] * 3]
+    case = packed(answers, [0.0] * 4)
+    by_pair, by_token = (
+        mpo(*case, preference=0.0, quality=0.0, generation_mean=mean).loss.item() for mean in ("pair", "token")
+    )
+    assert by_pair == pytest.approx((3.0 + 0.25) / 2, rel=1e-14)
+    assert by_token == pytest.approx((5 * 3.0 + 400 * 0.25) / 405, rel=1e-14)
+
+
+def on_one_device(logits_TV, answer_T, prompt, shift, ref):
+    """The loss of a device that holds one pair, as the released trainer computes it from logits: rows of logits and
+    tokens of the chosen and of the rejected answer behind a prompt of `prompt` tokens, padded to one length."""
+    logps = []
+    for logits, ids in zip(logits_TV, answer_T, strict=True):
+        answer = ids[prompt:]
+        logps.append(torch.log_softmax(logits[prompt - 1 : prompt - 1 + len(answer)], -1).gather(1, answer[:, None]))
+    labels = torch.zeros(len(logits_TV[0]), dtype=torch.int64)  # 0 is ignored: the prompt and the padding
+    labels[prompt - 1 : len(answer_T[0]) - 1] = answer_T[0][prompt:]
+    generation = torch.nn.functional.cross_entropy(logits_TV[0], labels, ignore_index=0)
+    chosen, rejected = (0.1 * (logp.sum() - own) for logp, own in zip(logps, ref, strict=True))
+    preference = -torch.nn.functional.logsigmoid(chosen - rejected)
+    quality = -torch.nn.functional.logsigmoid(chosen - shift) - torch.nn.functional.logsigmoid(shift - rejected)
+    return 0.8 * preference + 0.2 * quality + generation, [logp[:, 0].tolist() for logp in logps]
+
+
+def test_mpo_equals_the_released_trainer_with_a_pair_on_each_device():
+    generator = torch.Generator().manual_seed(5)
+    losses, answers, ref, shift = [], [], [], 0.7
+    for _ in range(100):
+        prompt = int(torch.randint(1, 9, (), generator=generator))
+        lengths = torch.randint(1, 40, (2,), generator=generator).tolist()
+        ids = [torch.randint(1, 23, (prompt + length,), generator=generator) for length in lengths]
+        padded = prompt + max(lengths)
+        logits = [2 * torch.randn(padded, 23, generator=generator, dtype=torch.float64) for _ in ids]
+        own = (-3.0 * double(lengths) + torch.randn(2, generator=generator, dtype=torch.float64)).tolist()
+        loss, pair = on_one_device(logits, ids, prompt, shift, own)
+        losses.append(loss)
+        answers += pair
+        ref += own
+    mean_over_devices = torch.stack(losses).mean()
+    assert mpo(*packed(answers, ref, shift)).loss.item() == pytest.approx(mean_over_devices.item(), rel=1e-12)
 
 
 def test_the_reward_shift_is_the_mean_over_all_rewards_so_far():

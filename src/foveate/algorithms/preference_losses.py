@@ -9,7 +9,9 @@ ref(y)), log-probs summed over the tokens of y, each term is a mean over the pai
 - bco: -log sigmoid(r(chosen) - shift) - log sigmoid(-(r(rejected) - shift))  (arXiv 2404.04656, in the paired form of
   MPO); the shift is the mean of the rewards of all steps before
 - sft: minus the mean log-prob of the chosen answers' tokens; needs no reference
-- mpo: preference * dpo + quality * bco + generation * sft  (arXiv 2411.10442, section 3; 0.8, 0.2 and 1)
+- mpo: preference * dpo + quality * bco + generation * L_g  (arXiv 2411.10442, section 3; 0.8, 0.2 and 1). Its
+  generation term L_g is -log pi(chosen) / |chosen|, a mean over tokens and then over pairs, as in the paper and in the
+  released trainer, whose batches hold one pair; `generation_mean="token"` is the mean over all tokens, as in sft
 
 `totals` counts the whole optimizer step: `groups` are pairs, `tokens` those of the chosen answers alone.
 """
@@ -17,7 +19,7 @@ ref(y)), log-probs summed over the tokens of y, each term is a mean over the pai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,33 +29,43 @@ from foveate.algorithms.aggregate import sum_by_sample
 from foveate.errors import require
 from foveate.records import Batch, LossOut, PairTargets, Totals
 
-_Terms = dict[str, tuple[float, Tensor]]
-"""Name -> (weight, the sum of the term over the pairs or tokens of this micro-batch)."""
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """A term of a loss: its weight, its sum over the pairs or tokens of this micro-batch, and over what it is a mean:
+    the pairs of the step, or the tokens of their chosen answers."""
+
+    weight: float
+    sum: Tensor
+    over: Literal["pairs", "tokens"] = "pairs"
+
+
+_Terms = dict[str, _Term]
 
 
 def dpo(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
     """Direct preference optimisation with the sigmoid loss."""
     pairs = _pairs(logp_M, batch, targets, beta)
-    return _combine({"dpo": (1.0, _dpo(pairs).sum())}, pairs, totals)
+    return _combine({"dpo": _Term(1.0, _dpo(pairs).sum())}, pairs, totals)
 
 
 def ipo(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
     """Identity preference optimisation, with log ratios per token."""
     pairs = _pairs(logp_M, batch, targets, beta)
     chosen_P, rejected_P = _split(pairs.reward_S / beta / pairs.length_S)
-    return _combine({"ipo": (1.0, (chosen_P - rejected_P - 1 / (2 * beta)).square().sum())}, pairs, totals)
+    return _combine({"ipo": _Term(1.0, (chosen_P - rejected_P - 1 / (2 * beta)).square().sum())}, pairs, totals)
 
 
 def bco(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals, *, beta: float = 0.1) -> LossOut:
     """Binary classifier optimisation: each answer against the shift by itself."""
     pairs = _pairs(logp_M, batch, targets, beta)
-    return _combine({"bco": (1.0, _bco(pairs, targets.shift).sum())}, pairs, totals)
+    return _combine({"bco": _Term(1.0, _bco(pairs, targets.shift).sum())}, pairs, totals)
 
 
 def sft(logp_M: Tensor, batch: Batch, targets: PairTargets, totals: Totals) -> LossOut:
     """Imitate the chosen answers."""
     pairs = _pairs(logp_M, batch, targets, 1.0, needs_reference=False)
-    return _combine({"sft": (1.0, -pairs.chosen_logp)}, pairs, totals)
+    return _combine({"sft": _Term(1.0, -pairs.chosen_logp_P.sum(), "tokens")}, pairs, totals)
 
 
 def mpo(
@@ -66,6 +78,7 @@ def mpo(
     preference: float = 0.8,
     quality: float = 0.2,
     generation: float = 1.0,
+    generation_mean: Literal["pair", "token"] = "pair",
 ) -> LossOut:
     """Mixed preference optimisation: which answer is better, whether each is good, and how to write the better one."""
     weights = {"preference": preference, "quality": quality, "generation": generation}
@@ -75,10 +88,15 @@ def mpo(
         any(weights.values()), "settings preference, quality, generation: all are 0, so there is nothing to train on"
     )
     pairs = _pairs(logp_M, batch, targets, beta)
+    if generation_mean == "pair":
+        chosen_length_P, _ = _split(pairs.length_S)
+        imitate = _Term(generation, -(pairs.chosen_logp_P / chosen_length_P).sum())
+    else:
+        imitate = _Term(generation, -pairs.chosen_logp_P.sum(), "tokens")
     terms: _Terms = {
-        "dpo": (preference, _dpo(pairs).sum()),
-        "bco": (quality, _bco(pairs, targets.shift).sum()),
-        "sft": (generation, -pairs.chosen_logp),
+        "dpo": _Term(preference, _dpo(pairs).sum()),
+        "bco": _Term(quality, _bco(pairs, targets.shift).sum()),
+        "sft": imitate,
     }
     return _combine(terms, pairs, totals)
 
@@ -111,13 +129,13 @@ class RewardShift:
 @dataclass(frozen=True, slots=True)
 class _Pairs:
     """Input of all terms: lengths and rewards of the answers, (S,), the rewards meaningless without a reference; and
-    the sums of the log-probs of all chosen and of all rejected answers."""
+    the log-probs of the chosen and of the rejected answers, (P,)."""
 
     length_S: Tensor
     reward_S: Tensor
     has_reference: bool
-    chosen_logp: Tensor
-    rejected_logp: Tensor
+    chosen_logp_P: Tensor
+    rejected_logp_P: Tensor
 
 
 def _pairs(logp_M: Tensor, batch: Batch, targets: PairTargets, beta: float, *, needs_reference: bool = True) -> _Pairs:
@@ -127,7 +145,7 @@ def _pairs(logp_M: Tensor, batch: Batch, targets: PairTargets, beta: float, *, n
     logp_S = sum_by_sample(logp_M.double(), batch.sample_M, batch.samples)
     chosen_P, rejected_P = _split(logp_S)
     reward_S = logp_S if targets.ref_S is None else beta * (logp_S - targets.ref_S)
-    return _Pairs(length_S, reward_S, targets.ref_S is not None, chosen_P.sum(), rejected_P.detach().sum())
+    return _Pairs(length_S, reward_S, targets.ref_S is not None, chosen_P, rejected_P.detach())
 
 
 def _split(values_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,16 +172,15 @@ def _combine(terms: _Terms, pairs: _Pairs, totals: Totals) -> LossOut:
     reward/preferred, the share of pairs whose chosen answer has the larger reward.
     """
     chosen_length_P, rejected_length_P = _split(pairs.length_S)
-    tokens, count = float(chosen_length_P.sum()), float(len(chosen_length_P))
-    weighted = [
-        weight * term / (totals.tokens if name == "sft" else totals.groups) for name, (weight, term) in terms.items()
-    ]
-    loss = torch.stack(weighted).sum()
+    own = {"pairs": float(len(chosen_length_P)), "tokens": float(chosen_length_P.sum())}
+    whole = {"pairs": totals.groups, "tokens": totals.tokens}
+    count = own["pairs"]
+    loss = torch.stack([term.weight * term.sum / whole[term.over] for term in terms.values()]).sum()
     values = {
         "loss/total": (loss, count / totals.groups),
-        **{f"loss/{name}": (term, tokens if name == "sft" else count) for name, (_, term) in terms.items()},
-        "loss/logp_chosen": (pairs.chosen_logp, tokens),
-        "loss/logp_rejected": (pairs.rejected_logp, float(rejected_length_P.sum())),
+        **{f"loss/{name}": (term.sum, own[term.over]) for name, term in terms.items()},
+        "loss/logp_chosen": (pairs.chosen_logp_P.sum(), own["tokens"]),
+        "loss/logp_rejected": (pairs.rejected_logp_P.sum(), float(rejected_length_P.sum())),
     }
     if pairs.has_reference:
         chosen_P, rejected_P = _split(pairs.reward_S.detach())
