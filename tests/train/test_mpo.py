@@ -61,8 +61,8 @@ def plain_mpo(model, packed_groups, ref):
     rewards = [[0.1 * (logp.sum() - r) for logp, r in zip(*pair, strict=True)] for pair in zip(logps, ref, strict=True)]
     dpo = sum(-F.logsigmoid(c - r) for c, r in rewards) / len(packed_groups)
     bco = sum(-F.logsigmoid(c - SHIFT) - F.logsigmoid(SHIFT - r) for c, r in rewards) / len(packed_groups)
-    chosen = torch.cat([pair[0] for pair in logps])
-    return 0.8 * dpo + 0.2 * bco - chosen.mean()
+    generation = -sum(chosen.mean() for chosen, _ in logps) / len(packed_groups)
+    return 0.8 * dpo + 0.2 * bco + generation
 
 
 def learned(folder, packed_groups, ref, budget):
