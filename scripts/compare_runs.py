@@ -77,6 +77,8 @@ FORMER: dict[str, dict[str, Any]] = {
     "cascade": {"mpo": {"loss": {"settings": {"generation_mean": "token"}}}},
 }
 """Run -> settings by which this commit computes what parents compute by default."""
+ADDED = {"rollout/groups_not_graded"}
+"""Metrics that parents do not have."""
 IGNORED = ("seconds", "tokens_per_second", "time/")
 """Metrics that measure time, by the beginnings of their names at either commit."""
 
@@ -235,7 +237,7 @@ def _differences(before: list[dict[str, float]], after: list[dict[str, float]]) 
         old = {METRICS.get(name, name): value for name, value in old.items() if not name.startswith(IGNORED)}
         new = {name: value for name, value in new.items() if not name.startswith(IGNORED)}
         step = old["step"]
-        for name in sorted(old.keys() ^ new.keys()):
+        for name in sorted((old.keys() ^ new.keys()) - ADDED):
             problems.append(f"step {step}: {name} is there {'before' if name in old else 'after'} alone")
         for name in sorted(old.keys() & new.keys()):
             allowed = 0.0 if step <= EXACT_STEPS else TOLERANCE * max(1.0, abs(old[name]))

@@ -229,11 +229,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward: the value that is trained on, named parts for the metrics, and a note where a grader gave nothing."""
+    """A reward: the value that is trained on, named parts for the metrics, and a note where a grader gave nothing.
+    value None: the answer could not be graded, and is left out of baseline and loss. trace: the grader's traceback."""
 
-    value: float
+    value: float | None
     parts: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    trace: str = ""
 
 
 FAILED = "grader failed"

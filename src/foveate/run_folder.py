@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "skipped.txt"
 
     @property
+    def warnings(self) -> Path:
+        """The kinds of waste that the run has shown, each a JSON object with the step (`foveate.train.waste`)."""
+        return self.path / "warnings.jsonl"
+
+    @property
     def rollouts(self) -> Path:
         """Folder of sampled answers with their scores."""
         return self.path / "rollouts"

@@ -73,7 +73,7 @@ def test_answers_that_are_not_graded_are_no_scored_answers(tmp_path, make_task):
 
 
 def test_sampled_answers_count_before_the_greedy_one_and_failed_ones_never(tmp_path):
-    failed = ScoredAnswer("?", "stop", 1, score=0.0, parts={}, note=f"{FAILED}: X")
+    failed = ScoredAnswer("?", "stop", 1, score=None, parts={}, note=f"{FAILED}: X")
     write_answers(
         tmp_path / "step_000001.jsonl",
         [a_row("a", sampled=(an_answer("drawn", 0.5), failed)), a_row("b", text="greedy")],

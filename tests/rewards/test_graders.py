@@ -81,11 +81,11 @@ def test_scores_come_in_the_order_of_the_answers(grader):
     ],
 )
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_answer_scores_0_and_the_others_are_graded(grader, bad, reason, note, workers):
+def test_a_bad_answer_is_not_graded_and_the_others_are(grader, bad, reason, note, workers):
     with Graders(grader, {}, workers=workers, time_limit=0.5) as graders:
         for rounds in (1, 2):
             scores = graders.grade_many([(text, TASKS[0]) for text in ("1", bad, "2", "3")])
-            assert [score.value for score in scores] == [1.0, 0.0, 2.0, 3.0]
+            assert [score.value for score in scores] == [1.0, None, 2.0, 3.0]
             assert scores[1].note == f"grader failed: {note}"
             assert dict(graders.failures) == {reason: rounds}
 
@@ -127,7 +127,7 @@ def test_a_grader_that_sleeps_for_ever_delays_a_batch_by_no_more_than_its_limit(
         begin = time.monotonic()
         scores = graders.grade_many([(text, TASKS[0]) for text in texts])
         assert limit <= time.monotonic() - begin < limit + 0.9 * SLOW_TO_IMPORT
-        assert [score.value for score in scores] == [0.0] * workers + [float(i) for i in range(10)]
+        assert [score.value for score in scores] == [None] * workers + [float(i) for i in range(10)]
         assert dict(graders.failures) == {"timed_out": workers}
 
 
@@ -191,7 +191,7 @@ def test_a_worker_in_the_place_of_a_lost_one_may_be_lost_at_its_start(grader, mo
                 worker._process.kill()
 
         monkeypatch.setattr(foveate.rewards.pool._Worker, "__init__", dying)
-        assert graders("kill", TASKS[0]).value == 0.0
+        assert graders("kill", TASKS[0]).value is None
         assert graders("6", TASKS[0]).value == 6.0
         assert len(lost) == 2
 
@@ -242,4 +242,4 @@ def test_an_expression_that_never_ends_is_timed_out():
         scores = graders.grade_many(
             [("\\boxed{5}", task), ("\\boxed{9^{9^{9^{9}}}}", task), ("\\boxed{\\frac{10}{2}}", task)]
         )
-        assert [score.value for score in scores] == [1.0, 0.0, 1.0]
+        assert [score.value for score in scores] == [1.0, None, 1.0]

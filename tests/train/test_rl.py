@@ -207,7 +207,7 @@ def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data
         run_rl(settings)
 
 
-def test_a_grader_that_hangs_costs_its_limit_and_its_answers_score_0(tmp_path, tiny_folder, data):
+def test_a_grader_that_hangs_costs_its_limit_and_its_answers_are_not_graded(tmp_path, tiny_folder, data):
     limits = {"name": f"{HERE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
     changes = {"train": {"steps": 1, "prompts_per_step": 16}, "eval": {"every": 0}}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=limits, **changes))
@@ -216,6 +216,8 @@ def test_a_grader_that_hangs_costs_its_limit_and_its_answers_score_0(tmp_path, t
     lines = (run.rollouts / "step_000001.jsonl").read_text().splitlines()
     answers = [a for line in lines for a in json.loads(line)["answers"]]
     assert sum("timed out after 3 s" in answer["note"] for answer in answers) == 4
+    assert sum(answer["score"] is None and "advantage" not in answer for answer in answers) == 4
+    assert record["rollout/groups_not_graded"] == 1
 
 
 # ------------------------------------------------------------------------------------------------- what the run does

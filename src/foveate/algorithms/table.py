@@ -36,6 +36,10 @@ TOKEN_MASKS: dict[str, str] = {
     "kl_cov": "foveate.algorithms.covariance:kl_cov_tokens",
 }
 
+TOKEN_FORMS: dict[str, str | None] = {"gspo": "gspo_token", "gmpo": None}
+"""Losses whose ratio and advantage are those of a whole answer, and the loss that equals them and weighs each token by
+itself, which a correction by token needs; None: there is none."""
+
 PREFERENCE_LOSSES: dict[str, str] = {
     "bco": "foveate.algorithms.preference_losses:bco",
     "dpo": "foveate.algorithms.preference_losses:dpo",

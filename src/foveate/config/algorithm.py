@@ -68,6 +68,11 @@ class AlgorithmSettings(Named):
         ge=0,
         description="Rounds in which groups of equal rewards are replaced by new ones; null: the algorithm's default.",
     )
+    mask_truncated: bool = Field(
+        default=False,
+        description="Answers that reached rollout.max_tokens or rollout.time_limit count in the baseline, and are left "
+        "out of loss and totals.",
+    )
     critic: CriticSettings | None = Field(
         default=None, description="The value model of an algorithm that needs one (ppo); null: none."
     )
@@ -83,10 +88,12 @@ class RewardSettings(Named):
         "always quick, else one per core.",
     )
     time_limit: float = Field(
-        default=10.0, gt=0, description="Seconds for the reward of one answer; an answer that takes longer scores 0."
+        default=10.0,
+        gt=0,
+        description="Seconds for the reward of one answer; an answer that takes longer is not graded.",
     )
     memory_limit: float = Field(
-        default=8.0, gt=0, description="GB that a reward process may allocate; an answer that takes more scores 0."
+        default=8.0, gt=0, description="GB that a reward process may allocate; an answer that takes more is not graded."
     )
 
 

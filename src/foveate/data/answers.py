@@ -40,14 +40,14 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredAnswer(GeneratedAnswer):
-    """An answer with its `Score`: value, named parts, and a note where it could not be graded.
+    """An answer with its `Score`: value (None: it is not graded), named parts, and a note where there is one.
 
     greedy: it took the likeliest token each time; box: x1, y1, x2, y2 in thousandths of the image, where one was asked
     for and could be read; rank: the value that best-of-N goes by; version, versions: the weights that sampled it, the
     oldest, and (version, tokens) of each in order; advantage: the mean over its tokens, where it was trained on.
     """
 
-    score: float
+    score: float | None
     parts: Mapping[str, float]
     note: str
     greedy: bool = False
@@ -69,14 +69,12 @@ class ScoredAnswer(GeneratedAnswer):
 
     @property
     def correctness(self) -> float:
-        """1 for a hit, 0 for a miss, the score where neither is defined."""
-        return self.score if self.hit is None else float(self.hit)
+        """1 for a hit, 0 for a miss, the score where neither is defined; 0 for an answer that is not graded."""
+        return self.score or 0.0 if self.hit is None else float(self.hit)
 
     @property
     def graded(self) -> bool:
-        from foveate.records import FAILED
-
-        return not self.note.startswith(FAILED)
+        return self.score is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +162,7 @@ def prompt_fields(task: Task) -> dict[str, Any]:
 def score_fields(score: Score) -> dict[str, Any]:
     """The fields of a `ScoredAnswer` that come from its score."""
     parts = {name: float(value) for name, value in score.parts.items()}
-    return {"score": float(score.value), "parts": parts, "note": score.note}
+    return {"score": None if score.value is None else float(score.value), "parts": parts, "note": score.note}
 
 
 def _plain(value: Any) -> Any:
@@ -232,7 +230,7 @@ class CorrectnessRule:
     def __call__(self, answer: ScoredAnswer) -> bool:
         if self.part is None:
             known = (answer.parts[name] for name in RIGHT_PARTS if name in answer.parts)
-            return next(known, answer.score) >= self.threshold
+            return next(known, answer.correctness) >= self.threshold
         if self.part not in answer.parts:
             raise DataError(
                 f"setting part: an answer has no part {self.part!r}; it has {', '.join(answer.parts) or 'none'}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from foveate.data.answers import ScoredAnswer, ScoredRow
-from foveate.evaluate.predictions import bootstrap, mean, summarise
+from foveate.evaluate.predictions import bootstrap, mean, not_graded, summarise
 from foveate.records import Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, in_thousandths, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
@@ -33,6 +33,7 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
     drawn = [row for row in rows if row.sampled]
     found: dict[str, Any] = {
         "rows": len(rows),
+        **not_graded(rows),
         "accuracy": {"value": mean(values), "interval": bootstrap(values, seed)},
         "score": mean(row.shown.score for row in rows),
         "decoding": sorted({"greedy" if row.shown.greedy else "sampled" for row in rows}),
@@ -65,8 +66,8 @@ def _sampled(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     if share:
         found |= {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks}
     found[f"majority@{n}"] = mean(vote(row, n).correctness for row in rows)
-    ranks = [[answer.rank for answer in row.sampled[:n] if answer.rank is not None] for row in rows]
-    if all(len(one) == n for one in ranks):
+    ranks = [[-math.inf if answer.rank is None else answer.rank for answer in row.sampled[:n]] for row in rows]
+    if all(max(one) > -math.inf for one in ranks):
         best = (values[one.index(max(one))] for values, one in zip(right, ranks, strict=True))
         found[f"best_of@{n}"] = mean(best)
     return found

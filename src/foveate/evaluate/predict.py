@@ -125,12 +125,12 @@ def scored_row(
     *,
     greedy: bool,
     detailed: bool,
-    ranks: Sequence[float] | None = None,
+    ranks: Sequence[float | None] | None = None,
     read_box: BoxReader = model_box,
 ) -> ScoredRow:
     """The answers to one task with their scores, the first one decoded greedily or not; a `detailed` row keeps its
     log-probs. Best-of-N goes by `ranks`, one per answer; without them by the mean log-prob where it is known."""
-    has_box = "iou" in answers[0][1].parts
+    has_box = any("iou" in score.parts for _, score in answers)
     asked = prompt_fields(task)
     tags = {tag: str(task.meta[tag]) for tag in TAGS if task.meta.get(tag)}
     if has_box:
@@ -207,6 +207,13 @@ class Evaluator:
                 advance=advance,
             )
         summary = write_evaluation(self.folder, step, rows)
+        if "not_graded" in summary:
+            logger.warning(
+                "step %d: %d held-out answers could not be graded; they count as wrong in the accuracy, and not at all "
+                "in the mean score",
+                step,
+                summary["not_graded"],
+            )
         figures = {
             f"eval/{way}_{name}": summary[way][name]
             for way in ("greedy", "sampled")

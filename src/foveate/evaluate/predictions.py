@@ -113,13 +113,16 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     """The means of one evaluation, as `evals/step_*.summary.json` holds them.
 
     Accuracy is the mean of the answers' `correctness`; `mean_iou` is over the rows that have a true box, and None
-    without any. A sampled figure is the mean over rows of the mean over the answers sampled for the row (an estimate of
+    without any. An answer that is not graded counts as wrong in the accuracy and is left out of the score; where there
+    are such answers, `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
+    sampled for the row (an estimate of
     the accuracy at that temperature), and None when nothing was sampled.
     """
     tags = sorted({name for row in rows for name in row.tags})
     return {
         "step": step,
         "rows": len(rows),
+        **not_graded(rows),
         "greedy": {name: mean(map(_greedy(value), rows)) for name, value in _FIGURES.items()},
         "sampled": {
             "samples": max((len(row.sampled) for row in rows), default=0),
@@ -127,6 +130,12 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
         },
         "by_tag": {name: _by_value(rows, name) for name in tags},
     }
+
+
+def not_graded(rows: Sequence[ScoredRow]) -> dict[str, int]:
+    """How many answers could not be graded, where there are any."""
+    count = sum(not answer.graded for row in rows for answer in row.answers)
+    return {"not_graded": count} if count else {}
 
 
 Figure = Callable[[ScoredAnswer], float | None]

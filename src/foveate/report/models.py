@@ -42,6 +42,8 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, label in (("accuracy", "accuracy"), ("mean_iou", "mean IoU")):
         if name in one:
             lines.append((label, _with_interval(one[name])))
+    if "not_graded" in one:
+        lines.append(("answers not graded", str(one["not_graded"])))
     if "with_box" in one:
         lines.append(("answers with a box", _percent(one["with_box"])))
     sampled = one.get("sampled", {})

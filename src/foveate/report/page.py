@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -50,6 +50,7 @@ class Run:
     gallery: tuple[str, ...]
     notes: str
     skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
     summary: Mapping[str, Any]
     stages: tuple[Stage, ...]
 
@@ -195,9 +196,19 @@ def read_run(run_folder: Path) -> Run:
         gallery=tuple(_json(run_folder / "gallery.json", [])),
         notes=_text(run_folder / "notes.txt"),
         skipped=tuple(_text(run_folder / "skipped.txt").splitlines()),
+        warnings=tuple(_warnings(run_folder)),
         summary=_json(run_folder / "summary.json", {}),
         stages=read_stages(run_folder),
     )
+
+
+def _warnings(run_folder: Path) -> Iterator[str]:
+    """The warnings of a run; those of all stages of a cascade."""
+    for path in sorted((run_folder / "warnings.jsonl", *run_folder.glob("*/warnings.jsonl"))):
+        stage = "" if path.parent == run_folder else f"{path.parent.name}, "
+        for line in _text(path).splitlines():
+            told = json.loads(line)
+            yield f"{stage}step {told['step']}: {told['text']}"
 
 
 def _text(path: Path) -> str:

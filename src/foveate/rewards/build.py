@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ TruthCheck = Callable[[Task], list[tuple[str, str]]]
 _Function = Callable[..., Any]
 _Adapted = Callable[[Any, Task], Any]
 _Parameters = Mapping[str, inspect.Parameter]
+
+
+TRACE_FRAMES = 8
+"""The last frames of a traceback that are kept."""
 
 
 class WrongResult(DataError):
@@ -59,21 +64,25 @@ class Reward:
         return as_score(self.function(self.read(answer), task), self.name)
 
     def __call__(self, answer: Answer | str, task: Task) -> Score:
-        """The score of an answer, also where the function fails: one that raises or gives no finite number scores 0,
-        with the reason as a note. Raises WrongResult for a result that is no score."""
+        """The score of an answer, also where the function fails: one that raises or gives no finite number is not
+        graded, with the reason as a note. Raises WrongResult for a result that is no score."""
         read = self.read(answer)
         try:
             score = self.score(read, task)
         except WrongResult:
             raise
         except Exception as error:
-            logger.warning(
-                "%s: the grader failed (%s: %s); the answer scores 0", task.where, type(error).__name__, error
-            )
-            return Score(0.0, note=f"{FAILED}: {type(error).__name__}: {error}")
-        if not math.isfinite(score.value):
-            return Score(0.0, score.parts, note=f"{FAILED}: gave {score.value}")
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("%s: the grader failed (%s); the answer is not graded", task.where, reason)
+            return not_graded(reason, raised=True)
+        if score.value is not None and not math.isfinite(score.value):
+            return not_graded(f"gave {score.value}")
         return score
+
+
+def not_graded(reason: str, *, raised: bool = False) -> Score:
+    """The score of an answer that could not be graded. raised: the exception that is being handled is the cause."""
+    return Score(None, note=f"{FAILED}: {reason}", trace=traceback.format_exc(limit=-TRACE_FRAMES) if raised else "")
 
 
 def as_score(result: Any, name: str) -> Score:
@@ -81,7 +90,10 @@ def as_score(result: Any, name: str) -> Score:
     "score", and its other numbers are the parts; without "score" it is the sum of the entries. Raises WrongResult for
     anything else."""
     if isinstance(result, Score):
-        return Score(float(result.value), {part: float(value) for part, value in result.parts.items()}, result.note)
+        parts = {part: float(value) for part, value in result.parts.items()}
+        if result.value is None:
+            return Score(None, parts, result.note or f"{FAILED}: gave no value", result.trace)
+        return Score(float(result.value), parts, result.note)
     if _is_number(result):
         return Score(float(result))
     if isinstance(result, Mapping):

@@ -30,11 +30,14 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
 
     def total(answer: Answer | str, task: Task) -> Score:
         scores = {name: single.score(answer, task) for name, single in rewards.items()}
-        parts = {name: score.value for name, score in scores.items()}
+        values: dict[str, float] = {}
         for name, score in scores.items():
-            parts |= {f"{name}/{part}": value for part, value in score.parts.items()}
-        value = sum(weights[name] * score.value for name, score in scores.items())
-        return Score(value, parts, "; ".join(f"{name}: {score.note}" for name, score in scores.items() if score.note))
+            if score.value is None:
+                return score
+            values[name] = score.value
+        parts = {**values, **{f"{name}/{part}": v for name, one in scores.items() for part, v in one.parts.items()}}
+        notes = "; ".join(f"{name}: {score.note}" for name, score in scores.items() if score.note)
+        return Score(sum(weights[name] * value for name, value in values.items()), parts, notes)
 
     return Reward("weighted_sum", total, all(reward.reads_text for reward in rewards.values()))
 

@@ -2,8 +2,8 @@
 
 Answers to mathematics are graded by programs that can run for ever, take all memory or crash, on text that a model
 wrote. `Graders` keeps such a program in processes of its own. An answer whose grader raises, hangs, dies or returns NaN
-scores 0, with the reason as a note and a count; a process that was lost is replaced, and the run goes on. One that is
-half through its limit gets a successor at once, so that what a new process needs to start is not added to the limit.
+is not graded, with the reason as a note and a count; a process that was lost is replaced, and the run goes on. One that
+is half through its limit gets a successor at once, so that what a new process needs to start is not added to the limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -26,9 +26,12 @@ from foveate.processes import worker_context
 from foveate.records import FAILED, Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
-from foveate.rewards.build import Reward, build_reward
+from foveate.rewards.build import Reward, build_reward, not_graded
 
 logger = logging.getLogger(__name__)
+
+OPENED = "opened"
+"""Field of a task's meta: what the prompt has opened for the answer (`<think>`), which is graded in front of it."""
 
 STARTING_LIMIT = 300.0
 """Seconds that a worker process may take to import the reward before the run gives up."""
@@ -92,15 +95,17 @@ class Graders:
 
     def grade_many(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
         """The scores of answers to tasks, in their order. Of an answer whose record is not known the text is enough
-        for rewards that read no more. Answers to the same task should stand together: it is sent to a worker once for
-        all that follow each other."""
-        asked = [(self._reward.read(answer), task) for answer, task in answers]
+        for rewards that read no more. What the prompt of a task has opened for the answer counts as written. Answers to
+        the same task should stand together: it is sent to a worker once for all that follow each other."""
+        asked = [(self._reward.read(_with_opened(answer, task)), task) for answer, task in answers]
         scores = self._grade_apart(asked) if self._count else [self._reward(answer, task) for answer, task in asked]
-        failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if _reason(score)]
+        failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if score.value is None]
         self.failures.update(_reason(score) for _, score in failed)
         if failed and self._count:
             task, score = failed[0]
-            logger.warning("%s: %s (%d of %d answers score 0 so)", task.where, score.note, len(failed), len(answers))
+            logger.warning(
+                "%s: %s (%d of %d answers are not graded)", task.where, score.note, len(failed), len(answers)
+            )
         return scores
 
     def close(self) -> None:
@@ -255,7 +260,7 @@ class _Worker:
             return {}
         if self._starting or self.answer is None:
             raise DataError(f"a process for the reward did not start: {how}; workers 0 grades without processes")
-        return {self.answer: Score(0.0, note=f"{FAILED}: {how}")}
+        return {self.answer: not_graded(how)}
 
     def _end(self) -> str:
         self._process.join(1.0)
@@ -263,10 +268,16 @@ class _Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
+def _with_opened(answer: Answer | str, task: Task) -> Answer | str:
+    """The answer as graders read it: behind what its prompt has opened."""
+    opened = task.meta.get(OPENED, "")
+    if not opened:
+        return answer
+    return opened + answer if isinstance(answer, str) else replace(answer, text=opened + answer.text)
+
+
 def _reason(score: Score) -> str:
-    """Why an answer was not graded, or "" for one that was."""
-    if not score.note.startswith(FAILED):
-        return ""
+    """Why an answer was not graded."""
     reasons = {"timed out": "timed_out", "its process died": "died", "gave": "not_finite"}
     said = score.note.removeprefix(f"{FAILED}: ")
     return next((reason for start, reason in reasons.items() if said.startswith(start)), "raised")
@@ -338,4 +349,4 @@ def _graded(reward: Reward, answer: Answer | str, task: Task) -> Score | Failure
     except DataError as error:
         return Failure(str(error))
     except (Exception, KeyboardInterrupt) as error:
-        return Score(0.0, note=f"{FAILED}: {type(error).__name__}: {error}")
+        return not_graded(f"{type(error).__name__}: {error}", raised=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import corrected_loss
 from foveate.algorithms.kl import KLPenalty
-from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
+from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_FORMS, TOKEN_MASKS, Algorithm
 from foveate.config.algorithm import AlgorithmSettings, CriticSettings
 from foveate.config.runs import RLSettings
 from foveate.errors import ConfigError
@@ -26,8 +26,8 @@ class ResolvedAlgorithm:
     """An algorithm with its settings.
 
     advantage is called with the tensors that `inputs` names (`algorithms.checks.ADVANTAGE_INPUTS`), `token_mask` marks
-    tokens for the loss (`algorithms.covariance`), `reward_kl` is taken from the rewards. gamma discounts the returns
-    of the critic.
+    tokens for the loss (`algorithms.covariance`), `reward_kl` is taken from the rewards; mask_truncated leaves
+    truncated answers out of the loss. gamma discounts the returns of the critic.
     """
 
     name: str
@@ -40,6 +40,7 @@ class ResolvedAlgorithm:
     token_mask: Callable[..., Tensor] | None = None
     reward_kl: KLPenalty | None = None
     advantage_clip: float | None = None
+    mask_truncated: bool = False
     resample_rounds: int = 0
     critic: CriticSettings | None = None
     gamma: float = 1.0
@@ -47,6 +48,11 @@ class ResolvedAlgorithm:
     def contributes_gradient(self, advantage_M: Tensor) -> bool:
         """Whether a group with these advantages can move the weights."""
         return self.keeps_equal_groups or bool(advantage_M.any())
+
+    @property
+    def least_answers(self) -> int:
+        """How many graded answers a group needs: two where they are compared with each other."""
+        return 2 if "group_S" in self.inputs else 1
 
     @property
     def needs_baseline(self) -> bool:
@@ -69,7 +75,7 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
         )
     where = f"algorithm {settings.name}"
     advantage = resolve(ADVANTAGES, row.advantage, "advantage")
-    loss = resolve(POLICY_LOSSES, row.loss, "policy loss")
+    loss = resolve(POLICY_LOSSES, _token_form(row.loss, settings), "policy loss")
     advantage_settings = {**row.advantage_settings, **settings.advantage}
     loss_settings = {**row.loss_settings, **settings.loss}
     if {**_defaults(loss), **loss_settings}.get("aggregate") == "seq-mean-token-sum-norm":
@@ -100,6 +106,7 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
         token_mask=token_mask,
         reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),
         advantage_clip=settings.advantage_clip,
+        mask_truncated=settings.mask_truncated,
         resample_rounds=row.resample_rounds if settings.resample_rounds is None else settings.resample_rounds,
         critic=settings.critic,
         gamma={**_defaults(advantage), **advantage_settings}.get("gamma", 1.0),
@@ -125,6 +132,21 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
             f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"
             " the policy would never learn; a few percent of the steps are usual"
         )
+
+
+def _token_form(loss: str, settings: AlgorithmSettings) -> str:
+    """The policy loss to compute: where a correction weighs tokens, one that weighs them too."""
+    correction = settings.correction
+    if correction is None or not correction.mode.startswith("token"):
+        return loss
+    form = TOKEN_FORMS.get(loss, loss)
+    if form is None:
+        raise ConfigError(
+            f"algorithm.correction.mode is {correction.mode}, which weighs single tokens, but the loss {loss} of "
+            "algorithm "
+            f"{settings.name} has one ratio for a whole answer; use sequence-truncate, sequence-mask or sequence-reject"
+        )
+    return form
 
 
 def _check_critic(settings: AlgorithmSettings, is_needed: bool) -> None:

@@ -50,6 +50,7 @@ from foveate.train.session import (
     save_is_due,
 )
 from foveate.train.update import compute_advantages, update
+from foveate.train.waste import WasteWatch
 from foveate.train.worker import Worker, use_threads
 
 
@@ -78,7 +79,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to)
+        metrics, waste = MetricsWriter(run.metrics, settings.log.to), WasteWatch(run.warnings, settings)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         step = resume(run, workers, stream, metrics, others)
         engine.start(make_engine, encoder, settings.rollout, step)
@@ -110,6 +111,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
+                    waste.observe(step, record, groups)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")

@@ -10,15 +10,17 @@ import torch
 
 from foveate.data.answers import ScoredAnswer, ScoredRow, prompt_fields, score_fields, write_answers
 from foveate.files import with_room
-from foveate.records import FAILED, Group, Score
+from foveate.records import Group
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a step: reward, its parts, length, how many were truncated or not graded; with
-    several sources of tasks also the reward, length and number of answers of each."""
-    scores: list[Score] = [score for group in groups for score in group.scores]
+    """Means over the answers of a step: reward and its parts, over those that were graded (one at least); length; how
+    many were truncated or not graded; with several sources of tasks also the reward, length and number of answers of
+    each."""
+    every = [score for group in groups for score in group.scores]
+    scores = [score for score in every if score.value is not None]
     answers = [answer for group in groups for answer in group.answers]
-    values = torch.tensor([score.value for score in scores], dtype=torch.float64)
+    values = torch.tensor(_rewards(groups), dtype=torch.float64)
     lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float64)
     names = sorted({name for score in scores for name in score.parts})
     parts = {f"reward/{name}": _mean([score.parts[name] for score in scores if name in score.parts]) for name in names}
@@ -26,7 +28,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward/mean": values.mean().item(),
         "reward/std": values.std(correction=0).item(),
         **parts,
-        "reward/failed": float(sum(score.note.startswith(FAILED) for score in scores)),
+        "reward/failed": float(len(every) - len(scores)),
         "answer/length": lengths.mean().item(),
         "answer/length_max": lengths.max().item(),
         "rollout/tokens": lengths.sum().item(),
@@ -43,10 +45,16 @@ def _by_source(groups: Sequence[Group]) -> dict[str, float]:
     for source in sources if len(sources) > 1 else ():
         members = [group for group in groups if group.task.source == source]
         lengths = [float(len(answer)) for group in members for answer in group.answers]
-        metrics[f"source/{source}/reward"] = _mean([score.value for group in members for score in group.scores])
+        if rewards := _rewards(members):
+            metrics[f"source/{source}/reward"] = _mean(rewards)
         metrics[f"source/{source}/length"] = _mean(lengths)
         metrics[f"source/{source}/answers"] = float(len(lengths))
     return metrics
+
+
+def _rewards(groups: Sequence[Group]) -> list[float]:
+    """The rewards of the graded answers."""
+    return [score.value for group in groups for score in group.scores if score.value is not None]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -54,9 +62,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def write_rollouts(
-    folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float]] | None = None
+    folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float | None]] | None = None
 ) -> None:
-    """`step_000001.jsonl` in the folder: a `ScoredRow` per prompt. `advantages`: of the answers of each group."""
+    """`step_000001.jsonl` in the folder: a `ScoredRow` per prompt. `advantages`: of the answers of each group, None for
+    one that was not trained on."""
     rows = []
     for number, group in enumerate(groups):
         own = [None] * len(group.answers) if advantages is None else advantages[number]

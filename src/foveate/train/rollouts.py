@@ -225,7 +225,8 @@ def resample_groups(
 
     Dynamic sampling (DAPO, arXiv 2503.14476): groups of equal rewards, which teach nothing, are replaced by groups
     of the next tasks, as many as are missing in each of at most `resample_rounds` rounds. What is missing even then is
-    filled with groups of equal rewards, so that the size of a step stays the same.
+    filled with groups of equal rewards, so that the size of a step stays the same. Answers that are not graded have no
+    reward.
     """
     drawn = draw(0, count)
     for _ in range(resample_rounds):
@@ -235,11 +236,14 @@ def resample_groups(
         drawn += draw(len(drawn), missing)
     wanted = [group for group in drawn if _is_informative(group)] if resample_rounds else drawn
     spare = [group for group in drawn if not _is_informative(group)]
+    spare.sort(key=lambda group: sum(score.value is not None for score in group.scores) < 2)  # these are dropped later
     return [*wanted, *spare[: count - len(wanted)]], drawn
 
 
 def _is_informative(group: Group) -> bool:
-    return len({score.value for score in group.scores}) > 1
+    if group.baseline is not None and group.baseline.value is None:
+        return False
+    return len({score.value for score in group.scores if score.value is not None}) > 1
 
 
 def _require_version(answered: Sequence[AnsweredGroup], version: int) -> None:

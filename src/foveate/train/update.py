@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Concatenate
 
 import torch
@@ -17,8 +18,9 @@ from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import engine_logprobs
-from foveate.records import Group, PackedGroup, Totals
+from foveate.records import Group, PackedGroup, Score, Totals
 from foveate.train.algorithm import ResolvedAlgorithm
+from foveate.train.graded import ComparedGroup, compared_groups, is_truncated
 from foveate.train.targets import PolicyRow, Row, ValueRow
 from foveate.train.worker import Worker
 
@@ -33,22 +35,23 @@ class Passes:
     value: Sequence[Tensor] | None
 
 
+_NO_PASSES = Passes(None, None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """The groups of a step and their advantages, a vector (M,) each over the trained tokens; and the rows that the
-    updates eat, by the index of their group: of the groups that contribute to the gradient alone. There are rows for
-    values where there is a critic."""
+    """The groups that a step trains on, with the answers that count in its loss; and the rows that the updates eat, by
+    the index of their group: of the groups that contribute to the gradient alone. There are rows for values where there
+    is a critic.
+
+    answer_advantages: for each answer of each group that was sampled, the mean advantage of its tokens; None for one
+    that is not trained on.
+    """
 
     groups: tuple[PackedGroup, ...]
-    advantages: tuple[Tensor, ...]
     policy_rows: Mapping[int, PolicyRow]
     value_rows: Mapping[int, ValueRow]
-
-    @property
-    def answer_advantages(self) -> list[list[float]]:
-        """The advantage of each answer, the mean of those of its tokens."""
-        pairs = zip(self.groups, self.advantages, strict=True)
-        return [[part.double().mean().item() for part in own.split(group.lengths)] for group, own in pairs]
+    answer_advantages: list[list[float | None]]
 
 
 def compute_advantages(
@@ -59,29 +62,40 @@ def compute_advantages(
     With one update on fresh weights the old policy is the current one, and its pass is left out unless something else
     asks for it. Groups whose advantages are all 0 add nothing to the gradient and are not computed, unless the loss has
     terms beside the advantage. cost_of: what balances the ranks.
+
+    Answers that are not graded are left out of everything, and so are groups with too few graded ones. With
+    `mask_truncated` truncated answers are compared, and left out of the loss and its denominators.
     """
-    packed = tuple(PackedGroup(group.prompt, group.answers) for group in groups)
+    compared = compared_groups(groups, least=algorithm.least_answers)
+    whole = [PackedGroup(one.group.prompt, one.group.answers) for one in compared]
     old = updates > 1 or algorithm.needs_old
+    passes = _run_passes(workers, whole, algorithm, cost_of, old=old) if algorithm.needs_token_values else _NO_PASSES
+    advantages, returns, metrics = _advantages([one.group for one in compared], whole, algorithm, passes)
+    metrics["rollout/groups_without_advantage"] = float(sum(not own.any() for own in advantages))
+    metrics["rollout/groups_not_graded"] = float(len(groups) - len(compared))
+
+    kept = [_trained_answers(group, algorithm) for group in whole]
+    trained = [i for i, own in enumerate(kept) if own]
+
+    def pick(vectors: Sequence[Tensor] | None) -> list[Tensor] | None:
+        return None if vectors is None else [_of_answers(vectors[i], whole[i], kept[i]) for i in trained]
+
+    packed = [_only(whole[i], kept[i]) for i in trained]
+    own_advantages, own_returns = pick(advantages) or [], pick(returns)
+    computed = [i for i, own in enumerate(own_advantages) if algorithm.contributes_gradient(own)]
     if algorithm.needs_token_values:
-        computed = [*range(len(groups))]
-        passes = _run_passes(workers, packed, algorithm, cost_of, old=old)
-        advantages, returns, metrics = _advantages(groups, packed, algorithm, passes)
+        passes = Passes(*(_at(pick(own), computed) for own in (passes.old, passes.ref, passes.value)))
     else:
-        advantages, returns, metrics = _advantages(groups, packed, algorithm, Passes(None, None, None))
-        computed = [i for i, own in enumerate(advantages) if algorithm.contributes_gradient(own)]
         passes = _run_passes(workers, [packed[i] for i in computed], algorithm, cost_of, old=old)
     policy_rows: dict[int, PolicyRow] = {}
     value_rows: dict[int, ValueRow] = {}
     for number, i in enumerate(computed):
-        if not algorithm.contributes_gradient(advantages[i]):
-            continue
         old_M, ref_M = (None if own is None else own[number] for own in (passes.old, passes.ref))
-        policy_rows[i] = PolicyRow(packed[i], engine_logprobs(packed[i]), advantages[i], old_M, ref_M, None)
-        if passes.value is not None and returns is not None:
-            value_rows[i] = ValueRow(packed[i], passes.value[number], returns[i])
-    without = sum(not own.any() for own in advantages)
-    batch = TrainBatch(packed, advantages, policy_rows, value_rows)
-    return batch, {**metrics, "rollout/groups_without_advantage": float(without)}
+        policy_rows[i] = PolicyRow(packed[i], engine_logprobs(packed[i]), own_advantages[i], old_M, ref_M, None)
+        if passes.value is not None and own_returns is not None:
+            value_rows[i] = ValueRow(packed[i], passes.value[number], own_returns[i])
+    told = _answer_advantages(groups, compared, whole, kept, advantages)
+    return TrainBatch(tuple(packed), policy_rows, value_rows, told), metrics
 
 
 def update(
@@ -102,12 +116,11 @@ def update(
     "critic/lr" where there is a critic; a policy of rate 0 is left alone. seed: of a random choice of tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    share = len(batch.groups) // updates
+    ends = [len(batch.groups) * number // updates for number in range(updates + 1)]
     records: list[dict[str, float]] = []
     critic_records: list[dict[str, float]] = []
     tokens = 0
-    for first in [*range(0, len(batch.groups), share)] * epochs:
-        members = range(first, min(first + share, len(batch.groups)))
+    for members in [range(*between) for between in pairwise(ends)] * epochs:
         chosen = [i for i in members if i in batch.policy_rows]
         if not chosen:
             continue
@@ -150,6 +163,50 @@ def _run_passes(
     )
 
 
+# ------------------------------------------------------------------------------------------------ answers left out
+
+
+def _trained_answers(group: PackedGroup, algorithm: ResolvedAlgorithm) -> list[int]:
+    """The places of the answers that count in the loss."""
+    return [
+        place for place, answer in enumerate(group.answers) if not (algorithm.mask_truncated and is_truncated(answer))
+    ]
+
+
+def _only(group: PackedGroup, kept: Sequence[int]) -> PackedGroup:
+    if len(kept) == len(group.answers):
+        return group
+    return PackedGroup(group.prompt, tuple(group.answers[place] for place in kept))
+
+
+def _of_answers(vector_M: Tensor, group: PackedGroup, kept: Sequence[int]) -> Tensor:
+    """The part of a vector over the trained tokens of a group that belongs to some of its answers."""
+    if len(kept) == len(group.answers):
+        return vector_M
+    parts = vector_M.split(group.lengths)
+    return torch.cat([parts[place] for place in kept])
+
+
+def _at(vectors: Sequence[Tensor] | None, places: Sequence[int]) -> Sequence[Tensor] | None:
+    return None if vectors is None else [vectors[place] for place in places]
+
+
+def _answer_advantages(
+    groups: Sequence[Group],
+    compared: Sequence[ComparedGroup],
+    whole: Sequence[PackedGroup],
+    kept: Sequence[Sequence[int]],
+    advantages: Sequence[Tensor],
+) -> list[list[float | None]]:
+    """As `TrainBatch` holds them."""
+    found: list[list[float | None]] = [[None] * len(group.answers) for group in groups]
+    for one, group, places, advantage_M in zip(compared, whole, kept, advantages, strict=True):
+        parts = advantage_M.split(group.lengths)
+        for place in places:
+            found[one.place][one.answers[place]] = parts[place].double().mean().item()
+    return found
+
+
 # --------------------------------------------------------------------------------------------- rewards and advantages
 
 
@@ -157,6 +214,8 @@ def _advantages(
     groups: Sequence[Group], packed: Sequence[PackedGroup], algorithm: ResolvedAlgorithm, passes: Passes
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None, dict[str, float]]:
     """Advantages and the critic's returns, a vector (M,) for each group, and metrics."""
+    if not groups:
+        return (), None, {}
     length_S = torch.tensor([length for group in packed for length in group.lengths])
     sample_M = torch.arange(len(length_S)).repeat_interleave(length_S)
     reward_M, metrics = _token_rewards(groups, algorithm, passes, length_S, sample_M)
@@ -168,7 +227,7 @@ def _advantages(
         "sample_M": sample_M,
     }
     if algorithm.needs_baseline:
-        available["baseline_S"] = torch.tensor([g.baseline.value for g in groups if g.baseline for _ in g.answers])
+        available["baseline_S"] = torch.tensor([_reward(g.baseline) for g in groups for _ in g.answers])
     sizes = [group.trained_tokens for group in packed]
     returns = None
     if algorithm.critic is not None and passes.value is not None:
@@ -188,7 +247,7 @@ def _token_rewards(
 ) -> tuple[Tensor, dict[str, float]]:
     """The reward of each token: the score on the last one of its answer, less the KL to the reference of each."""
     reward_M = torch.zeros(len(sample_M))
-    reward_M[length_S.cumsum(0) - 1] = torch.tensor([score.value for group in groups for score in group.scores])
+    reward_M[length_S.cumsum(0) - 1] = torch.tensor([_reward(score) for group in groups for score in group.scores])
     penalty = algorithm.reward_kl
     if penalty is None or passes.old is None or passes.ref is None:
         return reward_M, {}
@@ -198,6 +257,13 @@ def _token_rewards(
     metrics = {"reward/kl": divergence, "reward/kl_coefficient": penalty.coefficient}
     penalty.observe(divergence, len(length_S))
     return reward_M, metrics
+
+
+def _reward(score: Score | None) -> float:
+    """The reward of an answer. Those without one are left out before."""
+    assert score is not None
+    assert score.value is not None
+    return score.value
 
 
 # ------------------------------------------------------------------------------------------------------------ updates
