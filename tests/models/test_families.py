@@ -266,7 +266,7 @@ def test_a_limit_in_another_unit_is_refused(folders, tiny_policy):
 def test_the_grounding_reward_reads_boxes_in_the_frame_of_the_family(folders, make_image, make_task):
     encode = encoder_of(load_policy(str(folders("qwen2_5_vl"))))
     task = replace(make_task("<image>Where?", make_image(640, 480)), answer=[250, 250, 500, 500])
-    framed = encode.with_box_frame(task)
+    framed = encode.for_graders(task)
     width, height = framed.meta["box_frame"]
     assert (width, height) == encode.family.box_frame(640, 480, encode.budget) != (640, 480)
     text = f"[{width / 4}, {height / 4}, {width / 2}, {height / 2}]"

@@ -15,6 +15,10 @@ from foveate.log import print_result
 FirstRows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
 Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]
+System = Annotated[
+    str | None,
+    typer.Option(help="System prompt of conversations without one: default (the family's), none, or a text."),
+]
 Thinking = Annotated[
     bool, typer.Option("--thinking", help="InternVL3.5's thinking mode: its system prompt, at temperature 0.6.")
 ]
@@ -36,7 +40,7 @@ def generate_command(
     top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept; 0: all.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
     thinking: Thinking = False,
-    system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
+    system: System = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Keep the log-prob of every token.")] = False,
     rows: FirstRows = None,
@@ -58,12 +62,15 @@ def generate_command(
 
     if thinking and system is not None:
         raise ConfigError("--thinking sets the system prompt; leave --system out")
+    if endpoint and system == "default":
+        raise ConfigError("--system default needs --model; a server's family is not known here, so give the text")
     prompt = THINKING_SYSTEM if thinking else system
     heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinking else 0.0
     if heat == 0 and samples > 1:
         raise ConfigError(f"--samples {samples} at temperature 0 are all the same answer; give --temperature")
     client = None
     if endpoint:
+        prompt = None if prompt == "none" else prompt
         settings = (served_model, key_variable, concurrency, retries, timeout, prompt, logprobs)
         client = ClientSettings(endpoints_of(endpoint), *settings)
     source = RowsRequest(
@@ -100,7 +107,7 @@ def evaluate_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt put before every conversation.")] = None,
+    system: System = None,
     rows: FirstRows = None,
     image_root: ImageRoot = None,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report.")] = 40,

@@ -55,7 +55,10 @@ class DataSettings(Settings):
         description="Processes that decode and tile images ahead of the step; 0: images are prepared in the step.",
     )
     max_prompt_tokens: int = Field(default=8192, ge=1, description="Longest prompt, in tokens, image tokens included.")
-    system: str | None = Field(default=None, description="System prompt put before every conversation; null: none.")
+    system: str = Field(
+        default="none",
+        description="System prompt where a row has none: default (that of the model's family), none, or a text.",
+    )
     thinking: bool = Field(
         default=False,
         description="The system prompt is that of InternVL3.5's thinking mode: <think> ... </think> first.",

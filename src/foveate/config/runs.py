@@ -76,7 +76,7 @@ class RunSettings(Settings):
                 "data.train; give one per file, at least one of them above 0",
             ),
             (
-                data.thinking and data.system is not None,
+                data.thinking and data.system != "none",
                 "data.thinking",
                 "is true and data.system is set, but a conversation has one system prompt; choose one",
             ),
@@ -279,7 +279,9 @@ class CascadeSettings(Settings):
         if name == "sft":
             assert self.sft is not None
             return SFTSettings(**common, **dict(self.sft), cluster=offline)
-        data = DataSettings(train=pairs, **self.data.model_dump(include={"max_prompt_tokens", "system", "workers"}))
+        data = DataSettings(
+            train=pairs, **self.data.model_dump(include={"max_prompt_tokens", "system", "thinking", "workers"})
+        )
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)
 
 

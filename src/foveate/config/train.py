@@ -75,6 +75,11 @@ class RLTrainSettings(TrainSettings):
 
 class SFTTrainSettings(TrainSettings):
     samples_per_step: int = Field(default=32, ge=1, description="Demonstrations in one optimizer update.")
+    max_answer_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest answer of a row, in tokens; null: what fits into tokens_per_micro_batch with its prompt.",
+    )
     weighting: Literal["token", "sample", "square"] = Field(
         default="token", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
     )
@@ -82,6 +87,11 @@ class SFTTrainSettings(TrainSettings):
 
 class MPOTrainSettings(TrainSettings):
     pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
+    max_answer_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest answer of a row, in tokens; null: what fits into tokens_per_micro_batch with its prompt.",
+    )
     reference_cache: str | None = Field(
         default=None,
         description="Folder of log-probs under the reference model, which runs may share; null: in the run's folder.",

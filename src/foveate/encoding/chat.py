@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,9 +42,45 @@ THINKING_SYSTEM = (
 """The system message of InternVL3.5's thinking mode, word for word as on its model card (`R1_SYSTEM_PROMPT`)."""
 
 
+DEFAULT_SYSTEM = {
+    "internvl2_5": (
+        "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+    ),
+    "internvl3_5_gpt_oss": (
+        "You are InternVL, a large language model trained by Shanghai AI Laboratory.\nKnowledge cutoff: 2024-06\n"
+        "Current date: 2025-08-06\n\nReasoning: low\n\n# Valid channels: final. Channel must be included for every "
+        "message."
+    ),
+}
+"""By the name of a conversation template of InternVL, the system message that its conversations begin with where a row
+has none: all of its SFT and MPO data, and every call of its `chat`."""
+
+
+TURN_WORDS = (
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    *("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|return|>"),
+    *("<|startoftext|>", "<|endofprompt|>"),
+)
+"""Words that begin and end turns and texts, in ChatML and in the format of GPT-OSS."""
+
+
+CONTENT_WORDS = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+)
+"""Words with tokens of their own that people and models write: they are no control words."""
+
+
+ANSWER_WORDS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>")
+"""Control words that demonstrated answers may hold where `ANSWER_STARTS` lets them name their channels."""
+
+
 ANSWER_STARTS = {"<|start|>assistant": ("<|channel|>", "final<|message|>")}
 """By the end of a prompt, the token that answers begin with, and the rest for demonstrated answers that do not have it:
 the template of GPT-OSS leaves the channel to the model."""
+
+_OPENED = re.compile(r"<([A-Za-z_]\w*)>\s*(?:</\1>\s*)?$")
 
 _PLACES = re.compile(r"(Frame-?\d+: ?)?<image>")
 
@@ -51,6 +88,52 @@ _PLACES = re.compile(r"(Frame-?\d+: ?)?<image>")
 def frames_in(text: str) -> list[bool]:
     """For each image of a rendered prompt whether it is a frame of a video: it stands behind `Frame1: `."""
     return [match[1] is not None for match in _PLACES.finditer(text)]
+
+
+def some_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The text of a prompt, which ends in what the chat template writes for the model before its answer."""
+    return _some_prompt(tokenizer, template_of(tokenizer, template))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The chat template in force: the tokenizer's own, or the one that stands in for it."""
+    return tokenizer.get_chat_template() if tokenizer.chat_template else template
+
+
+@lru_cache(maxsize=64)
+def _some_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def opened_by(prompt: str) -> str:
+    """The tag at the end of a prompt that the chat template has opened for the model (`<think>` and a line break), or
+    opened and closed, where it switches thinking off; "" for none."""
+    found = _OPENED.search(prompt)
+    return found[0] if found else ""
+
+
+def continued(response: str, opened: str) -> str:
+    """A demonstrated answer as the continuation of a prompt that has opened a tag: not with the tag again. Raises
+    ValueError for an answer that opens again what the template has closed."""
+    tag, end = opened.split(">")[0] + ">", "</" + opened[1:].split(">")[0] + ">"
+    body = response.lstrip()
+    if not opened or not body.startswith(tag):
+        return response
+    inside, closed, rest = body.removeprefix(tag).partition(end)
+    if end not in opened:
+        left, space = body.removeprefix(tag), opened.removeprefix(tag)
+        return left.removeprefix(space) if left.startswith(space) else left.lstrip(space)
+    if inside.strip() or not closed:
+        raise ValueError(
+            f"begins with {tag}, which the chat template has closed already in front of every answer; leave the "
+            "thoughts "
+            "out, or use a chat template that leaves them open"
+        )
+    return rest.lstrip()
 
 
 def render(

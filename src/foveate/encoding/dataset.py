@@ -19,7 +19,7 @@ from foveate.data.validate import Check, ReadOptions
 from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family, budget_of
-from foveate.errors import DataError
+from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 
 logger = logging.getLogger(__name__)
@@ -30,31 +30,88 @@ def build_encoder(
 ) -> Encoder:
     """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
     budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
-    system = THINKING_SYSTEM if data.thinking else data.system
+    system = THINKING_SYSTEM if data.thinking else system_message(family, data.system)
     return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system)
+
+
+def system_message(family: Family, system: str) -> str | None:
+    """The system message that `data.system` asks for. Raises ConfigError for the default of a family without one."""
+    if system == "none":
+        return None
+    if system != "default":
+        return system
+    if family.default_system is None:
+        raise ConfigError(
+            f"data.system=default: {family.name} has no system message of its own beside what its chat template "
+            "writes; "
+            "set data.system=none, or to the text"
+        )
+    return family.default_system
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLimits:
+    """The limits of answers that are trained on as they stand in the rows: `fields` of extra_info, each of `most`
+    tokens (None: any number), and of `budget` tokens, those of one forward pass, together with the prompt."""
+
+    fields: tuple[str, ...]
+    budget: int
+    most: int | None
+
+    def validation_errors(self, task: Task, encoder: Encoder) -> list[tuple[str, str]]:
+        """The faults of the answers of a task whose prompt has none, as (field, fault)."""
+        prompt = encoder.length(task)
+        return [
+            (f"extra_info.{name}", fault) for name in self.fields if (fault := self._fault(task, name, prompt, encoder))
+        ]
+
+    def _fault(self, task: Task, name: str, prompt: int, encoder: Encoder) -> str:
+        try:
+            length = len(encoder.answer_ids(task.meta[name]))
+        except DataError as error:
+            return str(error)
+        if self.most is not None and length > self.most:
+            return f"{length} tokens, the limit is {self.most}; raise train.max_answer_tokens, or shorten the answer"
+        if prompt + length > self.budget:
+            return (
+                f"{length} tokens, and {prompt} of the prompt, do not fit into a forward pass of {self.budget}; raise "
+                "train.tokens_per_micro_batch, or leave the row out with data.on_bad_row=skip"
+            )
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
 class RowCheck:
-    """The checks of a row before a run: its ground truth, and its length as prompt from text and image headers. None
-    leaves one of them out."""
+    """The checks of a row before a run: its ground truth, its length as prompt from text and image headers, and the
+    lengths of answers that it is trained on. None leaves one of them out."""
 
     truth: Check | None
     encoder: Encoder | None
+    answers: AnswerLimits | None = None
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
         faults = list(self.truth(task)) if self.truth is not None else []
-        return faults + (self.encoder.validation_errors(task) if self.encoder is not None else [])
+        if self.encoder is None:
+            return faults
+        faults += self.encoder.validation_errors(task)
+        if self.answers is not None and not faults:
+            faults += self.answers.validation_errors(task, self.encoder)
+        return faults
 
 
 def read_checked(
-    paths: Sequence[str], data: DataSettings, encoder: Encoder, truth: Check | None
+    paths: Sequence[str],
+    data: DataSettings,
+    encoder: Encoder,
+    truth: Check | None,
+    answers: AnswerLimits | None = None,
 ) -> tuple[TaskTable, list[Problem]]:
     """The usable rows of some files, every row checked from its text and image headers before anything else runs:
-    ground truth, images, marks, and length as prompt. Raises DataError unless bad rows are to be skipped."""
+    ground truth, images, marks, length as prompt, and the lengths of `answers` that it holds. Raises DataError unless
+    bad rows are to be skipped."""
     root = Path(data.image_root) if data.image_root is not None else None
     reading = ReadOptions(root, data.columns, data.on_bad_row, data.workers)
-    table, found = reading(paths, check=RowCheck(truth, encoder))
+    table, found = reading(paths, check=RowCheck(truth, encoder, answers))
     if found.problems:
         left_out = len({problem.where for problem in found.problems})
         total = len(table) + left_out

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.data.images import load_image
-from foveate.encoding.chat import IMAGE_MARK, frames_in, render
+from foveate.encoding.chat import (
+    ANSWER_WORDS,
+    IMAGE_MARK,
+    continued,
+    frames_in,
+    opened_by,
+    render,
+    some_prompt,
+    template_of,
+)
+from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
 from foveate.encoding.family import Family
 from foveate.errors import DataError
 from foveate.records import ImageSlot, Message, Prompt, Task
+from foveate.rewards.pool import OPENED
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt as text; with a disguise where the rows' own text holds control words."""
+
+    text: str
+    disguise: Disguise | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +51,7 @@ class Encoder:
     def __call__(self, task: Task) -> Prompt:
         """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
         text, budgets = self._text(task)
-        engine_ids = self._ids(text)
+        engine_ids = self._prompt_ids(text, task.where)
         slots = self._slots(task, engine_ids, budgets)
         token_ids = self._expand(engine_ids, slots)
         if len(token_ids) > self.max_prompt_tokens:
@@ -41,8 +62,16 @@ class Encoder:
             pixels = torch.cat([self.family.pixels(load_image(image, task.where), budget) for image, budget in pairs])
         return Prompt(tuple(token_ids), slots, pixels, tuple(engine_ids))
 
-    def with_box_frame(self, task: Task) -> Task:
-        """The task with the frame of the boxes that the model will write about its first image, for the graders."""
+    @property
+    def opened(self) -> str:
+        """The tag that the chat template has opened for every answer, such as `<think>`; see `opened_by`."""
+        return opened_by(some_prompt(self.tokenizer, self.family.template))
+
+    def for_graders(self, task: Task) -> Task:
+        """The task with what graders must know of its prompt: the frame of the boxes that the model will write about
+        its first image, and what the prompt has opened for the answer."""
+        if self.opened:
+            task = replace(task, meta={**task.meta, OPENED: self.opened})
         if not task.images:
             return task
         image, budget = task.images[0], self.family.share(self.budget, len(task.images))
@@ -61,16 +90,25 @@ class Encoder:
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
         text, budgets = self._text(task)
-        engine_ids = self._ids(text)
+        engine_ids = self._prompt_ids(text, task.where)
         return len(engine_ids) + sum(slot.count - 1 for slot in self._slots(task, engine_ids, budgets))
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
         """A demonstrated answer as token ids, with the stop token that ends it and, where it lacks it, the start that
-        its prompt asks for: GPT-OSS names a channel."""
-        prompt = render((Message("user", "?"),), self.tokenizer, template=self.family.template)
+        its prompt asks for: GPT-OSS names a channel. A tag that the chat template has opened is not written again.
+        Raises DataError, without a place, for an answer that opens again what the template has closed."""
+        prompt, allowed = some_prompt(self.tokenizer, self.family.template), ()
         for end, (token, rest) in self.family.answer_starts.items():
-            if prompt.endswith(end) and not response.startswith(token):
-                response = token + rest + response
+            if prompt.endswith(end):
+                allowed = ANSWER_WORDS
+                response = response if response.startswith(token) else token + rest + response
+        try:
+            response = continued(response, opened_by(prompt))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        words, pattern = self._control_words(allowed)
+        if pattern is not None and pattern.search(response):
+            return (*encode_text(self.tokenizer, words, response), self.family.stop_ids[0])
         return (*self.tokenizer.encode(response, add_special_tokens=False), self.family.stop_ids[0])
 
     def decode(self, token_ids: tuple[int, ...]) -> str:
@@ -84,6 +122,19 @@ class Encoder:
         """The text of each token by itself; a character that spans several tokens is no text in any of them."""
         return self.tokenizer.batch_decode([[token] for token in token_ids], skip_special_tokens=False)
 
+    def _prompt_ids(self, rendered: Rendered, where: str) -> list[int]:
+        """The tokens of a rendered prompt."""
+        if rendered.disguise is None:
+            return self._ids(rendered.text)
+        ids: list[int] = []
+        try:
+            for is_control, part in rendered.disguise.parts(rendered.text):
+                words = rendered.disguise.words
+                ids += [word_id(self.tokenizer, part)] if is_control else encode_text(self.tokenizer, words, part)
+        except DataError as error:
+            raise DataError(f"{where}, field prompt: {error}") from error
+        return ids
+
     def _ids(self, text: str) -> list[int]:
         """`tokenizer.encode` in half of its time: without offsets and masks, which are not read here."""
         tokenizer = self.tokenizer
@@ -93,10 +144,11 @@ class Encoder:
                 return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def _text(self, task: Task) -> tuple[str, list[int]]:
+    def _text(self, task: Task) -> tuple[Rendered, list[int]]:
         """The prompt with what stands for an image in place of its mark, and the budget of each image."""
+        disguise, messages = self._disguised(task)
         try:
-            text = render(task.messages, self.tokenizer, self.system, self.family.template)
+            text = render(messages, self.tokenizer, self.system, self.family.template)
         except TemplateError as error:
             raise DataError(f"{task.where}, field prompt: the model's chat template refuses it: {error}") from error
         marks = text.count(IMAGE_MARK)
@@ -112,7 +164,23 @@ class Encoder:
                 raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
-        return text.replace(IMAGE_MARK, self.family.image_text), [frame if is_frame else each for is_frame in frames]
+        rendered = Rendered(text.replace(IMAGE_MARK, self.family.image_text), disguise)
+        return rendered, [frame if is_frame else each for is_frame in frames]
+
+    def _control_words(self, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
+        """The control words of the family without some that are allowed, and what finds them."""
+        return _control_words(self.family, self.tokenizer, template_of(self.tokenizer, self.family.template), allowed)
+
+    def _disguised(self, task: Task) -> tuple[Disguise | None, tuple[Message, ...]]:
+        """The messages, with stand-ins for control words where they hold any. Reserved words stay: they are refused."""
+        words, pattern = self._control_words(self.family.reserved)
+        if pattern is None or not any(pattern.search(message.content) for message in task.messages):
+            return None, task.messages
+        try:
+            disguise = Disguise(words, [self.system or "", *(message.content for message in task.messages)])
+        except DataError as error:
+            raise DataError(f"{task.where}, field prompt: {error}") from error
+        return disguise, tuple(Message(message.role, disguise.hide(message.content)) for message in task.messages)
 
     def _slots(self, task: Task, engine_ids: list[int], budgets: list[int]) -> tuple[ImageSlot, ...]:
         slots = []
@@ -134,6 +202,15 @@ class Encoder:
             repeat = next(counts).count if token == self.family.image_token_id else 1
             token_ids.extend([token] * repeat)
         return token_ids
+
+
+@lru_cache(maxsize=64)
+def _control_words(
+    family: Family, tokenizer: PreTrainedTokenizerBase, _template: str, allowed: tuple[str, ...]
+) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
+    """`Encoder._control_words`, found once for each template."""
+    words = tuple(word for word in family.all_control_words(tokenizer) if word not in allowed)
+    return words, pattern_of(words)
 
 
 def _too_long(length: int, limit: int) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from foveate.encoding.chat import ANSWER_STARTS, CORRECTED_TEMPLATE
+from foveate.encoding.chat import ANSWER_STARTS, CONTENT_WORDS, CORRECTED_TEMPLATE, TURN_WORDS, template_of
 from foveate.errors import DataError
 from foveate.records import ImageSlot
 
@@ -79,6 +79,9 @@ class Family:
         towers: `model_type` of the language models that it may stand on; empty where the model is its own.
         image_text: stands for one image in the text, before it grows to its number of tokens; empty for no images.
         reserved: words that may not occur in the text of a task.
+        control_words: words that are text, and not tokens, where a row or a request holds them: of turns, images,
+            videos, ends and padding (`all_control_words` adds what the tokenizer says of itself).
+        content_words: words with tokens of their own that everybody may write.
         unit: the size of an image is limited in `tiles` or `pixels`, or "" for no images.
         bidirectional_images: whether the tokens of an image attend to each other both ways.
         image_runs: the runs of placeholder tokens that an image becomes.
@@ -103,6 +106,8 @@ class Family:
     towers: ClassVar[tuple[str, ...]] = ()
     image_text: ClassVar[str] = ""
     reserved: ClassVar[tuple[str, ...]] = ()
+    control_words: ClassVar[tuple[str, ...]] = TURN_WORDS
+    content_words: ClassVar[tuple[str, ...]] = CONTENT_WORDS
     unit: ClassVar[Literal["tiles", "pixels", ""]] = ""
     bidirectional_images: ClassVar[bool] = False
     image_runs: ClassVar[int] = 1
@@ -124,6 +129,23 @@ class Family:
     @property
     def sees_images(self) -> bool:
         return bool(self.image_text)
+
+    @property
+    def default_system(self) -> str | None:
+        """The system message that the family's own conversations begin with; None: it is not known, or there is none
+        but what the chat template writes."""
+        return None
+
+    def all_control_words(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """The words of the vocabulary that may not become tokens where a row or a request holds them: those declared,
+        special tokens that the chat template writes, and the tokens of ends, padding and placeholders."""
+        added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+        template = template_of(tokenizer, self.template)
+        ends = map(str, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token))
+        known = map(str, tokenizer.convert_ids_to_tokens([*self.stop_ids, *self.placeholder_ids]))
+        written = (word for word, special in added.items() if special and word in template)
+        found = {*self.control_words, *self.reserved, *ends, *known, *written}
+        return tuple(sorted(word for word in found & added.keys() if word not in self.content_words))
 
     @property
     def dummy_image(self) -> DummyImage | None:

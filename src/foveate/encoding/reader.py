@@ -53,7 +53,7 @@ class Reader:
         cannot be encoded, and if a process was killed."""
         if self._pool is None:
             tasks = [self._table[index] for index in self._stream.draw(count)]
-            return [(self.encoder.with_box_frame(task), self.encoder(task)) for task in tasks]
+            return [(self.encoder.for_graders(task), self.encoder(task)) for task in tasks]
         wanted = self._stream.batch if count is None else count
         self._submit(wanted)
         self._stream.draw(wanted)
@@ -61,7 +61,7 @@ class Reader:
         self._submit(wanted)
         try:
             received = [_received(future.result()) for _, future in now]
-            return [(self.encoder.with_box_frame(task), prompt) for task, prompt in received]
+            return [(self.encoder.for_graders(task), prompt) for task, prompt in received]
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that encodes images was killed (out of memory?); use fewer with data.image_workers"

@@ -125,7 +125,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         image_root=request.image_root,
         on_bad_row=request.on_bad_row,
         max_prompt_tokens=request.max_prompt_tokens,
-        system=request.system,
+        system=request.system or "none",
     )
     engine, encoder = load_engine(name, data, request.max_tiles)
     table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))

@@ -152,7 +152,9 @@ def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce
     from foveate.encoding.dataset import RowCheck
     from foveate.evaluate.predict import generate_rows, load_engine  # a client needs neither models nor transformers
 
-    data = DataSettings(train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system)
+    data = DataSettings(
+        train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system or "none"
+    )
     engine, encoder = load_engine(model, data, request.max_tiles)
 
     def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:

@@ -92,7 +92,7 @@ def predict(
     log-probs of their greedy answers, which the report shows."""
     rows: list[ScoredRow] = []
     for begin in range(0, len(tasks), BATCH):
-        some = [encoder.with_box_frame(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
+        some = [encoder.for_graders(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
         requests = [Request(encoder(task), seed_of("eval", seed, begin + i)) for i, task in enumerate(some)]
         greedy = engine.generate(requests, SamplingParams(1, max_tokens, temperature=0.0))
         drawn: list[tuple[Answer, ...]] = [()] * len(some)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import foveate
+from foveate.encoding.chat import opened_by, some_prompt
 from foveate.encoding.family import PER_MILLE
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
@@ -62,10 +63,27 @@ def model_facts(policy: Policy) -> dict[str, str]:
         "image": family.image_summary(),
         "boxes": "thousandths of the image's sides" if relative else "pixels of the resized image",
         "chat template": "its own" if tokenizer.chat_template else f"{family.template_name} (it has none)",
+        **template_facts(policy),
         "image tokens": ", ".join(f"{word} = {number}" for word, number in words.items()) or "none",
         "stop tokens": ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} = {i}" for i in family.stop_ids),
         "dtype": ", ".join(sorted({tensor.dtype for tensor in read_headers(weight_files(policy.folder)).values()})),
         "missing": ", ".join(_missing(policy)) or "nothing",
+    }
+
+
+def template_facts(policy: Policy) -> dict[str, str]:
+    """How the chat template treats a conversation without a system message, and how it begins an answer."""
+    family, tokenizer = policy.family, policy.tokenizer
+    turn, default = some_prompt(tokenizer, family.template), family.default_system
+    before, _, after = turn.partition("?")
+    opened = opened_by(turn)
+    official = "none known beside the template's" if default is None else f"{default!r}, with data.system=default"
+    return {
+        "  before a question": f"{before!r}, with data.system=none",
+        "  its family's system message": official,
+        "  before an answer": repr(after),
+        "  opened for the answer": f"{opened!r}, which rewards count and SFT does not repeat" if opened else "nothing",
+        "  text, not tokens, in rows": ", ".join(family.all_control_words(tokenizer)) or "nothing",
     }
 
 

@@ -18,7 +18,7 @@ from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
-from foveate.data.demos import check_pair, pair_of
+from foveate.data.demos import CHOSEN, REJECTED, check_pair, pair_of
 from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder, build_stream, read_checked
 from foveate.encoding.encode import Encoder
@@ -35,6 +35,7 @@ from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
 from foveate.train.session import (
     GracefulShutdown,
+    answer_limits,
     check_offline,
     resume,
     retry_on_lost_rank,
@@ -67,7 +68,8 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
-        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair)
+        limits = answer_limits(settings, (CHOSEN, REJECTED))
+        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair, limits)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
         compute = partial(_logprobs, workers, costs)

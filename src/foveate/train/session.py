@@ -11,9 +11,10 @@ from typing import Any, Protocol, Self, TypeVar
 from foveate.cluster.base import WorkerGroup, broadcast
 from foveate.config.base import has_gpu
 from foveate.config.cluster import ClusterSettings
-from foveate.config.runs import RLSettings
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.config.train import TrainSettings
 from foveate.data.stream import Stream
+from foveate.encoding.dataset import AnswerLimits
 from foveate.errors import ConfigError, RankLost
 from foveate.log import MetricsWriter
 from foveate.run_folder import RunFolder
@@ -88,6 +89,13 @@ def require_one_process(cluster: ClusterSettings) -> None:
             f"{', '.join(differing)}: runs of one rank compute in one process, where of the settings of a cluster "
             "device and dtype act; leave the others out, or set cluster.gpus_per_node"
         )
+
+
+def answer_limits(settings: SFTSettings | MPOSettings, fields: tuple[str, ...]) -> AnswerLimits:
+    """The limits of the answers in the rows of a run that generates nothing."""
+    train = settings.train
+    budget = train.tokens_per_micro_batch * settings.cluster.sequence_parallel
+    return AnswerLimits(fields, budget, train.max_answer_tokens)
 
 
 def check_offline(cluster: ClusterSettings) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from foveate.cluster.base import broadcast, scatter, start_workers
 from foveate.config.runs import SFTSettings
-from foveate.data.demos import check_response, demo_of
+from foveate.data.demos import RESPONSE, check_response, demo_of
 from foveate.encoding.dataset import build_encoder, build_stream, read_checked
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
@@ -20,6 +20,7 @@ from foveate.train.clock import Clock
 from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.session import (
     GracefulShutdown,
+    answer_limits,
     check_offline,
     resume,
     retry_on_lost_rank,
@@ -49,7 +50,8 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
-        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response)
+        limits = answer_limits(settings, (RESPONSE,))
+        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response, limits)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
         metrics = MetricsWriter(run.metrics, settings.log.to)

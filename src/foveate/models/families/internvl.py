@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
+from foveate.encoding.chat import DEFAULT_SYSTEM
 from foveate.encoding.family import DummyImage, Family, Features, ImageShape, ServedAs
 from foveate.encoding.tiles import cut_tiles, tile_budget, tile_count
 from foveate.errors import DataError
-from foveate.models.checkpoint.configs import TEXT_ARCHITECTURES, hf_preprocessor
+from foveate.models.checkpoint.configs import TEMPLATES, TEXT_ARCHITECTURES, hf_preprocessor
 from foveate.models.checkpoint.formats import (
     IMAGE_WORDS,
     check_tower,
@@ -41,13 +42,14 @@ _BANNED = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InternVL(Family):
     """An image is a grid of tiles of `tile` pixels and a thumbnail, each `tokens_per_tile` tokens, normalised by `mean`
-    and `std`."""
+    and `std`. `conversation`: the name of InternVL's template for conversations with such a model."""
 
     name: str = "internvl"
     tile: int
     tokens_per_tile: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    conversation: str = "internvl2_5"
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("model.vision_tower",),
@@ -58,6 +60,8 @@ class InternVL(Family):
     towers = tuple(TEXT_ARCHITECTURES.values())
     image_text = "<img><IMG_CONTEXT></img>"
     reserved = ("<IMG_CONTEXT>", "<img>", "</img>")
+    control_words = (*Family.control_words, *_BANNED, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                     "<|image_pad|>", "<|video_pad|>")  # fmt: skip
     unit = "tiles"
     auto_class = AutoModelForImageTextToText
     github_type = "internvl_chat"
@@ -106,7 +110,12 @@ class InternVL(Family):
             budget=budget,
             mean=tuple(processor["image_mean"]),
             std=tuple(processor["image_std"]),
+            conversation=TEMPLATES.get(config.text_config.model_type, "internvl2_5"),
         )
+
+    @property
+    def default_system(self) -> str | None:
+        return DEFAULT_SYSTEM[self.conversation]
 
     @classmethod
     def planned(cls, config: Any) -> Self:

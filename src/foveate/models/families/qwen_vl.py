@@ -64,6 +64,7 @@ class QwenVL(Family):
     }
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
     reserved = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    control_words = (*Family.control_words, "<|vision_pad|>")
     unit = "pixels"
     auto_class = AutoModelForImageTextToText
 
