@@ -111,6 +111,18 @@ def test_a_reward_that_reads_the_record_sees_it_too(encoder, make_task):
     assert answer.text == "text"
 
 
+def test_answers_that_were_generated_before_are_graded_with_what_was_opened(tmp_path, thinking):
+    from foveate.evaluate.evaluate_models import EvalRequest, run_eval
+    from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
+    from foveate.records import SamplingParams
+
+    data = (str(make_data(tmp_path / "shapes") / "test.parquet"),)
+    run_generate(GenerateRequest(RowsRequest(data), tmp_path / "out", SamplingParams(max_tokens=4), str(thinking)))
+    run_eval(EvalRequest((), (), tmp_path / "eval", f"{__file__}:form_only", generated=(tmp_path / "out",)))
+    [model] = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"].values()
+    assert model["score"] == 1.0
+
+
 def test_an_ordinary_template_opens_nothing(encode, make_task):
     assert encode.opened == ""
     assert encode.for_graders(make_task("?")) == make_task("?")

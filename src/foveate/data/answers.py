@@ -103,8 +103,9 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedRow(PromptRow):
-    """The answers to row `index` of the data, not graded yet. `seconds` is the time of the request that succeeded,
-    `tries` counts it and those before it, `answer_tokens` are those of all answers together."""
+    """The answers to row `index` of the data, not graded yet. `opened` is what the chat template had opened for them
+    (`<think>`), as far as it is known, and is graded in front of their texts. `seconds` is the time of the request that
+    succeeded, `tries` counts it and those before it, `answer_tokens` are those of all answers together."""
 
     answers: tuple[GeneratedAnswer, ...]
     index: int
@@ -113,6 +114,7 @@ class GeneratedRow(PromptRow):
     seconds: float
     tries: int
     server: str
+    opened: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
 from foveate.encoding.family import Family
 from foveate.errors import DataError
 from foveate.records import ImageSlot, Message, Prompt, Task
-from foveate.rewards.pool import OPENED
+from foveate.rewards.pool import with_opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,7 @@ class Encoder:
     def for_graders(self, task: Task) -> Task:
         """The task with what graders must know of its prompt: the frame of the boxes that the model will write about
         its first image, and what the prompt has opened for the answer."""
-        if self.opened:
-            task = replace(task, meta={**task.meta, OPENED: self.opened})
+        task = with_opened(task, self.opened)
         if not task.images:
             return task
         image, budget = task.images[0], self.family.share(self.budget, len(task.images))

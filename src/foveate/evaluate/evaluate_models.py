@@ -22,13 +22,13 @@ from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST
 from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics
 from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
-from foveate.evaluate.predictions import Evaluation, mean, paired, write_models, write_skipped
+from foveate.evaluate.predictions import NOT_GRADED, Evaluation, mean, paired, write_models, write_skipped
 from foveate.evaluate.shards import read_generated
 from foveate.files import atomic_write_text
 from foveate.log import progress
 from foveate.records import Task
 from foveate.rewards.build import truth_check
-from foveate.rewards.pool import Graders
+from foveate.rewards.pool import Graders, with_opened
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _scored(
     for task, row in pairs:
         if row.id != task.id:
             raise DataError(f"{folder}: row {row.index} is {row.id}, but {task.where} is {task.id}; the data changed")
-    asked = [(answer.text, task) for task, row in pairs for answer in row.answers]
+    asked = [(answer.text, with_opened(task, row.opened)) for task, row in pairs for answer in row.answers]
     scores = iter(graders.grade_many(asked))
     ranks = iter(critic.grade_many(asked)) if critic is not None and not greedy else None
     reader = box_reader(request.reward, request.settings)
@@ -233,6 +233,8 @@ def _summary(
         one.label: {**summary_statistics(one.predictions, request.seed), **costs.get(one.label, {})} for one in found
     }
     for label, one in models.items():
+        if "not_graded" in one:
+            logger.warning("%s: %s", label, NOT_GRADED.format(one["not_graded"]))
         other = likely_frame(one, one["rows"]) if "frames" in one else None
         frame = request.settings.get("frame", request.settings.get("answer_frame", "thousandths"))
         if other is not None and other != frame:

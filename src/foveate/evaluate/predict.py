@@ -18,7 +18,14 @@ from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.metrics import BoxReader, model_box
-from foveate.evaluate.predictions import BOX_SIZES, EXPRESSION_LENGTHS, thumbnail_path, write_evaluation, write_gallery
+from foveate.evaluate.predictions import (
+    BOX_SIZES,
+    EXPRESSION_LENGTHS,
+    NOT_GRADED,
+    thumbnail_path,
+    write_evaluation,
+    write_gallery,
+)
 from foveate.log import progress
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
@@ -71,6 +78,7 @@ def generate_rows(
                 seconds=seconds,
                 tries=1,
                 server="in process",
+                opened=encoder.opened,
             )
 
 
@@ -208,12 +216,7 @@ class Evaluator:
             )
         summary = write_evaluation(self.folder, step, rows)
         if "not_graded" in summary:
-            logger.warning(
-                "step %d: %d held-out answers could not be graded; they count as wrong in the accuracy, and not at all "
-                "in the mean score",
-                step,
-                summary["not_graded"],
-            )
+            logger.warning("step %d: %s", step, NOT_GRADED.format(summary["not_graded"]))
         figures = {
             f"eval/{way}_{name}": summary[way][name]
             for way in ("greedy", "sampled")

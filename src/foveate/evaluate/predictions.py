@@ -132,6 +132,9 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     }
 
 
+NOT_GRADED = "{} answers could not be graded; they count as wrong in the accuracy, and not at all in the mean score"
+
+
 def not_graded(rows: Sequence[ScoredRow]) -> dict[str, int]:
     """How many answers could not be graded, where there are any."""
     count = sum(not answer.graded for row in rows for answer in row.answers)

@@ -268,6 +268,11 @@ class _Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
+def with_opened(task: Task, opened: str) -> Task:
+    """The task with what its prompt has opened for the answer."""
+    return replace(task, meta={**task.meta, OPENED: opened}) if opened else task
+
+
 def _with_opened(answer: Answer | str, task: Task) -> Answer | str:
     """The answer as graders read it: behind what its prompt has opened."""
     opened = task.meta.get(OPENED, "")
