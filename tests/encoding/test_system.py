@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,9 @@ def test_a_family_without_a_system_message_of_its_own_has_no_default(tmp_path):
 
 def test_the_message_follows_from_the_language_model(tiny_policy):
     assert tiny_policy.family.default_system == DEFAULT_SYSTEM["internvl2_5"]
+    gpt_oss = replace(tiny_policy.family, conversation="internvl3_5_gpt_oss")
+    assert gpt_oss.default_system == DEFAULT_SYSTEM["internvl3_5_gpt_oss"]
+    assert replace(tiny_policy.family, conversation="internvl_zh").default_system is None
     assert "书生·万象" in DEFAULT_SYSTEM["internvl2_5"]
     assert "Reasoning: low" in DEFAULT_SYSTEM["internvl3_5_gpt_oss"]
 

@@ -23,6 +23,7 @@ from foveate.train.rl import run_rl
 from foveate.train.rollout_records import rollout_metrics
 from foveate.train.rollouts import resample_groups
 from foveate.train.update import compute_advantages
+from foveate.train.waste import WasteWatch
 
 HERE = str(Path(__file__))
 LOST = not_graded("ValueError: cannot read")
@@ -277,12 +278,46 @@ def test_enormous_rewards_are_told(tmp_path, tiny_folder, data):
     assert "bound or scale the reward" in told["huge_reward"]["text"]
 
 
-@pytest.mark.parametrize(("steps", "told"), [(2, False), (3, True)])
-def test_truncated_answers_that_are_learned_from_are_told_after_three_steps(tmp_path, tiny_folder, data, steps, told):
-    changes = {"eval": {"every": 0}, "rollout": {"max_tokens": 2}, "train": {"steps": steps}}
-    run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, **changes))
-    assert all(record["optim/updates"] for record in metrics_of(run))
-    assert ("truncated" in warnings_of(run)) is told
+ORDINARY = {
+    "answer/truncated": 0.1, "answer/timed_out": 0.0, "reward/mean": 0.5, "reward/std": 0.2, "reward/parsed": 0.4,
+    "rollout/groups_without_advantage": 1.0, "rollout/groups_not_graded": 0.0,
+    "optim/updates": 2.0, "optim/update_skipped": 0.0, "optim/lr": 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "told"),
+    [
+        ({}, 5, set()),
+        ({"answer/truncated": 1.0}, 2, set()),
+        ({"answer/truncated": 1.0}, 3, {"truncated"}),
+        ({"answer/truncated": 0.75, "answer/timed_out": 0.25, "optim/updates": 0.0}, 1, {"truncated", "no_update"}),
+        ({"optim/updates": 0.0, "optim/lr": 0.0}, 4, set()),  # the critic is warmed up alone
+        ({"optim/update_skipped": 2.0}, 1, {"updates_skipped"}),
+        ({"optim/update_skipped": 1.0}, 1, set()),
+        ({"reward/math/parsed": 0.0}, 1, {"not_parsed"}),
+        ({"reward/std": 0.0}, 2, set()),
+        ({"reward/std": 0.0}, 3, {"constant_reward"}),
+        ({"rollout/groups_without_advantage": 3.0, "rollout/groups_not_graded": 1.0}, 1, {"no_advantage"}),
+    ],
+)
+def test_each_kind_of_waste_is_told_where_it_shows(tmp_path, tiny_folder, data, groups, changes, steps, told):  # noqa: F811
+    path = tmp_path / "warnings.jsonl"
+    watch = WasteWatch(path, rl_settings(tmp_path / "run", tiny_folder, data))
+    for step in range(1, steps + 1):
+        watch.observe(step, ORDINARY | changes, groups)
+    assert {one["name"] for one in lines_of(path)} == told
+    assert len(lines_of(path)) == len(told)
+
+
+def test_rewards_that_change_from_step_to_step_are_not_constant(tmp_path, tiny_folder, data, groups):  # noqa: F811
+    path = tmp_path / "warnings.jsonl"
+    watch = WasteWatch(path, rl_settings(tmp_path / "run", tiny_folder, data))
+    for step, mean in enumerate([0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0], start=1):
+        watch.observe(step, ORDINARY | {"reward/std": 0.0, "reward/mean": mean}, groups)
+    assert not lines_of(path)
+    watch.observe(8, ORDINARY | {"reward/std": 0.0, "reward/mean": 1.0}, groups)
+    assert [one["name"] for one in lines_of(path)] == ["constant_reward"]
 
 
 def test_an_ordinary_run_has_no_warnings(tmp_path, tiny_folder, data):

@@ -110,12 +110,12 @@ class InternVL(Family):
             budget=budget,
             mean=tuple(processor["image_mean"]),
             std=tuple(processor["image_std"]),
-            conversation=TEMPLATES.get(config.text_config.model_type, "internvl2_5"),
+            conversation=str(chat.get("template") or TEMPLATES.get(config.text_config.model_type, "internvl2_5")),
         )
 
     @property
     def default_system(self) -> str | None:
-        return DEFAULT_SYSTEM[self.conversation]
+        return DEFAULT_SYSTEM.get(self.conversation)
 
     @classmethod
     def planned(cls, config: Any) -> Self:
