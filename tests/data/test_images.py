@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -9,7 +11,7 @@ import PIL.Image
 import pytest
 from PIL import ImageOps
 
-from foveate.data.images import load_image, read_image, read_size
+from foveate.data.images import inspect_image, load_image, read_image, read_size
 from foveate.errors import DataError
 from foveate.records import Image
 
@@ -55,20 +57,32 @@ def test_broken_exif_leaves_a_picture_as_it_lies():
     assert loaded(data).shape == (4, 9, 3)
 
 
-def test_transparency_is_laid_over_white():
-    rgba = np.zeros((1, 3, 4), dtype=np.uint8)
-    rgba[0, :, 3] = (0, 255, 51)
-    assert loaded(saved(PIL.Image.fromarray(rgba))).tolist() == [[[255] * 3, [0] * 3, [204] * 3]]
+def official(data):
+    """The picture as the official code of InternVL and transformers read it."""
+    with PIL.Image.open(BytesIO(data)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def test_transparency_is_dropped_as_in_the_official_code():
+    rgba = noise(3, 5, 4)
+    assert np.array_equal(loaded(saved(PIL.Image.fromarray(rgba))), rgba[..., :3])
     palette = PIL.Image.new("P", (2, 1))
     palette.putpalette([9, 9, 9, 200, 0, 0])
     palette.putdata([0, 1])
-    assert loaded(saved(palette, transparency=0)).tolist() == [[[255] * 3, [200, 0, 0]]]
-    assert loaded(saved(palette)).tolist() == [[[9] * 3, [200, 0, 0]]]
+    for data in (saved(palette, transparency=0), saved(palette)):
+        assert loaded(data).tolist() == official(data).tolist() == [[[9] * 3, [200, 0, 0]]]
+    grey = saved(PIL.Image.fromarray(rgba).convert("LA"))
+    assert np.array_equal(loaded(grey), official(grey))
 
 
-def test_sixteen_bit_greys_keep_their_upper_byte():
-    grey = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    assert loaded(saved(PIL.Image.fromarray(grey)))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+def test_sixteen_bit_greys_are_cut_at_255_as_in_the_official_code_and_that_is_told():
+    for most in (255, 4095, 65535):  # 8, 12 and 16 bits of data
+        grey = np.linspace(0, most, 40).astype(np.uint16).reshape(5, 8)
+        data = saved(PIL.Image.fromarray(grey))
+        assert np.array_equal(loaded(data), official(data))
+        assert loaded(data).max() == 255, "not black"
+        assert "above 255 become white" in inspect_image(data, [])[1][0]
+    assert inspect_image(saved(PIL.Image.fromarray(noise(3, 3))), [])[1] == ()
 
 
 def test_grey_bilevel_and_cmyk_become_rgb():
@@ -79,7 +93,7 @@ def test_grey_bilevel_and_cmyk_become_rgb():
 
 def test_float_pixels_are_refused():
     data = saved(PIL.Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "TIFF")
-    with pytest.raises(DataError, match="x, row 1, field images: embedded bytes: 32-bit float pixels"):
+    with pytest.raises(DataError, match="x, row 1, field images: embedded bytes has 32-bit float pixels"):
         load_image(read_image(data, []), "x, row 1")
 
 
@@ -106,3 +120,80 @@ def test_the_thumbnail_of_a_truncated_jpeg_does_not_count_as_its_end():
     assert read_size(data) == (64, 64)
     with pytest.raises(DataError, match="is truncated: no end-of-image marker"):
         read_size(data[:-200])
+
+
+def encoded_as(data, form):
+    text = base64.b64encode(data).decode()
+    return {
+        "base64": text,
+        "base64 in lines": "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        "base64 without its padding": text.rstrip("="),
+        "base64 of the URL alphabet": text.replace("+", "-").replace("/", "_"),
+        "data URL": f"data:image/png;base64,{text}",
+        "data URL without a type": f"data:;base64,{text}",
+        "data URL with a parameter": f"data:image/png;charset=utf-8;base64,{text}",
+        "bytes key": {"bytes": text},
+        "bytes key with a data URL": {"bytes": f"data:image/jpeg;base64,{text}"},
+        "image key": {"image": f"data:image/jpeg;base64,{text}"},
+        "part": {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{text}"}},
+    }[form]
+
+
+FORMS = (
+    "base64", "base64 in lines", "base64 without its padding", "base64 of the URL alphabet", "data URL",
+    "data URL without a type", "data URL with a parameter", "bytes key", "bytes key with a data URL", "image key",
+    "part",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_an_encoded_image_is_read_in_every_form_that_it_is_written_in(form, fmt):
+    data = saved(PIL.Image.fromarray(noise(7, 13, 3)), fmt)
+    image = read_image(encoded_as(data, form), [])
+    assert (image.width, image.height) == (13, 7)
+    assert image.path is None
+    assert np.array_equal(np.asarray(load_image(image)), official(data))
+
+
+def test_a_path_is_read_in_every_form_that_it_is_written_in(tmp_path):
+    (tmp_path / "ein bild.png").write_bytes(saved(PIL.Image.new("RGB", (5, 4))))
+    path = tmp_path / "ein bild.png"
+    for value in (
+        "ein bild.png", str(path), path, path.as_uri(), f"file://localhost{str(path).replace(' ', '%20')}",
+        "file:ein%20bild.png", {"path": "ein bild.png"}, {"image": path.as_uri()}, {"url": "ein bild.png"},
+        {"bytes": None, "path": "ein bild.png"}, {"bytes": "", "path": "ein bild.png"},
+        {"bytes": b"", "path": "ein bild.png"},
+    ):  # fmt: skip
+        assert read_image(value, [tmp_path]).path == path
+
+
+def test_what_of_an_image_entry_nobody_reads_is_told(tmp_path):
+    (tmp_path / "a.png").write_bytes(saved(PIL.Image.new("RGB", (5, 4))))
+    image, remarks = inspect_image({"image": "a.png", "max_pixels": 10_000, "min_pixels": None}, [tmp_path])
+    assert (image.width, len(remarks)) == (5, 1)
+    assert "has max_pixels, which nobody reads" in remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("https://example.com/a.png", "https://example.com/a.png is an address on the network"),
+        ("HTTP://example.com/a.png", "not downloaded"),
+        ({"url": "http://example.com/b.jpg"}, "http://example.com/b.jpg is an address on the network"),
+        ("s3://bucket/a.png", "s3:"),
+        ("file://otherhost/a.png", "another machine"),
+        ("data:image/png,abc", "those with ;base64"),
+        ("data:image/png;base64,§§", "no valid base64"),
+        ({"bytes": "no base64!"}, "no valid base64"),
+        ({"path": None}, "an image must have one of bytes"),
+        ({"picture": "a.png"}, "not a mapping with picture"),
+        (7, "not int"),
+        ("", "not an empty text"),
+        ("x" * 4000 + ".png", "(4004 characters)"),
+    ],
+)
+def test_what_is_no_image_is_refused_by_what_it_is(value, what):
+    with pytest.raises(DataError, match=re.escape(what)) as raised:
+        read_image(value, [])
+    assert len(str(raised.value)) < 400

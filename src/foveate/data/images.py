@@ -12,16 +12,19 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import PIL.Image
-from PIL import ExifTags, UnidentifiedImageError
+from PIL import ExifTags, UnidentifiedImageError, features
 from PIL.Image import Transpose
+from PIL.ImageFile import ImageFile
 
+from foveate.data.image_structure import structure_fault
+from foveate.data.image_values import image_source, shorten_source
 from foveate.errors import DataError, join_where
 from foveate.records import Image
 
@@ -38,45 +41,43 @@ _UPRIGHT = {
 _TURNED = frozenset({5, 6, 7, 8})
 
 # The errors of Pillow for a file whose header or pixels are broken.
-_BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 _BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error, *_BOMBS
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    PIL.Image.DecompressionBombError, MemoryError,
 )  # fmt: skip
 
-_JPEG_END = b"\xff\xd9"
-_JPEG_SCAN = 0xDA
-_JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})  # TEM, RST0..7 and SOI: markers without a length
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
+"""The formats that are read, by their names in Pillow."""
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image that is read unless `data.max_image_pixels` says otherwise: Pillow's own limit."""
+MOST_PIXELS = 2 * MAX_PIXELS
+"""The largest that `data.max_image_pixels` can be: beyond it Pillow refuses."""
+MAX_BYTES = 2**28
+"""Bytes of the largest encoded image that is read."""
+
+_SMALLER = "make the image smaller, or raise data.max_image_pixels"
+_SIXTEEN_BITS = "is a grey image of 16 bits: values above 255 become white, as in the official code"
 
 
-def read_image(value: Any, folders: Sequence[Path]) -> Image:
+def read_image(value: Any, folders: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Image:
     """One entry of an images column as a record, without decoding pixels.
 
-    value: a path, encoded bytes, or a mapping with `path`, `bytes` or both (then the bytes count, and the path is only
-    a name). A relative path is looked up in `folders`, in order. Raises DataError, without a place, for a missing,
-    empty or truncated file, for something that is no image and for a value of another type.
+    value: see `image_values.image_source`. A relative path is looked up in `folders`, in order. Raises DataError,
+    without a place, for a missing, empty or truncated file, for something that is no image, for one of more than
+    `max_pixels`, and for a value of another type.
     """
-    path, data = _source(value)
-    if data is not None:
-        width, height = read_size(data)
-        return Image(path=None, data=data, width=width, height=height)
-    assert path is not None
-    found, about = _find(path, folders)
-    width, height = _size_of_file(found, about.st_mtime_ns, about.st_size)
-    return Image(path=found, data=None, width=width, height=height)
+    return inspect_image(value, folders, max_pixels)[0]
 
 
-def _source(value: Any) -> tuple[Path | None, bytes | None]:
-    if isinstance(value, dict):
-        if isinstance(value.get("bytes"), bytes):
-            return None, value["bytes"]
-        value = value.get("path")
-    if isinstance(value, bytes):
-        return None, value
-    if isinstance(value, str | Path) and str(value):
-        return Path(value), None
-    found = "an empty text" if value == "" else type(value).__name__
-    raise DataError(f"an image must be a path, bytes, or a mapping with path or bytes, not {found}")
+def inspect_image(value: Any, folders: Sequence[Path], max_pixels: int = MAX_PIXELS) -> tuple[Image, tuple[str, ...]]:
+    """`read_image`, and remarks: what the image or its entry holds that the model does not get to see."""
+    source, remarks = image_source(value)
+    if isinstance(source, bytes):
+        header = _header(source, max_pixels)
+        return Image(path=None, data=source, width=header.width, height=header.height), remarks + header.remarks
+    found, about = _find(source, folders)
+    header = _header_of_file(found, about.st_mtime_ns, about.st_size, max_pixels)
+    return Image(path=found, data=None, width=header.width, height=header.height), remarks + header.remarks
 
 
 def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
@@ -89,94 +90,121 @@ def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
         if stat.S_ISREG(about.st_mode):
             return place, about
     looked = "" if path.is_absolute() else f" (looked in {', '.join(str(place.parent) for place in places)})"
-    raise DataError(f"no such file: {path}{looked}; mend the path or give the folder of the images")
+    raise DataError(f"no such file: {shorten_source(path)}{looked}; mend the path or give the folder of the images")
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The size as shown, after the EXIF rotation, and remarks on what decoding will lose."""
+
+    width: int
+    height: int
+    remarks: tuple[str, ...]
 
 
 @lru_cache(maxsize=2**18)
-def _size_of_file(path: Path, changed_ns: int, size: int) -> tuple[int, int]:  # noqa: ARG001 - they make the key
-    """`read_size`, once for all rows that show the same image, and again when its file has changed."""
-    return read_size(path)
+def _header_of_file(path: Path, changed_ns: int, size: int, max_pixels: int) -> _Header:  # noqa: ARG001 - a key
+    """`_header`, once for all rows that show the same image, and again when its file has changed."""
+    return _header(path, max_pixels)
 
 
-def read_size(source: Path | bytes) -> tuple[int, int]:
+def read_size(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height in pixels as shown, after the EXIF rotation, from the header of a file or of encoded bytes.
 
     Also walks the structure of JPEG, PNG and WebP files to their end, which costs no decoding and finds files that were
-    cut off. Raises DataError, without a place, for what is not a whole image, and for more pixels than Pillow takes
-    for sane (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million): a small file can unfold to all memory there is.
+    cut off. Raises DataError, without a place, for what is not a whole image of one of `FORMATS`, and for more than
+    `max_pixels` pixels or `MAX_BYTES` bytes: a small file can unfold to all memory there is.
     """
+    header = _header(source, max_pixels)
+    return header.width, header.height
+
+
+def _header(source: Path | bytes, max_pixels: int) -> _Header:
     name = _name(source)
     try:
-        with _open_bytes(source) as file:
-            if not file.read(1):
-                raise DataError(f"{name} is empty (0 bytes)")
-            file.seek(0)
-            with _no_bombs(), PIL.Image.open(file) as picture:
-                fault = _structure_fault(picture, file)
-                width, height = picture.size
-                turned = _orientation(picture) in _TURNED
-    except UnidentifiedImageError:
-        raise DataError(f"{name} is not an image of a known format") from None
-    except DataError:
-        raise
-    except _BOMBS as error:
-        raise DataError(f"{name} has too many pixels ({one_line(error)}); make the image smaller") from error
+        with open_picture(source, max_pixels) as (picture, file):
+            fault = structure_fault(picture, file)
+            width, height = picture.size
+            turned = _orientation(picture) in _TURNED
+            remarks = (_SIXTEEN_BITS,) if _has_16_bits(picture) else ()
+    except DataError as error:
+        raise DataError(f"{name} {error}") from error
     except _BROKEN as error:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)})") from error
     if fault:
         raise DataError(f"{name} is truncated: {fault}")
-    return (height, width) if turned else (width, height)
+    return _Header(height, width, remarks) if turned else _Header(width, height, remarks)
+
+
+@contextmanager
+def open_picture(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[ImageFile, BinaryIO]]:
+    """An image file or encoded image, opened and not decoded, with the file that it is read from. The only place where
+    one is opened: other formats than `FORMATS`, for which Pillow may start other programs, are never tried.
+
+    Raises DataError, without a name in front, for an empty one, another format, and more than `max_pixels` pixels or
+    `MAX_BYTES` bytes; errors of Pillow pass through. What Pillow warns of (damaged metadata) is left out: the pixels
+    count.
+    """
+    with _open_bytes(source) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        size = file.seek(0, 2)
+        file.seek(0)
+        if not 0 < size <= MAX_BYTES:
+            raise DataError("is empty (0 bytes)" if size == 0 else f"has {size} bytes; at most {MAX_BYTES} are read")
+        try:
+            picture = PIL.Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            raise DataError(f"is not an image of a known format; allowed: {', '.join(FORMATS)}") from None
+        except PIL.Image.DecompressionBombError as error:
+            raise DataError(f"has too many pixels ({one_line(error)}); {_SMALLER}") from error
+        with picture:
+            width, height = picture.size
+            if width * height > max_pixels:
+                raise DataError(f"has too many pixels ({width} x {height}, at most {max_pixels} are read); {_SMALLER}")
+            yield picture, file
 
 
 def load_image(image: Image, where: str = "") -> PIL.Image.Image:
     """Decode an image to 8-bit RGB, upright.
 
-    EXIF rotation is applied; transparency is laid over white; 16-bit greys keep their upper byte; palettes, CMYK and
-    other modes are converted. `where` names the row for errors. Raises DataError if the pixels cannot be decoded, if
-    they are 32-bit floats, or if the size is no longer the one in the record. Of an animation the first image counts.
+    EXIF rotation is applied. All else is Pillow's `convert("RGB")`, as in the official code of InternVL and in
+    transformers: transparency is dropped, 16-bit greys are cut at 255, palettes, CMYK and other modes are converted.
+    `where` names the row for errors. Raises DataError if the pixels cannot be decoded, if they are 32-bit floats, or if
+    the size is no longer the one in the record, which is known before anything is decoded. Of an animation the first
+    image counts.
     """
     name = "embedded bytes" if image.path is None else str(image.path)
+    place = join_where([where, "field images"])
+    source = image.data if image.path is None else image.path
+    assert source is not None, "an image has a path or bytes"
     try:
-        source = image.data if image.path is None else image.path
-        with _open_bytes(source) as file, _no_bombs(), PIL.Image.open(file) as picture:
-            rgb = _rgb(picture)
+        with open_picture(source, MOST_PIXELS) as (picture, _):
+            if sorted(picture.size) != sorted((image.width, image.height)):
+                raise DataError(_changed(image, picture.size))
+            if picture.mode == "F":
+                raise DataError("has 32-bit float pixels, which have no agreed white; save it with 8 bits")
+            rgb = picture.convert("RGB")
             orientation = _orientation(picture)
     except DataError as error:
-        raise DataError(join_where([where, "field images"]) + f": {name}: {error}") from error
+        raise DataError(f"{place}: {name} {error}") from error
     except _BROKEN as error:
-        place = join_where([where, "field images"])
         raise DataError(f"{place}: {name} cannot be decoded ({one_line(error)}); replace the file") from error
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     if rgb.size != (image.width, image.height):
-        raise DataError(
-            f"{join_where([where, 'field images'])}: {name} is now {rgb.width} x {rgb.height} pixels, but was "
-            f"{image.width} x {image.height} when the data were read; do not change images during a run"
-        )
+        raise DataError(f"{place}: {name} {_changed(image, rgb.size)}")
     return rgb
 
 
-@contextmanager
-def _no_bombs() -> Iterator[None]:
-    """Pillow only warns of up to twice its limit; here that is an error. What it says of damaged metadata is left out:
-    the pixels count."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
-        yield
+def _changed(image: Image, size: tuple[int, int]) -> str:
+    return (
+        f"is now {size[0]} x {size[1]} pixels, but was {image.width} x {image.height} when the data were read; "
+        "do not change images during a run"
+    )
 
 
-def _rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode == "F":
-        raise DataError("32-bit float pixels have no agreed white; save the image with 8 or 16 bits")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        grey = np.asarray(picture).astype(np.int64)
-        return PIL.Image.fromarray((grey.clip(0, 0xFFFF) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        white = PIL.Image.new("RGBA", layer.size, "white")
-        return PIL.Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+def _has_16_bits(picture: PIL.Image.Image) -> bool:
+    return picture.mode == "I" or picture.mode.startswith("I;16")
 
 
 def _orientation(picture: PIL.Image.Image) -> int:
@@ -190,7 +218,7 @@ def _orientation(picture: PIL.Image.Image) -> int:
         return 1
 
 
-def _open_bytes(source: Path | bytes | None) -> BinaryIO:
+def _open_bytes(source: Path | bytes) -> BinaryIO:
     return BytesIO(source) if isinstance(source, bytes) else open(str(source), "rb")
 
 
@@ -201,55 +229,3 @@ def _name(source: Path | bytes) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an error in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------ file structure
-
-
-def _structure_fault(picture: PIL.Image.Image, file: BinaryIO) -> str:
-    """The fault at the end of a file, or "". Formats without a cheap check are left to the decoder."""
-    size = file.seek(0, 2)
-    file.seek(0)
-    if picture.format == "PNG":
-        return _png_fault(picture, file, size)
-    if picture.format in ("JPEG", "MPO"):
-        return _jpeg_fault(file, size)
-    if picture.format == "WEBP":
-        declared = int.from_bytes(file.read(8)[4:], "little") + 8
-        return "" if size >= declared else f"it has {size} of {declared} bytes"
-    return ""
-
-
-def _png_fault(picture: PIL.Image.Image, file: BinaryIO, size: int) -> str:
-    """Walk the chunks to IEND. An eXIf chunk behind the pixels, which Pillow meets only when it decodes, is handed to
-    `picture` on the way."""
-    file.seek(len(_PNG_SIGNATURE))
-    while len(head := file.read(8)) == 8:
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if file.tell() + length + 4 > size:
-            return f"its {kind.decode('latin-1')} chunk ends behind the end of the file"
-        if kind == b"IEND":
-            return ""
-        if kind == b"eXIf" and "exif" not in picture.info:
-            picture.info["exif"] = b"Exif\x00\x00" + file.read(length)
-            file.seek(4, 1)
-        else:
-            file.seek(length + 4, 1)
-    return "it has no IEND chunk"
-
-
-def _jpeg_fault(file: BinaryIO, size: int) -> str:
-    """Look for the end-of-image marker: at the very end, where it normally stands, else behind the start of the scan
-    (some cameras append data). Thumbnails in the header have end markers of their own and must not count."""
-    file.seek(-2, 2)
-    if file.read(2) == _JPEG_END:
-        return ""
-    file.seek(2)
-    while len(head := file.read(2)) == 2 and head[0] == 0xFF:
-        if head[1] == 0xFF:  # a fill byte before the marker
-            file.seek(-1, 1)
-        elif head[1] not in _JPEG_BARE:
-            file.seek(int.from_bytes(file.read(2), "big") - 2, 1)
-            if head[1] == _JPEG_SCAN:
-                break
-    return "" if _JPEG_END in file.read() else f"no end-of-image marker in its {size} bytes"

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from foveate.data.answers import ScoredRow
+from foveate.data.images import open_picture
 from foveate.evaluate.draw import encode_jpeg
 from foveate.evaluate.predictions import Evaluation, thumbnail_path
 
@@ -142,7 +141,7 @@ def embed_picture(path: Path, limit: int) -> tuple[str, int, int]:
     if not path.exists():
         return "", 1, 1
     data = path.read_bytes()
-    with Image.open(path) as image:
+    with open_picture(path) as (image, _):
         width, height = image.size
         side = max(image.size)
         if side > MAX_SIDE:

@@ -13,11 +13,9 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from io import BytesIO
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from PIL import Image as Picture
-
+from foveate.data.images import open_picture
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
 from foveate.rewards.build import Reward, WrongResult, as_score
@@ -176,7 +174,7 @@ def data_url(image: Image) -> str:
 
 
 def _media_type(data: bytes) -> str:
-    with Picture.open(BytesIO(data)) as picture:
+    with open_picture(data) as (picture, _):
         return picture.get_format_mimetype() or "application/octet-stream"
 
 
