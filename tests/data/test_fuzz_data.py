@@ -200,7 +200,7 @@ def test_a_picture_just_below_the_limit_of_pixels_is_taken(encode):
         (b"GIF89a" + b"\xff" * 4 + b"\x80\0\0" + bytes(6) + b",\0\0\0\0" + b"\xff" * 4 + b"\0\2\0;", "too many pixels"),
         (b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 10**5, 10**5, 1, 24, *[0] * 6), "too many pixels"),
         (png_with_text(2**27), "is damaged or truncated .*too large"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nquit\n", "cannot be decoded|is damaged"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nquit\n", "not an image of a known"),
         (png_that_says(100, 100), "cannot be decoded"),
     ],
 )

@@ -57,7 +57,10 @@ def test_a_folder_of_save_to_disk_is_read_and_so_is_one_with_splits(tmp_path, pi
     for split in ("train", "test"):
         save_to_disk(tmp_path / "dict" / split, own_rows(picture, 5))
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    assert answers(open_tasks(tmp_path / "dict", columns=OWN)) == expected * 2
+    for split in ("train", "test"):
+        assert answers(open_tasks(tmp_path / f"dict@{split}", columns=OWN)) == expected
+    with pytest.raises(DataError, match=r"holds several splits \(train, test\); ask for one of them: \S+dict@train"):
+        open_tasks(tmp_path / "dict", columns=OWN)
     arrow = folder / "data-00001-of-00002.arrow"
     assert answers(open_tasks(arrow, columns=OWN)) == expected[3:]
 
@@ -72,7 +75,7 @@ def test_a_folder_of_parquet_files_is_read_in_the_order_of_their_names(tmp_path,
 @pytest.mark.parametrize(
     ("files", "what"),
     [
-        ({}, "a folder without parquet files"),
+        ({}, "a folder without files of rows"),
         ({"state.json": "{}"}, "not written by datasets.save_to_disk"),
         ({"state.json": '{"_data_files": [{"filename": "x.arrow"}]}', "x.arrow": "text"}, "cannot be read as Arrow"),
         ({"x.parquet": "text"}, "cannot be read as parquet"),
@@ -136,8 +139,7 @@ def test_a_problem_names_the_column_of_the_user(tmp_path):
 @pytest.mark.parametrize(
     ("mapping", "what"),
     [
-        ({"answer": "label"}, "prompt is missing"),
-        ({"promt": "question", "answer": "label"}, "prompt is missing; write prompt=COLUMN; did you mean 'promt'"),
+        ({"promt": "question", "answer": "label"}, "prompt is missing; did you mean 'promt'"),
         ({"prompt": "question"}, "none of answer"),
         ({"prompt": "question", "chosen": "label"}, "needs both chosen and rejected"),
         ({"prompt": "questions", "answer": "label"}, "column 'questions', named by data.columns as prompt, is missing"),

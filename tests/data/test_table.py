@@ -243,7 +243,7 @@ def test_a_truth_that_is_no_box_in_the_picture_is_refused_by_row(tmp_path, truth
 @pytest.mark.parametrize(
     ("changed", "field"),
     [
-        ({"prompt": ["Why?"]}, "prompt"),
+        ({"prompt": [""]}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": [[{"role": "robot", "content": "<image>"}]]}, "prompt"),
         ({"prompt": [[{"role": "user", "content": 5}]]}, "prompt"),
@@ -304,7 +304,8 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     write_rows(tmp_path / "none.parquet", [], SCHEMA)
     (tmp_path / "none.jsonl").write_text("\n\n")
     (tmp_path / "text.parquet").write_text("hello")
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.csv").write_text("question,answer")
+    (tmp_path / "rows.xlsx").write_text("a,b")
     no_prompt = columns()
     del no_prompt["prompt"]
     raw_parquet(tmp_path / "less.parquet", **no_prompt)
@@ -312,7 +313,8 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
         "none.parquet": "the dataset has no rows",
         "none.jsonl": "the dataset has no rows",
         "text.parquet": "cannot be read as parquet",
-        "rows.csv": r"unknown kind of file '\.csv'; allowed: \.parquet, \.jsonl",
+        "rows.csv": "the dataset has no rows",
+        "rows.xlsx": r"unknown kind of file '\.xlsx'; allowed: \.parquet, \.arrow, \.jsonl",
         "gone.parquet": "no such file",
         "less.parquet": "column prompt is missing; the file has data_source, images, reward_model",
     }.items():

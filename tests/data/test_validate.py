@@ -84,4 +84,4 @@ def test_the_first_problems_are_logged_when_there_are_several(tmp_path, caplog):
         validate(open_tasks(path))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 20
-    assert ", row 19 (line 20), field prompt: must be a list of messages" in lines[19]
+    assert ", row 19 (line 20), field prompt: must be a text, or a list of messages" in lines[19]

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from reading import read_tasks
 
-from foveate.data.parsers import SchemaRows
+from foveate.data.referring import GroundingRows
 from foveate.data.table import open_tasks
 from foveate.data.validate import ReadOptions
 from foveate.datasets.grounding import prepare_grounding
@@ -119,7 +119,7 @@ def test_preparing_again_with_another_split_leaves_no_stale_file(tmp_path):
     ],
 )
 def test_prompt_forms_are_those_of_the_recipes(tmp_path, form, content):
-    table = open_tasks(jsonl(tmp_path, {}), parser=SchemaRows(form))
+    table = open_tasks(jsonl(tmp_path, {}), parser=GroundingRows(form))
     assert table[0].messages[0].content == content
 
 
@@ -128,7 +128,7 @@ def test_conversations_alone_give_question_and_box(tmp_path):
     row = chat(question, "<ref>the cat</ref><box>[[100, 200, 300, 400]]</box>")
     task = only_task(jsonl(tmp_path, row))
     assert (task.messages[0].content, task.answer, task.meta["question"]) == (question, [100, 200, 300, 400], "the cat")
-    qwen = open_tasks(jsonl(tmp_path, row), parser=SchemaRows("qwen"))[0]
+    qwen = open_tasks(jsonl(tmp_path, row), parser=GroundingRows("qwen"))[0]
     assert qwen.messages[0].content == "<image>\nLocate the cat, output its bbox coordinates using JSON format"
 
 
@@ -184,9 +184,9 @@ def test_one_picture_cannot_be_split_by_picture(tmp_path):
         prepare_grounding(jsonl(tmp_path, {}, {}), tmp_path / "out")
 
 
-def test_sources_must_be_jsonl_so_that_no_output_is_its_own_source(tmp_path):
+def test_sources_must_be_text_so_that_no_output_is_its_own_source(tmp_path):
     prepare_grounding(SOURCE, tmp_path)
-    with pytest.raises(DataError, match=r"train\.parquet: grounding data are prepared from \.jsonl files"):
+    with pytest.raises(DataError, match=r"train\.parquet: grounding data are prepared from files of text"):
         prepare_grounding(tmp_path / "train.parquet", tmp_path)
     assert (tmp_path / "train.parquet").exists()
 

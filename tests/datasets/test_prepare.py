@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
 
+import foveate
+from foveate.config.recipe import load_recipe
+from foveate.config.runs import MPOSettings
 from foveate.data.answers import CorrectnessRule
 from foveate.data.demos import check_pair, pair_of
 from foveate.data.table import open_tasks
@@ -236,7 +240,7 @@ def mmpr(tmp_path, pictures, **changed):
 def test_mmpr_becomes_pairs_with_pictures_in_front_and_repetitions(tmp_path, pictures):
     made = prepare_mmpr(mmpr(tmp_path, pictures), tmp_path / "out", seed=1)
     assert made.rows == {"pairs": 8}
-    assert made.counts == {"with": 6, "without": 2}
+    assert made.counts == {"with": 6, "without": 2, "ids that got a number": 2}
     tasks = list(read_tasks(tmp_path / "out" / "pairs.parquet", check=check_pair)[0])
     assert tasks[0].messages == (Message("system", "Think."), Message("user", "<image>\nQ0?"))
     assert tasks[-1].messages == (Message("user", "T?"),)
@@ -245,6 +249,47 @@ def test_mmpr_becomes_pairs_with_pictures_in_front_and_repetitions(tmp_path, pic
     assert (pair.chosen, pair.rejected) == ("good", "bad")
     prepare_mmpr(tmp_path / "meta.json", tmp_path / "again", seed=1)
     assert (tmp_path / "out" / "pairs.parquet").read_bytes() == (tmp_path / "again" / "pairs.parquet").read_bytes()
+
+
+def test_the_recipes_for_mpo_read_the_file_that_prepare_mmpr_writes(tmp_path, pictures):
+    [written] = prepare_mmpr(mmpr(tmp_path, pictures), tmp_path / "data" / "mmpr").rows
+    recipes = sorted((Path(foveate.__file__).parent / "recipes").glob("internvl*_mpo.yaml"))
+    assert len(recipes) == 8
+    for recipe in recipes:
+        [train] = load_recipe(recipe, [], MPOSettings).data.train
+        assert train == f"data/mmpr/{written}.parquet"
+
+
+@pytest.mark.parametrize("image", ["", None, []])
+def test_an_mmpr_pair_with_an_empty_image_is_text(tmp_path, pictures, image):
+    meta = mmpr(tmp_path, pictures)
+    jsonl(tmp_path / "without.jsonl", [{"image": image, "question": "T?", "chosen": "good", "rejected": "bad"}])
+    prepare_mmpr(meta, tmp_path / "out")
+    last = list(open_tasks(tmp_path / "out" / "pairs.parquet"))[-1]
+    assert (last.messages, last.images) == ((Message("user", "T?"),), ())
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"video": "v.mp4", "question": "<video>\nWhat?"}, r"field videos \(column video\): v.mp4 is a video file"),
+        ({"videos": ["v.mp4", "w.mp4"], "question": "What?"}, "v.mp4 is a video file"),
+        ({"video_path": "v.mp4", "question": "What?"}, "field video_path: looks like videos"),
+        ({"question": "<video>\nWhat?"}, "<video> marks"),
+        ({"pictures_of_it": ["a.png"], "question": "What?"}, "field pictures_of_it: looks like images"),
+    ],
+)
+def test_a_video_or_another_field_of_an_mmpr_pair_is_told(tmp_path, pictures, row, what):
+    meta = mmpr(tmp_path, pictures)
+    jsonl(tmp_path / "without.jsonl", [{**row, "chosen": "good", "rejected": "bad"}])
+    with pytest.raises(DataError, match=what):
+        prepare_mmpr(meta, tmp_path / "out")
+
+
+def test_ids_of_pairs_that_are_repeated_are_unique(tmp_path, pictures):
+    prepare_mmpr(mmpr(tmp_path, pictures, repeat_time=3), tmp_path / "out")
+    ids = [task.id for task in open_tasks(tmp_path / "out" / "pairs.parquet")]
+    assert len(set(ids)) == len(ids) == 14
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Columns, ImageRoot, Sources, Workers, columns_of
+from foveate.cli.options import Columns, ImageRoot, MaxImagePixels, Sources, Workers, columns_of
 from foveate.errors import DataError
 
 data = typer.Typer(help="Look at data and check them.", no_args_is_help=True)
@@ -30,6 +30,8 @@ def show_command(
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
     if first >= len(table):
         raise DataError(f"--first {first}: {table.names} has {len(table)} rows, from 0 on")
+    for line in table.described():
+        print_result(f"{line} (other columns: --column TARGET=COLUMN)" if column is None else line)
     shown = range(first, min(first + rows, len(table)))
     for index in shown:
         print_result(row_text(table, index))
@@ -46,11 +48,14 @@ def check_command(
     model: Annotated[str | None, typer.Option(help="Model folder whose prompts are counted, or demo.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    max_image_pixels: MaxImagePixels = 89_478_485,
     column: Columns = None,
     image_root: ImageRoot = None,
     workers: Workers = None,
 ) -> None:
-    """List every problem of every row, by file, row and field. The exit code is 1 if there is one."""
+    """List every problem of every row, by file, row and field, and the rows in numbers. The exit code is 1 if there is
+    a problem. Of several sources it is told which rows and images they share."""
+    from foveate.data.statistics import shared_lines
     from foveate.data.table import open_tasks
     from foveate.data.validate import RowInspection, inspect_rows
     from foveate.encoding.dataset import RowCheck
@@ -60,12 +65,23 @@ def check_command(
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
     check = RowCheck(truth_check(reward) if reward else None, encoder)
-    table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
+    table = open_tasks(sources, image_root=image_root, columns=columns_of(column), max_image_pixels=max_image_pixels)
+    for line in table.described():
+        print_result(line)
+    inspection = RowInspection(check, length=encoder.length if encoder is not None else None)
     with progress("checking rows", len(table)) as advance:
-        found = inspect_rows(table, RowInspection(check), workers=workers, progress=lambda *_: advance(1))
+        found = inspect_rows(table, inspection, workers=workers, progress=lambda *_: advance(1))
     for problem in found.problems:
         print_result(str(problem))
+    for line in [*(f"warning: {one}" for one in found.warning_lines()), *found.lines()]:
+        print_result(line)
+    path_of = table.select(found.kept).path_of
+    parts = {
+        str(source): found.statistics.select((path_of == number).nonzero()[0]) for number, source in enumerate(sources)
+    }
+    for line in shared_lines(parts):
+        print_result(line)
     if found.problems:
         bad = len(table) - len(found.kept)
         raise DataError(f"{len(found.problems)} problems in {bad} of {len(table)} rows")
-    print_result(f"{len(table)} rows, no problem")
+    print_result(f"{len(table)} rows, no problem" + (f", {len(found.warnings)} warnings" if found.warnings else ""))

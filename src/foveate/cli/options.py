@@ -33,6 +33,7 @@ Overrides = Annotated[
 BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")]
 ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
 Workers = Annotated[int | None, mirrored("data.workers")]
+MaxImagePixels = Annotated[int, mirrored("data.max_image_pixels")]
 Seed = Annotated[int, mirrored("seed")]
 Columns = Annotated[
     list[str] | None,
@@ -42,7 +43,7 @@ Columns = Annotated[
         help="A column of your own: prompt=question, images=image, answer=label, source==name; once for each.",
     ),
 ]
-Sources = Annotated[list[Path], typer.Argument(help="Parquet, JSONL or Arrow files, or folders of a dataset.")]
+Sources = Annotated[list[Path], typer.Argument(help="Files of rows, or folders of a dataset (FOLDER@SPLIT).")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 
 

@@ -31,7 +31,7 @@ Threshold = Annotated[float, typer.Option(help="The least value of a right answe
 
 @prepare.command("grounding")
 def prepare_grounding_command(
-    sources: Annotated[list[Path], typer.Argument(help="RefCOCO-style JSONL files.")],
+    sources: Annotated[list[Path], typer.Argument(help="Files of RefCOCO-style rows: JSONL, JSON, CSV, TSV.")],
     out: OutFolder,
     prompt_form: Annotated[
         Literal["internvl", "amodal", "qwen", "qwen_amodal"], typer.Option(help="How boxes are asked for.")
@@ -39,6 +39,10 @@ def prepare_grounding_command(
     box: Annotated[
         Literal["bbox", "modal_bbox"], typer.Option(help="Field with the box in pixels that counts where both are.")
     ] = "bbox",
+    box_unit: Annotated[
+        Literal["auto", "xyxy", "xywh", "fractions", "thousandths"],
+        typer.Option(help="Unit of the boxes; auto: corners in pixels, unless the first rows of a file say otherwise."),
+    ] = "auto",
     variant: Annotated[
         Literal["all", "hard"], typer.Option(help="All rows, or hard negatives and as many positives by IoU.")
     ] = "all",
@@ -61,7 +65,7 @@ def prepare_grounding_command(
     on_bad_row: BadRows = None,
     workers: Workers = None,
 ) -> None:
-    """Referring expressions with boxes (RefCOCO-style JSONL) as training and test files."""
+    """Referring expressions with boxes (RefCOCO-style rows) as training and test files."""
     from foveate.datasets.grounding import HardSet, prepare_grounding, prepare_validation
 
     if (variant == "hard") != (iou_key is not None):
@@ -71,14 +75,14 @@ def prepare_grounding_command(
         if iou_key is not None:
             raise ConfigError("--val-fraction makes validation files; it does not go with --variant hard")
         made = prepare_validation(
-            sources, out, fraction=val_fraction, prompt_form=prompt_form, box_field=box, copy_images=copy_images,
-            seed=42 if seed is None else seed, reading=reading,
+            sources, out, fraction=val_fraction, prompt_form=prompt_form, box_field=box, box_unit=box_unit,
+            copy_images=copy_images, seed=42 if seed is None else seed, reading=reading,
         )  # fmt: skip
     else:
         hard = HardSet(iou_key, teacher_iou_key, _buckets(buckets)) if iou_key is not None else None
         made = prepare_grounding(
-            sources, out, prompt_form=prompt_form, box_field=box, hard=hard, test_fraction=test_fraction,
-            split_by=split_by, copy_images=copy_images, seed=seed or 0, reading=reading,
+            sources, out, prompt_form=prompt_form, box_field=box, box_unit=box_unit, hard=hard,
+            test_fraction=test_fraction, split_by=split_by, copy_images=copy_images, seed=seed or 0, reading=reading,
         )  # fmt: skip
     _tell(made)
 

@@ -25,7 +25,8 @@ class CurriculumSettings(Settings):
 class DataSettings(Settings):
     train: Strings = Field(
         min_length=1,
-        description="Training files (parquet, JSONL, Arrow), or datasets of the Hugging Face Hub, owner/name@split.",
+        description="Training files, folders of a dataset (FOLDER@SPLIT), or datasets of the Hugging Face Hub "
+        "(owner/name@split).",
     )
     image_root: str | None = Field(
         default=None,
@@ -36,8 +37,14 @@ class DataSettings(Settings):
     )
     columns: dict[str, str] = Field(
         default={},
-        description="Names of your columns: prompt, images, answer, ... -> column, or =text for a constant text. "
-        "Empty: the files have the usual ones.",
+        description="Columns that are not recognised by their names: prompt, images, answer, ... -> column, or =text "
+        "for a constant text. Empty: all are recognised.",
+    )
+    max_image_pixels: int = Field(
+        default=89_478_485,
+        ge=1,
+        le=178_956_970,
+        description="Most pixels of an image. Larger ones are refused from their headers, before they are decoded.",
     )
     weights: FileWeights = Field(
         default=(),
@@ -66,4 +73,4 @@ class DataSettings(Settings):
 
 
 class RLDataSettings(DataSettings):
-    test: Strings = Field(default=(), description="Held-out files for evaluation: parquet or JSONL.")
+    test: Strings = Field(default=(), description="Held-out files for evaluation, as in data.train.")

@@ -26,8 +26,9 @@ _CONVERTED = "refs/convert/parquet"
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether something that names no file or folder here has the form of a name on the hub."""
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None and not Path(name).exists()
+    """Whether something has the form of a name on the hub, and names nothing here: there is no folder `owner`."""
+    found = _NAME.fullmatch(name) if isinstance(name, str) else None
+    return found is not None and not Path(found["repo"].partition("/")[0]).exists()
 
 
 def model_folder(name: str) -> Path:

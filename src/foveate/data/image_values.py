@@ -28,6 +28,7 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 _SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
+_VIDEO_SUFFIX = re.compile(r"\.(?:mp4|webm|mkv|avi|mov|m4v|mpe?g|flv|wmv)$", re.IGNORECASE)
 _SHOWN = 120
 
 
@@ -75,6 +76,11 @@ def looks_like_image(value: Any) -> bool:
     return value[:11].lower() == "data:image/" or _is_base64(value) or _SUFFIX.search(value[-6:]) is not None
 
 
+def is_video(path: str) -> bool:
+    """Whether a path is that of a video, by its suffix."""
+    return _VIDEO_SUFFIX.search(path[-6:]) is not None
+
+
 def decoded_base64(text: str) -> bytes:
     """The bytes of base64 text, with or without a `data:` header. Raises DataError for what is none, or too long."""
     if len(text) > MAX_BASE64:
@@ -97,11 +103,11 @@ def shorten_source(source: str | Path) -> str:
 
 
 def _plain(value: Any) -> Path | bytes:
-    if isinstance(value, bytes) and value:
+    if isinstance(value, bytes):
         return value
     if isinstance(value, Path) or (isinstance(value, str) and value):
         return _path_or_bytes(value) if isinstance(value, str) else value
-    found = "an empty text" if isinstance(value, str | bytes) else type(value).__name__
+    found = "an empty text" if isinstance(value, str) else type(value).__name__
     raise DataError(f"an image must be a path, bytes, base64, or a mapping with one of them, not {found}")
 
 

@@ -59,6 +59,14 @@ _SMALLER = "make the image smaller, or raise data.max_image_pixels"
 _SIXTEEN_BITS = "is a grey image of 16 bits: values above 255 become white, as in the official code"
 
 
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """Where the images of a dataset lie (None: beside its files), and the most pixels of one."""
+
+    root: Path | None = None
+    max_pixels: int = MAX_PIXELS
+
+
 def read_image(value: Any, folders: Sequence[Path], max_pixels: int = MAX_PIXELS) -> Image:
     """One entry of an images column as a record, without decoding pixels.
 

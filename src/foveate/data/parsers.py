@@ -1,30 +1,39 @@
-"""From a raw row of a file to a Task: rows of the schema, RefCOCO-style rows, and rows with other columns.
+"""From a raw row of a file to a Task: rows recognised by their columns, with a mapping for what differs.
 
 A parser is plain data, so that worker processes can be given one.
 """
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from foveate.data.rows import IMAGE_TAG, PROMPT_FORMS, Place, Problem, parse_referring, parse_row
+from foveate.data.conversations import TURN_KEYS, common_prompt
+from foveate.data.image_values import is_no_image
+from foveate.data.recognise import (
+    COLUMNS,
+    CONSTANT,
+    SCHEMA_FIELDS,
+    Roles,
+    form_of,
+    nearest,
+    roles_of,
+    unread_answers,
+    unread_media,
+)
+from foveate.data.referring import BOX_FIELDS, GroundingRows, is_only_a_box
+from foveate.data.rows import Parsed, Place, Problem, parse_row
 from foveate.data.sources import dig
 from foveate.errors import DataError
-from foveate.records import Task
 from foveate.registry import suggestion
-
-Parsed = tuple[Task | None, list[Problem]]
-
-REQUIRED = ("data_source", "prompt")
-OPTIONAL = ("reward_model", "images", "videos", "ability", "extra_info")
-REFERRING = ("image", "sent", "bbox", "modal_bbox", "width", "height", "conversations", "id")
 
 # The targets that a column can be mapped to, and where it goes in a row of the schema.
 TARGETS = {
     "prompt": "the question as text, or messages [{role, content}] or [{from, value}]",
-    "images": "an image or a list of images: paths, bytes, or {path, bytes}",
+    "images": "an image or a list of images: paths, bytes, base64, or mappings with one of them",
     "videos": "the frames of a video, or a list of such lists: images as above",
     "answer": "the ground truth of the reward",
     "source": "the name of the dataset; without it the name of the file",
@@ -33,16 +42,9 @@ TARGETS = {
     "response": "the answer that supervised training imitates",
     "chosen": "the better answer of a preference pair",
     "rejected": "the worse answer of a preference pair",
+    "ability": "the kind of task",
 }
-CONSTANT = "="
-_OWN = (
-    "prompt",
-    "images",
-    "videos",
-    "answer",
-    "system",
-)  # with a place of their own; the others are extra_info
-_ROLES = {"human": "user", "gpt": "assistant"}
+_OPTIONS = ("choices", "options")
 
 
 class Parser(Protocol):
@@ -54,123 +56,239 @@ class Parser(Protocol):
 
     def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed: ...
 
-    def column_of(self, field: str) -> list[str]:
-        """The column, and the fields below it, that a field of the schema (`extra_info.id`) is read from."""
-        return field.split(".")
+    def settled(self, rows: Sequence[Mapping[str, Any]], place: Place) -> Parser:  # noqa: ARG002 - for those that look
+        """The parser for a file that begins with these rows."""
+        return self
+
+    def described(self, row: Mapping[str, Any]) -> list[str]:  # noqa: ARG002 - for those that recognise
+        """The form of a row like this one, and what is read from where, a line each."""
+        return []
+
+    def column_of(self, field: str) -> list[list[str]]:
+        """The columns, and the fields below them, that a field of the schema (`extra_info.id`) may be read from."""
+        return [field.split(".")]
 
 
 @dataclass(frozen=True, slots=True)
-class SchemaRows(Parser):
-    """Rows of the parquet schema; rows without a prompt are taken for referring expressions.
+class RecognisedRows(Parser):
+    """Rows of any columns that `recognise.COLUMNS` knows, and RefCOCO-style rows.
 
-    prompt_form, box_field, keep: for referring expressions, see `rows.parse_referring`."""
-
-    prompt_form: str = "internvl"
-    box_field: str = "bbox"
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.prompt_form not in PROMPT_FORMS:
-            raise DataError(
-                f"setting prompt_form: unknown form {self.prompt_form!r}; allowed: {', '.join(PROMPT_FORMS)}"
-            )
-
-    def columns(self, names: Sequence[str]) -> list[str]:
-        if "prompt" not in names and "image" in names and ("sent" in names or "conversations" in names):
-            return [name for name in (*REFERRING, *self.keep) if name in names]
-        missing = [name for name in REQUIRED if name not in names]
-        if missing:
-            raise DataError(
-                f"column {', '.join(missing)} is missing; the file has {', '.join(names)}; needed are "
-                f"{', '.join(REQUIRED)}, understood also {', '.join(OPTIONAL)}; other names are given by data.columns"
-            )
-        return [name for name in (*REQUIRED, *OPTIONAL) if name in names]
-
-    def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed:
-        if "prompt" in raw:
-            return parse_row(raw, place)
-        return parse_referring(raw, place, self.prompt_form, self.box_field, self.keep)
-
-
-class MappedRows:
-    """Rows with columns of other names.
-
-    mapping: target (see `TARGETS`) -> column of the file; a dot goes into a field (`meta.label`), and `=text` stands
-    for the text itself in every row (`source: =clevr`). Other targets join `extra_info` under their own name. A
-    question without `<image>` marks gets one per image in front. Raises DataError if `prompt` is missing, or neither
-    answer, response nor chosen is there, or chosen is without rejected.
+    mapping: for what differs, target (see `TARGETS`) -> column of the file; a dot goes into a field (`meta.label`), and
+    `=text` stands for the text itself in every row (`source: =clevr`). Other targets join `extra_info` under their own
+    name, and so do columns without a role. A question without `<image>` marks gets one per image in front, except in
+    rows of the parquet schema, which must have them.
     """
 
-    def __init__(self, mapping: Mapping[str, str]) -> None:
-        self.mapping = dict(mapping)
-        given = f"data.columns: has {', '.join(mapping)}"
-        if "prompt" not in mapping:
-            raise DataError(
-                f"{given}, but prompt is missing; write prompt=COLUMN{suggestion('prompt', mapping)}; "
-                f"targets: {', '.join(TARGETS)}"
-            )
-        if not {"answer", "response", "chosen"} & set(mapping):
-            raise DataError(f"{given}, but none of answer (for RL), response (for SFT) and chosen (for MPO)")
-        if ("chosen" in mapping) != ("rejected" in mapping):
-            raise DataError(f"{given}; a preference pair needs both chosen and rejected")
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    grounding: GroundingRows = field(default_factory=GroundingRows)
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        wanted = {target: self.column_of(target)[0] for target, name in self.mapping.items() if not _constant(name)}
-        for target, name in wanted.items():
-            if name not in names:
+        for target, column in self.mapping.items():
+            if not column.startswith(CONSTANT) and (name := column.split(".")[0]) not in names:
                 raise DataError(
                     f"column {name!r}, named by data.columns as {target}, is missing{suggestion(name, names)}; "
                     f"the file has {', '.join(names)}"
                 )
-        return sorted(set(wanted.values()))
+        roles = self._roles(names)
+        given = f"data.columns: has {', '.join(self.mapping)}" if self.mapping else f"the file has {', '.join(names)}"
+        if "prompt" not in roles.candidates and not {"chosen", "sent"} & {*roles.candidates, *names}:
+            near = suggestion("prompt", self.mapping) if self.mapping else ""
+            raise DataError(
+                f"column prompt is missing{near}; {given}; known are {', '.join(COLUMNS['prompt'])}; another one is "
+                f"named by data.columns: --column prompt=COLUMN; targets: {', '.join(TARGETS)}"
+            )
+        if ("chosen" in roles.candidates) != ("rejected" in roles.candidates):
+            raise DataError(f"{given}; a preference pair needs both chosen and rejected")
+        if self.mapping and not {"answer", "response", "chosen", "sent"} & {*roles.candidates, *names}:
+            talk = {"conversations", "conversation", "messages"} & {*roles.candidates.get("prompt", ())}
+            if not talk:
+                raise DataError(f"{given}, but none of answer (for RL), response (for SFT) and chosen (for MPO)")
+        return list(names)
+
+    def settled(self, rows: Sequence[Mapping[str, Any]], place: Place) -> RecognisedRows:
+        referring = [row for row in rows if self._refers(row)]
+        return replace(self, grounding=self.grounding.settled(referring, place))
+
+    def described(self, row: Mapping[str, Any]) -> list[str]:
+        if self._refers(row):
+            return self.grounding.described(row)
+        values, used = self._values(row, self._roles(row))
+        roles = [f"{role} from {column}" for role, column in used.items() if not is_no_image(values[role])]
+        if _ends_with_answer(values.get("prompt")):
+            roles.append("response, and answer where there is no other, from its last turn")
+        kept = [name for name in self._roles(row).kept if not is_no_image(row[name])]
+        return [f"{form_of(row, used)}: {', '.join(roles)}" + (f"; kept: {', '.join(kept)}" if kept else "")]
+
+    def column_of(self, field: str) -> list[list[str]]:
+        role = next((role for role, known in SCHEMA_FIELDS.items() if known == field), field)
+        if role in self.mapping or (role := role.removeprefix("extra_info.")) in self.mapping:
+            return [self.mapping[role].split(".")]
+        return [path.split(".") for path in dict.fromkeys((field, role, *COLUMNS.get(role, ())))]
 
     def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed:
-        fields = {
-            target: name[1:] if _constant(name) else dig(raw, name.split(".")) for target, name in self.mapping.items()
-        }
-        images = fields.get("images")
-        images = images if isinstance(images, list) else [] if images is None else [images]
-        extra = {name: value for name, value in fields.items() if name not in _OWN}
-        source = extra.pop("source", place.file.stem)
-        row = {
-            "data_source": source,
-            "prompt": _conversation(fields["prompt"], fields.get("system"), len(images)),
-            "images": images,
-            "videos": fields.get("videos"),
-            "reward_model": {"style": "rule", "ground_truth": fields.get("answer")},
-            "extra_info": extra,
-        }
-        task, problems = parse_row(row, place)
-        return task, [self._renamed(problem) for problem in problems]
+        if self._refers(raw):
+            return self.grounding(raw, place)
+        roles = self._roles(raw)
+        values, used = self._values(raw, roles)
+        if "prompt" not in values:
+            pair = common_prompt(values.get("chosen"), values.get("rejected"))
+            if pair is None:
+                return None, [Problem(str(place), "prompt", self._no_prompt(raw))]
+            values["prompt"] = pair
+        if _is_box_reply(values, raw):
+            task, problems = self.grounding(raw, place)
+            reply = {"response": raw["conversations"][1]["value"]}
+            return (replace(task, meta={**task.meta, **reply}) if task else None), problems
+        told = _unread(raw, roles, values, used, place)
+        task, problems = parse_row(
+            _schema_row(raw, roles, values, place), place,
+            marks_in_front="prompt" in self.mapping or not {"data_source", "reward_model"} & {*raw},
+        )  # fmt: skip
+        if any(not problem.warning for problem in told):
+            task = None
+        return task, [self._renamed(problem, used) for problem in problems] + told
 
-    def column_of(self, field: str) -> list[str]:
-        target = {"data_source": "source", "reward_model.ground_truth": "answer"}.get(field, field)
-        return self.mapping.get(target.removeprefix("extra_info."), target).split(".")
+    def _roles(self, names: Sequence[str] | Mapping[str, Any]) -> Roles:
+        return roles_of(tuple(names), tuple(self.mapping.items()))
 
-    def _renamed(self, problem: Problem) -> Problem:
-        column = ".".join(self.column_of(problem.field))
+    def _refers(self, row: Mapping[str, Any]) -> bool:
+        """A RefCOCO-style row: an expression, or a box beside a conversation, and no other prompt."""
+        if self.mapping or "prompt" in row or is_no_image(row.get("image")):
+            return False
+        boxed = any(row.get(name) is not None for name in BOX_FIELDS)
+        return row.get("sent") is not None or (boxed and row.get("conversations") is not None)
+
+    def _values(self, raw: Mapping[str, Any], roles: Roles) -> tuple[dict[str, Any], dict[str, str]]:
+        """The value of each role that there is a column for, and the column that it is from."""
+        values: dict[str, Any] = {}
+        used: dict[str, str] = {}
+        for role, columns in roles.candidates.items():
+            for column in columns:
+                value = column[1:] if column.startswith(CONSTANT) else dig(raw, column.split("."))
+                if role not in values or (is_no_image(values[role]) and not is_no_image(value)):
+                    values[role], used[role] = value, column
+        return values, used
+
+    def _no_prompt(self, raw: Mapping[str, Any]) -> str:
+        near = next((f"; {name} is nearly {known}" for name in raw if (known := nearest(name, COLUMNS["prompt"]))), "")
+        return (
+            f"is missing; the row has {', '.join(map(str, raw)) or 'nothing'}{near}; known are "
+            f"{', '.join(COLUMNS['prompt'])}; another one is named by data.columns: --column prompt=COLUMN"
+        )
+
+    def _renamed(self, problem: Problem, used: Mapping[str, str]) -> Problem:
+        role = next((role for role, known in SCHEMA_FIELDS.items() if known == problem.field), problem.field)
+        column = used.get(role, problem.field)
         return problem if column == problem.field else replace(problem, field=f"{problem.field} (column {column})")
 
 
-def _constant(name: str) -> bool:
-    return name.startswith(CONSTANT)
+def _schema_row(raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """A row of the parquet schema with the same content."""
+    extra = {name: raw[name] for name in roles.kept if _is_kept(raw[name])}
+    extra |= {role: value for role, value in values.items() if role not in COLUMNS and value is not None}
+    for name in _OPTIONS:
+        extra |= {name: _listed(extra[name])} if name in extra else {}
+    if roles.letters:
+        extra["choices"] = [raw[name] for name in roles.letters if raw[name] is not None]
+    info = raw.get("extra_info")
+    if isinstance(info, Mapping | None):
+        info = {**extra, **(info or {})}
+        info |= {
+            role: values[role] for role in ("id", "response", "chosen", "rejected") if values.get(role) is not None
+        }
+    return {
+        "data_source": values.get("source", place.name),
+        "prompt": _prompt(raw, values, extra),
+        "images": _listed(values.get("images")),
+        "videos": values.get("videos"),
+        "reward_model": {"ground_truth": values.get("answer")},
+        "extra_info": info,
+        "ability": values.get("ability"),
+        "system": values.get("system"),
+    }
 
 
-def _conversation(prompt: Any, system: Any, images: int) -> Any:
-    """Messages in the form of the schema; what cannot be one is left to the check of the row."""
-    if isinstance(prompt, str) and prompt:
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
+def _prompt(raw: Mapping[str, Any], values: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """The prompt of a row: an instruction with its input, a question with the options that stand beside it."""
+    prompt = values["prompt"]
+    if not isinstance(prompt, str):
         return prompt
-    turns = [_turn(turn) for turn in prompt]
-    texts = [turn["content"] for turn in turns if isinstance(turn.get("content"), str)]
-    asked = next((turn for turn in turns if turn.get("role") == "user" and isinstance(turn.get("content"), str)), None)
-    if images and asked is not None and not any(IMAGE_TAG in text for text in texts):
-        asked["content"] = f"{IMAGE_TAG}\n" * images + asked["content"]
-    return [{"role": "system", "content": system}, *turns] if isinstance(system, str) and system else turns
+    turns = _listed(prompt)
+    if isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns):
+        return turns
+    if isinstance(more := raw.get("input"), str) and more and raw.get("instruction") == prompt:
+        prompt = f"{prompt}\n{more}"
+    options = next((extra[name] for name in _OPTIONS if name in extra), None)
+    if not isinstance(options, list) or "prompt" in raw or all(str(option) in prompt for option in options):
+        return prompt
+    lines = [str(option) for option in options]
+    marked = all(line.lstrip("( ")[:1] == chr(ord("A") + i) and len(line) > 2 for i, line in enumerate(lines))
+    marked = marked and all(line.lstrip("( ")[1:2] in (".", ")", ":") for line in lines)
+    return "\n".join([prompt, *(line if marked else f"{chr(ord('A') + i)}. {line}" for i, line in enumerate(lines))])
 
 
-def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    if "from" in turn:
-        return {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-    return {"role": turn.get("role"), "content": turn.get("content")}
+def _unread(
+    raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], used: Mapping[str, str], place: Place
+) -> list[Problem]:
+    """Columns that look like images, videos or answers and are read by nobody: an error where the row has none, else
+    a warning."""
+    told: list[Problem] = []
+    others = {path for paths in roles.candidates.values() for path in paths} - {*used.values()}
+    names = [*roles.kept, *(name for name in others if name in raw)]
+    for name, kind in unread_media(raw, names):
+        target = kind if kind in COLUMNS else "images"
+        has = not is_no_image(values.get(target)) and kind in COLUMNS
+        told.append(Problem(str(place), name, (
+            f"looks like {kind} and is read by nobody" + (f", since {used[target]} has them" if has else "")
+            + (f"; rename it {target}, or map it: --column {target}={name}" if kind in COLUMNS and not has else "")
+            + f"; to keep it as a field: --column {name}={name}"
+        ), warning=has))  # fmt: skip
+    media = {problem.field for problem in told}
+    has_answer = any(not is_no_image(values.get(role)) for role in ("answer", "response", "chosen"))
+    for name in unread_answers(raw, [name for name in names if name not in media]):
+        known = used["answer"] if has_answer and "answer" in used else "the row"
+        what = f"{known} has one" if has_answer else "the row has none"
+        told.append(Problem(str(place), name, (
+            f"looks like an answer and is not read as one, since {what}; to take it: --column answer={name}"
+        ), warning=True))  # fmt: skip
+    info = raw.get("extra_info")
+    if isinstance(info, Mapping) and is_no_image(values.get("images")):
+        told += [
+            Problem(str(place), f"extra_info.{name}", f"looks like {kind} and is read by nobody", warning=True)
+            for name, kind in unread_media(info, list(info))
+        ]
+    return told
+
+
+def _is_kept(value: Any) -> bool:
+    """Whether a column without a role joins `extra_info`: not where it is null, an empty mapping, or encoded data."""
+    inner = (
+        value.get("bytes") if isinstance(value, Mapping) else value[0] if isinstance(value, list) and value else value
+    )
+    return value is not None and value != {} and not isinstance(inner, bytes)
+
+
+def _listed(value: Any) -> Any:
+    """A list that was written as text, as cells of tables have it; anything else as it is."""
+    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" and len(value) < 2**20:
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return found if isinstance(found := read(value), list) else value
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
+def _ends_with_answer(prompt: Any) -> bool:
+    last = prompt[-1] if isinstance(prompt, list) and len(prompt) > 1 else None
+    return isinstance(last, Mapping) and any(last.get(role) in ("assistant", "gpt") for role in TURN_KEYS)
+
+
+def _is_box_reply(values: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    """A question about one image whose answer is a box: its ground truth is the box itself."""
+    turns = raw.get("conversations")
+    one = isinstance(raw.get("image"), str | Mapping) and is_no_image(values.get("answer"))
+    if not one or turns != values.get("prompt") or not isinstance(turns, list) or len(turns) != 2:
+        return False
+    reply = turns[1].get("value") if isinstance(turns[1], Mapping) else None
+    return isinstance(reply, str) and is_only_a_box(reply)

@@ -1,55 +1,53 @@
-"""From a raw row to a Task, with every fault of the row: rows of the parquet schema, and RefCOCO-style rows.
+"""From a raw row of the parquet schema to a Task, with every fault of the row.
 
 Nothing here raises for bad data: faults are collected, so that a whole dataset can be checked in one pass.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.data.images import read_image
+from foveate.data.conversations import (
+    IMAGE_TAG,
+    Conversation,
+    answer_text,
+    in_front,
+    read_conversation,
+    shown,
+    valid_unicode,
+)
+from foveate.data.image_values import is_no_image, is_video, shorten_source
+from foveate.data.images import MAX_PIXELS, inspect_image
 from foveate.errors import DataError, join_where
 from foveate.records import Image, Message, Task
 
 Field = TypeVar("Field")
 
-ROLES = ("system", "user", "assistant")
-IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
-THOUSANDTHS = 1000.0
+VIDEO_TAG = "<video>"
 MAX_PROBLEM_LENGTH = 500  # characters of what is told about a problem: values are quoted, and they may be anything
-EDGE_SLACK = 0.5  # pixels by which an annotated box may pass the edge (rounded annotations do); it is cut there
-
-# How the box of an expression is asked for; the first is InternVL's own, the last the one of the Qwen3-VL recipes.
-PROMPT_FORMS = {
-    "internvl": "Please provide the bounding box coordinate of the region this sentence describes: <ref>{sent}</ref>",
-    "amodal": "Please provide the amodal bounding box coordinate of the region this sentence describes: "
-    "<ref>{sent}</ref>",
-    "qwen": "Locate {sent}, output its bbox coordinates using JSON format",
-    "qwen_amodal": "Locate {sent} amodally, output its bbox coordinates using JSON format",
-}
-AMODAL = ("amodal", "qwen_amodal")
 IMITATED = ("response", "chosen")  # fields of extra_info that stand in for a ground truth
 
+Parsed = tuple["Task | None", "list[Problem]"]
+"""The task of a row and what is told of it, or None and its problems."""
+
 _MEDIA_TAG = re.compile(r"<image>|<video>")
-_REF = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
-_BOX = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a row stands, and where its images may lie. `row` counts from 0, `line` (of text files) from 1."""
+    """Where a row stands, and where its images may lie. `row` counts from 0, `line` (of text files) from 1. `name` is
+    what its file is called in the ids of rows without one; `max_pixels` the most pixels of an image."""
 
     file: Path
     row: int
     line: int | None
     image_root: Path | None
+    name: str
+    max_pixels: int = MAX_PIXELS
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}" + (f" (line {self.line})" if self.line is not None else "")
@@ -62,11 +60,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault of one row: `str()` is the line that the user sees."""
+    """One fault of one row, or with `warning` what should be told of one that can be used: `str()` is the line that the
+    user sees."""
 
     where: str
     field: str
     what: str
+    warning: bool = False
 
     def __str__(self) -> str:
         what = self.what if len(self.what) <= MAX_PROBLEM_LENGTH else f"{self.what[:MAX_PROBLEM_LENGTH]}…"
@@ -74,15 +74,20 @@ class Problem:
         return line.encode("utf-8", "backslashreplace").decode()
 
 
-class _Faults:
-    """The problems of one row, gathered while its fields are read one by one."""
+class Faults:
+    """The problems of one row, and the remarks on it, gathered while its fields are read one by one."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.problems: list[Problem] = []
+        self.remarks: list[Problem] = []
 
     def add(self, field: str, what: str) -> None:
         self.problems.append(Problem(str(self.place), field, what))
+
+    def remark(self, field: str, remarks: Iterable[str]) -> None:
+        """Add what is told of a row that can be used all the same."""
+        self.remarks += [Problem(str(self.place), field, what, warning=True) for what in remarks]
 
     def attempt(self, field: str, read: Callable[..., Field], *arguments: Any) -> Field | None:
         """`read(*arguments)`, or None with a problem of `field` if it raises DataError."""
@@ -92,101 +97,135 @@ class _Faults:
             self.add(field, str(error))
             return None
 
+    def image(self, field: str, value: Any) -> Image | None:
+        """One image, or None where it is faulty."""
+        found = self.attempt(field, inspect_image, value, self.place.folders, self.place.max_pixels)
+        self.remark(field, found[1] if found else ())
+        return found[0] if found else None
+
+    def images(self, field: str, value: Any) -> list[Image | None]:
+        """The images of a column: one entry per value of it, None where it is faulty."""
+        values = value if isinstance(value, list) else [] if is_no_image(value) else [value]
+        return [self.image(field, entry) for entry in values]
+
+    def require_marks(self, field: str, messages: Sequence[Message], images: int) -> None:
+        marks = sum(message.content.count(IMAGE_TAG) for message in messages)
+        if marks != images:
+            self.add(
+                field, f"the prompt has {marks} {IMAGE_TAG} marks for {images} images; there must be one mark per image"
+            )
+
 
 # ---------------------------------------------------------------------------------------- rows of the parquet schema
 
 
-def parse_row(row: Mapping[str, Any], place: Place) -> tuple[Task | None, list[Problem]]:
-    """A row of the parquet schema as a Task, or None with all its problems.
+def parse_row(row: Mapping[str, Any], place: Place, *, marks_in_front: bool = False) -> Parsed:
+    """A row of the parquet schema as a Task, or None with all its problems; either with what should be told of it.
 
     The answer is `reward_model.ground_truth` as stored; `extra_info`, without its nulls, becomes `meta`, and `ability`
-    joins it. A row to imitate (with `extra_info.response` or `extra_info.chosen`) needs no ground truth. The id is
-    `extra_info.id`, else the file's name and the row.
+    joins it. A last turn of the assistant is never part of the prompt: it becomes `meta["response"]`, and the answer
+    where no other one is given. A row to imitate (with `extra_info.response` or `extra_info.chosen`) needs no ground
+    truth. The id is `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
+
+    marks_in_front: a prompt without any `<image>` mark gets one per image in front of its first question, as data
+    have it whose images stand in a column alone.
     """
-    faults = _Faults(place)
-    source = faults.attempt("data_source", _text, row.get("data_source"))
-    messages = faults.attempt("prompt", _messages, row.get("prompt"))
-    images = _images(faults, "images", row.get("images"))
+    faults = Faults(place)
+    source = faults.attempt("data_source", text_of, row.get("data_source"))
+    messages: tuple[Message, ...] = ()
+    conversation = faults.attempt("prompt", read_conversation, row.get("prompt"), row.get("system"))
+    images = faults.images("images", row.get("images"))
     videos = _videos(faults, row.get("videos"))
-    imitated = isinstance(extra := row.get("extra_info"), dict) and any(extra.get(name) for name in IMITATED)
-    answer = faults.attempt("reward_model.ground_truth", _ground_truth, row.get("reward_model"), imitated)
-    meta = faults.attempt("extra_info", _meta, row.get("extra_info"), row.get("ability"))
-    if messages is not None and row.get("videos") is None:
-        _count_marks(faults, "images", messages, len(images))
-    elif messages is not None and not faults.problems:
-        messages, images = faults.attempt("videos", with_frames, messages, images, videos) or (None, [])
-    if faults.problems or source is None or messages is None or meta is None:
-        return None, faults.problems
-    task_id = str(meta.get("id", f"{place.file.stem}-{place.row}"))
-    return Task(task_id, source, messages, tuple(filter(None, images)), answer, meta, str(place)), []
+    meta = faults.attempt("extra_info", _meta, row.get("extra_info"), row.get("ability")) or {}
+    if conversation is not None:
+        faults.remark("prompt", conversation.remarks)
+        meta = _imitated(faults, meta, conversation)
+        messages, images = _placed(faults, conversation, images, marks_in_front)
+        if not faults.problems:
+            messages, images = faults.attempt("videos", with_frames, messages, images, videos) or ((), [])
+    truth = _ground_truth(faults, row, meta, conversation)
+    if faults.problems or source is None or conversation is None:
+        return None, faults.problems + faults.remarks
+    task_id = str(meta.get("id", f"{place.name}-{place.row}"))
+    return Task(task_id, source, messages, tuple(filter(None, images)), truth, meta, str(place)), faults.remarks
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """The value itself. Raises DataError for what is no text, is empty, or is not valid Unicode."""
     if not isinstance(value, str) or not value:
-        raise DataError(f"must be a text that is not empty, not {_shown(value)}")
-    return _unicode(value)
+        raise DataError(f"must be a text that is not empty, not {shown(value)}")
+    return valid_unicode(value)
 
 
-def _unicode(text: str) -> str:
-    """JSON can hold halves of characters, which no file and no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"is not valid Unicode: {_shown(text[error.start])} at character {error.start}") from None
-    return text
-
-
-def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"must be a list of messages {{role, content}}, at least one, not {_shown(value)}")
-    messages = []
-    for position, entry in enumerate(value):
-        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
-            raise DataError(f"message {position} must be {{role, content}} with a text as content, not {_shown(entry)}")
-        if entry.get("role") not in ROLES:
-            raise DataError(f"message {position} has the role {entry.get('role')!r}; allowed: {', '.join(ROLES)}")
-        messages.append(Message(entry["role"], _unicode(entry["content"])))
-    return tuple(messages)
-
-
-def _images(faults: _Faults, field: str, value: Any) -> list[Image | None]:
-    """The images of a row: one entry per value of the column, None where it is faulty."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [faults.attempt(field, read_image, entry, faults.place.folders) for entry in values]
-
-
-def _videos(faults: _Faults, value: Any) -> list[list[Image | None]]:
+def _videos(faults: Faults, value: Any) -> list[list[Image | None]]:
     """The frames of each video of a row; of a single one, a list of its frames is enough."""
-    values = value if isinstance(value, list) else []
+    if is_no_image(value):
+        return []
+    values = value if isinstance(value, list) else [value]
+    for video in values:
+        if isinstance(path := video.get("path") if isinstance(video, Mapping) else video, str) and is_video(path):
+            faults.add(
+                "videos", f"{shorten_source(path)} is a video file, which is not decoded; give its frames as images"
+            )
+            return []
     several = values if all(isinstance(video, list) for video in values) else [values]
-    return [_images(faults, "videos", video) for video in several]
+    return [faults.images("videos", video) for video in several]
 
 
-def _ground_truth(reward_model: Any, imitated: bool) -> Any:
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    if truth is None and not imitated:
-        raise DataError("is missing; the row has no answer to be scored against")
+def _imitated(faults: Faults, meta: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+    """The fields of a row with its answers as text: those given, and a last turn of the conversation."""
+    texts = {
+        name: faults.attempt(f"extra_info.{name}", answer_text, meta[name], conversation.messages)
+        for name in ("response", "chosen", "rejected")
+        if isinstance(meta.get(name), list | Mapping)
+    }
+    meta = {**meta, **texts}
+    if conversation.response is None:
+        return meta
+    if meta.get("response", conversation.response) != conversation.response:
+        faults.add(
+            "extra_info.response", "the row has a response, and another one as the last turn of its conversation"
+        )
+    return {**meta, "response": conversation.response}
+
+
+def _ground_truth(faults: Faults, row: Mapping[str, Any], meta: dict[str, Any], talk: Conversation | None) -> Any:
+    model = row.get("reward_model")
+    truth = model.get("ground_truth") if isinstance(model, dict) else None
+    if (truth is None or truth == "") and talk is not None and talk.response is not None:
+        return talk.response
+    if truth is None and not any(meta.get(name) for name in IMITATED):
+        faults.add("reward_model.ground_truth", "is missing; the row has no answer to be scored against")
     return truth
 
 
 def _meta(extra_info: Any, ability: Any) -> dict[str, Any]:
     if not isinstance(extra_info, dict | None):
-        raise DataError(f"must be a mapping, not {_shown(extra_info)}")
+        raise DataError(f"must be a mapping, not {shown(extra_info)}")
     meta = {name: value for name, value in (extra_info or {}).items() if value is not None}
     return meta if ability is None else {"ability": ability, **meta}
 
 
-def _count_marks(faults: _Faults, field: str, messages: tuple[Message, ...], images: int) -> None:
-    marks = sum(message.content.count(IMAGE_TAG) for message in messages)
-    if marks != images:
-        faults.add(
-            field, f"the prompt has {marks} {IMAGE_TAG} marks for {images} images; there must be one mark per image"
-        )
+def _placed(
+    faults: Faults, conversation: Conversation, images: list[Image | None], marks_in_front: bool
+) -> tuple[tuple[Message, ...], list[Image | None]]:
+    """Messages and images in the order of their marks: those that stand in the content itself, and those of the
+    column."""
+    messages, inline = conversation.messages, conversation.images
+    if marks_in_front and images and not inline:
+        return in_front(messages, len(images)), images
+    marks = sum(value is None for value in inline)
+    if marks != len(images):
+        said = f"{marks} {IMAGE_TAG} marks for {len(images)} images"
+        faults.add("images", f"the prompt has {said}; there must be one mark per image")
+        return messages, []
+    column = iter(images)
+    return messages, [next(column) if value is None else faults.image("prompt", value) for value in inline]
 
 
 def with_frames(
-    messages: Sequence[Message], images: Sequence[Image], videos: Sequence[Sequence[Image]]
-) -> tuple[tuple[Message, ...], tuple[Image, ...]]:
+    messages: Sequence[Message], images: Sequence[Image | None], videos: Sequence[Sequence[Image | None]]
+) -> tuple[tuple[Message, ...], list[Image | None]]:
     """Messages and images with the frames of every video at its mark: `Frame1: <image>`, `Frame2: <image>`, ... one a
     line. Raises DataError, without a place, for another number of marks than of images or videos, and for a video
     without frames."""
@@ -197,7 +236,7 @@ def with_frames(
     if not all(videos):
         raise DataError("a video has no frames")
     stills, clips = iter(images), iter(videos)
-    placed: list[Image] = []
+    placed: list[Image | None] = []
 
     def place(match: re.Match[str]) -> str:
         if match[0] != VIDEO_TAG:
@@ -208,142 +247,4 @@ def with_frames(
         return "\n".join(f"Frame{number}: <image>" for number in range(1, len(frames) + 1))
 
     expanded = tuple(replace(message, content=_MEDIA_TAG.sub(place, message.content)) for message in messages)
-    return expanded, tuple(placed)
-
-
-# ------------------------------------------------------------------------------------------------ referring expressions
-
-
-def parse_referring(
-    row: Mapping[str, Any], place: Place, prompt_form: str, box_field: str = "bbox", keep: Sequence[str] = ()
-) -> tuple[Task | None, list[Problem]]:
-    """A RefCOCO-style row as a grounding Task, or None with all its problems.
-
-    Fields: image (a path); sent, the expression; bbox, [x1, y1, x2, y2] in pixels; width and height in pixels, which
-    must be those of the image if given; id. Instead of sent and bbox, conversations [{from, value}] may give question
-    and answer, the box then as `<box>[x1,y1,x2,y2]</box>` in 0..1000. The answer is a list in 0..1000: floats
-    1000 x / width and 1000 y / height from pixels, the numbers as written from conversations.
-
-    box_field: "bbox" (then modal_bbox where a row has no bbox) or "modal_bbox": where a box in pixels is looked for
-    first; rows without any take the box of the conversation. An amodal box may pass the edges, behind which the object
-    goes on, and is cut there. keep: numbers between 0 and 1 that a row must have (the IoU of a model's answer), which
-    join `meta`.
-
-    With `sent` the question is `PROMPT_FORMS[prompt_form]`; without it, the form "internvl" keeps the question of the
-    conversation, and the others are filled with the last `<ref>` in it.
-    """
-    faults = _Faults(place)
-    images = _images(faults, "image", row.get("image"))
-    if len(images) != 1:
-        faults.add("image", f"a referring expression needs one image, not {len(images)}")
-    image = images[0] if images else None
-    if image is not None:
-        faults.attempt("width, height", _same_size, row, image)
-    fields = [name for name in (box_field, "bbox", "modal_bbox") if row.get(name) is not None]
-    if fields:
-        slack = math.inf if prompt_form in AMODAL else EDGE_SLACK
-        answer = faults.attempt(fields[0], _box_of_pixels, row[fields[0]], image, slack)
-    else:
-        answer = faults.attempt("conversations", _box_of_conversation, row.get("conversations"))
-    question = faults.attempt("sent", _question, row, prompt_form)
-    kept = {name: faults.attempt(name, _share, row.get(name)) for name in keep}
-    if question is not None:
-        _count_marks(faults, "image", (Message("user", question[0]),), len(images))
-    if faults.problems or question is None or image is None:
-        return None, faults.problems
-    meta = {"ability": "grounding", "width": image.width, "height": image.height, "question": question[1], **kept}
-    task_id = str(row.get("id", f"{place.file.stem}-{place.row}"))
-    return Task(task_id, "grounding", (Message("user", question[0]),), (image,), answer, meta, str(place)), []
-
-
-def _same_size(row: Mapping[str, Any], image: Image) -> None:
-    said = (row.get("width", image.width), row.get("height", image.height))
-    if said != (image.width, image.height):
-        raise DataError(
-            f"the row says {_shown(said[0])} x {_shown(said[1])} pixels, but the image is {image.width} x "
-            f"{image.height} as shown; the box would be wrong"
-        )
-
-
-def _share(value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    raise DataError(f"must be a number from 0 to 1, not {_shown(value)}")
-
-
-def _box_of_pixels(value: Any, image: Image | None, slack: float) -> list[float] | None:
-    """Pixels to 0..1000, cut at the edges, which may be passed by `slack` pixels. Without a readable image only the
-    numbers themselves are checked."""
-    x1, y1, x2, y2 = _box(value, "in pixels")
-    if image is None:
-        return None
-    width, height = image.width, image.height
-    beyond = max(-x1, -y1, x2 - width, y2 - height)
-    x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
-    if beyond > slack or x2 <= x1 or y2 <= y1:
-        raise DataError(f"{_shown(value)} lies outside the image of {width} x {height} pixels")
-    return [x1 * THOUSANDTHS / width, y1 * THOUSANDTHS / height, x2 * THOUSANDTHS / width, y2 * THOUSANDTHS / height]
-
-
-def _box_of_conversation(conversations: Any) -> list[float]:
-    """The last `<box>` of the reply, as written (0..1000)."""
-    boxes = _BOX.findall(_turn(conversations, 1))
-    if not boxes:
-        raise DataError("the row has neither bbox nor a reply with <box>[x1,y1,x2,y2]</box>")
-    try:
-        value = json.loads(boxes[-1])
-    except json.JSONDecodeError:
-        raise DataError(f"<box>{_shown(boxes[-1])}</box> is not [x1,y1,x2,y2]") from None
-    while isinstance(value, list) and len(value) == 1:  # [[x1,y1,x2,y2]], the model's own form
-        value = value[0]
-    box = _box(value, "in 0..1000")
-    if min(box) < 0 or max(box) > THOUSANDTHS:
-        raise DataError(f"{_shown(value)} lies outside the image: coordinates are 0..1000 of its sides")
-    return value
-
-
-def _box(value: Any, unit: str) -> list[float]:
-    numbers = value if isinstance(value, list) else []
-    real = [float(n) for n in numbers if _is_real(n)]
-    if len(numbers) != 4 or len(real) != 4:
-        raise DataError(f"{_shown(value)} is not a box: it must be four finite numbers [x1, y1, x2, y2] {unit}")
-    if real[2] <= real[0] or real[3] <= real[1]:
-        raise DataError(f"{_shown(value)} has no area: x2 must be greater than x1, and y2 greater than y1")
-    return real
-
-
-def _is_real(value: Any) -> bool:
-    """A finite number; whole numbers beyond the range of floats, which JSON can hold, are none."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < sys.float_info.max
-
-
-def _question(row: Mapping[str, Any], prompt_form: str) -> tuple[str, str]:
-    """The content of the prompt, and the expression in it (or the whole question where there is none)."""
-    sent = row.get("sent")
-    if sent is not None:
-        sent = _text(sent)
-    else:
-        if row.get("conversations") is None:
-            raise DataError("the row has neither sent nor conversations; one must name what to look for")
-        asked = _turn(row["conversations"], 0)
-        refs = _REF.findall(asked)
-        if prompt_form == "internvl":
-            return asked, refs[-1] if refs else asked.replace(IMAGE_TAG, "").strip()
-        if not refs:
-            raise DataError(f"neither sent nor <ref>..</ref> in the question to fill the prompt form {prompt_form!r}")
-        sent = refs[-1]
-    return f"{IMAGE_TAG}\n{PROMPT_FORMS[prompt_form].format(sent=sent)}", sent
-
-
-def _turn(conversations: Any, position: int) -> str:
-    turns = conversations if isinstance(conversations, list) else []
-    turn = turns[position] if len(turns) > position else None
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise DataError("conversations must be [{from, value}, ...], a question and then a reply")
-    return _unicode(turn["value"])
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return expanded, placed

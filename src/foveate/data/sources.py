@@ -1,11 +1,10 @@
-"""Files of rows, read by index: parquet, JSONL, and the Arrow files that `datasets` saves.
+"""Files of rows, read by index: the protocol, parquet, and the Arrow files that `datasets` saves.
 
 A source is plain to pickle: worker processes open the files again.
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,14 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from foveate.data.images import one_line
 from foveate.errors import DataError
 
-SUFFIXES = (".parquet", ".jsonl", ".arrow")
 BLOCK_ROWS = 64
 
 MOST_ROWS = 2**30
@@ -36,7 +33,7 @@ class Source(Protocol):
 
     path: Path
     names: list[str] | None
-    """Its columns; None for JSONL, where every row may have others."""
+    """Its columns; None for JSON, where every row may have others."""
 
     def __len__(self) -> int: ...
 
@@ -56,46 +53,13 @@ class Source(Protocol):
         ...
 
 
-def expand(path: Path) -> list[Path]:
-    """The files of a path in order: itself, or for a folder what `datasets.save_to_disk` wrote into it, or else the
-    parquet files below it. Raises DataError where there is nothing that can be read."""
-    if not path.exists():
-        raise DataError(f"{path}: no such file; give a file ({', '.join(SUFFIXES)}) or a folder of a dataset")
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        return [file for split in _listed(path / "dataset_dict.json", "splits") for file in expand(path / str(split))]
-    if (path / "state.json").is_file():
-        return [path / str(entry["filename"]) for entry in _listed(path / "state.json", "_data_files")]
-    files = sorted(path.rglob("*.parquet"))
-    if not files:
-        raise DataError(
-            f"{path}: a folder without parquet files and without the state.json or dataset_dict.json of "
-            "datasets.save_to_disk; name the files"
-        )
-    return files
-
-
-def split_name(file: Path) -> str:
-    """The split that a file of a dataset belongs to: the start of its name (`train-00000-of-00002.parquet`) or, for
-    what save_to_disk wrote, the name of its folder."""
-    return file.parent.name if file.suffix == ".arrow" else file.stem.split("-")[0]
-
-
-def open_source(path: Path, cache: RowGroups) -> Source:
-    """Open one file by its suffix. Raises DataError if it cannot be read."""
-    if path.suffix == ".jsonl":
-        return JsonlRows(path)
-    return ArrowRows(path) if path.suffix == ".arrow" else ParquetRows(path, cache)
-
-
-def _listed(file: Path, key: str) -> list[Any]:
-    try:
-        return list(json.loads(file.read_bytes())[key])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not written by datasets.save_to_disk ({one_line(error)})") from error
+def dig(value: Any, path: Sequence[str]) -> Any:
+    """A field of a field of a value; None where there is none."""
+    for name in path:
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------- parquet
@@ -249,61 +213,3 @@ def _mapped(path: Path) -> pa.Table:
         return pa.ipc.open_stream(file).read_all()
     except pa.ArrowInvalid:
         return pa.ipc.open_file(file).read_all()
-
-
-# ------------------------------------------------------------------------------------------------------------ jsonl
-
-
-class JsonlRows(Source):
-    """The rows of a JSONL file; only the places of its lines are kept. Blank lines are no rows."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: list[str] | None = None
-        offsets, lines, offset = [], [], 0
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        offsets.append(offset)
-                        lines.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        self.offsets, self.lines = np.array(offsets, dtype=np.int64), np.array(lines, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def line(self, row: int) -> int | None:
-        return int(self.lines[row])
-
-    def block(self, first: int, count: int) -> Iterator[Raw]:
-        with self.path.open("rb") as file:
-            for row in range(first, first + count):
-                file.seek(int(self.offsets[row]))
-                yield _parsed(file.readline())
-
-    def values(self, path: Sequence[str]) -> list[Any]:
-        return [dig(raw, path) if isinstance(raw, dict) else None for raw in self.block(0, len(self))]
-
-
-def _parsed(line: bytes) -> Raw:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        return DataError(f"is not valid JSON ({error})")
-    except RecursionError:
-        return DataError("is not usable JSON (it is nested too deeply)")
-    except ValueError as error:  # a whole number of thousands of digits
-        return DataError(f"is not usable JSON ({one_line(error)})")
-    return value if isinstance(value, dict) else DataError(f"must hold one JSON object, not {type(value).__name__}")
-
-
-def dig(value: Any, path: Sequence[str]) -> Any:
-    """A field of a field of a value; None where there is none."""
-    for name in path:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value

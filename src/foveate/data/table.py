@@ -1,12 +1,13 @@
 """Datasets on disk: the field's parquet schema written atomically, and tasks read row by row on demand.
 
 The schema: data_source, prompt [{role, content}], images [{bytes, path}], ability, reward_model {style, ground_truth},
-extra_info {...}. JSONL and Arrow files hold rows of the same schema or RefCOCO-style rows (`rows.parse_referring`).
+extra_info {...}. Rows of other forms are recognised by their columns (`recognise.COLUMNS`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foveate.data.folders import SUFFIXES, expand, open_source, suffix_of
 from foveate.data.hub import dataset_files, is_hub_name
-from foveate.data.parsers import MappedRows, Parser, SchemaRows
-from foveate.data.rows import Place, Problem
-from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source, expand, open_source
+from foveate.data.images import MAX_PIXELS, ImageOptions
+from foveate.data.parsers import Parser, RecognisedRows
+from foveate.data.rows import Parsed, Place, Problem
+from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source
+from foveate.data.statistics import Statistics
 from foveate.errors import DataError
 from foveate.files import atomic_path
 from foveate.records import Task
@@ -28,6 +32,7 @@ BOX = pa.list_(pa.float64())
 GROUP_ROWS = 512
 GROUP_BYTES = 2**20  # of embedded images
 CACHE_BYTES = 64 * 2**20
+FIRST_ROWS = 200  # of a file, which are looked at when it is opened
 
 
 # ------------------------------------------------------------------------------------------------------------ write
@@ -123,6 +128,20 @@ def _image_entry(image: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- read
 
 
+@dataclass(frozen=True, slots=True)
+class TableFile:
+    """A file of a table: its rows, the parser that was settled for it, which of the given paths it belongs to, and what
+    it is called in the ids of rows without one."""
+
+    source: Source
+    parser: Parser
+    path: int
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
 class TaskTable:
     """Tasks of one or several files by index, read when asked for. `len(table)`, `table[i]`.
 
@@ -132,34 +151,48 @@ class TaskTable:
 
     def __init__(
         self,
-        files: Sequence[Source],
-        paths: list[int],
-        image_root: Path | None,
-        parser: Parser,
+        files: Sequence[TableFile],
+        images: ImageOptions,
         kept: np.ndarray,
+        statistics: Statistics | None = None,
     ) -> None:
-        self._files, self._paths, self._image_root, self._parser, self._kept = files, paths, image_root, parser, kept
+        self._files, self._images, self._kept = files, images, kept
+        self.statistics = statistics
+        """The rows in numbers, where all of them were looked at."""
         self._ends = np.cumsum([len(file) for file in files])
 
     @property
     def names(self) -> str:
         """The files of the table, for messages."""
-        return ", ".join(str(file.path) for file in self._files)
+        return ", ".join(map(str, self.files))
 
     @property
     def files(self) -> list[Path]:
         """The files of the table."""
-        return [file.path for file in self._files]
+        return [file.source.path for file in self._files]
 
     @property
     def paths(self) -> list[Path]:
         """The first file of each path that `open_tasks` was given."""
-        return [self._files[self._paths.index(number)].path for number in sorted(set(self._paths))]
+        first: dict[int, Path] = {}
+        for file in self._files:
+            first.setdefault(file.path, file.source.path)
+        return [first[number] for number in sorted(first)]
 
     @property
     def path_of(self) -> np.ndarray:
         """For each row the index of its path among those that `open_tasks` was given, int64 (rows,)."""
-        return np.array(self._paths, dtype=np.int64)[np.searchsorted(self._ends, self._kept, side="right")]
+        paths = np.array([file.path for file in self._files], dtype=np.int64)
+        return paths[np.searchsorted(self._ends, self._kept, side="right")]
+
+    def described(self) -> list[str]:
+        """The form of the rows, and what is read from where: a line for each file, and one for files that are alike."""
+        lines: dict[str, list[str]] = {}
+        for file in self._files:
+            first = next((row for row in file.source.block(0, min(1, len(file))) if isinstance(row, dict)), None)
+            for line in file.parser.described(first) if first is not None else ():
+                lines.setdefault(line, []).append(file.source.path.name)
+        return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -170,20 +203,20 @@ class TaskTable:
         for first in range(0, len(self), BLOCK_ROWS):
             for task, problems in self.inspect_range(first, BLOCK_ROWS):
                 if task is None:
-                    raise DataError(str(problems[0]))
+                    raise DataError(_first(problems))
                 yield task
 
     def __getitem__(self, index: int) -> Task:
         task, problems = self.inspect(index)
         if task is None:
-            raise DataError(str(problems[0]))
+            raise DataError(_first(problems))
         return task
 
-    def inspect(self, index: int) -> tuple[Task | None, list[Problem]]:
-        """The task at `index` and no problem, or None and every problem of its row."""
+    def inspect(self, index: int) -> Parsed:
+        """The task at `index` and what is told of it (warnings), or None and every problem of its row."""
         return next(self.inspect_range(range(len(self))[index], 1))
 
-    def inspect_range(self, first: int, count: int) -> Iterator[tuple[Task | None, list[Problem]]]:
+    def inspect_range(self, first: int, count: int) -> Iterator[Parsed]:
         """`inspect` for `count` rows from `first` on; rows that lie together in a file are read together."""
         rows = self._kept[first : first + count]
         numbers = np.searchsorted(self._ends, rows, side="right")
@@ -191,27 +224,32 @@ class TaskTable:
         for run in np.split(np.arange(len(rows)), breaks):
             number = int(numbers[run[0]])
             begin = int(rows[run[0]] - (self._ends[number - 1] if number else 0))
-            for offset, raw in enumerate(self._files[number].block(begin, len(run))):
+            for offset, raw in enumerate(self._files[number].source.block(begin, len(run))):
                 yield self._parsed(self._files[number], begin + offset, raw)
 
     def values(self, field: str) -> list[Any]:
         """One field of the schema (`extra_info.accuracy`) of every row, None where a row lacks it, without looking at
         anything else."""
-        everything = [value for file in self._files for value in file.values(self._parser.column_of(field))]
+        everything = [value for file in self._files for value in _values(file, field)]
         return [everything[row] for row in self._kept]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TaskTable:
         """The same files with only these rows, in this order."""
         kept = self._kept[np.asarray(indices, dtype=np.int64)]
-        return TaskTable(self._files, self._paths, self._image_root, self._parser, kept)
+        numbers = None if self.statistics is None else self.statistics.select(indices)
+        return TaskTable(self._files, self._images, kept, numbers)
+
+    def with_statistics(self, statistics: Statistics) -> TaskTable:
+        """The same rows with their numbers."""
+        return TaskTable(self._files, self._images, self._kept, statistics)
 
     def first(self, count: int | None) -> TaskTable:
         """The first `count` rows, all where there are fewer or `count` is None."""
         return self.select(range(len(self) if count is None else min(count, len(self))))
 
-    def _parsed(self, file: Source, row: int, raw: Raw) -> tuple[Task | None, list[Problem]]:
-        place = Place(file.path, row, file.line(row), self._image_root)
-        return (None, [Problem(str(place), "", str(raw))]) if isinstance(raw, DataError) else self._parser(raw, place)
+    def _parsed(self, file: TableFile, row: int, raw: Raw) -> Parsed:
+        place = _place(file.source, row, file.name, self._images)
+        return (None, [Problem(str(place), "", str(raw))]) if isinstance(raw, DataError) else file.parser(raw, place)
 
 
 def open_tasks(
@@ -220,28 +258,80 @@ def open_tasks(
     image_root: Path | None = None,
     columns: Mapping[str, str] | None = None,
     parser: Parser | None = None,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> TaskTable:
-    """Open parquet, JSONL and Arrow files, and folders of datasets, as one table, without looking at the rows.
+    """Open files of rows (`folders.SUFFIXES`) and folders of datasets as one table, with no more than a look at the
+    first rows of each.
 
     image_root: where relative image paths are looked up first; then the folder of the file, then the working directory.
-    columns: for files with columns of other names, see `parsers.MappedRows`. parser: what else reads the rows.
-    Raises DataError for a file that is missing, unreadable or without a needed column, and if there are no rows at all.
+    columns: what columns of other names are for, see `parsers.RecognisedRows`. parser: what else reads the rows.
+    max_image_pixels: larger images are refused. Raises DataError for a file that is missing, unreadable or without a
+    needed column, for a folder of several splits without `@SPLIT`, and if there are no rows at all.
     """
-    parser = parser or (MappedRows(columns) if columns else SchemaRows())
+    parser = parser or RecognisedRows(columns or {})
+    images = ImageOptions(image_root, max_image_pixels)
     cache = RowGroups(CACHE_BYTES)
-    files: list[Source] = []
-    numbers: list[int] = []
-    for number, path in enumerate([paths] if isinstance(paths, str | Path) else paths):
-        for file in dataset_files(str(path)) if is_hub_name(path) else expand(Path(path)):
-            source = open_source(file, cache)
-            if source.names is not None:
-                try:
-                    source.only(parser.columns(source.names))
-                except DataError as error:
-                    raise DataError(f"{file}: {error}") from None
-            files.append(source)
-            numbers.append(number)
+    given = [paths] if isinstance(paths, str | Path) else paths
+    found = [(file, number) for number, path in enumerate(given) for file in _files(path)]
+    names = _short_names([file for file, _ in found])
+    files = [
+        TableFile(source, _settled(parser, source, name, images), number, name)
+        for (file, number), name in zip(found, names, strict=True)
+        for source in [open_source(file, cache)]
+    ]
     rows = sum(map(len, files))
     if rows == 0:
-        raise DataError(f"{', '.join(str(file.path) for file in files) or 'no file given'}: the dataset has no rows")
-    return TaskTable(files, numbers, image_root, parser, np.arange(rows))
+        raise DataError(f"{', '.join(str(file) for file, _ in found) or 'no file given'}: the dataset has no rows")
+    return TaskTable(files, images, np.arange(rows))
+
+
+def _files(path: str | Path) -> list[Path]:
+    """The files of a path, or of a name of the Hugging Face Hub."""
+    is_file = suffix_of(Path(path)) in SUFFIXES
+    return dataset_files(str(path)) if not is_file and is_hub_name(path) else expand(Path(path))
+
+
+def _settled(parser: Parser, source: Source, name: str, images: ImageOptions) -> Parser:
+    """The parser for one file, which reads no other columns of it from now on."""
+    if len(source) == 0:
+        return parser
+    try:
+        if source.names is not None:
+            source.only(parser.columns(source.names))
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+    first = [row for row in source.block(0, min(FIRST_ROWS, len(source))) if isinstance(row, dict)]
+    return parser.settled(first, _place(source, 0, name, images))
+
+
+def _place(source: Source, row: int, name: str, images: ImageOptions) -> Place:
+    return Place(source.path, row, source.line(row), images.root, name, images.max_pixels)
+
+
+def _first(problems: Sequence[Problem]) -> str:
+    return str(next(problem for problem in problems if not problem.warning))
+
+
+def _short_names(files: Sequence[Path]) -> list[str]:
+    """The names of files without suffix; of files with the same name as much of their folders as tells them apart, and
+    a number where one is given twice."""
+    names = [file.name.removesuffix(suffix_of(file)) for file in files]
+    parents = [file.absolute().parent for file in files]
+    while len(set(names)) < len(names) and any(parent.name for parent in parents):
+        twice = {name for name in names if names.count(name) > 1}
+        names = [
+            f"{parent.name}/{name}" if name in twice and parent.name else name
+            for name, parent in zip(names, parents, strict=True)
+        ]
+        parents = [parent.parent for parent in parents]
+    return [f"{name}-{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+
+
+def _values(file: TableFile, field: str) -> list[Any]:
+    """The value of a field in every row: that of the first column which may hold it and is not null."""
+    found: list[Any] = [None] * len(file)
+    for path in file.parser.column_of(field):
+        if any(value is None for value in found):
+            more = file.source.values(path)
+            found = [other if value is None else value for value, other in zip(found, more, strict=True)]
+    return found

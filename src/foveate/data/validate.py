@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from foveate.data.images import MAX_PIXELS
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
+from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
 from foveate.data.table import TaskTable, open_tasks
 from foveate.errors import DataError, require
 from foveate.log import progress as progress_bar
@@ -36,31 +39,59 @@ LISTED = 20
 
 
 @dataclass(frozen=True, slots=True)
+class RowResult:
+    """The findings on one row: problems, warnings, and of a good row its numbers and its measure."""
+
+    problems: list[Problem]
+    warnings: list[Problem]
+    facts: RowFacts | None
+    measure: Any
+
+
+@dataclass(frozen=True, slots=True)
 class RowInspection:
-    """The work on each row: its check, and a measure taken of every row that is good."""
+    """The work on each row: its check, a measure taken of every row that is good, and what counts the tokens of its
+    prompt (None: its characters count)."""
 
     check: Check | None = None
     measure: Measure | None = None
+    length: Callable[[Task], int] | None = None
 
-    def __call__(self, table: TaskTable, index: int, count: int) -> Iterator[tuple[list[Problem], Any]]:
+    def __call__(self, table: TaskTable, index: int, count: int) -> Iterator[RowResult]:
         for task, found in table.inspect_range(index, count):
-            problems = list(found)
+            warnings = [problem for problem in found if problem.warning]
+            problems = [problem for problem in found if not problem.warning]
             if task is not None and self.check is not None:
                 problems = [Problem(task.where, field, what) for field, what in self.check(task)]
-            measured = None
-            if task is not None and not problems and self.measure is not None:
-                measured = self.measure(task)
-            yield problems, measured
+            if task is None or problems:
+                yield RowResult(problems, warnings, None, None)
+            else:
+                measured = self.measure(task) if self.measure is not None else None
+                yield RowResult([], warnings, row_facts(task, self.length), measured)
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """The result over all rows: the indices of the good ones, all problems in order, and the measure of each good
-    one."""
+    """The result over all rows: the indices of the good ones, all problems in order, the measure of each good one, the
+    first warning of each kind with the number of rows that it is about, and the good rows in numbers."""
 
     kept: list[int]
     problems: list[Problem]
     measures: list[Any]
+    warnings: dict[Problem, int]
+    statistics: Statistics
+    total: int
+
+    def warning_lines(self) -> list[str]:
+        """The warnings, a line for each kind."""
+        return [
+            f"{problem}" + (f" (and in {count - 1} more rows)" if count > 1 else "")
+            for problem, count in self.warnings.items()
+        ]
+
+    def lines(self) -> list[str]:
+        """The rows in numbers, for a person."""
+        return [dropped_line(self.problems, self.total), *self.statistics.lines()]
 
 
 def inspect_rows(
@@ -73,14 +104,21 @@ def inspect_rows(
     worker is killed from outside.
     """
     kept, problems, measures = [], [], []
-    for index, (found, measure) in enumerate(_results(table, inspection, _worker_count(table, inspection, workers))):
-        problems.extend(found)
-        if not found:
+    first: dict[tuple[str, str], Problem] = {}
+    warnings: Counter[Problem] = Counter()
+    facts = FactsCollector()
+    for index, result in enumerate(_results(table, inspection, _worker_count(table, inspection, workers))):
+        problems.extend(result.problems)
+        for warning in result.warnings:
+            warnings[first.setdefault((warning.field, warning.what), warning)] += 1
+        if result.facts is not None:
             kept.append(index)
-            measures.append(measure)
+            measures.append(result.measure)
+            facts.add(result.facts)
         if progress is not None:
             progress(index + 1, len(table))
-    return ValidationReport(kept, problems, measures)
+    unit = "characters" if inspection.length is None else "tokens"
+    return ValidationReport(kept, problems, measures, dict(warnings), facts.statistics(unit), len(table))
 
 
 def validate(
@@ -124,6 +162,7 @@ class ReadOptions:
     columns: Mapping[str, str] | None = None
     on_bad_row: OnBadRow = "error"
     workers: int | None = None
+    max_image_pixels: int = MAX_PIXELS
 
     def __call__(
         self,
@@ -134,12 +173,22 @@ class ReadOptions:
         measure: Measure | None = None,
     ) -> tuple[TaskTable, ValidationReport]:
         """The table of the good rows, and what was found, its measures being those of the rows of the table."""
-        table = open_tasks(paths, image_root=self.image_root, columns=self.columns, parser=parser)
+        table = open_tasks(
+            paths,
+            image_root=self.image_root,
+            columns=self.columns,
+            parser=parser,
+            max_image_pixels=self.max_image_pixels,
+        )
+        for line in table.described():
+            logger.info("%s", line)
         with progress_bar(f"checking {table.names:.60}", len(table)) as advance:
             inspection = RowInspection(check, measure)
             found = inspect_rows(table, inspection, workers=self.workers, progress=lambda *_: advance(1))
+        for line in found.warning_lines():
+            logger.warning("%s", line)
         raise_on_bad_rows(table, found, self.on_bad_row)
-        return table.select(found.kept), found
+        return table.select(found.kept).with_statistics(found.statistics), found
 
 
 AS_IS = ReadOptions()
@@ -161,7 +210,7 @@ def _worker_count(table: TaskTable, inspection: RowInspection, workers: int | No
     return max(1, workers)
 
 
-def _results(table: TaskTable, inspection: RowInspection, workers: int) -> Iterator[tuple[list[Problem], Any]]:
+def _results(table: TaskTable, inspection: RowInspection, workers: int) -> Iterator[RowResult]:
     if workers == 1:
         yield from inspection(table, 0, len(table))
         return
@@ -185,6 +234,6 @@ def _begin(table: TaskTable, inspection: RowInspection) -> None:
     _WORK[:] = [(table, inspection)]
 
 
-def _look_at(first: int) -> list[tuple[list[Problem], Any]]:
+def _look_at(first: int) -> list[RowResult]:
     table, inspection = _WORK[0]
     return list(inspection(table, first, CHUNK_ROWS))

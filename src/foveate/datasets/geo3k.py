@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate.data.parsers import Parsed
-from foveate.data.rows import Place, parse_row
-from foveate.data.sources import split_name
+from foveate.data.parsers import Parser
+from foveate.data.rows import Parsed, Place, parse_row
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, prepare_splits
 from foveate.errors import ConfigError, DataError
@@ -23,7 +22,7 @@ _NEEDED = ("images", "problem", "answer")
 
 
 @dataclass(frozen=True, slots=True)
-class Geo3kRows:
+class Geo3kRows(Parser):
     """Rows with images, problem and answer as tasks of the geo3k reward; the problem is followed by an instruction."""
 
     instruction: str = INSTRUCTION
@@ -52,8 +51,8 @@ class Geo3kRows:
             place,
         )
 
-    def column_of(self, field: str) -> list[str]:
-        return [{"prompt": "problem", "reward_model.ground_truth": "answer"}.get(field, field)]
+    def column_of(self, field: str) -> list[list[str]]:
+        return [[{"prompt": "problem", "reward_model.ground_truth": "answer"}.get(field, field)]]
 
 
 def prepare_geo3k(source: str, out: Path, *, reading: ReadOptions = AS_IS) -> Prepared:
@@ -67,7 +66,7 @@ def prepare_geo3k(source: str, out: Path, *, reading: ReadOptions = AS_IS) -> Pr
     if not folder.exists():
         folder = _download(source)
     settings = {"dataset": SOURCE, "instruction": INSTRUCTION}
-    return prepare_splits(folder, out, Geo3kRows(), split_name, settings=settings, reading=reading)
+    return prepare_splits(folder, out, Geo3kRows(), settings=settings, reading=reading)
 
 
 def _download(name: str) -> Path:

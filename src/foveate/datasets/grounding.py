@@ -11,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from foveate.data.parsers import SchemaRows
+from foveate.data.folders import TEXT_SUFFIXES, suffix_of
+from foveate.data.referring import AUTO, GroundingRows
 from foveate.data.table import BOX, TaskTable, row_schema
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, task_row
+from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, shared_splits, task_row
 from foveate.errors import require
 from foveate.files import atomic_path
-from foveate.records import Image, Task
+from foveate.records import Image
 
 SplitBy = Literal["image", "row"]
 
@@ -43,6 +44,7 @@ def prepare_grounding(
     *,
     prompt_form: str = "internvl",
     box_field: str = "bbox",
+    box_unit: str = AUTO,
     hard: HardSet | None = None,
     test_fraction: float = 0.1,
     split_by: SplitBy = "image",
@@ -50,7 +52,7 @@ def prepare_grounding(
     copy_images: bool = False,
     reading: ReadOptions = AS_IS,
 ) -> Prepared:
-    """Turn RefCOCO-style JSONL (see `rows.parse_referring`) into the parquet schema, ground truth in 0..1000.
+    """Turn RefCOCO-style rows (see `referring.GroundingRows`) into the parquet schema, ground truth in 0..1000.
 
     test_fraction: the share of images (split_by "image": no image is in both splits) or of rows ("row") that is
     held out at random by `seed`; 0 and 1 put all rows into one split, whose file alone is written. Rows keep the order
@@ -59,16 +61,16 @@ def prepare_grounding(
     self-contained.
 
     The same sources, options and seed give the same bytes. All rows are checked before anything is touched; for the
-    order in which files appear see `prepared.publish`. Raises DataError for sources that are not .jsonl, bad rows
+    order in which files appear see `prepared.publish`. Raises DataError for sources that are no files of text, bad rows
     (unless they are skipped), a split that leaves one side empty, an empty hard set, and where `out` cannot be written.
     """
     require(0.0 <= test_fraction <= 1.0, f"setting test_fraction: must be within 0..1, not {test_fraction}")
     require(split_by in ("image", "row"), f"setting split_by: must be image or row, not {split_by!r}")
     paths = _source_paths(sources)
     keep = (hard.iou_key, hard.teacher_iou_key) if hard is not None else ()
-    table, found = reading(paths, parser=SchemaRows(prompt_form, box_field, keep), check=check_referring)
+    table, found = reading(paths, parser=GroundingRows(prompt_form, box_field, keep, box_unit))
     rng = np.random.default_rng(seed)
-    keys = [_file(task.images[0]) for task in table] if split_by == "image" else range(len(table))
+    keys = [_image_key(task.images[0]) for task in table] if split_by == "image" else range(len(table))
     splits = hold_out(keys, test_fraction, rng, split_by)
     counts: dict[str, int] = {}
     if hard is not None:
@@ -83,6 +85,7 @@ def prepare_grounding(
         settings={
             "prompt_form": prompt_form,
             "box_field": box_field,
+            "box_unit": box_unit,
             "split_by": split_by,
             "test_fraction": test_fraction,
             "seed": seed,
@@ -90,6 +93,7 @@ def prepare_grounding(
         },
         problems=found.problems,
         counts=counts,
+        notes=[*table.described(), *found.lines(), *shared_splits(found.statistics, splits)],
     )
 
 
@@ -100,6 +104,7 @@ def prepare_validation(
     fraction: float = 0.1,
     prompt_form: str = "internvl",
     box_field: str = "bbox",
+    box_unit: str = AUTO,
     seed: int = 42,
     copy_images: bool = False,
     reading: ReadOptions = AS_IS,
@@ -111,7 +116,7 @@ def prepare_validation(
     paths = _source_paths(sources)
     names = [path.stem for path in paths]
     require(len(set(names)) == len(names), f"two validation files have the same name: {', '.join(sorted(names))}")
-    table, found = reading(paths, parser=SchemaRows(prompt_form, box_field), check=check_referring)
+    table, found = reading(paths, parser=GroundingRows(prompt_form, box_field, box_unit=box_unit))
     members = {name: np.flatnonzero(table.path_of == number) for number, name in enumerate(names)}
     empty = [name for name, rows in members.items() if not len(rows)]
     require(not empty, f"{', '.join(empty)}: no row is left of this file")
@@ -125,22 +130,23 @@ def prepare_validation(
         row_schema(BOX, EXTRA_INFO),
         total=sum(map(len, files.values())),
         sources=paths,
-        settings={"prompt_form": prompt_form, "box_field": box_field, "val_fraction": fraction, "seed": seed},
+        settings={
+            "prompt_form": prompt_form, "box_field": box_field, "box_unit": box_unit, "val_fraction": fraction,
+            "seed": seed,
+        },
         problems=found.problems,
-    )
-
-
-def check_referring(task: Task) -> list[tuple[str, str]]:
-    """JSONL may also hold rows of the parquet schema; those that do not come from an expression cannot be prepared."""
-    if "question" in task.meta and len(task.images) == 1 and task.images[0].path is not None:
-        return []
-    return [("prompt", "this is no RefCOCO-style row: give image, and sent with bbox, or conversations")]
+        notes=[*table.described(), *found.lines()],
+        repeated=True,
+    )  # fmt: skip
 
 
 def _source_paths(sources: str | Path | Sequence[str | Path]) -> list[Path]:
     paths = [Path(path) for path in ([sources] if isinstance(sources, str | Path) else sources)]
     for path in paths:
-        require(path.suffix == ".jsonl", f"{path}: grounding data are prepared from .jsonl files, not {path.suffix!r}")
+        require(
+            suffix_of(path).removesuffix(".gz") in TEXT_SUFFIXES,
+            f"{path}: grounding data are prepared from files of text ({', '.join(TEXT_SUFFIXES)}), not {path.suffix!r}",
+        )
     return paths
 
 
@@ -158,22 +164,25 @@ def _rows(table: TaskTable, indices: Sequence[int], split: str, copy_to: Path | 
     path_of = table.path_of
     copies: dict[Path, str] = {}
     for position, (index, task) in enumerate(zip(indices, table.select(indices), strict=True)):
-        image = _file(task.images[0])
+        image = _image_key(task.images[0])
         name = names[path_of[index]]
-        if copy_to is not None and image not in copies:
+        if copy_to is not None and isinstance(image, Path) and image not in copies:
             copies[image] = _copied(image, copy_to)
         info = {field: task.meta[field] for field in ("height", "width", "question")}
         yield {
             **task_row(task),
             "data_source": name if name in REFCOCO_SPLITS else task.source,
-            "images": [copies.get(image, str(image))],
+            "images": [image if isinstance(image, bytes) else copies.get(image, str(image))],
             "extra_info": {"split": split, "index": position, "id": task.id, "dataset": name, **info},
         }
 
 
-def _file(image: Image) -> Path:
-    assert image.path is not None, "JSONL rows name images by path"
-    return image.path.resolve()
+def _image_key(image: Image) -> Path | bytes:
+    """The file of an image, or its bytes where it has none, which tells it from others."""
+    if image.path is not None:
+        return image.path.resolve()
+    assert image.data is not None, "an image has a path or bytes"
+    return image.data
 
 
 def _copied(image: Path, folder: Path) -> str:

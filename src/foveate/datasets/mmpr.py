@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from foveate.data.demos import check_pair
-from foveate.data.parsers import OPTIONAL, REQUIRED, MappedRows, Parsed, Parser, SchemaRows
-from foveate.data.rows import Place, Problem, parse_row
+from foveate.data.parsers import Parser, RecognisedRows
+from foveate.data.rows import Parsed, Place, Problem
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, infer_schema, prepare_rows, publish, task_row
@@ -31,8 +31,7 @@ class MmprTinyRows(Parser):
     source: str
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        SchemaRows().columns(["data_source", *names])
-        return [name for name in (*REQUIRED, *OPTIONAL) if name in names]
+        return RecognisedRows().columns(names)
 
     def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed:
         images = raw.get("images")
@@ -44,7 +43,7 @@ class MmprTinyRows(Parser):
             "images": [_below(place, image) for image in images] if isinstance(images, list) else images,
             "extra_info": {**extra, "original_source": raw.get("data_source")},
         }
-        return parse_row(row, place)
+        return RecognisedRows()(row, place)
 
 
 def _below(place: Place, image: Any) -> Any:
@@ -88,6 +87,9 @@ def prepare_mmpr_tiny(
 
 # --------------------------------------------------------------------------------------------------------- MMPR pairs
 
+PAIRS = "pairs"
+"""The file of prepared pairs, without its suffix; the recipes for MPO read it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
@@ -113,32 +115,26 @@ def prepare_mmpr(
     annotations = read_meta(meta, root)
     tables: dict[str, TaskTable] = {}
     problems: list[Problem] = []
+    notes: list[str] = []
     for annotation in annotations:
-        parser = MappedRows(
-            {
-                "prompt": "question",
-                "images": "image",
-                "chosen": "chosen",
-                "rejected": "rejected",
-                "system": "system_prompt",
-                "source": f"=mmpr/{annotation.name}",
-            }
-        )
+        parser = RecognisedRows({"source": f"=mmpr/{annotation.name}"})
         table, found = replace(reading, image_root=annotation.root)(annotation.file, parser=parser, check=check_pair)
         problems += found.problems
+        notes += [f"{annotation.name} {line}" for line in found.lines()]
         tables[annotation.name] = table.select(_repeated(len(table), annotation.repeat_time, seed))
     taken = {name: table for name, table in tables.items() if len(table)}
     require(bool(taken), f"{meta}: no pair is left of any entry; raise repeat_time")
     schema = infer_schema(_pairs(taken, images=False))
     return publish(
         out,
-        {"pairs": _pairs(taken)},
+        {PAIRS: _pairs(taken)},
         schema,
         total=sum(map(len, taken.values())),
         sources=[meta, *(annotation.file for annotation in annotations)],
         settings={"dataset": "MMPR", "seed": seed},
         problems=problems,
         counts={name: len(table) for name, table in tables.items()},
+        notes=notes,
     )
 
 

@@ -75,6 +75,7 @@ def prepare_pairs(
         },
         problems=found.problems,
         counts=counts,
+        notes=[*table.described(), *found.lines()],
     )
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from foveate.data.answers import answer_files
+from foveate.data.folders import expand_splits
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
-from foveate.data.sources import expand
+from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.errors import DataError, require
@@ -30,17 +31,20 @@ _INFERRED_ROWS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The result of a preparation: rows by file (without its suffix), the problems of the rows that were left out, and
-    further counts for the summary."""
+    """The result of a preparation: rows by file (without its suffix), the problems of the rows that were left out,
+    further counts for the summary, and lines about what was read."""
 
     folder: Path
     rows: dict[str, int]
     problems: tuple[Problem, ...]
     counts: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> list[str]:
-        """Lines for a person: rows by file, what was counted, and how much was left out."""
-        lines = [f"{self.folder}: " + ", ".join(f"{count} {name} rows" for name, count in self.rows.items())]
+        """Lines for a person: what was read and its numbers, rows by file, what was counted, and how much was left
+        out."""
+        lines = list(self.notes)
+        lines += [f"{self.folder}: " + ", ".join(f"{count} {name} rows" for name, count in self.rows.items())]
         lines += [f"  {name}: {count}" for name, count in self.counts.items()]
         left_out = len({problem.where for problem in self.problems})
         return lines + ([f"  left out: {left_out} rows, listed in {self.folder / MANIFEST}"] if left_out else [])
@@ -56,11 +60,15 @@ def publish(
     settings: Mapping[str, Any],
     problems: Sequence[Problem],
     counts: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
+    repeated: bool = False,
 ) -> Prepared:
     """Write `NAME.parquet` for each of `files`, `total` rows in all, and last `manifest.json` with settings, counts and
     SHA-256 of sources and files. What an earlier preparation wrote into the folder is removed first, so that a folder
-    without a manifest is unfinished. Each file appears whole; the same rows give the same bytes. Raises DataError
-    where a source would be removed or replaced, and for a manifest of somebody else."""
+    without a manifest is unfinished. Each file appears whole; the same rows give the same bytes. An id that stands in
+    another row already gets a number, over all files, or with `repeated`, where rows stand in several files on purpose,
+    within each. notes: lines for the summary. Raises DataError where a source would be removed or replaced, and for a
+    manifest of somebody else."""
     earlier = _earlier(out)
     ours = {(out / name).resolve() for name in (*earlier, *(f"{name}.parquet" for name in files))}
     for path in sources:
@@ -68,10 +76,13 @@ def publish(
             raise DataError(f"{path}: is read, and would be replaced; write to another folder with --out")
     for name in earlier:
         (out / name).unlink(missing_ok=True)
+    ids = UniqueIds()
     with progress(f"writing {out}", total) as advance:
-        written = {
-            name: write_rows(out / f"{name}.parquet", rows, schema, advance=advance) for name, rows in files.items()
-        }
+        written: dict[str, int] = {}
+        for name, rows in files.items():
+            ids = UniqueIds(renamed=ids.renamed) if repeated else ids
+            written[name] = write_rows(out / f"{name}.parquet", ids(rows), schema, advance=advance)
+    counts = {**(counts or {}), **({"ids that got a number": ids.renamed} if ids.renamed else {})}
     manifest = {
         "sources": {str(path): sha256(path) for path in sources},
         **settings,
@@ -81,7 +92,26 @@ def publish(
         "sha256": {f"{name}.parquet": sha256(out / f"{name}.parquet") for name in written},
     }
     atomic_write_text(out / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return Prepared(out, written, tuple(problems), counts or {})
+    return Prepared(out, written, tuple(problems), counts, tuple(notes))
+
+
+@dataclass(slots=True)
+class UniqueIds:
+    """Gives a number to the id of a row that an earlier one has: `a`, `a-2`, `a-3`."""
+
+    seen: set[str] = field(default_factory=set)
+    renamed: int = 0
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            given = row["extra_info"]["id"]
+            name, number = given, 1
+            while name in self.seen:
+                number += 1
+                name = f"{given}-{number}"
+            self.seen.add(name)
+            self.renamed += name != given
+            yield row if name == given else {**row, "extra_info": {**row["extra_info"], "id": name}}
 
 
 def _earlier(out: Path) -> list[str]:
@@ -188,12 +218,12 @@ def prepare_rows(
     reading: ReadOptions = AS_IS,
     settings: Mapping[str, Any] | None = None,
 ) -> Prepared:
-    """Rows of any parquet, JSONL or Arrow files as train.parquet, test.parquet and manifest.json.
+    """Rows of any files (`folders.SUFFIXES`) as train.parquet, test.parquet and manifest.json.
 
-    parser: what reads the rows, if not the schema or `reading.columns`. test_fraction: the share of rows that is held
-    out at random by `seed`; 0 holds out none. Images are named by absolute path, or embedded where they were. The
-    same sources, options and seed give the same bytes. Raises DataError for bad rows (unless they are skipped) and for
-    ground truths of different types.
+    parser: what reads the rows, if they are not recognised by their columns and `reading.columns`. test_fraction: the
+    share of rows that is held out at random by `seed`; 0 holds out none. Images are named by absolute path, or embedded
+    where they were. The same sources, options and seed give the same bytes. Raises DataError for bad rows (unless they
+    are skipped) and for ground truths of different types.
     """
     require(0.0 <= test_fraction <= 1.0, f"setting test_fraction: must be within 0..1, not {test_fraction}")
     table, found = reading(sources, parser=parser)
@@ -203,6 +233,7 @@ def prepare_rows(
         {name: table.select(rows) for name, rows in splits.items()},
         out,
         problems=found.problems,
+        notes=[*table.described(), *found.lines(), *shared_splits(found.statistics, splits)],
         settings={**said, **(settings or {}), "test_fraction": test_fraction, "seed": seed},
     )
 
@@ -211,21 +242,27 @@ def prepare_splits(
     source: Path,
     out: Path,
     parser: Parser,
-    split_of: Callable[[Path], str],
     *,
     settings: Mapping[str, Any],
     reading: ReadOptions,
 ) -> Prepared:
-    """The files of a dataset as one parquet file per split; `split_of` names the split of a file."""
-    members: dict[str, list[Path]] = {}
-    for file in expand(source):
-        members.setdefault(split_of(file), []).append(file)
+    """The files of a dataset as one parquet file per split."""
     tables: dict[str, TaskTable] = {}
     problems: list[Problem] = []
-    for name, files in members.items():
+    parts: dict[str, Statistics] = {}
+    notes: list[str] = []
+    for split, files in expand_splits(source).items():
+        name = split or "train"
         tables[name], found = reading(files, parser=parser)
         problems += found.problems
-    return publish_tables(tables, out, problems=problems, settings=settings)
+        parts[name] = found.statistics
+        notes += [f"{name} {line}" for line in found.lines()]
+    return publish_tables(tables, out, problems=problems, settings=settings, notes=[*notes, *shared_lines(parts)])
+
+
+def shared_splits(statistics: Statistics, splits: Mapping[str, Sequence[int]]) -> list[str]:
+    """Rows and images that splits of a table have in common, a line for each pair."""
+    return shared_lines({name: statistics.select(rows) for name, rows in splits.items()})
 
 
 def publish_tables(
@@ -235,6 +272,7 @@ def publish_tables(
     problems: Sequence[Problem],
     settings: Mapping[str, Any],
     counts: Mapping[str, int] | None = None,
+    notes: Sequence[str] = (),
     extra: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> Prepared:
     """Write each table as NAME.parquet, all with one schema that fits their rows. extra: from the id of a task to what
@@ -244,7 +282,7 @@ def publish_tables(
     sources = dict.fromkeys(path for table in tables.values() for path in table.files)
     return publish(
         out, files, schema, total=sum(map(len, tables.values())), sources=list(sources), settings=settings,
-        problems=problems, counts=counts,
+        problems=problems, counts=counts, notes=notes,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.data.rows import Problem
+from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
 from foveate.data.table import TaskTable
 from foveate.data.validate import Check, ReadOptions
@@ -110,13 +111,20 @@ def read_checked(
     ground truth, images, marks, length as prompt, and the lengths of `answers` that it holds. Raises DataError unless
     bad rows are to be skipped."""
     root = Path(data.image_root) if data.image_root is not None else None
-    reading = ReadOptions(root, data.columns, data.on_bad_row, data.workers)
+    reading = ReadOptions(root, data.columns, data.on_bad_row, data.workers, data.max_image_pixels)
     table, found = reading(paths, check=RowCheck(truth, encoder, answers))
     if found.problems:
         left_out = len({problem.where for problem in found.problems})
         total = len(table) + left_out
         logger.warning("%d of %d rows are left out; the first: %s", left_out, total, found.problems[0])
     return table, found.problems
+
+
+def warn_if_shared(train: TaskTable, test: TaskTable) -> None:
+    """Warn of rows and images of `test` that stand in `train`, too, where both were checked."""
+    if train.statistics is not None and test.statistics is not None:
+        for line in shared_lines({"data.train": train.statistics, "data.test": test.statistics}):
+            logger.warning("%s; accuracy on them says little about others", line)
 
 
 def build_stream(table: TaskTable, data: DataSettings, seed: int, batch: int) -> Stream:
