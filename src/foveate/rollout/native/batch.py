@@ -15,6 +15,10 @@ from foveate.rollout.native.cache import GroupCache
 from foveate.rollout.native.graphs import Step
 from foveate.rollout.native.sampling import uniforms
 
+Watch = Callable[[int, int, int, float], str]
+"""Called with every token: (number of the request, number of its answer, token, log-prob) -> the finish of an answer
+that is to end with this token, "" for one that goes on."""
+
 
 class DecodeBatch:
     """Some requests with their S answers, numbered request by request. A row of the batch is a live answer: `answers`
@@ -22,7 +26,7 @@ class DecodeBatch:
     before, its unfinished answers go on and the others are what they were.
 
     Of all rows, as many as the share `slack` may be of answers that are complete: they go on through the model until
-    more are, and what they are given is not looked at."""
+    more are, and what they are given is not looked at. `watch`, if there is one, sees every token of the others."""
 
     def __init__(
         self,
@@ -31,7 +35,9 @@ class DecodeBatch:
         version: int,
         device: torch.device,
         slack: float = 0.0,
+        watch: Watch | None = None,
     ) -> None:
+        self.sampling, self._watch = sampling, watch
         samples, self._limit = sampling.samples, sampling.max_tokens
         self.cache: GroupCache | None = None
         self.replay: Step | None = None
@@ -77,12 +83,14 @@ class DecodeBatch:
         live: list[int] = []
         ended: list[int] = []
         stops = torch.isin(token_B, stop).tolist()
+        watched = self._watched(token_B, logprob_B)
         for row in self.live:
-            answer, is_stop = self.answers[row], stops[row]
+            answer = self.answers[row]
             self._lengths[answer] += 1
-            if is_stop or paused or self._lengths[answer] == self._limit:
-                is_full = self._lengths[answer] == self._limit
-                self._finish[answer] = "stop" if is_stop else "length" if is_full else "abort"
+            end = "length" if self._lengths[answer] == self._limit else "abort" if paused else ""
+            finish = "stop" if stops[row] else watched.get(row, end)
+            if finish:
+                self._finish[answer] = finish
                 ended.append(answer // self._samples)
                 self._open[ended[-1]] -= 1
             else:
@@ -91,6 +99,17 @@ class DecodeBatch:
         if ended and (not live or len(self.answers) - len(live) > self._slack * len(self.answers)):
             self._keep(live)
         return [number for number in sorted(set(ended)) if not self._open[number]]
+
+    def _watched(self, token_B: Tensor, logprob_B: Tensor) -> dict[int, str]:
+        """The rows whose answers end by the word of `watch`, with their finish."""
+        if self._watch is None:
+            return {}
+        token_ids, logprobs = token_B.tolist(), logprob_B.tolist()
+        said = {}
+        for row in self.live:
+            request, answer = divmod(self.answers[row], self._samples)
+            said[row] = self._watch(request, answer, token_ids[row], logprobs[row])
+        return {row: finish for row, finish in said.items() if finish}
 
     def _keep(self, live: list[int]) -> None:
         assert self.cache is not None

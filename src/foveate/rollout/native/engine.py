@@ -19,7 +19,7 @@ from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
-from foveate.rollout.native.batch import DecodeBatch
+from foveate.rollout.native.batch import DecodeBatch, Watch
 from foveate.rollout.native.cache import GroupCache, cached_numbers
 from foveate.rollout.native.graphs import recorder
 from foveate.rollout.native.sampling import draw
@@ -119,13 +119,22 @@ class NativeEngine:
         for members in plan_decode_batches([len(requests[i].prompt) for i in open_], sampling, budget):
             if self._paused.is_set():
                 return
-            asked = [requests[open_[i]] for i in members]
-            decode_batch = DecodeBatch(
-                asked, sampling, self.version, self.policy.device, 0.0 if self._record is None else _SLACK
-            )
+            decode_batch = self.begin([requests[open_[i]] for i in members], sampling)
             while decode_batch.live:
-                for number in self._advance(decode_batch, sampling):
+                for number in self._advance(decode_batch):
                     yield open_[members[number]], decode_batch.group(number, self._decode)
+
+    def begin(self, requests: Sequence[Request], sampling: SamplingParams, watch: Watch | None = None) -> DecodeBatch:
+        """A decode batch that the caller advances by `step`, beside others where it likes. `watch` may end answers."""
+        slack = 0.0 if self._record is None else _SLACK
+        return DecodeBatch(requests, sampling, self.version, self.policy.device, slack, watch)
+
+    def step(self, decode_batch: DecodeBatch) -> dict[int, tuple[Answer, ...]]:
+        """Sample one token of each live answer: the groups that are complete now, by the number of their request. While
+        the engine is paused these are all that are left, unfinished answers with finish "abort"."""
+        with torch.inference_mode(), evaluating(self.policy.model):
+            finished = self._step(decode_batch)
+        return {number: decode_batch.group(number, self._decode) for number in finished}
 
     def pause(self) -> None:
         self._paused.set()
@@ -158,27 +167,28 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing runs outside of a call."""
 
-    def _advance(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> list[int]:
+    def _advance(self, decode_batch: DecodeBatch) -> list[int]:
         """Sample until requests of the batch have all their answers: their numbers. No caller's code runs within,
         where autograd is off and the model in evaluation mode."""
         finished: list[int] = []
         with torch.inference_mode(), evaluating(self.policy.model):
             while not finished:
-                hidden = (
-                    self._prefill(decode_batch, sampling)
-                    if decode_batch.cache is None
-                    else self._decode_step(decode_batch, decode_batch.cache)
-                )
-                token_B, logprob_B = self._sample(hidden, decode_batch.uniform_B, sampling)
-                finished = decode_batch.take(token_B, logprob_B, self._stop, self._paused.is_set())
+                finished = self._step(decode_batch)
         return finished
 
-    def _prefill(self, decode_batch: DecodeBatch, sampling: SamplingParams) -> Tensor:
+    def _step(self, decode_batch: DecodeBatch) -> list[int]:
+        cache = decode_batch.cache
+        hidden = self._prefill(decode_batch) if cache is None else self._decode_step(decode_batch, cache)
+        token_B, logprob_B = self._sample(hidden, decode_batch.uniform_B, decode_batch.sampling)
+        return decode_batch.take(token_B, logprob_B, self._stop, self._paused.is_set())
+
+    def _prefill(self, decode_batch: DecodeBatch) -> Tensor:
         """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
         The batch gets its cache, with the keys and values of prompts and of what was begun."""
         device = self.policy.device
         batch = pack(decode_batch.packed_groups).to(device)
         lengths = [len(packed.prompt) for packed in decode_batch.packed_groups]
+        sampling = decode_batch.sampling
         cache = GroupCache(batch.forest, lengths, sampling.samples, sampling.max_tokens - 1, device)
         decode_batch.cache = cache
         hidden = hidden_states(self.policy, batch, cache)
