@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import socket
@@ -15,7 +14,7 @@ from serving import served
 from starlette.testclient import TestClient
 
 from foveate.errors import ConfigError, EngineError
-from foveate.records import Answer, SamplingParams
+from foveate.records import SamplingParams
 from foveate.rewards.remote import data_url
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -31,8 +30,10 @@ KEY = {"Authorization": "Bearer secret"}
 def client(tiny_policy, encode):
     """A client of the routes over the tiny model, with key, model name "tiny" and 16 tokens at most."""
     batcher = Batcher(NativeEngine(tiny_policy, encode.decode))
-    with TestClient(Chat("tiny", encode, batcher, 16, "secret").app()) as http:
+    chat = Chat("tiny", encode, batcher, 16, "secret")
+    with TestClient(chat.app(), base_url="http://localhost") as http:
         yield http
+    chat.close()
     batcher.close()
 
 
@@ -57,7 +58,7 @@ def test_a_reply_is_what_the_engine_says_in_this_process(client, tiny_policy, en
     asked = body(picture(image), text("what is this?"), n=2, max_tokens=8, temperature=0.9, top_p=0.8, seed=7)
     reply = client.post("/v1/chat/completions", json=asked | {"logprobs": True, "top_k": 50}, headers=KEY).json()
     first = reply["choices"][0]
-    assert first["message"] == {"role": "assistant", "content": expected.text}
+    assert first["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
     assert [entry["logprob"] for entry in first["logprobs"]["content"]] == pytest.approx(expected.logprobs, abs=1e-6)
     assert first["finish_reason"] == expected.finish
     assert reply["usage"]["prompt_tokens"] == len(encode(task))
@@ -86,7 +87,8 @@ def test_a_streamed_reply_holds_the_same_answer(client):
     said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
     assert said == whole["message"]["content"]
     assert chunks[-1]["usage"]["completion_tokens"] == 6
-    assert [c["choices"][0]["finish_reason"] for c in chunks[:-1]] == [None, whole["finish_reason"]]
+    finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]]
+    assert (set(finishes[:-1]), finishes[-1]) == ({None}, whole["finish_reason"])
 
 
 REFUSED = {
@@ -94,14 +96,17 @@ REFUSED = {
     "a list": (b"[]", 400, "not a JSON object"),
     "other model": (body(text("a"), model="gpt"), 404, "'tiny'"),
     "unknown field": (body(text("a"), tempreature=1), 400, "tempreature"),
-    "stop words": (body(text("a"), stop=["x"]), 400, "stop is not supported"),
     "tools": (body(text("a"), tools=[{"type": "function"}]), 400, "tools is not supported"),
     "hot": (body(text("a"), temperature=3), 400, "temperature"),
     "too many tokens": (body(text("a"), max_tokens=17), 400, "at most 16"),
     "no messages": ({"model": "tiny", "messages": []}, 400, "messages"),
     "a url": (body({"type": "image_url", "image_url": {"url": "http://host/a.png"}}), 400, "not from http:"),
     "a file": (body({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}), 400, "not from file:"),
-    "no picture": (body({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), 400, "picture"),
+    "no picture": (
+        body({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}),
+        400,
+        "the image cannot be read",
+    ),
     "a placeholder": (body(text("<IMG_CONTEXT>")), 400, "<IMG_CONTEXT>"),
     "too long": (body(text("red " * 2000)), 400, "the limit is 1024"),
 }
@@ -122,60 +127,6 @@ def test_only_health_is_open_without_the_key(client):
         assert client.get("/v1/models", headers=headers).status_code == 401
         assert client.post("/v1/chat/completions", json=body(text("a")), headers=headers).status_code == 401
     assert client.get("/v1/models", headers=KEY).json()["data"][0]["owned_by"] == "foveate"
-
-
-class RecordingEngine:
-    """Says how many requests shared its wave, and fails on the seed 13."""
-
-    version = 0
-
-    def __init__(self):
-        self.waves = []
-
-    def generate(self, requests, sampling):
-        self.waves.append((len(requests), sampling))
-        if any(request.seed == 13 for request in requests):
-            raise RuntimeError("out of memory")
-        return [(Answer.sampled((1,), (0.0,), str(request.seed), "stop", 0),) for request in requests]
-
-    def publish(self, version, weights):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def recorded():
-    engine = RecordingEngine()
-    batcher = Batcher(engine, most=8)
-    yield engine, batcher
-    batcher.close()
-
-
-def test_waiting_requests_share_waves_by_their_sampling(recorded, encode, make_task):
-    engine, batcher = recorded
-    prompt = encode(make_task("hello"))
-    greedy, hot = SamplingParams(1, 4, 0.0), SamplingParams(1, 4, 1.0)
-
-    async def ask():
-        jobs = [batcher.answer(Request(prompt, seed), hot if seed % 2 else greedy) for seed in range(40) if seed != 13]
-        return await asyncio.gather(*jobs)
-
-    answers = asyncio.run(ask())
-    assert [int(one.text) for [one] in answers] == [seed for seed in range(40) if seed != 13]
-    assert sum(size for size, _ in engine.waves) == 39
-    assert max(size for size, _ in engine.waves) <= 8
-    assert len(engine.waves) < 20
-
-
-def test_an_engine_that_fails_tells_its_clients_and_goes_on(recorded, encode, make_task):
-    _, batcher = recorded
-    prompt = encode(make_task("hello"))
-
-    async def ask(seed):
-        return await batcher.answer(Request(prompt, seed), SamplingParams(1, 4))
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        asyncio.run(ask(13))
-    assert asyncio.run(ask(14))[0].text == "14"
 
 
 def test_the_command_answers_openais_client_and_stops_cleanly(tiny_folder):

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
     from foveate.serve.native import ServeRequest
 
 SERVER_KEY = "FOVEATE_API_KEY"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+MOST_TOKENS = 2**20
+"""The largest limit in tokens that may be set."""
 
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Device of the native engine; a GPU if there is one.")
+]
+TokenBudget = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that the native engine holds at a time; 32,768, or what fits on the GPU."),
 ]
 
 
@@ -30,13 +35,14 @@ def serve_command(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 (native engine only): any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name for clients; by default the folder's.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Ask for no API key.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 4096,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
-    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (native engine).")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 4096,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt, with images.")] = 8192,
+    max_tiles: Annotated[int | None, typer.Option(min=1, max=1000, help="Most tiles of an image (native).")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Type of weights.")] = None,
     device: Device = None,
-    token_budget: Annotated[int, typer.Option(min=1, help="Tokens that the native engine holds at a time.")] = 32_768,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the native engine.")] = None,
+    token_budget: TokenBudget = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads of the native engine.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A further name by which clients may call it.")] = None,
     engine_python: Annotated[str | None, typer.Option(help="Interpreter that has vLLM or SGLang.")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices of vLLM or SGLang.")] = 1,
     memory_share: Annotated[float, typer.Option(min=0.05, max=1, help="Their share of the device memory.")] = 0.85,
@@ -47,6 +53,7 @@ def serve_command(
     The API key is that of the environment variable FOVEATE_API_KEY, or a new one that is printed."""
     from foveate.log import print_result
     from foveate.serve.engines import EngineRequest, default_name, serve_engine
+    from foveate.serve.hosts import LOCAL_HOSTS
 
     key = None if no_key else os.environ.get(SERVER_KEY) or secrets.token_urlsafe(24)
     if key is None and host not in LOCAL_HOSTS:
@@ -61,18 +68,16 @@ def serve_command(
 
     if engine == "native":
         _refuse(engine_python=engine_python, engine_argument=engine_argument)
-        serve_native = _native()
-        from foveate.serve.native import ServeRequest
-
+        request_type, serve_native = _native()
         serve_native(
-            ServeRequest(
+            request_type(
                 model, chosen, host, port, key, max_prompt_tokens, max_tokens, max_tiles, dtype, device,
-                token_budget, threads,
+                token_budget, threads, tuple(allow_host or ()),
             ),
             ready,
         )  # fmt: skip
     else:
-        _refuse(max_tiles=max_tiles, threads=threads)
+        _refuse(max_tiles=max_tiles, threads=threads, token_budget=token_budget, allow_host=allow_host)
         if port == 0:
             raise ConfigError(f"--port 0 is for the native engine; give {engine} a port")
         serve_engine(
@@ -85,15 +90,15 @@ def serve_command(
     print_result("stopped")
 
 
-def _native() -> Callable[[ServeRequest, Callable[[str], None]], None]:
+def _native() -> tuple[type[ServeRequest], Callable[[ServeRequest, Callable[[str], None]], None]]:
     """The native server, whose HTTP library is optional."""
     try:
-        from foveate.serve.native import serve_native
+        from foveate.serve.native import ServeRequest, serve_native
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise ConfigError(f"{error.name} is not installed; run pip install 'foveate[serve]'") from None
-    return serve_native
+    return ServeRequest, serve_native
 
 
 def _refuse(**unused: object) -> None:

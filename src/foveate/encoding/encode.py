@@ -14,6 +14,7 @@ from foveate.data.images import load_image
 from foveate.encoding.chat import (
     ANSWER_WORDS,
     IMAGE_MARK,
+    IMAGE_WORD,
     continued,
     frames_in,
     opened_by,
@@ -163,8 +164,8 @@ class Encoder:
                 raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
-        rendered = Rendered(text.replace(IMAGE_MARK, self.family.image_text), disguise)
-        return rendered, [frame if is_frame else each for is_frame in frames]
+        text = text.replace(IMAGE_MARK, self.family.image_text).replace(IMAGE_WORD, IMAGE_MARK)
+        return Rendered(text, disguise), [frame if is_frame else each for is_frame in frames]
 
     def _control_words(self, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
         """The control words of the family without some that are allowed, and what finds them."""

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
-import logging
+import socket
+import threading
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http import HTTPStatus
 from pathlib import Path
 
 from foveate.errors import ConfigError, UserError
 from foveate.report.page import INPUTS, render_report
+from foveate.serve.hosts import is_known_host
 
-logger = logging.getLogger(__name__)
+REQUEST_S, REPLY_S = 10.0, 60.0
+"""Seconds for a request to come, and for its reply to be taken."""
+MOST_CONNECTIONS = 400
+"""More are closed as they come."""
+_REQUEST_BYTES = 16 * 2**10
 
 
-class ReportServer(ThreadingHTTPServer):
-    """Answers every request for `/` with the report of `folder`; nothing else is served, and nothing is written."""
-
-    daemon_threads = True
+class ReportServer:
+    """Answers requests for `/` with the report of `folder`; nothing else is served, and nothing is written. One thread
+    has all connections, each for one request, and another makes the page."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
         self.folder = folder
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
         self._state: object = None
         self._page = b""
+        self._making = asyncio.Lock()
+        self._connections = 0
+        self._ending, self._ended = threading.Event(), threading.Event()
+
+    def __enter__(self) -> ReportServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/"
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
+
+    def serve_forever(self, poll_interval: float = 0.2) -> None:
+        """Serve until `shutdown` is called from another thread, which is looked for every so many seconds."""
+        try:
+            asyncio.run(self._serve(poll_interval))
+        finally:
+            self._ended.set()
+
+    def shutdown(self) -> None:
+        """Have `serve_forever` return."""
+        self._ending.set()
+        self._ended.wait()
 
     def page(self) -> bytes:
         """The report as the files are now; what keeps it from being made is said in its place."""
@@ -40,6 +68,47 @@ class ReportServer(ThreadingHTTPServer):
             self._state = state
         return self._page
 
+    async def _serve(self, poll_interval: float) -> None:
+        server = await asyncio.start_server(self._connected, sock=self._listener, limit=_REQUEST_BYTES, backlog=128)
+        async with server:
+            while not self._ending.is_set():
+                await asyncio.sleep(poll_interval)
+
+    async def _connected(self, reader: StreamReader, writer: StreamWriter) -> None:
+        self._connections += 1
+        try:
+            if self._connections <= MOST_CONNECTIONS:
+                request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), REQUEST_S)
+                writer.write(await self._reply(request.decode("latin-1")))
+                await asyncio.wait_for(writer.drain(), REPLY_S)
+                writer.close()
+                await asyncio.wait_for(writer.wait_closed(), REPLY_S)
+        except (TimeoutError, EOFError, OSError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            pass  # the client has gone, or is too slow, or asks for too much; or the server ends
+        finally:
+            self._connections -= 1
+            writer.transport.abort()
+
+    async def _reply(self, request: str) -> bytes:
+        first, *lines = request.split("\r\n")
+        fields = dict(line.lower().split(":", 1) for line in lines if ":" in line)
+        method, _, rest = first.partition(" ")
+        if not is_known_host(fields.get("host", "").strip(), ()):
+            status = HTTPStatus.FORBIDDEN
+        elif method not in ("GET", "HEAD"):
+            status = HTTPStatus.METHOD_NOT_ALLOWED
+        else:
+            status = HTTPStatus.OK if rest.split(" ")[0] == "/" else HTTPStatus.NOT_FOUND
+        page = f"<!doctype html><title>foveate</title><p>{status.value} {status.phrase}".encode()
+        if status is HTTPStatus.OK:
+            async with self._making:
+                page = await asyncio.to_thread(self.page)
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: text/html; charset=utf-8\r\n"
+            f"Content-Length: {len(page)}\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + (b"" if method == "HEAD" else page)
+
 
 def serve_report(folder: Path, port: int, ready: Callable[[str], None]) -> None:
     """Serve until Ctrl-C. Raises ConfigError for a port in use, DataError for a folder with nothing to report."""
@@ -51,28 +120,9 @@ def serve_report(folder: Path, port: int, ready: Callable[[str], None]) -> None:
     with server:
         ready(server.address)
         try:
-            server.serve_forever(poll_interval=0.2)
+            server.serve_forever()
         except KeyboardInterrupt:
             return
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: ReportServer
-
-    def do_GET(self) -> None:
-        if self.path != "/":
-            self.send_error(404)
-            return
-        page = self.server.page()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(page)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        self.wfile.write(page)
-
-    def log_message(self, format: str, *args: object) -> None:
-        logger.debug(format, *args)
 
 
 def _state_of(folder: Path) -> list[tuple[str, int, int]]:

@@ -2,101 +2,253 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Collection, Coroutine
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from foveate.encoding.encode import Encoder
-from foveate.errors import DataError
-from foveate.records import Answer
-from foveate.rollout.engine import Request as PromptRequest
+from foveate.records import SamplingParams
+from foveate.serve.answering import Answering
 from foveate.serve.batcher import Batcher
-from foveate.serve.protocol import ChatRequest, Refused, events, read_request, reply
+from foveate.serve.hosts import is_known_host
+from foveate.serve.limits import Budget, ServeLimits
+from foveate.serve.preparing import Preparing
+from foveate.serve.protocol import ChatRequest, Refused, read_request
+from foveate.serve.replies import EventStream, Reply
 
-BODY_LIMIT = 64 * 2**20
-"""Bytes of a request, its pictures included."""
+logger = logging.getLogger(__name__)
+
 OWNER = "foveate"
-"""What `/v1/models` says of a model that is served here; clients know by it that `verbatim` is understood."""
+"""The owner of a model that is served here, in `/v1/models`; clients know by it that `verbatim` is understood."""
+RETRY_AFTER_S = 1
+"""Seconds after which a client may try again what was refused for lack of room."""
+_Result = TypeVar("_Result")
 
 
 class Chat:
     """The state of the routes: a named model behind a batcher. `key` None lets everybody in; `max_tokens` ends
-    answers."""
+    answers; `hosts` are the names by which the server may be called besides addresses and localhost, None: any."""
 
-    def __init__(self, name: str, encoder: Encoder, batcher: Batcher, max_tokens: int, key: str | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        batcher: Batcher,
+        max_tokens: int,
+        key: str | None,
+        hosts: Collection[str] | None = (),
+        limits: ServeLimits | None = None,
+    ) -> None:
         self.name, self.encoder, self.batcher, self.max_tokens, self.key = name, encoder, batcher, max_tokens, key
         self.started = int(time.time())
+        self.limits = limits or ServeLimits()
+        self._hosts = hosts
+        self._held = Budget(self.limits.held_bytes)
+        self._preparing = Preparing(encoder, batcher.token_budget, self.limits)
+        self._stopping = asyncio.Event()
 
-    def app(self) -> Starlette:
+    def app(self) -> ASGIApp:
         routes = [
             Route("/health", self._health),
             Route("/v1/models", self._models),
-            Route("/v1/chat/completions", self._complete, methods=["POST"]),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/chat/completions", _Endpoint(self._complete), methods=["POST"]),
         ]
-        return Starlette(routes=routes, exception_handlers={Refused: _refusal})
+        handlers: dict[Any, Any] = {Refused: _refusal, HTTPException: _http_error, Exception: _failure}
+        app = Starlette(routes=routes, exception_handlers=handlers)
+
+        async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+            said = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+            if self._hosts is None or scope["type"] != "http" or is_known_host(said, self._hosts):
+                return await app(scope, receive, send)
+            what = f"this server is not called {said[:100]!r}; use its address, or foveate serve --allow-host NAME"
+            return await _refused(Refused(403, what, code="unknown_host"))(scope, receive, send)
+
+        return checked
+
+    def stop(self) -> None:
+        """Answer what is under way, and what still comes, with an error."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End the threads of the routes."""
+        self._preparing.close()
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self.name})
 
     async def _models(self, request: Request) -> Response:
         self._admit(request)
-        entry = {"id": self.name, "object": "model", "created": self.started, "owned_by": OWNER}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [self._entry()]})
 
-    async def _complete(self, request: Request) -> Response:
+    async def _model(self, request: Request) -> Response:
         self._admit(request)
-        asked = read_request(await _body(request))
-        if asked.model != self.name:
-            raise Refused(404, f"there is no model {asked.model!r} here; this server has {self.name!r}", "model")
-        sampling = asked.sampling(self.max_tokens)
-        try:
-            prompt = await run_in_threadpool(self.encoder, asked.task("the request"))
-        except DataError as error:
-            raise Refused(400, str(error), "messages") from None
-        seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        try:
-            answers = await self.batcher.answer(PromptRequest(prompt, seed), sampling)
-        except Exception as error:  # already in the log, with its traceback
-            raise Refused(500, f"the engine failed: {type(error).__name__}: {error}") from error
-        whole = reply(self.name, prompt, answers, self._pieces(asked, answers))
-        if not asked.stream:
-            return JSONResponse(whole)
-        stream = events(whole, asked.stream_options.include_usage)
-        return StreamingResponse(stream, media_type="text/event-stream")
+        self._require_known(request.path_params["name"])
+        return JSONResponse(self._entry())
+
+    def _entry(self) -> dict[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": OWNER}
+
+    def _require_known(self, model: str) -> None:
+        if model != self.name:
+            what = f"there is no model {model[:100]!r} here; this server has {self.name!r}"
+            raise Refused(404, what, "model", "model_not_found")
 
     def _admit(self, request: Request) -> None:
         if self.key is None:
             return
         said = request.headers.get("authorization", "")
         if not secrets.compare_digest(said.encode(), f"Bearer {self.key}".encode()):
-            raise Refused(401, "the API key is missing or wrong; send it as `Authorization: Bearer <key>`")
+            what = "the API key is missing or wrong; send it as `Authorization: Bearer <key>`"
+            raise Refused(401, what, code="invalid_api_key")
 
-    def _pieces(self, asked: ChatRequest, answers: Sequence[Answer]) -> list[list[str]] | None:
-        if not asked.logprobs:
-            return None
-        return [self.encoder.pieces(answer.token_ids) for answer in answers]
+    async def _complete(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read a request and reply to it; what is still to be done for it ends with its connection."""
+        request = Request(scope, receive)
+        self._admit(request)
+        held: list[int] = []
+        try:
+            asked = await self._until(self._read(request, held))
+            events = EventStream(send)
+            try:
+                if asked.stream:
+                    await self._until(self._stream(asked, events), _disconnected(receive))
+                else:
+                    reply = await self._until(self._whole(asked), _disconnected(receive))
+                    await JSONResponse(reply)(scope, receive, send)
+            except Refused as error:
+                if not events.begun:
+                    raise
+                await events.fail(error.body)
+        except ClientDisconnect:
+            return
+        finally:
+            self._held.give_back(sum(held))
+
+    async def _until(self, work: Coroutine[Any, Any, _Result], gone: Awaitable[None] | None = None) -> _Result:
+        """The result of `work`, which is cancelled when the client goes and when the server stops. Raises
+        ClientDisconnect and Refused for these."""
+        doing = asyncio.ensure_future(work)
+        ends = [asyncio.ensure_future(end) for end in (gone, self._stopping.wait()) if end is not None]
+        try:
+            await asyncio.wait([doing, *ends], return_when=asyncio.FIRST_COMPLETED)
+            if doing.done():
+                return doing.result()
+            if self._stopping.is_set():
+                raise Refused(503, "the server is stopping; ask another one, or this one later", code="server_stopping")
+            raise ClientDisconnect
+        finally:
+            for task in (doing, *ends):
+                task.cancel()
+            await asyncio.wait([doing, *ends])
+
+    async def _read(self, request: Request, held: list[int]) -> ChatRequest:
+        """The request in the body, which is refused as soon as it is known to be too long. `held` grows by the bytes
+        that were taken from the budget."""
+        parts, size = [], 0
+        limits = self.limits
+        stream = request.stream()
+        try:
+            while part := await asyncio.wait_for(anext(stream, b""), limits.body_s):
+                size += len(part)
+                if size > limits.body_bytes:
+                    what = f"the request is larger than {limits.body_bytes // 2**20} MiB; send smaller images"
+                    raise Refused(413, what, code="request_too_large")
+                if not self._held.take_at_once(len(part)):
+                    raise Refused(429, "the server holds as many requests as it can; try again", code="server_busy")
+                held.append(len(part))
+                parts.append(part)
+        except TimeoutError:
+            raise Refused(408, f"no byte of the body came for {limits.body_s:g} s", code="request_timeout") from None
+        return read_request(b"".join(parts))
+
+    def _answering(self, asked: ChatRequest) -> tuple[Answering, SamplingParams]:
+        self._require_known(asked.model)
+        return Answering(asked, self.encoder), asked.sampling(self.max_tokens)
+
+    async def _whole(self, asked: ChatRequest) -> dict[str, Any]:
+        answering, sampling = self._answering(asked)
+        async with self._preparing.prompt(asked, sampling) as (prompt, sampling):
+            with _engine_failures():
+                answers = await self.batcher.answer(answering.job(prompt, sampling))
+        return Reply(self.name, len(prompt)).whole(answers, answering.texts(answers), answering.entries(answers))
+
+    async def _stream(self, asked: ChatRequest, events: EventStream) -> None:
+        answering, sampling = self._answering(asked)
+        async with self._preparing.prompt(asked, sampling) as (prompt, sampling):
+            reply = Reply(self.name, len(prompt), asked.includes_usage)
+            answers = asyncio.ensure_future(self.batcher.answer(answering.job(prompt, sampling)))
+            answers.add_done_callback(lambda _: answering.pieces.put_nowait(None))
+            try:
+                for index in range(asked.n):
+                    await events.write(reply.event(index, {"role": "assistant", "content": "", "refusal": None}))
+                while (piece := await answering.pieces.get()) is not None:
+                    await events.write(reply.event(piece.answer, {"content": piece.text}, entries=piece.entries))
+                with _engine_failures():
+                    done = await answers
+            finally:
+                answers.cancel()
+        for index, answer in enumerate(done):
+            if rest := answering.rest(index):
+                await events.write(reply.event(index, {"content": rest.text}, entries=rest.entries))
+            await events.write(reply.event(index, {}, answer.finish))
+        if asked.includes_usage:
+            await events.write(reply.usage_event(sum(map(len, done))))
+        await events.end()
 
 
-async def _body(request: Request) -> bytes:
-    """The body, refused as soon as it is known to be too long."""
-    parts, size = [], 0
+class _Endpoint:
+    """A function of ASGI as an endpoint of a route: it does not return a response but sends it."""
+
+    def __init__(self, function: ASGIApp) -> None:
+        self._function = function
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._function(scope, receive, send)
+
+
+async def _disconnected(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+@contextlib.contextmanager
+def _engine_failures() -> Any:
+    """An engine's error, which is already in the log with its traceback, as the reply to its client."""
     try:
-        async for part in request.stream():
-            size += len(part)
-            if size > BODY_LIMIT:
-                raise Refused(413, f"the request is larger than {BODY_LIMIT // 2**20} MiB; send smaller pictures")
-            parts.append(part)
-    except ClientDisconnect:
-        raise Refused(400, "the request ended before its body did") from None
-    return b"".join(parts)
+        yield
+    except Exception as error:
+        raise Refused(500, f"the engine failed: {type(error).__name__}: {error}") from error
+
+
+def _refused(error: Refused) -> Response:
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+    return JSONResponse(error.body, error.status, headers)
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
     assert isinstance(error, Refused)
-    return JSONResponse(error.body, status_code=error.status)
+    return _refused(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path[:100]}: {error.detail}"
+    return JSONResponse(Refused(error.status_code, what).body, error.status_code, error.headers)
+
+
+async def _failure(_: Request, error: Exception) -> Response:
+    """An error that nobody expected; Starlette raises it again, into the log."""
+    return _refused(Refused(500, f"the server failed: {type(error).__name__}"))

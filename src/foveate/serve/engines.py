@@ -17,7 +17,7 @@ from foveate.rollout.server.process import Server
 
 Name = Literal["vllm", "sglang"]
 INSTALL = {"vllm": "pip install vllm", "sglang": "pip install 'sglang[all]'"}
-_GRACE_S = 20.0
+_GRACE_S = 4.0
 """Seconds that an engine gets to stop by itself."""
 
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import uvicorn
@@ -18,13 +18,15 @@ from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.encoding.dataset import build_encoder
 from foveate.errors import ConfigError
-from foveate.models.policy import best_place, load_policy
-from foveate.rollout.native.engine import NativeEngine
+from foveate.models.policy import Policy, best_place, load_policy
+from foveate.rollout.native.engine import NativeEngine, cache_tokens
 from foveate.serve.app import Chat
 from foveate.serve.batcher import Batcher
+from foveate.serve.connections import BACKLOG, KEEP_ALIVE_S, Connection, most_connections
+from foveate.serve.hosts import LOCAL_HOSTS
 
-GRACE = 5
-"""Seconds that requests under way get after the signal to stop."""
+GRACE_S = 2
+"""Seconds that connections get to take their last reply after the signal to stop, and the engine to end its step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,21 @@ class ServeRequest:
     max_tiles: int | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     device: str | None = None
-    token_budget: int = 32_768
+    token_budget: int | None = None
     threads: int | None = None
+    allow_hosts: tuple[str, ...] = ()
+    max_connections: int = 1000
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """The names by which it may be called. A server for other machines has names that it cannot know, and a key."""
+        return (self.host, *self.allow_hosts) if self.host in LOCAL_HOSTS else None
 
 
 def serve_native(request: ServeRequest, ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, and return when both the server and the engine have ended. `ready` is called once
-    with the address of the API when the server answers. Raises ConfigError for an address that cannot be had."""
+    with the address of the API when the server answers. Raises ConfigError for an address that cannot be had, and for
+    limits that the model or the memory has no room for."""
     listener = _listen(request.host, request.port)
     with listener:
         if request.threads is not None:
@@ -57,21 +67,42 @@ def serve_native(request: ServeRequest, ready: Callable[[str], None]) -> None:
         model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
         data = DataSettings(train=(request.model,), max_prompt_tokens=request.max_prompt_tokens)
         encoder = build_encoder(policy.tokenizer, policy.family, model, data)
-        batcher = Batcher(NativeEngine(policy, encoder.decode, token_budget=request.token_budget))
-        chat = Chat(request.name, encoder, batcher, request.max_tokens, request.key)
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(
-            chat.app(), lifespan="off", access_log=False, log_config=None, timeout_graceful_shutdown=GRACE
-        )
-        address = f"http://{request.host}:{listener.getsockname()[1]}/v1"
+        budget = cache_tokens(policy) if request.token_budget is None else request.token_budget
+        _require_room(request, policy, budget)
+        batcher = Batcher(NativeEngine(policy, encoder.decode), budget)
+        chat = Chat(request.name, encoder, batcher, request.max_tokens, request.key, request.hosts)
         former = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            asyncio.run(_serve(uvicorn.Server(config), listener, lambda: ready(address)))
+            asyncio.run(
+                _serve(_Server(_config(chat, request), chat), listener, lambda: ready(_address(request, listener)))
+            )
         except KeyboardInterrupt:  # uvicorn has ended in good order and passes the signal on
             pass
         finally:
             signal.signal(signal.SIGTERM, former)
-            batcher.close()
+            chat.close()
+            batcher.close(GRACE_S)
+
+
+def _config(chat: Chat, request: ServeRequest) -> uvicorn.Config:
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # of what clients do wrong, they are told
+    kind = type("Connection", (Connection,), {"most": most_connections(request.max_connections)})
+    return uvicorn.Config(
+        chat.app(), lifespan="off", access_log=False, log_config=None, http=kind, ws="none", backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S,
+    )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    """A server that answers what is under way with an error when it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, chat: Chat) -> None:
+        super().__init__(config)
+        self._chat = chat
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._chat.stop()
+        await super().shutdown(sockets)
 
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, ready: Callable[[], None]) -> None:
@@ -81,6 +112,22 @@ async def _serve(server: uvicorn.Server, listener: socket.socket, ready: Callabl
     if server.started:
         ready()
     await serving
+
+
+def _address(request: ServeRequest, listener: socket.socket) -> str:
+    host = f"[{request.host}]" if ":" in request.host else request.host
+    return f"http://{host}:{listener.getsockname()[1]}/v1"
+
+
+def _require_room(request: ServeRequest, policy: Policy, budget: int) -> None:
+    """Raises ConfigError for answers or prompts that no request could ever have."""
+    config: Any = policy.model.config
+    context = config.get_text_config().to_dict().get("max_position_embeddings", budget)
+    rooms = ((context, "the model's context has"), (budget, "the engine holds (--token-budget)"))
+    for option, tokens in (("--max-tokens", request.max_tokens), ("--max-prompt-tokens", request.max_prompt_tokens)):
+        for room, whose in rooms:
+            if tokens > room:
+                raise ConfigError(f"{option} {tokens} is more than the {room} tokens that {whose}; give a smaller one")
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions, as far as an engine here can honour them: what a request says, and what a reply holds."""
+"""Requests for chat completions: OpenAI's interface, as far as an engine here can honour it."""
 
 from __future__ import annotations
 
@@ -6,185 +6,227 @@ import base64
 import binascii
 import json
 import re
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote_to_bytes
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from foveate.data.images import read_image
+from foveate.encoding.chat import IMAGE_MARK, IMAGE_WORD
 from foveate.errors import DataError
-from foveate.records import Answer, Image, Message, Prompt, SamplingParams, Task
+from foveate.records import Image, Message, SamplingParams, Task
+from foveate.serve.neutral import IGNORED, NEUTRAL, TURN_IGNORED, TURN_NEUTRAL, asks_for_nothing
 
-MARK = "<image>"
-_DATA_URL = re.compile(r"data:[\w.+/-]+;base64,")
-_NOTHING = (None, 0, "", [], {}, False)
-IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key")
-"""Fields that change no answer."""
-NEUTRAL = ("stop", "frequency_penalty", "presence_penalty", "logit_bias", "tools", "top_logprobs", "response_format")
-"""Fields that are understood while they ask for nothing; an engine here cannot do what they say otherwise."""
+MOST_VALUES = 2**20
+"""Values of a body, counted by the marks between them: one that is all brackets unfolds to fifty times its size."""
+COLDEST = 0.01
+"""The lowest temperature besides 0: below, all that is left is the rounding of the logits."""
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,19}):", re.IGNORECASE)
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
 class Refused(Exception):
-    """A request that cannot be answered as it stands: the HTTP status, and what to mend."""
+    """A request that cannot be answered as it stands: the HTTP status, what to mend, and the field and the code of
+    OpenAI's errors."""
 
-    def __init__(self, status: int, what: str, field: str | None = None) -> None:
+    def __init__(self, status: int, what: str, field: str | None = None, code: str | None = None) -> None:
         super().__init__(what)
-        self.status, self.field = status, field
+        self.status, self.field, self.code = status, field, code
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": "invalid_request_error", "param": self.field, "code": None}}
-
-
-class _Url(BaseModel):
-    url: str
-
-
-class _Part(BaseModel):
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: _Url | None = None
+        """As OpenAI's servers say it."""
+        kind = {429: "rate_limit_error"}.get(self.status, "server_error" if self.status >= 500 else None)
+        error = {"message": str(self), "type": kind or "invalid_request_error", "param": self.field, "code": self.code}
+        return {"error": error}
 
 
 class _Turn(BaseModel):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[_Part]
+    model_config = ConfigDict(extra="forbid")
+
+    role: str
+    content: Any = None
 
 
 class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool = False
+    include_obfuscation: bool = False
+    continuous_usage_stats: Literal[False] = False
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
 
 
 class ChatRequest(BaseModel):
-    """The body of `POST /v1/chat/completions`. `top_k` is an addition of the open engines. `verbatim` is foveate's own:
-    texts and pictures are joined as they stand; otherwise a line break follows each picture, as templates have it."""
+    """The body of `POST /v1/chat/completions`. `top_k` and `skip_special_tokens` are additions of the open engines.
+    `verbatim` is foveate's own: texts and images are joined as they stand; otherwise a line break follows each image,
+    as templates have it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
     messages: Annotated[list[_Turn], Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=128)] = 1
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=16), BeforeValidator(_as_list)
+    ] = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: bool = False
     stream: bool = False
-    stream_options: _StreamOptions = _StreamOptions()
+    stream_options: _StreamOptions | None = None
+    skip_special_tokens: bool = False
     verbatim: bool = False
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def characters(self) -> int:
+        """The length of all texts."""
+        parts = (part for turn in self.messages for part in (turn.content if isinstance(turn.content, list) else ()))
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        texts += [turn.content for turn in self.messages]
+        return sum(len(text) for text in texts if isinstance(text, str))
 
     def task(self, name: str) -> Task:
         """The conversation as a task without an answer; `name` stands for it in error messages."""
         images: list[Image] = []
-        messages = tuple(Message(turn.role, self._content(turn, images)) for turn in self.messages)
-        return Task(name, "request", messages, tuple(images), None, where=name)
+        messages = []
+        for number, turn in enumerate(self.messages):
+            place = f"messages[{number}]"
+            if turn.role not in _ROLES:
+                known = ", ".join(_ROLES)
+                raise Refused(400, f"{place}.role is {turn.role[:20]!r}; use one of {known}", place, "invalid_value")
+            messages.append(Message(_ROLES[turn.role], self._content(turn, f"{place}.content", images)))
+        return Task(name, "request", tuple(messages), tuple(images), None, where=name)
 
     def sampling(self, limit: int) -> SamplingParams:
-        """How the answers are drawn. Without a number of tokens, and beyond it, `limit` ends them."""
+        """How the answers are drawn. `limit` is the longest answer; without a number of tokens it ends them."""
+        field = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         asked = self.max_completion_tokens or self.max_tokens or limit
         if asked > limit:
-            raise Refused(400, f"max_tokens is {asked}, this server gives at most {limit}", "max_tokens")
+            raise Refused(400, f"{field} is {asked}, this server gives at most {limit}", field, "invalid_value")
+        if 0 < self.temperature < COLDEST:
+            what = f"temperature is {self.temperature:g}; use 0 (always the likeliest token) or {COLDEST} to 2"
+            raise Refused(400, what, "temperature", "invalid_value")
         return SamplingParams(self.n, asked, self.temperature, self.top_p, max(self.top_k, 0))
 
-    def _content(self, turn: _Turn, images: list[Image]) -> str:
+    def _content(self, turn: _Turn, place: str, images: list[Image]) -> str:
+        if turn.content is None and turn.role == "assistant":
+            return ""
         if isinstance(turn.content, str):
-            return turn.content
-        text = ""
-        for part in turn.content:
-            if part.type == "text":
-                text += part.text
-            elif part.image_url is None:
-                raise Refused(400, "a part of type image_url lacks image_url.url", "messages")
-            else:
-                images.append(_picture(part.image_url.url))
-                text += MARK if self.verbatim else f"{MARK}\n"
-        return text
+            return _text(turn.content)
+        if not isinstance(turn.content, list):
+            found = "null" if turn.content is None else type(turn.content).__name__
+            raise Refused(400, f"{place} must be a text or a list of parts, not {found}", place, "invalid_type")
+        return "".join(self._part(part, f"{place}[{i}]", images) for i, part in enumerate(turn.content))
+
+    def _part(self, part: Any, place: str, images: list[Image]) -> str:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return _text(part["text"])
+        if kind == "image_url":
+            source = part.get("image_url")
+            url = source.get("url") if isinstance(source, dict) else source
+            if isinstance(url, str):
+                images.append(_image(url, f"{place}.image_url"))
+                return IMAGE_MARK if self.verbatim else f"{IMAGE_MARK}\n"
+        what = 'must be {"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": "data:..."}}'
+        raise Refused(400, f"{place} {what}", place, "invalid_value")
 
 
 def read_request(body: bytes) -> ChatRequest:
     """The request in a body. Raises Refused for anything else, and for what no engine here can do."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise Refused(413, f"the body holds more than {MOST_VALUES:,} values", code="request_too_large")
     try:
-        values = json.loads(body)
+        values = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise Refused(400, f"the body is not JSON: {error}") from None
+        hint = "; half of a surrogate pair is no character" if "hex escape" in str(error) else ""
+        raise Refused(400, f"the body is not JSON: {error}{hint}", code="invalid_json") from None
     if not isinstance(values, dict):
-        raise Refused(400, "the body is not a JSON object")
-    for name in NEUTRAL:
-        if values.pop(name, None) not in _NOTHING:
-            raise Refused(400, f"{name} is not supported by this server; leave it out", name)
-    known = {name: value for name, value in values.items() if name not in IGNORED and value is not None}
-    try:
-        return ChatRequest.model_validate(known)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise Refused(400, f"{field}: {first['msg']}", field) from None
-
-
-def _picture(url: str) -> Image:
-    """A picture from a `data:` URL or bare base64. Nothing is fetched and no file is opened for a client."""
-    found = _DATA_URL.match(url)
-    if not found and re.match(r"[a-z][a-z0-9+.-]*:", url, re.IGNORECASE):
-        scheme = url.split(":")[0][:20]
-        raise Refused(400, f"pictures are read from data: URLs or base64 only, not from {scheme}:", "messages")
-    try:
-        data = base64.b64decode(url[found.end() if found else 0 :], validate=True)
-        return read_image(data, ())
-    except (binascii.Error, ValueError, DataError) as error:
-        raise Refused(400, f"a picture cannot be read: {error}", "messages") from None
-
-
-# ---------------------------------------------------------------------------------------------------------- replies
-
-
-def reply(
-    model: str, prompt: Prompt, answers: Sequence[Answer], pieces: Sequence[Sequence[str]] | None
-) -> dict[str, Any]:
-    """A chat completion. `pieces` are the texts of the tokens of each answer where their log-probs are wanted."""
-    tokens = sum(len(answer) for answer in answers)
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": answer.text},
-            "finish_reason": answer.finish,
-            "logprobs": None if pieces is None else _logprobs(pieces[index], answer),
-        }
-        for index, answer in enumerate(answers)
-    ]
-    usage = {"prompt_tokens": len(prompt), "completion_tokens": tokens, "total_tokens": len(prompt) + tokens}
-    return {**_head(model, "chat.completion"), "choices": choices, "usage": usage}
-
-
-def events(whole: dict[str, Any], with_usage: bool) -> Iterator[str]:
-    """The same as server-sent events. An answer is one piece: the engine finishes a wave before it says anything."""
-    head = {**whole, "object": "chat.completion.chunk"}
-    usage = head.pop("usage")
-    for choice in whole["choices"]:
-        delta = {"index": choice["index"], "delta": choice["message"], "logprobs": choice["logprobs"]}
-        yield _event({**head, "choices": [{**delta, "finish_reason": None}]})
-        end = {"index": choice["index"], "delta": {}, "finish_reason": choice["finish_reason"]}
-        yield _event({**head, "choices": [end]})
-    if with_usage:
-        yield _event({**head, "choices": [], "usage": usage})
-    yield "data: [DONE]\n\n"
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _logprobs(pieces: Sequence[str], answer: Answer) -> dict[str, Any]:
-    return {
-        "content": [
-            {"token": piece, "logprob": logprob, "bytes": list(piece.encode()), "top_logprobs": []}
-            for piece, logprob in zip(pieces, answer.logprobs.tolist(), strict=True)
+        raise Refused(400, "the body is not a JSON object", code="invalid_json")
+    known = _without_neutral(values, NEUTRAL, IGNORED, "")
+    if isinstance(turns := known.get("messages"), list):
+        known["messages"] = [
+            _without_neutral(turn, TURN_NEUTRAL, TURN_IGNORED, f"messages[{i}].") if isinstance(turn, dict) else turn
+            for i, turn in enumerate(turns)
         ]
-    }
+    try:
+        asked = ChatRequest.model_validate(known)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        field = _path(first["loc"])
+        code = _CODES.get(first["type"], "invalid_type" if first["type"].endswith("_type") else "invalid_value")
+        said = "is not a field of this server" if code == "unknown_parameter" else first["msg"]
+        raise Refused(400, f"{field}: {said}", field, code) from None
+    if asked.stream_options is not None and not asked.stream:
+        raise Refused(400, "stream_options is only for requests with stream: true", "stream_options", "invalid_value")
+    return asked
 
 
-def _head(model: str, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+def _without_neutral(
+    values: dict[str, Any], neutral: dict[str, tuple[Any, ...]], ignored: Sequence[str], place: str
+) -> dict[str, Any]:
+    """The fields that a server acts on. Raises Refused for a field that asks for what it cannot do."""
+    for name in neutral.keys() & values.keys():
+        if not asks_for_nothing(values[name], neutral[name]):
+            except_as = f" except as {json.dumps(neutral[name][0])}" if neutral[name] else ""
+            what = f"{place}{name} is not supported by this server{except_as}; leave it out"
+            raise Refused(400, what, f"{place}{name}", "unsupported_parameter")
+    kept = {name: value for name, value in values.items() if name not in neutral and name not in ignored}
+    return {name: value for name, value in kept.items() if value is not None or name == "content"}
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`messages[0].role`, as OpenAI writes it."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts)[1:][:100]
+
+
+def _text(words: str) -> str:
+    """A client's text for a message: in it, the mark of an image is a word like any other."""
+    return words.replace(IMAGE_MARK, IMAGE_WORD)
+
+
+def _image(url: str, place: str) -> Image:
+    """An image from a `data:` URL or bare base64. Nothing is fetched and no file is opened for a client."""
+    found = _DATA_URL.match(url)
+    if not found and (scheme := _SCHEME.match(url)):
+        what = f"images are read from data: URLs or base64 only, not from {scheme[1]}:"
+        if scheme[1].lower() == "data":
+            what = "a data: URL has a comma before its data, as in data:image/png;base64,iVBORw0..."
+        raise Refused(400, what, place, "invalid_image_url")
+    if found and found[1].split(";")[-1].strip().lower() != "base64":
+        what = "a data: URL must hold base64, as in data:image/png;base64,iVBORw0..."
+        raise Refused(400, what, place, "invalid_image_url")
+    try:
+        data = _decoded(url[found.end() if found else 0 :])
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"the image is not base64: {error}", place, "invalid_base64") from None
+    try:
+        return read_image(data, ())
+    except DataError as error:
+        raise Refused(400, f"the image cannot be read: {error}", place, "invalid_image") from None
+
+
+def _decoded(text: str) -> bytes:
+    """Bytes from base64 as clients write it: broken into lines, without padding, with the letters of URLs, or escaped
+    for one."""
+    letters = b"".join(unquote_to_bytes(text).translate(_URL_SAFE).split()).rstrip(b"=")
+    return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
