@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -86,7 +87,8 @@ class Job:
         return "length" if self.lengths[answer] == self.sampling.max_tokens else ""
 
     def settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
-        self.loop.call_soon_threadsafe(self._settle, outcome)
+        with suppress(RuntimeError):  # the loop has ended, and its clients with it
+            self.loop.call_soon_threadsafe(self._settle, outcome)
 
     def _settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
         if self.future.done():  # the client has gone

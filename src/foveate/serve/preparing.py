@@ -38,7 +38,7 @@ class Preparing:
     ) -> AsyncIterator[tuple[Prompt, SamplingParams]]:
         """The prompt of a request, and its sampling with the tokens that there is room for. Raises Refused."""
         most = self._encoder.max_prompt_tokens
-        if max(asked.characters, len(asked.messages)) > self._most_characters:
+        if asked.characters > self._most_characters or len(asked.messages) > most:
             raise _too_long(f"the prompt has {asked.characters:,} characters in {len(asked.messages):,} messages", most)
         task, length = await self._in_thread(lambda: self._measured(asked))
         if length > most:
