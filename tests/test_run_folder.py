@@ -11,8 +11,8 @@ import pytest
 
 from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings, SFTSettings
-from foveate.errors import ConfigError, DiskError
-from foveate.files import set_disk_wait
+from foveate.errors import ConfigError, DataError, DiskError, UserError
+from foveate.files import read_sealed, sealed, set_disk_wait
 from foveate.run_folder import SCHEMA, RunFolder, open_run
 
 
@@ -40,8 +40,8 @@ def begin(path: Path, **changes: Any) -> RunFolder:
     return run
 
 
-def refusal(path: Path, **changes: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
+def refusal(path: Path, kind: type[UserError] = ConfigError, **changes: Any) -> str:
+    with pytest.raises(kind) as caught:
         start(path, **changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -62,7 +62,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 def test_a_run_begins_with_its_settings_and_versions(tmp_path):
     run = start(tmp_path / "deep" / "run")
     assert load_recipe(run.config, [], RLSettings) == settings()
-    versions = json.loads(run.versions.read_text())
+    versions = read_sealed(run.versions, SCHEMA)
     assert {"schema", "foveate", "git", "python", "torch", "transformers"} == set(versions)
     assert versions["python"] == sys.version.split()[0]
     assert run.rollouts.is_dir()
@@ -180,21 +180,35 @@ def test_a_config_damaged_by_hand_is_named_with_its_line(tmp_path):
 
 
 def test_other_versions_are_reported_when_a_run_continues(tmp_path, caplog):
-    run = start(tmp_path)
-    versions = json.loads(run.versions.read_text())
-    run.versions.write_text(json.dumps({**versions, "torch": "1.0"}))
+    run = begin(tmp_path)
+    versions = read_sealed(run.versions, SCHEMA)
+    run.versions.write_text(sealed({**versions, "torch": "1.0"}))
     with caplog.at_level(logging.WARNING, "foveate"):
         start(tmp_path)
     assert caplog.messages == [
         f"{tmp_path} continues with other versions, so maybe not bit for bit: torch 1.0 -> {versions['torch']}"
     ]
-    assert json.loads(run.versions.read_text()) == versions
+    assert read_sealed(run.versions, SCHEMA) == versions
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", '{"schema": 2}', "[" * 100_000, '{"schema": 2, "checksum": "%064d"}']
+)
+def test_versions_that_were_edited_are_refused_in_one_line(tmp_path, text):
+    run = begin(tmp_path)
+    run.versions.write_text(text)
+    said = refusal(tmp_path, DataError)
+    assert said.startswith(f"{run.versions}: cannot be read (versions.json ")
+    assert said.endswith("; put back what the run wrote, or choose another run=")
+    edited = json.dumps(json.loads(sealed({"schema": SCHEMA, "torch": "2"})) | {"torch": "3"})
+    run.versions.write_text(edited)
+    assert "is not as it was written" in refusal(tmp_path, DataError)
 
 
 @pytest.mark.parametrize("schema", [None, 0, SCHEMA + 1])
 def test_a_run_of_another_layout_is_refused_in_one_line(tmp_path, schema):
     run = begin(tmp_path)
-    versions = json.loads(run.versions.read_text())
+    versions = read_sealed(run.versions, SCHEMA)
     assert versions.pop("schema") == SCHEMA
     run.versions.write_text(json.dumps(versions if schema is None else {**versions, "schema": schema}))
     assert refusal(tmp_path) == (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
+import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from foveate.errors import ConfigError, DiskError, DiskFull
 
@@ -70,6 +72,43 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing; see `atomic_path`."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+class OtherSchema(ValueError):
+    """A sealed file of another version of foveate."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__(f"schema {found}")
+        self.found = found
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON object as text, with its checksum in it: what is edited or damaged later is noticed by `read_sealed`."""
+    content = json.loads(json.dumps(content))
+    return json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
+
+
+def read_sealed(path: Path, schema: int) -> dict[str, Any]:
+    """The object that was `sealed`. Raises OtherSchema for one of another version, ValueError for one that is not as it
+    was written."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path.name} is no JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds a {type(content).__name__}, not a JSON object")
+    checksum, found = content.pop("checksum", None), content.get("schema", 0)
+    if checksum is None and found != schema:  # of the time before checksums
+        raise OtherSchema(found)
+    if checksum != _checksum(content):
+        raise ValueError(f"{path.name} is not as it was written")
+    if found != schema:
+        raise OtherSchema(found)
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -20,8 +20,18 @@ from typing import Any
 import foveate
 from foveate.config.base import Settings
 from foveate.config.recipe import flatten, read_values, to_yaml
-from foveate.errors import ConfigError
-from foveate.files import LOCK_FILES, atomic_write_text, disk_error, held, remove, set_disk_wait
+from foveate.errors import ConfigError, DataError
+from foveate.files import (
+    LOCK_FILES,
+    OtherSchema,
+    atomic_write_text,
+    disk_error,
+    held,
+    read_sealed,
+    remove,
+    sealed,
+    set_disk_wait,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +43,7 @@ _FREE = ("run", "train.save_every", "train.keep_checkpoints")
 _FREE_GROUPS = ("eval.", "cluster.", "log.")
 
 
-SCHEMA = 1
+SCHEMA = 2
 """The layout of run folders: counted on when folders that were made before cannot be continued or read any more."""
 
 
@@ -171,12 +181,19 @@ def _remove_start(run: RunFolder) -> None:
 
 
 def _refuse_other_schema(run: RunFolder) -> None:
-    found = json.loads(run.versions.read_text(encoding="utf-8")).get("schema", 0) if run.versions.is_file() else 0
-    if found != SCHEMA:
+    try:
+        if not run.versions.is_file():
+            raise OtherSchema(0)
+        read_sealed(run.versions, SCHEMA)
+    except OtherSchema as other:
         raise ConfigError(
-            f"{run.path} has the layout (schema {found}) of another version of foveate, this one continues schema "
-            f"{SCHEMA}; choose another run=, delete {run.path} to start over, or continue it with that version"
-        )
+            f"{run.path} has the layout (schema {other.found}) of another version of foveate, this one continues "
+            f"schema {SCHEMA}; choose another run=, delete {run.path} to start over, or continue it with that version"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{run.versions}: cannot be read ({error}); put back what the run wrote, or choose another run="
+        ) from None
 
 
 def _refuse_other_settings(run: RunFolder, settings: Settings, frozen: bool) -> None:
@@ -216,12 +233,12 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
 def _record_versions(run: RunFolder) -> None:
     """Write what this start runs on; when a run continues on something else, say so."""
     now = _versions()
-    if run.versions.is_file():
-        last = json.loads(run.versions.read_text(encoding="utf-8"))
+    if _has_begun(run):
+        last = read_sealed(run.versions, SCHEMA)
         changes = ", ".join(f"{name} {last.get(name)} -> {now[name]}" for name in now if last.get(name) != now[name])
         if changes:
             logger.warning("%s continues with other versions, so maybe not bit for bit: %s", run.path, changes)
-    atomic_write_text(run.versions, json.dumps(now, indent=2) + "\n")
+    atomic_write_text(run.versions, sealed(now))
 
 
 def _versions() -> dict[str, str | int | None]:

@@ -24,6 +24,8 @@ from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError
 from foveate.registry import explain, suggestion
 
+MOST_CHARACTERS, MOST_DEPTH = 1_000_000, 32
+"""Bounds of a recipe."""
 SHIPPED = Path(str(importlib.resources.files("foveate"))) / "recipes"
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")
@@ -157,13 +159,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Loader(yaml.BaseLoader):
-    """Composes nodes whose scalars are all text, and refuses aliases, which could make a value contain itself."""
+    """Composes nodes whose scalars are all text, and refuses aliases, which could make a value contain itself, and
+    values that are nested deeper than any setting."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed; write the value out", mark)
-        return super().compose_node(parent, index)
+        if self.depth == MOST_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_DEPTH} levels deep", mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -227,6 +237,8 @@ def _read_override(text: str) -> Entry:
 
 def _compose(text: str, source: str, inline: bool) -> Entry:
     """YAML text as an entry; places are `source` itself for an inline value, else `source:line`."""
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{source}: has {len(text):,} characters; a recipe has {MOST_CHARACTERS:,} at most")
     try:
         node = yaml.compose(text, Loader=_Loader)
         return Entry(None, source) if node is None else _entry(node, source, inline)

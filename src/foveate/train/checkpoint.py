@@ -1,15 +1,16 @@
 """Checkpoints: everything that a resumed run needs, whole or not there at all, the newest few kept.
 
 A checkpoint is a folder `step_000020` with weights and optimizer state in the format of torch.distributed.checkpoint,
-each rank's share in files of its own, and `state.json` with the rest and the hashes of these files. It is written
-beside its place, synced, and renamed, and can be read by any number of ranks. The link `latest` leads to the newest,
-`best` to the one that did best when it was evaluated.
+each rank's share in files of its own, and `state.json` with the rest, the hashes of these files and one of itself. It
+is written beside its place, synced, and renamed, and can be read by any number of ranks. Reading it runs nothing that is
+in it. The link `latest` leads to the newest, `best` to the one that did best when it was evaluated.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import math
 import os
 import re
 import shutil
@@ -31,18 +32,22 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_leaves
 
-from foveate.errors import ConfigError, DataError, DiskError
-from foveate.files import atomic_path, disk_error, with_room
+from foveate.errors import ConfigError, DataError, DiskError, UserError
+from foveate.files import OtherSchema, atomic_path, disk_error, read_sealed, sealed, with_room
 from foveate.parallel.ranks import Ranks
+from foveate.train.checkpoint_reader import load_tensors
 
-CHECKPOINT_SCHEMA = 2
+CHECKPOINT_SCHEMA = 3
 """Of checkpoints. It grows when their content changes, and others are refused."""
 
 _NAME = re.compile(r"step_(\d{6,})")
+_FILE = re.compile(r"\.metadata|__\d+_\d+\.distcp")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+logger = logging.getLogger(__name__)
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
 
@@ -99,7 +104,7 @@ def _write(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], ran
 
 
 def _write_state(temporary: Path, state: Mapping[str, Any]) -> None:
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    (temporary / "state.json").write_text(sealed(state), encoding="utf-8")
 
 
 def _write_share(path: Path, temporary: Path, content: Mapping[str, Any], ranks: Ranks | None) -> dict[str, str]:
@@ -147,7 +152,7 @@ def _hash(file: Path) -> str:
 
 def _rotate(folder: Path, keep: int) -> None:
     found = checkpoints(folder)
-    scores = {path: json.loads((path / "state.json").read_text()).get("score") for _, path in found}
+    scores = {path: _score(path) for _, path in found}
     scored = [path for _, path in found if scores[path] is not None]
     best = max(reversed(scored), key=lambda path: scores[path], default=None)
     _link(folder / "latest", found[-1][1])
@@ -158,6 +163,15 @@ def _rotate(folder: Path, keep: int) -> None:
             going = old.with_name(f".{old.name}.{os.getpid()}.tmp")  # half of it must not be taken for a checkpoint
             old.replace(going)
             shutil.rmtree(going)
+
+
+def _score(path: Path) -> Any:
+    """How well a checkpoint did; None where it does not say so, or cannot be read."""
+    try:
+        return read_state(path).get("score")
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _link(link: Path, target: Path) -> None:
@@ -202,24 +216,51 @@ def load_weights(path: Path, model: nn.Module) -> int:
     return state["step"]
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state` that was saved, with "step", "ranks" and "hashes". Raises DataError for one that is not as it was
+    written, ConfigError for one of another version."""
+    with _unreadable(path):
+        try:
+            state = read_sealed(path / "state.json", CHECKPOINT_SCHEMA)
+        except OtherSchema as other:
+            raise ConfigError(
+                f"{path}: this checkpoint has schema {other.found}, this version of foveate reads {CHECKPOINT_SCHEMA}; "
+                "use the version that wrote it, or start over with another run="
+            ) from None
+        _check_state(path, state)
+    return state
+
+
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise ValueError for values that no checkpoint is saved with."""
+    step, ranks, score, hashes = (state.get(name) for name in ("step", "ranks", "score", "hashes"))
+    if type(step) is not int or type(ranks) is not int or step < 0 or ranks < 1:
+        raise ValueError(f"state.json says step {step!r}, ranks {ranks!r}")
+    if score is not None and not (type(score) in (int, float) and math.isfinite(score)):
+        raise ValueError(f"state.json says score {score!r}")
+    name = _NAME.fullmatch(path.resolve().name)
+    if name is not None and int(name[1]) != step:
+        raise ValueError(f"state.json says step {step}")
+    if not isinstance(hashes, dict) or ".metadata" not in hashes or len(hashes) < 2:
+        raise ValueError("state.json has no hashes of its files")
+    for file, value in hashes.items():
+        if not (_FILE.fullmatch(file) and isinstance(value, str) and _HASH.fullmatch(value)):
+            raise ValueError(f"state.json has {value!r:.80} as the hash of {file!r:.60}")
+
+
 def _read(path: Path, tensors: dict[str, Any], ranks: Ranks | None, bound_to_ranks: str = "") -> dict[str, Any]:
     """Fill tensors in place from files that are as they were written; the `state` that was saved."""
-    with _unreadable(path):
-        state = json.loads((path / "state.json").read_text())
-    schema, saved_by = state.pop("schema", 1), state.pop("ranks", 1)
-    if schema != CHECKPOINT_SCHEMA:
-        raise ConfigError(
-            f"{path}: this checkpoint has schema {schema}, this version of foveate reads {CHECKPOINT_SCHEMA}; use the "
-            "version that wrote it, or start over with another run="
-        )
+    state = read_state(path)
+    del state["schema"]
+    saved_by, hashes = state.pop("ranks"), state.pop("hashes")
     if bound_to_ranks and saved_by != _count(ranks):
         raise ConfigError(
             f"{path}: was saved by {saved_by} ranks; the state of optimizer {bound_to_ranks} cannot be resumed by"
             f" {_count(ranks)}: use as many ranks as before"
         )
     with _unreadable(path), _one_process():
-        _verify(path, state.pop("hashes"), ranks)
-        load(tensors, checkpoint_id=str(path), no_dist=ranks is None)
+        _verify(path, hashes, ranks)
+        load_tensors(path, hashes.keys(), tensors, alone=ranks is None)
     return state
 
 
@@ -228,6 +269,8 @@ def _unreadable(path: Path) -> Iterator[None]:
     """Errors of reading a checkpoint as a DataError in one line."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError, CheckpointException) as error:
         reason = " ".join(str(_cause(error)).split())[:300]
         raise DataError(
@@ -238,11 +281,16 @@ def _unreadable(path: Path) -> Iterator[None]:
 def _verify(path: Path, hashes: Mapping[str, str], ranks: Ranks | None) -> None:
     """Compare the files with their hashes, each rank a share of them."""
     names = sorted(hashes) if ranks is None else sorted(hashes)[ranks.rank :: ranks.cluster.ranks]
-    changed = [name for name in names if not (path / name).is_file() or _hash(path / name) != hashes[name]]
+    changed = [name for name in names if not _is_own_file(path / name) or _hash(path / name) != hashes[name]]
     if ranks is not None:
         changed = [name for own in ranks.gather(changed) for name in own]
     if changed:
         raise ValueError(f"{changed[0]} is not as it was written")
+
+
+def _is_own_file(file: Path) -> bool:
+    """Whether there is a file, and no link to one elsewhere."""
+    return file.is_file() and not file.is_symlink()
 
 
 def _cause(error: BaseException) -> Exception:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from functools import partial
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from foveate.config.model import ModelSettings
+from foveate.config.recipe import read_values
 from foveate.errors import ConfigError
 from foveate.files import atomic_path
 from foveate.models.checkpoint.convert import convert
@@ -28,7 +29,7 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
     """
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another folder")
-    checkpoint = checkpoint.resolve()
+    checkpoint = _checkpoint_of(checkpoint)
     settings = _model_of(checkpoint)
     policy = load_policy(settings.path, dtype=settings.dtype)
     freeze_except(policy, settings.trainable)
@@ -48,12 +49,23 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
     return step
 
 
+def _checkpoint_of(path: Path) -> Path:
+    """The folder of a checkpoint, which `latest` and `best` lead to. Raises ConfigError for what is none, and for a
+    link that leads out of the folder of the run."""
+    checkpoint = Path(os.path.realpath(path))
+    config = checkpoint.parent.parent / "config.yaml"
+    if not (checkpoint / "state.json").is_file() or not config.is_file():
+        raise ConfigError(f"{path}: is no checkpoint of a run; name RUN/checkpoints/step_..., latest or best")
+    if checkpoint.parent != Path(os.path.realpath(path.parent)) or config.is_symlink():
+        raise ConfigError(f"{path if not config.is_symlink() else config}: leads out of the folder of the run")
+    return checkpoint
+
+
 def _model_of(checkpoint: Path) -> ModelSettings:
     """The settings of the model that a run has trained."""
     config = checkpoint.parent.parent / "config.yaml"
-    if not (checkpoint / "state.json").is_file() or not config.is_file():
-        raise ConfigError(f"{checkpoint}: is no checkpoint of a run; name RUN/checkpoints/step_..., latest or best")
     try:
-        return ModelSettings.model_validate(yaml.safe_load(config.read_text())["model"])
-    except (yaml.YAMLError, ValidationError, TypeError, KeyError) as error:
-        raise ConfigError(f"{config}: does not say which model was trained ({error})") from error
+        return ModelSettings.model_validate(read_values(config)["model"])
+    except (ValidationError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{config}: does not say which model was trained ({reason})") from error

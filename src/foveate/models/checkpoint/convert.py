@@ -40,12 +40,11 @@ from foveate.models.checkpoint.formats import (
 )
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, CheckpointFormat, from_hf
 from foveate.models.checkpoint.safetensors_io import Stored, write_weights
-from foveate.models.checkpoint.small_files import is_count, read_json, write_json
+from foveate.models.checkpoint.small_files import WEIGHTS, is_count, read_json, refuse_links, write_json
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 _OWN = ("config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files that the two formats write differently, besides the Python files of the GitHub format."""
 _SIDE = {"chat": "chat_format", "hf": "hf_format"}
@@ -87,12 +86,13 @@ def convert(source: Path, target: Path, to: CheckpointFormat, *, shard_bytes: in
     checked against the configuration before anything is written.
 
     Raises:
-        DataError: the source is not a complete InternVL checkpoint in safetensors, cannot be expressed in the other
-            format, or the target exists.
+        DataError: the source is not a complete InternVL checkpoint in safetensors, has links out of its folder, cannot
+            be expressed in the other format, or the target exists.
         DiskError: the target cannot be written, or does not fit.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: exists; choose another folder, or remove it")
+    refuse_links(source)
     layout = detect_format(source)
     form = hf_form(source, read_image_tokenizer(source))
     tensors = in_layout(hf_tensors(source, layout, model_config(source, form)), to)
@@ -165,6 +165,7 @@ def write_other_files(source: Path, target: Path, layout: CheckpointFormat, to: 
     Files that both formats share (tokenizer, chat template, generation config, licence, readme) are copied. The others
     go to the side folder, and those that came from the other format come back from there.
     """
+    refuse_links(source, WEIGHTS)
     form, other = ("chat" if name == "chat" else "hf" for name in (layout, to))
     own = [path for path in _small_files(source) if path.name in _OWN or (path.suffix == ".py" and form == "chat")]
     for path in _small_files(source):
@@ -201,7 +202,7 @@ def write_served_files(
 def _small_files(folder: Path) -> list[Path]:
     """The files of a folder that are neither weights, nor their index, nor hidden."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return [path for path in files if path.suffix not in _WEIGHTS and not path.name.endswith(".index.json")]
+    return [path for path in files if path.suffix not in WEIGHTS and not path.name.endswith(".index.json")]
 
 
 def _write_to_hf(source: Path, target: Path) -> None:

@@ -36,13 +36,13 @@ def detect_format(folder: Path) -> CheckpointFormat:
     """The layout of a checkpoint folder: `chat` (GitHub), `hf`, or `hf-old`.
 
     The two Hugging Face layouts have the same configuration and are told apart by the names of their tensors.
-    Raises DataError for anything else, and for weights that are not safetensors.
+    Raises DataError for anything else, and for weights that are not safetensors: the headers of all files are looked
+    at, so that a folder that one reader refuses is refused by every other.
     """
-    model_type, files = read_config(folder)["model_type"], weight_files(folder)
+    model_type, names = read_config(folder)["model_type"], read_headers(weight_files(folder))
     github_type = family_class(model_type).github_type
     if github_type is None or model_type == github_type:
         return "hf" if github_type is None else "chat"
-    names = read_headers(files[:1])
     return "hf" if any(name.startswith(("model.", "lm_head.")) for name in names) else "hf-old"
 
 

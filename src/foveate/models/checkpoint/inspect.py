@@ -17,7 +17,7 @@ from foveate.encoding.family import Family, budget_of
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.small_files import read_tokenizer
+from foveate.models.checkpoint.small_files import WEIGHTS, read_tokenizer, refuse_links
 from foveate.models.families import family_class
 from foveate.records import Message
 
@@ -43,10 +43,12 @@ def resolve_folder(path: str) -> Path:
 
 def inspect_model_folder(path: str) -> ModelFolder:
     """Recognise a model folder of any family and layout. Raises DataError, naming the file, for what is none, for
-    weights that are not safetensors, for a model that is not known, for parts that do not fit each other, and for a
-    chat template that cannot be used. No code that comes with a checkpoint is run."""
+    weights that are not safetensors, for a model that is not known, for parts that do not fit each other, for a chat
+    template that cannot be used, and for small files that are links out of the folder. No code that comes with a
+    checkpoint is run."""
     folder = resolve_folder(path)
     layout = detect_format(folder)
+    refuse_links(folder, WEIGHTS)
     tokenizer = read_tokenizer(folder)
     config, family = family_class(read_config(folder)["model_type"]).read(folder, tokenizer)
     if not tokenizer.chat_template and family.template_token not in tokenizer.get_vocab():

@@ -106,7 +106,8 @@ def _indexed_files(index: Path) -> list[Path]:
 def read_headers(files: Iterable[Path]) -> dict[str, Stored]:
     """All tensors of some files by name, in the order of their bytes. Only headers are read.
 
-    Raises DataError for a file that is truncated or not safetensors, and for a tensor that two files hold.
+    Raises DataError for a file that is truncated or not safetensors, whose tensors overlap or leave a gap, and for a
+    tensor that two files hold.
     """
     tensors: dict[str, Stored] = {}
     for file in files:
@@ -141,21 +142,40 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             raise DataError(f"{file}: {bytes_there:,} bytes that are not safetensors; copy or download it again")
         raw = stream.read(length)
     try:
-        header = json.loads(raw)
+        header: Any = json.loads(raw, object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
-        end = 8 + length + sum(_bytes(entry) for entry in header.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["data_offsets"][0] != end:
+                raise DataError(
+                    f"{file}: {name} begins at byte {entry['data_offsets'][0]} of the data, where the tensor before it "
+                    f"ends at {end}; copy or download it again"
+                )
+            end += _bytes(entry)
+        end += 8 + length
+    except DataError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{file}: its header is not that of safetensors; copy or download it again") from None
     if bytes_there != end:
         raise DataError(f"{file}: has {bytes_there:,} bytes where its header says {end:,}; copy or download it again")
     return header, 8 + length
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice")
+    return found
+
+
 def _bytes(entry: Mapping[str, Any]) -> int:
     """Bytes of a tensor by the entry of a header. Raises ValueError where its dtype, shape and range disagree."""
     bits = 8 if entry["dtype"] == "BOOL" else int(_BITS.fullmatch(entry["dtype"]).group(1))  # type: ignore[union-attr]
     start, end = entry["data_offsets"]
-    if start < 0 or math.prod(entry["shape"], start=bits) != 8 * (end - start):
+    if not all(type(number) is int and number >= 0 for number in (start, end, *entry["shape"])):
+        raise ValueError(entry)
+    if math.prod(entry["shape"], start=bits) != 8 * (end - start):
         raise ValueError(entry)
     return end - start
 

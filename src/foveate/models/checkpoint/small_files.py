@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from foveate.errors import DataError
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
+"""Suffixes of files that are not small."""
 _ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
 """Settings of the image processor that have one value: bicubic resize, pixels in 0..1, normalised."""
 
@@ -36,6 +39,20 @@ def unreadable(path: Path, error: Exception) -> DataError:
     """The refusal of a folder, or of a file of it, that makes no sense."""
     reason = " ".join(str(error).split())
     return DataError(f"{path}: cannot be loaded ({type(error).__name__}: {reason}); replace it")
+
+
+def refuse_links(folder: Path, without: Collection[str] = ()) -> None:
+    """Raise DataError for a link in a folder that leads out of it, but for files with the suffixes `without`: what is
+    saved of the folder would hold files from elsewhere. Links of the Hub's cache lead to the blobs beside its
+    snapshots."""
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.suffix not in without:
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in inside):
+                raise DataError(f"{path}: is a link out of its folder, to {target}; put the file itself there")
 
 
 def read_json(path: Path) -> dict[str, Any]:
