@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and line break, marks that turn the direction of text, and halves of surrogates."""
 
 
 class UserError(Exception):
@@ -37,6 +41,12 @@ def require(condition: bool, message: str) -> None:
     """Raise DataError with `message` unless `condition` holds."""
     if not condition:
         raise DataError(message)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey, and that UTF-8 can hold: what else is in it is written as an
+    escape, such as `\\x1b`."""
+    return _NOT_PRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def join_where(parts: Sequence[str]) -> str:

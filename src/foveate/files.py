@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = (*_NO_ROOM, errno.EFBIG)
 _RETRY = 5.0
 """Seconds between looks at a full disk."""
+_held: dict[Path, dict[Path, tuple[int, int] | None]] = {}
+"""The folders that this process holds, each with the files that must stay in it."""
 _disk_wait = 0.0
 """Seconds that this process waits for room on a full disk; `set_disk_wait` sets it."""
 
@@ -42,6 +44,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             other files pass through.
     """
     path = Path(path)
+    require_held(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +63,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise disk_error(path, error) from error
         raise
     finally:
-        remove(temporary)
+        with suppress(OSError):  # which would hide the error before; the next process removes it
+            remove(temporary)
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
@@ -70,8 +74,9 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write a whole UTF-8 file or nothing; see `atomic_path`."""
-    atomic_write_bytes(path, text.encode("utf-8"))
+    """Write a whole UTF-8 file or nothing; see `atomic_path`. Halves of surrogate pairs, which UTF-8 cannot hold, are
+    written as the escapes that JSON has for them."""
+    atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 class OtherSchema(ValueError):
@@ -127,8 +132,45 @@ def held(folder: Path, other: str) -> Iterator[None]:
     except OSError as error:
         raise disk_error(path, error) from error
     with lock:
-        atomic_write_text(holder, f"{os.getpid()}\n")
-        yield
+        place = folder.absolute()
+        _held[place] = {path.absolute(): _identity(path)}
+        try:
+            atomic_write_text(holder, f"{os.getpid()}\n")
+            yield
+        finally:
+            del _held[place]
+
+
+def keep(file: Path) -> None:
+    """From now on `file` must stay in the folder that this process holds, too."""
+    for folder, files in _held.items():
+        if file.absolute().parent == folder:
+            files[file.absolute()] = _identity(file)
+
+
+def require_held(path: Path) -> None:
+    """Raise DiskError for a path in a folder that this process held and that was renamed or deleted since: writing
+    there would make a folder that looks like the other one and lacks what was in it."""
+    place = path.absolute()
+    for folder, files in _held.items():
+        if place.is_relative_to(folder) and any(_identity(file) != kept for file, kept in files.items()):
+            raise gone(folder)
+
+
+def gone(folder: Path) -> DiskError:
+    """The error about a folder that is not there any more while its run goes on."""
+    return DiskError(
+        f"{folder} was renamed, emptied or deleted while the run wrote to it; the run stops and writes nothing more. "
+        "Bring the folder back, and the same command continues from its last checkpoint"
+    )
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def remove(path: Path) -> None:
@@ -166,7 +208,9 @@ def with_room(write: Callable[[], Written], needed: int = 0) -> Written:
 
 
 def disk_error(path: Path, error: Exception) -> DiskError:
-    """The error that tells a user that `path` could not be written because of `error`."""
+    """The error that tells a user that `path` could not be written because of `error`. Raises that of `require_held`
+    where this is the reason."""
+    require_held(path)
     kind = DiskFull if isinstance(error, OSError) and error.errno in _NO_ROOM else DiskError
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[-300:]
     existing = next(parent for parent in path.absolute().parents if parent.exists())

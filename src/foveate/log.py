@@ -11,24 +11,38 @@ import json
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
-from foveate.errors import ConfigError
-from foveate.files import atomic_write_text, disk_error, with_room
+from foveate.errors import ConfigError, printable
+from foveate.files import atomic_write_text, disk_error, require_held, with_room
 
-console = Console(stderr=True)
-_results = Console()
+
+class _SafeConsole(Console):
+    """Shows control characters of what it prints instead of sending them to the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            is_plain = segment.control is not None or segment.text.isprintable()
+            yield segment if is_plain else Segment(printable(segment.text), segment.style)
+
+
+console = _SafeConsole(stderr=True)
+_results = _SafeConsole()
 logger = logging.getLogger(__name__)
+LINE_CHARACTERS = 20_000
+"""Most characters of a log line."""
 
 Metric = float | int | str | None
 
@@ -45,9 +59,56 @@ def setup_logging(level: int = logging.INFO) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(_clean)
     package = logging.getLogger("foveate")
     package.handlers[:] = [handler]
     package.setLevel(level)
+
+
+def _clean(record: logging.LogRecord) -> bool:
+    """Make the message of a log line safe to show."""
+    text = masked(record.getMessage())
+    more = len(text) - LINE_CHARACTERS
+    record.msg = printable(text if more <= 0 else f"{text[:LINE_CHARACTERS]} ... ({more:,} more characters)")
+    record.args = None
+    return True
+
+
+_SECRET_NAME = re.compile(
+    r"(^|_)(api_?key|access_?key|secret_?key|private_?key|secret|token|password|passwd|credentials?|authorization)$",
+    re.IGNORECASE,
+)
+_SECRETS = re.compile(
+    r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user and password in an address
+    r"|\bsk-[\w-]{20,}|\bhf_[A-Za-z0-9]{30,}|\bgh[op]_\w{30,}|\bglpat-[\w-]{20,}|\bxox[bp]-[\w-]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=[?&]token=)[^&\s]+|(?<=[?&]key=)[^&\s]+"
+    r"|(?<=api_key=)[^&\s]+|(?<=password=)[^&\s]+"
+)
+MASK = "***"
+
+
+def masked(text: str) -> str:
+    """Text without keys and passwords: what looks like one, and the values of environment variables named like one."""
+    for name, value in os.environ.items():
+        if is_secret(name) and len(value) >= 8 and value in text:
+            text = text.replace(value, MASK)
+    return _SECRETS.sub(MASK, text)
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or variable of this name holds a secret: `api_key`, `HF_TOKEN`; not `max_tokens`."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def masked_values(value: Any, name: str = "") -> Any:
+    """Values of settings, nested in any way, with the secrets among them masked."""
+    if isinstance(value, Mapping):
+        return {key: masked_values(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_values(inner, name) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return MASK if value and is_secret(name) else _SECRETS.sub(MASK, value)
 
 
 def print_result(result: RenderableType) -> None:
@@ -94,9 +155,10 @@ class MetricsWriter:
             track(step, {name: value for name, value in numbers.items() if name not in bad})
 
     def _append(self, line: str) -> None:
+        require_held(self.path)
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line)
         except OSError as error:
             if self.path.exists():

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate.errors import printable
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -237,9 +239,11 @@ class Score:
     note: str = ""
     trace: str = ""
 
+    def __post_init__(self) -> None:  # a grader's exception may quote any text of a model
+        object.__setattr__(self, "note", printable(self.note[:2_000])[:2_000])
 
-FAILED = "grader failed"
-"""How the note of an answer begins that could not be graded."""
+
+FAILED = "grader failed"  # how the note of an answer begins that could not be graded
 
 
 @dataclass(frozen=True, slots=True)

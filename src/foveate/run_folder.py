@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 import foveate
 from foveate.config.base import Settings
-from foveate.config.recipe import flatten, read_values, to_yaml
+from foveate.config.recipe import flatten, read_values, values_to_yaml
 from foveate.errors import ConfigError, DataError
 from foveate.files import (
     LOCK_FILES,
@@ -27,11 +27,14 @@ from foveate.files import (
     atomic_write_text,
     disk_error,
     held,
+    keep,
     read_sealed,
     remove,
+    require_held,
     sealed,
     set_disk_wait,
 )
+from foveate.log import MASK, masked_values
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,7 @@ def open_run(
             foveate, or is in use by a process.
         DiskError: the folder cannot be written.
     """
-    run = RunFolder(Path(path))
+    run, values = RunFolder(Path(path)), _values_of(settings)
     _refuse_foreign(run)
     _make_folders(run)
     with held(run.path, "another run="):
@@ -123,15 +126,18 @@ def open_run(
                 remove(leftover)
         if run.config.is_file() and _has_begun(run):
             _refuse_other_schema(run)
-            _refuse_other_settings(run, settings, frozen)
+            _refuse_other_settings(run, values, frozen)
         former = set_disk_wait(disk_wait)
         try:
-            atomic_write_text(run.config, to_yaml(settings))
+            atomic_write_text(run.config, values_to_yaml(values))
             _record_versions(run)
+            keep(run.config)
             yield run
         except BaseException:
-            if not _has_begun(run):
-                _remove_start(run)
+            with suppress(OSError):  # which would hide the error; a folder that is another one by now is left alone
+                require_held(run.path)
+                if not _has_begun(run):
+                    _remove_start(run)
             raise
         finally:
             set_disk_wait(former)
@@ -152,6 +158,16 @@ def _refuse_foreign(run: RunFolder) -> None:
         raise ConfigError(
             f"{run.path} is not the folder of a run: it holds {min(foreign)} and no config.yaml; choose another run="
         )
+
+
+def _values_of(settings: Settings) -> dict[str, Any]:
+    """The settings as they are written down: keys and passwords masked. Raises ConfigError for one that is a mask, as
+    in the config.yaml of a run."""
+    values = settings.model_dump(mode="json")
+    for name, value in flatten(values).items():
+        if isinstance(value, str) and MASK in value:
+            raise ConfigError(f"{name} is {value!r}: a key that was masked in a config.yaml; give the key itself")
+    return masked_values(values)
 
 
 def _make_folders(run: RunFolder) -> None:
@@ -196,8 +212,8 @@ def _refuse_other_schema(run: RunFolder) -> None:
         ) from None
 
 
-def _refuse_other_settings(run: RunFolder, settings: Settings, frozen: bool) -> None:
-    old, new = flatten(read_values(run.config)), flatten(settings.model_dump(mode="json"))
+def _refuse_other_settings(run: RunFolder, values: Mapping[str, Any], frozen: bool) -> None:
+    old, new = flatten(read_values(run.config)), flatten(values)
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     changed = [name for name in changed if frozen or not _may_change(name, old, new)]
     if not changed:

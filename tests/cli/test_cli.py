@@ -343,7 +343,7 @@ def test_ctrl_c_ends_with_code_130_and_says_how_to_go_on(tmp_path, recipe):
     out, err = run.communicate()
     assert run.returncode == 130, err
     assert out == ""
-    assert err.splitlines()[-1] == "interrupted; the same command goes on where it was"
+    assert err.splitlines()[-1] == "interrupted; the same command continues from what is saved"
     assert "Traceback" not in err
 
 
@@ -354,7 +354,7 @@ def test_ctrl_c_is_told_in_words_that_fit_the_verb(monkeypatch, foveate, recipe)
     monkeypatch.setattr("foveate.train.rl.run_rl", interrupt)
     monkeypatch.setattr("foveate.datasets.shapes.prepare_shapes", lambda *_, **__: interrupt())
     ended = foveate("rl", recipe())
-    assert ended == (130, "", "interrupted; the same command goes on where it was\n")
+    assert ended == (130, "", "interrupted; the same command continues from what is saved\n")
     assert foveate("prepare", "shapes", "nowhere") == (130, "", "interrupted; nothing is half-written\n")
 
 

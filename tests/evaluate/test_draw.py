@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,16 @@ def test_a_thumbnail_keeps_the_shape_and_never_grows(tmp_path: Path) -> None:
     save_thumbnail(Image.new("RGB", (112, 90)), path)
     with Image.open(path) as same:
         assert same.size == (112, 90)
-    assert [entry.name for entry in path.parent.iterdir()] == ["photo%2F1.jpg"]
+    assert [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("row_id", ["a/b", "..", "", "x" * 5000, "\0", "\ud800", "C:", "../../escape"])
+def test_an_id_is_no_file_name(tmp_path: Path, row_id: str) -> None:
+    path = thumbnail_path(tmp_path, row_id)
+    save_thumbnail(Image.new("RGB", (4, 4)), path)
+    assert path.parent == tmp_path / "gallery"
+    assert re.fullmatch(r"[0-9a-f]{32}\.jpg", path.name)
+    assert path != thumbnail_path(tmp_path, f"{row_id}1")
 
 
 def test_the_original_is_not_shrunk_by_encoding() -> None:

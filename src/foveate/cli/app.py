@@ -14,7 +14,7 @@ from foveate.cli.cluster import cluster, submit
 from foveate.cli.data import data
 from foveate.cli.prepare import prepare
 from foveate.cli.vlmevalkit import vlmevalkit
-from foveate.errors import UserError
+from foveate.errors import UserError, printable
 from foveate.log import print_result
 
 app = typer.Typer(
@@ -93,16 +93,16 @@ CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
 def main() -> None:
     """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
-    from foveate.log import setup_logging
+    from foveate.log import masked, setup_logging
 
     setup_logging()
     try:
         app(prog_name="foveate")
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(masked(' '.join(str(error).split())))}\n")
         raise SystemExit(1) from None
     except SystemExit as end:  # typer turns Ctrl-C into one
         if end.code == INTERRUPTED:
-            continues = "the same command goes on where it was"
+            continues = "the same command continues from what is saved"
             sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
         raise

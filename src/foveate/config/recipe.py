@@ -142,8 +142,12 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def to_yaml(settings: Settings) -> str:
     """Settings as YAML that `load_recipe` reads back to equal settings."""
-    values = settings.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return values_to_yaml(settings.model_dump(mode="json"))
+
+
+def values_to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `read_values` reads back to equal ones."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 from foveate.data.images import MAX_PIXELS
+from foveate.data.lifeline import end_with, lifeline
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
@@ -214,7 +216,8 @@ def _results(table: TaskTable, inspection: RowInspection, workers: int) -> Itera
     if workers == 1:
         yield from inspection(table, 0, len(table))
         return
-    with ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (table, inspection)) as pool:
+    owner, _kept = lifeline()
+    with ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (owner, table, inspection)) as pool:
         try:
             for results in pool.map(_look_at, range(0, len(table), CHUNK_ROWS)):
                 yield from results
@@ -230,7 +233,8 @@ _WORK: list[tuple[TaskTable, RowInspection]] = []
 """In a worker process: the table and the inspection that it was started for."""
 
 
-def _begin(table: TaskTable, inspection: RowInspection) -> None:
+def _begin(owner: Connection, table: TaskTable, inspection: RowInspection) -> None:
+    end_with(owner)
     _WORK[:] = [(table, inspection)]
 
 

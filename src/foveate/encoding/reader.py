@@ -4,16 +4,17 @@ step, which then does not wait for images to be decoded."""
 from __future__ import annotations
 
 import copy
-import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from typing import Self
 
 import numpy as np
 import torch
 
+from foveate.data.lifeline import end_with, lifeline
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
@@ -39,7 +40,8 @@ class Reader:
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: deque[tuple[int, Future[Encoded]]] = deque()
         if workers:
-            self._pool = ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (table, encoder))
+            owner, self._lifeline = lifeline()
+            self._pool = ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (owner, table, encoder))
 
     def __enter__(self) -> Self:
         return self
@@ -86,8 +88,8 @@ _WORK: list[tuple[TaskTable, Encoder]] = []
 """In a worker process: the table and the encoder that it was started for."""
 
 
-def _begin(table: TaskTable, encoder: Encoder) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job that is stopped tells all its processes; the step is ended
+def _begin(owner: Connection, table: TaskTable, encoder: Encoder) -> None:
+    end_with(owner)
     torch.set_num_threads(1)
     _WORK[:] = [(table, encoder)]
 

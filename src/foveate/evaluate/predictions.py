@@ -15,9 +15,9 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -181,8 +181,8 @@ def predictions_path(run_folder: Path, step: int) -> Path:
 
 
 def thumbnail_path(run_folder: Path, row_id: str) -> Path:
-    """The file of the small image of a row. Characters that a file name cannot hold are written as %XX."""
-    return run_folder / "gallery" / f"{quote(row_id, safe=' ')}.jpg"
+    """The file of the small image of a row, named by a digest: an id may be any text of any length."""
+    return run_folder / "gallery" / f"{sha256(row_id.encode('utf-8', 'replace')).hexdigest()[:32]}.jpg"
 
 
 def write_evaluation(run_folder: Path, step: int, rows: Sequence[ScoredRow]) -> dict[str, Any]:

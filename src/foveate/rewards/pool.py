@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
+from foveate.data.lifeline import end_with, lifeline
 from foveate.errors import ConfigError, DataError
 from foveate.processes import worker_context
 from foveate.records import FAILED, Answer, Score, Task
@@ -196,6 +197,7 @@ class _Worker:
         start."""
         processes = worker_context(PRELOADED)
         self.pipe, theirs = processes.Pipe()
+        owner, self._lifeline = lifeline()
         self.answer: int | None = None
         self.is_alive = True
         self.tries = tries
@@ -203,9 +205,10 @@ class _Worker:
         self._starting = True
         self._task: Task | None = None
         self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
-        self._process = processes.Process(target=_grade_for_ever, args=(job, theirs), daemon=True, name="grader")
+        self._process = processes.Process(target=_grade_for_ever, args=(job, theirs, owner), daemon=True, name="grader")
         self._process.start()
         theirs.close()
+        owner.close()
 
     def successor(self, job: Job) -> _Worker:
         """One in its place."""
@@ -247,8 +250,9 @@ class _Worker:
         return self._lost(f"timed out after {self._limit:g} s")
 
     def kill(self) -> None:
-        """End the process, even one that hangs."""
+        """End the process, even one that hangs, and what it has started."""
         self._process.kill()
+        self._lifeline.close()
         self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
         self.pipe.close()
         self.is_alive = False
@@ -312,14 +316,11 @@ class Failure:
     message: str
 
 
-def _grade_for_ever(job: Job, pipe: Connection) -> None:
+def _grade_for_ever(job: Job, pipe: Connection, owner: Connection) -> None:
     """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
     one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
-    # An error travels back as the note of a score. The terminal belongs to the run, and so does Ctrl-C; SIGTERM
-    # goes to all processes of a job that is stopped, and is the run's as well.
-    logging.disable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with(owner)
+    logging.disable()  # an error travels back as the note of a score
     os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
@@ -339,13 +340,10 @@ def _grade_for_ever(job: Job, pipe: Connection) -> None:
             return
         current = current if task is None else task
         assert current is not None
-        # Should the owner be gone while a grader hangs, SIGALRM ends the process.
-        signal.setitimer(signal.ITIMER_REAL, 2 * job.time_limit + 1)
         score = _graded(reward, answer, current)
         if os.getpid() != own:  # the grader forked, and this is the copy: its scores would be taken for other answers'
             os._exit(0)
         pipe.send(score)
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _graded(reward: Reward, answer: Answer | str, task: Task) -> Score | Failure:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_000020` with weights and optimizer state in the format of torch.distributed.checkpoint,
 each rank's share in files of its own, and `state.json` with the rest, the hashes of these files and one of itself. It
-is written beside its place, synced, and renamed, and can be read by any number of ranks. Reading it runs nothing that is
-in it. The link `latest` leads to the newest, `best` to the one that did best when it was evaluated.
+is written beside its place, synced, and renamed, and can be read by any number of ranks. Reading it runs nothing of
+what is in it. The link `latest` leads to the newest, `best` to the one that did best when it was evaluated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError, DataError, DiskError, UserError
-from foveate.files import OtherSchema, atomic_path, disk_error, read_sealed, sealed, with_room
+from foveate.files import OtherSchema, atomic_path, disk_error, gone, read_sealed, sealed, with_room
 from foveate.parallel.ranks import Ranks
 from foveate.train.checkpoint_reader import load_tensors
 
@@ -90,6 +90,8 @@ def _write(path: Path, content: Mapping[str, Any], state: Mapping[str, Any], ran
     problem: DiskError | None = None
     is_first = ranks is None or ranks.is_first
     try:
+        if is_first and not path.parent.parent.is_dir():
+            raise gone(path.parent.parent)
         with atomic_path(path) if is_first else nullcontext(path) as temporary:
             temporary = Path(_gather(ranks, str(temporary))[0])
             shares = _gather(ranks, _write_share(path, temporary, content, ranks))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import DataError
-from foveate.files import disk_error
+from foveate.files import disk_error, require_held
 from foveate.log import progress
 from foveate.records import LossOut, PackedGroup, PairTargets
 
@@ -116,6 +116,7 @@ class Reference:
     def _append(self, found: np.ndarray) -> None:
         self._entries = np.concatenate([self._entries, found])
         size = (len(self._entries) - len(found)) * _ENTRY.itemsize
+        require_held(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "r+b" if self.path.exists() else "wb") as file:

@@ -89,6 +89,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
 
         asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
         with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
+            leaving.begin()
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()

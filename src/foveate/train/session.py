@@ -39,35 +39,65 @@ def retry_on_lost_rank(retries: int, run: Callable[[bool], Result]) -> Result:
 
 
 class GracefulShutdown:
-    """Within it, SIGTERM lets a step end and be saved before the process leaves; a second one ends it at once. When it
-    ends, no checkpoint of `workers` is under way."""
+    """Within it, SIGTERM, SIGHUP and Ctrl-C let a step end and be saved before the process leaves; a second SIGTERM or
+    Ctrl-C ends it at once. Ctrl-C does so already before `begin`, when there is nothing to save. When it ends, no
+    checkpoint of `workers` is under way."""
 
     def __init__(self, workers: WorkerGroup[Worker]) -> None:
-        self.is_asked = False
+        self._asked: signal.Signals | None = None
+        self._has_begun = False
         self._workers = workers
+        self._former: dict[signal.Signals, Any] = {}
+
+    @property
+    def is_asked(self) -> bool:
+        return self._asked is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._ask)
+            numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+            ignored = (signal.SIG_IGN, None)  # by nohup, or a shell for what runs in its background
+            heard = [number for number in numbers if signal.getsignal(number) not in ignored]
+            self._former = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
-            broadcast(self._workers, Worker.finish_saving)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._former)
+        try:
+            if kind in (None, SystemExit) or self._workers.size == 1:  # else some ranks may be gone already
+                broadcast(self._workers, Worker.finish_saving)
+        except Exception as error:
+            if kind in (None, SystemExit):
+                raise
+            logger.warning("the last checkpoint was not written: %s", error)  # and the first error is passed on
+        finally:
+            for number, former in self._former.items():
+                signal.signal(number, former)
         if kind is RankLost:  # the machine may be going down, which told the ranks first
             self.check()
 
     def _ask(self, number: int, _: object) -> None:
-        self.is_asked = True
-        signal.signal(number, self._former)
-        logger.warning("SIGTERM: saving after this step, then leaving; the same command continues the run")
+        if number == signal.SIGINT and (self.is_asked or not self._has_begun):
+            raise KeyboardInterrupt
+        if not self.is_asked:
+            self._asked = signal.Signals(number)
+            name = "Ctrl-C" if number == signal.SIGINT else self._asked.name
+            again = "; once more leaves at once, with what was saved before" if number == signal.SIGINT else ""
+            logger.warning(
+                "%s: saving after this step, then leaving; the same command continues the run%s", name, again
+            )
+        elif number == signal.SIGTERM:
+            signal.signal(number, self._former[signal.SIGTERM])
+            signal.raise_signal(number)
+
+    def begin(self) -> None:
+        """From here on there is something to save. Leave if asked to before."""
+        self._has_begun = True
+        self.check()
 
     def check(self) -> None:
-        """Leave, with the exit code of SIGTERM, if asked to."""
-        if self.is_asked:
-            raise SystemExit(128 + signal.SIGTERM)
+        """Leave, with the exit code of the signal, if asked to."""
+        if self._asked is not None:
+            raise SystemExit(128 + self._asked)
 
 
 _OF_ENGINES = {"engines", "engine_tensor_parallel", "engine_memory", "timeout", "retries"}

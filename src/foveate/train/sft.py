@@ -59,6 +59,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
+            leaving.begin()
             while step < settings.train.steps:
                 step += 1
                 clock = Clock()

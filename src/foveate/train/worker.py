@@ -22,7 +22,7 @@ from foveate.config.algorithm import CriticSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
-from foveate.files import atomic_path, set_disk_wait, with_room
+from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.forward import evaluating
 from foveate.models.lora import adapters_off, add_adapters, merged_state, reset_adapters, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
@@ -316,6 +316,8 @@ def use_threads(threads: int | None) -> None:
 
 
 def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+    if not folder.parent.is_dir():
+        raise gone(folder.parent)
     with atomic_path(folder) as temporary:
         save_policy(policy, temporary, state)
 

@@ -1,0 +1,80 @@
+"""The processes that grade end with their run, whatever they do and however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from foveate.data.lifeline import end_with, lifeline
+
+GRADER = """
+import os, pathlib, signal, subprocess, sys, time
+
+def score(text, task, *, log: str):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()} {child.pid}\\n")
+    if text == "c":
+        (9 ** 9 ** 8) ** 9  # never comes back to Python
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(600)
+"""
+
+RUN = """
+import sys
+from foveate.records import Task
+from foveate.rewards.pool import Graders
+if __name__ == "__main__":
+    task = Task("0", "s", (), (), 0, {}, "row 0")
+    with Graders(sys.argv[1], {"log": sys.argv[2]}, workers=4, time_limit=600.0) as graders:
+        graders.grade_many([(text, task) for text in ("c", "sleep", "c", "sleep")])
+"""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_graders_and_what_they_started_end_with_the_run(tmp_path, number):
+    (tmp_path / "grader.py").write_text(GRADER)
+    (tmp_path / "run.py").write_text(RUN)
+    log = tmp_path / "log"
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py", f"{tmp_path}/grader.py:score", log])
+    try:
+        assert wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 4, 120)
+        pids = [int(pid) for pid in log.read_text().split()]
+        assert all(map(is_alive, pids))
+    finally:
+        run.send_signal(number)
+        run.wait(60)
+    assert wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_process_that_starts_after_its_owner_ended_ends_at_once():
+    owner, kept = lifeline()
+    child = os.fork()
+    if child == 0:
+        kept.close()
+        time.sleep(0.2)
+        end_with(owner)
+        os._exit(0)
+    kept.close()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (1, -signal.SIGIO)

@@ -1,0 +1,139 @@
+"""A run that is asked to leave, by whatever signal, saves its step first; one that is asked twice leaves at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from toy import make_data, rl_settings
+
+from foveate.cluster.local import LocalWorkers
+from foveate.config.recipe import to_yaml
+from foveate.errors import DiskError
+from foveate.log import read_metrics
+from foveate.train.checkpoint import checkpoints
+from foveate.train.session import GracefulShutdown
+
+NUMBERS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class Saving:
+    def finish_saving(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    after = {number: signal.getsignal(number) for number in NUMBERS if number != signal.SIGINT}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after == {number: before[number] for number in after}
+
+
+def shutdown(worker=None):
+    return GracefulShutdown(LocalWorkers(worker or Saving()))
+
+
+def left(before, *after):
+    """Signals that come before and after the first step begins."""
+    with shutdown() as leaving:
+        for number in before:
+            signal.raise_signal(number)
+        leaving.begin()
+        for number in after:
+            signal.raise_signal(number)
+        assert leaving.is_asked
+        leaving.check()
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_lets_the_step_end(monkeypatch, number):
+    monkeypatch.setattr("foveate.train.session.Worker", Saving)
+    with pytest.raises(SystemExit) as end:
+        left([], number, signal.SIGHUP)  # a terminal that closes sends several
+    assert end.value.code == 128 + number
+
+
+@pytest.mark.parametrize("first", NUMBERS)
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch, first):
+    monkeypatch.setattr("foveate.train.session.Worker", Saving)
+    with pytest.raises(KeyboardInterrupt):
+        left([], first, signal.SIGINT)
+
+
+def test_ctrl_c_leaves_at_once_while_there_is_nothing_to_save(monkeypatch):
+    monkeypatch.setattr("foveate.train.session.Worker", Saving)
+    with pytest.raises(KeyboardInterrupt):
+        left([signal.SIGINT])
+
+
+def test_other_signals_before_the_first_step_end_the_run_before_it(monkeypatch):
+    monkeypatch.setattr("foveate.train.session.Worker", Saving)
+    with pytest.raises(SystemExit) as end:
+        left([signal.SIGTERM], signal.SIGINT)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    """As nohup has it."""
+    monkeypatch.setattr("foveate.train.session.Worker", Saving)
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with shutdown() as leaving:
+            leaving.begin()
+            signal.raise_signal(signal.SIGHUP)
+            assert not leaving.is_asked
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+class Failing:
+    def finish_saving(self) -> None:
+        raise DiskError("the disk is full")
+
+
+def test_an_error_is_not_hidden_by_a_checkpoint_that_fails_after_it(monkeypatch):
+    monkeypatch.setattr("foveate.train.session.Worker", Failing)
+    with pytest.raises(ZeroDivisionError), shutdown(Failing()):
+        raise ZeroDivisionError
+    with pytest.raises(DiskError), shutdown(Failing()):
+        pass
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_saves_what_it_has_done_before_it_leaves(tmp_path, tiny_folder, number):
+    train = {"steps": 100_000, "save_every": 0}
+    settings = rl_settings(
+        tmp_path / "run", tiny_folder, make_data(tmp_path / "data"), train=train, eval={"every": 0, "gallery": 0}
+    )
+    (tmp_path / "recipe.yaml").write_text(to_yaml(settings))
+    command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command += "from foveate.cli.app import main; main()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", command, "rl", tmp_path / "recipe.yaml"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(1200):
+        if run.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+            break
+        time.sleep(0.1)
+    run.send_signal(number)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, said
+    assert "saving after this step, then leaving; the same command continues the run" in said
+    assert "Traceback" not in said
+    [(step, _)] = checkpoints(tmp_path / "run" / "checkpoints")
+    assert step == read_metrics(metrics)[-1]["step"] > 1
