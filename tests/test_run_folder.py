@@ -13,7 +13,7 @@ from foveate.config.recipe import load_recipe
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError, DataError, DiskError, UserError
 from foveate.files import read_sealed, sealed, set_disk_wait
-from foveate.run_folder import SCHEMA, RunFolder, open_run
+from foveate.run_folder import FREE, NEVER, SCHEMA, RunFolder, open_run
 
 
 def settings(**changes: Any) -> RLSettings:
@@ -81,7 +81,9 @@ def test_another_setting_is_refused_with_both_values_and_advice(tmp_path):
     before = snapshot(tmp_path)
     assert refusal(tmp_path, optim={"lr": 2e-6}, model={"dtype": "bfloat16"}) == (
         f'{tmp_path} belongs to a run with other settings: model.dtype was "float32", now "bfloat16"'
-        f" (and 1 more); choose another run=, or delete {tmp_path} to start over"
+        f" (and 1 more); choose another run=, or delete {tmp_path} to start over; free to change are {', '.join(FREE)}"
+        f" and more train.steps at a constant learning rate; --accept-changes takes all others but {', '.join(NEVER)}; "
+        f"`run=NEW model.path={tmp_path}/checkpoints/latest` begins from its weights under any settings"
     )
     after = snapshot(tmp_path)
     assert after == before
@@ -98,7 +100,8 @@ def test_a_setting_inside_a_free_mapping_is_compared_too(tmp_path):
     [
         {"run": "elsewhere"},
         {"eval": {"every": 5, "prompts": 64, "samples": 2, "gallery": 3}},
-        {"train": {"save_every": 7, "keep_checkpoints": 9}},
+        {"train": {"save_every": 7, "keep_checkpoints": 9, "save_async": True, "disk_wait": 3.0}},
+        {"data": {"workers": 1, "image_workers": 2}, "reward": {"workers": 3}, "log": {"to": []}},
         {"train": {"steps": 11}},
     ],
 )
@@ -127,6 +130,36 @@ def test_more_steps_are_refused_where_they_would_change_the_learning_rate(tmp_pa
     begin(tmp_path, optim={"schedule": schedule})
     said = refusal(tmp_path, optim={"schedule": schedule}, train={"steps": 11})
     assert f"train.steps was 10, now 11 (the {schedule} schedule ends at the last step); choose another run=" in said
+
+
+def test_other_settings_are_taken_where_they_are_accepted(tmp_path):
+    run = begin(tmp_path)
+    with open_run(tmp_path, settings(seed=5, optim={"lr": 2e-6}), accept_changes=True):
+        pass
+    assert load_recipe(run.config, [], RLSettings).seed == 5
+    with (
+        pytest.raises(ConfigError, match=r"optim\.name was"),
+        open_run(tmp_path, settings(seed=6, optim={"name": "muon"}), accept_changes=True),
+    ):
+        pass
+
+
+def test_nothing_is_accepted_where_nothing_may_change(tmp_path):
+    begin(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="nothing may change here"),
+        open_run(tmp_path, settings(seed=5), frozen=True, accept_changes=True),
+    ):
+        pass
+
+
+def test_the_page_about_checkpoints_has_the_table_of_what_may_change():
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    for name in FREE:
+        assert f"`{name}`" in rows["freely"], name
+    for name in NEVER:
+        assert f"`{name}`" in rows["only in a new run"], name
 
 
 def test_another_kind_of_run_is_refused(tmp_path):

@@ -38,13 +38,19 @@ from foveate.log import MASK, masked_values
 
 logger = logging.getLogger(__name__)
 
-# What may differ when a run continues: none of it reaches the weights, so the continued run stays bitwise equal to an
-# uninterrupted one. Evaluation draws from generators of its own. Threads and micro-batches are not here: they change
-# the order in which floats are summed. train.steps has a rule of its own.
-_FREE = ("run", "train.save_every", "train.keep_checkpoints")
-# cluster.* is free although ranks add up floats in another order: a run goes on with the machines that there are.
-_FREE_GROUPS = ("eval.", "cluster.", "log.")
+FREE = (
+    "run", "eval.*", "cluster.*", "log.*", "train.save_every", "train.save_async", "train.keep_checkpoints",
+    "train.disk_wait", "data.workers", "data.image_workers", "reward.workers",
+)  # fmt: skip
+"""Settings that may differ when a run continues: none of them reaches the weights, so that it stays bitwise equal to an
+uninterrupted one. Evaluation draws from generators of its own. Threads and micro-batches are not here: they change the
+order in which floats are summed. cluster.* is free although ranks add up floats in another order: a run goes on with
+the machines that there are. train.steps has a rule of its own."""
 
+NEVER = (
+    "model.lora", "model.trainable", "model.dtype", "optim.name", "optim.settings", "algorithm.critic",
+)  # fmt: skip
+"""Settings without which a checkpoint cannot be restored. All others may differ where the user accepts it."""
 
 SCHEMA = 2
 """The layout of run folders: counted on when folders that were made before cannot be continued or read any more."""
@@ -70,6 +76,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object per step (`foveate.log.MetricsWriter`)."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def changes(self) -> Path:
+        """The changes of its inputs that were accepted, one JSON object per start that had any."""
+        return self.path / "changes.jsonl"
 
     @property
     def skipped(self) -> Path:
@@ -103,14 +114,19 @@ class RunFolder:
 
 @contextmanager
 def open_run(
-    path: str | Path, settings: Settings, *, frozen: bool = False, disk_wait: float = 0.0
+    path: str | Path,
+    settings: Settings,
+    *,
+    frozen: bool = False,
+    accept_changes: bool = False,
+    disk_wait: float = 0.0,
 ) -> Iterator[RunFolder]:
     """Make the folder of a run, or enter that of a run that continues, and hold it alone until the block ends.
 
     A run continues with the settings that it began with; one that has left nothing yet may still change all of them.
-    Free to change later are eval.*, train.save_every, train.keep_checkpoints and, where the learning rate does not
-    depend on it, a larger train.steps; nothing where `frozen`. What fails before it has left anything leaves no folder.
-    Within the block this process waits up to `disk_wait` seconds for room on a full disk.
+    Free to change later are those of FREE and, where the learning rate does not depend on it, a larger train.steps;
+    with `accept_changes` all but those of NEVER; nothing where `frozen`. What fails before it has left anything leaves
+    no folder. Within the block this process waits up to `disk_wait` seconds for room on a full disk.
 
     Raises:
         ConfigError: the folder belongs to something else, to a run with other settings or of another version of
@@ -126,7 +142,7 @@ def open_run(
                 remove(leftover)
         if run.config.is_file() and _has_begun(run):
             _refuse_other_schema(run)
-            _refuse_other_settings(run, values, frozen)
+            _refuse_other_settings(run, values, frozen, accept_changes)
         former = set_disk_wait(disk_wait)
         try:
             atomic_write_text(run.config, values_to_yaml(values))
@@ -212,24 +228,47 @@ def _refuse_other_schema(run: RunFolder) -> None:
         ) from None
 
 
-def _refuse_other_settings(run: RunFolder, values: Mapping[str, Any], frozen: bool) -> None:
+def _refuse_other_settings(run: RunFolder, values: Mapping[str, Any], frozen: bool, accept_changes: bool) -> None:
     old, new = flatten(read_values(run.config)), flatten(values)
-    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    changed = [name for name in changed if frozen or not _may_change(name, old, new)]
+    if frozen:
+        changed, free = [name for name in {**new, **old} if old.get(name) != new.get(name)], "nothing may change here"
+    else:
+        changed = [name for name in settings_changes(old, new) if not accept_changes or _matches(name, NEVER)]
+        free = (
+            f"free to change are {', '.join(FREE)} and more train.steps at a constant learning rate; --accept-changes "
+            f"takes all others but {', '.join(NEVER)}; `run=NEW model.path={run.checkpoints}/latest` begins from its "
+            "weights under any settings"
+        )
     if not changed:
         return
     name = changed[0]
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise ConfigError(
         f"{run.path} belongs to a run with other settings: {name} was {_shown(old, name)}, now {_shown(new, name)}"
-        f"{_reason(name, new)}{more}; choose another run=, or delete {run.path} to start over"
+        f"{_reason(name, new)}{more}; choose another run=, or delete {run.path} to start over; {free}"
     )
+
+
+def lasting_settings(settings: Settings) -> dict[str, Any]:
+    """The settings by dotted path, as they are written down, without those that are free to change."""
+    return {name: value for name, value in flatten(_values_of(settings)).items() if not _matches(name, FREE)}
+
+
+def settings_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The settings that differ and are not free to."""
+    changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return [name for name in changed if not _may_change(name, old, new)]
 
 
 def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     if name == "train.steps" and name in old and name in new:
         return new["optim.schedule"] == "constant" and new[name] > old[name]
-    return name in _FREE or name.startswith(_FREE_GROUPS)
+    return _matches(name, FREE)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a setting is one of some, or lies in one of them."""
+    return any(f"{name}.".startswith(f"{pattern.removesuffix('.*')}.") for pattern in patterns)
 
 
 def _reason(name: str, new: Mapping[str, Any]) -> str:

@@ -144,7 +144,7 @@ def test_changed_data_are_refused_by_a_run_that_continues(tmp_path, tiny_folder,
     settings = rl_settings(tmp_path / "run", tiny_folder, copy)
     run_rl(settings)
     (copy / "train.parquet").write_bytes((data / "test.parquet").read_bytes())
-    with pytest.raises(DataError, match="field length: saved with 16, but the run now has 6"):
+    with pytest.raises(DataError, match=r"from other inputs: data.train rows was 16, now 6; data.train sampled"):
         run_rl(settings)
 
 

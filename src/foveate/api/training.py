@@ -24,11 +24,14 @@ class Recipe:
 
     settings: Any
 
-    def train(self) -> Run:
-        """Run the stage of the settings, or the rest of one that was interrupted: the same run folder resumes it."""
+    def train(self, *, accept_changes: bool = False) -> Run:
+        """Run the stage of the settings, or the rest of one that was interrupted: the same run folder resumes it.
+
+        A run whose data, code, model folder or settings changed since its last checkpoint is refused unless
+        `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
         if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
             setup_logging()  # else a script would be silent
-        return finished(_stage(self.settings))
+        return finished(_stage(_from_model(self.settings), accept_changes))
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
@@ -49,6 +52,7 @@ def train_rl(
     algorithm: str | Mapping[str, Any] = "gspo",
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
+    accept_changes: bool = False,
     **overrides: Any,
 ) -> Run:
     """Online reinforcement learning.
@@ -63,6 +67,7 @@ def train_rl(
         algorithm: a name (`gspo`, `grpo`, `dapo`, ...), or settings, `{"name": "gspo", "correction": ...}`.
         config: a recipe whose settings these arguments change.
         run_dir: folder of the run, which the same call resumes; by default a new one, `runs/rl-1`.
+        accept_changes: resume it with other data, code or settings, too; the run records that.
         overrides: settings by group (`optim={"lr": 1e-5}`), by path (`**{"optim.lr": 1e-5}`) or, where only one group
             has it, by name (`lr=1e-5`).
 
@@ -79,7 +84,7 @@ def train_rl(
             run_dir=run_dir,
             overrides=overrides,
         )
-    ).train()
+    ).train(accept_changes=accept_changes)
 
 
 def rl_settings(
@@ -107,10 +112,11 @@ def train_sft(
     *,
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
+    accept_changes: bool = False,
     **overrides: Any,
 ) -> Run:
     """Supervised fine-tuning on demonstrations; arguments as those of `train_rl`."""
-    return _offline("sft", model, train_data, config, run_dir, overrides)
+    return _offline("sft", model, train_data, config, run_dir, overrides, accept_changes)
 
 
 def train_mpo(
@@ -119,10 +125,11 @@ def train_mpo(
     *,
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
+    accept_changes: bool = False,
     **overrides: Any,
 ) -> Run:
     """Preference optimisation on pairs of answers; arguments as those of `train_rl`."""
-    return _offline("mpo", model, train_data, config, run_dir, overrides)
+    return _offline("mpo", model, train_data, config, run_dir, overrides, accept_changes)
 
 
 def _offline(
@@ -132,9 +139,10 @@ def _offline(
     config: str | Path | None,
     run_dir: str | Path | None,
     overrides: Mapping[str, Any],
+    accept_changes: bool,
 ) -> Run:
     given = {**_common(model, data, _run_folder(run_dir, stage)), **overrides}
-    return Recipe(settings_of(given, STAGES[stage], config)).train()
+    return Recipe(settings_of(given, STAGES[stage], config)).train(accept_changes=accept_changes)
 
 
 def _common(model: str | Path, data: Any, run: Path) -> dict[str, Any]:
@@ -156,22 +164,30 @@ def _run_folder(given: str | Path | None, stage: str) -> Path:
     return Path(f"runs/{stage}-{number}")
 
 
-def _stage(settings: AnySettings) -> RunFolder:
+def _from_model(settings: AnySettings) -> AnySettings:
+    """Settings whose `model.path` names a checkpoint of a run, with the model folder that is made of it."""
+    from foveate.train.export import start_of
+
+    path = start_of(settings.model.path)
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
+
+
+def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
     if isinstance(settings, SFTSettings):
         from foveate.train.sft import run_sft
 
-        return run_sft(settings)
+        return run_sft(settings, accept_changes=accept_changes)
     if isinstance(settings, MPOSettings):
         from foveate.train.mpo import run_mpo
 
-        return run_mpo(settings)
+        return run_mpo(settings, accept_changes=accept_changes)
     if isinstance(settings, RLSettings):
         from foveate.train.rl import run_rl
 
-        return run_rl(settings)
+        return run_rl(settings, accept_changes=accept_changes)
     from foveate.train.cascade import run_cascade
 
-    return run_cascade(settings)
+    return run_cascade(settings, accept_changes=accept_changes)
 
 
 def finished(folder: RunFolder) -> Run:

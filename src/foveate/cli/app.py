@@ -101,8 +101,23 @@ def main() -> None:
     except UserError as error:
         sys.stderr.write(f"error: {printable(masked(' '.join(str(error).split())))}\n")
         raise SystemExit(1) from None
+    except Exception as error:
+        if os.environ.get("FOVEATE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {_unexpected(error)}\n")
+        raise SystemExit(1) from None
     except SystemExit as end:  # typer turns Ctrl-C into one
         if end.code == INTERRUPTED:
             continues = "the same command continues from what is saved"
             sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
         raise
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error that nobody foresaw: of the system, about a path, or a fault of foveate."""
+    from foveate.log import masked
+
+    text = printable(masked(" ".join(str(error).split())))[:600]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{printable(os.fsdecode(error.filename))[:300]}: {error.strerror}"
+    return f"{type(error).__name__}: {text}; with FOVEATE_TRACEBACK=1 the same command shows where it was raised"

@@ -30,8 +30,9 @@ def up_command(
     block: Block = False,
 ) -> None:
     """Start the head of a cluster on this machine. Those alone get in that have its token (~/.ray/auth_token)."""
-    from foveate.cluster.commands import LOOPBACK, start_node
+    from foveate.cluster.commands import LOOPBACK, own_address, start_node
 
+    host = own_address(host)
     join = f"on each other machine: foveate cluster join {host}:{port} --host ITS-ADDRESS"
     print_result(
         f"{join if host != LOOPBACK else 'this machine alone; with --host, others can join'}; stop by: ray stop"

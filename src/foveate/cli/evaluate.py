@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from foveate import api
-from foveate.cli.options import BadRows, Columns, ImageRoot, columns_of
+from foveate.cli.options import MOST_TOKENS, BadRows, Columns, ImageRoot, columns_of, finite
 from foveate.errors import ConfigError
 from foveate.log import print_result
 
@@ -35,10 +35,12 @@ def generate_command(
     model: Annotated[str | None, typer.Option(help="Model folder, or demo: answers in this process.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoints.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers per row.")] = 1,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy. Default 0, or 0.6 thinking.")] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass kept.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="0: greedy. Default 0, or 0.6 thinking.")
+    ] = None,
+    top_p: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Nucleus sampling: mass kept.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept; 0: all.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 1024,
     thinking: Thinking = False,
     system: System = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
@@ -49,9 +51,13 @@ def generate_command(
     on_bad_row: BadRows = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time.")] = 64,
     retries: Annotated[int, typer.Option(min=0, help="Further tries of a request; waits double up to 30 s.")] = 8,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, callback=finite, help="Seconds until a request is given up.")
+    ] = 600.0,
     key_variable: Annotated[str, typer.Option(help="Environment variable with the API key.")] = CLIENT_KEY,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt (with --model).")] = 8192,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt (with --model).")
+    ] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
@@ -66,6 +72,8 @@ def generate_command(
         raise ConfigError("--system default needs --model; a server's family is not known here, so give the text")
     prompt = THINKING_SYSTEM if thinking else system
     heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinking else 0.0
+    if 0 < heat < 0.01 or not top_p:
+        raise ConfigError(f"--temperature {heat:g} --top-p {top_p:g}: give 0 or at least 0.01, and more than 0")
     if heat == 0 and samples > 1:
         raise ConfigError(f"--samples {samples} at temperature 0 are all the same answer; give --temperature")
     client = None
@@ -104,8 +112,10 @@ def evaluate_command(
     missing: Annotated[
         Literal["error", "skip", "wrong"], typer.Option(help="Rows without an answer: stop, leave out, or wrong.")
     ] = "error",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, in tokens with images.")] = 8192,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt, in tokens with images.")
+    ] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     system: System = None,
     rows: FirstRows = None,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from foveate import api
+from foveate.cli.options import finite
 from foveate.log import print_result
 
 Layout = Literal["chat", "hf", "hf-old"]
@@ -28,7 +29,9 @@ def convert_command(
         Layout,
         typer.Option(help="GitHub format, Hugging Face, or Hugging Face with the names of the released -HF folders."),
     ],
-    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in 10^9 bytes.")] = 5.0,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0.001, max=1000, callback=finite, help="Largest weight file, in 10^9 bytes.")
+    ] = 5.0,
 ) -> None:
     """Turn a checkpoint of one layout into another, bit for bit, without holding the model in memory."""
     print_result(f"{target}: {api.convert(source, target, to, shard_bytes=int(max_shard_gb * 1e9))}")

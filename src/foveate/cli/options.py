@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,9 +27,26 @@ def mirrored(path: str, *flags: str) -> Any:
     return typer.Option(*flags, min=least, help=(field.description or "").replace("null:", "by default:"))
 
 
+def finite(value: float | None) -> float | None:
+    """The check of options that are numbers: no comparison refuses one that is none."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"must be a finite number, found {value}")
+    return value
+
+
+MOST_TOKENS, MOST_PIXELS = 1_048_576, 4096
+"""Limits of options: tokens of a prompt or an answer, pixels of the side of a drawn image."""
+
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe, such as shapes_gspo.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ: optim.lr=1e-5 seed=3.")
+]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes",
+        help="Continue with data, code, a model folder or settings that changed; what did is kept in changes.jsonl.",
+    ),
 ]
 BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")]
 ImageRoot = Annotated[Path | None, mirrored("data.image_root")]

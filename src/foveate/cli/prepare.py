@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Seed, Sources, Workers, reading_of
+from foveate.cli.options import (
+    MOST_PIXELS,
+    BadRows,
+    Columns,
+    ImageRoot,
+    OutFolder,
+    Seed,
+    Sources,
+    Workers,
+    finite,
+    reading_of,
+)
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +27,7 @@ if TYPE_CHECKING:
 
 prepare = typer.Typer(help="Make datasets in the field's parquet schema.", no_args_is_help=True)
 
-TestFraction = Annotated[float, typer.Option(min=0, max=1, help="Share of rows that is held out.")]
+TestFraction = Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Share of rows that is held out.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write to.")]
 Rollouts = Annotated[
     list[Path] | None,
@@ -26,7 +37,7 @@ PartName = Annotated[
     str | None,
     typer.Option(help="PartName of the score that makes an answer right; by default accuracy, hit, or the score."),
 ]
-Threshold = Annotated[float, typer.Option(help="The least value of a right answer.")]
+Threshold = Annotated[float, typer.Option(callback=finite, help="The least value of a right answer.")]
 
 
 @prepare.command("grounding")
@@ -57,7 +68,7 @@ def prepare_grounding_command(
         float | None,
         typer.Option(min=0, max=1, help="Validation: take this share of each file, one test file for each and all."),
     ] = None,
-    test_fraction: Annotated[float, typer.Option(min=0, max=1, help="Share that is held out.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Share that is held out.")] = 0.1,
     split_by: Annotated[Literal["image", "row"], typer.Option(help="Hold out whole images, or single rows.")] = "image",
     image_root: ImageRoot = None,
     copy_images: Annotated[bool, typer.Option(help="Copy the images into the folder.")] = False,
@@ -257,10 +268,15 @@ def prepare_shapes_command(
     train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
     test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
     kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
-    side: Annotated[int, typer.Option(min=48, help="Side of the square images, in pixels.")] = 100,
+    side: Annotated[int, typer.Option(min=48, max=MOST_PIXELS, help="Side of the square images, in pixels.")] = 100,
     shortcut: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of right demonstrations for pairs; the rest name the larger object."),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=finite,
+            help="Share of right demonstrations for pairs; the rest name the larger object.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:

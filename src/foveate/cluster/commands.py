@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from foveate.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 _INSIDE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+RESOLVE_S = 5.0
 STOP_S = 600
 """Seconds that a job which is stopped has to end its step and save."""
 
@@ -23,8 +28,12 @@ def start_node(
 ) -> None:
     """Start the head of a cluster on `host`, or join the one whose `head` is at HOST:PORT.
 
-    Raises ConfigError where ray is not installed, or does not start.
+    Raises ConfigError where a name does not resolve, or ray is not installed or does not start; nothing that it
+    started is left then.
     """
+    host = own_address(host)
+    if head is not None:
+        resolved(head.rpartition(":")[0], "the head")
     use_token()
     keep_priority()
     if head is None and "RAY_AUTH_TOKEN" not in os.environ:
@@ -46,9 +55,45 @@ def start_node(
     command += [f"--num-gpus={gpus}"] if gpus is not None else []
     if block:  # this process becomes the node, so that what ends the one ends the other
         os.execv(command[0], [*command, "--block"])
-    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if ended.returncode:
-        raise ConfigError(f"ray did not start (exit code {ended.returncode}): {' '.join(ended.stdout.split())}")
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        said, _ = started.communicate()
+    finally:
+        if started.returncode != 0:  # what it started is in its group, and would go on listening
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
+    if started.returncode:
+        raise ConfigError(f"ray did not start (exit code {started.returncode}): {' '.join(said.split())[-600:]}")
+
+
+def own_address(host: str) -> str:
+    """The address of this machine that a name stands for. Raises ConfigError for one that does not resolve, and for
+    that of another machine."""
+    address = resolved(host, "--host")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        raise ConfigError(f"--host {host}: is no address of this machine ({error.strerror}); give one of it") from None
+    return address
+
+
+def resolved(name: str, what: str) -> str:
+    """The address of a host. Raises ConfigError where it is not known within `RESOLVE_S` seconds."""
+    found: list[str] = []
+
+    def ask() -> None:
+        with suppress(OSError, UnicodeError):
+            known = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            known.sort(key=lambda entry: entry[0] != socket.AF_INET)  # which the ranks' own network code expects
+            found.append(str(known[0][4][0]))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a resolver may take minutes, and cannot be stopped
+    asking.start()
+    asking.join(RESOLVE_S)
+    if not found:
+        raise ConfigError(f"{what} {name!r}: this name does not resolve; give an address, such as 10.0.0.1")
+    return found[0]
 
 
 def bind_to_loopback() -> None:

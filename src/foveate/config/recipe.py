@@ -24,7 +24,7 @@ from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError
 from foveate.registry import explain, suggestion
 
-MOST_CHARACTERS, MOST_DEPTH = 1_000_000, 32
+MOST_CHARACTERS, MOST_DEPTH, MOST_DIGITS = 1_000_000, 32, 300
 """Bounds of a recipe."""
 SHIPPED = Path(str(importlib.resources.files("foveate"))) / "recipes"
 
@@ -290,6 +290,8 @@ def _scalar(text: str) -> Any:
     """An unquoted scalar by the rules of YAML 1.2 (YAML 1.1 reads 1e-6 as text, `no` as false and 1:30 as 90)."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
+    if len(text) > MOST_DIGITS:
+        return text
     if _INTEGER.fullmatch(text):
         return int(text)
     return float(text) if _FLOAT.fullmatch(text) else text

@@ -44,7 +44,7 @@ class RolloutSettings(Settings):
         "limit.",
     )
     samples: int = Field(default=8, ge=1, description="Answers per prompt (the group size).")
-    temperature: float = Field(default=1.0, ge=0, description="Sampling temperature.")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="Sampling temperature.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept; 1: all.")
     top_k: int = Field(default=0, ge=0, description="Most likely tokens kept; 0: all.")
-    max_tokens: int = Field(default=256, ge=1, description="Longest answer, in tokens.")
+    max_tokens: int = Field(default=256, ge=1, le=1_048_576, description="Longest answer, in tokens.")

@@ -52,8 +52,9 @@ CHUNK = 64
 """Prompts whose sampled answers become one file: what an interruption can lose."""
 
 
-def run_cascade(settings: CascadeSettings) -> RunFolder:
-    """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row."""
+def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> RunFolder:
+    """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row.
+    `accept_changes`: as of `run_rl`, for what a stage reads; settings stay as they are."""
     _check(settings)
     use_threads(settings.rl.train.threads)
     wait = settings.stage("rl", "model").disk_wait
@@ -61,13 +62,15 @@ def run_cascade(settings: CascadeSettings) -> RunFolder:
         model = settings.model.path
         evaluate(settings, model, run.path / "start", step=0)
         if settings.sft is not None:
-            model = _trained(run_sft, settings.stage("sft", model))
+            model = _trained(partial(run_sft, accept_changes=accept_changes), settings.stage("sft", model))
             evaluate(settings, model, run.path / "sft", step=settings.sft.train.steps)
             gather(settings, run)
         pairs = make_pairs(settings, model, run)
-        model = _trained(run_mpo, settings.stage("mpo", model, (str(pairs),)))
+        model = _trained(partial(run_mpo, accept_changes=accept_changes), settings.stage("mpo", model, (str(pairs),)))
         gather(settings, run)
-        _trained(run_rl, settings.stage("rl", model))  # evaluates the model that MPO made before its first step
+        _trained(
+            partial(run_rl, accept_changes=accept_changes), settings.stage("rl", model)
+        )  # evaluates the model that MPO made before its first step
         gather(settings, run)
     return run
 

@@ -49,6 +49,17 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
     return step
 
 
+def start_of(path: str) -> str:
+    """The model folder to begin a run from: a checkpoint of a run is exported first, to `exports/` beside it."""
+    if not (Path(path) / "state.json").is_file():
+        return path
+    checkpoint = _checkpoint_of(Path(path))
+    target = checkpoint.parent.parent / "exports" / checkpoint.name
+    if not target.exists():
+        export_checkpoint(checkpoint, target)
+    return str(target)
+
+
 def _checkpoint_of(path: Path) -> Path:
     """The folder of a checkpoint, which `latest` and `best` lead to. Raises ConfigError for what is none, and for a
     link that leads out of the folder of the run."""

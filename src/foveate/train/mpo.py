@@ -31,6 +31,7 @@ from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
+from foveate.train.inputs import Inputs
 from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
 from foveate.train.session import (
@@ -47,12 +48,13 @@ from foveate.train.worker import Worker, use_threads
 WITHOUT_REFERENCE = ("sft",)
 
 
-def run_mpo(settings: MPOSettings) -> RunFolder:
-    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
+def run_mpo(settings: MPOSettings, *, accept_changes: bool = False) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it.
+    `accept_changes`: also with other data, code, model folder or settings than before (`foveate.train.inputs`)."""
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings, accept_changes))
 
 
-def _run(settings: MPOSettings, again: bool) -> RunFolder:
+def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
@@ -64,7 +66,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
     build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
+        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
@@ -76,7 +78,8 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
         reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
         shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
-        step = resume(run, workers, stream, metrics, others)
+        inputs = Inputs.of(settings, {"data.train": table}, accept_changes=accept_changes)
+        step = resume(run, workers, stream, metrics, inputs, others)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
@@ -98,7 +101,7 @@ def _run(settings: MPOSettings, again: bool) -> RunFolder:
                 metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    save(workers, run, step, state, settings.train)
+                    save(workers, run, step, state, settings.train, inputs)
                 advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)

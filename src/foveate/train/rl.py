@@ -38,6 +38,7 @@ from foveate.run_folder import RunFolder, open_run
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm, check_run
 from foveate.train.async_rollouts import AsyncRollouts
 from foveate.train.clock import Clock
+from foveate.train.inputs import Inputs
 from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
@@ -54,13 +55,14 @@ from foveate.train.waste import WasteWatch
 from foveate.train.worker import Worker, use_threads
 
 
-def run_rl(settings: RLSettings) -> RunFolder:
-    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
+def run_rl(settings: RLSettings, *, accept_changes: bool = False) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it.
+    `accept_changes`: also with other data, code, model folder or settings than before (`foveate.train.inputs`)."""
     check_optimizer(settings.optim, settings.cluster)
-    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings, accept_changes))
 
 
-def _run(settings: RLSettings, again: bool) -> RunFolder:
+def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
     check_cluster(settings)
     use_threads(settings.train.threads)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
@@ -72,7 +74,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
-        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
+        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
         GracefulShutdown(workers) as leaving,
@@ -81,7 +83,8 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
         metrics, waste = MetricsWriter(run.metrics, settings.log.to), WasteWatch(run.warnings, settings)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
-        step = resume(run, workers, stream, metrics, others)
+        inputs = Inputs.of(settings, {"data.train": table, "data.test": held_out}, accept_changes=accept_changes)
+        step = resume(run, workers, stream, metrics, inputs, others)
         engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
@@ -116,7 +119,7 @@ def _run(settings: RLSettings, again: bool) -> RunFolder:
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                         state["score"] = record.get("eval/greedy_score")
-                        save(workers, run, step, state, settings.train)
+                        save(workers, run, step, state, settings.train, inputs)
                 advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from foveate.cluster.base import WorkerGroup, broadcast
@@ -15,10 +16,11 @@ from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.config.train import TrainSettings
 from foveate.data.stream import Stream
 from foveate.encoding.dataset import AnswerLimits
-from foveate.errors import ConfigError, RankLost
+from foveate.errors import ConfigError, DataError, RankLost
 from foveate.log import MetricsWriter
 from foveate.run_folder import RunFolder
-from foveate.train.checkpoint import checkpoints
+from foveate.train.checkpoint import checkpoints, read_state
+from foveate.train.inputs import Inputs
 from foveate.train.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -177,23 +179,47 @@ def resume(
     workers: WorkerGroup[Worker],
     stream: Stream,
     metrics: MetricsWriter,
+    inputs: Inputs,
     others: Mapping[str, Stateful] = {},
 ) -> int:
     """Restore weights, optimizer, data position and `others` from the newest checkpoint, and cut the metrics back to
-    its step. Returns that step, 0 for a run that begins."""
+    its step. Returns that step, 0 for a run that begins. Raises DataError where it was made from other inputs, unless
+    these are accepted: what they do not fit begins anew then."""
     found = checkpoints(run.checkpoints)
     state: dict[str, Any] = {"step": 0}
     if found:
-        state = broadcast(workers, Worker.restore, found[-1][1])[0]
+        path = found[-1][1]
+        saved = read_state(path)
+        are_others = inputs.check(run, saved["step"], saved.get("inputs"))
+        state = broadcast(workers, Worker.restore, path)[0]
         for name, thing in {"stream": stream, **others}.items():
-            thing.restore(state[name])
+            _restore(path, name, thing, state, are_others)
         logger.info("continuing %s after step %d", run.path, state["step"])
     metrics.truncate_after(state["step"])
     return state["step"]
 
 
-def save(workers: WorkerGroup[Worker], run: RunFolder, step: int, state: dict[str, Any], train: TrainSettings) -> None:
+def _restore(path: Path, name: str, thing: Stateful, state: Mapping[str, Any], may_begin_anew: bool) -> None:
+    try:
+        thing.restore(state[name])
+    except DataError as error:
+        if not may_begin_anew:
+            raise
+        logger.warning("%s begins anew: %s", name, error)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path / 'state.json'}: {name} is not what a run saves ({type(error).__name__})") from error
+
+
+def save(
+    workers: WorkerGroup[Worker],
+    run: RunFolder,
+    step: int,
+    state: dict[str, Any],
+    train: TrainSettings,
+    inputs: Inputs,
+) -> None:
     """All workers write a checkpoint together, beside the next steps where `train.save_async` says so."""
+    state = {**state, "inputs": inputs.found}
     broadcast(workers, Worker.save, run.checkpoints, step, state, train.keep_checkpoints, train.save_async)
 
 

@@ -17,6 +17,7 @@ from foveate.parallel.balance import Costs
 from foveate.records import Demo, PackedGroup, Prompt
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
+from foveate.train.inputs import Inputs
 from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.session import (
     GracefulShutdown,
@@ -30,12 +31,13 @@ from foveate.train.session import (
 from foveate.train.worker import Worker, sft_total, use_threads
 
 
-def run_sft(settings: SFTSettings) -> RunFolder:
-    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it."""
-    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings))
+def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it.
+    `accept_changes`: also with other data, code, model folder or settings than before (`foveate.train.inputs`)."""
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings, accept_changes))
 
 
-def _run(settings: SFTSettings, again: bool) -> RunFolder:
+def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
     check_offline(settings.cluster)
     check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
@@ -46,7 +48,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
     build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
     with (
-        open_run(settings.run, settings, disk_wait=settings.disk_wait) as run,
+        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, build, again=again) as workers,
         GracefulShutdown(workers) as leaving,
     ):
@@ -55,7 +57,8 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
         metrics = MetricsWriter(run.metrics, settings.log.to)
-        step = resume(run, workers, stream, metrics)
+        inputs = Inputs.of(settings, {"data.train": table}, accept_changes=accept_changes)
+        step = resume(run, workers, stream, metrics, inputs)
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
@@ -74,7 +77,7 @@ def _run(settings: SFTSettings, again: bool) -> RunFolder:
                 record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
                 metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
-                    save(workers, run, step, {"stream": stream.state()}, settings.train)
+                    save(workers, run, step, {"stream": stream.state()}, settings.train, inputs)
                 advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)

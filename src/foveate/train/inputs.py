@@ -1,0 +1,203 @@
+"""What a run is made from, named by content: data, code, model folder and settings.
+
+Each checkpoint holds these fingerprints. A run that continues with others would be neither the run that it was nor a
+new one, so it is refused, unless the change is accepted; then it is written down in `changes.jsonl` of the run.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foveate.config.runs import RunSettings
+from foveate.data.table import TaskTable
+from foveate.errors import DataError
+from foveate.files import atomic_write_text
+from foveate.models.checkpoint.inspect import resolve_folder
+from foveate.records import Task
+from foveate.run_folder import RunFolder, lasting_settings, settings_changes
+
+logger = logging.getLogger(__name__)
+
+WHOLE_BYTES = 64 * 2**20
+"""Files up to this size are hashed whole, of larger ones `BLOCKS` blocks from the first to the last."""
+BLOCKS, BLOCK_BYTES = 64, 2**16
+SAMPLED_ROWS = 256
+_MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+_CODE = ("algorithm", "loss", "optim", "reward", "rollout")
+"""Groups of settings that name code."""
+
+Fingerprints = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The inputs of a run as they are now, by name, and whether others than before are accepted."""
+
+    found: Fingerprints
+    accept_changes: bool
+
+    @classmethod
+    def of(cls, settings: RunSettings, tables: Mapping[str, TaskTable | None], *, accept_changes: bool) -> Inputs:
+        """tables: the rows that the run reads, by the setting that names their files."""
+        found: dict[str, Any] = {f"setting {name}": value for name, value in lasting_settings(settings).items()}
+        for name, table in tables.items():
+            if table is not None:
+                found |= _data(name, table)
+        for name, file in sorted(_code(settings)):
+            found[f"code {name}: {file.name}"] = content_of(file)
+        folder = resolve_folder(settings.model.path)
+        for file in sorted(folder.iterdir()):
+            if file.suffix in _MODEL_FILES and file.is_file() and not file.name.startswith("."):
+                found[f"model {file.name}"] = content_of(file)
+        return cls(json.loads(json.dumps(found)), accept_changes)
+
+    def check(self, run: RunFolder, step: int, before: Any) -> bool:
+        """Compare with the inputs `before` of a checkpoint of `step`. Returns whether there are changes, which were
+        accepted, now or by an earlier start. Raises DataError for changes that were not."""
+        if not isinstance(before, dict):
+            raise DataError(f"{run.checkpoints}: the checkpoint of step {step} does not say what it was made from")
+        changes = [*_changes(before, self.found)]
+        if not changes:
+            return False
+        if not self.accept_changes and self.digest not in _accepted(run):
+            more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+            raise DataError(
+                f"{run.path} was made from other inputs: {'; '.join(changes[:3])}{more}; bring them back, or continue "
+                "with these by --accept-changes, or begin from its weights: "
+                f"run=NEW model.path={run.checkpoints}/latest"
+            )
+        for change in changes:
+            logger.warning("accepted: %s", change)
+        if self.digest not in _accepted(run):
+            record = json.dumps({"step": step, "inputs": self.digest, "changes": changes}, ensure_ascii=False)
+            former = run.changes.read_text(encoding="utf-8") if run.changes.exists() else ""
+            atomic_write_text(run.changes, f"{former}{record}\n")
+        return True
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.found, sort_keys=True).encode()).hexdigest()
+
+
+def _changes(before: Fingerprints, now: Fingerprints) -> Iterator[str]:
+    """What differs, in words; settings by the rules of run folders."""
+    prefix = "setting "
+    old, new = (
+        {name.removeprefix(prefix): value for name, value in one.items() if name.startswith(prefix)}
+        for one in (before, now)
+    )
+    for name in settings_changes(old, new):
+        yield f"{name} was {json.dumps(old.get(name))}, now {json.dumps(new.get(name))}"
+    evaluated = all(any(name.startswith("data.test ") for name in one) for one in (before, now))
+    for name in sorted(before.keys() | now.keys(), key=lambda name: (" file " in name, name)):
+        if name.startswith(prefix) or (name.startswith("data.test ") and not evaluated):
+            continue
+        if before.get(name) != now.get(name):
+            then, here = before.get(name, "not there"), now.get(name, "not there")
+            yield f"{name} was {then}, now {here}"
+
+
+def _accepted(run: RunFolder) -> set[str]:
+    """The inputs that were accepted before."""
+    if not run.changes.exists():
+        return set()
+    return {json.loads(line)["inputs"] for line in run.changes.read_text(encoding="utf-8").splitlines()}
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+
+def content_of(file: Path) -> str:
+    """The size of a file, and a digest of all of it, or of some blocks of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            digest = hashlib.file_digest(stream, "sha256")
+        else:
+            digest = hashlib.sha256()
+            for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS).astype(int):
+                stream.seek(int(start))
+                digest.update(stream.read(BLOCK_BYTES))
+    return f"{size:,} bytes, {digest.hexdigest()[:16]}"
+
+
+def _data(name: str, table: TaskTable) -> dict[str, Any]:
+    """Number of rows, some of the rows with their images, and the files. Their names, not their folders, count."""
+    digest = hashlib.sha256()
+    for index in np.unique(np.linspace(0, len(table) - 1, min(len(table), SAMPLED_ROWS)).astype(int)):
+        digest.update(_row(table[int(index)]))
+    files = {f"{name} file {number}: {file.name}": content_of(file) for number, file in enumerate(table.files, start=1)}
+    return {f"{name} rows": len(table), f"{name} sampled rows": digest.hexdigest()[:16], **files}
+
+
+def _row(task: Task) -> bytes:
+    """A task with the content of its images."""
+    messages = [(message.role, message.content) for message in task.messages]
+    images = [
+        content_of(image.path) if image.path is not None else hashlib.sha256(image.data or b"").hexdigest()
+        for image in task.images
+    ]
+    return repr((task.id, task.source, messages, images, task.answer, task.meta)).encode("utf-8", "backslashreplace")
+
+
+def _code(settings: RunSettings) -> Iterator[tuple[str, Path]]:
+    """The files of the code that settings name, with what these import from their own folder."""
+    values = settings.model_dump(mode="json")
+    for group in _CODE:
+        for text in _texts(values.get(group)):
+            source = _source_of(text)
+            for file in _with_siblings(source) if source is not None else ():
+                yield group, file
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _source_of(text: str) -> Path | None:
+    """The file of code that is named `path/to/file.py:name` or `module:name`; None for any other text."""
+    module, colon, name = text.rpartition(":")
+    if not colon or not name.isidentifier():
+        return None
+    if module.endswith(".py"):
+        return Path(module) if Path(module).is_file() else None
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _with_siblings(file: Path) -> list[Path]:
+    """A file of code and those of its folder that it imports, themselves or through each other."""
+    found = [Path(os.path.realpath(file))]
+    for one in found:  # grows
+        for node in ast.walk(ast.parse(one.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in names:
+                beside = one.with_name(f"{name.rpartition('.')[2]}.py")
+                if beside.is_file() and beside not in found:
+                    found.append(beside)
+    return found
