@@ -1,4 +1,4 @@
-"""What a run is made from, named by content: data, code, model folder and settings.
+"""The inputs of a run, named by content: data, code, model folder and settings.
 
 Each checkpoint holds these fingerprints. A run that continues with others would be neither the run that it was nor a
 new one, so it is refused, unless the change is accepted; then it is written down in `changes.jsonl` of the run.
@@ -91,7 +91,7 @@ class Inputs:
 
 
 def _changes(before: Fingerprints, now: Fingerprints) -> Iterator[str]:
-    """What differs, in words; settings by the rules of run folders."""
+    """The differences in words; settings by the rules of run folders."""
     prefix = "setting "
     old, new = (
         {name.removeprefix(prefix): value for name, value in one.items() if name.startswith(prefix)}

@@ -89,7 +89,6 @@ def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
-
         asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
         with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
