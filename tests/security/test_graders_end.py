@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.data.lifeline import end_with, lifeline
+from foveate.processes import end_with, lifeline
 
 GRADER = """
 import os, pathlib, signal, subprocess, sys, time

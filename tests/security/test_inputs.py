@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from toy import make_data, rl_settings, sft_settings
 
-from foveate import api
+from foveate.api.training import Recipe
 from foveate.config.recipe import to_yaml
 from foveate.data.table import open_tasks, write_rows
 from foveate.errors import ConfigError, DataError
@@ -176,13 +176,13 @@ def test_a_new_run_begins_from_the_weights_of_a_checkpoint_under_other_settings(
         update={"run": str(made / "new"), "model": supervised(made).model.model_copy(
             update={"path": str(old.checkpoints / "latest"), "dtype": "bfloat16"})}
     )  # fmt: skip
-    new = api.train_sft(settings)
+    new = Recipe(settings).train()
     assert (old.path / "exports" / "step_000002" / "config.json").is_file()
-    assert f"path: {old.path}/exports/step_000002" in new.config.read_text()
-    assert [step for step, _ in checkpoints(new.checkpoints)] == [1]
-    api.train_sft(settings)  # the same command goes on
+    assert f"path: {old.path}/exports/step_000002" in new.folder.config.read_text()
+    assert [step for step, _ in checkpoints(new.folder.checkpoints)] == [1]
+    Recipe(settings).train()  # the same command goes on
     (made / "fake").mkdir()
     (made / "fake" / "state.json").write_text("{}")
     fake = settings.model_copy(update={"model": settings.model.model_copy(update={"path": str(made / "fake")})})
     with pytest.raises(ConfigError, match="is no checkpoint of a run"):
-        api.train_sft(fake)
+        Recipe(fake).train()

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from foveate.data.images import MAX_PIXELS
-from foveate.data.lifeline import end_with, lifeline
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem
 from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
 from foveate.data.table import TaskTable, open_tasks
 from foveate.errors import DataError, require
 from foveate.log import progress as progress_bar
-from foveate.processes import worker_context
+from foveate.processes import end_with, lifeline, worker_context
 from foveate.records import Task
 
 logger = logging.getLogger(__name__)

@@ -14,12 +14,11 @@ from typing import Self
 import numpy as np
 import torch
 
-from foveate.data.lifeline import end_with, lifeline
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
-from foveate.processes import worker_context
+from foveate.processes import end_with, lifeline, worker_context
 from foveate.records import Prompt, Task
 
 Encoded = tuple[Task, Prompt, np.ndarray | None]

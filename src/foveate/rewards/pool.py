@@ -21,9 +21,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.data.lifeline import end_with, lifeline
 from foveate.errors import ConfigError, DataError
-from foveate.processes import worker_context
+from foveate.processes import end_with, lifeline, worker_context
 from foveate.records import FAILED, Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
