@@ -11,7 +11,7 @@ from foveate.run_folder import RunFolder
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from foveate.report.notebook import Figure
+    from foveate.report.notebook import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class Run:
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
-    def plot(self, *names: str) -> Figure:
+    def plot(self, *names: str) -> Picture:
         """The curves of some metrics over the steps, which a notebook shows; by default of the reward, and of the
         held-out accuracy where there is one. Raises ConfigError for a metric that the run has not measured."""
         from foveate.report.notebook import plot
 
         return plot(self.rows, names)
 
-    def gallery(self, count: int = 8) -> Figure:
+    def gallery(self, count: int = 8) -> Picture:
         """Held-out images with the answers of the last evaluation, which a notebook shows. Raises DataError where
         there was none."""
         from foveate.report.notebook import gallery

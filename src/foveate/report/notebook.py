@@ -22,7 +22,7 @@ _POINTS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Picture:
     """A piece of HTML that a notebook shows."""
 
     html: str
@@ -48,7 +48,7 @@ class Curve:
     steps: tuple[int, int]
 
 
-def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
+def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
     """The curves of these metrics, by default of the `USUAL` ones that were measured. Raises ConfigError for one that
     was not."""
     known = {one.label: one for one in collect(rows) if one.values}
@@ -59,7 +59,7 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     return _render(curves=[_curve(known[name]) for name in chosen], cards=(), width=WIDTH, height=HEIGHT)
 
 
-def gallery(folder: Path, count: int) -> Figure:
+def gallery(folder: Path, count: int) -> Picture:
     """Held-out images with the answers of the last evaluation. Raises DataError where there was none."""
     run = read_run(folder)
     if not run.evaluations:
@@ -82,7 +82,7 @@ def _curve(series: Series) -> Curve:
     return Curve(series.label, lines, lowest, highest, latest, (first, last))
 
 
-def _render(**values: Any) -> Figure:
+def _render(**values: Any) -> Picture:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("foveate.report", "."),
         autoescape=True,
@@ -90,4 +90,4 @@ def _render(**values: Any) -> Figure:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return Figure(environment.get_template("notebook.html.j2").render(**values))
+    return Picture(environment.get_template("notebook.html.j2").render(**values))
