@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from foveate.data.hub import is_hub_name, model_folder
@@ -17,9 +16,12 @@ from foveate.encoding.family import Family, budget_of
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.small_files import WEIGHTS, read_tokenizer, refuse_links
+from foveate.models.checkpoint.small_files import WEIGHTS, bounded, read_tokenizer, refuse_links
 from foveate.models.families import family_class
 from foveate.records import Message
+
+TEMPLATE_S, TEMPLATE_BYTES = 10.0, 2**30
+"""Limits of a chat template that says one word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ def inspect_model_folder(path: str) -> ModelFolder:
             f"{folder}: no chat template, and the tokenizer has no {family.template_token}; add chat_template.jinja"
         )
     try:
-        render((Message("user", "?"),), tokenizer, template=family.template)
-    except (TemplateError, TypeError) as error:
-        raise DataError(f"{folder}: the chat template cannot be used ({error}); mend it") from error
+        with bounded(TEMPLATE_S, TEMPLATE_BYTES):
+            render((Message("user", "?"),), tokenizer, template=family.template)
+    except Exception as error:  # a template is a program, and may raise anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{folder}: the chat template cannot be used ({reason}); mend it") from error
     return ModelFolder(folder, layout, config, tokenizer, family)
 
 

@@ -3,9 +3,13 @@ Every refusal is a DataError that names the file."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
+import re
+import resource
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +22,7 @@ from foveate.errors import DataError
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 """Suffixes of files that are not small."""
+MOST_JSON_BYTES, MOST_TILES = 200_000_000, 1024
 _ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
 """Settings of the image processor that have one value: bicubic resize, pixels in 0..1, normalised."""
 
@@ -33,6 +38,32 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.set_tqdm_hook(hook)
+
+
+@contextmanager
+def bounded(seconds: float, more_bytes: int) -> Iterator[None]:
+    """Within it this thread gets a TimeoutError after some seconds, and the process a MemoryError when it allocates
+    more. Both reach code in Python only, such as that of a template."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(seconds, interrupt, (thread, ctypes.py_object(TimeoutError)))
+    timer.daemon = True
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if used is not None and soft == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used[1]) + more_bytes, hard))
+    timer.start()
+    try:
+        yield
+    except TimeoutError:
+        raise TimeoutError(f"it takes more than {seconds:g} s") from None
+    except MemoryError:
+        raise MemoryError(f"it takes more than {more_bytes / 2**30:g} GiB of memory") from None
+    finally:
+        timer.cancel()
+        timer.join()
+        interrupt(thread, None)  # one that came too late
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
@@ -58,9 +89,16 @@ def refuse_links(folder: Path, without: Collection[str] = ()) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file. Raises DataError for anything else."""
     try:
+        size = path.stat().st_size
+        if size > MOST_JSON_BYTES:
+            raise DataError(f"{path}: has {size:,} bytes; a JSON file of a checkpoint has {MOST_JSON_BYTES:,} at most")
         content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON (nested too deep)") from None
+    except DataError:
+        raise
     except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from error
+        raise DataError(f"{path}: not valid JSON ({str(error)[:300]})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a JSON object")
     return content

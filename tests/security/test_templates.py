@@ -1,0 +1,81 @@
+"""A chat template is a program that came with a model: it ends, within bounds, or the folder is refused."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import threading
+import time
+
+import pytest
+
+from foveate.errors import DataError
+from foveate.models.checkpoint import inspect
+from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.checkpoint.small_files import bounded
+
+LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+TEMPLATES = {
+    "nested loops": (LOOP, "takes more than 1 s"),
+    "a string of 3 GB": ("{{ 'x' * 3000000000 }}", "GiB of memory"),
+    "doubled": (
+        "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "takes more than 1 ",
+    ),
+    "a long format": ("{{ '%3000000000d' % 1 }}", ""),
+    "a large range": ("{% for i in range(10 ** 12) %}{% endfor %}", ""),
+    "division": ("{{ 1 / 0 }}", "division by zero"),
+    "unknown": ("{{ messages.nothing.at.all }}", "nothing"),
+    "a wrong type": ("{{ messages + 1 }}", ""),
+    "no end": ("{% if messages %}", ""),
+    "deep": ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", ""),
+    "its own error": ("{{ raise_exception('no\nsuch role') }}", "no such role"),
+    "out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", ""),
+    "a file": ("{% include '/etc/passwd' %}", ""),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_end_or_bounds_is_refused_in_one_line(tmp_path, tiny_folder, monkeypatch, name):
+    template, said = TEMPLATES[name]
+    monkeypatch.setattr(inspect, "TEMPLATE_S", 1.0)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    limits, begin = resource.getrlimit(resource.RLIMIT_DATA), time.monotonic()
+    with pytest.raises(DataError, match="the chat template cannot be used") as caught:
+        inspect_model_folder(str(folder))
+    assert time.monotonic() - begin < 30
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limits
+
+
+def test_what_is_bounded_may_take_as_long_as_that():
+    with bounded(5.0, 2**28):
+        time.sleep(0.01)
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, '{"a":' * 50_000, '{"model_type": ' + "9" * 5000 + "}", "", "\x00", '"' + "x" * 100_000, "[]"],
+)
+def test_small_files_that_are_none_are_refused_in_one_line(tmp_path, tiny_folder, name, text):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / name).write_text(text)
+    with pytest.raises(DataError) as caught:
+        inspect_model_folder(str(folder))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [10**9, 10**300, -1, "many", [1], True])
+def test_numbers_of_tiles_that_no_image_has_are_refused(tmp_path, tiny_folder, value):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_patches": value}))
+    with pytest.raises(DataError, match="max_patches"):
+        inspect_model_folder(str(folder))
