@@ -93,13 +93,13 @@ CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
 def main() -> None:
     """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
-    from foveate.log import masked, setup_logging
+    from foveate.log import setup_logging
 
     setup_logging()
     try:
         app(prog_name="foveate")
     except UserError as error:
-        sys.stderr.write(f"error: {printable(masked(' '.join(str(error).split())))}\n")
+        sys.stderr.write(f"error: {_one_line(error)}\n")
         raise SystemExit(1) from None
     except Exception as error:
         if os.environ.get("FOVEATE_TRACEBACK"):
@@ -113,11 +113,16 @@ def main() -> None:
         raise
 
 
-def _unexpected(error: Exception) -> str:
-    """One line about an error that nobody foresaw: of the system, about a path, or a fault of foveate."""
+def _one_line(error: Exception) -> str:
+    """The message of an error as a line of bounded length, without secrets, that a terminal shows and does not obey."""
     from foveate.log import masked
 
-    text = printable(masked(" ".join(str(error).split())))[:600]
+    text = printable(masked(" ".join(str(error).split())))
+    return text if len(text) <= 1900 else f"{text[:1500]} ... {text[-300:]}"
+
+
+def _unexpected(error: Exception) -> str:
+    """One line about an error that nobody foresaw: of the system, about a path, or a fault of foveate."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{printable(os.fsdecode(error.filename))[:300]}: {error.strerror}"
-    return f"{type(error).__name__}: {text}; with FOVEATE_TRACEBACK=1 the same command shows where it was raised"
+    return f"{type(error).__name__}: {_one_line(error)}; FOVEATE_TRACEBACK=1 shows where it was raised"
