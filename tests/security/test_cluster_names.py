@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 import time
 
 import pytest
@@ -40,10 +41,17 @@ def test_a_name_that_does_not_resolve_starts_nothing(monkeypatch, name):
 
 
 def test_a_resolver_that_takes_minutes_is_not_waited_for(monkeypatch):
+    ended = threading.Event()
+
+    def slow(*_, **__):
+        ended.wait(60)
+        unknown()
+
     monkeypatch.setattr(commands, "RESOLVE_S", 0.1)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
     with pytest.raises(ConfigError, match="does not resolve"):
         resolved("slow.example", "--host")
+    ended.set()
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -62,11 +62,11 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
         model = settings.model.path
         evaluate(settings, model, run.path / "start", step=0)
         if settings.sft is not None:
-            model = _trained(partial(run_sft, accept_changes=accept_changes), settings.stage("sft", model))
+            model = _trained(run_sft, accept_changes, settings.stage("sft", model))
             evaluate(settings, model, run.path / "sft", step=settings.sft.train.steps)
             gather(settings, run)
         pairs = make_pairs(settings, model, run)
-        model = _trained(partial(run_mpo, accept_changes=accept_changes), settings.stage("mpo", model, (str(pairs),)))
+        model = _trained(run_mpo, accept_changes, settings.stage("mpo", model, (str(pairs),)))
         gather(settings, run)
         _trained(
             partial(run_rl, accept_changes=accept_changes), settings.stage("rl", model)
@@ -88,11 +88,11 @@ def _check(settings: CascadeSettings) -> None:
     new_engine(rl)
 
 
-def _trained(page: Callable[[Any], RunFolder], stage: Any) -> str:
+def _trained(page: Callable[..., RunFolder], accept_changes: bool, stage: Any) -> str:
     """The folder of the model that a stage makes; a stage that has made it is not entered again."""
     final = RunFolder(Path(stage.run)).final
     if not final.exists():
-        page(stage)
+        page(stage, accept_changes=accept_changes)
     return str(final)
 
 

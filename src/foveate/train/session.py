@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from foveate.config.train import TrainSettings
 from foveate.data.stream import Stream
 from foveate.encoding.dataset import AnswerLimits
 from foveate.errors import ConfigError, DataError, RankLost
-from foveate.log import MetricsWriter
+from foveate.log import MetricsWriter, console
 from foveate.run_folder import RunFolder
 from foveate.train.checkpoint import checkpoints, read_state
 from foveate.train.inputs import Inputs
@@ -80,6 +81,8 @@ class GracefulShutdown:
     def _ask(self, number: int, _: object) -> None:
         if number == signal.SIGINT and (self.is_asked or not self._has_begun):
             raise KeyboardInterrupt
+        if number == signal.SIGHUP and console.is_terminal:  # it is gone, and writing to it would end the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if not self.is_asked:
             self._asked = signal.Signals(number)
             name = "Ctrl-C" if number == signal.SIGINT else self._asked.name
