@@ -166,7 +166,9 @@ main()
 def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data, whole, moment):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(settings_in(tmp_path / "run", tiny_folder, data)))
-    places = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(toy.__file__).parent), str(Path(__file__).parent)])}
+    before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    support = os.pathsep.join([str(Path(toy.__file__).parent), str(Path(__file__).parent), *before])
+    places = {**os.environ, "PYTHONPATH": support}
     killed = subprocess.run([sys.executable, "-c", KILLED, moment, "rl", str(recipe)], env=places)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "final").exists()

@@ -68,9 +68,8 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
         pairs = make_pairs(settings, model, run)
         model = _trained(run_mpo, accept_changes, settings.stage("mpo", model, (str(pairs),)))
         gather(settings, run)
-        _trained(
-            partial(run_rl, accept_changes=accept_changes), settings.stage("rl", model)
-        )  # evaluates the model that MPO made before its first step
+        # The last stage evaluates the model that MPO made before its first step.
+        _trained(run_rl, accept_changes, settings.stage("rl", model))
         gather(settings, run)
     return run
 
