@@ -255,6 +255,19 @@ def test_other_columns_are_kept_as_fields(folder):
     assert task_of(folder, row).meta == {"level": 3, "meta": {"a": [1]}}
 
 
+def test_a_second_column_of_a_role_is_kept_as_a_field(folder):
+    row = {"prompt": "Why?", "messages": [ask()], "answer": "x", "solution": "long", "id": "a", "uid": "b"}
+    task = task_of(folder, row)
+    assert (task.id, task.answer) == ("a", "x")
+    assert task.meta == {"id": "a", "messages": [ask()], "solution": "long", "uid": "b"}
+    line = open_tasks(lines(folder, row)).described()[0]
+    assert "kept: messages, solution, uid" in line
+
+
+def test_a_column_of_numbers_is_no_images_whatever_its_name(folder):
+    assert task_of(folder, {"question": "Why?", "answer": "x", "frames": [1, 2]}).meta == {"frames": [1, 2]}
+
+
 def test_a_mapping_names_only_what_differs(folder):
     row = {"question": "Which bird?", "picture_of_it": "a.png", "label": ANSWER}
     path = lines(folder, row)

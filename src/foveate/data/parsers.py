@@ -116,7 +116,7 @@ class RecognisedRows(Parser):
         roles = [f"{role} from {column}" for role, column in used.items() if not is_no_image(values[role])]
         if _ends_with_answer(values.get("prompt")):
             roles.append("response, and answer where there is no other, from its last turn")
-        kept = [name for name in self._roles(row).kept if not is_no_image(row[name])]
+        kept = [name for name in _others(row, self._roles(row), used) if _is_kept(row[name])]
         return [f"{form_of(row, used)}: {', '.join(roles)}" + (f"; kept: {', '.join(kept)}" if kept else "")]
 
     def column_of(self, field: str) -> list[list[str]]:
@@ -141,7 +141,7 @@ class RecognisedRows(Parser):
             return (replace(task, meta={**task.meta, **reply}) if task else None), problems
         told = _unread(raw, roles, values, used, place)
         task, problems = parse_row(
-            _schema_row(raw, roles, values, place), place,
+            _schema_row(raw, roles, values, used, place), place,
             marks_in_front="prompt" in self.mapping or not {"data_source", "reward_model"} & {*raw},
         )  # fmt: skip
         if any(not problem.warning for problem in told):
@@ -182,9 +182,19 @@ class RecognisedRows(Parser):
         return problem if column == problem.field else replace(problem, field=f"{problem.field} (column {column})")
 
 
-def _schema_row(raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def _others(raw: Mapping[str, Any], roles: Roles, used: Mapping[str, str]) -> list[str]:
+    """The columns of a row that hold no role: unknown ones, and those of a role that another column has."""
+    known = {path for paths in roles.candidates.values() for path in paths} - {*used.values()}
+    return [*roles.kept, *sorted(name for name in known if name in raw)]
+
+
+def _schema_row(
+    raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], used: Mapping[str, str], place: Place
+) -> dict[str, Any]:
     """A row of the parquet schema with the same content."""
-    extra = {name: raw[name] for name in roles.kept if _is_kept(raw[name])}
+    media = (*COLUMNS["images"], *COLUMNS["videos"])
+    others = [name for name in _others(raw, roles, used) if name.lower() not in media]
+    extra = {name: raw[name] for name in others if _is_kept(raw[name])}
     extra |= {role: value for role, value in values.items() if role not in COLUMNS and value is not None}
     for name in _OPTIONS:
         extra |= {name: _listed(extra[name])} if name in extra else {}
@@ -233,8 +243,7 @@ def _unread(
     """Columns that look like images, videos or answers and are read by nobody: an error where the row has none, else
     a warning."""
     told: list[Problem] = []
-    others = {path for paths in roles.candidates.values() for path in paths} - {*used.values()}
-    names = [*roles.kept, *(name for name in others if name in raw)]
+    names = _others(raw, roles, used)
     for name, kind in unread_media(raw, names):
         target = kind if kind in COLUMNS else "images"
         has = not is_no_image(values.get(target)) and kind in COLUMNS
@@ -249,7 +258,7 @@ def _unread(
         known = used["answer"] if has_answer and "answer" in used else "the row"
         what = f"{known} has one" if has_answer else "the row has none"
         told.append(Problem(str(place), name, (
-            f"looks like an answer and is not read as one, since {what}; to take it: --column answer={name}"
+            f"looks like an answer and is kept as a field, since {what}; to take it: --column answer={name}"
         ), warning=True))  # fmt: skip
     info = raw.get("extra_info")
     if isinstance(info, Mapping) and is_no_image(values.get("images")):

@@ -39,8 +39,8 @@ _MEDIA = {
         *COLUMNS["images"], "photo", "photos", "pic", "pics", "frames", "screenshot", "screenshots", "image_url",
         "image_urls", "image_bytes", "image_file", "image_files", "img_path", "images_path", "pixel_values",
     ),
-    "videos": (*COLUMNS["videos"], "video_path", "video_paths", "video_url", "clip", "clips"),
-    "audio": ("audio", "audios", "audio_path", "speech", "sound"),
+    "videos": (*COLUMNS["videos"], "video_path", "video_paths", "video_url"),
+    "audio": ("audio", "audios", "audio_path"),
 }  # fmt: skip
 _ANSWERS = (
     *COLUMNS["answer"][1:], "label", "labels", "target", "targets", "gt", "truth", "groundtruth", "gt_answer",
@@ -102,7 +102,8 @@ def unread_media(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple
     with what it looks like."""
     for name in names:
         value = row.get(name)
-        if is_no_image(value) or isinstance(value, bool | int | float):
+        first = value[0] if isinstance(value, list) and value else value
+        if is_no_image(value) or isinstance(first, bool | int | float):
             continue
         kinds = (kind for kind, known in _MEDIA.items() if nearest(name, known))
         kind = next(kinds, "images" if looks_like_image(value) or _NUMBERED.fullmatch(name.lower()) else None)

@@ -96,10 +96,11 @@ class GroundingRows:
 
     def described(self, row: Mapping[str, Any]) -> list[str]:
         """The fields that are read, and the unit of the boxes where it is not the usual one."""
-        known = [
-            name for name in ("image", "sent", *BOX_FIELDS, "conversations", "width", "height", "id") if name in row
-        ]
-        return [f"RefCOCO-style rows: {', '.join(known)}", *([self.remark] if self.remark else [])]
+        fields = ("image", "sent", *BOX_FIELDS, "conversations", "width", "height", "id")
+        known = [name for name in fields if name in row]
+        others = [name for name in row if name not in (*fields, *self.keep)]
+        left = f"; left out: {', '.join(others)}" if others else ""
+        return [f"RefCOCO-style rows: {', '.join(known)}{left}", *([self.remark] if self.remark else [])]
 
     @property
     def slack(self) -> float:

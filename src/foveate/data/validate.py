@@ -137,6 +137,8 @@ def validate(
     """
     found = inspect_rows(table, RowInspection(check), workers=workers)
     raise_on_bad_rows(table, found, on_bad_row)
+    for line in found.warning_lines():
+        logger.warning("%s", line)
     return found.kept, found.problems
 
 
@@ -181,14 +183,14 @@ class ReadOptions:
             parser=parser,
             max_image_pixels=self.max_image_pixels,
         )
-        for line in table.described():
-            logger.info("%s", line)
         with progress_bar(f"checking {table.names:.60}", len(table)) as advance:
             inspection = RowInspection(check, measure)
             found = inspect_rows(table, inspection, workers=self.workers, progress=lambda *_: advance(1))
+        raise_on_bad_rows(table, found, self.on_bad_row)
+        for line in table.described():
+            logger.info("%s", line)
         for line in found.warning_lines():
             logger.warning("%s", line)
-        raise_on_bad_rows(table, found, self.on_bad_row)
         return table.select(found.kept).with_statistics(found.statistics), found
 
 

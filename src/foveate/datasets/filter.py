@@ -86,7 +86,7 @@ def prepare_filter(
             **({"right": asdict(correctness_rule), "rollouts": rollout_hashes(rollouts)} if rollouts else {}),
         },
         counts=counts,
-        notes=[*table.described(), *found.lines()],
+        notes=found.lines(),
         extra=(lambda task_id: accuracy[task_id]) if accuracy else None,
     )
 

@@ -93,7 +93,7 @@ def prepare_grounding(
         },
         problems=found.problems,
         counts=counts,
-        notes=[*table.described(), *found.lines(), *shared_splits(found.statistics, splits)],
+        notes=[*found.lines(), *shared_splits(found.statistics, splits)],
     )
 
 
@@ -135,7 +135,7 @@ def prepare_validation(
             "seed": seed,
         },
         problems=found.problems,
-        notes=[*table.described(), *found.lines()],
+        notes=found.lines(),
         repeated=True,
     )  # fmt: skip
 

@@ -75,7 +75,7 @@ def prepare_pairs(
         },
         problems=found.problems,
         counts=counts,
-        notes=[*table.described(), *found.lines()],
+        notes=found.lines(),
     )
 
 

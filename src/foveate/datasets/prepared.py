@@ -233,7 +233,7 @@ def prepare_rows(
         {name: table.select(rows) for name, rows in splits.items()},
         out,
         problems=found.problems,
-        notes=[*table.described(), *found.lines(), *shared_splits(found.statistics, splits)],
+        notes=[*found.lines(), *shared_splits(found.statistics, splits)],
         settings={**said, **(settings or {}), "test_fraction": test_fraction, "seed": seed},
     )
 
