@@ -232,6 +232,10 @@ def test_a_changed_recipe_is_refused(whole, data, changes):
         ({"mpo": {"optim": {"lr": 1e-3, "warmup_steps": 9}}}, "mpo.optim.warmup_steps is 9, more than train.steps=3"),
         ({"rollout": {"samples": 1}}, "rollout.samples is 1, but algorithm gspo compares answers"),
         ({"pairs": {"samples": 1}}, "greater than or equal to 2"),
+        (
+            {"mpo": {"optim": {"lr": 1e-3}, "train": {"steps": 3, "tokens_per_micro_batch": 152}}},
+            "mpo.train.tokens_per_micro_batch is 152, less than one longest prompt and sampled answer: .* use 153",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_by_their_place_in_the_recipe(tmp_path, data, changes, message):

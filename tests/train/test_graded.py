@@ -229,7 +229,7 @@ def test_a_group_of_truncated_answers_leaves_the_totals(tiny_folder, groups):  #
     assert torch.equal(*changes)
 
 
-def test_masking_holds_with_a_critic_and_a_kl_in_the_reward(tiny_folder, groups):  # noqa: F811
+def test_masking_holds_with_a_kl_in_the_reward(tiny_folder, groups):  # noqa: F811
     settings = AlgorithmSettings(name="gspo", mask_truncated=True, reward_kl={"coefficient": 0.1})
     algorithm = build_algorithm(settings, 32)
     worker = a_worker(tiny_folder, reference=True)

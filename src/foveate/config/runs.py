@@ -254,7 +254,18 @@ class CascadeSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        refuse_any((not self.data.test, "data.test", "is empty; name held-out files, on which the stages are compared"))
+        longest = self.data.max_prompt_tokens + self.rollout.max_tokens + 1  # the pairs are sampled answers, ended
+        budget = self.mpo.train.tokens_per_micro_batch * self.cluster.sequence_parallel
+        refuse_any(
+            (not self.data.test, "data.test", "is empty; name held-out files, on which the stages are compared"),
+            (
+                budget < longest,
+                "mpo.train.tokens_per_micro_batch",
+                f"is {self.mpo.train.tokens_per_micro_batch}, less than one longest prompt and sampled answer: "
+                f"data.max_prompt_tokens={self.data.max_prompt_tokens} + rollout.max_tokens={self.rollout.max_tokens} "
+                f"+ 1; use {-(-longest // self.cluster.sequence_parallel)} or more, or lower those",
+            ),
+        )
         for name in ("mpo", "rl") if self.sft is None else ("sft", "mpo", "rl"):
             try:
                 self.stage(name, "model", ("pairs.parquet",))
@@ -279,9 +290,8 @@ class CascadeSettings(Settings):
         if name == "sft":
             assert self.sft is not None
             return SFTSettings(**common, **dict(self.sft), cluster=offline)
-        data = DataSettings(
-            train=pairs, **self.data.model_dump(include={"max_prompt_tokens", "system", "thinking", "workers"})
-        )
+        shared = {"max_prompt_tokens", "on_bad_row", "system", "thinking", "workers"}
+        data = DataSettings(train=pairs, **self.data.model_dump(include=shared))
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)
 
 
