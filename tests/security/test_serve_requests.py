@@ -218,7 +218,7 @@ def test_an_abandoned_request_is_cancelled_at_once(make_chat, stream):
 def test_limits_of_the_server_have_limits(options):
     result = CliRunner().invoke(command_line, ["serve", "demo", *options])
     assert result.exit_code == 2
-    assert re.search(r"is not in the range|less than or equal|greater than or equal", " ".join(result.output.split()))
+    assert options[0] in result.output
 
 
 def test_more_tokens_than_the_engine_holds_are_refused_at_the_start(tiny_folder):

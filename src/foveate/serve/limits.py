@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 
 
@@ -18,6 +20,12 @@ class ServeLimits:
     image_bytes: int = 2 * 2**30
     decoded_pixels: int = 32 * 10**6
     body_s: float = 30.0
+
+
+def give_memory_back() -> None:
+    """Return what large images have left free in the allocator to the system; glibc keeps it otherwise."""
+    with suppress(AttributeError):  # another C library, which does as it likes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Budget:

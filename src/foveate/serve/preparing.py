@@ -12,10 +12,12 @@ from typing import TypeVar
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.records import Prompt, SamplingParams, Task
-from foveate.serve.limits import Budget, ServeLimits
+from foveate.serve.limits import Budget, ServeLimits, give_memory_back
 from foveate.serve.protocol import ChatRequest, Refused
 
 _THREADS = 2
+_LARGE = 4_000_000
+"""Pixels of an image whose memory is given back at once."""
 _Result = TypeVar("_Result")
 
 
@@ -48,7 +50,7 @@ class Preparing:
         try:
             pixels = await self._pixels.take(max((image.width * image.height for image in task.images), default=0))
             loop = asyncio.get_running_loop()
-            work = self._threads.submit(_refusing, lambda: self._encoder(task))
+            work = self._threads.submit(_refusing, lambda: self._encoded(task, pixels))
             work.add_done_callback(lambda _: loop.call_soon_threadsafe(self._pixels.give_back, pixels))
             yield await asyncio.wrap_future(work), sampling
         finally:
@@ -61,6 +63,13 @@ class Preparing:
         """The request as a task, and the length of its prompt from texts and image headers."""
         task = asked.task("the request")
         return task, self._encoder.length(task)
+
+    def _encoded(self, task: Task, pixels: int) -> Prompt:
+        try:
+            return self._encoder(task)
+        finally:
+            if pixels > _LARGE:
+                give_memory_back()
 
     def _with_room(self, asked: ChatRequest, sampling: SamplingParams, length: int) -> SamplingParams:
         room = (self._room - length) // sampling.samples
