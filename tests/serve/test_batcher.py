@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -165,3 +167,26 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(batcher, prompt):
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(ask(13))
     assert asyncio.run(ask(14))[0].token_ids
+
+
+def test_the_images_of_answers_that_are_done_are_freed_while_their_batch_goes_on(
+    batcher, encode, make_task, make_image
+):
+    prompts = [encode(make_task("<image>\nwhat?", make_image(90, 60, seed))) for seed in range(4)]
+    images = [weakref.ref(prompt.pixels) for prompt in prompts]
+    jobs = []
+
+    async def ask():
+        jobs.extend(Job(prompt, 1, SamplingParams(1, 200, 1.0)) for prompt in prompts[:1])
+        jobs.extend(Job(prompt, 1, SamplingParams(1, 2, 1.0)) for prompt in prompts[1:])
+        prompts.clear()
+        long, *short = [asyncio.ensure_future(batcher.answer(job)) for job in jobs]
+        await asyncio.gather(*short)
+        jobs.clear()
+        gc.collect()
+        freed = [image() is None for image in images[1:]]
+        is_done = long.done()
+        long.cancel()
+        return freed, is_done
+
+    assert asyncio.run(ask()) == ([True] * 3, False)

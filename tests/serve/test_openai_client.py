@@ -187,7 +187,7 @@ def test_errors_are_those_of_openai(server):
         ({"max_tokens": 10_000}, openai.BadRequestError, "invalid_value", "max_tokens"),
         ({"extra_body": {"tempreature": 1}}, openai.BadRequestError, "unknown_parameter", "tempreature"),
         ({"messages": [{"content": "a"}]}, openai.BadRequestError, "missing_required_parameter", "messages[0].role"),
-        ({"messages": [{"role": "cook", "content": "a"}]}, openai.BadRequestError, "invalid_value", "messages[0]"),
+        ({"messages": [{"role": "cook", "content": "a"}]}, openai.BadRequestError, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, openai.BadRequestError, "invalid_type", "messages[0].content"),
         ({"content": "red " * 9000}, openai.BadRequestError, "context_length_exceeded", "messages"),
         ({"extra_body": {"model": "gpt"}}, openai.NotFoundError, "model_not_found", "model"),

@@ -228,10 +228,12 @@ class Batcher:
         job.answers = tuple(
             replace(one, finish="abort") if one.finish == "length" and len(one) < most else one for one in answers
         )
-        if not any(answer.finish == "abort" for answer in job.answers):
-            job.settle(job.answers)
-        elif not job.cancelled:
+        is_open = any(answer.finish == "abort" for answer in job.answers)
+        if is_open and not job.cancelled:
             self._waiting.append(job)
+            return
+        job.prompt = replace(job.prompt, pixels=None)  # its batch may go on for long
+        job.settle(job.answers)
 
 
 def _longest_answer(jobs: Sequence[Job]) -> int:

@@ -110,8 +110,8 @@ class ChatRequest(BaseModel):
         for number, turn in enumerate(self.messages):
             place = f"messages[{number}]"
             if turn.role not in _ROLES:
-                known = ", ".join(_ROLES)
-                raise Refused(400, f"{place}.role is {turn.role[:20]!r}; use one of {known}", place, "invalid_value")
+                what = f"{place}.role is {turn.role[:20]!r}; use one of {', '.join(_ROLES)}"
+                raise Refused(400, what, f"{place}.role", "invalid_value")
             messages.append(Message(_ROLES[turn.role], self._content(turn, f"{place}.content", images)))
         return Task(name, "request", tuple(messages), tuple(images), None, where=name)
 

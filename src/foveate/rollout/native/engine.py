@@ -195,6 +195,7 @@ class NativeEngine:
         cache.fork()
         self.stats.prefills += len(decode_batch.packed_groups)
         self.stats.prefill_tokens += batch.forest.tokens
+        decode_batch.packed_groups = []  # so that their images are freed
         return hidden[cache.rows.last_B]
 
     def _decode_step(self, decode_batch: DecodeBatch, cache: GroupCache) -> Tensor:
