@@ -131,8 +131,9 @@ class NativeEngine:
 
     def step(self, decode_batch: DecodeBatch) -> dict[int, tuple[Answer, ...]]:
         """Sample one token of each live answer: the groups that are complete now, by the number of their request. While
-        the engine is paused these are all that are left, unfinished answers with finish "abort"."""
-        with torch.inference_mode(), evaluating(self.policy.model):
+        the engine is paused these are all that are left, unfinished answers with finish "abort". The model must be in
+        evaluation mode: to set hundreds of modules in every step would take longer than some steps."""
+        with torch.inference_mode():
             finished = self._step(decode_batch)
         return {number: decode_batch.group(number, self._decode) for number in finished}
 
