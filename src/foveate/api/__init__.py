@@ -7,7 +7,7 @@ called, and raises `foveate.errors.UserError` for anything that a user can mend.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,12 +184,29 @@ def algorithms_list() -> list[Choice]:
     return listing.algorithms_list()
 
 
-def import_verl(script: str | Path, rows: int | None = None, *, out: str | Path | None = None) -> Imported:
-    """A verl launch script as a recipe, with an account of each of its settings; `out`: the file to write it to.
-    `rows`: of the training data, which the script does not say. Its variables may come from the environment."""
-    from foveate.tools.import_verl import import_script
+def import_verl(
+    script: str | Path,
+    rows: int | None = None,
+    *,
+    out: str | Path | None = None,
+    arguments: Sequence[str] = (),
+    version: str | None = None,
+    launch: int = 1,
+    run: bool = False,
+) -> Imported:
+    """A launch script of verl or EasyR1 as a recipe, with an account of each of its settings.
 
-    imported = import_script(Path(script), os.environ, rows)
+    out: the file to write it to. rows: of the training data, which the script does not say. Its variables may come from
+    the environment, its positional parameters from `arguments`. version: of verl, whose defaults are filled in. launch:
+    which one of a script that launches several times. run: execute the script in bash, with its launchers replaced.
+    """
+    from foveate.tools.import_verl import import_launch
+    from foveate.tools.import_verl.launch import read_launch
+    from foveate.tools.import_verl.recorded import record_launch
+
+    find = record_launch if run else read_launch
+    found = find(Path(script), os.environ, arguments, launch)
+    imported = import_launch(Path(script), found, rows, version=version)
     if out is not None:
         atomic_write_text(out, imported.recipe)
     return imported

@@ -27,12 +27,24 @@ def plan_command(
 
 
 def import_verl_command(
-    script: Annotated[Path, typer.Argument(help="A verl launch script; its variables may come from the environment.")],
+    script: Annotated[
+        Path, typer.Argument(help="A launch script of verl or EasyR1; its variables come from the environment.")
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Its arguments; behind -- if they start with -.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows of the training data: a recipe counts steps.")] = None,
     out: Annotated[Path | None, typer.Option(help="Recipe to write; without it, print it.")] = None,
+    verl: Annotated[
+        str | None, typer.Option(help="Version of verl, whose defaults are filled in, such as 0.7.")
+    ] = None,
+    launch: Annotated[int, typer.Option(min=1, help="Which launch, in a script with several.")] = 1,
+    run: Annotated[
+        bool, typer.Option("--run", help="EXECUTE the script in bash, with its launchers replaced.")
+    ] = False,
 ) -> None:
-    """Turn a verl launch script into a recipe, and say what became of each of its settings."""
-    imported = api.import_verl(script, rows, out=out)
+    """Turn a launch script of verl or EasyR1 into a recipe, and say what became of each of its settings."""
+    imported = api.import_verl(script, rows, out=out, arguments=arguments or (), version=verl, launch=launch, run=run)
     if out is None:
         print_result(imported.recipe)
     print_result(imported.account)

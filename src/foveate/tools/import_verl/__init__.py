@@ -1,0 +1,126 @@
+"""A launch script of verl or EasyR1 as a recipe.
+
+The script is read as bash reads it (`bash/`), and never run. Every setting of the launch is mapped, of no effect here,
+or named as one that cannot be honoured; verl's defaults are filled in and named; what was not read is never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foveate.tools.import_verl import easyr1
+from foveate.tools.import_verl.algorithm import algorithm_of
+from foveate.tools.import_verl.defaults import EASYR1, find_version
+from foveate.tools.import_verl.given import Given, UnreadSetting, shown
+from foveate.tools.import_verl.keys import fate, mapping_table
+from foveate.tools.import_verl.launch import Launch, read_launch
+from foveate.tools.import_verl.overrides import Overrides, read_overrides
+from foveate.tools.import_verl.settings import recipe_settings
+
+__all__ = ["Imported", "easyr1_table", "import_launch", "import_script", "mapping_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A recipe as YAML, and a line for each key of the launch: how it is mapped, why it has no effect, or why it is
+    refused. `filled`: defaults that settings were taken from; `notes`: what was taken for granted while reading."""
+
+    recipe: str
+    mapped: list[str]
+    filled: list[str]
+    no_effect: list[str]
+    refused: list[str]
+    notes: list[str]
+
+    @property
+    def account(self) -> str:
+        parts = (
+            ("mapped", self.mapped), ("defaults filled in", self.filled), ("of no effect here", self.no_effect),
+            ("cannot be honoured", self.refused), ("taken for granted", self.notes),
+        )  # fmt: skip
+        return "\n".join(
+            f"{title} ({len(lines)}):\n" + "".join(f"  {line}\n" for line in lines) for title, lines in parts
+        )
+
+
+def import_script(
+    path: Path,
+    environment: Mapping[str, str],
+    rows: int | None,
+    *,
+    arguments: Sequence[str] = (),
+    version: str | None = None,
+    launch: int = 1,
+) -> Imported:
+    """The recipe that a script stands for, under an environment and with the arguments given to it.
+
+    Raises DataError for a file without a launch command, ConfigError where a needed value is missing.
+    """
+    return import_launch(path, read_launch(path, environment, arguments, launch), rows, version=version)
+
+
+def import_launch(path: Path, launch: Launch, rows: int | None, *, version: str | None = None) -> Imported:
+    """The recipe of one launch of a script."""
+    where = f"{path}, line {launch.line}"
+    overrides = read_overrides(launch, path)
+    if launch.program == easyr1.PROGRAM:
+        title, forked = "EasyR1", False
+        values, names = easyr1.in_verls_names(overrides.values)
+        unread = {easyr1.NAMES.get(key, key): reason for key, reason in overrides.unread.items()}
+        passed, _ = easyr1.in_verls_names(overrides.passed)
+        given = Given(
+            where, values, unread, EASYR1, {**{name: key for key, name in easyr1.NAMES.items()}, **names}, passed
+        )
+        notes = list(launch.notes)
+    else:
+        found = find_version(version, (path.resolve().parent, Path(launch.directory or ".")), overrides.values)
+        title, forked = found.title, found.name == "internvl"
+        given = Given(where, overrides.values, overrides.unread, found.defaults, passed=overrides.passed)
+        given.megatron = "megatron" in overrides.config
+        notes = [f"defaults are those of {title} ({found.why})", *launch.notes]
+    settings = recipe_settings(given, path, launch.program, rows, forked)
+    return _accounted(given, overrides, settings, title, notes)
+
+
+def _accounted(
+    given: Given, overrides: Overrides, settings: Mapping[str, Any], title: str, notes: list[str]
+) -> Imported:
+    """Every key of the launch once, as what became of it."""
+    try:
+        critic = algorithm_of(given) == "ppo"
+    except UnreadSetting:
+        critic = True
+    told = {line.partition("=")[0].partition(":")[0] for line in given.refused}
+    lines: dict[str, list[str]] = {"mapped": [], "no effect": [], "refused": []}
+    for key, value in overrides.values.items():
+        if key in told:
+            continue
+        name = easyr1.NAMES.get(key, key) if title == "EasyR1" else key
+        kind, text = ("mapped", easyr1.KL[key]) if title == "EasyR1" and key in easyr1.KL else fate(name, value, critic)
+        lines[kind].append(f"{key}={shown(value)}" + (f" -> {text}" if kind == "mapped" else f": {text}"))
+    refused = [*given.refused, *lines["refused"], *overrides.refused]
+    refused += [f"{key}: {reason}" for key, reason in overrides.unread.items() if key not in told]
+    filled = [f"{given.called(key)}={shown(value)}" for key, value in given.filled.items()]
+    header = f"# From a launch script of {title} by `foveate import-verl`.\n"
+    return Imported(header + _yaml(settings), lines["mapped"], filled, lines["no effect"], refused, notes)
+
+
+def easyr1_table() -> str:
+    """The second table of docs/recipes.md."""
+    return mapping_table(easyr1.NAMES | dict(easyr1.KL))
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    packed: dict[str, Any] = {}
+    for path, value in settings.items():
+        *groups, name = path.split(".")
+        inner = packed
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return yaml.safe_dump(packed, sort_keys=False, width=120, allow_unicode=True)

@@ -1,0 +1,359 @@
+"""The builtins of bash that change what a script remembers, and shells that a script starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foveate.tools.import_verl.bash.conditions import evaluate_brackets
+from foveate.tools.import_verl.bash.expand import ScriptEnds
+from foveate.tools.import_verl.bash.programs import run_program
+from foveate.tools.import_verl.bash.shell import Leaves
+from foveate.tools.import_verl.bash.syntax import Assignment
+from foveate.tools.import_verl.bash.values import Array
+
+if TYPE_CHECKING:
+    from foveate.tools.import_verl.bash.interpreter import Interpreter
+
+Fields = Sequence[str | Assignment]
+LARGEST = 1_000_000
+"""Bytes of a script."""
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_SHELLS = ("bash", "sh", "zsh", "dash")
+
+
+def _texts(fields: Fields) -> list[str]:
+    return [field for field in fields if isinstance(field, str)]
+
+
+def _declare(shell: Interpreter, fields: Fields, line: int, *, local: bool = False, export: bool = False) -> int:
+    options = "".join(field[1:] for field in _texts(fields) if re.fullmatch("-[a-zA-Z]+", field))
+    for field in fields:
+        assignment = field if isinstance(field, Assignment) else None
+        name = assignment.name if assignment else str(field).partition("=")[0]
+        if re.fullmatch("[-+][a-zA-Z]+", name) or not _NAME.fullmatch(name):
+            continue
+        variables = shell.state.variables
+        if local and shell.locals and "g" not in options:
+            shell.locals[-1].setdefault(name, variables.get(name))
+            variables.pop(name, None) if assignment is None or "A" in options else None
+        if "A" in options and not isinstance(variables.get(name), Array):
+            variables[name] = Array({}, True)
+        elif "a" in options and name not in variables:
+            variables[name] = Array({})
+        if assignment:
+            shell.assign(assignment)
+        elif "=" in str(field):
+            shell.expander.assign(name, None, str(field).partition("=")[2])
+        found = variables.get(name)
+        if "n" in options:
+            variables[name] = shell.expander.marks.make(f"line {line}: a name for another variable")
+        elif "i" in options and isinstance(found, str):
+            variables[name] = shell.expander.arithmetic(found, line)
+        if export or "x" in options:
+            shell.state.exported |= {name}
+    return 0
+
+
+def _export(shell: Interpreter, fields: Fields, line: int) -> int:
+    return _declare(shell, fields, line, export=True)
+
+
+def _local(shell: Interpreter, fields: Fields, line: int) -> int:
+    return _declare(shell, fields, line, local=True)
+
+
+def _declare_here(shell: Interpreter, fields: Fields, line: int) -> int:
+    return _declare(shell, fields, line, local=bool(shell.locals))
+
+
+def _unset(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    for name in _texts(fields):
+        match = re.fullmatch(r"(\w+)\[(.*)\]", name)
+        found = shell.state.variables.get(match[1]) if match else None
+        if match and isinstance(found, Array):
+            key = match[2] if found.keyed else int(match[2]) if match[2].isdigit() else match[2]
+            rest = {index: value for index, value in found.elements.items() if index != key}
+            shell.state.variables[match[1]] = Array(rest, found.keyed)
+        else:
+            shell.state.variables.pop(name, None)
+            shell.state.functions.pop(name, None)
+    return 0
+
+
+def _set(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    words = _texts(fields)
+    while words:
+        word = words.pop(0)
+        if word in ("--", "-"):
+            shell.state.arguments = words
+            return 0
+        if not re.fullmatch("[-+][a-zA-Z]+", word):
+            shell.state.arguments = [word, *words]
+            return 0
+        names = set(word[1:]) - {"o"}
+        if "o" in word[1:] and words:
+            long = {"errexit": "e", "nounset": "u", "allexport": "a", "noglob": "f"}
+            names.add(long.get(words[0], words[0]))
+            words.pop(0)
+        options = shell.state.options
+        shell.state.options = options | names if word[0] == "-" else options - names
+    return 0
+
+
+def _shift(shell: Interpreter, fields: Fields, line: int) -> int | None:  # noqa: ARG001
+    count = _number(shell, fields, 1)
+    if count is None or count > len(shell.state.arguments):
+        return 1
+    shell.state.arguments = shell.state.arguments[count:]
+    return 0
+
+
+def _number(shell: Interpreter, fields: Fields, default: int) -> int | None:
+    known = [shell.expander.marks.known(field) for field in _texts(fields)]
+    if not known:
+        return default
+    return int(known[0]) if known[0] and re.fullmatch(r"\d{1,9}", known[0]) else None
+
+
+def _exit(shell: Interpreter, fields: Fields, line: int) -> int:
+    status = _number(shell, fields, 0) if fields else shell.state.status
+    raise ScriptEnds(line, "", status)
+
+
+def _leave(kind: str) -> Callable[[Interpreter, Fields, int], int]:
+    def leave(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+        if kind == "return":
+            shell.state.status = _number(shell, fields, 0) if fields else shell.state.status
+            raise Leaves(kind)
+        raise Leaves(kind, _number(shell, fields, 1) or 1)
+
+    return leave
+
+
+def _brackets(shell: Interpreter, fields: Fields, line: int) -> int | None:  # noqa: ARG001
+    words = _texts(fields)
+    answer = evaluate_brackets(words[:-1] if words[-1:] == ["]"] else words, shell.expander)
+    return None if answer is None else int(not answer)
+
+
+def _cd(shell: Interpreter, fields: Fields, line: int) -> int:
+    words = [word for word in _texts(fields) if word not in ("--", "-P", "-L")]
+    target = shell.expander.marks.known(words[0]) if words else str(shell.state.variables.get("HOME", ""))
+    here = shell.expander.marks.known(shell.state.directory)
+    if (words and words[0] == "-") or target is None or here is None:
+        shell.state.directory = shell.expander.marks.make(f"line {line}: the folder that cd goes to")
+        return 0
+    folder = os.path.normpath(os.path.join(here, target))
+    if not os.path.isdir(folder):
+        shell.note(line, f"cd to {folder}, which is no folder here")
+        folder = shell.expander.marks.make(f"line {line}: the folder that cd goes to")
+    shell.state.variables["OLDPWD"] = shell.state.directory
+    shell.state.directory = folder
+    return 0
+
+
+def _pwd(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    shell.write(shell.state.directory + "\n")
+    return 0
+
+
+def _eval(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    text = " ".join(_texts(fields))
+    if shell.expander.marks.known(text) is None:
+        shell.note(line, "eval of a text that was not read")
+        return None
+    shell.state.status = 0
+    shell.run_text(text, line)
+    return shell.state.status
+
+
+def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    words = _texts(fields)
+    text = _script_text(shell, words[0]) if words else None
+    if text is None:
+        shell.note(line, f"{_shown(shell, words[0]) if words else 'a file'} is sourced, and was not read")
+        return None
+    before = shell.state.arguments
+    shell.state.arguments = words[1:] or before
+    try:
+        shell.run_text(text)
+    finally:
+        shell.state.arguments = before
+    return shell.state.status
+
+
+def _script_text(shell: Interpreter, name: str) -> str | None:
+    known, here = shell.expander.marks.known(name), shell.expander.marks.known(shell.state.directory)
+    if not known or here is None:
+        return None
+    path = Path(here, known)
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= LARGEST else None
+    except (OSError, ValueError):
+        return None
+
+
+def _shown(shell: Interpreter, text: str) -> str:
+    unread = shell.expander.marks.unread_in(text)
+    return unread[0].reason if unread else text[:100]
+
+
+def _command(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    if not fields or str(fields[0]) in ("-v", "-V"):
+        shell.write(shell.expander.marks.make(f"line {line}: where a program lies") + "\n")
+        return None
+    fields = [field for field in fields if field not in ("-p", "--")]
+    functions, shell.state.functions = shell.state.functions, {}
+    try:
+        shell.call(fields, line)
+    finally:
+        shell.state.functions = functions
+    return shell.state.status
+
+
+def _exec(shell: Interpreter, fields: Fields, line: int) -> int:
+    fields = list(fields)
+    while fields and fields[0] in ("-a", "-l", "-c", "--"):
+        fields = fields[2 if fields[0] == "-a" else 1 :]
+    if not fields:
+        return 0
+    shell.call(fields, line)
+    raise ScriptEnds(line, "", shell.state.status)
+
+
+def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    words, as_array, whole = _texts(fields), False, False
+    names = list[str]()
+    while words:
+        word = words.pop(0)
+        if re.fullmatch("-[a-zA-Z]+", word):
+            as_array |= "a" in word
+            whole |= word.endswith("d") and words[:1] == [""]
+            if word[-1] in "dptnNu" and words:
+                words.pop(0)
+        else:
+            names.append(word)
+    names = [name for name in names if _NAME.fullmatch(name)] or ["REPLY"]
+    given = shell.given
+    if given is None or (shell.expander.marks.unread_in(given) and (as_array or len(names) > 1)):
+        for name in names:
+            mark = shell.expander.marks.make(f"line {line}: what read reads")
+            shell.state.variables[name] = Array({0: mark}) if as_array else mark
+        return None
+    line_read, newline, shell.given = (given, "", "") if whole else given.partition("\n")
+    separators = shell.state.variables.get("IFS", " \t\n")
+    separators = separators if isinstance(separators, str) else ""
+    stripped = line_read.strip("".join(one for one in separators if one in " \t\n"))
+    if as_array or len(names) > 1:
+        limit = 0 if as_array else len(names) - 1
+        pattern = f"[{re.escape(separators)}]" + ("+" if separators.strip() == "" else "") if separators else "$^"
+        pieces = re.split(pattern, stripped, maxsplit=limit) if stripped else []
+        if as_array:
+            shell.state.variables[names[0]] = Array(dict(enumerate(pieces)))
+        else:
+            for name, piece in zip(names, [*pieces, *[""] * len(names)], strict=False):
+                shell.state.variables[name] = piece
+    else:
+        shell.expander.assign(names[0], None, stripped)
+    return 0 if newline and not whole else 1
+
+
+def _lines(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    names = [word for word in _texts(fields) if _NAME.fullmatch(word)] or ["MAPFILE"]
+    stripped = any(re.fullmatch("-[a-z]*t", word) for word in _texts(fields))
+    if shell.given is None:
+        mark = shell.expander.marks.make(f"line {line}: the lines of {names[-1]}")
+        shell.state.variables[names[-1]] = Array({0: mark})
+        return None
+    found = shell.given.splitlines(keepends=not stripped)
+    shell.state.variables[names[-1]] = Array(dict(enumerate(found)))
+    return 0
+
+
+def _let(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    value = "0"
+    for field in _texts(fields):
+        value = shell.expander.arithmetic(field, line)
+    known = shell.expander.marks.known(value)
+    return None if known is None else int(known == "0")
+
+
+def _printf(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    words = _texts(fields)
+    variable = words[1] if words[:1] == ["-v"] and len(words) > 2 else None
+    words = words[2:] if variable else words
+    result = run_program("printf", words, None)
+    text = result[0] if result else shell.expander.marks.make(f"line {line}: the output of printf")
+    if variable:
+        shell.expander.assign(variable, None, text)
+    else:
+        shell.write(text)
+    return 0
+
+
+def _getopts(shell: Interpreter, fields: Fields, line: int) -> int | None:
+    if not shell.state.arguments:
+        return 1
+    for name in (*_texts(fields)[1:2], "OPTARG", "OPTIND"):
+        shell.state.variables[name] = shell.expander.marks.make(f"line {line}: what getopts reads")
+    return None
+
+
+def _shopt(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    return 0
+
+
+def _false(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    return 1
+
+
+BUILTINS: dict[str, Callable[[Interpreter, Fields, int], int | None]] = {
+    ":": _shopt, "true": _shopt, "false": _false, "[": _brackets, "test": _brackets, "cd": _cd, "pushd": _cd,
+    "pwd": _pwd,
+    "export": _export, "declare": _declare_here, "typeset": _declare_here, "readonly": _declare_here, "local": _local,
+    "unset": _unset, "set": _set, "shift": _shift, "exit": _exit, "return": _leave("return"), "break": _leave("break"),
+    "continue": _leave("continue"), "eval": _eval, "source": _source, ".": _source, "command": _command,
+    "builtin": _command, "exec": _exec, "read": _read, "mapfile": _lines, "readarray": _lines, "let": _let,
+    "printf": _printf, "getopts": _getopts, "shopt": _shopt, "trap": _shopt, "ulimit": _shopt, "umask": _shopt,
+    "alias": _shopt, "sleep": _shopt,
+}  # fmt: skip
+
+
+def is_missing_module(words: Sequence[str | None]) -> bool:
+    """Whether a program asks Python for the module of another maker's devices, which is not installed beside CUDA."""
+    program, *rest = words
+    asks = len(rest) == 2 and rest[0] == "-c" and re.fullmatch(r"\s*import torch_(npu|mlu|musa)\s*", rest[1] or "")
+    return bool(asks and re.fullmatch(r"(?:.*/)?python[\d.]*", program or ""))
+
+
+def run_inner_shell(shell: Interpreter, words: Sequence[str], line: int) -> None:
+    """Run what a program hands to another shell: `bash -c text`, `srun bash -c text`, `bash other.sh`."""
+    place = next((at for at, word in enumerate(words) if word.rpartition("/")[2] in _SHELLS), None)
+    if place is None or place + 1 >= len(words):
+        return
+    rest = list(words[place + 1 :])
+    has_text = False
+    while rest and re.fullmatch(r"-[a-zA-Z]+|--\w+", rest[0]):
+        has_text |= "c" in rest[0] and not rest[0].startswith("--")
+        rest.pop(0)
+    if not rest:
+        return
+    text = rest[0] if has_text else _script_text(shell, rest[0])
+    if text is None or (has_text and shell.expander.marks.known(text) is None):
+        shell.note(line, f"{_shown(shell, rest[0])} is run, and was not read")
+        return
+
+    def action() -> None:
+        state = shell.state
+        state.variables = {name: value for name, value in state.variables.items() if name in state.exported}
+        state.variables["IFS"] = " \t\n"
+        state.functions, state.options = {}, frozenset()
+        state.arguments = rest[1:] if not has_text else rest[2:]
+        state.script = rest[0] if not has_text else (rest[1] if len(rest) > 1 else state.script)
+        shell.run_text(text, line if has_text else 0)
+
+    shell.subshell(action)

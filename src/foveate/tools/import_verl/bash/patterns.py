@@ -1,0 +1,75 @@
+"""Patterns of bash (`*`, `?`, `[a-z]`) as regular expressions, and operations with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_MOST_STARS = 6
+
+
+def to_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
+    """A pattern given as (text, quoted) pieces; quoted text stands for itself. None: one that is not read here."""
+    raw = "".join(text for text, _ in pieces)
+    special = "".join("x" * len(text) if quoted else text for text, quoted in pieces)
+    if special.count("*") > _MOST_STARS or re.search(r"[@*+?!]\(", special):
+        return None
+    built, at = "", 0
+    while at < len(raw):
+        one = special[at]
+        bracket = re.compile(r"\[[!^]?\]?[^\]]*\]").match(special, at) if one == "[" else None
+        if bracket:
+            inside = raw[at + 1 : bracket.end() - 1]
+            negated = inside[:1] in ("!", "^")
+            inside = inside[negated:].replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]").replace("^", "\\^")
+            if "\\[:" in inside or "&&" in inside or "||" in inside or "~~" in inside or "--" in inside:
+                return None
+            built += f"[{'^' if negated else ''}{inside}]"
+            at = bracket.end()
+            continue
+        if one == "\\" and at + 1 < len(raw):
+            built += re.escape(raw[at + 1])
+            at += 2
+            continue
+        built += {"*": ".*", "?": "."}.get(one) or re.escape(raw[at])
+        at += 1
+    try:
+        return re.compile(built, re.DOTALL)
+    except re.error:
+        return None
+
+
+def extended_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
+    """The right side of `=~`; None for one that is not read here, or could take very long."""
+    text = "".join(re.escape(text) if quoted else text for text, quoted in pieces)
+    if re.search(r"\)[*+{]|\[\[|[*+}][*+?{]|\\[a-zA-Z]|\(\?", text) or len(text) > 200:
+        return None
+    try:
+        return re.compile(text)
+    except re.error:
+        return None
+
+
+def remove(operator: str, text: str, pattern: re.Pattern[str]) -> str:
+    """`text` without the shortest (#, %) or longest (##, %%) start or end that the pattern matches."""
+    places = range(len(text) + 1)
+    if operator in ("##", "%"):
+        places = reversed(places)
+    for place in places:
+        rest = text[:place] if operator[0] == "#" else text[place:]
+        if pattern.fullmatch(rest):
+            return text[place:] if operator[0] == "#" else text[:place]
+    return text
+
+
+def replace(operator: str, text: str, pattern: re.Pattern[str], new: str) -> str:
+    """`${text/pattern/new}` and its forms `//` (all), `/#` (at the start), `/%` (at the end)."""
+    if not pattern.pattern:
+        return text
+    if operator == "/#":
+        match = pattern.match(text)
+        return new + text[match.end() :] if match else text
+    if operator == "/%":
+        match = next((found for place in range(len(text)) if (found := pattern.fullmatch(text, place))), None)
+        return text[: match.start()] + new if match else text
+    return pattern.sub(lambda _: new, text, count=0 if operator == "//" else 1)

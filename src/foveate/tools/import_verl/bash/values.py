@@ -1,0 +1,76 @@
+"""Values of variables, some of which cannot be known without running the script.
+
+A value is text. What was not read stands in it as a mark, a number between two characters that no script has. Marks
+travel through quotes, arrays and assignments like any text, so that a value tells at its end what it depends on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+LONGEST = 200_000
+
+
+class Unreadable(Exception):
+    """A script that grows or loops beyond what a launch script does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A value that was not read, and why. `unset`: a variable that is set nowhere, empty text for bash."""
+
+    reason: str
+    unset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """An array of bash: elements by index, or by key."""
+
+    elements: dict[int | str, str]
+    keyed: bool = False
+
+    @property
+    def values(self) -> list[str]:
+        return [self.elements[key] for key in (self.elements if self.keyed else sorted(self.elements, key=int))]
+
+
+@dataclass(slots=True)
+class Marks:
+    """The marks that were made, by number."""
+
+    made: list[Unread] = field(default_factory=list)
+
+    def make(self, reason: str, *, unset: bool = False) -> str:
+        unread = Unread(reason, unset)
+        if unread not in self.made:
+            self.made.append(unread)
+        return f"{_OPEN}{self.made.index(unread)}{_CLOSE}"
+
+    def unread_in(self, text: str) -> list[Unread]:
+        return [self.made[int(number)] for number in dict.fromkeys(_MARK.findall(text))]
+
+    def known(self, text: str) -> str | None:
+        """The text as bash has it, in which an unset variable is empty; None where something was not read."""
+        if _OPEN not in text:
+            return text
+        return None if any(not unread.unset for unread in self.unread_in(text)) else _MARK.sub("", text)
+
+    def derived(self, text: str) -> str:
+        """The value of an operation on a text that is not known: not known, for the same reason."""
+        unread = self.unread_in(text)
+        first = next((one for one in unread if not one.unset), unread[0])
+        return self.make(first.reason)
+
+
+def is_bare_mark(text: str) -> bool:
+    """Whether nothing but marks stands in a text, so that it may be empty."""
+    return not _MARK.sub("", text)
+
+
+def without_marks(text: str) -> str:
+    """The text of a script in which no character is taken for a mark."""
+    return text.replace(_OPEN, "\ufffd").replace(_CLOSE, "\ufffd")

@@ -1,0 +1,93 @@
+"""From the arguments of a launch to settings by key: overrides, and the YAML file that they change."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foveate.errors import ConfigError
+from foveate.tools.import_verl import easyr1
+from foveate.tools.import_verl.hydra import HydraFault, parse_value
+from foveate.tools.import_verl.launch import Launch
+from foveate.tools.import_verl.settings_file import read_flat, yaml_value
+
+_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
+_OPTION = re.compile(r"--(config-(?:name|path|dir))(?:=(.*))?", re.DOTALL)
+_STANDARD = re.compile(
+    r"(?:one_step_off_|fully_async_)?ppo_(?:megatron_|veomni_|torchtitan_)?trainer|dapo_(?:megatron_)?trainer"
+)
+
+
+@dataclass(slots=True)
+class Overrides:
+    """Settings as they are given, those that were not read with the reason, and arguments that are no settings."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
+    passed: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    refused: list[str] = field(default_factory=list)
+
+
+def read_overrides(launch: Launch, script: Path) -> Overrides:
+    """The settings that a launch gives. Raises ConfigError for a file of settings that is not here."""
+    found, options, where = Overrides(), dict[str, str](), f"{script}, line {launch.line}"
+    is_easyr1 = launch.program == easyr1.PROGRAM
+    words = list(launch.arguments)
+    while words:
+        word = words.pop(0)
+        option = _OPTION.fullmatch(word.text)
+        if option and not word.unread:
+            options[option[1]] = option[2] if option[2] is not None else words.pop(0).text if words else ""
+            continue
+        text = word.text + "=" if word.unread and _OVERRIDE.fullmatch(word.text + "=") else word.text
+        match = _OVERRIDE.fullmatch(text)
+        if match is None or (word.unread and text == word.text):
+            found.refused.append(f"{_shown(word.text)}: {word.unread or 'an argument that is no key=value'}")
+            continue
+        key = match[2]
+        found.values.pop(key, None)
+        found.unread.pop(key, None)
+        found.passed.pop(key, None)
+        if word.unread:
+            found.unread[key] = word.unread
+        written = (word.passed or "").partition("=")[2] if word.unread else match[3]
+        try:
+            value = yaml_value(written) if is_easyr1 else parse_value(written)
+        except (HydraFault, yaml.YAMLError, ValueError, RecursionError) as fault:
+            found.unread.setdefault(key, f"{_shown(written)!r} {str(fault).splitlines()[0]}")
+        else:
+            (found.passed if word.unread else found.values)[key] = value
+    base = _easyr1_file(found, launch, where) if is_easyr1 else _config_file(options, launch, script)
+    found.config = options.get("config-name", "")
+    found.values = {key: value for key, value in base.items() if key not in found.unread} | found.values
+    return found
+
+
+def _shown(text: str) -> str:
+    printable = "".join(one if one.isprintable() and not "\ue000" <= one <= "\uf8ff" else " " for one in text).strip()
+    return printable[:100] or "an argument"
+
+
+def _easyr1_file(found: Overrides, launch: Launch, where: str) -> dict[str, Any]:
+    if reason := found.unread.pop("config", None):
+        raise ConfigError(f"{where}: config was not read ({reason}), and holds the other settings")
+    name = found.values.pop("config", None)
+    return {} if name is None else read_flat(Path(launch.directory, str(name)), where)
+
+
+def _config_file(options: dict[str, str], launch: Launch, script: Path) -> dict[str, Any]:
+    """The values of another configuration than verl's own, below which verl's defaults stand."""
+    name = options.get("config-name", "").removesuffix(".yaml")
+    if not name or _STANDARD.fullmatch(name):
+        return {}
+    folder = options.get("config-path") or options.get("config-dir") or "config"
+    parts = [launch.program] if launch.program.endswith(".py") else launch.program.split(".")
+    roots = [Path(launch.directory), *script.resolve().parents]
+    modules = [root.joinpath(*parts[start:]).parent for root in roots for start in (0, 1) if parts[start:]]
+    places = [place / folder / f"{name}.yaml" for place in (*modules, Path(launch.directory))]
+    return read_flat(next((place for place in places if place.is_file()), places[0]), f"{script}, line {launch.line}")
