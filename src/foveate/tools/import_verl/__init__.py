@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from foveate.tools.import_verl import easyr1
 from foveate.tools.import_verl.algorithm import algorithm_of
 from foveate.tools.import_verl.defaults import EASYR1, find_version
+from foveate.tools.import_verl.easyr1 import KL, NAMES, PROGRAM, in_verls_names
 from foveate.tools.import_verl.given import Given, UnreadSetting, shown
 from foveate.tools.import_verl.keys import fate, mapping_table
 from foveate.tools.import_verl.launch import Launch, read_launch
-from foveate.tools.import_verl.overrides import Overrides, read_overrides
+from foveate.tools.import_verl.overrides import LaunchSettings, read_overrides
 from foveate.tools.import_verl.settings import recipe_settings
 
 __all__ = ["Imported", "easyr1_table", "import_launch", "import_script", "mapping_table"]
@@ -68,14 +68,12 @@ def import_launch(path: Path, launch: Launch, rows: int | None, *, version: str 
     """The recipe of one launch of a script."""
     where = f"{path}, line {launch.line}"
     overrides = read_overrides(launch, path)
-    if launch.program == easyr1.PROGRAM:
+    if launch.program == PROGRAM:
         title, forked = "EasyR1", False
-        values, names = easyr1.in_verls_names(overrides.values)
-        unread = {easyr1.NAMES.get(key, key): reason for key, reason in overrides.unread.items()}
-        passed, _ = easyr1.in_verls_names(overrides.passed)
-        given = Given(
-            where, values, unread, EASYR1, {**{name: key for key, name in easyr1.NAMES.items()}, **names}, passed
-        )
+        values, names = in_verls_names(overrides.values)
+        unread = {NAMES.get(key, key): reason for key, reason in overrides.unread.items()}
+        passed, _ = in_verls_names(overrides.passed)
+        given = Given(where, values, unread, EASYR1, {**{name: key for key, name in NAMES.items()}, **names}, passed)
         notes = list(launch.notes)
     else:
         found = find_version(version, (path.resolve().parent, Path(launch.directory or ".")), overrides.values)
@@ -88,7 +86,7 @@ def import_launch(path: Path, launch: Launch, rows: int | None, *, version: str 
 
 
 def _accounted(
-    given: Given, overrides: Overrides, settings: Mapping[str, Any], title: str, notes: list[str]
+    given: Given, overrides: LaunchSettings, settings: Mapping[str, Any], title: str, notes: list[str]
 ) -> Imported:
     """Every key of the launch once, as what became of it."""
     try:
@@ -100,8 +98,8 @@ def _accounted(
     for key, value in overrides.values.items():
         if key in told:
             continue
-        name = easyr1.NAMES.get(key, key) if title == "EasyR1" else key
-        kind, text = ("mapped", easyr1.KL[key]) if title == "EasyR1" and key in easyr1.KL else fate(name, value, critic)
+        name = NAMES.get(key, key) if title == "EasyR1" else key
+        kind, text = ("mapped", KL[key]) if title == "EasyR1" and key in KL else fate(name, value, critic)
         lines[kind].append(f"{key}={shown(value)}" + (f" -> {text}" if kind == "mapped" else f": {text}"))
     refused = [*given.refused, *lines["refused"], *overrides.refused]
     refused += [f"{key}: {reason}" for key, reason in overrides.unread.items() if key not in told]
@@ -112,7 +110,7 @@ def _accounted(
 
 def easyr1_table() -> str:
     """The second table of docs/recipes.md."""
-    return mapping_table(easyr1.NAMES | dict(easyr1.KL))
+    return mapping_table(NAMES | dict(KL))
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What verl takes where a script says nothing, by version: `verl/trainer/config` of its releases."""
+"""The values of verl where a script says nothing, by version: `verl/trainer/config` of its releases."""
 
 from __future__ import annotations
 
@@ -93,6 +93,9 @@ _NEWEST: dict[str, Any] = {
     "critic.optim.lr": 1e-5,
     "critic.cliprange_value": 0.5,
     "trainer.critic_warmup": 0,
+    "async_training.require_batches": 1,
+    "async_training.trigger_parameter_sync_step": 4,
+    "rollout.total_rollout_steps": 100,
     "trainer.n_gpus_per_node": 8,
     "trainer.nnodes": 1,
     "trainer.save_freq": -1,

@@ -30,7 +30,7 @@ class Given:
     unread: Mapping[str, str]
     defaults: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
-    """What a key is called in the script, where that is another name."""
+    """The name of a key in the script, where that is another name."""
     passed: Mapping[str, Any] = field(default_factory=dict)
     """Values that hold variables which are set nowhere, as bash passes them: with nothing in their place."""
     megatron: bool = False

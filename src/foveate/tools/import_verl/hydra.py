@@ -116,7 +116,7 @@ class _Reader:
 
 
 def typed(text: str) -> Any:
-    """What an unquoted word stands for."""
+    """The value that an unquoted word stands for."""
     lower = text.lower()
     if lower in ("true", "false"):
         return lower == "true"

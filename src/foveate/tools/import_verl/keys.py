@@ -1,4 +1,4 @@
-"""What becomes of verl's keys: where each acts in a recipe, or why it needs no setting."""
+"""The fate of verl's keys: where each acts in a recipe, or why it needs no setting."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ _QUIET = re.compile(r"ray_kwargs\.|ray_init\.|.*\bprofiler\b|global_profiler\.|.
 
 
 def fate(key: str, value: Any, uses_critic: bool) -> tuple[str, str]:
-    """What becomes of a key with a value: ("mapped" | "no effect" | "refused", the place or the reason)."""
+    """The fate of a key with a value: ("mapped" | "no effect" | "refused", the place or the reason)."""
     for pattern, name in _OTHER_NAMES:
         key = pattern.sub(name, key)
     if key in _ONLY:

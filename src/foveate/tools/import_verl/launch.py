@@ -80,11 +80,12 @@ def read_launch(script: Path, environment: Mapping[str, str], arguments: Sequenc
 
 def _text_of(script: Path) -> str:
     try:
-        if script.stat().st_size > LARGEST:
-            raise DataError(f"{script}: has {script.stat().st_size} bytes; a launch script has {LARGEST} at most")
-        text = script.read_text(encoding="utf-8")
+        size = script.stat().st_size
+        text = script.read_text(encoding="utf-8") if size <= LARGEST else ""
     except (OSError, ValueError) as error:
         raise DataError(f"{script}: cannot be read as a launch script: {error}") from None
+    if size > LARGEST:
+        raise DataError(f"{script}: has {size} bytes; a launch script has {LARGEST} at most")
     if "\0" in text:
         raise DataError(f"{script}: cannot be read as a launch script: it holds bytes of 0")
     return text

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from foveate.errors import ConfigError
-from foveate.tools.import_verl import easyr1
+from foveate.tools.import_verl.easyr1 import PROGRAM
 from foveate.tools.import_verl.hydra import HydraFault, parse_value
 from foveate.tools.import_verl.launch import Launch
 from foveate.tools.import_verl.settings_file import read_flat, yaml_value
@@ -23,7 +23,7 @@ _STANDARD = re.compile(
 
 
 @dataclass(slots=True)
-class Overrides:
+class LaunchSettings:
     """Settings as they are given, those that were not read with the reason, and arguments that are no settings."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -33,10 +33,10 @@ class Overrides:
     refused: list[str] = field(default_factory=list)
 
 
-def read_overrides(launch: Launch, script: Path) -> Overrides:
+def read_overrides(launch: Launch, script: Path) -> LaunchSettings:
     """The settings that a launch gives. Raises ConfigError for a file of settings that is not here."""
-    found, options, where = Overrides(), dict[str, str](), f"{script}, line {launch.line}"
-    is_easyr1 = launch.program == easyr1.PROGRAM
+    found, options, where = LaunchSettings(), dict[str, str](), f"{script}, line {launch.line}"
+    is_easyr1 = launch.program == PROGRAM
     words = list(launch.arguments)
     while words:
         word = words.pop(0)
@@ -73,7 +73,7 @@ def _shown(text: str) -> str:
     return printable[:100] or "an argument"
 
 
-def _easyr1_file(found: Overrides, launch: Launch, where: str) -> dict[str, Any]:
+def _easyr1_file(found: LaunchSettings, launch: Launch, where: str) -> dict[str, Any]:
     if reason := found.unread.pop("config", None):
         raise ConfigError(f"{where}: config was not read ({reason}), and holds the other settings")
     name = found.values.pop("config", None)

@@ -26,14 +26,8 @@ def recipe_settings(given: Given, script: Path, program: str, rows: int | None, 
 
     Raises ConfigError where a setting without which there is no recipe is missing or was not read.
     """
-    for key in (M + "path", "data.train_files"):
-        if not given.has(key):
-            raise ConfigError(f"{given.where}: sets no {given.called(key)}, which a recipe needs")
+    _require(given)
     sizes = _Sizes(given, program)
-    if "megatron" in (given.values.get("model_engine"), given.values.get(A + "strategy")) or given.megatron:
-        given.refused.append(
-            "Megatron: how it shards, offloads and recomputes (actor.megatron) has no counterpart; the recipe has FSDP"
-        )
     choice: Choice = {
         "run": lambda: _run(given, script),
         "seed": lambda: given.whole("data.seed", least=0) if given.get("data.seed") is not None else None,
@@ -72,6 +66,21 @@ def recipe_settings(given: Given, script: Path, program: str, rows: int | None, 
         "log.to": lambda: _trackers(given),
         "cluster": lambda: _cluster(given),
     }
+    return _computed(given, choice)
+
+
+def _require(given: Given) -> None:
+    for key in (M + "path", "data.train_files"):
+        if not given.has(key):
+            raise ConfigError(f"{given.where}: sets no {given.called(key)}, which a recipe needs")
+    if "megatron" in (given.values.get("model_engine"), given.values.get(A + "strategy")) or given.megatron:
+        given.refused.append(
+            "Megatron: how it keeps, shards, offloads and recomputes (actor.megatron) has no counterpart; "
+            "the recipe has FSDP"
+        )
+
+
+def _computed(given: Given, choice: Choice) -> dict[str, Any]:
     settings = dict[str, Any]()
     for path, compute in choice.items():
         try:
@@ -186,12 +195,8 @@ class _Sizes:
 
     def _mini_batches(self) -> int:
         """Mini-batches of a step of an asynchronous run: those between two publishes of the weights."""
-        each, steps = "async_training.require_batches", "async_training.trigger_parameter_sync_step"
-        counts = [
-            self.given.whole(key, least=1) if self.given.has(key) else default
-            for key, default in ((each, 1), (steps, 4))
-        ]
-        return math.prod(counts)
+        keys = ("async_training.require_batches", "async_training.trigger_parameter_sync_step")
+        return math.prod(self.given.whole(key, least=1) for key in keys)
 
     def prompts(self) -> int:
         if self.asynchronous:
@@ -227,7 +232,7 @@ class _Sizes:
         key = "trainer.total_training_steps"
         limit = given.whole(key, least=1) if given.get(key) is not None else None
         rollouts = "rollout.total_rollout_steps"
-        if self.asynchronous and given.has(rollouts):
+        if self.asynchronous:
             return max(1, given.whole(rollouts, least=1) // self.prompts())
         if limit is not None and self.ignores_epochs:
             return limit
@@ -241,7 +246,6 @@ class _Sizes:
             given.refuse("trainer.total_epochs", f"verl may end before {limit} steps; --rows says when")
             return limit
         drawn = given.whole("data.gen_batch_size", least=1) if given.get("data.gen_batch_size") else self.prompts()
-        drawn = self.prompts() if self.asynchronous else drawn
         return min(max(1, rows // drawn * epochs), limit or rows * epochs)
 
 

@@ -34,7 +34,7 @@ class Scope:
     set: Callable[[str, str | None, str], None]
 
 
-def evaluate(text: str, scope: Scope, depth: int = 0) -> int:
+def evaluate_arithmetic(text: str, scope: Scope, depth: int = 0) -> int:
     """The value of an expression; an empty one is 0."""
     if depth > _DEEPEST:
         raise ArithmeticFault("variables that name each other without end")
@@ -102,7 +102,7 @@ class _Reader:
         return chosen if condition else other
 
     def _silently(self, read: Callable[[], int], acts: bool) -> int:
-        """What `read` gives, without an effect where the operand does not count."""
+        """The value that `read` gives, without an effect where the operand does not count."""
         before, self.acts = self.acts, self.acts and acts
         value = read()
         self.acts = before
@@ -157,7 +157,7 @@ class _Reader:
 
     def _get(self, name: str, index: str | None) -> int:
         text = self.scope.get(name, index) if self.acts else "0"
-        return evaluate(text, self.scope, self.depth + 1) if not text.isdigit() else _number(text)
+        return evaluate_arithmetic(text, self.scope, self.depth + 1) if not text.isdigit() else _number(text)
 
     def _set(self, name: str, index: str | None, value: int) -> int:
         value = _wrap(value)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from foveate.tools.import_verl.bash.syntax import Part, Text, Word
+from foveate.tools.import_verl.bash.syntax import Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import Unreadable
 
 _RANGE = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})(?:\.\.(-?\d{1,9}))?|([A-Za-z])\.\.([A-Za-z])")
 _MOST = 10_000
-Item = Part | str  # an unquoted character, or something that no brace is in
+Item = WordPart | str  # an unquoted character, or something that no brace is in
 
 
 def expand_braces(word: Word) -> list[Word]:
@@ -23,7 +23,7 @@ def expand_braces(word: Word) -> list[Word]:
     return [Word(_parts(found), word.line) for found in _expand(items)]
 
 
-def _parts(items: Sequence[Item]) -> tuple[Part, ...]:
+def _parts(items: Sequence[Item]) -> tuple[WordPart, ...]:
     return tuple(Text(item, False) if isinstance(item, str) else item for item in items)
 
 

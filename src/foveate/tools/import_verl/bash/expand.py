@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from foveate.tools.import_verl.bash import patterns
-from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate
+from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
 from foveate.tools.import_verl.bash.braces import expand_braces
-from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Part, Substitution, Text, Word
+from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Substitution, Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable, is_bare_mark
 
 _OF_A_PROCESS = (
@@ -30,7 +30,7 @@ class ScriptEnds(Exception):
 
 @dataclass(slots=True)
 class State:
-    """What a shell remembers. Arrays are replaced, never changed, so that a copy is cheap."""
+    """The memory of a shell. Arrays are replaced, never changed, so that a copy is cheap."""
 
     script: str
     directory: str
@@ -68,7 +68,7 @@ class Expander:
                 fields.append(self._bound(current))
             current, kept = None, False
 
-        for part in self._with_home(word, assignment=False):
+        for part in self._spliced(self._with_home(word, assignment=False)):
             values, separate = self._values(part)
             if isinstance(part, Text) and not part.quoted:
                 assigned |= "=" in part.text
@@ -86,6 +86,28 @@ class Expander:
         if has_glob and "f" not in self.state.options:
             return [self.marks.make(f"line {word.line}: a pattern of file names")]
         return fields
+
+    def _spliced(self, parts: Sequence[WordPart]) -> Iterator[WordPart]:
+        """The parts, with those of a default in place of an unquoted `${name:-default}` that takes it: their quotes
+        hold."""
+        for part in parts:
+            if isinstance(part, Parameter) and not part.quoted and part.operator in (":-", "-", ":+", "+"):
+                index = self._index(part)
+                several = part.name in ("@", "*") or index in ("@", "*")
+                value = None if several else self.lookup(part.name, index, part.line)
+                if not several and self._takes_word(part, value):
+                    yield from self._spliced(part.arguments[0].parts)
+                    continue
+            yield part
+
+    def _takes_word(self, part: Parameter, value: str | None) -> bool | None:
+        """Whether the word behind an operator stands for the parameter; None where that is not known."""
+        known = None if value is None else self.marks.known(value)
+        bare = value is not None and self.marks.unread_in(value) != [] and is_bare_mark(value)
+        if bare and known is None and _TESTED[part.operator]:
+            return None
+        missing = value is None or (bare and known == "") or (_TESTED[part.operator] and known == "")
+        return missing == (part.operator[-1] != "+")
 
     def _split(self, value: str) -> list[str]:
         """Pieces between separators; an empty first or last piece tells that one stood there."""
@@ -112,7 +134,7 @@ class Expander:
             pieces.append((known, part.quoted if not isinstance(part, Arithmetic) else True))
         return pieces
 
-    def _with_home(self, word: Word, *, assignment: bool) -> list[Part]:
+    def _with_home(self, word: Word, *, assignment: bool) -> list[WordPart]:
         """The parts with the home directory for a leading ~, also behind `name=`, and behind : in an assignment."""
         parts = list(word.parts)
         for number, part in enumerate(parts):
@@ -135,7 +157,7 @@ class Expander:
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _values(self, part: Part) -> tuple[list[str], bool]:
+    def _values(self, part: WordPart) -> tuple[list[str], bool]:
         """The values of a part, and whether each of them is a field of its own."""
         match part:
             case Text():
@@ -175,7 +197,7 @@ class Expander:
                 raise UnreadOperand(text)
             text = known
         try:
-            return evaluate(text, Scope(get, self.assign), 0)
+            return evaluate_arithmetic(text, Scope(get, self.assign), 0)
         except ArithmeticFault as fault:
             raise ScriptEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
 
@@ -248,7 +270,7 @@ class Expander:
             return [self._operated(part, value)], False
         values = self._elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
-        if part.operator == "#":
+        if part.operator == "length":
             return [str(len(values))], False
         if part.operator == ":":
             values = self._slice(values, part)
@@ -300,13 +322,13 @@ class Expander:
         if value is None:
             self._refuse_unset(name, part.line)
             missing = self.marks.make(f"needs ${name}", unset=True)
-            return missing if operator != "#" else self.marks.derived(missing)
+            return missing if operator != "length" else self.marks.derived(missing)
         if not operator:
             return value
         if self.marks.unread_in(value):
             whole_is_unset = self.marks.known(value) == "" and is_bare_mark(value)
-            return value if whole_is_unset and operator != "#" else self.marks.derived(value)
-        if operator == "#":
+            return value if whole_is_unset and operator != "length" else self.marks.derived(value)
+        if operator == "length":
             return str(len(value))
         if operator == ":":
             return self._substring(part, value)
@@ -320,18 +342,12 @@ class Expander:
             raise ScriptEnds(line, reason)
 
     def _tested(self, part: Parameter, value: str | None) -> str:
-        operator = part.operator
-        empty_counts = _TESTED[operator]
-        known = None if value is None else self.marks.known(value)
-        if value is not None and known is None and empty_counts and is_bare_mark(value):
-            return value  # it may be empty
-        unset = value is None or (self.marks.unread_in(value) != [] and known == "" and is_bare_mark(value))
-        missing = unset or (empty_counts and known == "")
-        if operator[-1] == "+":
-            return "" if missing else self.text(part.arguments[0])
-        if not missing:
+        operator, takes = part.operator, self._takes_word(part, value)
+        if takes is None:
             assert value is not None
-            return value
+            return value  # it may be empty
+        if not takes:
+            return "" if operator[-1] == "+" else value or ""
         text = self.text(part.arguments[0])
         if operator[-1] == "?":
             said = self.marks.known(text) or "it is not set"
@@ -371,6 +387,6 @@ class Expander:
                 change(one) if place < first and pattern.fullmatch(one) else one for place, one in enumerate(value)
             )
         if operator[0] in "#%":
-            return patterns.remove(operator, value, pattern)
+            return patterns.remove_match(operator, value, pattern)
         new = self.text(part.arguments[1]) if len(part.arguments) > 1 else ""
-        return patterns.replace(operator, value, pattern, new)
+        return patterns.replace_match(operator, value, pattern, new)

@@ -22,10 +22,10 @@ from foveate.tools.import_verl.bash.syntax import (
     Background,
     Case,
     Command,
+    CommandGroup,
     For,
     ForArithmetic,
     Function,
-    Group,
     If,
     Pipeline,
     Redirected,
@@ -86,7 +86,7 @@ class Interpreter(Shell):
             case Function():
                 self.state.functions[command.name] = command.body
                 self.state.status = 0
-            case Group():
+            case CommandGroup():
                 if command.subshell:
                     self.subshell(lambda: self.run(command.body))
                 else:
@@ -286,9 +286,10 @@ class Interpreter(Shell):
 
     def _simple(self, command: Simple) -> None:
         if not command.words:
-            self.state.status = 0
+            captured = self.captured
             for assignment in command.assignments:
                 self.assign(assignment)
+            self.state.status = 0 if captured == self.captured else self.state.status
             self.ends_with(self.state.status, command.line)
             return
         fields = list[str | Assignment]()

@@ -1,4 +1,4 @@
-"""What a shell remembers after branches of which it is not known which one was taken."""
+"""The memory of a shell after branches of which it is not known which one was taken."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _either(one: str | Array | None, other: str | Array | None, mark: str, marks
 
 
 def _common(one: Sequence[str], other: Sequence[str], mark: str) -> list[str]:
-    """What two lists begin with, then `key=` and the mark for each setting of either, or the mark for another word."""
+    """The common start of two lists, then `key=` and the mark for each setting of either, or the mark."""
     same = next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), None)
     same = min(len(one), len(other)) if same is None else same
     rest = [*one[same:], *other[same:]]

@@ -12,10 +12,10 @@ from foveate.tools.import_verl.bash.syntax import (
     BashSyntaxError,
     Case,
     Command,
+    CommandGroup,
     For,
     ForArithmetic,
     Function,
-    Group,
     If,
     Pipeline,
     Redirect,
@@ -43,7 +43,7 @@ _LINE_END = re.compile(r"(?<!\\)\n|\Z")
 
 def parse_script(text: str) -> tuple[tuple[Command, ...], BashSyntaxError | None]:
     """The commands that bash would run, and the error at which it would stop: it reads line by line."""
-    parser, commands = Parser(text), list[Command]()
+    parser, commands = BashParser(text), list[Command]()
     try:
         while parser.at < len(text):
             commands += parser.read_line()
@@ -54,7 +54,7 @@ def parse_script(text: str) -> tuple[tuple[Command, ...], BashSyntaxError | None
     return tuple(commands), None
 
 
-class Parser(TestReader):
+class BashParser(TestReader):
     """The commands of a text."""
 
     def read_commands(self, closing: str) -> tuple[Command, ...]:
@@ -176,7 +176,7 @@ class Parser(TestReader):
             case "case":
                 return self._case(line)
             case "{":
-                return Group(self._body("}")[0], False, line)
+                return CommandGroup(self._body("}")[0], False, line)
             case "[[":
                 expression = self.read_test()
                 self.skip_newlines()
@@ -199,7 +199,7 @@ class Parser(TestReader):
         self.expect(")", "(")
         if not body:
             raise self.error("( ) without commands")
-        return Group(body, True, line)
+        return CommandGroup(body, True, line)
 
     def _arithmetic_command(self) -> Word | None:
         start = self.at

@@ -50,7 +50,7 @@ def extended_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None
         return None
 
 
-def remove(operator: str, text: str, pattern: re.Pattern[str]) -> str:
+def remove_match(operator: str, text: str, pattern: re.Pattern[str]) -> str:
     """`text` without the shortest (#, %) or longest (##, %%) start or end that the pattern matches."""
     places = range(len(text) + 1)
     if operator in ("##", "%"):
@@ -62,7 +62,7 @@ def remove(operator: str, text: str, pattern: re.Pattern[str]) -> str:
     return text
 
 
-def replace(operator: str, text: str, pattern: re.Pattern[str], new: str) -> str:
+def replace_match(operator: str, text: str, pattern: re.Pattern[str], new: str) -> str:
     """`${text/pattern/new}` and its forms `//` (all), `/#` (at the start), `/%` (at the end)."""
     if not pattern.pattern:
         return text

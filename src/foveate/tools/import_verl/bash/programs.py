@@ -97,8 +97,8 @@ def _dirname(arguments: Sequence[str]) -> tuple[str, int] | None:
 def _seq(arguments: Sequence[str]) -> tuple[str, int] | None:
     rest = list(arguments)
     separator = "\n"
-    if len(rest) > 1 and rest[0] == "-s":
-        separator, rest = rest[1], rest[2:]
+    if len(rest) > 1 and rest[0].startswith("-s"):
+        separator, rest = (rest[0][2:], rest[1:]) if len(rest[0]) > 2 else (rest[1], rest[2:])
     if not 1 <= len(rest) <= 3 or not all(re.fullmatch(r"-?\d{1,9}", one) for one in rest):
         return None
     numbers = [int(one) for one in rest]

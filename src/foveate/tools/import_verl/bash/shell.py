@@ -43,6 +43,7 @@ class Shell:
         self.expander.file_test = self._file_test
         self.started, self.notes = list[Started](), dict[str, None]()
         self.output: list[str] | None = None
+        self.captured = 0
         self.given: str | None = None
         self.doubts, self.escapes = list[str](), list[tuple[str, State]]()
         self.locals: list[dict[str, str | Array | None]] = []
@@ -87,7 +88,7 @@ class Shell:
     # -------------------------------------------------------------------------------------------- shells and branches
 
     def subshell(self, action: Callable[[], None]) -> None:
-        """What happens in a shell of its own leaves only its status behind."""
+        """Act in a shell of its own, which leaves only its status behind."""
         before, depth = self.state, self._depth
         self.state = before.copy()
         try:
@@ -105,6 +106,7 @@ class Shell:
     def capture(self, body: Sequence[Command], line: int) -> str:
         """The output of commands in a shell of its own, without the newlines at its end."""
         before, self.output = self.output, []
+        self.captured += 1
         self.subshell(lambda: self.run(body))
         text, self.output = "".join(self.output), before
         if len(text) > LONGEST:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class BashSyntaxError(Exception):
-    """What bash would not read either, or what is not read here; `line` counts from 1."""
+    """A text that bash would not read either, or that is not read here; `line` counts from 1."""
 
     def __init__(self, line: int, text: str) -> None:
         super().__init__(text)
@@ -52,12 +52,12 @@ class Substitution:
     line: int
 
 
-Part = Text | Parameter | Arithmetic | Substitution
+WordPart = Text | Parameter | Arithmetic | Substitution
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    parts: tuple[Part, ...]
+    parts: tuple[WordPart, ...]
     line: int
 
     @property
@@ -165,7 +165,7 @@ class Function:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class CommandGroup:
     """`{ commands; }`, or `( commands )` in a shell of its own."""
 
     body: tuple[Command, ...]
@@ -195,6 +195,6 @@ class Redirected:
 
 
 Command = (
-    Simple | Pipeline | AndOr | Background | If | While | For | ForArithmetic | Case | Function | Group
+    Simple | Pipeline | AndOr | Background | If | While | For | ForArithmetic | Case | Function | CommandGroup
     | ArithmeticCommand | Test | Redirected
 )  # fmt: skip

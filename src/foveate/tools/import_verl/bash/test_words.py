@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from foveate.tools.import_verl.bash.syntax import Part, Text, Word
+from foveate.tools.import_verl.bash.syntax import Text, Word, WordPart
 from foveate.tools.import_verl.bash.words import WordReader
 
 _UNARY = re.compile(r"-[a-zA-Z](?=\s)")
@@ -59,7 +59,7 @@ class TestReader(WordReader):
     def _right_side(self, operator: str) -> Word:
         """The word behind a comparison: a regular expression, or an extended pattern, holds brackets and bars."""
         if operator == "=~" or re.compile(r"\S*[@*+?!]\(").match(self.text, self.at):
-            line, depth, start, parts = self.line, 0, self.at, list[Part]()
+            line, depth, start, parts = self.line, 0, self.at, list[WordPart]()
             while self.at < len(self.text):
                 found = self.text[self.at]
                 if found in " \t\n" and depth == 0:

@@ -10,10 +10,10 @@ from foveate.tools.import_verl.bash.syntax import (
     Arithmetic,
     BashSyntaxError,
     Parameter,
-    Part,
     Substitution,
     Text,
     Word,
+    WordPart,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class WordReader:
 
     def read_word(self, stop: str = META, *, empty: bool = False) -> Word:
         """A word up to an unquoted character of `stop`."""
-        line, parts = self.line, list[Part]()
+        line, parts = self.line, list[WordPart]()
         while self.at < len(self.text) and (found := self.text[self.at]) not in stop:
             if self.peek("\\\n") or self.text[self.at :] == "\\":
                 self.at += 2
@@ -123,9 +123,9 @@ class WordReader:
         self.at = match.end()
         return re.sub(r"\\(.)", lambda found: _ANSI_C.get(found[1], found[1]), match[1], flags=re.DOTALL)
 
-    def _double_quoted(self) -> list[Part]:
+    def _double_quoted(self) -> list[WordPart]:
         self.at += 1
-        parts = list[Part]()
+        parts = list[WordPart]()
         while not self.peek('"'):
             if self.at >= len(self.text):
                 raise self.error('no closing "')
@@ -133,7 +133,7 @@ class WordReader:
         self.at += 1
         return parts or [Text("", True)]
 
-    def _quoted_part(self, escapable: str) -> Part:
+    def _quoted_part(self, escapable: str) -> WordPart:
         """One part of a text in which only expansions and some escapes act."""
         if self.text[self.at] == "\\":
             following = self.text[self.at + 1 : self.at + 2]
@@ -152,14 +152,14 @@ class WordReader:
     def _as_quoted(self, text: str, line: int) -> Word:
         """The text of a here-document or an arithmetic expression as a word."""
         reader = type(self)(text, line)
-        parts = list[Part]()
+        parts = list[WordPart]()
         while reader.at < len(text):
             parts.append(reader._quoted_part("$`\\\n"))
         return Word(tuple(parts), line)
 
     # ------------------------------------------------------------------------------------------------ expansions
 
-    def _expansion(self, quoted: bool) -> Part:
+    def _expansion(self, quoted: bool) -> WordPart:
         line = self.line
         if self.peek("`"):
             raw = re.compile(r"`((?:[^`\\]|\\.)*)`", re.DOTALL).match(self.text, self.at)
@@ -206,7 +206,7 @@ class WordReader:
 
     def split_header(self, header: Word) -> list[Word]:
         """The three expressions of `for ((a; b; c))`."""
-        groups: list[list[Part]] = [[]]
+        groups: list[list[WordPart]] = [[]]
         for part in header.parts:
             pieces = part.text.split(";") if isinstance(part, Text) else [part]
             for number, piece in enumerate(pieces):
@@ -221,7 +221,7 @@ class WordReader:
         self.at += 2
         operator = ""
         if self.text[self.at : self.at + 1] in ("#", "!") and self.text[self.at + 1 : self.at + 2] not in ("}", ":"):
-            operator = self.text[self.at]
+            operator = "length" if self.peek("#") else "!"
             self.at += 1
         name = _PARAMETER.match(self.text, self.at)
         if name is None:
@@ -253,7 +253,7 @@ class WordReader:
         """The word inside `${name operator word}`, to an unquoted character of `stop`."""
         if not quoted:
             return self.read_word(stop, empty=True)
-        line, parts = self.line, list[Part]()
+        line, parts = self.line, list[WordPart]()
         while self.at < len(self.text) and self.text[self.at] not in stop:
             if self.peek('"'):
                 parts += self._double_quoted()
