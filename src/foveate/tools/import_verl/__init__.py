@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from foveate.errors import ConfigError
 from foveate.tools.import_verl.algorithm import algorithm_of
 from foveate.tools.import_verl.defaults import EASYR1, find_version
 from foveate.tools.import_verl.easyr1 import KL, NAMES, PROGRAM, in_verls_names
@@ -81,7 +82,10 @@ def import_launch(path: Path, launch: Launch, rows: int | None, *, version: str 
         given = Given(where, overrides.values, overrides.unread, found.defaults, passed=overrides.passed)
         given.megatron = "megatron" in overrides.config
         notes = [f"defaults are those of {title} ({found.why})", *launch.notes]
-    settings = recipe_settings(given, path, launch.program, rows, forked)
+    try:
+        settings = recipe_settings(given, path, launch.program, rows, forked)
+    except UnreadSetting as unread:
+        raise ConfigError(f"{where}: {unread.key} was not read ({unread.reason}), and decides others") from None
     return _accounted(given, overrides, settings, title, notes)
 
 

@@ -271,7 +271,8 @@ def reward_settings(given: Given) -> Choice:
 def _reward(given: Given) -> dict[str, Any]:
     """The reward that a launch means: its function, the fork's grounding, or by the source of a row."""
     prefix = next((one for one in _CUSTOM if given.has(one + "path")), _CUSTOM[0])
-    path, start = given.get(prefix + "path"), prefix + "reward_kwargs."
+    start = prefix + "reward_kwargs."
+    path = None if given.get(prefix + "path") is None else given.text(prefix + "path")
     if path is None:
         return _with_overlong(given, {"name": "by_source", "settings": {"rewards": _sources(given)}})
     arguments = {key.removeprefix(start): given.get(key) for key in given.values if key.startswith(start)}
@@ -283,7 +284,7 @@ def _reward(given: Given) -> dict[str, Any]:
         for key in arguments.keys() - named.keys():
             given.refuse(start + key, "the grounding reward here has no such setting")
         return {"name": "grounding", **({"settings": settings} if settings else {})}
-    name = given.get(prefix + "name") or "compute_score"
+    name = given.text(prefix + "name") if given.get(prefix + "name") else "compute_score"
     return {"name": f"{path}:{name}", **({"settings": arguments} if arguments else {})}
 
 

@@ -154,7 +154,7 @@ class Version:
         for last, changed in _EARLIER:
             if place <= VERSIONS.index(last):
                 values |= changed
-        return values | self.own
+        return {**values, **self.own}
 
     @property
     def title(self) -> str:

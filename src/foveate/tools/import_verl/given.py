@@ -9,6 +9,7 @@ from typing import Any
 
 from foveate.errors import ConfigError
 
+LARGEST = 1_000_000_000
 _INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -69,8 +70,9 @@ class Given:
         good = (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
         )
-        if not good or (least is not None and value < least):
-            raise self._wrong(keys, "a whole number" + (f" of at least {least}" if least is not None else ""))
+        if not good or abs(value) > LARGEST or (least is not None and value < least):
+            bounds = f" of at least {least}" if least is not None else f" up to {LARGEST}"
+            raise self._wrong(keys, f"a whole number{bounds}")
         return int(value)
 
     def number(self, *keys: str) -> float:
@@ -83,6 +85,13 @@ class Given:
         ):
             raise self._wrong(keys, "a number")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> list[float]:
+        value = self.get(key)
+        kinds = isinstance(value, list) and len(value) == count and all(type(one) in (int, float) for one in value)
+        if not kinds:
+            raise self._wrong((key,), f"a list of {count} numbers")
+        return [float(one) for one in value]
 
     def flag(self, *keys: str) -> bool:
         value = self.first(*keys)

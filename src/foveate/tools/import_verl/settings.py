@@ -51,7 +51,7 @@ def recipe_settings(given: Given, script: Path, program: str, rows: int | None, 
         **reward_settings(given),
         "optim.lr": lambda: given.number(A + "optim.lr"),
         "optim.weight_decay": lambda: given.number(A + "optim.weight_decay"),
-        "optim.betas": lambda: [float(one) for one in given.get(A + "optim.betas")],
+        "optim.betas": lambda: given.numbers(A + "optim.betas", 2),
         "optim.warmup_steps": lambda: _warmup(given, sizes.steps(rows)),
         "optim.schedule": lambda: _schedule(given),
         "optim.max_grad_norm": lambda: given.number(A + "grad_clip", A + "optim.clip_grad"),
@@ -157,9 +157,9 @@ def _pixels(given: Given) -> int | None:
 
 
 def _engine(given: Given) -> str:
-    name = given.get(R + "name")
+    name = None if given.get(R + "name") is None else given.text(R + "name")
     if name in ENGINES:
-        return str(name)
+        return name
     given.refuse(R + "name", f"the engines here are {', '.join(ENGINES)}; the recipe has native")
     return "native"
 
@@ -215,7 +215,8 @@ class _Sizes:
         updates = -(-prompts // mini)
         if prompts % mini == 0:
             return updates
-        allowed = max(n for n in range(1, updates + 1) if prompts % n == 0)
+        small = [n for n in range(1, math.isqrt(prompts) + 1) if prompts % n == 0]
+        allowed = max(n for one in small for n in (one, prompts // one) if n <= updates)
         self.given.refuse(
             A + "ppo_mini_batch_size", f"does not divide {prompts} prompts; the recipe has {allowed} updates"
         )

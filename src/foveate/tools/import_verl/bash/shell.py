@@ -170,14 +170,21 @@ class Shell:
         keyed = isinstance(found, Array) and found.keyed
         old = found if isinstance(found, Array) else Array({} if found is None else {0: found})
         elements = dict(old.elements) if assignment.append else {}
+        pairs = list[str]()
         for index, word in value:
             if index is not None:
                 key = self.expander.text(index)
                 position = key if keyed else self.expander.arithmetic(key, assignment.line)
-                elements[position if keyed or not position.isdigit() else int(position)] = self.expander.text(word)
-                continue
-            for one in self.expander.fields(word):
-                elements[max((int(key) for key in elements), default=-1) + 1] = one
+                if not keyed and not position.isdigit():
+                    variables[name] = self.expander.marks.make(f"line {assignment.line}: an index of {name}")
+                    return
+                elements[position if keyed else int(position)] = self.expander.text(word)
+            elif keyed:
+                pairs += self.expander.fields(word)
+            else:
+                for one in self.expander.fields(word):
+                    elements[max((int(key) for key in elements), default=-1) + 1] = one
+        elements |= dict(zip(pairs[::2], [*pairs[1::2], ""], strict=False))
         if len(elements) > 10_000:
             raise Unreadable("an array of more than 10000 elements")
         variables[name] = Array(elements, keyed)
