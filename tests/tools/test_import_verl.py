@@ -292,6 +292,25 @@ def test_an_algorithm_that_is_not_here_is_refused(tmp_path, given):
         settings_of(tmp_path, given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("data.train_batch_size=99999999999999999999", "is not a whole number"),
+        ("data.train_batch_size=many", "=many is not a whole number of at least 1"),
+        (A + "optim.lr=[1]", "is not a number"),
+        (A + "optim.betas=0.9", "is not a list of 2 numbers"),
+        (A + "use_kl_loss=perhaps", "is not true or false"),
+        (R + "name='[a,b]'", "is not a text"),
+        ("custom_reward_function.path='{a:1}'", "is not a text"),
+        ("algorithm.adv_estimator=$(cat name)", "was not read"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_its_key(tmp_path, given, message):
+    with pytest.raises(ConfigError, match=message) as refused:
+        settings_of(tmp_path, given)
+    assert given.partition("=")[0] in str(refused.value)
+
+
 def test_a_loss_without_a_ratio_names_that_verl_clips_one(tmp_path):
     _, imported = settings_of(tmp_path, "algorithm.adv_estimator=rloo", A + "ppo_mini_batch_size=16")
     assert any("exact for one update of a step only" in line for line in imported.refused)

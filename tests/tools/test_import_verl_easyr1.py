@@ -63,7 +63,7 @@ def test_the_kl_is_in_the_reward_in_the_loss_or_nowhere(tmp_path):
 @pytest.mark.parametrize(
     ("loss", "name", "average", "aggregate"),
     [
-        ("gspo", "gspo", "token", None), ("cispo", "cispo", "token", "token-mean"),
+        ("gspo", "gspo", "token", "token-mean"), ("cispo", "cispo", "token", "token-mean"),
         ("default", "grpo", "seq", "seq-mean-token-mean"),
     ],
 )  # fmt: skip

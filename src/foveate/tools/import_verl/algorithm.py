@@ -143,6 +143,12 @@ def _sequence_clip(given: Given) -> Choice:
         given.refuse(f"{A}clip_ratio_{key}", "gspo has its own clip range, 3e-4 and 4e-4; such a wide one never clips")
         return None
 
+    if given.names:  # EasyR1 has one
+        return {
+            "clip_low": lambda: side("low"),
+            "clip_high": lambda: side("high"),
+            "dual_clip": lambda: _dual_clip(given),
+        }
     if given.has(A + "clip_ratio_c"):
         given.refuse(A + "clip_ratio_c", "gspo in verl has no dual clip")
     return {"clip_low": lambda: side("low"), "clip_high": lambda: side("high")}
@@ -167,7 +173,7 @@ def _aggregate(given: Given, name: str) -> str | None:
             f"{given.where}: {given.called(A + 'loss_agg_mode')}={mode} has no counterpart here; known: "
             f"{', '.join(_AGGREGATES)}"
         )
-    if name not in _OWN_MEAN:
+    if name not in _OWN_MEAN or given.names:  # EasyR1 takes the mode for all
         return mode
     if given.has(A + "loss_agg_mode") and mode != "seq-mean-token-mean":
         given.refuse(
