@@ -11,7 +11,8 @@ from foveate.errors import DataError
 from foveate.records import Image, Task
 from foveate.registry import resolve
 from foveate.rewards import REWARDS
-from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, parse_box, to_whole_pixels, truth_box
+from foveate.rewards.box_text import parse_box, parse_boxes
+from foveate.rewards.boxes import check_box, giou, grounding_reward, iou, to_whole_pixels, truth_box
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -42,7 +43,20 @@ def test_lists_tuples_arrays_and_json_are_the_same_ground_truth(answer):
     [
         ("[1,2,3,4] then [5,6,7,8]", (5, 6, 7, 8), (1, 2, 3, 4)),
         ("<box>[[5,6,7,8]]</box>", (5, 6, 7, 8), (5, 6, 7, 8)),
-        ("[1,2,3,4] then [5,6]", None, (1, 2, 3, 4)),
+        ("[1,2,3,4] then [5,6]", (1, 2, 3, 4), (1, 2, 3, 4)),
+        ("[5,6] then 1 2 3 4", None, None),
+        ('{"x1": 1, "y1": 2, "x2": 3, "y2": 4}', (1, 2, 3, 4), (1, 2, 3, 4)),
+        ('[{"y2": 4, "x2": 3, "y1": 2, "x1": 1}]', (1, 2, 3, 4), (1, 2, 3, 4)),
+        ("xmin=1, ymin=2, xmax=3, ymax=4", (1, 2, 3, 4), (1, 2, 3, 4)),
+        ('{"x": 1, "y": 2, "width": 10, "height": 20}', (1, 2, 11, 22), (1, 2, 11, 22)),
+        ('{"x1": 1, "y1": 2, "x2": 3, "y2": 4} or {"x1": 5, "y1": 6, "x2": 7, "y2": 8}', (5, 6, 7, 8), (1, 2, 3, 4)),
+        ('{"x1": 1, "y1": 2, "x2": 3}', None, None),
+        ("box_2d of img1: x1 y1 x2 y2", None, None),
+        ("[[1,2],[3,4]]", (1, 2, 3, 4), (1, 2, 3, 4)),
+        ("[1,2], [3,4]", (1, 2, 3, 4), (1, 2, 3, 4)),
+        ("<box>(1,2),(3,4)</box>", (1, 2, 3, 4), (1, 2, 3, 4)),
+        ("[[1,2],[3,4],[5,6]]", None, None),
+        ("[1,2] and then, somewhere else, [3,4]", None, None),
         ("[5,6] then [1,2,3,4,9]", (1, 2, 3, 4), (1, 2, 3, 4)),
         ('[{"bbox_2d": [1, 2, 3, 4], "label": "dog 9"}]', (1, 2, 3, 4), (1, 2, 3, 4)),
         ("<answer>[1,2,3,4]</answer> or [5,6,7,8]", (1, 2, 3, 4), (1, 2, 3, 4)),
@@ -64,7 +78,14 @@ def test_a_box_is_read_from_the_last_or_the_first_bracket(text, last, first):
     assert parse_box(text, which="first") == first
 
 
-@pytest.mark.parametrize("noise", ["[", "1", "<answer>", "</answer>", "[1,2,", "9e", "]"])
+def test_all_boxes_of_an_answer_are_read_in_every_form():
+    text = '[1,2,3,4], [[5,6],[7,8]], {"x1": 9, "y1": 10, "x2": 11, "y2": 12}, [1,2]'
+    assert parse_boxes(text) == [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
+
+
+@pytest.mark.parametrize(
+    "noise", ["x1", "x1: 5,", "(1,2),", "aaaa", "[1,2],", "[", "1", "<answer>", "</answer>", "[1,2,", "9e", "]"]
+)
 def test_a_degenerate_answer_of_half_a_million_characters_is_parsed(noise):
     text = noise * (500_000 // len(noise))
     assert parse_box(text + " [5,6,7,8]") == (5, 6, 7, 8)

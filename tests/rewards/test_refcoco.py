@@ -55,6 +55,35 @@ def test_where_the_two_rules_part(name):
     assert build_reward("refcoco", {"rule": "last"})(text, task).value == last
 
 
+VLMEVALKIT = {
+    "[100,200,500,600]": 1.0,
+    "[100 200 500 600]": 1.0,
+    "[0.1, 0.2, 0.5, 0.6]": 1.0,
+    "[500, 600, 100, 200] or [1, 2, 3, 4]": 1.0,
+    "[1, 2, 3, 4] or [100, 200, 500, 600]": 0.0,
+    "[7] is at 100, 200, 500, 600": 0.0,
+    "between 100 and 200, 500 and 600": 1.0,
+    '{"x1": 100, "y1": 200, "x2": 500, "y2": 600}': 0.0,
+    "[1064, 96, 1320, 288]": 0.0,
+    "[1, 2, 3]": 0.0,
+    "": 0.0,
+}
+
+
+@pytest.mark.parametrize("text", VLMEVALKIT)
+def test_the_rule_of_vlmevalkit_takes_the_first_four_numbers(text):
+    assert build_reward("refcoco", {"rule": "vlmevalkit"})(text, task_of(TRUTH, 640, 480)).value == VLMEVALKIT[text]
+
+
+def test_the_rule_of_vlmevalkit_tells_frames_by_the_largest_number_unless_one_is_set():
+    reward, pixels = (build_reward("refcoco", {"rule": "vlmevalkit", **more}) for more in ({}, {"frame": "pixels"}))
+    task = task_of([1100, 10, 1900, 500], 2000, 1000)
+    assert reward("[1100, 10, 1900, 500]", task).parts["iou"] == 1.0
+    assert reward("[550, 10, 950, 500]", task).parts["iou"] == 1.0
+    assert pixels("[550, 10, 950, 500]", task).parts["iou"] == 0.0
+    assert reward("[1100, 10, 3000, 500]", task).parts["iou"] == pytest.approx(800 / 900)
+
+
 def test_frames_say_what_the_coordinates_are():
     task = task_of(TRUTH, 640, 480)
     said = {"thousandths": "[100,200,500,600]", "pixels": "[64,96,320,288]", "fractions": "[.1,.2,.5,.6]"}

@@ -101,7 +101,9 @@ def evaluate_command(
     task: Annotated[str, typer.Option(help="grounding, refcoco, geo3k, mmpr, multiple_choice.")] = "grounding",
     reward: Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")] = None,
     reward_setting: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")] = None,
-    box_rule: Annotated[Literal["first", "last"] | None, typer.Option(help="Which box of an answer counts.")] = None,
+    box_rule: Annotated[
+        Literal["first", "last", "vlmevalkit"] | None, typer.Option(help="Which box of an answer counts.")
+    ] = None,
     box_frame: Annotated[
         Literal["thousandths", "pixels", "fractions", "model"] | None,
         typer.Option(help="What the answers' coordinates are."),

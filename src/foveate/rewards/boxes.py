@@ -1,4 +1,4 @@
-"""Boxes in answers: one parser, one IoU and the grounding reward, shared by training, evaluation and report.
+"""Boxes: their frames, one IoU and the grounding reward, shared by training, evaluation and report.
 
 A box is (x1, y1, x2, y2). Answers and ground truths stand in the 0..1000 frame: thousandths of the image's width for
 x and of its height for y.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -18,8 +17,8 @@ import numpy as np
 from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
+from foveate.rewards.box_text import Box, ordered_box, parse_box
 
-Box = tuple[float, float, float, float]
 Kind = Literal["mix", "sigmoid", "penalty", "normalized_exp", "eval", "giou"]
 TruthFrame = Literal["thousandths", "pixels"]
 AnswerFrame = Literal["thousandths", "pixels", "model"]
@@ -30,10 +29,6 @@ FRAME = 1000.0
 HIT_IOU = 0.5
 """The IoU with the true box from which a box counts as right: Precision@1 of RefCOCO."""
 
-_OPEN, _CLOSE = "<answer>", "</answer>"
-_BRACKET = re.compile(r"\[([^\[\]]*)\]")
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-
 # Of the "penalty" kind: a free length in words, a price per started block of words above it, and a price for a stutter.
 _FREE_WORDS, _BLOCK_WORDS, _BLOCK_PRICE = 512, 50, 0.01
 _STUTTER, _STUTTER_PRICE = 7, 0.3
@@ -42,60 +37,6 @@ _EXP_RATE = math.log(16.0)
 
 
 # ------------------------------------------------------------------------------------------------------- geometry
-
-
-def parse_box(text: str, which: Literal["last", "first"] = "last") -> Box | None:
-    """The box that an answer gives, as it stands in the text but with x1 <= x2 and y1 <= y2, or None.
-
-    A box inside `<answer>...</answer>` goes before everything outside of it. "last", the rule of the reward, reads the
-    first four numbers of the last innermost `[...]`; if that bracket holds fewer, there is no box. "first", the rule of
-    the published RefCOCO evaluations, reads the first bracket that holds four numbers or more. Text without any
-    bracket gives its last four numbers. Numbers that overflow to infinity make no box.
-    """
-    return _box_in(_answer(text, which), which) or _box_in(text, which)
-
-
-def parse_boxes(text: str) -> list[Box]:
-    """Every box of an answer in order: each innermost `[...]` that holds four numbers gives one. As with `parse_box`,
-    boxes inside the last `<answer>...</answer>` go before everything outside of it."""
-    return _boxes_in(_answer(text, "last")) or _boxes_in(text)
-
-
-def _boxes_in(text: str) -> list[Box]:
-    brackets = [_numbers(group) for group in _BRACKET.findall(text)]
-    return [_ordered(*numbers) for numbers in brackets if len(numbers) == 4 and all(map(math.isfinite, numbers))]
-
-
-def _answer(text: str, which: str) -> str:
-    """The text between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
-    if which == "last":
-        end = text.rfind(_CLOSE)
-        start = text.rfind(_OPEN, 0, max(end, 0))
-    else:
-        start = text.find(_OPEN)
-        end = text.find(_CLOSE, start)
-    return text[start + len(_OPEN) : end] if -1 < start < end else ""
-
-
-def _box_in(text: str, which: str) -> Box | None:
-    brackets = [_numbers(group) for group in _BRACKET.findall(text)]
-    if not brackets:
-        chosen = _numbers(text)[-4:]
-    elif which == "last":
-        chosen = brackets[-1][:4]
-    else:
-        chosen = next((numbers[:4] for numbers in brackets if len(numbers) >= 4), [])
-    if len(chosen) < 4 or not all(map(math.isfinite, chosen)):
-        return None
-    return _ordered(*chosen)
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in _NUMBER.findall(text)]
-
-
-def _ordered(x1: float, y1: float, x2: float, y2: float) -> Box:
-    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 def to_whole_pixels(box: Box, width: int, height: int, frame: TruthFrame = "thousandths") -> Box:
@@ -172,7 +113,7 @@ def truth_box(task: Task) -> Box:
     numbers = four_numbers(task.answer)
     if numbers is None:
         raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_box(task.answer)}")
-    return _ordered(*numbers)
+    return ordered_box(*numbers)
 
 
 def check_box(task: Task, *, truth_frame: TruthFrame = "thousandths") -> list[tuple[str, str]]:

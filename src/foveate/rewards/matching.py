@@ -11,15 +11,14 @@ import numpy as np
 from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
+from foveate.rewards.box_text import Box, parse_boxes
 from foveate.rewards.boxes import (
     AnswerFrame,
-    Box,
     TruthFrame,
     answer_in_pixels,
     box_fault,
     four_numbers,
     iou,
-    parse_boxes,
     picture_size,
     size_faults,
     to_whole_pixels,

@@ -7,6 +7,7 @@ reward (`foveate.rewards.boxes`) compares in whole pixels instead, as the predec
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,22 +15,30 @@ import numpy as np
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
-from foveate.rewards.boxes import BOX_FRAME, FRAME, HIT_IOU, Box, parse_box, picture_size, truth_box
+from foveate.rewards.box_text import Box, ordered_box, parse_box
+from foveate.rewards.boxes import BOX_FRAME, FRAME, HIT_IOU, iou, picture_size, truth_box
 
-Rule = Literal["first", "last"]
+Rule = Literal["first", "last", "vlmevalkit"]
 BoxFrame = Literal["thousandths", "pixels", "fractions", "model"]
 
 _PER_MILLE = 4.0
 """From this sum of the four coordinates on, the first-box rule reads per mille; below, fractions of the sides."""
+_MOST_FRACTION = 1.5
+"""Up to this largest coordinate VLMEvalKit reads fractions of the sides, up to 1000 thousandths, above pixels."""
+_ANY_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_FOUR = re.compile(rf"\[\s*({_ANY_NUMBER.pattern})" + rf"(?:\s*,\s*|\s+)({_ANY_NUMBER.pattern})" * 3 + r"\s*\]")
 
 
 def refcoco(text: str, task: Task, *, rule: Rule = "first", frame: BoxFrame = "thousandths") -> Score:
-    """1 for a hit, 0 for a miss, by one of two rules.
+    """1 for a hit, 0 for a miss, by one of three rules.
 
     first: the rule of InternVL's published evaluation. The first bracket with three commas counts, as far as its four
     fields are numbers, corners in the order in which they stand; a sum below 4 means fractions of the sides. Computed
     in float32, as there, so that boxes on the threshold fall to the same side.
-    last: the last bracket counts, inside `<answer>` first (`boxes.parse_box`), corners in any order.
+    last: the last box counts, inside `<answer>` first (`box_text.parse_box`), corners in any order.
+    vlmevalkit: the rule of VLMEvalKit's RefCOCO. The first bracket that holds exactly four numbers counts, or else the
+    first four numbers of the text, wherever they stand; in the frame thousandths the largest of them tells
+    fractions (up to 1.5), thousandths (up to 1000) and pixels; the box is held inside the image, corners in any order.
 
     frame: what the coordinates of answers are; pixels for models such as Qwen2.5-VL, model for the frame of the
     model's family where the task says it (in process). The ground truth stands in thousandths. Parts: iou, hit,
@@ -41,7 +50,8 @@ def refcoco(text: str, task: Task, *, rule: Rule = "first", frame: BoxFrame = "t
     if frame == "model" and own is None:
         raise DataError(f"{task.where}: nothing says the frame of the model's boxes; set another frame than model")
     box = answer_box(text, rule, frame, width, height, own)
-    overlap = 0.0 if box is None else _overlap(box, truth)
+    measure = iou if rule == "vlmevalkit" else _overlap
+    overlap = 0.0 if box is None else measure(box, truth)
     hit = float(overlap >= HIT_IOU)
     note = "no box in the answer" if box is None else ""
     return Score(hit, {"iou": overlap, "hit": hit, "parsed": float(box is not None)}, note)
@@ -52,6 +62,8 @@ def answer_box(
 ) -> Box | None:
     """The box of an answer in pixels of a `width` x `height` image, or None. `own` holds the largest x and y of the
     frame "model"."""
+    if rule == "vlmevalkit":
+        return _vlmevalkit_box(text, frame, width, height, own)
     box = parse_box(text) if rule == "last" else _first_box(text)
     if box is None:
         return None
@@ -85,6 +97,25 @@ def first_fields(text: str) -> list[str] | None:
         if len(fields) == 3 and closed:
             return [*fields, last]
     return None
+
+
+def _vlmevalkit_box(text: str, frame: BoxFrame, width: int, height: int, own: Sequence[float] | None) -> Box | None:
+    found = _FOUR.search(text)
+    numbers = [float(number) for number in (found.groups() if found else _ANY_NUMBER.findall(text)[:4])]
+    if len(numbers) < 4 or not all(map(math.isfinite, numbers)):
+        return None
+    largest = max(map(abs, numbers))
+    if frame == "thousandths" and not _MOST_FRACTION < largest <= FRAME:
+        frame = "fractions" if largest <= _MOST_FRACTION else "pixels"
+    right, bottom = own if frame == "model" and own else {"thousandths": (FRAME, FRAME)}.get(frame, (1.0, 1.0))
+    scales = (1.0, 1.0) if frame == "pixels" else (width, height)
+    x1, y1, x2, y2 = (
+        min(max(value / largest_value * scale, 0.0), side)
+        for value, largest_value, scale, side in zip(
+            numbers, (right, bottom) * 2, scales * 2, (width, height) * 2, strict=True
+        )
+    )
+    return ordered_box(x1, y1, x2, y2)
 
 
 def _scaled(box: Box, frame: BoxFrame, width: int, height: int) -> Box:

@@ -1,0 +1,115 @@
+"""Boxes as answers write them: brackets of four numbers, two corners, or coordinates by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+Box = tuple[float, float, float, float]
+
+_OPEN, _CLOSE = "<answer>", "</answer>"
+_BRACKET = re.compile(r"\[([^\[\]]*)\]")
+_CORNER = re.compile(r"[\[(]([^\[\]()]*)[\])]")
+_BETWEEN_CORNERS = re.compile(r"[\s,;]*(?:to|and|-)?\s*(?:[\"']?[A-Za-z_-]{1,15}[\"']?\s*[:=]?\s*)?")
+_NUMBER = re.compile(r"(?:[-+]|(?<![A-Za-z0-9_.]))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_NAMED = re.compile(rf"(?<![A-Za-z])([A-Za-z]{{1,8}}_?[A-Za-z]{{0,8}}\d?)[\"']?\s*[:=]\s*({_NUMBER.pattern})")
+_NAMES = (
+    ("x1", "y1", "x2", "y2"),
+    ("x0", "y0", "x1", "y1"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("left", "top", "right", "bottom"),
+    ("x", "y", "width", "height"),
+    ("x", "y", "w", "h"),
+)
+_Found = tuple[int, list[float]]
+
+
+def parse_box(text: str, which: Literal["last", "first"] = "last") -> Box | None:
+    """The box that an answer gives, as it stands in the text but with x1 <= x2 and y1 <= y2, or None.
+
+    A box is an innermost `[...]` that holds four numbers (the first four count), two corners `[x1, y1], [x2, y2]` (also
+    in round brackets), or four coordinates by name: `{"x1": .., "y1": .., "x2": .., "y2": ..}`, xmin, left, or x and y
+    with width and height. The last one counts, or the first. A box inside `<answer>...</answer>` goes before everything
+    outside of it. Text without any square bracket may give its last four numbers; digits of names are no numbers.
+    Numbers that overflow to infinity make no box.
+    """
+    return _box_in(_answer(text, which), which) or _box_in(text, which)
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Every box of an answer in order, as `parse_box` reads them, but a bracket must hold four numbers and no more.
+    Boxes inside the last `<answer>...</answer>` go before everything outside of it."""
+    return _boxes_in(_answer(text, "last")) or _boxes_in(text)
+
+
+def _boxes_in(text: str) -> list[Box]:
+    found = [(place, numbers) for place, numbers in _brackets(text) if len(numbers) == 4]
+    return [box for _, numbers in sorted((*found, *_corners(text), *_named(text))) if (box := _box(numbers))]
+
+
+def _box_in(text: str, which: str) -> Box | None:
+    brackets = _brackets(text)
+    found = sorted((*brackets, *_corners(text), *_named(text)))
+    fours = [numbers for _, numbers in found if len(numbers) >= 4]
+    if not brackets and not fours:
+        fours = [[float(number) for number in _NUMBER.findall(text)][-4:]]
+    return _box((fours or [[]])[-1 if which == "last" else 0][:4])
+
+
+def _answer(text: str, which: str) -> str:
+    """The text between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
+    if which == "last":
+        end = text.rfind(_CLOSE)
+        start = text.rfind(_OPEN, 0, max(end, 0))
+    else:
+        start = text.find(_OPEN)
+        end = text.find(_CLOSE, start)
+    return text[start + len(_OPEN) : end] if -1 < start < end else ""
+
+
+def _brackets(text: str) -> list[_Found]:
+    """The numbers of every innermost square bracket, with its place. A bracket of names holds no bare numbers."""
+    return [(found.start(), _numbers(_NAMED.sub(" ", found[1]))) for found in _BRACKET.finditer(text)]
+
+
+def _corners(text: str) -> Iterator[_Found]:
+    """The numbers of two brackets of two numbers that stand side by side, with their place; of exactly two."""
+    row: list[tuple[re.Match[str], list[float]]] = []
+    for found in [*_CORNER.finditer(text), None]:
+        numbers = _numbers(found[1]) if found else []
+        joined = row and found and _BETWEEN_CORNERS.fullmatch(text, row[-1][0].end(), found.start())
+        if not (joined and len(numbers) == 2):
+            if len(row) == 2:
+                yield row[0][0].start(), row[0][1] + row[1][1]
+            row = []
+        if found and len(numbers) == 2:
+            row.append((found, numbers))
+
+
+def _named(text: str) -> Iterator[_Found]:
+    """The coordinates that are given by name, in the order of a box, with their place."""
+    values: dict[str, float] = {}
+    for found in _NAMED.finditer(text):
+        values[found[1].lower().replace("_", "")] = float(found[2])
+        for names in _NAMES:
+            if all(name in values for name in names):
+                x, y, right, bottom = (values[name] for name in names)
+                yield found.start(), [x, y, x + right, y + bottom] if names[0] == "x" else [x, y, right, bottom]
+                values = {}
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in _NUMBER.findall(text)]
+
+
+def _box(numbers: list[float]) -> Box | None:
+    if len(numbers) < 4 or not all(map(math.isfinite, numbers)):
+        return None
+    return ordered_box(*numbers)
+
+
+def ordered_box(x1: float, y1: float, x2: float, y2: float) -> Box:
+    """A box with its corners in order."""
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
