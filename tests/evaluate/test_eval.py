@@ -26,6 +26,7 @@ from foveate.evaluate.metrics import (
     refcoco_splits,
     summary_statistics,
     vote,
+    warn_of_unreadable,
 )
 from foveate.evaluate.predictions import bootstrap, paired, read_evaluations
 from foveate.models.checkpoint.inspect import resolve_folder
@@ -122,6 +123,22 @@ def test_boxes_in_another_frame_are_noticed(frame, text):
     found = summary_statistics([box_row(str(i), text, 1.0 if frame is None else 0.1) for i in range(9)])
     assert likely_frame(found, 9) == frame
     assert likely_frame(found, 3) is None
+
+
+def test_an_evaluation_in_which_nothing_could_be_read_warns(caplog):
+    rows = [scored("no box here", 0.0), scored("[1, 2]", 0.0)]
+    warn_of_unreadable(rows, "model")
+    assert "model: none of 2 answers could be read (no box in the answer)" in caplog.text
+    assert "'no box here'" in caplog.text
+    caplog.clear()
+    warn_of_unreadable([*rows, scored("[1,2,3,4]", 1.0)], "model")
+    assert not caplog.text
+
+
+def scored(text, parsed):
+    row = box_row("a", text, 0.0)
+    note = "" if parsed else "no box in the answer"
+    return replace(row, answers=(replace(row.shown, parts={"iou": 0.0, "parsed": parsed}, note=note),))
 
 
 def test_the_average_over_splits_is_said_only_of_all_eight():

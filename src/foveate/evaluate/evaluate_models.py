@@ -20,7 +20,7 @@ from foveate.data.validate import OnBadRow, validate
 from foveate.encoding.dataset import read_checked
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST
-from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics
+from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics, warn_of_unreadable
 from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
 from foveate.evaluate.predictions import NOT_GRADED, Evaluation, mean, paired, write_models, write_skipped
 from foveate.evaluate.shards import read_generated
@@ -242,6 +242,8 @@ def _summary(
                 "%s: the boxes look like %s: mean IoU %.3f so read, %.3f as thousandths; give --box-frame %s",
                 label, other, one["frames"][other], one["frames"]["thousandths"], other,
             )  # fmt: skip
+    for one in found:
+        warn_of_unreadable(one.predictions, one.label)
     first = found[0]
     return {
         "reward": request.reward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -14,6 +15,8 @@ from foveate.records import Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, in_thousandths, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
 from foveate.rewards.text import final_answer, plain
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 SPLITS = (
@@ -49,6 +52,18 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
     if drawn:
         found["sampled"] = _sampled(drawn)
     return found
+
+
+def warn_of_unreadable(rows: Sequence[ScoredRow], name: str) -> None:
+    """Warn where no answer of an evaluation could be read: no box, no option, no final answer at all."""
+    parsed = [answer.parts["parsed"] for row in rows for answer in row.answers if "parsed" in answer.parts]
+    if parsed and not any(parsed):
+        note = next((answer.note for row in rows for answer in row.answers if answer.note), "nothing to grade")
+        logger.warning(
+            "%s: none of %d answers could be read (%s), so all of them count as wrong; the first one is %r. Look at "
+            "the prompt, the longest answer, and the settings of the reward",
+            name, len(parsed), note, rows[0].shown.text[:80],
+        )  # fmt: skip
 
 
 def pass_at(n: int, correct: int, k: int) -> float:

@@ -17,7 +17,7 @@ from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.evaluate.draw import save_thumbnail
-from foveate.evaluate.metrics import BoxReader, model_box
+from foveate.evaluate.metrics import BoxReader, model_box, warn_of_unreadable
 from foveate.evaluate.predictions import (
     BOX_SIZES,
     EXPRESSION_LENGTHS,
@@ -214,6 +214,7 @@ class Evaluator:
                 seed=self.seed,
                 advance=advance,
             )
+        warn_of_unreadable(rows, f"evaluation of step {step}")
         summary = write_evaluation(self.folder, step, rows)
         if "not_graded" in summary:
             logger.warning("step %d: %s", step, NOT_GRADED.format(summary["not_graded"]))
