@@ -43,6 +43,41 @@ def test_the_last_balanced_box_is_read(text, box):
     assert last_box(text) == box
 
 
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("\\fbox{a}", "a"),
+        ("\\boxed 12.", "12"),
+        ("\\boxed\\pi", "\\pi"),
+        ("\\\\boxed{\\\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{1} and \\boxed{2}", "1, 2"),
+        ("$\\boxed{1}$, $\\boxed{2}$, and $\\boxed{3}$", "1, 2, 3"),
+        ("x = \\boxed{1}, y = \\boxed{2}", "x=1, y=2"),
+        ("\\boxed{1}\n\\boxed{1}", "1"),
+        ("\\boxed{1}, no: \\boxed{2}", "2"),
+        ("\\boxed{1} is the side. The area is \\boxed{2}", "2"),
+    ],
+)
+def test_boxes_joined_by_short_text_are_one_list(text, box):
+    assert final_answer(text, "box") == box
+
+
+@pytest.mark.parametrize(
+    ("text", "in_box", "anywhere"),
+    [
+        ("<think>\\boxed{1}</think> \\boxed{2}", "2", "2"),
+        ("<think>\\boxed{1}</think><answer>2</answer>", None, "2"),
+        ("<think>\\boxed{1}</think> 2", None, "2"),
+        ("\\boxed{1}</think> 2", None, "2"),
+        ("<think>\\boxed{1}</think>\n", "1", "1"),
+        ("<think>\\boxed{1}", "1", "1"),
+    ],
+)
+def test_a_box_in_the_thoughts_never_beats_what_follows_them(text, in_box, anywhere):
+    assert final_answer(text, "box") == in_box
+    assert final_answer(text, "text") == anywhere
+
+
 def test_a_final_answer_is_in_the_box_the_tags_or_after_the_thought():
     assert final_answer("<answer>a</answer> \\boxed{b} c", "text") == "b"
     assert final_answer("<think>x</think> <answer>a</answer> c", "text") == "a"

@@ -34,7 +34,7 @@ REWARDS: dict[str, KnownReward] = {
     "refcoco": KnownReward(f"{_HERE}.refcoco:refcoco", f"{_HERE}.boxes:check_box", quick=True),
     "math": KnownReward(f"{_HERE}.math:math_reward", _ANSWER),
     "geo3k": KnownReward(f"{_HERE}.geo3k:geo3k", _ANSWER),
-    "multiple_choice": KnownReward(f"{_HERE}.text:multiple_choice", _ANSWER, quick=True),
+    "multiple_choice": KnownReward(f"{_HERE}.text:multiple_choice", f"{_HERE}.text:check_choice", quick=True),
     "exact": KnownReward(f"{_HERE}.text:exact", _ANSWER, quick=True),
     "format_tags": KnownReward(f"{_HERE}.text:format_tags", quick=True),
     "repetition": KnownReward(f"{_HERE}.text:repetition", quick=True),

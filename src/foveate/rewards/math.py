@@ -1,15 +1,15 @@
 r"""Mathematical answers, compared by value: numbers, expressions, intervals, sets, units, percent, fractions, choices.
 
-Values are compared with the `math-verify` library (`pip install 'foveate[math]'`); around it stand what it leaves out:
-Unicode signs, mixed numbers, exponents like 1.5e3, units, and multiple choice. A comparison of hostile expressions can
-take for ever: run it in worker processes with a time limit (`foveate.rewards.pool`).
+Expressions are read with the `math-verify` library (`pip install 'foveate[math]'`); around it stand what it leaves out:
+Unicode signs, mixed numbers, exponents like 1.5e3, units (`foveate.rewards.units`), words and names of points
+(`foveate.rewards.names`), lists and points, numbers of any size, and multiple choice. A comparison of hostile
+expressions can take for ever: run it in worker processes with a time limit (`foveate.rewards.pool`).
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -17,11 +17,17 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.records import Score, Task
-from foveate.rewards.text import Extraction, choice_letter, options, plain, score_final_answer
+from foveate.rewards.choices import named_option, options
+from foveate.rewards.latex import closing_bracket, parts_of, tidy
+from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols
+from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
+from foveate.rewards.text import Extraction, question, score_final_answer
+from foveate.rewards.units import DEGREE, Quantity, same_label, split_unit
 
 try:
     import math_verify
     import sympy
+    from latex2sympy2_extended import NormalizationConfig
 except ImportError:
     raise ConfigError(
         "rewards of mathematical answers need the math-verify library, which is not installed; "
@@ -39,32 +45,45 @@ _FRACTION = re.compile(
     r"(?P<sign>[-+]?)(?:\\[dt]?frac\{(?P<above>\d{1,30}(?:\.\d{1,30})?)\}\{(?P<below>\d{1,30})\}|(?P<over>\d{1,30})/(?P<under>\d{1,30})"
     r"|(?P<whole>\d{1,30}(?:\.\d{1,30})?))"
 )
-_MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
-_EXPONENT = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![A-Za-z\d.])")
-_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[A-Za-z]))")
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
-_RIGHT_LETTER = re.compile(r"\(?([A-J])(?:$|[.:)])")
-_TERM = re.compile(r"(?:\d+[A-Za-z]|[A-Za-z]\s*\^)[^=]*=[^=]*")
-_SIGNS = str.maketrans(
-    {
-        "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ",
-        "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "θ": r"\theta ",
-        "²": "^{2}", "³": "^{3}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u00a0": " ",
-    }
-)  # fmt: skip
+_RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
+_DOTS = r"\dots"
+_TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
+_SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|\w))?'*")
+_CALL = re.compile(r"[A-Za-z]'?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}")
+_EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
+_COMMA = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
+_COLON = re.compile(r"\s*:\s*")
+_LENGTH = re.compile(r"[A-Z]{2}")
+_ORDERED = (sympy.Interval, sympy.Tuple)
+_TWO_NUMBERS = re.compile(r"(?<![_^\d.])[\d.]+\s+[\d.]")
+_POINT_NAME = re.compile(r"[A-Z]'?\s*(?=\()")
+_BARE_FUNCTION = re.compile(
+    r"(?<![\\A-Za-z_])(" + "|".join(sorted(FUNCTIONS - {"sqrt"}, key=len, reverse=True)) + r")(?![A-Za-z])"
+)
+_EXPONENT = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![A-Za-z\d.])")
+_INDEX = re.compile(r"(?<![A-Za-z\\{])([A-Za-z])(\d+)(?![A-Za-z\d])")
+_LATEX = math_verify.LatexExtractionConfig(
+    normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+    )
+)
 
 
 def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits: int = 6) -> Score:
     r"""1 if the final answer of a text has the value of the ground truth (see `same_answer`), else 0.
 
     With extraction "box" the answer is the last balanced `\boxed{...}`, and a text without one is worth 0. With "text"
-    it may also stand in `<answer>` tags or be the whole text after `</think>`. A ground truth that is a list accepts
-    any of its entries. Parts: accuracy; parsed, 1 if a final answer was found. Raises DataError for a ground truth
-    that is neither text nor number.
+    it may also stand in `<answer>` tags or be the whole text after `</think>`, or what a sentence there says it is. A
+    ground truth that is a list accepts any of its entries. Parts: accuracy; parsed, 1 if a final answer was found.
+    Raises DataError for a ground truth that is neither text nor number.
     """
-    return score_final_answer(
-        text, task, extraction, lambda answer, accepted: any(matches(answer, one, task, digits) for one in accepted)
-    )
+
+    def is_right(answer: str, accepted: list[str]) -> bool:
+        readings = [answer] if extraction == "box" else dict.fromkeys((answer, last_value(answer)))
+        return any(matches(reading, one, task, digits) for one in accepted for reading in readings)
+
+    return score_final_answer(text, task, extraction, is_right)
 
 
 def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
@@ -72,22 +91,28 @@ def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
     right if it is the value of the right letter, and a letter if its value is the right one."""
     if plain(answer) == plain(truth):
         return True
-    values = options(task)
-    letter = choice_letter(answer)
-    right = _RIGHT_LETTER.match(truth)
-    if right:
-        return letter == right[1] if letter else right[1] in values and same_answer(answer, values[right[1]], digits)
-    return same_answer(values.get(letter or "", answer), truth, digits)
+    answer = stated_answer(unwrapped(answer))
+    values, asked = options(task), question(task)
+    right = _RIGHT_LETTER.match(stated_answer(unified(truth)))
+    letter = named_option(answer, values) if right or values else None
+    if right and letter:
+        return letter == right[1]
+    if right and values:
+        return right[1] in values and same_answer(answer, values[right[1]], digits, asked)
+    if letter and letter in values and same_answer(values[letter], truth, digits, asked):
+        return True
+    return same_answer(answer, truth, digits, asked)
 
 
-def same_answer(answer: str, truth: str, digits: int = 6) -> bool:
-    r"""Whether two answers, as text or LaTeX, have the same value.
+def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bool:
+    r"""Whether two answers, as text or LaTeX, have the same value. `asked` is the question, whose variables are known.
 
-    - Numbers are equal when they differ by less than 10^-`digits`, or that part of the truth if it is below 1: 0.333333
-      is 1/3. 1,000 is 1000, and 1.5e3 is 1500.
+    - Numbers are equal when they differ by less than 10^-`digits`, or below 1 by half a unit of that many significant
+      digits: 0.333333 is 1/3, and 1e-19 is not 2e-19. 1,000 is 1000, and 1.5e3 is 1500.
     - Expressions are equal when their difference simplifies to 0: `\sqrt{8}` is `2\sqrt{2}`, 2/4 is 1/2.
-    - A percentage stands for itself and for its fraction: 50% is 0.5, and 50.
-    - Intervals must agree in both ends and brackets. Sets and lists without brackets have no order.
+    - Words and names of points are text, see `foveate.rewards.names`; so is whatever holds an ellipsis.
+    - A percentage stands for itself and for its fraction: 50% is 0.5, and 50. An angle of 60 degrees is pi/3.
+    - Intervals, points and vectors must agree in brackets and order. Sets and lists without brackets have no order.
     - `x = 5` is 5, but `x^2 = 4` and `2x = 4` are not 4. Case and `\text{}` of words do not matter.
     - A unit may be left out on one side; two units must measure the same, and are converted: 5 m is 500 cm, not 5 cm.
 
@@ -96,15 +121,149 @@ def same_answer(answer: str, truth: str, digits: int = 6) -> bool:
     """
     if plain(answer) == plain(truth):
         return True
-    if len(answer) > MAX_ANSWER_LENGTH:
+    return len(answer) <= MAX_ANSWER_LENGTH and _same(tidy(answer), tidy(truth), digits, asked)
+
+
+def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
+    if _without_marks(given) == _without_marks(wanted):
+        return True
+    if not given or not wanted or _DOTS in given + wanted:
         return False
-    given, wanted = _read(answer), _read(truth)
+    if given[-1].isdigit() and wanted[-1].isdigit():  # most answers are plain numbers
+        numbers = _decimal(given), _decimal(wanted)
+        if numbers[0] is not None and numbers[1] is not None:
+            return _close(numbers[0], numbers[1], digits)
+    for compared in (_same_lists, _same_ratios, _same_words, _same_equations):
+        verdict = compared(given, wanted, digits, asked)
+        if verdict is not None:
+            return verdict
+    return _same_quantities(split_unit(given), split_unit(wanted), digits)
+
+
+def _without_marks(text: str) -> str:
+    """Text without spaces, and without the marks of indices where no other braces are: `H_2O` is `H2O`."""
+    return re.sub(r"\s" if "\\" in text or "^" in text else r"[\s_{}]", "", text)
+
+
+# ------------------------------------------------------------------------------------- lists, words and equations
+
+
+def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    """The verdict on two lists, sets, points or intervals; None unless both have several entries."""
+    (one, entries), (other, expected) = _entries(given), _entries(wanted)
+    if len(entries) < 2 or len(expected) < 2:
+        return None
+    if len(entries) != len(expected):
+        return False
+    points = _POINT_NAME.match(given), _POINT_NAME.match(wanted)
+    if points[0] and points[1] and points[0].group() != points[1].group():
+        return False
+    if {one, other} <= {"", "{}"}:
+        left = list(expected)
+        for entry in entries:
+            place = next((i for i, wish in enumerate(left) if _same(entry, wish, digits, asked)), None)
+            if place is None:
+                return False
+            left.pop(place)
+        return True
+    return one == other and all(_same(a, b, digits, asked) for a, b in zip(entries, expected, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _entries(text: str) -> tuple[str, list[str]]:
+    """The brackets around a list, a set, a point or an interval, and its entries; no brackets around a bare list."""
+    named = _POINT_NAME.match(text)
+    inner = text[named.end() :] if named else text
+    closed = closing_bracket(inner)
+    if closed:
+        opening, closing, inside = closed
+        entries = parts_of(inside, _COMMA)
+        if len(entries) > 1:
+            return (opening + closing).replace("\\langle\\rangle", "()").replace("\\", ""), entries
+    return "", parts_of(text, _COMMA)
+
+
+def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
+    """The verdict on two ratios of three numbers or more."""
+    one, other = parts_of(given, _COLON), parts_of(wanted, _COLON)
+    if len(one) < 3 or len(other) < 3:
+        return None
+    return len(one) == len(other) and all(
+        _same_value(rf"({a}) \cdot ({other[0]})", rf"({b}) \cdot ({one[0]})", digits)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_words(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
+    return same_wording(given, wanted, asked)
+
+
+def _same_equations(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    """The verdict on answers of which one or both are equations; None where none is, or mathematics must say it."""
+    answer, truth = _sides(given), _sides(wanted)
+    if len(answer) == len(truth) == 1:
+        return None
+    if len(truth) == 1:
+        return (
+            False if _TERM.search(answer[0]) and not _is_label(answer[0]) else _same(answer[-1], wanted, digits, asked)
+        )
+    if len(answer) == 1:
+        return _is_label(truth[0]) and _same(given, truth[-1], digits, asked)
+    if not (_is_label(answer[0]) and _is_label(truth[0])):
+        return None
+    if len(answer) == len(truth) == 2 and _is_label(answer[1]) and _is_label(truth[1]):
+        return any(
+            _same_label(answer[0], truth[i], asked) and _same_label(answer[1], truth[1 - i], asked) for i in (0, 1)
+        )
+    if _same_label(answer[0], truth[0], asked) and _same(answer[-1], truth[-1], digits, asked):
+        return True
+    return None if re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", answer[-1] + truth[-1]) else False
+
+
+def _sides(text: str) -> list[str]:
+    sides = parts_of(text, _EQUALS)
+    return sides[::-1] if len(sides) == 2 and _is_label(sides[1]) and not _is_label(sides[0]) else sides
+
+
+def _is_label(side: str) -> bool:
+    """Whether the side of an equation only says what has the value: a symbol, a name, a call, words."""
+    return bool(_SYMBOL.fullmatch(side) or _CALL.fullmatch(side)) or same_wording(side, side, "") is True
+
+
+def _same_label(one: str, other: str, asked: str) -> bool:
+    """Whether two labels may stand for the same: two symbols, and two names, must be equal."""
+    if one.replace(" ", "") == other.replace(" ", ""):
+        return True
+    if _SYMBOL.fullmatch(one) and _SYMBOL.fullmatch(other):
+        return False
+    if _LENGTH.fullmatch(one) and _LENGTH.fullmatch(other):
+        return sorted(one) == sorted(other)
+    return same_wording(one, other, asked) is not False or bool(_CALL.fullmatch(one)) != bool(_CALL.fullmatch(other))
+
+
+# ---------------------------------------------------------------------------------------------------- quantities
+
+
+def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
+    one, other = given.value, wanted.value
     if given.unit and wanted.unit:
         if given.unit.measure != wanted.unit.measure:
             return False
-        if given.unit.factor != wanted.unit.factor:
-            given, wanted = (Quantity(rf"({q.value}) \cdot {q.unit.factor}", None) for q in (given, wanted) if q.unit)
-    return _same_value(given.value, wanted.value, digits)
+        if given.unit != wanted.unit:
+            one, other = (rf"({q.value}) \cdot {q.unit.factor} + {q.unit.offset}" for q in (given, wanted) if q.unit)
+    elif (given.unit and wanted.label) or (given.label and wanted.unit):
+        return False
+    if not same_label(given.label, wanted.label):
+        return False
+    if has_words(one) or has_words(other):
+        return one.casefold().split() == other.casefold().split()
+    one, other = one.replace("°", ""), other.replace("°", "")
+    if _same_value(one, other, digits):
+        return True
+    if DEGREE not in (given.unit, wanted.unit) or (given.unit and wanted.unit) or given.label or wanted.label:
+        return False
+    turned = [rf"({q.value}) \cdot \frac{{\pi}}{{180}}" if q.unit else q.value for q in (given, wanted)]
+    return _same_value(turned[0], turned[1], digits)
 
 
 @lru_cache(maxsize=16_384)
@@ -115,39 +274,40 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
         return _same_percentage(answer, truth, digits)
     given, wanted = _decimal(answer), _decimal(truth)
     if given is not None and wanted is not None:
-        return abs(given - wanted) <= min(abs(wanted), Decimal(1)).scaleb(-digits)
-    plainly = _plain_equality(answer, truth, digits)
-    if plainly is not None:
-        return plainly
-    if any(_TERM.fullmatch(one) and "=" not in other for one, other in ((answer, truth), (truth, answer))):
+        return _close(given, wanted, digits)
+    shortly = _same_fractions(answer, truth, digits)
+    if shortly is not None:
+        return shortly
+    if _TWO_NUMBERS.search(answer) or _TWO_NUMBERS.search(truth):
         return False
     parsed = _parse(answer), _parse(truth)
-    if all(parsed) and _plainly_differ(parsed[0][0], parsed[1][0], digits):
+    if parsed[0] is None or parsed[1] is None:
         return False
-    return math_verify.verify(parsed[1], parsed[0], float_rounding=digits, timeout_seconds=None)
+    verdict = _compared(parsed[0], parsed[1], digits)
+    if verdict is not None:
+        return verdict
+    return math_verify.verify(
+        parsed[1], parsed[0], float_rounding=digits, timeout_seconds=None, allow_set_relation_comp=True
+    )
 
 
-def _plain_equality(answer: str, truth: str, digits: int) -> bool | None:
-    """The verdict of math-verify on two fractions of whole numbers or two intervals between such, without the parser,
-    which takes milliseconds; None where it must be asked: for anything else, and for values that nearly agree."""
+def _close(given: Decimal, wanted: Decimal, digits: int) -> bool:
+    """Whether two numbers agree: within 10^-digits, below 1 within half a unit of that many significant digits."""
+    size = abs(wanted)
+    allowed = Decimal(1) if size >= 1 else Decimal("0.5").scaleb(size.adjusted() + 1) if size else Decimal(0)
+    return abs(given - wanted) <= allowed.scaleb(-digits)
+
+
+def _same_fractions(answer: str, truth: str, digits: int) -> bool | None:
+    """The verdict on two fractions of whole numbers, without the parser, which takes milliseconds; None for others."""
     given, wanted = _fraction(answer), _fraction(truth)
-    if given is not None and wanted is not None:
-        return _near(given, wanted, digits)
-    one, other = _interval(answer), _interval(truth)
-    if one is None or other is None:
+    if given is None or wanted is None:
         return None
-    ends = [_near(a, b, digits) for a, b in zip(one[1:], other[1:], strict=True)]
-    if one[0] != other[0] or False in ends:
-        return False
-    return None if None in ends else True
+    return given == wanted or _close(_as_decimal(given), _as_decimal(wanted), digits)
 
 
-def _near(given: Fraction, wanted: Fraction, digits: int) -> bool | None:
-    """Whether two numbers are the same, or plainly are not; None in between."""
-    difference = abs(given - wanted)
-    if difference > 2 * Fraction(10) ** -digits * max(abs(wanted), 1):
-        return False
-    return None if difference else True
+def _as_decimal(value: Fraction) -> Decimal:
+    return Decimal(value.numerator) / value.denominator
 
 
 def _fraction(text: str) -> Fraction | None:
@@ -157,15 +317,6 @@ def _fraction(text: str) -> Fraction | None:
     above, below = found["above"] or found["over"] or found["whole"], found["below"] or found["under"] or "1"
     value = Fraction(above) / int(below) if int(below) else None
     return -value if value is not None and found["sign"] == "-" else value
-
-
-def _interval(text: str) -> tuple[str, Fraction, Fraction] | None:
-    """The brackets and the ends of `[1, 5/2)`, if the first end is the smaller one: others are read as pairs."""
-    inside = text[1:-1].split(",")
-    if len(inside) != 2 or text[0] not in "[(" or text[-1] not in "])":
-        return None
-    low, high = (_fraction(end.strip()) for end in inside)
-    return (text[0] + text[-1], low, high) if low is not None and high is not None and low < high else None
 
 
 def _same_percentage(answer: str, truth: str, digits: int) -> bool:
@@ -178,32 +329,28 @@ def _same_percentage(answer: str, truth: str, digits: int) -> bool:
     return truth == wanted and _same_value(rf"\frac{{{number}}}{{100}}", wanted, digits)
 
 
-def _plainly_differ(given: Any, wanted: Any, digits: int) -> bool:
-    """Whether two expressions have different values at one point, each variable at a number of its own. Most wrong
-    answers are told apart so, without the simplification by which equal ones are found equal."""
+def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
+    """The verdict on two expressions by their values, each variable at a number of its own: two numbers are equal or
+    not; with variables most wrong answers are told apart so, without the simplification by which equal ones are found
+    equal. None where values do not say it."""
+    listed, ordered = (any(isinstance(e, kind) for e in (given, wanted)) for kind in (sympy.FiniteSet, _ORDERED))
+    if listed and ordered:
+        return False  # math-verify takes a list for a point
     expressions = given, wanted
     if not all(isinstance(e, sympy.Expr) and not e.is_Symbol for e in expressions):
-        return False
+        return None
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols})
     at = {name: 0.7312 + 0.1371 * i for i, name in enumerate(names)}
-    values = [e.subs({symbol: at[symbol.name] for symbol in e.free_symbols}).evalf(20) for e in expressions]
-    difference, size = (abs(value).evalf(20) for value in (values[0] - values[1], values[1]))
+    values = [e.subs({symbol: at[symbol.name] for symbol in e.free_symbols}).evalf(30) for e in expressions]
+    difference, size = (abs(value).evalf(30) for value in (values[0] - values[1], values[1]))
     if not all(isinstance(value, sympy.Number) and value.is_finite for value in (difference, size)):
-        return False
-    return bool(difference > 2 * 10.0**-digits * max(size, 1))
-
-
-@lru_cache(maxsize=4096)
-def _read(answer: str) -> Quantity:
-    """The value of an answer in LaTeX that math-verify reads, and its unit."""
-    answer = answer.strip().strip("$").strip()
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
-        if answer.startswith(opening) and answer.endswith(closing):
-            answer = answer[2:-2]
-    quantity = split_unit(answer)
-    value = _MIXED.sub(r"\1\\frac{\2}{\3}", quantity.value)
-    value = _ROOT.sub(lambda found: rf"\sqrt{{{found.group(1) or found.group(2)}}}", value)
-    return Quantity(value.translate(_SIGNS).strip().rstrip(".").strip(), quantity.unit)
+        return None
+    distance, magnitude = (Decimal(str(value)) for value in (difference, size))
+    if not magnitude:  # a value that cancels out keeps a rounding error of 100 digits
+        return distance < Decimal("1e-100") if not names else None
+    if not names:
+        return _close(magnitude + distance, magnitude, digits)
+    return False if distance > magnitude.scaleb(1 - digits) else None
 
 
 def _decimal(text: str) -> Decimal | None:
@@ -211,94 +358,12 @@ def _decimal(text: str) -> Decimal | None:
 
 
 @lru_cache(maxsize=4096)
-def _parse(latex: str) -> list[Any]:
-    latex = _EXPONENT.sub(r"\1 \\times 10^{\2}", latex)
-    return math_verify.parse(f"${latex}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
-
-
-# -------------------------------------------------------------------------------------------------------------- units
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A measure, such as ("length", 2) for an area, and the factor to the base unit of that measure."""
-
-    measure: tuple[str, int]
-    factor: Fraction
-
-
-@dataclass(frozen=True, slots=True)
-class Quantity:
-    """The value of an answer as text, and its unit if it has one."""
-
-    value: str
-    unit: Unit | None
-
-
-_UNITS: dict[str, tuple[str, str]] = {
-    "nm|nanomet(?:er|re)s?": ("length", "1/1000000000"),
-    "[μµ]m|micromet(?:er|re)s?": ("length", "1/1000000"),
-    "mm|millimet(?:er|re)s?": ("length", "1/1000"),
-    "cm|centimet(?:er|re)s?": ("length", "1/100"),
-    "dm|decimet(?:er|re)s?": ("length", "1/10"),
-    "m|met(?:er|re)s?": ("length", "1"),
-    "km|kilomet(?:er|re)s?": ("length", "1000"),
-    "in|inch|inches": ("length", "127/5000"),
-    "ft|foot|feet": ("length", "381/1250"),
-    "yd|yards?": ("length", "1143/1250"),
-    "mi|miles?": ("length", "201168/125"),
-    "units?": ("unit", "1"),
-    "mg|milligrams?": ("mass", "1/1000"),
-    "g|grams?": ("mass", "1"),
-    "kg|kilograms?": ("mass", "1000"),
-    "lbs?|pounds?": ("mass", "45359237/100000"),
-    "oz|ounces?": ("mass", "45359237/1600000"),
-    "ms|milliseconds?": ("time", "1/1000"),
-    "s|sec|seconds?": ("time", "1"),
-    "min|minutes?": ("time", "60"),
-    "h|hrs?|hours?": ("time", "3600"),
-    "days?": ("time", "86400"),
-    "weeks?": ("time", "604800"),
-    "ml|mL|millilit(?:er|re)s?": ("volume", "1/1000000"),
-    "l|L|lit(?:er|re)s?": ("volume", "1/1000"),
-    "deg|degrees?": ("angle", "1"),
-    "dollars?|USD": ("money", "1"),
-    "cents?": ("money", "1/100"),
-}
-_KNOWN = {re.compile(names): (measure, Fraction(factor)) for names, (measure, factor) in _UNITS.items()}
-_DEGREE = Unit(("angle", 1), Fraction(1))
-_DOLLAR = Unit(("money", 1), Fraction(1))
-_DEGREE_SIGNS = r"°|\^\{?\\circ\}?|\^\{?°\}?|\\degree"
-_POWERS = {"": 1, "sq": 2, "sq.": 2, "square": 2, "cu": 3, "cu.": 3, "cubic": 3}
-_ENDING = re.compile(
-    rf"(?P<value>.*?[\w)}}\]])\s*(?:(?P<symbol>{_DEGREE_SIGNS})"
-    r"|[\s](?P<kind>square|cubic|sq\.?|cu\.?)?\s*(?P<unit>[A-Za-zμµ]+)\.?\s*(?:\^?\s*\{?(?P<power>[23²³])\}?)?)\s*\.?",
-    re.DOTALL,
-)
-_GLUED = re.compile(r"(\d)\s*(mm|cm|dm|km|m|kg|mg|ml|mL|ft|in)(?![A-Za-z])")
-_UNIT_TEXT = re.compile(r"\\(?:text|mathrm|mbox|textrm|operatorname)\s*\{([^{}]*)\}")
-_SPACES = re.compile(r"\\[,;:! ]|~|\\quad")
-_CURRENCY = re.compile(r"\\?\$\s*(?=[\d.])|[€£¥]\s*(?=[\d.])")
-
-
-def split_unit(answer: str) -> Quantity:
-    r"""The value and the unit of an answer: `5 cm`, `5\text{ cm}^2`, `60^\circ`, `\$5`, `3 square feet`.
-
-    A unit of one letter other than m must stand apart (`5 g`, `5\text{g}`): `5g` is five times g. What is no known unit
-    stays with the value.
-    """
-    spaced = _SPACES.sub(" ", answer)
-    if found := _CURRENCY.match(spaced):
-        return Quantity(spaced[found.end() :].strip(), _DOLLAR if "$" in found.group() else None)
-    spaced = _GLUED.sub(r"\1 \2", _UNIT_TEXT.sub(r" \1", spaced)).rstrip()
-    ending = _ENDING.fullmatch(spaced)
-    if ending is None:
-        return Quantity(answer, None)
-    if ending["symbol"]:
-        return Quantity(ending["value"].strip(), _DEGREE)
-    power = {None: 0, "2": 2, "²": 2, "3": 3, "³": 3}[ending["power"]] or _POWERS[ending["kind"] or ""]
-    for names, (measure, factor) in _KNOWN.items():
-        if names.fullmatch(ending["unit"]):
-            dimension = ("length", 3) if measure == "volume" else (measure, power)
-            return Quantity(ending["value"].strip(), Unit(dimension, factor**power))
-    return Quantity(answer, None)
+def _parse(latex: str) -> Any:
+    """The expression that math-verify reads in the whole of a text, or None: never in a part of it."""
+    latex = _EXPONENT.sub(r"\1 \\times 10^{\2}", with_names_as_symbols(latex))
+    latex = _INDEX.sub(r"\1_{\2}", _BARE_FUNCTION.sub(r"\\\1 ", latex)).replace(r"\varnothing", r"\emptyset")
+    unlimited: Any = None
+    found = math_verify.parse(
+        f"${latex}$", extraction_config=[_LATEX], fallback_mode="no_fallback", parsing_timeout=unlimited
+    )
+    return found[0] if found else None

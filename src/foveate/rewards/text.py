@@ -1,16 +1,15 @@
-"""Answers as text: where the final answer stands, multiple choice, format tags, length and repetition."""
+"""Answers as text: where the final answer stands, what a ground truth accepts, multiple choice, form and length."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,51 +17,107 @@ from tokenizers import Tokenizer
 from foveate.errors import ConfigError, DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
+from foveate.rewards.choices import named_option, options, right_option, several_options
+from foveate.rewards.plain_text import plain
 
 NO_ANSWER = "no final answer in the text"
+NO_OPTION = "no option in the answer"
 
 Extraction = Literal["box", "text"]
 
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\[\\{}]|[{}]")
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}|\*\*")
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*:?\s*(?:\(\s*([A-Z])\s*\)|([A-Z])(?=$|[.:)]))", re.IGNORECASE)
-_OPTION_MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-J])[.):]\s+", re.MULTILINE)
+_BOX_OR_BRACE = re.compile(
+    r"(?P<box>(?<!\\)\\+(?:boxed|fbox|framebox))\s*(?:(?P<brace>\{)|(?P<bare>-?\d+(?:[.,/]\d+)*|\\[A-Za-z]+(?:\{[^{}]*\})*|[A-Za-z]\b))"
+    r"|\\[\\{}]|[{}]"
+)
+_JOINT = re.compile(
+    r"[\s,;、，；]*(?:\b(?:and|or|as well as)\b|[和或与及])?[\s,]*(?P<name>[A-Za-z](?:_?\w|_\{\w\})?\s*=)?\s*"
+)
+_JOINT_DRESS = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{([^{}]*)\}|[$~*]")
+_LONGEST_JOINT = 40
+_NAMED = re.compile(r"([A-Za-z](?:_?\w|_\{\w\})?)\s*=[\s$({\\]*$")
 
 
 # -------------------------------------------------------------------------------------------------- final answers
 
 
-def last_box(text: str) -> str | None:
-    r"""The content of the last balanced `\boxed{...}`, or None. Escaped braces `\{` do not count; of nested boxes it is
-    the innermost; a box that is never closed is passed over. Linear in the length of the text."""
-    last: tuple[int, int] | None = None
-    open_braces: list[int | None] = []
-    for found in _BOX_OR_BRACE.finditer(text):
-        token = found.group()
-        if token.startswith("\\boxed"):
-            open_braces.append(found.end())
-        elif token == "{":
+class _Box(NamedTuple):
+    """A closed box: where it begins and ends in the text, and its content."""
+
+    start: int
+    end: int
+    content: str
+
+
+def _boxes(text: str) -> list[_Box]:
+    r"""Every closed box of a text in order: `\boxed{...}`, `\fbox{...}`, `\boxed 7`, also with doubled backslashes. Of
+    nested boxes it is the innermost. Escaped braces `\{` do not count. Linear in the length of the text."""
+    found: list[_Box] = []
+    open_braces: list[tuple[int, int, bool] | None] = []
+    for token in _BOX_OR_BRACE.finditer(text):
+        if token["bare"]:
+            found.append(_Box(token.start(), token.end(), token["bare"]))
+        elif token["box"]:
+            open_braces.append((token.start(), token.end(), token["box"].count("\\") % 2 == 0))
+        elif token.group() == "{":
             open_braces.append(None)
-        elif token == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = start, found.start()
-    return text[last[0] : last[1]].strip() if last else None
+        elif token.group() == "}" and open_braces and (opened := open_braces.pop()) is not None:
+            start, inside, doubled = opened
+            content = text[inside : token.start()].strip()
+            if not (found and found[-1].start > start):  # else it holds another box
+                found.append(_Box(start, token.end(), content.replace(r"\\", "\\") if doubled else content))
+    return found
+
+
+def last_box(text: str) -> str | None:
+    r"""The content of the last closed `\boxed{...}`, `\fbox{...}` or `\boxed 7`, or None; of nested ones the innermost.
+    A box that is never closed is passed over."""
+    found = _boxes(text)
+    return found[-1].content if found else None
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""The content of the last box, or of the last boxes as a list where they are joined by no more than a comma, `and`
+    or a name: `\boxed{2} and \boxed{3}`, `x = \boxed{2}, y = \boxed{3}`. None without a box."""
+    found = _boxes(text)
+    if not found:
+        return None
+    joined = [found[-1]]
+    names: list[str] = []
+    for before, after in pairwise(reversed(found)):
+        joint = _joint(text[after.end : before.start]) if before.start - after.end <= _LONGEST_JOINT else None
+        if joint is None:
+            break
+        names.insert(0, (joint["name"] or "").rstrip("= "))
+        joined.insert(0, after)
+    contents = [box.content for box in joined]
+    first = _NAMED.search(text[max(joined[0].start - _LONGEST_JOINT, 0) : joined[0].start])
+    if names and first and all(names):
+        contents = [f"{name}={content}" for name, content in zip((first[1], *names), contents, strict=True)]
+    return ", ".join(dict.fromkeys(content for content in contents if content)) or contents[-1]
+
+
+def _joint(gap: str) -> re.Match[str] | None:
+    return _JOINT.fullmatch(_JOINT_DRESS.sub(lambda found: f" {found.group(1) or ''} ", gap))
 
 
 def final_answer(text: str, extraction: Extraction) -> str | None:
-    r"""The answer that a text arrives at, or None.
+    r"""The answer that a text arrives at, or None. If anything stands behind the last `</think>`, it is looked for only
+    there.
 
-    "box" accepts the last `\boxed{...}` only. "text" takes, without a box, the last `<answer>...</answer>`, and without
-    that the text behind the last `</think>`, or the whole text.
+    "box" accepts the last box only, see `boxed_answer`. "text" takes, without a box, the last `<answer>...</answer>`,
+    and without that all that stands behind `</think>`.
     """
-    box = last_box(text)
+    said = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    tail = said if said.strip() else text
+    box = boxed_answer(tail)
     if box is not None or extraction == "box":
         return box
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    tail = text[start + len("<answer>") : end] if start >= 0 else text[text.rfind("</think>") + 1 :]
-    return tail.removeprefix("/think>").strip() or None
+    end = tail.rfind("</answer>")
+    start = tail.rfind("<answer>", 0, max(end, 0))
+    return (tail[start + len("<answer>") : end] if start >= 0 else said).strip() or None
+
+
+# -------------------------------------------------------------------------------------------------- ground truths
 
 
 def truths(task: Task) -> list[str]:
@@ -99,52 +154,7 @@ def _not_an_answer(value: Any) -> str:
     return f"{value!r:.80} is no answer: it must be a text or a finite number, or a list of accepted ones"
 
 
-def plain(text: str) -> str:
-    r"""Text without its dress: `\text{...}` and bold markers, letter case, runs of white space, quotes around it and
-    the stop at its end are gone. Answers of one plain form are the same, so `5!`, `.5` and `5²` keep their marks."""
-    text = _WRAPPED.sub(lambda found: f" {found.group(1) or ''} ", unicodedata.normalize("NFC", text))
-    return " ".join(text.casefold().split()).strip(" \"'`$").rstrip(" .,;:")
-
-
-# ------------------------------------------------------------------------------------------------ multiple choice
-
-
-def choice_letter(answer: str) -> str | None:
-    """The option that an answer names: `B`, `(b)`, `B. 5 cm`, `Option B`; None for one that names none."""
-    found = _CHOICE.match(_WRAPPED.sub(lambda f: f.group(1) or "", answer).strip(" $.\n\t"))
-    return (found.group(1) or found.group(2)).upper() if found else None
-
-
-def options(task: Task) -> Mapping[str, str]:
-    """The options of a multiple-choice task, letter -> value; empty if it has none.
-
-    They are `extra_info.choices` or `.options` (a list, or a mapping by letter), or else stand in the last user message
-    as `A. 5  B. 6`, `(A) 5`, `A: 5`, in a row that starts with A and has at least two.
-    """
-    given = task.meta.get("choices", task.meta.get("options"))
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
-    if isinstance(given, Mapping):
-        return {str(letter).upper(): str(value) for letter, value in given.items()}
-    if isinstance(given, list | tuple):
-        return {chr(ord("A") + i): str(value) for i, value in enumerate(given)}
-    questions = [message.content for message in task.messages if message.role == "user"]
-    return _options_in(questions[-1]) if questions else {}
-
-
-@lru_cache(maxsize=4096)
-def _options_in(question: str) -> Mapping[str, str]:
-    marks = list(_OPTION_MARK.finditer(question))
-    starts = [i for i, mark in enumerate(marks) if mark.group(1) == "A"]
-    if not starts:
-        return {}
-    row = marks[starts[-1] :]
-    count = next((i for i, mark in enumerate(row) if mark.group(1) != chr(ord("A") + i)), len(row))
-    ends = [mark.start() for mark in row[1:]] + [len(question)]
-    found = {row[i].group(1): question[row[i].end() : ends[i]].strip() for i in range(count)}
-    last = row[count - 1].group(1)
-    found[last] = found[last].partition("\n")[0].strip()
-    return found if len(found) > 1 else {}
+# --------------------------------------------------------------------------------------------------------- scores
 
 
 def score_final_answer(
@@ -159,32 +169,52 @@ def score_final_answer(
     return Score(right, {"accuracy": right, "parsed": 1.0})
 
 
-def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") -> Score:
-    """1 for the right option, named by its letter or by its value, whichever the ground truth is; else 0.
-
-    Parts: accuracy; parsed, 1 if a final answer was found. Values are compared in their plain form.
-    """
-    values = options(task)
-    return score_final_answer(
-        text, task, extraction, lambda answer, accepted: any(_same_option(answer, one, values) for one in accepted)
-    )
-
-
-def _same_option(answer: str, truth: str, values: Mapping[str, str]) -> bool:
-    by_value = {plain(value): letter for letter, value in values.items()}
-    named = by_value.get(plain(answer)) or choice_letter(answer)
-    wanted = by_value.get(plain(truth)) or choice_letter(truth)
-    return plain(answer) == plain(truth) or (named is not None and named == wanted)
-
-
-# ------------------------------------------------------------------------------------------------- match and form
-
-
 def exact(text: str, task: Task, *, extraction: Extraction = "text", normalise: bool = True) -> Score:
     """1 if the final answer equals an accepted answer, else 0. With `normalise` in plain form (case, white space, the
     marks around it and `\\text{}` do not matter), without it character by character. Parts: accuracy, parsed."""
     form = plain if normalise else str
     return score_final_answer(text, task, extraction, lambda answer, accepted: form(answer) in map(form, accepted))
+
+
+def _entries(task: Task) -> list[Any]:
+    """The accepted ground truths as they stand, so that numbers can be told from text."""
+    answer = task.answer.tolist() if isinstance(task.answer, np.ndarray) else task.answer
+    return list(answer) if isinstance(answer, list | tuple) else [answer]
+
+
+def check_choice(task: Task) -> list[tuple[str, str]]:
+    """The faults of a multiple-choice task, as (field, what is wrong): its ground truth must be text or a number, and
+    one of its options where it has any."""
+    faults, values = check_answer(task), options(task, numbered=True)
+    if faults or not values:
+        return faults
+    shown = ", ".join(f"{label} ({value:.20})" for label, value in values.items())
+    return [
+        (GROUND_TRUTH, f"{truth!r:.80} is none of the options {shown}; write a label, a value, or an index from 0 on")
+        for truth in _entries(task)
+        if right_option(truth, values) is None and not several_options(str(truth), values)
+    ]
+
+
+def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") -> Score:
+    """1 for the right option, named by its label or by its value, whichever the ground truth is, also in a sentence
+    (see `named_option`); else 0. A ground truth of several letters wants all of them, in any order.
+
+    Parts: accuracy; parsed, 1 if the answer names an option. Values are compared in their plain form.
+    """
+    answer = final_answer(text, extraction)
+    if answer is None:
+        return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
+    accepted, values = truths(task), options(task, numbered=True)
+    named = named_option(answer, values)
+    several = several_options(answer, values)
+    right = any(plain(answer) == plain(truth) for truth in accepted)
+    for truth in _entries(task):
+        wanted = right_option(truth, values)
+        right |= named is not None and named == wanted
+        right |= bool(several) and wanted is None and several == several_options(str(truth), values)
+    read = right or named is not None or bool(several)
+    return Score(float(right), {"accuracy": float(right), "parsed": float(read)}, note="" if read else NO_OPTION)
 
 
 def format_tags(text: str, task: Task, *, tags: list[str] = ["think", "answer"], strict: bool = True) -> Score:  # noqa: ARG001, B006

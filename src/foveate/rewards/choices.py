@@ -1,0 +1,239 @@
+"""Multiple choice: the options of a task, the option that an answer names, and the right one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from foveate.records import Task
+from foveate.rewards.plain_text import last_value, plain, statements, unified, unwrapped
+
+_MARK = r"[(【]?\s*([A-J]|\d{1,2})\s*[.):、】]"
+_MARKED = re.compile(rf"\s*{_MARK}\s*(.*)", re.DOTALL)
+_MARKS_IN_TEXT = re.compile(
+    r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
+)
+_COLUMN = re.compile(r"(?:(?:option|choice)[_ ]?)?([A-J])", re.IGNORECASE)
+_LEADING = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[:=是为]?\s*)?"
+    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+(?:is|as|because|since|for|which)\b))"
+    r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_NAMED = re.compile(
+    r"(?:\b(?:option|choice|choose|select|pick)s?\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
+    r"|(?<![A-Za-z'(])([A-J])(?=\s+is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely))"
+    r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore)\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!]*\s*$))",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\s*(?:is|are|was|seems?|looks?|can|does|do)?\s*(?:not|n't|isn't|cannot|can't|doesn't|wrong|incorrect|false)\b|不|错",
+    re.I,
+)
+_DENIAL_BEFORE = re.compile(
+    r"(?:\b(?:not|cannot|never|nor|neither|than|except|exclud\w+|eliminat\w+)|n't)(?:\s+(?:be|the))*\s*$|不$",
+    re.I,
+)
+_ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
+_SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
+_ARTICLE = re.compile(r"^(?:an?|the)\s+")
+_SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
+
+
+# -------------------------------------------------------------------------------------------------------- options
+
+
+def options(task: Task, numbered: bool = False) -> Mapping[str, str]:
+    """The options of a multiple-choice task, label -> value; empty if it has none.
+
+    They are `extra_info.choices` or `.options`: a list, a mapping by label, or either as text; or columns of
+    `extra_info` named `A`, `B`, ... or `option_A`, ...; or else they stand in the last user message as `A. 5  B. 6`,
+    `(A) 5`, `A: 5`, `A、5`, in a row that starts with A and has at least two. Marks before the values of a list are
+    their labels. With `numbered`, a row of the question may be marked 1, 2, ... as well.
+    """
+    given = task.meta.get("choices", task.meta.get("options"))
+    found = _listed(given) or _columns(task.meta)
+    if found:
+        return found
+    questions = [message.content for message in task.messages if message.role == "user"]
+    return _options_in(questions[-1], numbered) if questions else {}
+
+
+def _listed(given: Any) -> Mapping[str, str]:
+    """Options of a column: a list, an array, a mapping, or a text that holds one."""
+    if isinstance(given, str):
+        marked = _options_in(given, True)
+        return marked if marked else _listed(_literal(given))
+    if isinstance(given, np.ndarray):
+        given = given.tolist()
+    if isinstance(given, Mapping):
+        labels = [str(label).strip(" ().:").upper() for label in given]
+        return {label: str(value) for label, value in zip(labels, given.values(), strict=True) if value is not None}
+    if not isinstance(given, list | tuple):
+        return {}
+    values = [str(value) for value in given]
+    marks = [_MARKED.fullmatch(unified(value)) for value in values]
+    labels = [mark[1] for mark in marks if mark]
+    if labels in (_letters(len(values)), _numbers(len(values))):
+        return {mark[1]: mark[2].strip() for mark in marks if mark}
+    return dict(zip(_letters(len(values)), values, strict=True))
+
+
+def _literal(text: str) -> Any:
+    """A list or mapping written as JSON or Python; None for other text."""
+    try:
+        found = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return None if isinstance(found, str) else found
+
+
+def _columns(meta: Mapping[str, Any]) -> Mapping[str, str]:
+    """Options in columns of their own, from A on and at least two."""
+    named = {found[1].upper(): meta[key] for key in meta if (found := _COLUMN.fullmatch(str(key)))}
+    present = {label: value for label, value in named.items() if value is not None and str(value) not in ("", "nan")}
+    letters = _letters(len(present))
+    return (
+        {letter: str(present[letter]) for letter in letters}
+        if len(letters) > 1 and set(letters) <= set(present)
+        else {}
+    )
+
+
+def _letters(count: int) -> list[str]:
+    return [chr(ord("A") + i) for i in range(count)]
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(i + 1) for i in range(count)]
+
+
+@lru_cache(maxsize=4096)
+def _options_in(question: str, numbered: bool) -> Mapping[str, str]:
+    question = unified(question)
+    marks = [(found[1] or found[2], found) for found in _MARKS_IN_TEXT.finditer(question)]
+    return _row(question, marks, "A") or (_row(question, marks, "1") if numbered else {})
+
+
+def _row(question: str, marks: list[tuple[str, re.Match[str]]], first: str) -> Mapping[str, str]:
+    """The last row of marks that counts up from `first`, with the text behind each."""
+    same = [(label, found) for label, found in marks if label.isdigit() == first.isdigit()]
+    starts = [i for i, (label, _) in enumerate(same) if label == first]
+    if not starts:
+        return {}
+    row = same[starts[-1] :]
+    expected = _numbers(len(row)) if first.isdigit() else _letters(len(row))
+    count = next((i for i, (label, _) in enumerate(row) if label != expected[i]), len(row))
+    ends = [found.start() for _, found in row[1:]] + [len(question)]
+    found = {label: question[mark.end() : ends[i]].strip() for i, (label, mark) in enumerate(row[:count])}
+    found[expected[count - 1]] = found[expected[count - 1]].partition("\n")[0].strip()
+    return found if len(found) > 1 else {}
+
+
+# ------------------------------------------------------------------------------------------ the option of an answer
+
+
+def named_option(answer: str, values: Mapping[str, str]) -> str | None:
+    """The option that a final answer names, by its value or its label: `B`, `(b)`, `B. 5 cm`, `Option B`, `The correct
+    answer is **B**.`, `5 cm`. The last statement of an answer goes first, then its last sentence that names an option.
+
+    None for an answer that names none, several at once, a label with the value of another option, or a label that is
+    none of `values`; without values, letters from A to J are labels.
+    """
+    text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", unwrapped(unified(answer)))
+    text = re.sub(r"[ \t]+(?=[,.;:!)])", "", text).strip()
+    by_value = {_bare(value): label for label, value in values.items()}
+    for part in _parts(text):
+        label = by_value.get(_bare(part)) or _leading_label(part, values, by_value)
+        if label is not None:
+            return label if label in values or (label and not values) else None
+    for sentence in reversed(_SENTENCE.split(text)):
+        named = set(_mentioned(sentence))
+        if named:
+            only = named.pop() if len(named) == 1 else None
+            return only if only in values or not values else None
+    return None
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The parts of an answer that may be nothing but an option, in the order in which they count."""
+    yield text
+    stated = [*statements(text)]
+    yield from reversed(stated)
+    *earlier, last = [part for part in _SENTENCE.split(text) if part.strip()] or [""]
+    if earlier:
+        yield last
+    yield last_value(text)
+
+
+def _bare(text: str) -> str:
+    return _ARTICLE.sub("", plain(text))
+
+
+def _leading_label(text: str, values: Mapping[str, str], by_value: Mapping[str, str]) -> str | None:
+    """The label that a text begins with, or "" where another label or the value of another one follows; None where it
+    begins with none, or denies it."""
+    if text.strip() in values:
+        return text.strip()
+    found = _LEADING.fullmatch(text.strip())
+    if found is None:
+        return _value_label(text, by_value)
+    label = (found[1] or found[2]).upper()
+    rest = found["rest"]
+    other = by_value.get(_bare(rest), label)
+    again = _ANOTHER.match(found["mark"] + rest)
+    if _DENIED.match(rest):
+        return None
+    return "" if other != label or (again and again[1].upper() != label) else label
+
+
+def _value_label(text: str, by_value: Mapping[str, str]) -> str | None:
+    """The label of the value that a text begins with, followed by a mark: `blue, because of the sky`; of a letter
+    before its own value: `C blue`."""
+    bare = _bare(text)
+    for value, label in by_value.items():
+        if value and (bare == f"{label.casefold()} {value}" or re.match(rf"{re.escape(value)}\s*[,;(]", bare)):
+            return label
+    return None
+
+
+def _mentioned(sentence: str) -> Iterator[str]:
+    """The options that a sentence names without denying them."""
+    for found in _NAMED.finditer(sentence):
+        denied = _DENIED.match(sentence[found.end() :]) or _DENIAL_BEFORE.search(sentence[: found.start()])
+        if not denied:
+            yield (found[1] or found[2] or found[3]).upper()
+            if another := _ANOTHER.match(sentence, found.end()):
+                yield another[1]
+
+
+# --------------------------------------------------------------------------------------------------- ground truths
+
+
+def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
+    """The option that a ground truth means, or None: by label, by value, or a whole number as an index from 0 on."""
+    if isinstance(truth, int | np.integer) and not isinstance(truth, bool):
+        labels = list(values)
+        if str(truth) in values:
+            return str(truth)
+        if 0 <= truth < len(labels):
+            return labels[int(truth)]
+    text = str(truth).strip()
+    by_value = {_bare(value): label for label, value in values.items()}
+    found = text if text in values else by_value.get(_bare(text)) or named_option(text, values)
+    if found is None and text.isdecimal() and not any(label.isdigit() for label in values):
+        return right_option(int(text), values) if int(text) < len(values) else None
+    return found
+
+
+def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
+    """The labels of an answer that is nothing but several letters: `A, C`, `AC`; empty for anything else."""
+    bare = unwrapped(unified(text)).strip(" $.()")
+    letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
+    single = frozenset(letters)
+    return single if len(single) == len(letters) and (single <= set(values) or not values) else frozenset()

@@ -1,0 +1,129 @@
+r"""LaTeX of final answers in one form: signs as commands, no dress, and its parts between brackets."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from foveate.rewards.plain_text import unified, unwrapped
+
+_SIGNS = {
+    "×": r"\times ", "·": r"\cdot ", "÷": r"/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "∠": r"\angle ",
+    "∡": r"\angle ", "△": r"\triangle ", "∆": r"\triangle ", "≅": r"\cong ", "≌": r"\cong ", "∼": r"\sim ",
+    "∽": r"\sim ", "∥": r"\parallel ", "∦": r"\nparallel ", "⊥": r"\perp ", "⟂": r"\perp ", "⊙": r"\odot ",
+    "≈": r"\approx ", "√": r"\surd ", "、": r",", "<=": r"\le ", ">=": r"\ge ", "≡": r"\equiv ", "→": r"\to ",
+    "∛": r"\cbrt ", "ℝ": r"\mathbb{R}", "⟨": r"\langle ", "⟩": r"\rangle ", "〈": r"\langle ",
+    "〉": r"\rangle ", "▱": r"\parallelogram ", "□": r"\square ",
+}  # fmt: skip
+_SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
+_GREEK = re.compile(r"[α-ωΑ-Ωϑϕϵ]")
+_ROOT = re.compile(r"\\(surd|cbrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
+_DRESS = re.compile(
+    r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|\\[,;:! ]|~|\\q?quad(?![A-Za-z])"
+    r"|(?<!\\)\$|\\[()]"
+)
+_DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*(?:\\circ|°|o)\s*\}?|\\degree(?![A-Za-z])|°)")
+_DOTS = re.compile(r"\\(?:ldots|cdots|dots[a-z]?|ddots|vdots)(?![A-Za-z])|\.{3,}|…|⋯")
+_ABOUT = re.compile(
+    r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
+)
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
+_MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
+_SHORT_FRACTION = re.compile(r"\\[dt]?frac(?:\s*(\d)\s*([\dA-Za-z])|(?=\s*\{))")
+_ORDINAL = re.compile(r"^(\d+)\s*(?:st|nd|rd|th)\b")
+_SCALE = re.compile(r"(?<=\d)\s*(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
+_SCALES = {
+    "hundred": "100",
+    "dozen": "12",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+    "万": "10^{4}",
+    "亿": "10^{8}",
+}
+_TRIG = re.compile(r"\\?(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?!\s*\^\s*\{?\s*-)")
+_TURN = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\[a-z]+)\s*°|(\))\s*°")
+_ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
+_NUMBER_WORD = re.compile(rf"(?:({'|'.join(_TENS)})[ -])?({'|'.join(_WORDS)})(?![A-Za-z])", re.IGNORECASE)
+_INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
+_BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
+_OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
+
+
+@lru_cache(maxsize=4096)
+def tidy(answer: str) -> str:
+    r"""An answer in the form that the comparisons read: signs of Unicode as LaTeX, `\text{}` and spacing gone, degrees
+    as `°` (in trigonometric functions as a factor), ellipses as `\dots`, mixed numbers, roots and number words written
+    out, no stop at the end."""
+    text = _DRESS.sub(" ", unwrapped(unified(answer.strip().strip("$").strip())))
+    text = _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",")
+    text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
+    text = _ROOT.sub(
+        lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
+    )
+    text = _SHORT_FRACTION.sub(lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}" if found[1] else r"\frac", text)
+    text = _ABOUT.sub("", " ".join(text.split()).lstrip("= "))
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
+    text = _ORDINAL.sub(r"\1", text)
+    text = _INFINITY.sub(r"\\infty ", _number_words(text))
+    text = _SCALE.sub(lambda found: rf"\cdot {_SCALES[found[1]]}", text)
+    if "°" in text and _TRIG.search(text):
+        text = _TURN.sub(
+            lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
+        )
+    return text.rstrip(".").strip() if text.rstrip(". ") else text
+
+
+def _greek(found: re.Match[str]) -> str:
+    """`\\alpha ` for `α`, by the name that Unicode gives the letter."""
+    name = unicodedata.name(found.group()).split()
+    return f"\\{name[-1].lower().replace('lamda', 'lambda')} " if "SMALL" in name else found.group()
+
+
+def _number_words(text: str) -> str:
+    found = _NUMBER_WORD.match(text)
+    if found is None:
+        return text
+    return f"{_WORDS[(found[1] or 'zero').lower()] + _WORDS[found[2].lower()]}{text[found.end() :]}"
+
+
+def parts_of(text: str, separator: re.Pattern[str]) -> list[str]:
+    """A text cut at the separators that stand outside of brackets; empty parts are left out."""
+    if not separator.search(text):
+        return [text]
+    depth, begin, parts = 0, 0, []
+    brackets = [*_BRACKETS.finditer(text)]
+    place = 0
+    for cut in separator.finditer(text):
+        while place < len(brackets) and brackets[place].start() < cut.start():
+            depth += 1 if brackets[place].group() in _OPENING else -1
+            place += 1
+        if depth <= 0:
+            parts.append(text[begin : cut.start()])
+            begin = cut.end()
+    return [part.strip() for part in (*parts, text[begin:]) if part.strip()] or [text]
+
+
+def closing_bracket(text: str) -> tuple[str, str, str] | None:
+    """The first bracket of a text, the one that closes it, and what is inside, if they hold the whole of it."""
+    depth, first = 0, None
+    for found in _BRACKETS.finditer(text):
+        opens = found.group() in _OPENING
+        if first is None:
+            if not opens or found.start():
+                return None
+            first = found
+        depth += 1 if opens else -1
+        if depth == 0:
+            return (
+                (first.group(), found.group(), text[first.end() : found.start()]) if found.end() == len(text) else None
+            )
+    return None

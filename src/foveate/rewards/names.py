@@ -1,0 +1,175 @@
+r"""Answers that are words or names of points: letters that stand in an order and are no factors.
+
+`SAS` is not `SSA` and `no` is not `on`, where a reader of mathematics sees products. A name keeps its letters in their
+order, save where geometry gives it none: angle ABC is angle CBA, and segment or line AB is BA. The mark may be left out
+(`AB` for `\overline{AB}`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_MARKS = {
+    "angle": r"m?\s*\\(?:angle|measuredangle)|m?\s*(?i:angle)",
+    "triangle": r"\\(?:triangle|bigtriangleup|Delta)(?=\s*\{?[A-Z]{3})|(?i:triangle)",
+    "segment": r"\\overline|(?i:segment|side)",
+    "line": r"\\overleftrightarrow|\\overline(?=\{[a-z]\})|(?i:line)",
+    "ray": r"\\overrightarrow|(?i:ray)",
+    "vector": r"\\vec|(?i:vector)",
+    "arc": r"\\(?:overset\{\\frown\}|widehat|overarc|wideparen|arc)|(?i:arc)",
+    "circle": r"\\(?:odot|bigodot)|(?i:circle)",
+    "plane": "(?i:plane)",
+    "point": "(?i:point)",
+    "quadrilateral": r"\\(?:square|Box)(?=\s*\{?[A-Z]{4})|(?i:quadrilateral)",
+}
+_VERTEX = r"[A-Z](?:_\{?\d+\}?|'+|\^\{\\prime\})?"
+_NAME = re.compile(
+    "(?:" + "|".join(f"(?P<{mark}>{pattern})" for mark, pattern in _MARKS.items()) + r")?\s*(?P<brace>\{)?\s*"
+    rf"(?P<letters>(?:{_VERTEX}\s*)+|[a-z0-9](?=\s*\}}?$))(?(brace)\}})"
+)
+_RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
+_RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
+_APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
+_WORDS = re.compile(r"[A-Za-z]+(?:[\s'/-]+[A-Za-z]+)*[.!]?")
+_SAYABLE = re.compile(r"[aeiouy]", re.IGNORECASE)
+_VOWEL = re.compile(r"[aeiou]", re.IGNORECASE)
+_SEGMENTS = re.compile(
+    r"_\{[^{}]*\}|\\(?P<mark>angle|measuredangle|triangle|overline|overrightarrow|vec)\s*\{?(?P<marked>[A-Z]{1,4})\}?"
+    r"|(?<![\\A-Za-z_])(?P<letters>[A-Z]{2,})(?![A-Za-z])"
+)
+_BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
+_TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)
+_CORRESPONDENCE = re.compile(r"congru|similar|\\(?:cong|sim)|[≅≌∼∽]|全等|相似", re.IGNORECASE)
+FUNCTIONS = frozenset((
+    "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log",
+    "ln", "lg", "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "lim", "pi", "theta", "alpha", "beta",
+    "gamma", "delta", "epsilon", "lambda", "mu", "sigma", "phi", "omega", "rho", "tau", "infty", "cdot",
+    "times", "frac",
+))  # fmt: skip
+"""Names of LaTeX that are no words where they stand without a backslash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A mark, such as "angle" or none, and the vertices behind it in their order."""
+
+    mark: str
+    letters: tuple[str, ...]
+
+    def same(self, other: Name, free_triangles: bool, as_line: bool = False) -> bool:
+        """Whether two names mean the same. A mark may be missing on one side; on both, two points are a line if
+        `as_line` says so."""
+        mark = self.mark or other.mark or ("line" if as_line and len(self.letters) == 2 else "")
+        if self.mark and other.mark and self.mark != other.mark:
+            return False
+        either = {self.letters, self.letters[::-1]} if mark in ("angle", "segment", "line", "arc") else {self.letters}
+        if mark == "triangle" and free_triangles:
+            return sorted(self.letters) == sorted(other.letters)
+        return other.letters in either
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """An answer that is no mathematics: one name, a statement about two (`AB \\parallel CD`), or words."""
+
+    names: tuple[Name, ...] = ()
+    relation: str = ""
+    words: str = ""
+
+    def same(self, other: Wording, free_triangles: bool) -> bool:
+        """Whether two of them say the same. Parallel and perpendicular lines have no order; congruent and similar
+        figures name their vertices in pairs."""
+        if self.relation != other.relation or self.words != other.words or len(self.names) != len(other.names):
+            return False
+        if self.relation in ("cong", "sim", "simeq") and all(len(one.letters) > 2 for one in self.names):
+            pairs = [set(zip(*(name.letters for name in side.names), strict=False)) for side in (self, other)]
+            return pairs[0] == pairs[1] and [n.mark for n in self.names] == [n.mark for n in other.names]
+        orders = [other.names] if self.relation not in ("parallel", "perp") else [other.names, other.names[::-1]]
+        return any(
+            all(a.same(b, free_triangles, bool(self.relation)) for a, b in zip(self.names, order, strict=True))
+            for order in orders
+        )
+
+
+def wording(text: str, question: str) -> Wording | None:
+    """A tidy answer as names or words, or None for mathematics. Letters that the question uses as variables are
+    factors."""
+    parts = _RELATION.split(text)
+    if len(parts) == 3:
+        sides = [_name(part) for part in parts[::2]]
+        if sides[0] and sides[1]:
+            return Wording((sides[0], sides[1]), parts[1])
+        return Wording(words=_squeezed(text))
+    name = _name(text)
+    if name is not None and (name.mark or len(name.letters) > 1):
+        return Wording((name,))
+    if not _WORDS.fullmatch(text.strip()):
+        return None
+    runs = _RUN.findall(text)
+    if len(runs) == 1 and (len(runs[0]) == 1 or runs[0] in FUNCTIONS or _is_product(runs[0], question)):
+        return None
+    return Wording(words=_squeezed(text))
+
+
+def _is_product(run: str, question: str) -> bool:
+    """Whether small letters in a row are variables: nobody can say them, or the question has each as a letter apart."""
+    if not run.islower():
+        return False
+    alone = set(re.findall(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", question))
+    return not _VOWEL.search(run) or set(run) <= alone
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s'.-]+", "", text.casefold())
+
+
+def _name(text: str) -> Name | None:
+    found = _NAME.fullmatch(text.strip())
+    if found is None:
+        return None
+    mark = next((mark for mark in _MARKS if found[mark]), "")
+    letters = re.findall(_VERTEX, found["letters"]) or [found["letters"].strip()]
+    if not mark and " " in found["letters"].strip():
+        return None
+    return Name(mark, tuple(letter.replace("{", "").replace("}", "") for letter in letters))
+
+
+def has_words(text: str) -> bool:
+    """Whether words stand between the mathematics of an answer: `not 8`, `n is even`. A run of letters is one if it
+    stands apart, a vowel is in it, and neither an operator nor a bracket beside it."""
+    for found in _APART.finditer(text):
+        run = found.group()
+        before, after = text[: found.start()].rstrip()[-1:], text[found.end() :].lstrip()[:1]
+        said = run != text.strip() and not run.isupper() and run not in FUNCTIONS and _SAYABLE.search(run)
+        if said and before not in _BEFORE and after not in _BEHIND:
+            return True
+    return False
+
+
+def with_names_as_symbols(text: str) -> str:
+    """Mathematics in which every name of points is one symbol: the length AB is no A times B. A segment has no order,
+    neither has an angle from its ends."""
+    return _SEGMENTS.sub(_symbol, text)
+
+
+def _symbol(found: re.Match[str]) -> str:
+    letters = found["marked"] or found["letters"]
+    if letters is None:
+        return found.group()
+    if found["mark"] in (None, "overline", "angle", "measuredangle") and letters[0] > letters[-1]:
+        letters = letters[::-1] if found["mark"] or len(letters) == 2 else letters
+    mark = found["mark"] if found["mark"] not in (None, "overline") else ""
+    return rf" Q_{{{mark}{letters}}} "
+
+
+def same_wording(given: str, wanted: str, question: str) -> bool | None:
+    """Whether two answers say the same, if one of them at least is a name or words; None if both are mathematics."""
+    one, other = wording(given, question), wording(wanted, question)
+    if one is None and other is None:
+        return None
+    names = [_name(text) for text in (given, wanted)]
+    free = bool(_TRIANGLE.search(question)) and not _CORRESPONDENCE.search(question)
+    if names[0] and names[1]:
+        return names[0].same(names[1], free)
+    return one is not None and other is not None and one.same(other, free)

@@ -1,0 +1,87 @@
+"""Texts in plain form: characters that are alike, dress that does not matter, and what a sentence says."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from itertools import groupby
+
+_WRAPPED = re.compile(
+    r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol|bm|bold|emph|underline|operatorname\*?)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\*\*"
+)
+_NESTED_WRAPS = 3
+_CUE = re.compile(
+    r"(?:(?:answers?|solution|result|choice|option)(?:\*\*|[\s:])(?:(?!not\b|n't|never\b)[^.:=\n。]){0,60}?"
+    r"(?:\bis\b|\bare\b|\bbe\b|:|=|\s-\s)|\banswers?\s*(?:is|:|=)"
+    r"|(?:答案|结果|选项)(?:应?[为是])?\s*[:：]?|故?应?选[择项]?\s*[:：]?)\**\s*[:：]?\s*",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?。](?=\s|\*|$)|\n|。")
+_COPULA = re.compile(r"(?:\b(?:is|are|equals)\b|[:=])\s*")
+_FORMS = ("<super>", "<sub>", "<fraction>", "<circle>")
+_ALIKE = str.maketrans(
+    {"−": "-", "–": "-", "—": "-", "º": "°", "˚": "°", "⁄": "/", "∕": "/", "。": ".", "•": "·", "⋅": "·", "′": "'"}
+)
+
+
+def unified(text: str) -> str:
+    r"""A text with one form for every character that Unicode calls alike (NFKC): fullwidth letters and signs become
+    plain ones, `x²` becomes `x^{2}`, `x₁` becomes `x_{1}` and `½` becomes `\frac{1}{2}`."""
+    if text.isascii():
+        return text
+    return "".join(_plain_run(kind, "".join(run)) for kind, run in groupby(text.translate(_ALIKE), key=_kind))
+
+
+def _kind(character: str) -> str:
+    """The form that Unicode says a character is, if it is one of `_FORMS`."""
+    kind = unicodedata.decomposition(character).partition(" ")[0]
+    return kind if kind in _FORMS else ""
+
+
+def _plain_run(kind: str, run: str) -> str:
+    if kind == "<fraction>":
+        parts = (unicodedata.normalize("NFKC", one).partition("⁄") for one in run)
+        return "".join(rf"\frac{{{above}}}{{{below}}}" for above, _, below in parts)
+    if kind == "<circle>":
+        return ",".join(unicodedata.normalize("NFKC", run))
+    same = unicodedata.normalize("NFKC", run).translate(_ALIKE)
+    return {"<super>": f"^{{{same}}}", "<sub>": f"_{{{same}}}"}.get(kind, same)
+
+
+def unwrapped(text: str) -> str:
+    r"""Text without `\text{...}` and its like (what they hold stays, set off by spaces) and without `**`."""
+    for _ in range(_NESTED_WRAPS):
+        text, count = _WRAPPED.subn(lambda found: f" {found.group(1) or ''} ", text)
+        if not count:
+            break
+    return text
+
+
+def plain(text: str) -> str:
+    r"""Text without its dress: `\text{...}` and bold markers, letter case, runs of white space, quotes around it and
+    the stop at its end are gone. Answers of one plain form are the same, so `5!`, `.5` and `5²` keep their marks."""
+    return " ".join(unwrapped(unified(text)).casefold().split()).strip(" \"'`$").rstrip(" .,;:")
+
+
+def stated_answer(text: str) -> str:
+    """The answer that a text states in words, the last of its `statements`; the text itself where it states none."""
+    stated = [*statements(text)]
+    return stated[-1] if stated else text
+
+
+def statements(text: str) -> Iterator[str]:
+    """The words behind each `the answer is`, `Final answer:`, `答案是`, ..., to the end of the sentence."""
+    for found in _CUE.finditer(text):
+        rest = text[found.end() :].lstrip()
+        ended = _SENTENCE_END.search(rest)
+        said = rest[: ended.start()] if ended else rest
+        yield re.sub(r",?\s+(?:and\s+)?not\s.*$", "", said.strip())
+
+
+def last_value(text: str) -> str:
+    """The value that the last sentence of a text gives something: `5 cm` of `So the side is 5 cm.`"""
+    sentences = [one for one in _SENTENCE_END.split(text) if one.strip()]
+    parts = _COPULA.split(sentences[-1]) if sentences else [text]
+    return parts[-1].strip()

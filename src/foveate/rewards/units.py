@@ -1,0 +1,255 @@
+"""Units: read by one grammar, as products of powers of prefixed names, and converted by their dimensions.
+
+What stands behind a number and is no unit (`5 apples`) is a label. Both may be missing on one side of a comparison.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+_UNITS = """
+m metre meter 米 | 1 | m | *
+公里 | 1000 | m |
+公斤 | 1000 | g |
+g gram gramme 克 | 1 | g | *
+s sec second 秒 | 1 | s | *
+A amp ampere | 1 | A | *
+K kelvin | 1 | K | *
+mol mole | 1 | mol | *
+cd candela | 1 | cd |
+N newton | 1000 | g m s-2 | *
+J joule | 1000 | g m2 s-2 | *
+W watt | 1000 | g m2 s-3 | *
+Pa pascal | 1000 | g m-1 s-2 | *
+Hz hertz | 1 | s-1 | *
+C coulomb | 1 | A s | *
+V volt | 1000 | g m2 s-3 A-1 | *
+Ω ohm | 1000 | g m2 s-3 A-2 | *
+S siemens | 1/1000 | g-1 m-2 s3 A2 | *
+F farad | 1/1000 | g-1 m-2 s4 A2 | *
+H henry | 1000 | g m2 s-2 A-2 | *
+T tesla | 1000 | g s-2 A-1 | *
+Wb weber | 1000 | g m2 s-2 A-1 | *
+L l litre liter 升 | 1/1000 | m3 | *
+eV electronvolt | 1602176634/10000000000000000000000000 | g m2 s-2 | *
+cal calorie | 4184 | g m2 s-2 | *
+Wh | 3600000 | g m2 s-2 | *
+bar | 100000000 | g m-1 s-2 | *
+atm atmosphere | 101325000 | g m-1 s-2 |
+min minute 分钟 | 60 | s |
+h hr hour 小时 | 3600 | s |
+d day 天 | 86400 | s |
+week 周 | 604800 | s |
+yr year 年 | 31557600 | s |
+month 月 | 2629800 | s |
+in inch | 127/5000 | m |
+ft foot feet | 381/1250 | m |
+yd yard | 1143/1250 | m |
+mi mile | 201168/125 | m |
+mph | 1397/3125 | m s-1 |
+mmHg | 133322387415/1000000 | g m-1 s-2 |
+cc | 1/1000000 | m3 |
+dB decibel | 1 | dB |
+knot | 463/900 | m s-1 |
+kph kmh | 5/18 | m s-1 |
+lb pound | 45359237/100000 | g |
+oz ounce | 45359237/1600000 | g |
+t tonne ton 吨 | 1000000 | g |
+ha hectare 公顷 | 10000 | m2 |
+acre | 316160658/78125 | m2 |
+gal gallon | 473176473/125000000000 | m3 |
+rpm bpm | 1/60 | s-1 |
+° deg degree 度 | 1 | ° |
+rad radian 弧度 | 1 | |
+unit | 1 | unit |
+dollar USD 美元 | 1 | $ |
+cent | 1/100 | $ |
+byte B | 8 | bit | *
+bit | 1 | bit | *
+°C celsius centigrade ℃ | 1 | K |
+°F fahrenheit | 5/9 | K |
+"""
+_OFFSETS = {"°C": Fraction(27315, 100), "°F": Fraction(45967, 180)}
+_SYMBOL_PREFIXES = {
+    "p": -12, "n": -9, "µ": -6, "μ": -6, "m": -3, "c": -2, "d": -1, "h": 2, "k": 3, "M": 6, "G": 9, "T": 12,
+}  # fmt: skip
+_WORD_PREFIXES = {
+    "nano": -9, "micro": -6, "milli": -3, "centi": -2, "deci": -1, "kilo": 3, "mega": 6, "giga": 9, "tera": 12,
+    "毫": -3, "厘": -2, "分": -1, "千": 3, "微": -6, "兆": 6,
+}  # fmt: skip
+_POWER_WORDS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
+_BEHIND = {"squared": 2, "cubed": 3}
+_JOINERS = frozenset((
+    "and", "or", "nor", "not", "no", "to", "than", "but", "if", "when", "where", "is", "are", "per", "of",
+    "the",
+))  # fmt: skip
+_NAME = r"(?:\\mu\s*|\\text)?(?:°\s*[CF](?![A-Za-z])|°|(?:[A-Za-zµμ]\s*)?(?:\\Omega|Ω)|[A-Za-zµμ$]+|[\u4e00-\u9fff]+)"
+_TOKEN = re.compile(
+    rf"\s*(?P<op>/|\\cdot|\\times|\*|·|-(?=[A-Za-z])|\bper\b)?\s*(?P<open>\()?\s*(?:(?P<kind>square|cubic|sq|cu)\b\.?\s*|(?P<hanzi>平方|立方))?"
+    rf"(?P<name>{_NAME})\.?(?:\s*(?P<behind>squared|cubed)\b|(?:\s*\^\s*\{{?\s*|(?=\d)(?!\d\d))(?P<power>-?\d)\s*\}}?)?\s*(?P<close>\))?"
+)
+_START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
+_LABEL = re.compile(
+    r"(?:\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
+)
+_MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
+_PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
+_SEVERAL = re.compile(rf"{_PART.pattern}(?:\s+{_PART.pattern}){{1,3}}")
+_PER_SECOND = re.compile(r"(?<![A-Za-z])([kcm]?m)s(?=\s*\^\s*\{?\s*-)")
+"""The way to write metres per second as `ms^{-1}`, which are no milliseconds."""
+_DEGREES_OF = re.compile(
+    r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
+)
+_CURRENCY = re.compile(r"\\?\$\s*(?=[\d.])|(?:USD|[€£¥₹])\s*(?=[\d.])")
+_VALUE_END = re.compile(r"[\d)}\]!π.]$|\\[A-Za-z]+$|[A-Za-z]$")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A measure as powers of base units, such as (("m", 2),) for an area, and factor and offset to these base units."""
+
+    measure: tuple[tuple[str, int], ...]
+    factor: Fraction
+    offset: Fraction = Fraction(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """The value of an answer as text, its unit if it has one, and the label behind it if that is no unit."""
+
+    value: str
+    unit: Unit | None = None
+    label: str = ""
+
+
+DEGREE = Unit((("°", 1),), Fraction(1))
+_DOLLAR = Unit((("$", 1),), Fraction(1))
+
+
+def _table() -> dict[str, tuple[Unit, bool]]:
+    found = {}
+    for line in _UNITS.strip().split("\n"):
+        names, factor, dimensions, *prefixed = (part.strip() for part in line.split("|"))
+        powers = (re.fullmatch(r"(\D+?)(-?\d)?", one) for one in dimensions.split())
+        measure = tuple(sorted((power[1], int(power[2] or 1)) for power in powers if power))
+        for name in names.split():
+            unit = Unit(measure, Fraction(factor), _OFFSETS.get(names.split()[0], Fraction(0)))
+            found[name] = unit, prefixed == ["*"]
+    return found
+
+
+_KNOWN = _table()
+
+
+@lru_cache(maxsize=4096)
+def known_unit(name: str) -> Unit | None:
+    """The unit of one name: a symbol or a word, with its prefix, or the plural of a word."""
+    name = name.replace("\\mu", "µ").replace("\\Omega", "Ω").replace(" ", "")
+    if name in _KNOWN:
+        return _KNOWN[name][0]
+    for prefixes, is_word in ((_SYMBOL_PREFIXES, False), (_WORD_PREFIXES, True)):
+        for prefix, power in prefixes.items():
+            base = name.removeprefix(prefix)
+            known = _KNOWN.get(base) if base != name else None
+            if known and known[1] and (len(base) > 2 or not base.isascii() if is_word else len(base) <= 3):
+                return Unit(known[0].measure, known[0].factor * Fraction(10) ** power)
+    if len(name) > 2 and name != name.casefold():
+        return known_unit(name.casefold()) if name.casefold() != name and not name.isupper() else None
+    for plural in ("es", "s"):
+        if len(name) > 3 and name.endswith(plural) and (found := known_unit(name.removesuffix(plural))):
+            return found
+    return None
+
+
+def read_unit(text: str) -> tuple[Unit, str] | None:
+    """The unit with which a text begins, a product of powers such as `kg·m/s^2` or `square feet`, and the text behind
+    it; None if it begins with no unit."""
+    powers: Counter[str] = Counter()
+    factor, offset, position, below, last = Fraction(1), Fraction(0), 0, False, 1
+    while token := _TOKEN.match(text, position):
+        unit = known_unit(token["name"])
+        if unit is None:
+            break
+        sign = -1 if token["op"] in ("/", "per") or below else 1
+        below = (below or bool(token["open"] and sign < 0)) and not token["close"]
+        kind = token["kind"] or token["hanzi"] or token["behind"]
+        power = int(token["power"] or (_POWER_WORDS | _BEHIND)[kind] if kind or token["power"] else 1) * sign
+        for base, exponent in unit.measure:
+            powers[base] += exponent * power
+        factor *= unit.factor**power
+        offset, last = unit.offset if position == 0 and power == 1 else Fraction(0), power
+        position = token.end()
+    if position == 0 or last == 0:
+        return None
+    measure = tuple(sorted((base, power) for base, power in powers.items() if power))
+    return Unit(measure, factor, offset), text[position:]
+
+
+@lru_cache(maxsize=4096)
+def split_unit(answer: str) -> Quantity:
+    r"""The value, the unit and the label of an answer: `5 cm`, `60°`, `\$5`, `3 square feet`, `10 m/s`, `5 apples`.
+
+    A unit of one letter other than m must stand apart (`5 g`): `5g` is five times g. Words behind a unit are left aside
+    (`5 meters long`).
+    """
+    if found := _CURRENCY.match(answer):
+        return Quantity(
+            answer[found.end() :].strip(), _DOLLAR if "$" in found.group() or "U" in found.group() else None
+        )
+    answer = _DEGREES_OF.sub(lambda found: f"°{found[1]}" if found[1] else " ", _PER_SECOND.sub(r"\1 s", answer))
+    if several := _sum_of_units(answer):
+        return several
+    for start in _START.finditer(answer):
+        value, rest = answer[: start.start()].rstrip(), answer[start.start() :].strip()
+        if not value or not _VALUE_END.search(value):
+            continue
+        found = read_unit(rest)
+        if found is not None and _stands_behind(value, start.group(), rest) and _is_label(found[1]):
+            return Quantity(value, found[0] if found[0].measure else None, found[1].strip(" .").casefold())
+    label = re.search(rf"(?<=[\d)}}\]%])({_LABEL.pattern})\s*$", answer)
+    if label and _is_label(label.group()):
+        return Quantity(answer[: label.start()].rstrip(), None, label.group().strip(" .").casefold())
+    return Quantity(answer)
+
+
+def _sum_of_units(answer: str) -> Quantity | None:
+    """A length or time in several units: `6 ft 2 in`, `2 hours 30 minutes`."""
+    if not _SEVERAL.fullmatch(answer):
+        return None
+    parts = [(Fraction(number), known_unit(name)) for number, name in _PART.findall(answer)]
+    units = [unit for _, unit in parts if unit]
+    if len(units) < len(parts) or len({unit.measure for unit in units}) > 1:
+        return None
+    total = sum((number * unit.factor for number, unit in parts if unit), Fraction(0))
+    return Quantity(f"\\frac{{{total.numerator}}}{{{total.denominator}}}", Unit(units[0].measure, Fraction(1)))
+
+
+def _stands_behind(value: str, gap: str, rest: str) -> bool:
+    """Whether what follows a value may be its unit. A unit of one letter is no factor only behind a number of its own,
+    which is neither an exponent nor an index, and apart from it."""
+    name = re.match(r"[A-Za-zµ\\]+|[\u4e00-\u9fff]+", rest)
+    long = name is None or len(name.group()) > 1 or not rest[0].isascii()
+    if not long and not re.search(r"[\d.)}\]π!]$|\\[a-z]+$", value):
+        return False
+    if not long and _MARKED_LETTER.search(value):
+        return False
+    if gap or rest.startswith("°"):
+        return True
+    return value[-1:].isdigit() and not _MARKED_LETTER.search(value) and (long or rest[0] in "mΩ")
+
+
+def _is_label(rest: str) -> bool:
+    """Whether nothing stands behind a unit, or words that say what was measured."""
+    words = rest.strip(" .")
+    if not words:
+        return True
+    return _LABEL.fullmatch(f" {words}") is not None and not _JOINERS & set(words.casefold().split())
+
+
+def same_label(one: str, other: str) -> bool:
+    """Whether two labels say the same; one may be missing, and the plural is no other label."""
+    return not one or not other or one.rstrip("s") == other.rstrip("s")

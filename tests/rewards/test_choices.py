@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from foveate.records import Message, Task
+from foveate.rewards.choices import named_option, options
+from foveate.rewards.text import check_choice, multiple_choice
+
+VALUES = {"A": "oak", "B": "pine", "C": "birch", "D": "an old elm"}
+
+
+def choice(truth, question="Which tree?", **meta):
+    return Task("t", "mc", (Message("user", question),), (), truth, meta, "mc.jsonl, row 0")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B", "(B)", "b.", "B) pine", "Pine.", "**B**", "Answer: B", "Answer: $B$", "The answer is B.", "ANSWER: (B)",
+        "The correct option is **B**, since it has needles.", "Option B is correct.", "I choose B.", "B is the answer.",
+        "It cannot be A. Therefore the answer is (B) pine.", "Needles.\n\nB", "Final answer: pine", "答案是B。",
+        "选项B",
+        "Option A is incorrect. Option B is right.", "Not C but B. So the final answer is B.", "It's B.", "So, B!",
+        "Looking at the needles, (B) is most likely.", "Based on the bark, the answer should be B",
+    ],
+)  # fmt: skip
+def test_an_option_is_read_from_ordinary_sentences(text):
+    assert named_option(text, VALUES) == "B"
+    assert multiple_choice(text, choice("B", choices=list(VALUES.values())), extraction="text").value == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A or B", "B. oak", "The answer is not B.", "A tree stands there.", "BBB",
+        "I see a pine and an oak.", "E", "", "The answer is A or B.", "It cannot be B.",
+        "It is hard to say.", "Options A and C are both right.", "I do not know.",
+    ],
+)  # fmt: skip
+def test_an_answer_that_names_no_option_or_several_is_unreadable(text):
+    assert named_option(text, VALUES) is None
+    score = multiple_choice(text, choice("B", choices=list(VALUES.values())), extraction="text")
+    assert (score.value, score.parts["parsed"]) == (0.0, 0.0)
+    assert score.note
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"choices": ["oak", "pine"]},
+        {"options": np.array(["oak", "pine"])},
+        {"options": '["oak", "pine"]'},
+        {"choices": "['oak', 'pine']"},
+        {"choices": {"a": "oak", "b": "pine"}},
+        {"choices": '{"A": "oak", "B": "pine"}'},
+        {"choices": ["A. oak", "B. pine"]},
+        {"choices": ["(A) oak", "(B) pine"]},
+        {"choices": "A. oak\nB. pine"},
+        {"A": "oak", "B": "pine", "C": None, "split": "test"},
+        {"option_a": "oak", "option_b": "pine"},
+    ],
+)
+def test_options_stand_in_lists_texts_mappings_and_columns(meta):
+    assert options(choice("B", **meta)) == {"A": "oak", "B": "pine"}
+
+
+@pytest.mark.parametrize("question", ["Which?\nA．oak\nB．pine", "Which?\nA、oak\nB、pine", "哪个？（A）oak （B）pine"])
+def test_options_of_a_question_may_have_chinese_marks(question):
+    assert options(choice("B", question)) == {"A": "oak", "B": "pine"}
+
+
+def test_numbers_mark_options_only_where_choices_are_asked_for():
+    asked = "Which?\n1. oak\n2. pine"
+    assert options(choice("2", asked), numbered=True) == {"1": "oak", "2": "pine"}
+    assert options(choice("2", asked)) == {}
+    assert multiple_choice("\\boxed{pine}", choice("2", asked)).value == 1.0
+    assert multiple_choice("\\boxed{oak}", choice("2", asked)).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "right"), [("B", 1), (1, 1), ("1", 1), ("pine", 1), ("(B)", 1), (np.int64(1), 1), (0, 0), ("A", 0)]
+)
+def test_a_truth_is_a_label_a_value_or_an_index_from_0(truth, right):
+    assert multiple_choice("\\boxed{B}", choice(truth, choices=["oak", "pine"])).value == right
+    assert check_choice(choice(truth, choices=["oak", "pine"])) == []
+
+
+def test_a_truth_of_several_letters_wants_them_all():
+    task = choice("A, C", choices=["oak", "pine", "elm"])
+    assert multiple_choice("\\boxed{C and A}", task).value == 1.0
+    assert multiple_choice("\\boxed{A} and \\boxed{C}", task).value == 1.0
+    assert multiple_choice("\\boxed{A}", task).value == 0.0
+    assert check_choice(task) == []
+
+
+@pytest.mark.parametrize("truth", ["E", "spruce", 7, -1, "A, E"])
+def test_a_truth_that_is_no_option_is_a_fault(truth):
+    [(field, fault)] = check_choice(choice(truth, choices=["oak", "pine"]))
+    assert field == "reward_model.ground_truth"
+    assert "none of the options A (oak), B (pine)" in fault

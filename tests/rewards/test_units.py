@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from foveate.rewards.math import same_answer
+from foveate.rewards.units import read_unit, split_unit
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("72 km/h", "20 m/s", True),
+        ("72 km/h", "72 m/s", False),
+        ("72", "72 km/h", True),
+        ("3 kN", "3000 N", True),
+        ("2 kg m/s^2", "2 N", True),
+        ("2 kg m/s", "2 N", False),
+        ("1 kWh", "3.6 MJ", True),
+        ("2.7 g/cm^3", "2700 kg/m^3", True),
+        (r"8.314\ \mathrm{J/(mol\cdot K)}", r"8.314\ \mathrm{J\,mol^{-1}\,K^{-1}}", True),
+        (r"5\ \mu\text{m}", "0.005 mm", True),
+        (r"2\text{ k}\Omega", "2000 ohms", True),
+        ("25 °C", "77 °F", True),
+        ("25 °C", "25 °F", False),
+        ("25 °C", "298.15 K", True),
+        ("3 m²", "30000 cm^2", True),
+        ("2 hours", "120 minutes", True),
+        ("15 meters per second", "15 m/s", True),
+        ("4平方厘米", "4 cm²", True),
+        ("3千克", "3000克", True),
+        ("1.5 million dollars", r"\$1500000", True),
+        ("1.5 million", "1.5", False),
+        (r"\$3", "3 cents", False),
+    ],
+)
+def test_units_are_converted_by_their_dimensions(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("7 chairs", "7", True),
+        ("7 chairs", "7 chair", True),
+        ("7 chairs", "7 tables", False),
+        ("7 chairs", "7 cm", False),
+        ("7 meters long", "700 cm", True),
+        ("7 or more", "7", False),
+        ("7 to 9", "7", False),
+        ("7个", "7", True),
+        ("7x", "7", False),
+    ],
+)
+def test_words_behind_a_number_are_left_aside(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+def test_one_grammar_reads_products_of_powers():
+    read = read_unit("kg·m^2/s^2")
+    assert read is not None
+    assert read[0].measure == (("g", 1), ("m", 2), ("s", -2))
+    assert read[0].factor == 1000
+    assert read_unit("apples") is None
+    assert split_unit("5 m").unit == split_unit("5m").unit != split_unit("5 km").unit
+    assert split_unit("5g").unit is None
+    minute = split_unit("3 square feet per minute").unit
+    assert minute is not None
+    assert minute.measure == (("m", 2), ("s", -1))
+    assert minute.factor == Fraction(381, 1250) ** 2 / 60
