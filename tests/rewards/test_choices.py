@@ -5,7 +5,7 @@ import pytest
 
 from foveate.records import Message, Task
 from foveate.rewards.choices import named_option, options
-from foveate.rewards.text import check_choice, multiple_choice
+from foveate.rewards.text import check_choice, check_letter, multiple_choice
 
 VALUES = {"A": "oak", "B": "pine", "C": "birch", "D": "an old elm"}
 
@@ -99,3 +99,10 @@ def test_a_truth_that_is_no_option_is_a_fault(truth):
     [(field, fault)] = check_choice(choice(truth, choices=["oak", "pine"]))
     assert field == "reward_model.ground_truth"
     assert "none of the options A (oak), B (pine)" in fault
+
+
+def test_a_letter_that_is_no_option_is_a_fault_of_mathematical_rows_too():
+    [(field, fault)] = check_letter(choice("E", choices=["5", "7"]))
+    assert (field, fault) == ("reward_model.ground_truth", "'E' is none of the options A, B")
+    for sound in (choice("B", choices=["5", "7"]), choice("\\frac{14}{2}", choices=["5", "7"]), choice("E")):
+        assert check_letter(sound) == []

@@ -56,12 +56,16 @@ def options(task: Task, numbered: bool = False) -> Mapping[str, str]:
     `(A) 5`, `A: 5`, `A、5`, in a row that starts with A and has at least two. Marks before the values of a list are
     their labels. With `numbered`, a row of the question may be marked 1, 2, ... as well.
     """
-    given = task.meta.get("choices", task.meta.get("options"))
-    found = _listed(given) or _columns(task.meta)
+    found = given_options(task)
     if found:
         return found
     questions = [message.content for message in task.messages if message.role == "user"]
     return _options_in(questions[-1], numbered) if questions else {}
+
+
+def given_options(task: Task) -> Mapping[str, str]:
+    """The options that a row has in columns; empty if it has none there."""
+    return _listed(task.meta.get("choices", task.meta.get("options"))) or _columns(task.meta)
 
 
 def _listed(given: Any) -> Mapping[str, str]:

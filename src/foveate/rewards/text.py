@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from foveate.errors import ConfigError, DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
-from foveate.rewards.choices import named_option, options, right_option, several_options
+from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
 from foveate.rewards.plain_text import plain
 
 NO_ANSWER = "no final answer in the text"
@@ -194,6 +194,16 @@ def check_choice(task: Task) -> list[tuple[str, str]]:
         for truth in _entries(task)
         if right_option(truth, values) is None and not several_options(str(truth), values)
     ]
+
+
+def check_letter(task: Task) -> list[tuple[str, str]]:
+    """The faults of a mathematical task that may have options: `check_answer`, and a letter must be one of those that
+    the row has in columns. (A value may be written in another form than its option.)"""
+    faults, values = check_answer(task), given_options(task)
+    if faults or not values:
+        return faults
+    letters = [one for one in truths(task) if re.fullmatch(r"\(?[A-J][.)]?", one) and right_option(one, values) is None]
+    return [(GROUND_TRUTH, f"{one!r} is none of the options {', '.join(values)}") for one in letters]
 
 
 def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") -> Score:
