@@ -122,7 +122,7 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     return {
         "step": step,
         "rows": len(rows),
-        **not_graded(rows),
+        **lost_grades(rows),
         "greedy": {name: mean(map(_greedy(value), rows)) for name, value in _FIGURES.items()},
         "sampled": {
             "samples": max((len(row.sampled) for row in rows), default=0),
@@ -135,7 +135,7 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
 NOT_GRADED = "{} answers could not be graded; they count as wrong in the accuracy, and not at all in the mean score"
 
 
-def not_graded(rows: Sequence[ScoredRow]) -> dict[str, int]:
+def lost_grades(rows: Sequence[ScoredRow]) -> dict[str, int]:
     """How many answers could not be graded, where there are any."""
     count = sum(not answer.graded for row in rows for answer in row.answers)
     return {"not_graded": count} if count else {}

@@ -130,7 +130,7 @@ class Form:
 
 
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
-COLUMNS: dict[str, Callable[[Task], Any]] = {
+ROW_COLUMNS: dict[str, Callable[[Task], Any]] = {
     "data_source": lambda task: task.source,
     "ground_truth": lambda task: task.answer,
     "solution": lambda task: task.answer,
@@ -232,7 +232,7 @@ def _selector(parameters: _Parameters, leave_out: tuple[str, ...]) -> Callable[[
         return name not in leave_out and (name in named or (takes_any and name not in parameters))
 
     def select(task: Task) -> dict[str, Any]:
-        columns = {name: read(task) for name, read in COLUMNS.items()} | dict(task.meta)
+        columns = {name: read(task) for name, read in ROW_COLUMNS.items()} | dict(task.meta)
         return {name: value for name, value in columns.items() if is_taken(name)}
 
     return select
@@ -259,7 +259,7 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
         function = _resolve(name)
         form, parameters = _form_of(f"reward {name}", function), _positional(inspect.signature(function).parameters)
         needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
-        columns = tuple(key for key in needed if key not in ("answer", "completions", "prompts", *COLUMNS))
+        columns = tuple(key for key in needed if key not in ("answer", "completions", "prompts", *ROW_COLUMNS))
         return NeedsColumns(columns) if form.columns and columns else None
     if not known.check:
         return None

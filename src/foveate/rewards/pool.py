@@ -82,7 +82,7 @@ class Graders:
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
         functions = pickled(name, settings)
-        self._job = Job(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
+        self._job = GraderJob(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
         usual = 0 if name in REWARDS and REWARDS[name].quick else min(os.cpu_count() or 1, MOST_WORKERS)
         self._count = usual if workers is None else workers
         self._workers = [_Worker(self._job) for _ in range(self._count)]
@@ -191,7 +191,7 @@ class Waiting:
 class _Worker:
     """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
 
-    def __init__(self, job: Job, tries: int = 0) -> None:
+    def __init__(self, job: GraderJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
         start."""
         processes = worker_context(PRELOADED)
@@ -209,7 +209,7 @@ class _Worker:
         theirs.close()
         owner.close()
 
-    def successor(self, job: Job) -> _Worker:
+    def successor(self, job: GraderJob) -> _Worker:
         """One in its place."""
         return _Worker(job, self.tries - 1 if self._starting else _TRIES)
 
@@ -295,7 +295,7 @@ def _reason(score: Score) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class GraderJob:
     """The work of a worker process: a reward by name with its settings, the folder that relative paths start from, the
     time limit of an answer in seconds, the memory limit in bytes, and the functions among them that Python code has
     passed (`foveate.registry.pickled`)."""
@@ -315,7 +315,7 @@ class Failure:
     message: str
 
 
-def _grade_for_ever(job: Job, pipe: Connection, owner: Connection) -> None:
+def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None:
     """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
     one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
     end_with(owner)

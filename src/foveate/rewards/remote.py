@@ -24,8 +24,8 @@ from foveate.rewards.text import jsonable, question
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-Reply = TypeVar("Reply")
-_Request = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[Reply]]
+JudgeReply = TypeVar("JudgeReply")
+_Request = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[JudgeReply]]
 """From a client and the headers of the request to the reply."""
 
 RUBRIC = """You grade an answer to a question.
@@ -136,7 +136,7 @@ def endpoint(*, url: str, api_key_variable: str = "", retries: int = 3, timeout:
 
 def _asker(
     url: str, name: str, api_key_variable: str, retries: int, timeout: float
-) -> Callable[[_Request[Reply]], Reply]:
+) -> Callable[[_Request[JudgeReply]], JudgeReply]:
     """A function that sends a request to a server and waits for its reply. It raises ConnectionError where the server
     refuses, or does not answer after all tries. Raises ConfigError for an address that is none, and where openai is not
     installed."""
@@ -149,7 +149,7 @@ def _asker(
             f"reward {name} needs openai, which is not installed; run pip install 'foveate[client]'"
         ) from None
 
-    async def sent(request: _Request[Reply]) -> Reply:
+    async def sent(request: _Request[JudgeReply]) -> JudgeReply:
         key = os.environ.get(api_key_variable, "")
         headers = {} if key else {"Authorization": openai.Omit()}
         async with openai.AsyncOpenAI(
