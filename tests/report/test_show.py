@@ -81,7 +81,8 @@ def test_check_lists_every_problem_and_fails(tmp_path, tiny_folder):
     result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *model]])
     assert isinstance(result.exception, DataError)
     assert str(result.exception) == "3 problems in 3 of 4 rows"
-    said = result.output.splitlines()
+    assert "rows: 1 of 4 can be used; 3 cannot (prompt" in result.output
+    said = [line for line in result.output.splitlines() if ", row " in line]
     assert [re.search(r"row (\d)", line)[1] for line in said] == ["1", "2", "3"]  # pyright: ignore[reportOptionalSubscript]
     assert "tokens with its images, the limit is 100" in said[1]
     with pytest.raises(ConfigError, match="--column prompt: must be TARGET=COLUMN"):
