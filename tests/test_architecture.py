@@ -23,7 +23,7 @@ LAYERS = (
 )  # fmt: skip
 """Modules and rooms of the package, each importing only from those before it and from itself."""
 ROOT_FILES, ROOMS = 9, 20
-LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 34_000
+LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 42_000
 LONG_FUNCTIONS: set[str] = set()
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
 TWICE, WHATS = 5, 0

@@ -243,9 +243,6 @@ class Score:
         object.__setattr__(self, "note", printable(self.note[:2_000])[:2_000])
 
 
-FAILED = "grader failed"  # how the note of an answer begins that could not be graded
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
     """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: the score of the greedy

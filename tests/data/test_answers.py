@@ -21,7 +21,8 @@ from foveate.data.answers import (
     write_answers,
 )
 from foveate.errors import DataError
-from foveate.records import FAILED, Message, Score, Task
+from foveate.records import Message, Score, Task
+from foveate.rewards.build import FAILED
 
 
 def a_generated_row(task: Task, text: str = "yes", index: int = 0) -> GeneratedRow:

@@ -25,10 +25,10 @@ from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows
 from foveate.encoding.dataset import RowCheck
 from foveate.errors import DataError
-from foveate.records import FAILED, Image, Message, Task
+from foveate.records import Image, Message, Task
 from foveate.rewards import REWARDS
 from foveate.rewards.boxes import check_box, parse_box
-from foveate.rewards.build import build_reward
+from foveate.rewards.build import FAILED, build_reward
 from foveate.rewards.pool import Graders
 
 LONGEST = 30.0  # seconds of CPU that one picture or answer may take

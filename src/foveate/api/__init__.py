@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from foveate.serve.engines import EngineRequest
     from foveate.serve.native import ServeRequest
     from foveate.tools.import_verl import Imported
-    from foveate.tools.listing import Choice
+    from foveate.tools.listing import ListEntry
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -149,7 +149,7 @@ def plan_report(plan: Plan) -> str:
     return plan_text(plan)
 
 
-def settings_list(stage: StageName = "rl", group: str | None = None) -> list[Choice]:
+def settings_list(stage: StageName = "rl", group: str | None = None) -> list[ListEntry]:
     """The settings of a stage, or of one group of it, as `foveate settings` shows them."""
     from foveate.tools import listing
 
@@ -163,21 +163,21 @@ def settings_page() -> str:
     return listing.settings_page()
 
 
-def recipes_list(name: str | None = None) -> list[Choice] | str:
+def recipes_list(name: str | None = None) -> list[ListEntry] | str:
     """The shipped recipes, or the text of one."""
     from foveate.tools import listing
 
     return listing.recipes_list(name)
 
 
-def rewards_list() -> list[Choice]:
+def rewards_list() -> list[ListEntry]:
     """The known rewards with their settings."""
     from foveate.tools import listing
 
     return listing.rewards_list()
 
 
-def algorithms_list() -> list[Choice]:
+def algorithms_list() -> list[ListEntry]:
     """The known algorithms, advantages and losses."""
     from foveate.tools import listing
 

@@ -72,10 +72,7 @@ def generate_command(
         raise ConfigError("--system default needs --model; a server's family is not known here, so give the text")
     prompt = THINKING_SYSTEM if thinking else system
     heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinking else 0.0
-    if 0 < heat < 0.01 or not top_p:
-        raise ConfigError(f"--temperature {heat:g} --top-p {top_p:g}: give 0 or at least 0.01, and more than 0")
-    if heat == 0 and samples > 1:
-        raise ConfigError(f"--samples {samples} at temperature 0 are all the same answer; give --temperature")
+    _check_sampling(heat, top_p, samples)
     client = None
     if endpoint:
         prompt = None if prompt == "none" else prompt
@@ -89,6 +86,13 @@ def generate_command(
     limits = (max_prompt_tokens, max_tiles)
     summary = api.generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
     print_result(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
+
+
+def _check_sampling(heat: float, top_p: float, samples: int) -> None:
+    if 0 < heat < 0.01 or not top_p:
+        raise ConfigError(f"--temperature {heat:g} --top-p {top_p:g}: give 0 or at least 0.01, and more than 0")
+    if heat == 0 and samples > 1:
+        raise ConfigError(f"--samples {samples} at temperature 0 are all the same answer; give --temperature")
 
 
 def evaluate_command(

@@ -38,5 +38,5 @@ def algorithms_command() -> None:
     print_result(_lines(api.algorithms_list()))
 
 
-def _lines(choices: list[api.Choice]) -> str:
+def _lines(choices: list[api.ListEntry]) -> str:
     return "\n".join(map(str, choices))

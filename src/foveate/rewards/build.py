@@ -19,12 +19,15 @@ from typing import Any
 import numpy as np
 
 from foveate.errors import ConfigError, DataError
-from foveate.records import FAILED, Answer, Score, Task
+from foveate.records import Answer, Score, Task
 from foveate.registry import bind, resolve
 from foveate.rewards import REWARDS
 from foveate.rewards.text import question
 
 logger = logging.getLogger(__name__)
+
+FAILED = "grader failed"
+"""How the note of an answer begins that could not be graded."""
 
 TruthCheck = Callable[[Task], list[tuple[str, str]]]
 """The faults of a task that a reward cannot score, as (field, what is wrong)."""

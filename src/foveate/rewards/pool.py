@@ -23,10 +23,10 @@ from typing import Any, Self
 
 from foveate.errors import ConfigError, DataError
 from foveate.processes import end_with, lifeline, worker_context
-from foveate.records import FAILED, Answer, Score, Task
+from foveate.records import Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
-from foveate.rewards.build import Reward, build_reward, not_graded
+from foveate.rewards.build import FAILED, Reward, build_reward, not_graded
 
 logger = logging.getLogger(__name__)
 

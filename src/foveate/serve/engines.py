@@ -15,7 +15,7 @@ from typing import Literal
 from foveate.errors import ConfigError, EngineError
 from foveate.rollout.server.process import Server
 
-Name = Literal["vllm", "sglang"]
+EngineName = Literal["vllm", "sglang"]
 INSTALL = {"vllm": "pip install vllm", "sglang": "pip install 'sglang[all]'"}
 _GRACE_S = 4.0
 """Seconds that an engine gets to stop by itself."""
@@ -25,7 +25,7 @@ _GRACE_S = 4.0
 class EngineRequest:
     """A server of another project. `more` are arguments of its own, put at the end of its command line."""
 
-    engine: Name
+    engine: EngineName
     model: str
     name: str
     python: str

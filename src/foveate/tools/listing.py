@@ -21,7 +21,7 @@ from foveate.rewards import REWARDS
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ListEntry:
     """One line of a list: its name, what it may be and is by default (empty where that says nothing), what it does."""
 
     name: str
@@ -37,7 +37,7 @@ class Choice:
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def settings_list(stage: str = "rl", group: str | None = None) -> list[Choice]:
+def settings_list(stage: str = "rl", group: str | None = None) -> list[ListEntry]:
     """The settings of a stage, or of one group or setting of it. Raises ConfigError for an unknown one."""
     listed = [(path, field) for path, field in walk(STAGES[stage]) if not is_group(field)]
     if group is not None:
@@ -52,12 +52,12 @@ def settings_list(stage: str = "rl", group: str | None = None) -> list[Choice]:
     return [line for path, field in listed for line in _setting(path, field)]
 
 
-def _setting(path: str, field: FieldInfo) -> Iterator[Choice]:
-    yield Choice(path, _kind(field.annotation), _default(field), field.description or "")
+def _setting(path: str, field: FieldInfo) -> Iterator[ListEntry]:
+    yield ListEntry(path, _kind(field.annotation), _default(field), field.description or "")
     for model in _optional_groups(field.annotation):  # `algorithm.critic` and the like: null, or a group
         for name, inner in walk(model, f"{path}."):
             if not is_group(inner):
-                yield Choice(name, _kind(inner.annotation), _default(inner), inner.description or "")
+                yield ListEntry(name, _kind(inner.annotation), _default(inner), inner.description or "")
 
 
 def _optional_groups(annotation: Any) -> list[type[Settings]]:
@@ -95,7 +95,7 @@ def settings_page() -> str:
         "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them "
         "in the terminal.\n"
     ]
-    known: dict[str, Choice] = {}
+    known: dict[str, ListEntry] = {}
     for stage in ("rl", "sft", "mpo", "cascade"):
         own = [one for one in settings_list(stage) if known.get(one.name) != one]
         known |= {one.name: one for one in own}
@@ -112,12 +112,12 @@ def settings_page() -> str:
 # ------------------------------------------------------------------------------------- recipes, rewards and algorithms
 
 
-def recipes_list(name: str | None = None) -> list[Choice] | str:
+def recipes_list(name: str | None = None) -> list[ListEntry] | str:
     """The shipped recipes with the first sentence of each, or the text of one. Raises ConfigError for an unknown."""
     if name is not None:
         return find_recipe(name).read_text(encoding="utf-8")
     return [
-        Choice(path.stem, _stage_of(read_values(path)), "", _comment(path.read_text("utf-8"))) for path in _shipped()
+        ListEntry(path.stem, _stage_of(read_values(path)), "", _comment(path.read_text("utf-8"))) for path in _shipped()
     ]
 
 
@@ -135,16 +135,16 @@ def _comment(text: str) -> str:
     return _sentence(" ".join(lines))
 
 
-def rewards_list() -> list[Choice]:
+def rewards_list() -> list[ListEntry]:
     """The known rewards: their settings, and their first sentence."""
     functions = {name: known.function for name, known in REWARDS.items()}
     return [_function(name, resolve({}, path, "reward")) for name, path in functions.items()]
 
 
-def algorithms_list() -> list[Choice]:
+def algorithms_list() -> list[ListEntry]:
     """The named algorithms: advantage, loss and paper of each; then the advantages and losses to combine."""
     rows = [
-        Choice(
+        ListEntry(
             f"algorithm {name}",
             f"advantage {row.advantage}, loss {row.loss}",
             "",
@@ -160,11 +160,11 @@ def algorithms_list() -> list[Choice]:
     ]
 
 
-def _function(name: str, function: Any) -> Choice:
+def _function(name: str, function: Any) -> ListEntry:
     parameters = inspect.signature(function).parameters.values()
     keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
     settings = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in keywords)
-    return Choice(name, ", ".join(settings), "", _sentence(inspect.getdoc(function) or ""))
+    return ListEntry(name, ", ".join(settings), "", _sentence(inspect.getdoc(function) or ""))
 
 
 def _sentence(text: str) -> str:

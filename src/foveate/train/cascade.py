@@ -129,7 +129,11 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
             correctness_rule=CorrectnessRule(chosen.part, chosen.threshold),
             seed=settings.seed,
             reading=ReadOptions(
-                None if data.image_root is None else Path(data.image_root), data.columns, data.on_bad_row, data.workers
+                None if data.image_root is None else Path(data.image_root),
+                data.columns,
+                data.on_bad_row,
+                data.workers,
+                data.max_image_pixels,
             ),
         )
     return folder / "pairs.parquet"

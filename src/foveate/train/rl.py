@@ -19,7 +19,7 @@ from foveate.config.rollout import RolloutSettings
 from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.dataset import build_encoder, build_stream, read_checked, warn_if_shared
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predict import Evaluator
@@ -101,15 +101,14 @@ def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
                 with clock.phase("logprobs"):
                     batch, prepared = compute_advantages(workers, groups, method, updates * epochs, costs)
                 with clock.phase("update"):
-                    rates = _rates(step, settings)
-                    seed = seed_of("choice", settings.seed, step)
+                    rates, seed = _rates(step, settings), seed_of("choice", settings.seed, step)
                     learned = update(workers, batch, method, updates, rates, costs, epochs=epochs, seed=seed)
                 with sampler.at_rest(clock):
                     with clock.phase("publish"):
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
-                    record |= clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
-                    record["data/epoch"] = stream.epoch
+                    paces = clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
+                    record |= {**paces, "data/epoch": stream.epoch}
                     write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
@@ -117,8 +116,8 @@ def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
                     waste.observe(step, record, groups)
                     if save_is_due(step, settings.train, leaving):
                         state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                        state["score"] = record.get("eval/greedy_score")
-                        save(workers, run, step, state, settings.train, inputs)
+                        best = {"score": record.get("eval/greedy_score")}
+                        save(workers, run, step, state | best, settings.train, inputs)
                 advance(1, record)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
@@ -235,6 +234,7 @@ def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[
     if settings.eval.every:
         held_out, more = read_checked(settings.data.test, settings.data, encoder, truth)
         left_out += more
+        warn_if_shared(table, held_out)
     write_skipped(run.path, [str(problem) for problem in left_out])
     return table, held_out
 

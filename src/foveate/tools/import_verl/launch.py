@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.errors import DataError
-from foveate.tools.import_verl.bash.builtins import LARGEST
+from foveate.tools.import_verl.bash.builtins import LONGEST_SCRIPT
 from foveate.tools.import_verl.bash.expand import ScriptEnds
 from foveate.tools.import_verl.bash.interpreter import Interpreter
 from foveate.tools.import_verl.bash.shell import Leaves
@@ -81,11 +81,11 @@ def read_launch(script: Path, environment: Mapping[str, str], arguments: Sequenc
 def _text_of(script: Path) -> str:
     try:
         size = script.stat().st_size
-        text = script.read_text(encoding="utf-8") if size <= LARGEST else ""
+        text = script.read_text(encoding="utf-8") if size <= LONGEST_SCRIPT else ""
     except (OSError, ValueError) as error:
         raise DataError(f"{script}: cannot be read as a launch script: {error}") from None
-    if size > LARGEST:
-        raise DataError(f"{script}: has {size} bytes; a launch script has {LARGEST} at most")
+    if size > LONGEST_SCRIPT:
+        raise DataError(f"{script}: has {size} bytes; a launch script has {LONGEST_SCRIPT} at most")
     if "\0" in text:
         raise DataError(f"{script}: cannot be read as a launch script: it holds bytes of 0")
     return text

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from foveate.tools.import_verl.bash.interpreter import Interpreter
 
 Fields = Sequence[str | Assignment]
-LARGEST = 1_000_000
+LONGEST_SCRIPT = 1_000_000
 """Bytes of a script."""
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SHELLS = ("bash", "sh", "zsh", "dash")
@@ -192,7 +192,7 @@ def _script_text(shell: Interpreter, name: str) -> str | None:
         return None
     path = Path(here, known)
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= LARGEST else None
+        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= LONGEST_SCRIPT else None
     except (OSError, ValueError):
         return None
 
