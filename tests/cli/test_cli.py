@@ -348,7 +348,7 @@ def test_ctrl_c_ends_with_code_130_and_says_how_to_go_on(tmp_path, recipe):
 
 
 def test_ctrl_c_is_told_in_words_that_fit_the_verb(monkeypatch, foveate, recipe):
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("foveate.train.rl.run_rl", interrupt)

@@ -89,10 +89,10 @@ def test_a_judge_can_see_the_pictures(server, tmp_path):
     assert data_url(images[0]) == url
 
 
-def test_a_judge_without_a_verdict_gives_0_and_a_note(server):
+def test_a_judge_without_a_verdict_gives_no_grade_and_a_note(server):
     server.replies = [chat("I cannot tell.")]
     score = build_reward("judge", {"url": server.url, "model": "m"})("x", asked())
-    assert score.value == 0.0
+    assert score.value is None
     assert score.note == "grader failed: ValueError: the judge wrote no `score: N`: 'I cannot tell.'"
 
 
@@ -116,7 +116,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
     reward = build_reward("endpoint", {"url": server.url, "retries": 2})
     assert reward("7", asked()).value == 1.0
     refused = reward("7", asked())
-    assert refused.value == 0.0
+    assert refused.value is None
     assert f'{server.url} replied 400 Bad Request: "bad row"' in refused.note
     server.replies = [(503, "busy")] * 3
     assert "replied 503" in reward("7", asked()).note
@@ -124,9 +124,9 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
 
 
 @pytest.mark.usefixtures("server")
-def test_a_server_that_is_gone_gives_0_and_a_note():
+def test_a_server_that_is_gone_gives_no_grade_and_a_note():
     gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1})("7", asked())
-    assert gone.value == 0.0
+    assert gone.value is None
     assert "http://127.0.0.1:9 does not answer" in gone.note
 
 
