@@ -17,6 +17,7 @@ PUBLIC = {
             "settings_list", "settings_page", "recipes_list", "rewards_list", "algorithms_list", "serve", "view",
         )
     },
+    "RLTrainer": "foveate.api.trainer:RLTrainer",
     "prepare_filter": "foveate.datasets.filter:prepare_filter",
     "prepare_geo3k": "foveate.datasets.geo3k:prepare_geo3k",
     "prepare_grounding": "foveate.datasets.grounding:prepare_grounding",

@@ -94,14 +94,23 @@ def _table(rows: Sequence[Any]) -> pa.Table:
         ) from None
 
 
+def picture_bytes(value: Any) -> Any:
+    """A PIL image as the bytes of a PNG file; anything else as it is."""
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        return value
+    file = io.BytesIO()
+    value.save(file, "PNG")
+    return file.getvalue()
+
+
 def _plain(value: Any) -> Any:
     """Images as the bytes of a PNG file, paths as text."""
     from PIL import Image
 
     if isinstance(value, Image.Image):
-        file = io.BytesIO()
-        value.save(file, "PNG")
-        return {"bytes": file.getvalue(), "path": None}
+        return {"bytes": picture_bytes(value), "path": None}
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from foveate.api.inputs import Reward, data_files, reward_settings
 from foveate.api.run import Run
@@ -16,6 +16,7 @@ from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
 AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
+SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +30,7 @@ class Recipe:
 
         A run whose data, code, model folder or settings changed since its last checkpoint is refused unless
         `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
-        if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
-            setup_logging()  # else a script would be silent
-        return finished(_stage(_from_model(self.settings), accept_changes))
+        return finished(_stage(prepared(self.settings), accept_changes))
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
@@ -164,8 +163,11 @@ def _run_folder(given: str | Path | None, stage: str) -> Path:
     return Path(f"runs/{stage}-{number}")
 
 
-def _from_model(settings: AnySettings) -> AnySettings:
-    """Settings whose `model.path` names a checkpoint of a run, with the model folder that is made of it."""
+def prepared(settings: SettingsT) -> SettingsT:
+    """Settings just before a run: where `model.path` names a checkpoint of another run, with the model folder that is
+    made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
+    if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
+        setup_logging()
     from foveate.train.export import start_of
 
     path = start_of(settings.model.path)

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from foveate.cluster.base import WorkerGroup, broadcast, ray_backend, scatter_gather, start_workers, startup_timeout
@@ -24,11 +27,11 @@ from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predict import Evaluator
 from foveate.evaluate.predictions import write_skipped
-from foveate.log import MetricsWriter, progress
+from foveate.log import Metric, MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
-from foveate.records import SamplingParams
+from foveate.records import Group, SamplingParams
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine, place_of_policy
@@ -58,11 +61,32 @@ from foveate.train.worker import Worker, use_threads
 def run_rl(settings: RLSettings, *, accept_changes: bool = False) -> RunFolder:
     """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it.
     `accept_changes`: also with other data, code, model folder or settings than before (`foveate.train.inputs`)."""
-    check_optimizer(settings.optim, settings.cluster)
     return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings, accept_changes))
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished step of a run: its metrics, and its groups with their answers and scores. Until the next step the
+    engine has the weights of this one; `save` writes a checkpoint of it."""
+
+    number: int
+    metrics: Mapping[str, Metric]
+    groups: Sequence[Group]
+    engine: Engine
+    encoder: Encoder
+    evaluator: Evaluator
+    save: Callable[[], None]
+
+
 def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
+    deque(rl_steps(settings, accept_changes=accept_changes, again=again), maxlen=0)
+    return RunFolder(Path(settings.run))
+
+
+def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool = False) -> Iterator[Step]:
+    """The steps of a run, or of the rest of one, as they are done. The run ends where nobody asks for the next one; the
+    same settings continue it after its last checkpoint."""
+    check_optimizer(settings.optim, settings.cluster)
     check_cluster(settings)
     use_threads(settings.train.threads)
     method = build_algorithm(settings.algorithm, settings.rollout.max_tokens)
@@ -114,14 +138,15 @@ def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
                     waste.observe(step, record, groups)
+                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
+                    state["score"] = record.get("eval/greedy_score")
+                    save_now = partial(save, workers, run, step, state, settings.train, inputs)
                     if save_is_due(step, settings.train, leaving):
-                        state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                        best = {"score": record.get("eval/greedy_score")}
-                        save(workers, run, step, state | best, settings.train, inputs)
+                        save_now()
                 advance(1, record)
+                yield Step(step, record, groups, engine, encoder, evaluator, save_now)
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
-    return run
 
 
 # ------------------------------------------------------------------------------------------------- around the step
