@@ -68,7 +68,7 @@ def name_of(function: Callable[..., Any]) -> str:
     and texts that it holds, so that a run that was begun with other code is not continued. From now on this process can
     resolve it. Raises ConfigError for what is no plain function."""
     if not inspect.isfunction(function):
-        raise ConfigError(f"{function!r:.60} must be a plain function, or a name")
+        raise ConfigError(f"{function!r:.60} must be a plain function, or a name; wrap it in a function (def)")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except OSError:  # typed into python -i, or made by exec
@@ -80,6 +80,11 @@ def name_of(function: Callable[..., Any]) -> str:
     name = f"{PASSED}{function.__name__.strip('<>')}-{code}"
     _passed[name] = function
     return name
+
+
+def shown_name(name: str) -> str:
+    """The name of a reward or another function for metrics: of one that Python code has passed, its own."""
+    return name.removeprefix(PASSED).rpartition("-")[0] if name.startswith(PASSED) else name
 
 
 def _passed_function(name: str, kind: str) -> Callable[..., Any]:
@@ -183,7 +188,10 @@ def explain(problem: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    try:
+        text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of very many digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

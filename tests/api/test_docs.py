@@ -18,4 +18,4 @@ def test_the_example_of_the_page_runs_as_printed(tmp_path):
     ended = subprocess.run([sys.executable, "example.py"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "'reward/mean'" in ended.stdout
-    assert (tmp_path / "runs/rl-1/report.html").is_file()
+    assert (tmp_path / "runs/brief/report.html").is_file()

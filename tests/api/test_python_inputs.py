@@ -145,9 +145,23 @@ def test_arguments_stand_over_a_recipe():
 
 def test_a_run_without_a_folder_gets_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings().run == "runs/rl-1"
-    (tmp_path / "runs/rl-1").mkdir(parents=True)
-    assert settings().run == "runs/rl-2"
+    assert [settings().run for _ in range(3)] == ["runs/rl-1", "runs/rl-2", "runs/rl-3"]
+    with pytest.raises(ConfigError, match="argument stepss"):
+        settings(overrides={"stepss": 3})
+    assert not (tmp_path / "runs/rl-4").exists()
+    with pytest.raises(ConfigError, match="from Python the folder of a run is run_dir"):
+        settings(overrides={"steps": 3, "run": "x"})
+
+
+@pytest.mark.parametrize("weight", ["x", float("nan"), None])
+def test_a_weight_is_a_finite_number(weight):
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        reward_settings([(right, weight)])
+
+
+def test_names_of_other_trainers_are_told_by_ours():
+    with pytest.raises(ConfigError, match=r"unknown setting num_generations; did you mean rollout\.samples"):
+        settings(overrides={"steps": 3, "num_generations": 4})
 
 
 def test_without_held_out_rows_nothing_is_evaluated():

@@ -56,3 +56,20 @@ def test_without_held_out_rows_there_is_nothing_to_evaluate_on(tmp_path, tiny_fo
         with pytest.raises(ConfigError, match="give eval_data"):
             trainer.evaluate()
         break
+
+
+def test_what_cannot_be_asked_is_refused_in_a_line(tmp_path, tiny_folder):
+    trainer = trainer_of(tmp_path / "run", tiny_folder)
+    for _ in trainer:
+        for wrong in ({"n": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"max_tokens": 0}, {"seed": -1}):
+            with pytest.raises(ConfigError, match="generate: "):
+                trainer.generate("?", **wrong)
+        with pytest.raises(ConfigError, match="generate: the question"):
+            trainer.generate("a\ud800")
+        break
+
+
+def test_two_trainers_without_a_folder_do_not_share_one(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = (trainer_of(None, tiny_folder) for _ in range(2))
+    assert one.run.path != other.run.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -33,7 +34,13 @@ def reward_settings(reward: Reward | Mapping[str, Any]) -> dict[str, Any]:
         return {"name": _named(reward)}
     pairs = [pair for pair in reward if isinstance(pair, tuple | list) and len(pair) == 2]
     if not pairs or len(pairs) != len(reward):
-        raise ConfigError("reward: must be a function, a name, or a list of (function or name, weight)")
+        raise ConfigError(
+            "reward: must be a function, a name, or a list of (function or name, weight), such as "
+            "[(right, 1.0), (short, 0.2)]"
+        )
+    for one, weight in pairs:
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"reward: the weight of {_named(one)} must be a finite number, found {weight!r:.60}")
     return {"name": "weighted_sum", "settings": {"weights": {_named(one): float(weight) for one, weight in pairs}}}
 
 

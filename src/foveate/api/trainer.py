@@ -11,6 +11,7 @@ from foveate.api.inputs import Reward, picture_bytes
 from foveate.api.run import Run
 from foveate.api.training import finished, prepared, rl_settings
 from foveate.errors import ConfigError
+from foveate.registry import explain
 
 if TYPE_CHECKING:
     from foveate.train.rl import Step
@@ -78,14 +79,33 @@ class RLTrainer:
     ) -> list[str]:
         """`n` answers of the policy to a question, with images (PIL images, paths or bytes) at the marks `<image>` in
         it. Raises UserError outside the loop, and for a question that cannot be encoded."""
+        from pydantic import ValidationError
+
+        from foveate.config.rollout import RolloutSettings
         from foveate.data.images import read_image
         from foveate.records import Message, SamplingParams, Task
         from foveate.rollout.engine import Request
 
         step = self._at_rest("generate")
-        read = tuple(read_image(picture_bytes(image), [Path.cwd()]) for image in images)
-        task = Task("question", "question", (Message("user", question),), read, None, where="the question")
         limit = max_tokens if max_tokens is not None else self.settings.rollout.max_tokens
+        asked = {"samples": n, "max_tokens": limit, "temperature": temperature}
+        try:
+            RolloutSettings.model_validate(asked)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = {"samples": "n"}.get(str(problem["loc"][0]), str(problem["loc"][0]))
+            raise ConfigError(f"generate: {name} {explain(problem)}") from None
+        if not isinstance(question, str) or question != question.encode("utf-8", "ignore").decode() or seed < 0:
+            raise ConfigError("generate: the question must be a text without halves of surrogates, and seed at least 0")
+        read = tuple(read_image(picture_bytes(image), [Path.cwd()]) for image in images)
+        task = Task(
+            "question",
+            "question",
+            (Message("user", question),),
+            read,
+            None,
+            where="the question",
+        )
         sampling = SamplingParams(n, limit, temperature)
         [answers] = step.engine.generate([Request(step.encoder(task), seed)], sampling)
         return [answer.text for answer in answers]

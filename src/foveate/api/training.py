@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from foveate.api.inputs import Reward, data_files, reward_settings
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
 from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
+from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
@@ -98,11 +101,11 @@ def rl_settings(
     overrides: Mapping[str, Any],
 ) -> RLSettings:
     """The settings of `train_rl` with these arguments; rows are written beside the run folder."""
-    run = _run_folder(run_dir, "rl")
-    given = {**_common(model, train_data, run), "algorithm": algorithm, "reward": reward_settings(reward)}
-    if eval_data is not None:
-        given["data.test"] = data_files(eval_data, _rows_of(run) / "test.parquet")
-    return settings_of({**given, **overrides}, RLSettings, config)
+    with _run_of("rl", run_dir, overrides) as run:
+        given = {**_common(model, train_data, run), "algorithm": algorithm, "reward": reward_settings(reward)}
+        if eval_data is not None:
+            given["data.test"] = data_files(eval_data, _rows_of(run) / "test.parquet")
+        return settings_of({**given, **overrides}, RLSettings, config)
 
 
 def train_sft(
@@ -140,8 +143,9 @@ def _offline(
     overrides: Mapping[str, Any],
     accept_changes: bool,
 ) -> Run:
-    given = {**_common(model, data, _run_folder(run_dir, stage)), **overrides}
-    return Recipe(settings_of(given, STAGES[stage], config)).train(accept_changes=accept_changes)
+    with _run_of(stage, run_dir, overrides) as run:
+        settings = settings_of({**_common(model, data, run), **overrides}, STAGES[stage], config)
+    return Recipe(settings).train(accept_changes=accept_changes)
 
 
 def _common(model: str | Path, data: Any, run: Path) -> dict[str, Any]:
@@ -154,13 +158,32 @@ def _rows_of(run: Path) -> Path:
     return run.with_name(run.name + "-data")
 
 
+@contextmanager
+def _run_of(stage: StageName, given: str | Path | None, overrides: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder of the run of a call. One that was made for it goes again where its arguments are refused."""
+    if "run" in overrides:
+        raise ConfigError("argument run: from Python the folder of a run is run_dir")
+    if given is not None and ("\0" in str(given) or len(str(given)) > 1000):
+        raise ConfigError("run_dir: must be the path of a folder, of at most 1,000 characters and none of them 0")
+    folder = _run_folder(given, stage)
+    try:
+        yield folder
+    except BaseException:
+        if given is None:
+            folder.rmdir()
+        raise
+
+
 def _run_folder(given: str | Path | None, stage: str) -> Path:
+    """The folder of a run; without a name a new one, which is made here and now, so that no other call takes it."""
     if given is not None:
         return Path(given)
-    number = 1
-    while Path(f"runs/{stage}-{number}").exists():
-        number += 1
-    return Path(f"runs/{stage}-{number}")
+    for number in itertools.count(1):
+        folder = Path(f"runs/{stage}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
 
 
 def prepared(settings: SettingsT) -> SettingsT:

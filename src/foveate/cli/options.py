@@ -27,6 +27,13 @@ def mirrored(path: str, *flags: str) -> Any:
     return typer.Option(*flags, min=least, help=(field.description or "").replace("null:", "by default:"))
 
 
+def not_empty(value: str, parameter: typer.CallbackParam) -> str:
+    """Refuse an option that an unset variable left empty."""
+    if not value.strip():
+        raise ConfigError(f"{parameter.opts[0]}: is empty; give a value, or leave it out")
+    return value
+
+
 def finite(value: float | None) -> float | None:
     """The check of options that are numbers: no comparison refuses one that is none."""
     if value is not None and not math.isfinite(value):

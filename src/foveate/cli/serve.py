@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from foveate.cli.options import not_empty
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TokenBudget = Annotated[
 def serve_command(
     model: Annotated[str, typer.Argument(help="Model folder, or demo.")],
     engine: Annotated[Literal["native", "vllm", "sglang"], typer.Option(help="What answers.")] = "native",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(callback=not_empty, help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 (native engine only): any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="Name for clients; by default the folder's.")] = None,
     no_key: Annotated[bool, typer.Option("--no-key", help="Ask for no API key.")] = False,

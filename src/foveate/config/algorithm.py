@@ -93,7 +93,10 @@ class RewardSettings(Named):
         description="Seconds for the reward of one answer; an answer that takes longer is not graded.",
     )
     memory_limit: float = Field(
-        default=8.0, gt=0, description="GB that a reward process may allocate; an answer that takes more is not graded."
+        default=8.0,
+        gt=0,
+        le=10_000,
+        description="GB that a reward process may allocate; an answer that takes more is not graded.",
     )
 
 

@@ -12,7 +12,7 @@ Modules = Annotated[tuple[Literal["vision", "projector", "language"], ...], Fiel
 
 
 class LoraSettings(Settings):
-    rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    rank: int = Field(default=16, ge=1, le=4096, description="Rank of the adapters.")
     alpha: int = Field(default=32, ge=1, description="Their update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs set to 0 in updates.")
     targets: Strings | None = Field(

@@ -20,6 +20,7 @@ import yaml.composer
 from pydantic import ValidationError
 
 from foveate.config.base import Named, Settings
+from foveate.config.elsewhere import ELSEWHERE
 from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError
 from foveate.registry import explain, suggestion
@@ -372,6 +373,8 @@ def _place(entry: Entry, location: Sequence[str]) -> str:
 def _nearest(path: str, cls: type[Settings]) -> str:
     """The settings that an unknown one may stand for: the same name in another group, else one spelled alike."""
     group, _, name = path.rpartition(".")
+    if name in ELSEWHERE:
+        return f"; did you mean {ELSEWHERE[name]}?"
     known = {dotted: dotted.rpartition(".") for dotted, _ in walk(cls) if dotted != group}
     same = [dotted for dotted, (_, _, last) in known.items() if last == name]
     siblings = {last: dotted for dotted, (above, _, last) in known.items() if above == group}

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from foveate.config.base import Settings
+
+
+def _not_tiny(value: float) -> float:
+    if 0 < value < 0.01:
+        raise ValueError("must be at least 0.01: dividing by less overflows")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_not_tiny)]
 
 
 class RolloutSettings(Settings):
@@ -44,7 +53,7 @@ class RolloutSettings(Settings):
         "limit.",
     )
     samples: int = Field(default=8, ge=1, description="Answers per prompt (the group size).")
-    temperature: float = Field(default=1.0, ge=0, le=100, description="Sampling temperature.")
+    temperature: Temperature = Field(default=1.0, description="Sampling temperature; at least 0.01.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept; 1: all.")
     top_k: int = Field(default=0, ge=0, description="Most likely tokens kept; 0: all.")
     max_tokens: int = Field(default=256, ge=1, le=1_048_576, description="Longest answer, in tokens.")

@@ -16,7 +16,7 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 class OptimSettings(Settings):
     name: str = Field(default="adamw", description="A known optimizer (adamw, adamw8bit, muon) or an import path.")
     settings: dict[str, Any] = Field(default={}, description="Settings of the optimizer; the rest by its own defaults.")
-    lr: float = Field(default=1e-6, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=1e-6, gt=0, le=10, description="Peak learning rate.")
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     betas: Betas = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
     warmup_steps: int = Field(
@@ -32,11 +32,11 @@ class OptimSettings(Settings):
 
 
 class SFTOptimSettings(OptimSettings):
-    lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=1e-5, gt=0, le=10, description="Peak learning rate.")
 
 
 class MPOOptimSettings(OptimSettings):
-    lr: float = Field(default=2e-7, gt=0, description="Peak learning rate.")
+    lr: float = Field(default=2e-7, gt=0, le=10, description="Peak learning rate.")
 
 
 class TrainSettings(Settings):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError, DataError, printable
 from foveate.records import Answer, Score, Task
 from foveate.registry import bind, resolve
 from foveate.rewards import REWARDS
@@ -93,14 +93,14 @@ def as_score(result: Any, name: str) -> Score:
     "score", and its other numbers are the parts; without "score" it is the sum of the entries. Raises WrongResult for
     anything else."""
     if isinstance(result, Score):
-        parts = {part: float(value) for part, value in result.parts.items()}
+        parts = {printable(str(part)[:100]): float(value) for part, value in result.parts.items()}
         if result.value is None:
             return Score(None, parts, result.note or f"{FAILED}: gave no value", result.trace)
         return Score(float(result.value), parts, result.note)
     if _is_number(result):
         return Score(float(result))
     if isinstance(result, Mapping):
-        parts = {str(part): float(value) for part, value in result.items() if _is_number(value)}
+        parts = {printable(str(part)[:100]): float(value) for part, value in result.items() if _is_number(value)}
         if "score" in parts:
             return Score(parts.pop("score"), parts)
         if parts and len(parts) == len(result):
@@ -137,6 +137,7 @@ ROW_COLUMNS: dict[str, Callable[[Task], Any]] = {
     "data_source": lambda task: task.source,
     "ground_truth": lambda task: task.answer,
     "solution": lambda task: task.answer,
+    "answer": lambda task: task.answer,
 }
 """Columns that every row has, beside the fields of its `extra_info`."""
 

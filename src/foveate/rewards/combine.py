@@ -8,7 +8,7 @@ from typing import Any
 
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
-from foveate.registry import suggestion
+from foveate.registry import shown_name, suggestion
 from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
 
 ANY_SOURCE = "*"
@@ -35,8 +35,10 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
             if score.value is None:
                 return score
             values[name] = score.value
-        parts = {**values, **{f"{name}/{part}": v for name, one in scores.items() for part, v in one.parts.items()}}
-        notes = "; ".join(f"{name}: {score.note}" for name, score in scores.items() if score.note)
+        shown = {name: shown_name(name) for name in scores}
+        parts = {shown[name]: value for name, value in values.items()}
+        parts |= {f"{shown[name]}/{part}": v for name, one in scores.items() for part, v in one.parts.items()}
+        notes = "; ".join(f"{shown[name]}: {score.note}" for name, score in scores.items() if score.note)
         return Score(sum(weights[name] * value for name, value in values.items()), parts, notes)
 
     return Reward("weighted_sum", total, all(reward.reads_text for reward in rewards.values()))

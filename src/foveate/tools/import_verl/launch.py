@@ -79,6 +79,8 @@ def read_launch(script: Path, environment: Mapping[str, str], arguments: Sequenc
 
 
 def _text_of(script: Path) -> str:
+    if script.exists() and not script.is_file():
+        raise DataError(f"{script}: is no regular file; name a launch script")
     try:
         size = script.stat().st_size
         text = script.read_text(encoding="utf-8") if size <= LONGEST_SCRIPT else ""
