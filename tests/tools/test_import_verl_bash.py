@@ -59,6 +59,9 @@ def test_arguments_of_the_script_are_its_positional_parameters(launches):
         (f"n=0\nwhile ask; do n=$((n + 1)); done\n{RUN} data.a=1 data.b=$n", "data.b", "line 2: a branch whose test"),
         (f"N=$(nproc)\n{RUN} data.a=1 data.b=$((N / 2))", "data.b", "line 1: the output of nproc"),
         (f"{RUN} data.a=1 data.b=$((HERE + 2))", "data.b", "needs $HERE"),
+        (f"ask && declare -i N\nN=2\n{RUN} data.a=1 data.b=$N", "data.b", "line 2: what the attributes of N make"),
+        (f"ask && IFS=,\nx=p,q\n{RUN} data.a=1 data.b=$x", "data.b", "line 3: a value split at an $IFS"),
+        (f"A=(4 5)\nunset A[$RANDOM]\n{RUN} data.a=1 data.b=$A", "data.b", "line 2: the element of A"),
     ],
 )
 def test_what_is_not_certain_is_named_and_not_guessed(launches, text, key, reason):
@@ -67,6 +70,34 @@ def test_what_is_not_certain_is_named_and_not_guessed(launches, text, key, reaso
     assert list(unread) == [key]
     assert unread[key].startswith(reason)
     assert read[0].text == "data.a=1"
+
+
+@pytest.mark.parametrize("pipe", ["cat settings | xargs", "echo data.b=2 | xargs -n 1", "echo \"data.b='2'\" | xargs"])
+def test_arguments_that_come_from_a_pipe_are_named_where_they_were_not_read(tmp_path, pipe):
+    path = tmp_path / "launch.sh"
+    path.write_text(f"{pipe} {RUN} data.a=1\n")
+    read = read_launch(path, {}, []).arguments
+    assert read[0].text == "data.a=1"
+    assert [argument.unread.startswith("line 1: ") for argument in read[1:]] == [True]
+
+
+def test_a_readonly_variable_keeps_its_value_and_is_named(tmp_path):
+    path = tmp_path / "launch.sh"
+    path.write_text(f"declare -r N=5\nN=6\n{RUN} data.n=$N\n")
+    launch = read_launch(path, {}, [])
+    assert [argument.text for argument in launch.arguments] == ["data.n=5"]
+    assert "line 2: N is readonly, and keeps its value" in launch.notes
+
+
+def test_an_unforeseen_error_ends_as_a_message_with_the_line(tmp_path, monkeypatch):
+    def fails(*_):
+        raise KeyError("lost")
+
+    monkeypatch.setattr("foveate.tools.import_verl.bash.interpreter.evaluate_test", fails)
+    path = tmp_path / "launch.sh"
+    path.write_text(f"n=1\n[[ $n ]]\n{RUN} data.n=$n\n")
+    with pytest.raises(DataError, match=r"launch\.sh, line 2: cannot be read here \(KeyError: 'lost'\)"):
+        read_launch(path, {}, [])
 
 
 def test_a_branch_that_sets_the_same_is_no_doubt(launches):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from foveate.errors import DataError
 from foveate.tools.import_verl.bash.builtins import LONGEST_SCRIPT
-from foveate.tools.import_verl.bash.expand import ScriptEnds
 from foveate.tools.import_verl.bash.interpreter import Interpreter
 from foveate.tools.import_verl.bash.shell import Leaves
+from foveate.tools.import_verl.bash.state import ScriptEnds
 from foveate.tools.import_verl.bash.values import Marks, Unreadable, is_bare_mark
 
 _PYTHON = re.compile(r"(?:.*/)?(?:python[\d.]*|torchrun|pypy3?)")
@@ -58,6 +58,11 @@ def read_launch(script: Path, environment: Mapping[str, str], arguments: Sequenc
         ended = f"not read to its end: {error}"
     except RecursionError:
         ended = "nested too deeply to be read"
+    except Exception as error:
+        where = f"{script}, line {shell.expander.line}"
+        raise DataError(
+            f"{where}: cannot be read here ({type(error).__name__}: {error}); `--run` takes the launch from bash itself"
+        ) from error
     marks = shell.expander.marks
     found = [
         (program, rest, shell.started[at]) for at, program, rest in launches_of([one.words for one in shell.started])

@@ -9,83 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveate.tools.import_verl.bash.conditions import evaluate_brackets
-from foveate.tools.import_verl.bash.expand import ScriptEnds
+from foveate.tools.import_verl.bash.declaring import NAME, Fields, declare_here, export, local, readonly, texts, unset
+from foveate.tools.import_verl.bash.patterns import separator_regex
 from foveate.tools.import_verl.bash.programs import run_program
 from foveate.tools.import_verl.bash.shell import Leaves
-from foveate.tools.import_verl.bash.syntax import Assignment
+from foveate.tools.import_verl.bash.state import ScriptEnds
 from foveate.tools.import_verl.bash.values import Array
 
 if TYPE_CHECKING:
     from foveate.tools.import_verl.bash.interpreter import Interpreter
 
-Fields = Sequence[str | Assignment]
 LONGEST_SCRIPT = 1_000_000
 """Bytes of a script."""
-_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SHELLS = ("bash", "sh", "zsh", "dash")
 
 
-def _texts(fields: Fields) -> list[str]:
-    return [field for field in fields if isinstance(field, str)]
-
-
-def _declare(shell: Interpreter, fields: Fields, line: int, *, local: bool = False, export: bool = False) -> int:
-    options = "".join(field[1:] for field in _texts(fields) if re.fullmatch("-[a-zA-Z]+", field))
-    for field in fields:
-        assignment = field if isinstance(field, Assignment) else None
-        name = assignment.name if assignment else str(field).partition("=")[0]
-        if re.fullmatch("[-+][a-zA-Z]+", name) or not _NAME.fullmatch(name):
-            continue
-        variables = shell.state.variables
-        if local and shell.locals and "g" not in options:
-            shell.locals[-1].setdefault(name, variables.get(name))
-            variables.pop(name, None) if assignment is None or "A" in options else None
-        if "A" in options and not isinstance(variables.get(name), Array):
-            variables[name] = Array({}, True)
-        elif "a" in options and name not in variables:
-            variables[name] = Array({})
-        if assignment:
-            shell.assign(assignment)
-        elif "=" in str(field):
-            shell.expander.assign(name, None, str(field).partition("=")[2])
-        found = variables.get(name)
-        if "n" in options:
-            variables[name] = shell.expander.marks.make(f"line {line}: a name for another variable")
-        elif "i" in options and isinstance(found, str):
-            variables[name] = shell.expander.arithmetic(found, line)
-        if export or "x" in options:
-            shell.state.exported |= {name}
-    return 0
-
-
-def _export(shell: Interpreter, fields: Fields, line: int) -> int:
-    return _declare(shell, fields, line, export=True)
-
-
-def _local(shell: Interpreter, fields: Fields, line: int) -> int:
-    return _declare(shell, fields, line, local=True)
-
-
-def _declare_here(shell: Interpreter, fields: Fields, line: int) -> int:
-    return _declare(shell, fields, line, local=bool(shell.locals))
-
-
-def _unset(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
-    for name in _texts(fields):
-        match = re.fullmatch(r"(\w+)\[(.*)\]", name)
-        found = shell.state.variables.get(match[1]) if match else None
-        if match and isinstance(found, Array):
-            key = match[2] if found.keyed else int(match[2]) if match[2].isdigit() else match[2]
-            rest = {index: value for index, value in found.elements.items() if index != key}
-            shell.state.variables[match[1]] = Array(rest, found.keyed)
-        else:
-            shell.state.variables.pop(name, None)
-            shell.state.functions.pop(name, None)
-    return 0
-
-
 def _set(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
-    words = _texts(fields)
+    words = texts(fields)
     while words:
         word = words.pop(0)
         if word in ("--", "-"):
@@ -113,7 +53,7 @@ def _shift(shell: Interpreter, fields: Fields, line: int) -> int | None:  # noqa
 
 
 def _number(shell: Interpreter, fields: Fields, default: int) -> int | None:
-    known = [shell.expander.marks.known(field) for field in _texts(fields)]
+    known = [shell.expander.marks.known(field) for field in texts(fields)]
     if not known:
         return default
     return int(known[0]) if known[0] and re.fullmatch(r"\d{1,9}", known[0]) else None
@@ -135,13 +75,13 @@ def _leave(kind: str) -> Callable[[Interpreter, Fields, int], int]:
 
 
 def _brackets(shell: Interpreter, fields: Fields, line: int) -> int | None:  # noqa: ARG001
-    words = _texts(fields)
+    words = texts(fields)
     answer = evaluate_brackets(words[:-1] if words[-1:] == ["]"] else words, shell.expander)
     return None if answer is None else int(not answer)
 
 
 def _cd(shell: Interpreter, fields: Fields, line: int) -> int:
-    words = [word for word in _texts(fields) if word not in ("--", "-P", "-L")]
+    words = [word for word in texts(fields) if word not in ("--", "-P", "-L")]
     target = shell.expander.marks.known(words[0]) if words else str(shell.state.variables.get("HOME", ""))
     here = shell.expander.marks.known(shell.state.directory)
     if (words and words[0] == "-") or target is None or here is None:
@@ -162,7 +102,7 @@ def _pwd(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
 
 
 def _eval(shell: Interpreter, fields: Fields, line: int) -> int | None:
-    text = " ".join(_texts(fields))
+    text = " ".join(texts(fields))
     if shell.expander.marks.known(text) is None:
         shell.note(line, "eval of a text that was not read")
         return None
@@ -172,7 +112,7 @@ def _eval(shell: Interpreter, fields: Fields, line: int) -> int | None:
 
 
 def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
-    words = _texts(fields)
+    words = texts(fields)
     text = _script_text(shell, words[0]) if words else None
     if text is None:
         shell.note(line, f"{_shown(shell, words[0]) if words else 'a file'} is sourced, and was not read")
@@ -226,7 +166,7 @@ def _exec(shell: Interpreter, fields: Fields, line: int) -> int:
 
 
 def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
-    words, as_array, whole = _texts(fields), False, False
+    words, as_array, whole = texts(fields), False, False
     names = list[str]()
     while words:
         word = words.pop(0)
@@ -237,7 +177,7 @@ def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
                 words.pop(0)
         else:
             names.append(word)
-    names = [name for name in names if _NAME.fullmatch(name)] or ["REPLY"]
+    names = [name for name in names if NAME.fullmatch(name)] or ["REPLY"]
     given = shell.given
     if given is None or (shell.expander.marks.unread_in(given) and (as_array or len(names) > 1)):
         for name in names:
@@ -245,26 +185,30 @@ def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
             shell.state.variables[name] = Array({0: mark}) if as_array else mark
         return None
     line_read, newline, shell.given = (given, "", "") if whole else given.partition("\n")
-    separators = shell.state.variables.get("IFS", " \t\n")
-    separators = separators if isinstance(separators, str) else ""
+    separators = shell.expander.separators()
+    if separators is None:
+        for name in names:
+            shell.state.variables[name] = shell.expander.marks.make(f"line {line}: what read splits at $IFS")
+        return None
     stripped = line_read.strip("".join(one for one in separators if one in " \t\n"))
     if as_array or len(names) > 1:
         limit = 0 if as_array else len(names) - 1
-        pattern = f"[{re.escape(separators)}]" + ("+" if separators.strip() == "" else "") if separators else "$^"
+        pattern = separator_regex(separators) if separators else "$^"
         pieces = re.split(pattern, stripped, maxsplit=limit) if stripped else []
         if as_array:
+            pieces = [shell.expander.converted(names[0], piece) for piece in pieces]
             shell.state.variables[names[0]] = Array(dict(enumerate(pieces)))
         else:
             for name, piece in zip(names, [*pieces, *[""] * len(names)], strict=False):
-                shell.state.variables[name] = piece
+                shell.expander.assign(name, None, piece)
     else:
         shell.expander.assign(names[0], None, stripped)
     return 0 if newline and not whole else 1
 
 
 def _lines(shell: Interpreter, fields: Fields, line: int) -> int | None:
-    names = [word for word in _texts(fields) if _NAME.fullmatch(word)] or ["MAPFILE"]
-    stripped = any(re.fullmatch("-[a-z]*t", word) for word in _texts(fields))
+    names = [word for word in texts(fields) if NAME.fullmatch(word)] or ["MAPFILE"]
+    stripped = any(re.fullmatch("-[a-z]*t", word) for word in texts(fields))
     if shell.given is None:
         mark = shell.expander.marks.make(f"line {line}: the lines of {names[-1]}")
         shell.state.variables[names[-1]] = Array({0: mark})
@@ -276,14 +220,14 @@ def _lines(shell: Interpreter, fields: Fields, line: int) -> int | None:
 
 def _let(shell: Interpreter, fields: Fields, line: int) -> int | None:
     value = "0"
-    for field in _texts(fields):
+    for field in texts(fields):
         value = shell.expander.arithmetic(field, line)
     known = shell.expander.marks.known(value)
     return None if known is None else int(known == "0")
 
 
 def _printf(shell: Interpreter, fields: Fields, line: int) -> int | None:
-    words = _texts(fields)
+    words = texts(fields)
     variable = words[1] if words[:1] == ["-v"] and len(words) > 2 else None
     words = words[2:] if variable else words
     result = run_program("printf", words, None)
@@ -298,7 +242,7 @@ def _printf(shell: Interpreter, fields: Fields, line: int) -> int | None:
 def _getopts(shell: Interpreter, fields: Fields, line: int) -> int | None:
     if not shell.state.arguments:
         return 1
-    for name in (*_texts(fields)[1:2], "OPTARG", "OPTIND"):
+    for name in (*texts(fields)[1:2], "OPTARG", "OPTIND"):
         shell.state.variables[name] = shell.expander.marks.make(f"line {line}: what getopts reads")
     return None
 
@@ -314,8 +258,8 @@ def _false(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG00
 BUILTINS: dict[str, Callable[[Interpreter, Fields, int], int | None]] = {
     ":": _shopt, "true": _shopt, "false": _false, "[": _brackets, "test": _brackets, "cd": _cd, "pushd": _cd,
     "pwd": _pwd,
-    "export": _export, "declare": _declare_here, "typeset": _declare_here, "readonly": _declare_here, "local": _local,
-    "unset": _unset, "set": _set, "shift": _shift, "exit": _exit, "return": _leave("return"), "break": _leave("break"),
+    "export": export, "declare": declare_here, "typeset": declare_here, "readonly": readonly, "local": local,
+    "unset": unset, "set": _set, "shift": _shift, "exit": _exit, "return": _leave("return"), "break": _leave("break"),
     "continue": _leave("continue"), "eval": _eval, "source": _source, ".": _source, "command": _command,
     "builtin": _command, "exec": _exec, "read": _read, "mapfile": _lines, "readarray": _lines, "let": _let,
     "printf": _printf, "getopts": _getopts, "shopt": _shopt, "trap": _shopt, "ulimit": _shopt, "umask": _shopt,
@@ -351,7 +295,7 @@ def run_inner_shell(shell: Interpreter, words: Sequence[str], line: int) -> None
         state = shell.state
         state.variables = {name: value for name, value in state.variables.items() if name in state.exported}
         state.variables["IFS"] = " \t\n"
-        state.functions, state.options = {}, frozenset()
+        state.functions, state.options, state.attributes = {}, frozenset(), {}
         state.arguments = rest[1:] if not has_text else rest[2:]
         state.script = rest[0] if not has_text else (rest[1] if len(rest) > 1 else state.script)
         shell.run_text(text, line if has_text else 0)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from foveate.tools.import_verl.bash import patterns
 from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
-from foveate.tools.import_verl.bash.expand import Expander, ScriptEnds
+from foveate.tools.import_verl.bash.expand import Expander
+from foveate.tools.import_verl.bash.state import ScriptEnds
 from foveate.tools.import_verl.bash.syntax import Word
 from foveate.tools.import_verl.bash.values import Array, is_bare_mark
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from foveate.tools.import_verl.bash import patterns
 from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
 from foveate.tools.import_verl.bash.braces import expand_braces
+from foveate.tools.import_verl.bash.state import ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Substitution, Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable, is_bare_mark
 
@@ -20,36 +21,13 @@ _LONGEST_SUBJECT = 2_000
 _TESTED = {":-": True, ":=": True, ":?": True, ":+": True, "-": False, "=": False, "?": False, "+": False}
 
 
-class ScriptEnds(Exception):
-    """The script, or the shell within it, ends here; `reason` where it is an error."""
-
-    def __init__(self, line: int, reason: str = "", status: int | None = 1) -> None:
-        super().__init__(reason)
-        self.line, self.reason, self.status = line, reason, status
-
-
-@dataclass(slots=True)
-class State:
-    """The memory of a shell. Arrays are replaced, never changed, so that a copy is cheap."""
-
-    script: str
-    directory: str
-    variables: dict[str, str | Array] = field(default_factory=dict)
-    functions: dict[str, Command] = field(default_factory=dict)
-    arguments: list[str] = field(default_factory=list)
-    exported: frozenset[str] = frozenset()
-    options: frozenset[str] = frozenset()
-    status: int | None = 0
-
-    def copy(self) -> State:
-        return replace(self, variables=dict(self.variables), functions=dict(self.functions))
-
-
 class Expander:
     """Expands words under a state; `capture` runs commands for their output."""
 
     def __init__(self, state: State, capture: Callable[[tuple[Command, ...], int], str]) -> None:
         self.state, self.marks, self._capture = state, Marks(), capture
+        self.line = 0
+        """Of the command that is followed."""
         self.file_test: Callable[[str, str], bool | None] = lambda operator, path: None  # noqa: ARG005
         """The answer to a test of a file, such as -f; None where it is not certain."""
 
@@ -69,7 +47,7 @@ class Expander:
             current, kept = None, False
 
         for part in self._spliced(self._with_home(word, assignment=False)):
-            values, separate = self._values(part)
+            values, _ = self._values(part)
             if isinstance(part, Text) and not part.quoted:
                 assigned |= "=" in part.text
                 has_glob |= not assigned and any(one in part.text for one in "*?")
@@ -77,11 +55,13 @@ class Expander:
             for number, value in enumerate(values):
                 if number:
                     flush()
-                for place, piece in enumerate([value] if whole else self._split(value)):
-                    if place:
-                        flush()
+                for piece, separator in [(value, "")] if whole else self._split(value):
                     current = (current or "") + piece if piece or whole else current
-            kept |= part.quoted and (bool(values) or not separate)
+                    if separator:
+                        if separator.strip(" \t\n"):  # it ends a field, be that empty
+                            current, kept = current or "", True
+                        flush()
+                kept |= part.quoted
         flush()
         if has_glob and "f" not in self.state.options:
             return [self.marks.make(f"line {word.line}: a pattern of file names")]
@@ -109,15 +89,18 @@ class Expander:
         missing = value is None or (bare and known == "") or (_TESTED[part.operator] and known == "")
         return missing == (part.operator[-1] != "+")
 
-    def _split(self, value: str) -> list[str]:
-        """Pieces between separators; an empty first or last piece tells that one stood there."""
-        separators = self.state.variables.get("IFS", " \t\n")
-        if not isinstance(separators, str) or not separators:
-            return [value]
-        blank = "".join(one for one in separators if one in " \t\n")
-        if blank == separators:
-            return re.split(f"[{re.escape(blank)}]+", value)
-        return re.split(f"[{re.escape(blank)}]*[{re.escape(separators)}][{re.escape(blank)}]*", value)
+    def separators(self) -> str | None:
+        """The characters of $IFS; None where they were not read."""
+        found = self.state.variables.get("IFS", " \t\n")
+        return self.marks.known(found if isinstance(found, str) else found.elements.get(0, ""))
+
+    def _split(self, value: str) -> list[tuple[str, str]]:
+        """Pieces, each with the separator behind it."""
+        separators = self.separators()
+        if separators is None:
+            return [(self.marks.make(f"line {self.line}: a value split at an $IFS that was not read"), "")]
+        pieces = re.split(f"({patterns.separator_regex(separators)})", value) if separators else [value]
+        return list(zip(pieces[::2], [*pieces[1::2], ""], strict=True))
 
     def text(self, word: Word) -> str:
         """One text, as on the right of an assignment: nothing is split."""
@@ -201,7 +184,19 @@ class Expander:
         except ArithmeticFault as fault:
             raise ScriptEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
 
+    def converted(self, name: str, value: str) -> str:
+        """The value that a variable takes by its attributes: a number (i), or letters of one case (u, l, c)."""
+        letters = self.state.attributes.get(name, "")
+        if "?" in letters or ("c" in letters and self.marks.unread_in(value)):
+            return self.marks.make(f"line {self.line}: what the attributes of {name} make of a value")
+        value = self.arithmetic(value, self.line) if "i" in letters else value
+        changes: dict[str, Callable[[str], str]] = {"u": str.upper, "l": str.lower, "c": str.capitalize}
+        return next((change(value) for letter, change in changes.items() if letter in letters), value)
+
     def assign(self, name: str, index: str | None, value: str) -> None:
+        if "r" in self.state.attributes.get(name, ""):
+            return
+        value = self.converted(name, value)
         if index is None:
             found = self.state.variables.get(name)
             if not isinstance(found, Array):
@@ -214,8 +209,7 @@ class Expander:
         found = found or Array({})
         key: int | str = index
         if not found.keyed:
-            key = int(index) if re.fullmatch(r"-?\d{1,9}", index) else 0
-            key = key if key >= 0 else key + 1 + max((int(one) for one in found.elements), default=-1)
+            key = found.position(index)
         self.state.variables[name] = Array({**found.elements, key: self._bound(value)}, found.keyed)
 
     # ------------------------------------------------------------------------------------------------- parameters
@@ -246,9 +240,7 @@ class Expander:
             return found if index in (None, "0") else None
         if found.keyed:
             return found.elements.get(index or "0")
-        number = int(index) if re.fullmatch(r"-?\d{1,9}", index or "0") and index else 0
-        number = number if number >= 0 else number + 1 + max((int(one) for one in found.elements), default=-1)
-        return found.elements.get(number)
+        return found.elements.get(found.position(index or "0"))
 
     def _index(self, part: Parameter) -> str | None:
         """The index of an element: a key, or the value of an expression; `@` and `*` as they stand."""
@@ -282,10 +274,13 @@ class Expander:
                 return ([self.text(part.arguments[0])] if given else []), not given
         elif part.operator:
             values = [self._operated(part, value) for value in values]
-        if joined:
-            separator = self.state.variables.get("IFS", " ")
-            return [(separator[:1] if isinstance(separator, str) else " ").join(values)], False
-        return values, True
+        return ([self._joined(values)], False) if joined else (values, True)
+
+    def _joined(self, values: Sequence[str]) -> str:
+        """The values as one text, with the first character of $IFS between them."""
+        separators = self.separators()
+        mark = f"line {self.line}: values joined by an $IFS that was not read"
+        return self.marks.make(mark) if separators is None else separators[:1].join(values)
 
     def _elements(self, name: str) -> list[str]:
         if name in ("@", "*"):
@@ -299,8 +294,8 @@ class Expander:
     def _indirect(self, part: Parameter, index: str | None) -> tuple[list[str], bool]:
         if index in ("@", "*"):
             found = self.state.variables.get(part.name)
-            keys = list(found.elements) if isinstance(found, Array) else ([0] if found is not None else [])
-            return [str(key) for key in keys], True
+            keys = [str(key) for key in found.keys] if isinstance(found, Array) else ["0"] * (found is not None)
+            return ([self._joined(keys)], False) if part.quoted and index == "*" else (keys, True)
         name = self.marks.known(self.lookup(part.name, index, part.line) or "")
         if name is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
             return [self.marks.make(f"line {part.line}: the variable that ${part.name} names")], False
@@ -310,9 +305,16 @@ class Expander:
     def _slice(self, values: list[str], part: Parameter) -> list[str]:
         first, _, length = self.text(part.arguments[0]).partition(":")
         bounds = self.number(first, part.line, unset=True), self.number(length, part.line, unset=True)
-        whole = [self.state.script, *values] if part.name in ("@", "*") and bounds[0] >= 0 else values
-        start = bounds[0] if bounds[0] >= 0 else max(0, len(whole) + bounds[0])
-        return whole[start : start + bounds[1]] if length else whole[start:]
+        if length and bounds[1] < 0:
+            raise ScriptEnds(part.line, f"a negative length of a part of ${{{part.name}[@]}}")
+        found = self.state.variables.get(part.name)
+        if part.name in ("@", "*"):
+            values = [self.state.script, *values]
+        indexed = found if isinstance(found, Array) and not found.keyed else None
+        places = [int(key) for key in indexed.keys] if indexed else range(len(values))
+        start = bounds[0] if bounds[0] >= 0 else bounds[0] + 1 + max(places, default=-1)
+        behind = [value for place, value in zip(places, values, strict=True) if place >= start >= 0]
+        return behind[: bounds[1]] if length else behind
 
     def _operated(self, part: Parameter, value: str | None) -> str:
         """The value of one parameter under its operator."""
@@ -375,13 +377,13 @@ class Expander:
             changed = {"@U": value.upper(), "@L": value.lower(), "@u": value[:1].upper() + value[1:]}
             return changed.get(operator, self.marks.make(f"line {part.line}: ${{{part.name}{operator}}}"))
         pieces = self.pattern(part.arguments[0])
-        if operator in ("^", "^^", ",", ",,") and not part.arguments[0].parts:
+        if operator[0] in "^,~" and not part.arguments[0].parts:
             pieces = [("?", False)]
         pattern = patterns.to_regex(pieces) if pieces is not None else None
         if pattern is None:
             return self.marks.make(f"line {part.line}: a pattern in ${{{part.name}}}")
-        if operator[0] in "^,":
-            change = str.upper if operator[0] == "^" else str.lower
+        if operator[0] in "^,~":
+            change = {"^": str.upper, ",": str.lower, "~": str.swapcase}[operator[0]]
             first = 1 if len(operator) == 1 else len(value)
             return "".join(
                 change(one) if place < first and pattern.fullmatch(one) else one for place, one in enumerate(value)

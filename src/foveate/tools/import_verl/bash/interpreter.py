@@ -6,15 +6,16 @@ test cannot be answered, all branches are followed, and what they set differentl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from foveate.tools.import_verl.bash import builtins, patterns
 from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
 from foveate.tools.import_verl.bash.conditions import evaluate_test
-from foveate.tools.import_verl.bash.expand import ScriptEnds
 from foveate.tools.import_verl.bash.parser import parse_script
 from foveate.tools.import_verl.bash.programs import run_program
 from foveate.tools.import_verl.bash.shell import Leaves, Shell, Started
+from foveate.tools.import_verl.bash.state import ScriptEnds
 from foveate.tools.import_verl.bash.syntax import (
     AndOr,
     ArithmeticCommand,
@@ -59,6 +60,7 @@ class Interpreter(Shell):
 
     def execute(self, command: Command) -> None:
         self._steps += 1
+        self.expander.line = command.line
         if self._steps > _MOST_STEPS:
             raise Unreadable(f"more than {_MOST_STEPS} commands")
         match command:
@@ -298,7 +300,7 @@ class Interpreter(Shell):
         if not fields:
             self.state.status = 0
             return
-        before = {one.name: self.state.variables.get(one.name) for one in command.assignments}
+        before = {one.name: self.saved(one.name) for one in command.assignments}
         exported = self.state.exported
         for assignment in command.assignments:
             self.assign(assignment)
@@ -357,9 +359,21 @@ class Interpreter(Shell):
         if result is not None:
             self.write(result[0])
             return result[1]
+        if name == "xargs":
+            words = self._with_input(words, line)
         started = Started(tuple(words), line, self.state.directory, self.doubts[-1] if self.doubts else "")
         if started not in self.started[-8:]:  # a loop that starts the same again and again
             self.started.append(started)
         self.write(marks.make(f"line {line}: the output of {name or 'a command'}"))
         builtins.run_inner_shell(self, words, line)
         return None
+
+    def _with_input(self, words: list[str], line: int) -> list[str]:
+        """The words of `xargs program ...` with the arguments that it takes from its input."""
+        rest = words[1:]
+        while rest and rest[0] in ("-r", "-t", "--"):
+            rest.pop(0)
+        if self.given is None or re.search(r"[\\'\"]", self.given) or not rest or rest[0].startswith("-"):
+            mark = self.expander.marks.make(f"line {line}: what xargs takes from its input")
+            return [*[word.replace("{}", mark) for word in words], mark]
+        return [*words, *self.given.split()]

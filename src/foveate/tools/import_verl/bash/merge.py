@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from foveate.tools.import_verl.bash.expand import State
+from foveate.tools.import_verl.bash.state import State
 from foveate.tools.import_verl.bash.values import Array, Marks
 
 _SETTING = re.compile(r"([+~]{0,2}[\w.@/-]*[A-Za-z_][\w.@/-]*)=")
@@ -22,6 +22,9 @@ def merge(left: State, right: State, reason: str, marks: Marks) -> State:
         merged.arguments = _common(left.arguments, right.arguments, marks.make(reason))
     if left.directory != right.directory:
         merged.directory = marks.make(reason)
+    for name in {*left.attributes, *right.attributes}:
+        one, other = left.attributes.get(name, ""), right.attributes.get(name, "")
+        merged.attributes[name] = one if one == other else "?"
     merged.functions |= right.functions
     merged.exported |= right.exported
     merged.options |= right.options

@@ -107,7 +107,7 @@ class BashParser(TestReader):
             self.skip_newlines()
             items.append((operator, self._pipeline()))
         command = items[0][1] if len(items) == 1 else AndOr(tuple(items), line)
-        if self.peek(";;"):
+        if self.peek(";;") or self.peek(";&"):
             return command
         if self.peek(";"):
             self.at += 1

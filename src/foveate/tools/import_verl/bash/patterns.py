@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from foveate.tools.import_verl.bash.values import MARK_REST
+
 _MOST_STARS = 6
 
 
@@ -64,12 +66,21 @@ def remove_match(operator: str, text: str, pattern: re.Pattern[str]) -> str:
 
 def replace_match(operator: str, text: str, pattern: re.Pattern[str], new: str) -> str:
     """`${text/pattern/new}` and its forms `//` (all), `/#` (at the start), `/%` (at the end)."""
-    if not pattern.pattern:
-        return text
     if operator == "/#":
         match = pattern.match(text)
         return new + text[match.end() :] if match else text
     if operator == "/%":
-        match = next((found for place in range(len(text)) if (found := pattern.fullmatch(text, place))), None)
+        match = next((found for place in range(len(text) + 1) if (found := pattern.fullmatch(text, place))), None)
         return text[: match.start()] + new if match else text
+    if not pattern.pattern:
+        return text
     return pattern.sub(lambda _: new, text, count=0 if operator == "//" else 1)
+
+
+def separator_regex(separators: str) -> str:
+    """A separator of the fields of a value: a character of $IFS with the blanks of $IFS around it, or blanks."""
+    blank = "".join(re.escape(one) for one in separators if one in " \t\n")
+    other = "".join(re.escape(one) for one in separators if one not in " \t\n")
+    blanks = f"[{blank}]*" if blank else ""
+    forms = ([f"{blanks}[{other}]{blanks}"] if other else []) + ([f"[{blank}]+"] if blank else [])
+    return f"(?:{'|'.join(forms)})(?!{MARK_REST})"

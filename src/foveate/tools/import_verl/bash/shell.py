@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from foveate.tools.import_verl.bash.expand import Expander, ScriptEnds, State
+from foveate.tools.import_verl.bash.expand import Expander
 from foveate.tools.import_verl.bash.merge import merge
+from foveate.tools.import_verl.bash.state import ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Assignment, Command, Word
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Unreadable, without_marks
 
@@ -46,7 +47,7 @@ class Shell:
         self.captured = 0
         self.given: str | None = None
         self.doubts, self.escapes = list[str](), list[tuple[str, State]]()
-        self.locals: list[dict[str, str | Array | None]] = []
+        self.locals: list[dict[str, tuple[str | Array | None, str]]] = []
         self._steps, self._tested, self._depth = 0, 0, 0
 
     @property
@@ -155,6 +156,9 @@ class Shell:
     def assign(self, assignment: Assignment) -> None:
         """Assign a value, or the elements of an array."""
         name, value, variables = assignment.name, assignment.value, self.state.variables
+        if self.is_readonly(name):
+            self.note(assignment.line, f"{name} is readonly, and keeps its value")
+            return
         if "a" in self.state.options:
             self.state.exported |= {name}
         found = variables.get(name)
@@ -165,7 +169,11 @@ class Shell:
                 index = self.expander.text(assignment.index)
                 index = index if keyed else self.expander.arithmetic(index, assignment.line)
             before = self.expander.lookup(name, index, assignment.line) if assignment.append else None
-            self.expander.assign(name, index, (before or "") + self.expander.text(value))
+            text = self.expander.text(value)
+            if assignment.append and "i" in self.state.attributes.get(name, ""):
+                text = f"{before or 0}+{self.expander.arithmetic(text, assignment.line)}"
+                before = None
+            self.expander.assign(name, index, (before or "") + text)
             return
         keyed = isinstance(found, Array) and found.keyed
         old = found if isinstance(found, Array) else Array({} if found is None else {0: found})
@@ -187,10 +195,22 @@ class Shell:
         elements |= dict(zip(pairs[::2], [*pairs[1::2], ""], strict=False))
         if len(elements) > 10_000:
             raise Unreadable("an array of more than 10000 elements")
-        variables[name] = Array(elements, keyed)
+        given = {
+            key: value if old.elements.get(key) is value else self.expander.converted(name, value)
+            for key, value in elements.items()
+        }
+        variables[name] = Array(given, keyed)
 
-    def restore(self, before: Mapping[str, str | Array | None]) -> None:
-        for name, value in before.items():
+    def is_readonly(self, name: str) -> bool:
+        return "r" in self.state.attributes.get(name, "")
+
+    def saved(self, name: str) -> tuple[str | Array | None, str]:
+        """The value and the attributes of a variable, for `restore`."""
+        return self.state.variables.get(name), self.state.attributes.get(name, "")
+
+    def restore(self, before: Mapping[str, tuple[str | Array | None, str]]) -> None:
+        for name, (value, attributes) in before.items():
+            self.state.attributes[name] = attributes
             if value is None:
                 self.state.variables.pop(name, None)
             else:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+MARK_REST = f"\\d*{_CLOSE}"
+"""Within a mark: what stands behind a digit of it, as a regular expression."""
 LONGEST = 200_000
 
 
@@ -34,8 +36,17 @@ class Array:
     keyed: bool = False
 
     @property
+    def keys(self) -> list[int | str]:
+        return list(self.elements) if self.keyed else sorted(self.elements, key=int)
+
+    @property
     def values(self) -> list[str]:
-        return [self.elements[key] for key in (self.elements if self.keyed else sorted(self.elements, key=int))]
+        return [self.elements[key] for key in self.keys]
+
+    def position(self, index: str) -> int:
+        """The place of an element of an array without keys; a negative index counts from behind the last."""
+        number = int(index) if re.fullmatch(r"-?\d{1,9}", index) else 0
+        return number if number >= 0 else number + 1 + max((int(one) for one in self.elements), default=-1)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _PARAMETER = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?$!-]", re.ASCII)
-_OPERATOR = re.compile(r":[-=?+]|##?|%%?|//?#?%?|\^\^?|,,?|@[A-Za-z]|[-=?+:]")
+_OPERATOR = re.compile(r":[-=?+]|##?|%%?|/[/#%]?|\^\^?|,,?|~~?|@[A-Za-z]|[-=?+:]")
 _PLAIN = re.compile(r"[^\s\\'\"$`;&|<>()#{}\[\]]+")
 _DOUBLE_QUOTED = re.compile(r"[^\\\"$`]+")
 _ANSI_C = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v"}
@@ -173,6 +173,10 @@ class WordReader:
             if (expression := self.read_arithmetic(3)) is not None:
                 return Arithmetic(expression, quoted, line)
             self.at = start
+        if self.peek("$[") and (end := self._bracket_end()):
+            expression = self._as_quoted(self.text[self.at + 2 : end].replace('"', ""), line)
+            self.at = end + 1
+            return Arithmetic(expression, quoted, line)
         if self.peek("$("):
             self.at += 2
             body = self.read_commands(")")
@@ -187,6 +191,15 @@ class WordReader:
         taken = name[0][:1] if name[0].isdigit() else name[0]  # $10 is ${1}0
         self.at += len(taken)
         return Parameter(taken, None, "", (), quoted, line)
+
+    def _bracket_end(self) -> int:
+        """The place of the ] that closes the $[ here, the old form of an expression; 0 where none does."""
+        depth = 0
+        for match in re.compile(r"[\[\]]").finditer(self.text, self.at):
+            depth += 1 if match[0] == "[" else -1
+            if depth == 0:
+                return match.start()
+        return 0
 
     def read_arithmetic(self, opening: int) -> Word | None:
         """The expression before the `))` that closes what opens here, or None where two brackets close apart."""
