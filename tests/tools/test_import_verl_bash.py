@@ -61,6 +61,8 @@ def test_arguments_of_the_script_are_its_positional_parameters(launches):
         (f"{RUN} data.a=1 data.b=$((HERE + 2))", "data.b", "needs $HERE"),
         (f"ask && declare -i N\nN=2\n{RUN} data.a=1 data.b=$N", "data.b", "line 2: what the attributes of N make"),
         (f"ask && IFS=,\nx=p,q\n{RUN} data.a=1 data.b=$x", "data.b", "line 3: a value split at an $IFS"),
+        (f"x=pq\n{RUN} data.a=1 data.b=${{x/q/<&>}}", "data.b", "line 2: a replacement with &"),
+        (f"echo 5 | xargs -I{{}} {RUN} data.a=1 data.b={{}}", "data.b", "line 1: what xargs takes"),
         (f"A=(4 5)\nunset A[$RANDOM]\n{RUN} data.a=1 data.b=$A", "data.b", "line 2: the element of A"),
     ],
 )

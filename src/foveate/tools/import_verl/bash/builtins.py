@@ -191,18 +191,19 @@ def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
             shell.state.variables[name] = shell.expander.marks.make(f"line {line}: what read splits at $IFS")
         return None
     stripped = line_read.strip("".join(one for one in separators if one in " \t\n"))
-    if as_array or len(names) > 1:
-        limit = 0 if as_array else len(names) - 1
-        pattern = separator_regex(separators) if separators else "$^"
-        pieces = re.split(pattern, stripped, maxsplit=limit) if stripped else []
-        if as_array:
-            pieces = [shell.expander.converted(names[0], piece) for piece in pieces]
-            shell.state.variables[names[0]] = Array(dict(enumerate(pieces)))
-        else:
-            for name, piece in zip(names, [*pieces, *[""] * len(names)], strict=False):
-                shell.expander.assign(name, None, piece)
+    pattern = separator_regex(separators) if separators else "$^"
+    if as_array:
+        pieces = re.split(pattern, stripped) if stripped else []
+        pieces = pieces[:-1] if pieces and not pieces[-1] else pieces
+        elements = [shell.expander.converted(names[0], piece) for piece in pieces]
+        shell.state.variables[names[0]] = Array(dict(enumerate(elements)))
     else:
-        shell.expander.assign(names[0], None, stripped)
+        pieces = re.split(pattern, stripped, maxsplit=len(names) - 1) if len(names) > 1 else [stripped]
+        ended = re.split(pattern, pieces[-1])
+        if len(pieces) == len(names) and len(ended) == 2 and not ended[1]:
+            pieces[-1] = ended[0]
+        for name, piece in zip(names, [*pieces, *[""] * len(names)], strict=False):
+            shell.expander.assign(name, None, piece)
     return 0 if newline and not whole else 1
 
 

@@ -9,14 +9,10 @@ from dataclasses import replace
 from foveate.tools.import_verl.bash import patterns
 from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
 from foveate.tools.import_verl.bash.braces import expand_braces
-from foveate.tools.import_verl.bash.state import ScriptEnds, State
+from foveate.tools.import_verl.bash.state import OF_A_PROCESS, ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Substitution, Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable, is_bare_mark
 
-_OF_A_PROCESS = (
-    "RANDOM", "SRANDOM", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "HOSTNAME", "UID", "EUID", "PPID", "BASHPID",
-    "LINENO", "BASH_VERSION", "OSTYPE", "HOSTTYPE", "MACHTYPE", "FUNCNAME", "PIPESTATUS", "BASH", "SHLVL", "GROUPS",
-)  # fmt: skip
 _LONGEST_SUBJECT = 2_000
 _TESTED = {":-": True, ":=": True, ":?": True, ":+": True, "-": False, "=": False, "?": False, "+": False}
 
@@ -105,7 +101,12 @@ class Expander:
     def text(self, word: Word) -> str:
         """One text, as on the right of an assignment: nothing is split."""
         parts = self._with_home(word, assignment=True)
-        return self._bound("".join(" ".join(self._values(part)[0]) for part in parts))
+        return self._bound("".join(self._one_text(part) for part in parts))
+
+    def _one_text(self, part: WordPart) -> str:
+        values, _ = self._values(part)
+        star = isinstance(part, Parameter) and (part.name == "*" or (part.index and part.index.literal == "*"))
+        return self._joined(values) if star and len(values) > 1 else " ".join(values)
 
     def pattern(self, word: Word) -> list[tuple[str, bool]] | None:
         """The pieces of a pattern, each with whether it stands for itself; None where something was not read."""
@@ -234,7 +235,7 @@ class Expander:
             case "BASH_SOURCE":
                 return self.state.script if index in (None, "0") else None
         found = self.state.variables.get(name)
-        if found is None and name in _OF_A_PROCESS:
+        if found is None and name in OF_A_PROCESS:
             return self.marks.make(f"line {line}: ${name} of a running shell")
         if not isinstance(found, Array):
             return found if index in (None, "0") else None
@@ -254,7 +255,7 @@ class Expander:
 
     def _parameter(self, part: Parameter) -> tuple[list[str], bool]:
         index = self._index(part)
-        if part.operator == "!":
+        if part.operator.startswith("!"):
             return self._indirect(part, index)
         several = part.name in ("@", "*") or index in ("@", "*")
         if not several:
@@ -296,11 +297,14 @@ class Expander:
             found = self.state.variables.get(part.name)
             keys = [str(key) for key in found.keys] if isinstance(found, Array) else ["0"] * (found is not None)
             return ([self._joined(keys)], False) if part.quoted and index == "*" else (keys, True)
+        if part.operator in ("!@", "!*"):
+            names = sorted(name for name in self.state.variables if name.startswith(part.name))
+            return ([self._joined(names)], False) if part.quoted and part.operator == "!*" else (names, True)
         name = self.marks.known(self.lookup(part.name, index, part.line) or "")
-        if name is None or not re.fullmatch(r"[A-Za-z_]\w*", name):
+        if name is None or not re.fullmatch(r"[A-Za-z_]\w*|\d+", name):
             return [self.marks.make(f"line {part.line}: the variable that ${part.name} names")], False
         value = self.lookup(name, None, part.line)
-        return [self._operated(replace(part, name=name, operator=""), value)], False
+        return [self._operated(replace(part, name=name, index=None, operator=part.operator[1:]), value)], False
 
     def _slice(self, values: list[str], part: Parameter) -> list[str]:
         first, _, length = self.text(part.arguments[0]).partition(":")
@@ -383,12 +387,13 @@ class Expander:
         if pattern is None:
             return self.marks.make(f"line {part.line}: a pattern in ${{{part.name}}}")
         if operator[0] in "^,~":
-            change = {"^": str.upper, ",": str.lower, "~": str.swapcase}[operator[0]]
-            first = 1 if len(operator) == 1 else len(value)
-            return "".join(
-                change(one) if place < first and pattern.fullmatch(one) else one for place, one in enumerate(value)
-            )
+            return patterns.change_case(operator, value, pattern)
         if operator[0] in "#%":
             return patterns.remove_match(operator, value, pattern)
-        new = self.text(part.arguments[1]) if len(part.arguments) > 1 else ""
+        replacement = part.arguments[1] if len(part.arguments) > 1 else None
+        parts = self._with_home(replacement, assignment=False) if replacement else []
+        pieces = [(self._one_text(part), part.quoted) for part in parts]
+        if any("&" in text and not quoted for text, quoted in pieces):
+            return self.marks.make(f"line {part.line}: a replacement with &, in which versions of bash differ")
+        new = "".join(text for text, _ in pieces)
         return patterns.replace_match(operator, value, pattern, new)

@@ -375,5 +375,6 @@ class Interpreter(Shell):
             rest.pop(0)
         if self.given is None or re.search(r"[\\'\"]", self.given) or not rest or rest[0].startswith("-"):
             mark = self.expander.marks.make(f"line {line}: what xargs takes from its input")
-            return [*[word.replace("{}", mark) for word in words], mark]
+            placed = [word.replace("{}", mark) for word in words]
+            return placed if placed != words else [*words, mark]
         return [*words, *self.given.split()]

@@ -64,6 +64,13 @@ def remove_match(operator: str, text: str, pattern: re.Pattern[str]) -> str:
     return text
 
 
+def change_case(operator: str, text: str, pattern: re.Pattern[str]) -> str:
+    """`text` with the first (^, `,`, ~) or every character that the pattern matches in the other case."""
+    change = {"^": str.upper, ",": str.lower, "~": str.swapcase}[operator[0]]
+    end = 1 if len(operator) == 1 else len(text)
+    return "".join(change(one) if pattern.fullmatch(one) else one for one in text[:end]) + text[end:]
+
+
 def replace_match(operator: str, text: str, pattern: re.Pattern[str], new: str) -> str:
     """`${text/pattern/new}` and its forms `//` (all), `/#` (at the start), `/%` (at the end)."""
     if operator == "/#":

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field, replace
 from foveate.tools.import_verl.bash.syntax import Command
 from foveate.tools.import_verl.bash.values import Array
 
+OF_A_PROCESS = (
+    "RANDOM", "SRANDOM", "SECONDS", "EPOCHSECONDS", "EPOCHREALTIME", "HOSTNAME", "UID", "EUID", "PPID", "BASHPID",
+    "LINENO", "BASH_VERSION", "OSTYPE", "HOSTTYPE", "MACHTYPE", "FUNCNAME", "PIPESTATUS", "BASH", "SHLVL", "GROUPS",
+)  # fmt: skip
+"""Variables whose values come from the running shell."""
+
 
 class ScriptEnds(Exception):
     """The script, or the shell within it, ends here; `reason` where it is an error."""

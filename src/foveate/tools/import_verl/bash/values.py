@@ -37,7 +37,11 @@ class Array:
 
     @property
     def keys(self) -> list[int | str]:
-        return list(self.elements) if self.keyed else sorted(self.elements, key=int)
+        """In the order of bash: by number, or by the bucket of its table that a key is in."""
+        if not self.keyed:
+            return sorted(self.elements, key=int)
+        latest_first = list(reversed(self.elements))
+        return sorted(latest_first, key=lambda key: _bucket(str(key)))
 
     @property
     def values(self) -> list[str]:
@@ -47,6 +51,14 @@ class Array:
         """The place of an element of an array without keys; a negative index counts from behind the last."""
         number = int(index) if re.fullmatch(r"-?\d{1,9}", index) else 0
         return number if number >= 0 else number + 1 + max((int(one) for one in self.elements), default=-1)
+
+
+def _bucket(key: str) -> int:
+    """The FNV-1 hash of a key in a table of 1024, as bash has it."""
+    found = 2166136261
+    for byte in key.encode(errors="surrogateescape"):
+        found = (found * 16777619 & 0xFFFFFFFF) ^ (byte if byte < 128 else byte | 0xFFFFFF00)
+    return found % 1024
 
 
 @dataclass(slots=True)

@@ -24,7 +24,11 @@ _PARAMETER = re.compile(r"[A-Za-z_]\w*|\d+|[@*#?$!-]", re.ASCII)
 _OPERATOR = re.compile(r":[-=?+]|##?|%%?|/[/#%]?|\^\^?|,,?|~~?|@[A-Za-z]|[-=?+:]")
 _PLAIN = re.compile(r"[^\s\\'\"$`;&|<>()#{}\[\]]+")
 _DOUBLE_QUOTED = re.compile(r"[^\\\"$`]+")
-_ANSI_C = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "e": "\x1b", "f": "\f", "v": "\v"}
+_ANSI_C = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "e": "\x1b", "E": "\x1b", "f": "\f", "v": "\v"}
+_ANSI_C |= {one: one for one in "\\'\"?"}
+_ANSI_C_ESCAPE = re.compile(
+    r"\\(?:x([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{1,4})|U([0-9a-fA-F]{1,8})|([0-7]{1,3})|(.))", re.DOTALL
+)
 META = " \t\n;&|<>()"
 
 
@@ -121,7 +125,16 @@ class WordReader:
         if match is None:
             raise self.error("no closing '")
         self.at = match.end()
-        return re.sub(r"\\(.)", lambda found: _ANSI_C.get(found[1], found[1]), match[1], flags=re.DOTALL)
+        return _ANSI_C_ESCAPE.sub(self._ansi_c_character, match[1])
+
+    def _ansi_c_character(self, match: re.Match[str]) -> str:
+        if match[5]:
+            return _ANSI_C.get(match[5], match[0])
+        code = int(match[4], 8) & 255 if match[4] else int(match[1] or match[2] or match[3], 16)
+        wide = bool(match[2] or match[3])
+        if code == 0 or code > (0xDFFF if wide else 127):
+            raise self.error(f"the character {match[0]} in $'' is not read here")
+        return chr(code)
 
     def _double_quoted(self) -> list[WordPart]:
         self.at += 1
@@ -248,7 +261,9 @@ class WordReader:
         arguments: tuple[Word, ...] = ()
         if not self.peek("}"):
             following = _OPERATOR.match(self.text, self.at)
-            if following is None or (operator and not (operator == "!" and following[0] in ("@", "*"))):
+            if operator == "!" and (prefix := re.compile(r"[@*](?=\})").match(self.text, self.at)):
+                following = prefix
+            if following is None or operator == "length":
                 raise self.error(f"${{{operator}{name[0]} ...: bad substitution")
             operator += following[0]
             self.at = following.end()
@@ -257,7 +272,7 @@ class WordReader:
             second = ()
             if following[0].startswith("/") and self.peek("/"):
                 self.at += 1
-                second = (self._argument(quoted, "}"),)
+                second = (self.read_word("}", empty=True),)
             arguments = (first, *second)
         self.expect("}", "${")
         return Parameter(name[0], index, operator, arguments, quoted, line)
