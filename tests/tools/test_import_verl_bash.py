@@ -91,6 +91,12 @@ def test_a_readonly_variable_keeps_its_value_and_is_named(tmp_path):
     assert "line 2: N is readonly, and keeps its value" in launch.notes
 
 
+def test_an_option_of_the_shell_that_is_not_followed_is_named(tmp_path):
+    path = tmp_path / "launch.sh"
+    path.write_text(f"shopt -s extglob nocasematch\n{RUN} data.n=1\n")
+    assert "line 1: shopt -s nocasematch, which is not followed here" in read_launch(path, {}, []).notes
+
+
 def test_an_unforeseen_error_ends_as_a_message_with_the_line(tmp_path, monkeypatch):
     def fails(*_):
         raise KeyError("lost")

@@ -248,7 +248,14 @@ def _getopts(shell: Interpreter, fields: Fields, line: int) -> int | None:
     return None
 
 
-def _shopt(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+def _true(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
+    return 0
+
+
+def _shell_options(shell: Interpreter, fields: Fields, line: int) -> int:
+    for name in texts(fields):
+        if "-s" in fields and name in ("nocasematch", "lastpipe", "localvar_inherit"):
+            shell.note(line, f"shopt -s {name}, which is not followed here")
     return 0
 
 
@@ -257,14 +264,14 @@ def _false(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG00
 
 
 BUILTINS: dict[str, Callable[[Interpreter, Fields, int], int | None]] = {
-    ":": _shopt, "true": _shopt, "false": _false, "[": _brackets, "test": _brackets, "cd": _cd, "pushd": _cd,
+    ":": _true, "true": _true, "false": _false, "[": _brackets, "test": _brackets, "cd": _cd, "pushd": _cd,
     "pwd": _pwd,
     "export": export, "declare": declare_here, "typeset": declare_here, "readonly": readonly, "local": local,
     "unset": unset, "set": _set, "shift": _shift, "exit": _exit, "return": _leave("return"), "break": _leave("break"),
     "continue": _leave("continue"), "eval": _eval, "source": _source, ".": _source, "command": _command,
     "builtin": _command, "exec": _exec, "read": _read, "mapfile": _lines, "readarray": _lines, "let": _let,
-    "printf": _printf, "getopts": _getopts, "shopt": _shopt, "trap": _shopt, "ulimit": _shopt, "umask": _shopt,
-    "alias": _shopt, "sleep": _shopt,
+    "printf": _printf, "getopts": _getopts, "shopt": _shell_options, "trap": _true, "ulimit": _true, "umask": _true,
+    "alias": _true, "sleep": _true,
 }  # fmt: skip
 
 
