@@ -175,7 +175,7 @@ def test_a_ground_truth_that_is_no_box_in_the_picture_is_a_fault(answer, what):
 
 def test_a_good_truth_has_no_fault_and_a_missing_size_is_one():
     assert check_box(grounding_task([0, 0.5, 1000, 1000])) == []
-    assert [field for field, _ in check_box(grounding_task([0, 0, 1, 1], split="x"))] == ["images"]
+    assert [field for field, _ in check_box(grounding_task([0, 0, 10, 10], split="x"))] == ["images"]
 
 
 def test_the_tables_name_functions_that_exist():

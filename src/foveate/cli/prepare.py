@@ -51,7 +51,7 @@ def prepare_grounding_command(
         Literal["bbox", "modal_bbox"], typer.Option(help="Field with the box in pixels that counts where both are.")
     ] = "bbox",
     box_unit: Annotated[
-        Literal["auto", "xyxy", "xywh", "fractions", "thousandths"],
+        Literal["auto", "xyxy", "xywh", "fractions", "fractions-xywh", "thousandths"],
         typer.Option(help="Unit of the boxes; auto: corners in pixels, unless the first rows of a file say otherwise."),
     ] = "auto",
     variant: Annotated[

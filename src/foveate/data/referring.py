@@ -19,6 +19,7 @@ from foveate.records import Image, Message, Task
 
 THOUSANDTHS = 1000.0
 EDGE_SLACK = 0.5  # pixels by which an annotated box may pass the edge (rounded annotations do); it is cut there
+FRACTION_SLACK = 0.005  # the same for fractions, as a share of the side
 
 # How the box of an expression is asked for; the first is InternVL's own, the last the one of the Qwen3-VL recipes.
 PROMPT_FORMS = {
@@ -33,12 +34,16 @@ BOX_UNITS = {
     "xyxy": "[x1, y1, x2, y2] in pixels",
     "xywh": "[x, y, width, height] in pixels",
     "fractions": "[x1, y1, x2, y2] as fractions of the sides",
+    "fractions-xywh": "[x, y, width, height] as fractions of the sides",
     "thousandths": "[x1, y1, x2, y2] in thousandths of the sides",
 }
 """The units that a box can be given in."""
 AUTO = "auto"
 BOX_FIELDS = ("bbox", "modal_bbox")
+FRACTIONS = ("fractions", "fractions-xywh")
 
+TINY = 8
+"""Pixels of the longer side of an image up to which a box within one pixel may be meant so."""
 _ENOUGH, _SHARE = 3, 0.02
 """How many rows of a file, and which share of them, must be no boxes in the usual unit before another one is taken."""
 _REF = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
@@ -60,13 +65,14 @@ class GroundingRows:
     modal_bbox where a row has no bbox) or "modal_bbox": where a box is looked for first; rows without any take the box
     of the conversation. An amodal box may pass the edges, behind which the object goes on, and is cut there. keep:
     numbers between 0 and 1 that a row must have (the IoU of a model's answer), which join `meta`. box_unit: a key of
-    `BOX_UNITS`, or "auto": pixels unless the first rows of a file say otherwise.
+    `BOX_UNITS`, or "auto": pixels unless the first rows of a file say otherwise. guessed: the unit is what they said.
     """
 
     prompt_form: str = "internvl"
     box_field: str = "bbox"
     keep: tuple[str, ...] = ()
     box_unit: str = AUTO
+    guessed: bool = False
     remark: str = ""
 
     def __post_init__(self) -> None:
@@ -92,7 +98,7 @@ class GroundingRows:
             self.slack,
         )
         remark = f"boxes are read as {BOX_UNITS[unit]}: {why} (another unit: --box-unit)" if why else ""
-        return replace(self, box_unit=unit, remark=remark)
+        return replace(self, box_unit=unit, guessed=True, remark=remark)
 
     def described(self, row: Mapping[str, Any]) -> list[str]:
         """The fields that are read, and the unit of the boxes where it is not the usual one."""
@@ -140,16 +146,25 @@ class GroundingRows:
         unit = "xyxy" if self.box_unit == AUTO else self.box_unit
         numbers = _four(value, BOX_UNITS[unit])
         size = (image.width, image.height) if image is not None else None
+        if (self.guessed or self.box_unit == AUTO) and unit not in FRACTIONS and size and are_fractions(numbers, size):
+            raise DataError(
+                f"{shown(value)} looks like fractions of the sides: an image of {size[0]} x {size[1]} pixels, and no "
+                f"coordinate above 1, while boxes are read as {BOX_UNITS[unit]}; write all in one unit, or name it "
+                "(--box-unit)"
+            )
         try:
             pixels = _pixels(numbers, unit, size, self.slack)
         except DataError as error:
-            others = [name for name in BOX_UNITS if name != unit and size and _fits(numbers, name, size, self.slack)]
+            units = FRACTIONS if size and are_fractions(numbers, size) else BOX_UNITS
+            others = [name for name in units if name != unit and size and _fits(numbers, name, size, self.slack)]
             hint = f"; as {BOX_UNITS[others[0]]} it would fit (--box-unit {others[0]})" if others else ""
             raise DataError(f"{shown(value)} {error}{hint}") from None
         if size is None:
             return None
-        if unit in ("fractions", "thousandths"):
-            return [number * (THOUSANDTHS if unit == "fractions" else 1) for number in numbers]
+        if unit == "thousandths":
+            return numbers
+        if unit == "fractions":
+            return [min(max(number, 0), 1) * THOUSANDTHS for number in numbers]
         return [corner * THOUSANDTHS / side for corner, side in zip(pixels, (*size, *size), strict=True)]
 
 
@@ -166,14 +181,23 @@ def recognise_unit(boxes: Sequence[tuple[Any, tuple[int, int] | None]], slack: f
         return "xyxy", ""
     total = len(known)
     fitting = {unit: sum(_fits(numbers, unit, size, slack) for numbers, size in known) for unit in BOX_UNITS}
-    if all(max(numbers) <= 1 for numbers, _ in known) and fitting["fractions"] == total:
-        return "fractions", f"no coordinate of the first {total} boxes is above 1"
-    misfits = total - fitting["xyxy"]
+    shares = sum(are_fractions(numbers, size) for numbers, size in known)
+    usual, units = ("fractions", FRACTIONS[1:]) if shares > total / 2 else ("xyxy", ("xywh", "thousandths"))
+    misfits = total - fitting[usual]
     if misfits >= max(_ENOUGH, _SHARE * total):
-        for unit in ("xywh", "thousandths"):
+        for unit in units:
             if fitting[unit] == total:
-                return unit, f"{misfits} of the first {total} boxes are none as {BOX_UNITS['xyxy']}, and all are so"
-    return "xyxy", ""
+                return unit, f"{misfits} of the first {total} boxes are none as {BOX_UNITS[usual]}, and all are so"
+    if usual == "xyxy":
+        return usual, ""
+    return usual, f"no coordinate of {'the' if shares == total else f'{shares} of the'} first {total} boxes is above 1"
+
+
+def are_fractions(numbers: Sequence[float], size: tuple[int, int]) -> bool:
+    """Whether a box in an image of this size can only be meant in fractions of the sides: as anything else it would
+    lie in the corner of the image, within one pixel or thousandth."""
+    within = all(-FRACTION_SLACK <= number <= 1 + FRACTION_SLACK for number in numbers)
+    return within and max(size) > TINY
 
 
 def _fits(numbers: Sequence[float], unit: str, size: tuple[int, int], slack: float) -> bool:
@@ -188,17 +212,18 @@ def _pixels(numbers: Sequence[float], unit: str, size: tuple[int, int] | None, s
     """The corners of a box in pixels, cut at the edges, which may be passed by `slack` pixels. Raises DataError,
     without the box in front, for one that has no area or lies outside."""
     x1, y1, x2, y2 = numbers
-    if unit == "xywh":
+    if unit in ("xywh", "fractions-xywh"):
         x2, y2 = x1 + x2, y1 + y2
     if x2 <= x1 or y2 <= y1:
         raise DataError(f"has no area as {BOX_UNITS[unit]}: x2 must be greater than x1, and y2 greater than y1")
     if size is None:
         return [x1, y1, x2, y2]
     width, height = size
-    if unit in ("fractions", "thousandths"):
-        whole = 1.0 if unit == "fractions" else THOUSANDTHS
-        if max(x1, y1, x2, y2) > whole or min(x1, y1) < 0:
+    if unit in (*FRACTIONS, "thousandths"):
+        whole, beyond = (THOUSANDTHS, 0.0) if unit == "thousandths" else (1.0, FRACTION_SLACK)
+        if max(x2, y2) > whole + beyond or min(x1, y1) < -beyond:
             raise DataError(f"lies outside the image: coordinates are 0..{whole:g} of its sides")
+        x1, y1, x2, y2 = (min(max(corner, 0.0), whole) for corner in (x1, y1, x2, y2))
         x1, x2, y1, y2 = x1 * width / whole, x2 * width / whole, y1 * height / whole, y2 * height / whole
     beyond = max(-x1, -y1, x2 - width, y2 - height)
     x1, y1, x2, y2 = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
@@ -250,7 +275,10 @@ def _box_of_conversation(conversations: Any) -> list[float]:
     while isinstance(value, list) and len(value) == 1:  # [[x1,y1,x2,y2]], the model's own form
         value = value[0]
     try:
-        _pixels(_four(value, BOX_UNITS["thousandths"]), "thousandths", (1000, 1000), 0)
+        numbers = _four(value, BOX_UNITS["thousandths"])
+        _pixels(numbers, "thousandths", (1000, 1000), 0)
+        if are_fractions(numbers, (1000, 1000)):
+            raise DataError("looks like fractions of the sides: a box in a reply is in 0..1000, so multiply by 1000")
     except DataError as error:
         raise DataError(f"{shown(value)} {error}") from None
     return value

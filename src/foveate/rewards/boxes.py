@@ -33,6 +33,7 @@ HIT_IOU = 0.5
 _FREE_WORDS, _BLOCK_WORDS, _BLOCK_PRICE = 512, 50, 0.01
 _STUTTER, _STUTTER_PRICE = 7, 0.3
 _SIGMOID_SLOPE = 8.0
+_TINY = 8  # pixels of an image up to which a box within one pixel may be meant so
 _EXP_RATE = math.log(16.0)
 
 
@@ -125,7 +126,8 @@ def check_box(task: Task, *, truth_frame: TruthFrame = "thousandths") -> list[tu
 
 
 def box_fault(box: Box, task: Task, frame: TruthFrame) -> str:
-    """The fault of a box of the ground truth: no area, or outside the image; empty if it is sound."""
+    """The fault of a box of the ground truth: no area, outside the image, or in fractions of its sides, which no
+    frame takes; empty if it is sound."""
     if box[2] <= box[0] or box[3] <= box[1]:
         return f"{_shown(box)} has no area: x2 must be greater than x1, and y2 greater than y1"
     if frame == "thousandths":
@@ -135,6 +137,11 @@ def box_fault(box: Box, task: Task, frame: TruthFrame) -> str:
     else:
         right, bottom = picture_size(task)
         allowed = f"pixels of {right:g} x {bottom:g}"
+    if min(box) > -0.01 and max(box) < 1.01 and max(right, bottom) > _TINY:
+        return (
+            f"{_shown(box)} looks like fractions of the sides, and truth_frame is {frame}: coordinates are {allowed}; "
+            "multiply them"
+        )
     if min(box) < 0 or box[2] > right or box[3] > bottom:
         return f"{_shown(box)} lies outside the image: coordinates are {allowed}"
     return ""
