@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from foveate.data.conversations import TURN_KEYS, common_prompt
+from foveate.data.conversations import TURN_KEYS, common_prompt, shown
 from foveate.data.image_values import is_no_image
+from foveate.data.options import OPTION_COLUMNS, option_columns, options_of, with_options
 from foveate.data.recognise import (
     COLUMNS,
     CONSTANT,
@@ -44,7 +45,6 @@ TARGETS = {
     "rejected": "the worse answer of a preference pair",
     "ability": "the kind of task",
 }
-_OPTIONS = ("choices", "options")
 
 
 class Parser(Protocol):
@@ -196,8 +196,8 @@ def _schema_row(
     others = [name for name in _others(raw, roles, used) if name.lower() not in media]
     extra = {name: raw[name] for name in others if _is_kept(raw[name])}
     extra |= {role: value for role, value in values.items() if role not in COLUMNS and value is not None}
-    for name in _OPTIONS:
-        extra |= {name: _listed(extra[name])} if name in extra else {}
+    for name in [name for name in extra if name.lower() in OPTION_COLUMNS]:
+        extra[name.lower()] = _plain_options(extra.pop(name))
     if roles.letters:
         extra["choices"] = [raw[name] for name in roles.letters if raw[name] is not None]
     info = raw.get("extra_info")
@@ -221,20 +221,23 @@ def _schema_row(
 def _prompt(raw: Mapping[str, Any], values: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
     """The prompt of a row: an instruction with its input, a question with the options that stand beside it."""
     prompt = values["prompt"]
-    if not isinstance(prompt, str):
-        return prompt
     turns = _listed(prompt)
     if isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns):
-        return turns
-    if isinstance(more := raw.get("input"), str) and more and raw.get("instruction") == prompt:
-        prompt = f"{prompt}\n{more}"
-    options = next((extra[name] for name in _OPTIONS if name in extra), None)
-    if not isinstance(options, list) or "prompt" in raw or all(str(option) in prompt for option in options):
+        prompt = turns
+    elif not isinstance(prompt, str):
         return prompt
-    lines = [str(option) for option in options]
-    marked = all(line.lstrip("( ")[:1] == chr(ord("A") + i) and len(line) > 2 for i, line in enumerate(lines))
-    marked = marked and all(line.lstrip("( ")[1:2] in (".", ")", ":") for line in lines)
-    return "\n".join([prompt, *(line if marked else f"{chr(ord('A') + i)}. {line}" for i, line in enumerate(lines))])
+    elif isinstance(more := raw.get("input"), str) and more and raw.get("instruction") == prompt:
+        prompt = f"{prompt}\n{more}"
+    written = next((extra[name] for name in OPTION_COLUMNS if extra.get(name)), None)
+    return with_options(prompt, options_of(written) or option_columns(extra), written)
+
+
+def _plain_options(value: Any) -> Any:
+    """Options as rewards read them: a list of texts as it is, marked text too, all other forms by label."""
+    listed = _listed(value)
+    if isinstance(listed, list) and not any(isinstance(one, Mapping) for one in listed):
+        return listed
+    return options_of(value) or value
 
 
 def _unread(
@@ -260,6 +263,12 @@ def _unread(
         told.append(Problem(str(place), name, (
             f"looks like an answer and is kept as a field, since {what}; to take it: --column answer={name}"
         ), warning=True))  # fmt: skip
+    for name in names:
+        if name.lower() in OPTION_COLUMNS and not is_no_image(raw[name]) and not options_of(raw[name]):
+            told.append(Problem(str(place), name, (
+                f"holds no options that can be read ({shown(raw[name])}), and the model is not shown it; write a list, "
+                "or a mapping by label"
+            ), warning=True))  # fmt: skip
     info = raw.get("extra_info")
     if isinstance(info, Mapping) and is_no_image(values.get("images")):
         told += [
