@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -110,6 +111,18 @@ def test_settings_of_the_default_algorithm_survive_naming_it(tmp_path):
     path = write(tmp_path, RECIPE + "algorithm:\n  loss: {clip_high: 1.0}\n")
     assert load_recipe(path, ["algorithm=gspo"], RLSettings).algorithm.loss == {"clip_high": 1.0}
     assert load_recipe(path, ["algorithm=dapo"], RLSettings).algorithm.loss == {}
+
+
+def test_names_in_the_settings_of_a_function_may_have_dots(tmp_path):
+    rewards = {"MMPR-v1.2": "math", "a.b/c": {"name": "math"}}
+    path = write(tmp_path, f"{RECIPE}reward:\n  name: by_source\n  settings:\n    rewards: {json.dumps(rewards)}\n")
+    loaded = load_recipe(path, [], RLSettings)
+    assert loaded.reward.settings == {"rewards": rewards}
+    given = load_recipe(path, ['reward.settings.rewards={"x-v1.5": math}'], RLSettings)
+    assert given.reward.settings["rewards"] == {**rewards, "x-v1.5": "math"}
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(loaded))
+    assert load_recipe(again, [], RLSettings) == loaded
 
 
 @pytest.mark.parametrize(

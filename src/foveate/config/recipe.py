@@ -234,19 +234,20 @@ def _read_override(text: str) -> Entry:
     if not equals or not all(keys):
         raise ConfigError(f"{where}: an override is written group.name=value, such as train.steps=100")
     inline = written.startswith(("[", "{", "'", '"'))
-    entry = _compose(written, where, inline=True) if inline else Entry(_scalar(written), where)
+    free = any(map(_is_free, keys))
+    entry = _compose(written, where, inline=True, free=free) if inline else Entry(_scalar(written), where)
     for key in reversed(keys):
         entry = Entry({key: entry}, where)
     return entry
 
 
-def _compose(text: str, source: str, inline: bool) -> Entry:
-    """YAML text as an entry; places are `source` itself for an inline value, else `source:line`."""
+def _compose(text: str, source: str, inline: bool, free: bool = False) -> Entry:
+    """YAML text as an entry; places are `source` itself for an inline value, else `source:line`. free: see `_entry`."""
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(f"{source}: has {len(text):,} characters; a recipe has {MOST_CHARACTERS:,} at most")
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return Entry(None, source) if node is None else _entry(node, source, inline)
+        return Entry(None, source) if node is None else _entry(node, source, inline, free=free)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = source if inline or mark is None else f"{source}:{mark.line + 1}"
@@ -255,22 +256,23 @@ def _compose(text: str, source: str, inline: bool) -> Entry:
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _entry(node: yaml.Node, source: str, inline: bool, where: str = "") -> Entry:
-    """`where` is the line of the key, which may stand above its value."""
+def _entry(node: yaml.Node, source: str, inline: bool, where: str = "", free: bool = False) -> Entry:
+    """`where` is the line of the key, which may stand above its value. free: names in it are not foveate's own, so
+    that they may have dots, as the sources of data do."""
     where = where or _line(node, source, inline)
     if not node.tag.startswith("tag:yaml.org,2002:"):
         raise ConfigError(f"{where}: the tag {node.tag} is not allowed; write a plain value")
     if isinstance(node, yaml.ScalarNode):
         return Entry(node.value if node.style else _scalar(node.value), where)
     if isinstance(node, yaml.SequenceNode):
-        return Entry([_plain(_entry(item, source, inline)) for item in node.value], where)
+        return Entry([_plain(_entry(item, source, inline, free=free)) for item in node.value], where)
     entries: dict[str, Entry] = {}
     for key, value in node.value:
         line = _line(key, source, inline)
-        name = _key(key, line)
+        name = _key(key, line, free)
         if name in entries:
             raise ConfigError(f"{line}: {name} is set twice, first at {entries[name].where}; keep one of them")
-        entries[name] = _entry(value, source, inline, line)
+        entries[name] = _entry(value, source, inline, line, free or _is_free(name))
     return Entry(entries, where)
 
 
@@ -278,10 +280,15 @@ def _line(node: yaml.Node, source: str, inline: bool) -> str:
     return source if inline or node.start_mark is None else f"{source}:{node.start_mark.line + 1}"
 
 
-def _key(node: yaml.Node, where: str) -> str:
+def _is_free(name: str) -> bool:
+    """Whether a setting holds those of a function or another program: `settings`, `engine_settings`."""
+    return name.endswith("settings")
+
+
+def _key(node: yaml.Node, where: str, free: bool) -> str:
     if not isinstance(node, yaml.ScalarNode):
         raise ConfigError(f"{where}: the name of a setting must be a plain word")
-    if "." in node.value:
+    if "." in node.value and not free:
         group, _, rest = node.value.partition(".")
         raise ConfigError(f"{where}: dotted names are for the command line; write `{group}:` and, indented, `{rest}:`")
     return node.value
