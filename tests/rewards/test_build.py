@@ -43,6 +43,10 @@ def trl_prompts(prompts, completions):
     return [float(len(p) + len(c)) for p, c in zip(prompts, completions)]
 
 
+def trl_of_some(completions, level, **kwargs):
+    return [1.0 if c == "yes" else None for c in completions]
+
+
 def trl_messages(completions: list[list[dict[str, str]]], prompts, solution: list[str], **kwargs):
     texts = [completion[0]["content"] for completion in completions]
     return [float(t == s and p[0]["role"] == "user") for t, s, p in zip(texts, solution, prompts)]
@@ -107,6 +111,14 @@ def test_a_function_of_each_signature_is_a_reward(file, name):
     settings, score = FORMS[name]
     assert build_reward(f"{file}:{name}", settings)(YES, TASK) == score
     assert TASK.meta == {"level": 2}
+
+
+def test_none_of_a_trl_reward_is_an_answer_that_is_not_graded(file):
+    reward = build_reward(f"{file}:trl_of_some", {})
+    assert reward("yes", TASK) == Score(1.0)
+    assert reward("no", TASK) == Score(None, note="the reward does not apply to this row")
+    with Graders(f"{file}:trl_of_some", {}, workers=1) as graders:
+        assert [score.value for score in graders.grade_many([("yes", TASK), ("no", TASK)])] == [1.0, None]
 
 
 @pytest.mark.parametrize("name", ["record", "truth", "trl", "compute_score"])

@@ -153,7 +153,8 @@ def _plain(_name: str, function: _Function, parameters: _Parameters) -> _Adapted
 
 def _trl(name: str, function: _Function, parameters: _Parameters) -> _Adapted:
     """TRL's functions take a batch; they get one of a single answer. Prompts and completions are texts, or messages
-    where the annotation of `completions` says so (`list[list[dict[str, str]]]`, as in `trl.rewards`)."""
+    where the annotation of `completions` says so (`list[list[dict[str, str]]]`, as in `trl.rewards`). None for an
+    answer says that the reward does not apply to its row, so that it is not graded."""
     wanted = _selector(parameters, leave_out=("completions", "prompts"))
     as_messages = "dict" in str(parameters["completions"].annotation)
     with_prompts = "prompts" in parameters or _takes_any(parameters)
@@ -166,7 +167,7 @@ def _trl(name: str, function: _Function, parameters: _Parameters) -> _Adapted:
         result = function(completions=[[{"role": "assistant", "content": text}] if as_messages else text], **batch)
         if not isinstance(result, list | tuple) or len(result) != 1:
             raise WrongResult(f"reward {name} returned {result!r:.60} for one completion; it must return [score]")
-        return result[0]
+        return Score(None, note="the reward does not apply to this row") if result[0] is None else result[0]
 
     return reward
 
