@@ -285,6 +285,63 @@ def test_options_in_columns_or_lists_stand_under_the_question(folder):
     assert marked.messages[0].content == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("See <image 1>, then <image 2>.", ["a", "b"]),
+        ("See <image 2>, then <image 1>.", ["b", "a"]),
+        ("See <image 1>, <image 2>, and <image 1> again.", ["a", "b", "a"]),
+    ],
+)
+def test_an_image_stands_where_its_number_is(folder, asked, expected):
+    turns = [{"role": "user", "content": asked}, reply(text="It is <image 1>.")]
+    text = asked.replace("<image 1>", "<image>").replace("<image 2>", "<image>")
+    for row in ({"question": asked, "answer": ANSWER}, {"messages": turns}):
+        task = task_of(folder, {**row, "images": ["a.png", "b.png"]})
+        assert task.messages[0].content == text
+        assert [image.path.stem for image in task.images] == expected
+    assert task.meta["response"] == "It is <image 1>."
+
+
+def test_numbered_marks_in_options_count(folder):
+    row = {"question": "Which bird?", "answer": "B", "options": ["<image 1>", "<image 2>"]}
+    task = task_of(folder, {**row, "images": ["a.png", "b.png"]})
+    assert task.messages[0].content == "Which bird?\nA. <image>\nB. <image>"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("<image 1> or <image 3>?", "the marks <image 1>, <image 3> for 2 images"),
+        ("<image 1>?", "the marks <image 1> for 2 images"),
+        ("<image> or <image 2>?", "has <image> and numbered marks"),
+    ],
+)
+def test_numbers_without_an_image_and_images_without_a_number_are_errors(folder, asked, said):
+    [problem] = problems_of(folder, {"question": asked, "answer": ANSWER, "images": ["a.png", "b.png"]})
+    assert not problem.warning
+    assert said in str(problem)
+
+
+def test_an_image_below_a_column_is_not_left_out_silently(folder):
+    row = {"question": "Which bird?", "answer": ANSWER, "data": {"image": "a.png", "width": 12}}
+    [problem] = problems_of(folder, row)
+    assert "field data.image: looks like images and is read by nobody; map it: --column images=data.image" in str(
+        problem
+    )
+    assert not problem.warning
+    assert len(open_tasks(lines(folder, row), columns={"images": "data.image"})[0].images) == 1
+    assert open_tasks(lines(folder, row), columns={"data": "data"})[0].images == ()
+
+
+def test_rows_below_a_key_are_no_single_row(folder):
+    rows = [{"question": "Which bird?", "answer": ANSWER}] * 3
+    (folder / "x.json").write_text(json.dumps({"version": 1, "data": rows}))
+    task, [problem] = open_tasks(folder / "x.json").inspect(0)
+    assert task is None
+    assert "data holds a list of 3 rows: a file is an array of rows, or has one a line" in str(problem)
+
+
 def test_what_was_recognised_is_one_line(folder):
     [line] = open_tasks(lines(folder, {**FORMATS["LLaVA"], "model": "m"})).described()
     assert line == (

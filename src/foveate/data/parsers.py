@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from foveate.data.conversations import TURN_KEYS, common_prompt, shown
 from foveate.data.image_values import is_no_image
+from foveate.data.numbered_marks import without_numbers
 from foveate.data.options import OPTION_COLUMNS, option_columns, options_of, with_options
 from foveate.data.recognise import (
     COLUMNS,
@@ -140,8 +141,13 @@ class RecognisedRows(Parser):
             reply = {"response": raw["conversations"][1]["value"]}
             return (replace(task, meta={**task.meta, **reply}) if task else None), problems
         told = _unread(raw, roles, values, used, place)
+        row = _schema_row(raw, roles, values, used, place)
+        try:
+            row["prompt"], row["images"] = without_numbers(row["prompt"], row["images"])
+        except DataError as error:
+            return None, [Problem(str(place), used.get("prompt", "prompt"), str(error)), *told]
         task, problems = parse_row(
-            _schema_row(raw, roles, values, used, place), place,
+            row, place,
             marks_in_front="prompt" in self.mapping or not {"data_source", "reward_model"} & {*raw},
         )  # fmt: skip
         if any(not problem.warning for problem in told):
@@ -170,6 +176,12 @@ class RecognisedRows(Parser):
         return values, used
 
     def _no_prompt(self, raw: Mapping[str, Any]) -> str:
+        inner = next((name for name, value in raw.items() if _are_rows(value)), None)
+        if inner is not None:
+            return (
+                f"is missing, and {inner} holds a list of {len(raw[inner])} rows: a file is an array of rows, or has "
+                f"one a line; write what stands under {inner} alone"
+            )
         near = next((f"; {name} is nearly {known}" for name in raw if (known := nearest(name, COLUMNS["prompt"]))), "")
         return (
             f"is missing; the row has {', '.join(map(str, raw)) or 'nothing'}{near}; known are "
@@ -269,6 +281,15 @@ def _unread(
                 f"holds no options that can be read ({shown(raw[name])}), and the model is not shown it; write a list, "
                 "or a mapping by label"
             ), warning=True))  # fmt: skip
+    if is_no_image(values.get("images")) and is_no_image(values.get("videos")):
+        told += [
+            Problem(str(place), f"{name}.{inner}", (
+                f"looks like {kind} and is read by nobody; map it: --column {kind}={name}.{inner}; to keep it as a "
+                f"field: --column {name}={name}"
+            ))
+            for name in names if isinstance(raw[name], Mapping) and name.lower() not in OPTION_COLUMNS
+            for inner, kind in unread_media(raw[name], list(raw[name])) if name not in media
+        ]  # fmt: skip
     info = raw.get("extra_info")
     if isinstance(info, Mapping) and is_no_image(values.get("images")):
         told += [
@@ -284,6 +305,10 @@ def _is_kept(value: Any) -> bool:
         value.get("bytes") if isinstance(value, Mapping) else value[0] if isinstance(value, list) and value else value
     )
     return value is not None and value != {} and not isinstance(inner, bytes)
+
+
+def _are_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value[:10])
 
 
 def _listed(value: Any) -> Any:
