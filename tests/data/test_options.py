@@ -71,6 +71,11 @@ def test_options_with_marks_in_the_question_are_not_listed_again(tmp_path, quest
         assert task.messages[0].content == question
 
 
+def test_bare_letters_are_not_listed(tmp_path):
+    task = task_of(tmp_path, {"question": "Which of the four?", "answer": "B", "options": ["A", "B", "C", "D"]})
+    assert task.messages[0].content == "Which of the four?"
+
+
 def test_marks_of_the_options_themselves_are_kept(tmp_path):
     task = task_of(tmp_path, {"question": "Which?", "answer": "B", "options": ["(A) cat", "(B) dog"]})
     assert task.messages[0].content == "Which?\n(A) cat\n(B) dog"

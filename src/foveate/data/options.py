@@ -58,13 +58,15 @@ def option_columns(row: Mapping[str, Any]) -> Options:
 def with_options(prompt: Any, options: Options, written: Any = None) -> Any:
     """The prompt, a text or turns, with the options under its last question, a line each, unless it has them with
     marks: `A. cat`, `(A) cat`, `A: cat`. written: the options as the row has them; marks of their own are kept."""
+    if all(text == label for label, text in options.items()):  # bare letters, as where the image shows the options
+        return prompt
     marked = isinstance(written, list) and all(isinstance(one, str) and _MARKED.fullmatch(one) for one in written)
     lines = written if marked else [f"{label}. {text}" for label, text in options.items()]
     listed = "\n".join(lines)
     if isinstance(prompt, str):
-        return prompt if not options or shows(prompt, options) else f"{prompt}\n{listed}"
+        return prompt if shows(prompt, options) else f"{prompt}\n{listed}"
     asked = [position for position, turn in enumerate(prompt) if _role(turn) == "user"]
-    if not options or not asked or any(shows(_text(prompt[position]), options) for position in asked):
+    if not asked or any(shows(_text(prompt[position]), options) for position in asked):
         return prompt
     turn = prompt[asked[-1]]
     key = next(inner for outer, inner in TURN_KEYS.items() if outer in turn)
