@@ -256,3 +256,58 @@ def test_a_degenerate_answer_of_a_hundred_thousand_characters_is_graded(noise):
     assert math_reward(text, exercise("7")).value == 0.0
     assert math_reward(text + " \\boxed{7}", exercise("7")).value == 1.0
     assert math_reward(text, exercise("7"), extraction="text").value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        (r"6.02\times10^{23}", 6.02e23, True),
+        (r"10^{22}", 1e22, True),
+        (r"5.972\times 10^{24}", "5.972e24", True),
+        (r"1.7\times10^{25}", r"17\times10^{24}", True),
+        (r"1.7\times10^{25}", r"17\times10^{25}", False),
+        (r"5.973\times 10^{24}", "5.972e24", False),
+        ("98765432109876543", "98765432109876544", False),
+        (r"2^{90}+1", r"2^{90}", False),
+        ("2000001", "2000000", False),
+    ],
+)
+def test_large_numbers_are_as_exact_as_they_are_written(answer, truth, same):
+    assert math_reward(rf"\boxed{{{answer}}}", Task("t", "s", (), (), truth, {}, "r")).value == same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("12,000 m", "12 km", True),
+        ("2.25 kg", "2{,}250 g", True),
+        ("2,250 g", "2.3 kg", False),
+        (r"1,500\pi", r"1500\pi", True),
+        ("(1,500)", "(1, 500)", True),
+    ],
+)
+def test_a_comma_of_thousands_may_stand_in_any_number(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        (r"0.\overline{6}", "2/3", True),
+        (r"0.\bar{6}", r"\frac{2}{3}", True),
+        (r"0.\dot6", "2/3", True),
+        (r"2.1\overline{6}", "13/6", True),
+        (r"-0.\overline{27}", "-3/11", True),
+        (r"0.\dot{1}4285\dot{7}", "1/7", True),
+        (r"0.\overline{6}", "0.6", False),
+        (r"0.\overline{27}", "0.27", False),
+        (r"0.5\overline{AB}", r"\frac{AB}{2}", True),
+    ],
+)
+def test_repeating_decimals_are_fractions(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+def test_expressions_with_variables_are_told_apart_below_the_digits_of_decimals():
+    assert not same_answer(r"y+10^{-17}", r"y+3\cdot10^{-17}")
+    assert same_answer(r"y+10^{-17}", r"10^{-17}+y")

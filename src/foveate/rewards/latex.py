@@ -32,6 +32,10 @@ _ABOUT = re.compile(
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _SHORT_FRACTION = re.compile(r"\\[dt]?frac(?:\s*(\d)\s*([\dA-Za-z])|(?=\s*\{))")
+_REPEATING = re.compile(
+    r"(?<![\d.])(?P<whole>\d{0,30})\.(?P<once>\d{0,30})(?:\\(?:overline|bar|dot)\s*(?:\{\s*(?P<group>\d{1,30})\s*\}|(?P<digit>\d))"
+    r"(?:(?P<between>\d{0,30})\\dot\s*\{?\s*(?P<last>\d)\s*\}?)?)(?!\d)"
+)
 _ORDINAL = re.compile(r"^(\d+)\s*(?:st|nd|rd|th)\b")
 _SCALE = re.compile(r"(?<=\d)\s*(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
 _SCALES = {
@@ -70,6 +74,7 @@ def tidy(answer: str) -> str:
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
     text = _SHORT_FRACTION.sub(lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}" if found[1] else r"\frac", text)
+    text = _REPEATING.sub(_repeating, text)
     text = _ABOUT.sub("", " ".join(text.split()).lstrip("= "))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
     text = _ORDINAL.sub(r"\1", text)
@@ -80,6 +85,14 @@ def tidy(answer: str) -> str:
             lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
         )
     return text.rstrip(".").strip() if text.rstrip(". ") else text
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """A repeating decimal as a fraction: `\\frac{1}{3}` for `0.\\overline{3}`."""
+    before = found["whole"] + found["once"]
+    again = (found["group"] or found["digit"]) + (found["between"] or "") + (found["last"] or "")
+    above = int(before + again) - int(before or "0")
+    return rf"\frac{{{above}}}{{{(10 ** len(again) - 1) * 10 ** len(found['once'])}}}"
 
 
 def _greek(found: re.Match[str]) -> str:

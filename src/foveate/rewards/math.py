@@ -63,6 +63,11 @@ _BARE_FUNCTION = re.compile(
 )
 _EXPONENT = re.compile(r"(?<![A-Za-z\d.])(\d+(?:\.\d+)?)[eE]([-+]?\d+)(?![A-Za-z\d.])")
 _INDEX = re.compile(r"(?<![A-Za-z\\{])([A-Za-z])(\d+)(?![A-Za-z\d])")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_ROUNDING = Decimal("1e-12")
+"""The relative error that decimals have in the parser, which keeps 15 digits of them."""
+_EXACT = Decimal("1e-20")
+"""The relative error of expressions without decimals, at numbers of 40 digits."""
 _LATEX = math_verify.LatexExtractionConfig(
     normalization_config=NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
@@ -245,12 +250,15 @@ def _same_label(one: str, other: str, asked: str) -> bool:
 
 
 def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
-    one, other = given.value, wanted.value
+    one, other = (q.value if closing_bracket(q.value) else _THOUSANDS.sub("", q.value) for q in (given, wanted))
     if given.unit and wanted.unit:
         if given.unit.measure != wanted.unit.measure:
             return False
         if given.unit != wanted.unit:
-            one, other = (rf"({q.value}) \cdot {q.unit.factor} + {q.unit.offset}" for q in (given, wanted) if q.unit)
+            one, other = (
+                rf"({value}) \cdot {unit.factor} + {unit.offset}"
+                for value, unit in ((one, given.unit), (other, wanted.unit))
+            )
     elif (given.unit and wanted.label) or (given.label and wanted.unit):
         return False
     if not same_label(given.label, wanted.label):
@@ -340,7 +348,8 @@ def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
     if not all(isinstance(e, sympy.Expr) and not e.is_Symbol for e in expressions):
         return None
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols})
-    at = {name: 0.7312 + 0.1371 * i for i, name in enumerate(names)}
+    at = {name: sympy.Float("0.7312", 40) + i * sympy.Float("0.1371", 40) for i, name in enumerate(names)}
+    rounded = any(e.has(sympy.Float) for e in expressions)
     values = [e.subs({symbol: at[symbol.name] for symbol in e.free_symbols}).evalf(30) for e in expressions]
     difference, size = (abs(value).evalf(30) for value in (values[0] - values[1], values[1]))
     if not all(isinstance(value, sympy.Number) and value.is_finite for value in (difference, size)):
@@ -349,8 +358,8 @@ def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
     if not magnitude:  # a value that cancels out keeps a rounding error of 100 digits
         return distance < Decimal("1e-100") if not names else None
     if not names:
-        return _close(magnitude + distance, magnitude, digits)
-    return False if distance > magnitude.scaleb(1 - digits) else None
+        return _close(magnitude + distance, magnitude, digits) or (rounded and distance <= magnitude * _ROUNDING)
+    return False if distance > magnitude * (Decimal(10).scaleb(-digits) if rounded else _EXACT) else None
 
 
 def _decimal(text: str) -> Decimal | None:

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -147,7 +148,7 @@ def _truths(value: Any) -> list[str]:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return ""
-    return str(int(value)) if value == int(value) else repr(value)
+    return str(int(Decimal(repr(value)))) if value == int(value) else repr(value)
 
 
 def _not_an_answer(value: Any) -> str:
