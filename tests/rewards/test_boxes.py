@@ -78,6 +78,52 @@ def test_a_box_is_read_from_the_last_or_the_first_bracket(text, last, first):
     assert parse_box(text, which="first") == first
 
 
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ('{"left": 10, "top": 20, "width": 30, "height": 40}', (10, 20, 40, 60)),
+        ("left=10, top=20, w=30, h=40", (10, 20, 40, 60)),
+        ('{"cx": 50, "cy": 60, "w": 20, "h": 40}', (40, 40, 60, 80)),
+        ('{"x_center": 50, "y_center": 60, "width": 20, "height": 40}', (40, 40, 60, 80)),
+        ('{"left": 10, "top": 20, "right": 30, "bottom": 40}', (10, 20, 30, 40)),
+    ],
+)
+def test_a_box_may_be_given_by_its_size_and_a_corner_or_its_centre(text, box):
+    assert parse_box(text) == box
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("[10-20, 30-40]", None),
+        ("[10 - 20, 30 - 40]", None),
+        ("[-10, 20, 30, 40]", (-10, 20, 30, 40)),
+        ("By 2031 there were 5 oaks and 4 elms and 1 pine", None),
+        ("The 3 dogs (2 of them brown) sit beside 1 cat and 1 bowl.", None),
+        ("10; 20; 30; 40", (10, 20, 30, 40)),
+        ("(10, 20) to (30, 40)", (10, 20, 30, 40)),
+        ("x1 10 y1 20 x2 30 y2 40", (10, 20, 30, 40)),
+        ("The dog is at 10, 20, 30, 40.", (10, 20, 30, 40)),
+    ],
+)
+def test_ranges_and_numbers_scattered_in_prose_are_no_box(text, box):
+    assert parse_box(text) == box
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("<think>[10,20,30,40]</think> There is no dog.", None),
+        ("<think>[10,20,30,40]</think> [50,60,70,80]", (50, 60, 70, 80)),
+        ("<think>[10,20,30,40]</think>\n", (10, 20, 30, 40)),
+        ("<think>perhaps [10,20,30,40]", (10, 20, 30, 40)),
+    ],
+)
+def test_a_box_of_the_thoughts_counts_only_where_nothing_follows_them(text, box):
+    assert parse_box(text) == box
+    assert parse_boxes(text) == ([box] if box else [])
+
+
 def test_all_boxes_of_an_answer_are_read_in_every_form():
     text = '[1,2,3,4], [[5,6],[7,8]], {"x1": 9, "y1": 10, "x2": 11, "y2": 12}, [1,2]'
     assert parse_boxes(text) == [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]

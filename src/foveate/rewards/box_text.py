@@ -5,23 +5,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal
 
 Box = tuple[float, float, float, float]
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_THOUGHT = "</think>"
+_LONGEST_GAP = 16
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _CORNER = re.compile(r"[\[(]([^\[\]()]*)[\])]")
 _BETWEEN_CORNERS = re.compile(r"[\s,;]*(?:to|and|-)?\s*(?:[\"']?[A-Za-z_-]{1,15}[\"']?\s*[:=]?\s*)?")
 _NUMBER = re.compile(r"(?:[-+]|(?<![A-Za-z0-9_.]))(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_RANGE = re.compile(r"\d-\d|\d\s+-\s+\d")
+"""Two numbers with a dash between them, which is no sign of the second."""
+_APART = re.compile(
+    r"(?:[^\w.]|_)*(?:(?:and|to|[xywh]_?\d?|[xy]_?(?:min|max)|left|top|right|bottom|width|height)\b[^\w.]*)?", re.I
+)
+"""What may stand between the coordinates of a box without brackets: marks, and the names of coordinates."""
 _NAMED = re.compile(rf"(?<![A-Za-z])([A-Za-z]{{1,8}}_?[A-Za-z]{{0,8}}\d?)[\"']?\s*[:=]\s*({_NUMBER.pattern})")
+_CENTRES = (("cx", "cy"), ("centerx", "centery"), ("xcenter", "ycenter"), ("xc", "yc"))
+_SIZED = (("x", "y"), ("left", "top"), *_CENTRES)
 _NAMES = (
     ("x1", "y1", "x2", "y2"),
     ("x0", "y0", "x1", "y1"),
     ("xmin", "ymin", "xmax", "ymax"),
     ("left", "top", "right", "bottom"),
-    ("x", "y", "width", "height"),
-    ("x", "y", "w", "h"),
+    *((x, y, *size) for x, y in _SIZED for size in (("width", "height"), ("w", "h"))),
 )
 _Found = tuple[int, list[float]]
 
@@ -30,17 +40,20 @@ def parse_box(text: str, which: Literal["last", "first"] = "last") -> Box | None
     """The box that an answer gives, as it stands in the text but with x1 <= x2 and y1 <= y2, or None.
 
     A box is an innermost `[...]` that holds four numbers (the first four count), two corners `[x1, y1], [x2, y2]` (also
-    in round brackets), or four coordinates by name: `{"x1": .., "y1": .., "x2": .., "y2": ..}`, xmin, left, or x and y
-    with width and height. The last one counts, or the first. A box inside `<answer>...</answer>` goes before everything
-    outside of it. Text without any square bracket may give its last four numbers; digits of names are no numbers.
+    in round brackets), or four coordinates by name: `{"x1": .., "y1": .., "x2": .., "y2": ..}`, xmin, left, or a corner
+    or centre with width and height. The last one counts, or the first. If anything stands behind `</think>`, only that
+    counts; a box inside `<answer>...</answer>` goes before everything outside of it. Text without any square bracket
+    may give its last four numbers if no words stand between them; digits of names and ranges are no coordinates.
     Numbers that overflow to infinity make no box.
     """
+    text = _said(text)
     return _box_in(_answer(text, which), which) or _box_in(text, which)
 
 
 def parse_boxes(text: str) -> list[Box]:
     """Every box of an answer in order, as `parse_box` reads them, but a bracket must hold four numbers and no more.
     Boxes inside the last `<answer>...</answer>` go before everything outside of it."""
+    text = _said(text)
     return _boxes_in(_answer(text, "last")) or _boxes_in(text)
 
 
@@ -54,8 +67,22 @@ def _box_in(text: str, which: str) -> Box | None:
     found = sorted((*brackets, *_corners(text), *_named(text)))
     fours = [numbers for _, numbers in found if len(numbers) >= 4]
     if not brackets and not fours:
-        fours = [[float(number) for number in _NUMBER.findall(text)][-4:]]
+        fours = [_last_row(text)]
     return _box((fours or [[]])[-1 if which == "last" else 0][:4])
+
+
+def _last_row(text: str) -> list[float]:
+    """The last four numbers of a text that has no words between them."""
+    found = [*_NUMBER.finditer(text)][-4:]
+    gaps = [text[before.end() : after.start()] for before, after in pairwise(found)]
+    joined = all(len(gap) <= _LONGEST_GAP and _APART.fullmatch(gap) for gap in gaps)
+    return [float(number.group()) for number in found] if joined else []
+
+
+def _said(text: str) -> str:
+    """The part of a text behind its thoughts, or the whole of it where nothing does."""
+    said = text[text.rfind(_THOUGHT) + len(_THOUGHT) :] if _THOUGHT in text else text
+    return said if said.strip() else text
 
 
 def _answer(text: str, which: str) -> str:
@@ -95,12 +122,23 @@ def _named(text: str) -> Iterator[_Found]:
         values[found[1].lower().replace("_", "")] = float(found[2])
         for names in _NAMES:
             if all(name in values for name in names):
-                x, y, right, bottom = (values[name] for name in names)
-                yield found.start(), [x, y, x + right, y + bottom] if names[0] == "x" else [x, y, right, bottom]
+                yield found.start(), _corners_of(names, [values[name] for name in names])
                 values = {}
 
 
+def _corners_of(names: tuple[str, ...], values: list[float]) -> list[float]:
+    """The coordinates of both corners, from these or from the size and one corner or the centre."""
+    x, y, right, bottom = values
+    if names[2] not in ("width", "w"):
+        return values
+    if names[:2] in _CENTRES:
+        x, y = x - right / 2, y - bottom / 2
+    return [x, y, x + right, y + bottom]
+
+
 def _numbers(text: str) -> list[float]:
+    if _RANGE.search(text):
+        return []
     return [float(number) for number in _NUMBER.findall(text)]
 
 
