@@ -311,3 +311,21 @@ def test_repeating_decimals_are_fractions(answer, truth, same):
 def test_expressions_with_variables_are_told_apart_below_the_digits_of_decimals():
     assert not same_answer(r"y+10^{-17}", r"y+3\cdot10^{-17}")
     assert same_answer(r"y+10^{-17}", r"10^{-17}+y")
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("exactly 9", "9", True),
+        ("half", "0.5", True),
+        ("one half", r"\frac{1}{2}", True),
+        ("³⁄₄", "3/4", True),
+        ("\u20119", "-9", True),
+        ("9'", "9", False),
+        ("9...", "9", False),
+        ("9.", "9", True),
+        ("'9'.", "9", True),
+    ],
+)
+def test_marks_behind_a_number_and_words_before_it_are_read(answer, truth, same):
+    assert same_answer(answer, truth) is same

@@ -74,3 +74,21 @@ def test_words_beside_mathematics_are_read():
     assert not has_words("ab + c")
     assert not has_words(r"\frac{1}{2}ab")
     assert not same_answer("at most 8", "8")
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("O2S", "SO2", False),
+        ("N2H4", "H4N2", False),
+        ("(OH)2Mg", "Mg(OH)2", False),
+        ("2OH2", "2H2O", False),
+        ("SO_2", "SO2", True),
+        (r"\text{C}_6\text{H}_{12}", "C6H12", True),
+        ("Mg(OH)_2", "Mg(OH)2", True),
+        (r"\mathrm{NH_4^+}", "NH_4^{+}", True),
+        ("3AB", "3BA", True),
+    ],
+)
+def test_a_formula_keeps_its_order(answer, truth, same):
+    assert same_answer(answer, truth) is same

@@ -69,3 +69,26 @@ def test_one_grammar_reads_products_of_powers():
     assert minute is not None
     assert minute.measure == (("m", 2), ("s", -1))
     assert minute.factor == Fraction(381, 1250) ** 2 / 60
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("$8", "8 cents", False),
+        ("€8", "$8", False),
+        ("£8", r"\$8", False),
+        (r"\$8", r"8\%", False),
+        ("8%", "€8", False),
+        ("8 cents", "$0.08", True),
+        ("$8", "8 dollars", True),
+        ("8 euros", "€8", True),
+        ("8€", "€8", True),
+        ("£8", "8 pounds", True),
+        ("8 pounds", "3.62873896 kg", True),
+        ("$2,400", "2400", True),
+        ("€8", "8", True),
+        ("$8$", "8 cents", True),
+    ],
+)
+def test_money_is_of_one_currency(answer, truth, same):
+    assert same_answer(answer, truth) is same

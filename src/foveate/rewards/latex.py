@@ -24,10 +24,12 @@ _DRESS = re.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|\\[,;:! ]|~|\\q?quad(?![A-Za-z])"
     r"|(?<!\\)\$|\\[()]"
 )
+_DOLLARS = re.compile(r"^\$(?=\s*[\d.][^$]*$)")
+"""The sign of dollars: no other stands behind it, as one would to close mathematics."""
 _DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*(?:\\circ|°|o)\s*\}?|\\degree(?![A-Za-z])|°)")
 _DOTS = re.compile(r"\\(?:ldots|cdots|dots[a-z]?|ddots|vdots)(?![A-Za-z])|\.{3,}|…|⋯")
 _ABOUT = re.compile(
-    r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
+    r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|exactly|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
 )
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -57,6 +59,7 @@ _ONES = [
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 _NUMBER_WORD = re.compile(rf"(?:({'|'.join(_TENS)})[ -])?({'|'.join(_WORDS)})(?![A-Za-z])", re.IGNORECASE)
+_HALF = re.compile(r"(?:(?:one|a)[ -])?half\.?", re.IGNORECASE)
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
 _BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
 _OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
@@ -67,7 +70,8 @@ def tidy(answer: str) -> str:
     r"""An answer in the form that the comparisons read: signs of Unicode as LaTeX, `\text{}` and spacing gone, degrees
     as `°` (in trigonometric functions as a factor), ellipses as `\dots`, mixed numbers, roots and number words written
     out, no stop at the end."""
-    text = _DRESS.sub(" ", unwrapped(unified(answer.strip().strip("$").strip())))
+    answer = _DOLLARS.sub(r"\\$", answer.strip())
+    text = _DRESS.sub(" ", unwrapped(unified(answer.strip("$").strip())))
     text = _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",")
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
     text = _ROOT.sub(
@@ -102,6 +106,8 @@ def _greek(found: re.Match[str]) -> str:
 
 
 def _number_words(text: str) -> str:
+    if _HALF.fullmatch(text):
+        return r"\frac{1}{2}"
     found = _NUMBER_WORD.match(text)
     if found is None:
         return text

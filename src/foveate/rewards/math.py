@@ -22,7 +22,7 @@ from foveate.rewards.latex import closing_bracket, parts_of, tidy
 from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols
 from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
 from foveate.rewards.text import Extraction, question, score_final_answer
-from foveate.rewards.units import DEGREE, Quantity, same_label, split_unit
+from foveate.rewards.units import DEGREE, Quantity, in_one_currency, same_label, split_unit
 
 try:
     import math_verify
@@ -250,6 +250,7 @@ def _same_label(one: str, other: str, asked: str) -> bool:
 
 
 def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
+    given, wanted = in_one_currency(given, wanted)
     one, other = (q.value if closing_bracket(q.value) else _THOUSANDS.sub("", q.value) for q in (given, wanted))
     if given.unit and wanted.unit:
         if given.unit.measure != wanted.unit.measure:
@@ -260,6 +261,8 @@ def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
                 for value, unit in ((one, given.unit), (other, wanted.unit))
             )
     elif (given.unit and wanted.label) or (given.label and wanted.unit):
+        return False
+    if (given.unit or wanted.unit) and bool(_PERCENT.search(one)) != bool(_PERCENT.search(other)):
         return False
     if not same_label(given.label, wanted.label):
         return False
@@ -278,6 +281,8 @@ def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
 def _same_value(answer: str, truth: str, digits: int) -> bool:
     if answer.replace(" ", "") == truth.replace(" ", ""):
         return True
+    if ("'" in answer) != ("'" in truth):
+        return False
     if _PERCENT.search(answer) or _PERCENT.search(truth):
         return _same_percentage(answer, truth, digits)
     given, wanted = _decimal(answer), _decimal(truth)

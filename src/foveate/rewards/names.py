@@ -2,7 +2,7 @@ r"""Answers that are words or names of points: letters that stand in an order an
 
 `SAS` is not `SSA` and `no` is not `on`, where a reader of mathematics sees products. A name keeps its letters in their
 order, save where geometry gives it none: angle ABC is angle CBA, and segment or line AB is BA. The mark may be left out
-(`AB` for `\overline{AB}`).
+(`AB` for `\overline{AB}`). Capitals with digits are a name, too: `CO2` is not `OC2`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ _NAME = re.compile(
     "(?:" + "|".join(f"(?P<{mark}>{pattern})" for mark, pattern in _MARKS.items()) + r")?\s*(?P<brace>\{)?\s*"
     rf"(?P<letters>(?:{_VERTEX}\s*)+|[a-z0-9](?=\s*\}}?$))(?(brace)\}})"
 )
+_COUNT = r"(?:_?\{?\d+\}?)?"
+_FORMULA = re.compile(
+    r"(?=[\d\s]*[A-Za-z()]+_?\{?\d)(?=(?:[^A-Z]*[A-Z]){2})(?:\d+\s*)?"
+    rf"(?:[A-Z][a-z]?{_COUNT}|\((?:[A-Z][a-z]?{_COUNT})+\){_COUNT})+(?:\^\{{?\d?[+-]\}}?)?"
+)
+"""Capitals with digits between or behind them, such as `H_2SO_4`."""
 _RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
@@ -104,6 +110,8 @@ def wording(text: str, question: str) -> Wording | None:
     name = _name(text)
     if name is not None and (name.mark or len(name.letters) > 1):
         return Wording((name,))
+    if _FORMULA.fullmatch(text.strip()):
+        return Wording(words=re.sub(r"[\s_{}]", "", text))
     if not _WORDS.fullmatch(text.strip()):
         return None
     runs = _RUN.findall(text)

@@ -20,9 +20,25 @@ _CUE = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?。](?=\s|\*|$)|\n|。")
 _COPULA = re.compile(r"(?:\b(?:is|are|equals)\b|[:=])\s*")
+_CONTINUED = re.compile(r"[\d}]\s*\.{3,}$")
 _FORMS = ("<super>", "<sub>", "<fraction>", "<circle>")
+_RAISED_FRACTION = re.compile(r"([⁰¹²³⁴-⁹]+)[⁄∕/]([₀-₉]+)")
 _ALIKE = str.maketrans(
-    {"−": "-", "–": "-", "—": "-", "º": "°", "˚": "°", "⁄": "/", "∕": "/", "。": ".", "•": "·", "⋅": "·", "′": "'"}
+    {
+        "−": "-",
+        "‐": "-",
+        "‑": "-",
+        "–": "-",
+        "—": "-",
+        "º": "°",
+        "˚": "°",
+        "⁄": "/",
+        "∕": "/",
+        "。": ".",
+        "•": "·",
+        "⋅": "·",
+        "′": "'",
+    }
 )
 
 
@@ -31,7 +47,12 @@ def unified(text: str) -> str:
     plain ones, `x²` becomes `x^{2}`, `x₁` becomes `x_{1}` and `½` becomes `\frac{1}{2}`."""
     if text.isascii():
         return text
+    text = _RAISED_FRACTION.sub(lambda found: rf"\frac{{{_digits(found[1])}}}{{{_digits(found[2])}}}", text)
     return "".join(_plain_run(kind, "".join(run)) for kind, run in groupby(text.translate(_ALIKE), key=_kind))
+
+
+def _digits(raised: str) -> str:
+    return unicodedata.normalize("NFKC", raised)
 
 
 def _kind(character: str) -> str:
@@ -61,8 +82,14 @@ def unwrapped(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""Text without its dress: `\text{...}` and bold markers, letter case, runs of white space, quotes around it and
-    the stop at its end are gone. Answers of one plain form are the same, so `5!`, `.5` and `5²` keep their marks."""
-    return " ".join(unwrapped(unified(text)).casefold().split()).strip(" \"'`$").rstrip(" .,;:")
+    the stop at its end are gone. Answers of one plain form are the same, so `5!`, `.5`, `5²`, `5'` and `5...` keep
+    their marks."""
+    bare = " ".join(unwrapped(unified(text)).casefold().split())
+    if _CONTINUED.search(bare):
+        return bare
+    bare = bare.rstrip(" .,;:").strip(' "`$')
+    quoted = bare.startswith("'")
+    return (bare.strip(" '") if quoted else bare).rstrip(" .,;:")
 
 
 def stated_answer(text: str) -> str:

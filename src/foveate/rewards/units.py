@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -66,8 +66,12 @@ rpm bpm | 1/60 | s-1 |
 ° deg degree 度 | 1 | ° |
 rad radian 弧度 | 1 | |
 unit | 1 | unit |
-dollar USD 美元 | 1 | $ |
+$ dollar USD 美元 | 1 | $ |
 cent | 1/100 | $ |
+€ euro EUR 欧元 | 1 | € |
+£ GBP 英镑 | 1 | £ |
+¥ yen yuan RMB 元 | 1 | ¥ |
+₹ rupee | 1 | ₹ |
 byte B | 8 | bit | *
 bit | 1 | bit | *
 °C celsius centigrade ℃ | 1 | K |
@@ -87,12 +91,15 @@ _JOINERS = frozenset((
     "and", "or", "nor", "not", "no", "to", "than", "but", "if", "when", "where", "is", "are", "per", "of",
     "the",
 ))  # fmt: skip
-_NAME = r"(?:\\mu\s*|\\text)?(?:°\s*[CF](?![A-Za-z])|°|(?:[A-Za-zµμ]\s*)?(?:\\Omega|Ω)|[A-Za-zµμ$]+|[\u4e00-\u9fff]+)"
+_NAME = (
+    r"(?:\\mu\s*|\\text)?(?:°\s*[CF](?![A-Za-z])|°|(?:[A-Za-zµμ]\s*)?(?:\\Omega|Ω)|[A-Za-zµμ]+|\\?\$"
+    r"|[€£¥₹]|[\u4e00-\u9fff]+)"
+)
 _TOKEN = re.compile(
     rf"\s*(?P<op>/|\\cdot|\\times|\*|·|-(?=[A-Za-z])|\bper\b)?\s*(?P<open>\()?\s*(?:(?P<kind>square|cubic|sq|cu)\b\.?\s*|(?P<hanzi>平方|立方))?"
     rf"(?P<name>{_NAME})\.?(?:\s*(?P<behind>squared|cubed)\b|(?:\s*\^\s*\{{?\s*|(?=\d)(?!\d\d))(?P<power>-?\d)\s*\}}?)?\s*(?P<close>\))?"
 )
-_START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
+_START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ€£¥₹\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
 _LABEL = re.compile(
     r"(?:\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
 )
@@ -104,7 +111,7 @@ _PER_SECOND = re.compile(r"(?<![A-Za-z])([kcm]?m)s(?=\s*\^\s*\{?\s*-)")
 _DEGREES_OF = re.compile(
     r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
 )
-_CURRENCY = re.compile(r"\\?\$\s*(?=[\d.])|(?:USD|[€£¥₹])\s*(?=[\d.])")
+_CURRENCY = re.compile(r"\\?(\$|USD|[€£¥₹])\s*(?=[\d.])")
 _VALUE_END = re.compile(r"[\d)}\]!π.]$|\\[A-Za-z]+$|[A-Za-z]$")
 
 
@@ -127,7 +134,7 @@ class Quantity:
 
 
 DEGREE = Unit((("°", 1),), Fraction(1))
-_DOLLAR = Unit((("$", 1),), Fraction(1))
+_POUND = Unit((("£", 1),), Fraction(1))
 
 
 def _table() -> dict[str, tuple[Unit, bool]]:
@@ -148,7 +155,7 @@ _KNOWN = _table()
 @lru_cache(maxsize=4096)
 def known_unit(name: str) -> Unit | None:
     """The unit of one name: a symbol or a word, with its prefix, or the plural of a word."""
-    name = name.replace("\\mu", "µ").replace("\\Omega", "Ω").replace(" ", "")
+    name = name.replace("\\$", "$").replace("\\mu", "µ").replace("\\Omega", "Ω").replace(" ", "")
     if name in _KNOWN:
         return _KNOWN[name][0]
     for prefixes, is_word in ((_SYMBOL_PREFIXES, False), (_WORD_PREFIXES, True)):
@@ -197,9 +204,7 @@ def split_unit(answer: str) -> Quantity:
     (`5 meters long`).
     """
     if found := _CURRENCY.match(answer):
-        return Quantity(
-            answer[found.end() :].strip(), _DOLLAR if "$" in found.group() or "U" in found.group() else None
-        )
+        return Quantity(answer[found.end() :].strip(), known_unit(found[1]))
     answer = _DEGREES_OF.sub(lambda found: f"°{found[1]}" if found[1] else " ", _PER_SECOND.sub(r"\1 s", answer))
     if several := _sum_of_units(answer):
         return several
@@ -248,6 +253,14 @@ def _is_label(rest: str) -> bool:
     if not words:
         return True
     return _LABEL.fullmatch(f" {words}") is not None and not _JOINERS & set(words.casefold().split())
+
+
+def in_one_currency(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
+    """Two quantities, of which pounds in words are money if the other has the sign `£`."""
+    if _POUND not in (given.unit, wanted.unit):
+        return given, wanted
+    one, other = (replace(q, unit=_POUND) if q.unit == known_unit("pound") else q for q in (given, wanted))
+    return one, other
 
 
 def same_label(one: str, other: str) -> bool:
