@@ -22,6 +22,9 @@ def choice(truth, question="Which tree?", **meta):
         "It cannot be A. Therefore the answer is (B) pine.", "Needles.\n\nB", "Final answer: pine", "答案是B。",
         "选项B",
         "Option A is incorrect. Option B is right.", "Not C but B. So the final answer is B.", "It's B.", "So, B!",
+        "The answer is B; A is wrong.", "Definitely B.", "The answer is 'B'.", "Answer - B", "maybe B?", "B it is.",
+        "Of all trees, B fits best.", "So I'd say pine.", "It looks like a pine, not an oak.", "I think it's a pine.",
+        "Pine (B)", "The answer is B; not A.",
         "Looking at the needles, (B) is most likely.", "Based on the bark, the answer should be B",
     ],
 )  # fmt: skip
@@ -35,6 +38,9 @@ def test_an_option_is_read_from_ordinary_sentences(text):
     [
         "A or B", "B. oak", "The answer is not B.", "A tree stands there.", "BBB",
         "I see a pine and an oak.", "E", "", "The answer is A or B.", "It cannot be B.",
+        "The answer is pine (A)", "B (oak)", "Definitely not B.", "I wouldn't say pine.",
+        "It doesn't look like a pine.",
+        "I'd say spruce.", "There is no pine here.", "The answer is B; A is right, too.",
         "It is hard to say.", "Options A and C are both right.", "I do not know.",
     ],
 )  # fmt: skip
@@ -56,6 +62,8 @@ def test_an_answer_that_names_no_option_or_several_is_unreadable(text):
         {"choices": '{"A": "oak", "B": "pine"}'},
         {"choices": ["A. oak", "B. pine"]},
         {"choices": ["(A) oak", "(B) pine"]},
+        {"choices": ["(a) oak", "(b) pine"]},
+        {"choices": ["a. oak", "b. pine"]},
         {"choices": "A. oak\nB. pine"},
         {"A": "oak", "B": "pine", "C": None, "split": "test"},
         {"option_a": "oak", "option_b": "pine"},
@@ -79,7 +87,8 @@ def test_numbers_mark_options_only_where_choices_are_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("truth", "right"), [("B", 1), (1, 1), ("1", 1), ("pine", 1), ("(B)", 1), (np.int64(1), 1), (0, 0), ("A", 0)]
+    ("truth", "right"),
+    [("B", 1), (1, 1), ("1", 1), ("pine", 1), ("(B)", 1), (np.int64(1), 1), (1.0, 1), (0, 0), ("A", 0)],
 )
 def test_a_truth_is_a_label_a_value_or_an_index_from_0(truth, right):
     assert multiple_choice("\\boxed{B}", choice(truth, choices=["oak", "pine"])).value == right

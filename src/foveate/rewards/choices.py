@@ -13,22 +13,22 @@ import numpy as np
 from foveate.records import Task
 from foveate.rewards.plain_text import last_value, plain, statements, unified, unwrapped
 
-_MARK = r"[(【]?\s*([A-J]|\d{1,2})\s*[.):、】]"
+_MARK = r"[(【]?\s*([A-Ja-j]|\d{1,2})\s*[.):、】]"
 _MARKED = re.compile(rf"\s*{_MARK}\s*(.*)", re.DOTALL)
 _MARKS_IN_TEXT = re.compile(
     r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
 )
 _COLUMN = re.compile(r"(?:(?:option|choice)[_ ]?)?([A-J])", re.IGNORECASE)
 _LEADING = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[:=是为]?\s*)?"
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=是为]?\s*)?"
     r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+(?:is|as|because|since|for|which)\b))"
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _NAMED = re.compile(
     r"(?:\b(?:option|choice|choose|select|pick)s?\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
-    r"|(?<![A-Za-z'(])([A-J])(?=\s+is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely))"
-    r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore)\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!]*\s*$))",
+    r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best))"
+    r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly)\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
@@ -41,6 +41,14 @@ _DENIAL_BEFORE = re.compile(
 )
 _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
+_GUESS = re.compile(
+    r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
+    r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is)"
+    r"(?:,?\s+(?:and\s+|but\s+)?(?:not|rather\s+than)\s.{0,200})?[.!?]*",
+    re.I,
+)
+"""A sentence that says what something may be: `I'd say oak`, `It looks like an oak, not a pine`, `Oak it is`."""
+_DENIAL = re.compile(r"n't\b|\b(?:not|never|cannot|no)\b", re.I)
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
 
@@ -82,9 +90,9 @@ def _listed(given: Any) -> Mapping[str, str]:
         return {}
     values = [str(value) for value in given]
     marks = [_MARKED.fullmatch(unified(value)) for value in values]
-    labels = [mark[1] for mark in marks if mark]
+    labels = [mark[1].upper() for mark in marks if mark]
     if labels in (_letters(len(values)), _numbers(len(values))):
-        return {mark[1]: mark[2].strip() for mark in marks if mark}
+        return {mark[1].upper(): mark[2].strip() for mark in marks if mark}
     return dict(zip(_letters(len(values)), values, strict=True))
 
 
@@ -149,7 +157,8 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     None for an answer that names none, several at once, a label with the value of another option, or a label that is
     none of `values`; without values, letters from A to J are labels.
     """
-    text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", unwrapped(unified(answer)))
+    text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
+    text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = re.sub(r"[ \t]+(?=[,.;:!)])", "", text).strip()
     by_value = {_bare(value): label for label, value in values.items()}
     for part in _parts(text):
@@ -161,6 +170,11 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
         if named:
             only = named.pop() if len(named) == 1 else None
             return only if only in values or not values else None
+        if found := _GUESS.fullmatch(sentence.strip()):
+            head, said, given = found["head"] or "", found["said"], found["given"]
+            label = by_value.get(_bare(said or given))
+            if label and not _DENIAL.search(head):
+                return label
     return None
 
 
@@ -189,8 +203,10 @@ def _leading_label(text: str, values: Mapping[str, str], by_value: Mapping[str, 
         return _value_label(text, by_value)
     label = (found[1] or found[2]).upper()
     rest = found["rest"]
-    other = by_value.get(_bare(rest), label)
+    other = by_value.get(_bare(rest)) or by_value.get(_bare(rest).strip("()"), label)
     again = _ANOTHER.match(found["mark"] + rest)
+    if again and _DENIED.match(again.string, again.end()):
+        again = None
     if _DENIED.match(rest):
         return None
     return "" if other != label or (again and again[1].upper() != label) else label
@@ -198,11 +214,12 @@ def _leading_label(text: str, values: Mapping[str, str], by_value: Mapping[str, 
 
 def _value_label(text: str, by_value: Mapping[str, str]) -> str | None:
     """The label of the value that a text begins with, followed by a mark: `blue, because of the sky`; of a letter
-    before its own value: `C blue`."""
+    before its own value: `C blue`; "" where another letter stands behind it: `blue (A)`."""
     bare = _bare(text)
     for value, label in by_value.items():
         if value and (bare == f"{label.casefold()} {value}" or re.match(rf"{re.escape(value)}\s*[,;(]", bare)):
-            return label
+            marked = re.match(r"\s*\(\s*([a-j])\s*\)", bare.removeprefix(value))
+            return label if marked is None or marked[1].upper() == label else ""
     return None
 
 
@@ -221,6 +238,8 @@ def _mentioned(sentence: str) -> Iterator[str]:
 
 def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
     """The option that a ground truth means, or None: by label, by value, or a whole number as an index from 0 on."""
+    if isinstance(truth, float) and truth.is_integer():
+        truth = int(truth)
     if isinstance(truth, int | np.integer) and not isinstance(truth, bool):
         labels = list(values)
         if str(truth) in values:
