@@ -231,5 +231,5 @@ def test_a_server_that_is_told_to_stop_answers_with_an_error_first(tiny_folder):
             process.send_signal(signal.SIGTERM)
             with pytest.raises(openai.APIError, match="the server is stopping"):
                 list(pieces)
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
         assert process.stdout.read() == "stopped\n"
