@@ -81,7 +81,9 @@ def test_marks_of_the_options_themselves_are_kept(tmp_path):
     assert task.messages[0].content == "Which?\n(A) cat\n(B) dog"
 
 
-@pytest.mark.parametrize("value", ["multiple-choice", 4, ["cat"], {"A": ["cat"], "B": ["dog"]}])
+@pytest.mark.parametrize(
+    "value", ["multiple-choice", 4, ["cat"], {"A": ["cat"], "B": ["dog"]}, "{{}}", "[{{}}]", "{[1]: 2}"]
+)
 def test_a_column_of_options_that_cannot_be_read_is_told(tmp_path, value):
     (tmp_path / "x.jsonl").write_text(json.dumps({"question": "Which?", "answer": "B", "options": value}))
     task, [problem] = open_tasks(tmp_path / "x.jsonl").inspect(0)

@@ -129,6 +129,15 @@ def test_fractions_in_a_reply_are_no_box_of_thousandths(tmp_path):
         open_tasks(tmp_path / "x.jsonl")[0]
 
 
+@pytest.mark.parametrize("box", ["[1, 2", "[" * 100_000, f"[{'1' * 5000}, 2, 3, 4]"])
+def test_a_reply_whose_box_is_no_json_is_refused_by_its_field(tmp_path, box):
+    turns = [{"from": "human", "value": "<image>\nWhere is it?"}, {"from": "gpt", "value": f"<box>{box}</box>"}]
+    PIL.Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"image": "a.png", "conversations": turns}))
+    with pytest.raises(DataError, match=r"field conversations: <box>.* is not \[x1,y1,x2,y2\]"):
+        open_tasks(tmp_path / "x.jsonl")[0]
+
+
 @pytest.mark.parametrize("frame", ["thousandths", "pixels"])
 def test_a_ground_truth_in_fractions_is_a_fault_that_names_the_frame(frame):
     def task(box, side):

@@ -3,13 +3,12 @@ model where the question does not show them itself."""
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foveate.data.conversations import ROLE_NAMES, TURN_KEYS
+from foveate.data.sources import read_literal
 
 OPTION_COLUMNS = ("choices", "options")
 LABEL_KEYS = ("label", "letter", "key", "id")
@@ -29,7 +28,7 @@ def options_of(given: Any) -> Options:
     """The options in a value: a list of texts, or of mappings with a label and a text; a mapping by label, or of two
     lists; or a text that holds one of them, or has the options marked or a line each. Empty for anything else."""
     if isinstance(given, str):
-        return options_of(_literal(given)) or options_of(_parts(given))
+        return options_of(read_literal(given)) or options_of(_parts(given))
     if isinstance(given, Mapping):
         labels, texts = _first(given, LABEL_KEYS), _first(given, TEXT_KEYS)
         if isinstance(labels, list) and isinstance(texts, list):
@@ -109,18 +108,6 @@ def _first(given: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def _letters(count: int) -> list[str]:
     return [chr(ord("A") + i) for i in range(count)]
-
-
-def _literal(text: str) -> Any:
-    """A list or mapping written as JSON or Python; None for other text."""
-    if text.strip()[:1] not in ("[", "{") or len(text) > 2**20:
-        return None
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return found if isinstance(found := read(text.strip()), list | dict) else None
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return None
 
 
 def _parts(text: str) -> list[str]:

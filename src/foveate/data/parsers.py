@@ -5,8 +5,6 @@ A parser is plain data, so that worker processes can be given one.
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,7 +26,7 @@ from foveate.data.recognise import (
 )
 from foveate.data.referring import BOX_FIELDS, GroundingRows, is_only_a_box
 from foveate.data.rows import Parsed, Place, Problem, parse_row
-from foveate.data.sources import dig
+from foveate.data.sources import dig, read_literal
 from foveate.errors import DataError
 from foveate.registry import suggestion
 
@@ -313,13 +311,8 @@ def _are_rows(value: Any) -> bool:
 
 def _listed(value: Any) -> Any:
     """A list that was written as text, as cells of tables have it; anything else as it is."""
-    if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" and len(value) < 2**20:
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return found if isinstance(found := read(value), list) else value
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return value
+    found = read_literal(value) if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" else None
+    return found if isinstance(found, list) else value
 
 
 def _ends_with_answer(prompt: Any) -> bool:

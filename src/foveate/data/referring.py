@@ -270,7 +270,7 @@ def _box_of_conversation(conversations: Any) -> list[float]:
         raise DataError("the row has neither bbox nor a reply with <box>[x1,y1,x2,y2]</box>")
     try:
         value = json.loads(boxes[-1])
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # JSON may have thousands of digits or brackets
         raise DataError(f"<box>{shown(boxes[-1])}</box> is not [x1,y1,x2,y2]") from None
     while isinstance(value, list) and len(value) == 1:  # [[x1,y1,x2,y2]], the model's own form
         value = value[0]

@@ -5,6 +5,8 @@ A source is plain to pickle: worker processes open the files again.
 
 from __future__ import annotations
 
+import ast
+import json
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ from foveate.data.images import one_line
 from foveate.errors import DataError
 
 BLOCK_ROWS = 64
+MOST_CHARACTERS = 2**20
+"""Of a list or mapping in a cell of text."""
 
 MOST_ROWS = 2**30
 _DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, SystemError)
@@ -60,6 +64,19 @@ def dig(value: Any, path: Sequence[str]) -> Any:
             return None
         value = value.get(name)
     return value
+
+
+def read_literal(text: str) -> Any:
+    """The list or mapping that a text is, written as JSON or Python; None for any other text."""
+    if text.strip()[:1] not in ("[", "{") or len(text) > MOST_CHARACTERS:
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):  # TypeError: a list as a key
+            continue
+        return found if isinstance(found, list | dict) else None
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- parquet
