@@ -58,7 +58,7 @@ class RLTrainer:
         from foveate.train.rl import rl_steps
 
         settings = prepared(self.settings)
-        with closing(rl_steps(settings, accept_changes=self._accept_changes)) as steps:  # type: ignore[type-var]
+        with closing(rl_steps(settings, accept_changes=self._accept_changes)) as steps:
             try:
                 for step in steps:
                     self._step = step

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,11 +78,12 @@ class Step:
 
 
 def _run(settings: RLSettings, accept_changes: bool, again: bool) -> RunFolder:
-    deque(rl_steps(settings, accept_changes=accept_changes, again=again), maxlen=0)
+    for _ in rl_steps(settings, accept_changes=accept_changes, again=again):
+        pass
     return RunFolder(Path(settings.run))
 
 
-def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool = False) -> Iterator[Step]:
+def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool = False) -> Generator[Step]:
     """The steps of a run, or of the rest of one, as they are done. The run ends where nobody asks for the next one; the
     same settings continue it after its last checkpoint."""
     check_optimizer(settings.optim, settings.cluster)
