@@ -11,12 +11,20 @@ from foveate.config.base import Settings, refuse
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+LearningRate = Annotated[float, Field(gt=0, le=10, description="Peak learning rate.")]
+MaxAnswerTokens = Annotated[
+    int | None,
+    Field(
+        ge=1,
+        description="Longest answer of a row, in tokens; null: what fits into tokens_per_micro_batch with its prompt.",
+    ),
+]
 
 
 class OptimSettings(Settings):
     name: str = Field(default="adamw", description="A known optimizer (adamw, adamw8bit, muon) or an import path.")
     settings: dict[str, Any] = Field(default={}, description="Settings of the optimizer; the rest by its own defaults.")
-    lr: float = Field(default=1e-6, gt=0, le=10, description="Peak learning rate.")
+    lr: LearningRate = 1e-6
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     betas: Betas = Field(default=(0.9, 0.999), description="Decay rates of AdamW's two moments.")
     warmup_steps: int = Field(
@@ -32,11 +40,11 @@ class OptimSettings(Settings):
 
 
 class SFTOptimSettings(OptimSettings):
-    lr: float = Field(default=1e-5, gt=0, le=10, description="Peak learning rate.")
+    lr: LearningRate = 1e-5
 
 
 class MPOOptimSettings(OptimSettings):
-    lr: float = Field(default=2e-7, gt=0, le=10, description="Peak learning rate.")
+    lr: LearningRate = 2e-7
 
 
 class TrainSettings(Settings):
@@ -75,11 +83,7 @@ class RLTrainSettings(TrainSettings):
 
 class SFTTrainSettings(TrainSettings):
     samples_per_step: int = Field(default=32, ge=1, description="Demonstrations in one optimizer update.")
-    max_answer_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Longest answer of a row, in tokens; null: what fits into tokens_per_micro_batch with its prompt.",
-    )
+    max_answer_tokens: MaxAnswerTokens = None
     weighting: Literal["token", "sample", "square"] = Field(
         default="token", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
     )
@@ -87,11 +91,7 @@ class SFTTrainSettings(TrainSettings):
 
 class MPOTrainSettings(TrainSettings):
     pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
-    max_answer_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        description="Longest answer of a row, in tokens; null: what fits into tokens_per_micro_batch with its prompt.",
-    )
+    max_answer_tokens: MaxAnswerTokens = None
     reference_cache: str | None = Field(
         default=None,
         description="Folder of log-probs under the reference model, which runs may share; null: in the run's folder.",
