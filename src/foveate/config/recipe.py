@@ -45,10 +45,7 @@ class Entry:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]) -> SettingsT:
-    """The settings of a recipe.
-
-    A layer (base, recipe, each override in turn) adds to the ones before it. Lists are replaced whole. A choice by name
-    (`algorithm`, `reward`) that names another one drops the settings of the former.
+    """The settings of a recipe: its base, its own, and each override in turn.
 
     Args:
         path: a file, or the name of a shipped recipe (`shapes_gspo`).
@@ -59,18 +56,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]
     Raises:
         ConfigError: with the file and line, or the override, of the first problem.
     """
-    named = _default_names(cls)
-    merged = Entry({}, str(path))
-    for layer in (*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)):
-        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
-    return _validated(merged, cls)
+    return _combined(_layers(path, overrides), cls, str(path))
 
 
-def _validated(merged: Entry, cls: type[SettingsT]) -> SettingsT:
-    try:
-        return cls.model_validate(_plain(merged))
-    except ValidationError as error:
-        raise ConfigError(_first_problem(error, merged, cls)) from None
+def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | None = None) -> Any:
+    """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
+    `data` and `train`, that are given."""
+    layers = _layers(path, overrides)
+    return _combined(layers, STAGES[stage or _first_fitting(layers)], str(path))
+
+
+def _first_fitting(layers: Sequence[Entry]) -> StageName:
+    given: set[str] = set()
+    for values in map(_plain, layers):
+        given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train."))}
+    return next((name for name, cls in STAGES.items() if given <= {known for known, _ in walk(cls)}), "rl")
 
 
 def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Path | None = None) -> SettingsT:
@@ -79,12 +79,8 @@ def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Pat
     A key is a group (`optim={"lr": 1e-5}`), a dotted path ("optim.lr"), or the name of a setting where only one group
     has it (`lr`). Raises ConfigError as `load_recipe`, for a key that names nothing, and for one that names several.
     """
-    named = _default_names(cls)
-    merged = Entry({}, "settings")
     given = [_python_layer(key, value, cls) for key, value in values.items()]
-    for layer in (*(_read_with_base(find_recipe(base), ()) if base is not None else ()), *given):
-        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
-    return _validated(merged, cls)
+    return _combined([*(_layers(base, ()) if base is not None else ()), *given], cls, "settings")
 
 
 def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
@@ -97,27 +93,13 @@ def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
             f"**{{{alike[0]!r}: ...}}"
         )
     path = key if key in known or not alike else alike[0]
-    entry = _python_entry(value, where)
-    for part in reversed(path.split(".")):
-        entry = Entry({part: entry}, where)
-    return entry
+    return _nested(path.split("."), _python_entry(value, where))
 
 
 def _python_entry(value: Any, where: str) -> Entry:
     if isinstance(value, Mapping):
         return Entry({str(key): _python_entry(one, f"{where}: {key}") for key, one in value.items()}, where)
     return Entry(str(value) if isinstance(value, Path) else value, where)
-
-
-def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | None = None) -> Any:
-    """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
-    `data` and `train`, that are given."""
-    given: set[str] = set()
-    for layer in (*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)):
-        values = _plain(layer)
-        given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train."))}
-    fits = (name for name, cls in STAGES.items() if given <= {known for known, _ in walk(cls)})
-    return load_recipe(path, overrides, STAGES[stage or next(fits, "rl")])
 
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
@@ -193,6 +175,10 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
+def _layers(path: str | Path, overrides: Sequence[str]) -> list[Entry]:
+    return [*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)]
+
+
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> list[Entry]:
     """The layers of a recipe file, its base first; `chain` holds the files that led here."""
     entry = _read_file(path)
@@ -235,9 +221,13 @@ def _read_override(text: str) -> Entry:
         raise ConfigError(f"{where}: an override is written group.name=value, such as train.steps=100")
     inline = written.startswith(("[", "{", "'", '"'))
     free = any(map(_is_free, keys))
-    entry = _compose(written, where, inline=True, free=free) if inline else Entry(_scalar(written), where)
+    return _nested(keys, _compose(written, where, inline=True, free=free) if inline else Entry(_scalar(written), where))
+
+
+def _nested(keys: Sequence[str], entry: Entry) -> Entry:
+    """A value below the names that lead to it."""
     for key in reversed(keys):
-        entry = Entry({key: entry}, where)
+        entry = Entry({key: entry}, entry.where)
     return entry
 
 
@@ -306,6 +296,20 @@ def _scalar(text: str) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------- merging
+
+
+def _combined(layers: Sequence[Entry], cls: type[SettingsT], where: str) -> SettingsT:
+    """The settings of some layers, each of which adds to the ones before it. Lists are replaced whole. A choice by name
+    (`algorithm`, `reward`) that names another one drops the settings of the former. where: the place of what no layer
+    holds."""
+    named = _default_names(cls)
+    merged = Entry({}, where)
+    for layer in layers:
+        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
+    try:
+        return cls.model_validate(_plain(merged))
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, merged, cls)) from None
 
 
 def _plain(entry: Entry) -> Any:
