@@ -101,11 +101,9 @@ def rl_settings(
     overrides: Mapping[str, Any],
 ) -> RLSettings:
     """The settings of `train_rl` with these arguments; rows are written beside the run folder."""
-    with _run_of("rl", run_dir, overrides) as run:
-        given = {**_common(model, train_data, run), "algorithm": algorithm, "reward": reward_settings(reward)}
-        if eval_data is not None:
-            given["data.test"] = data_files(eval_data, _rows_of(run) / "test.parquet")
-        return settings_of({**given, **overrides}, RLSettings, config)
+    rows = {"train": train_data} if eval_data is None else {"train": train_data, "test": eval_data}
+    given = {"algorithm": algorithm, "reward": reward_settings(reward), **overrides}
+    return _settings("rl", model, rows, config, run_dir, given)
 
 
 def train_sft(
@@ -143,19 +141,23 @@ def _offline(
     overrides: Mapping[str, Any],
     accept_changes: bool,
 ) -> Run:
-    with _run_of(stage, run_dir, overrides) as run:
-        settings = settings_of({**_common(model, data, run), **overrides}, STAGES[stage], config)
+    settings = _settings(stage, model, {"train": data}, config, run_dir, overrides)
     return Recipe(settings).train(accept_changes=accept_changes)
 
 
-def _common(model: str | Path, data: Any, run: Path) -> dict[str, Any]:
-    files = data_files(data, _rows_of(run) / "train.parquet")
-    return {"run": str(run), "model.path": str(model), "data.train": files}
-
-
-def _rows_of(run: Path) -> Path:
-    """The folder of rows that were passed; beside that of the run, which is its own."""
-    return run.with_name(run.name + "-data")
+def _settings(
+    stage: StageName,
+    model: str | Path,
+    rows: Mapping[str, Any],
+    config: str | Path | None,
+    run_dir: str | Path | None,
+    given: Mapping[str, Any],
+) -> Any:
+    """The settings of a stage with what was `given`. Rows that were passed are written beside the run folder."""
+    with _run_of(stage, run_dir, given) as run:
+        folder = run.with_name(run.name + "-data")
+        files = {f"data.{part}": data_files(data, folder / f"{part}.parquet") for part, data in rows.items()}
+        return settings_of({"run": str(run), "model.path": str(model), **files, **given}, STAGES[stage], config)
 
 
 @contextmanager
