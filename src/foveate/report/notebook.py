@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from foveate.errors import ConfigError, DataError
 from foveate.files import atomic_write_text
 from foveate.registry import suggestion
 from foveate.report.charts import Series, collect, format_value, thin_out
 from foveate.report.gallery import gallery_cards
-from foveate.report.page import read_run
+from foveate.report.page import read_run, template_environment
 
 USUAL = ("reward/mean", "eval/greedy_accuracy", "loss/total")
 WIDTH, HEIGHT = 560.0, 180.0
@@ -83,11 +81,4 @@ def _curve(series: Series) -> Curve:
 
 
 def _render(**values: Any) -> Picture:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("foveate.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return Picture(environment.get_template("notebook.html.j2").render(**values))
+    return Picture(template_environment().get_template("notebook.html.j2").render(**values))

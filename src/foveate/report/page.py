@@ -85,18 +85,23 @@ def write_report(run_folder: Path) -> Path:
     return path
 
 
-def render_report(run_folder: Path) -> str:
-    """The page. Raises as `write_report`."""
-    from foveate.rewards.boxes import HIT_IOU
-
-    run = read_run(run_folder)
-    environment = jinja2.Environment(
+def template_environment() -> jinja2.Environment:
+    """The templates of this folder: text is escaped, and a name that stands for nothing is an error."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("foveate.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render_report(run_folder: Path) -> str:
+    """The page. Raises as `write_report`."""
+    from foveate.rewards.boxes import HIT_IOU
+
+    run = read_run(run_folder)
+    environment = template_environment()
     environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
     script = environment.get_template("report.js.j2").render()
     curves, values = chart_metrics(run.metrics)
