@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
 
+from foveate.data.sources import RowGroups
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.errors import DataError, DiskError
@@ -320,6 +321,11 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     }.items():
         with pytest.raises(DataError, match=rf"{name}: {what}"):
             open_tasks(tmp_path / name)
+
+
+def test_a_table_of_the_schema_is_opened_without_reading_any_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(RowGroups, "read", lambda *_: pytest.fail("a row group was read"))
+    assert write_rows(tmp_path / "t.parquet", [row()] * 3, SCHEMA) == len(open_tasks(tmp_path / "t.parquet")) == 3
 
 
 def test_a_damaged_row_group_is_an_error_of_its_rows(tmp_path):

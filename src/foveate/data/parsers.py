@@ -5,7 +5,7 @@ A parser is plain data, so that worker processes can be given one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -55,6 +55,10 @@ class Parser(Protocol):
 
     def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed: ...
 
+    def must_look(self, names: Sequence[str] | None) -> bool:  # noqa: ARG002 - for those that look
+        """Whether `settled` is needed for a file with these columns; None: every row may have others."""
+        return False
+
     def settled(self, rows: Sequence[Mapping[str, Any]], place: Place) -> Parser:  # noqa: ARG002 - for those that look
         """The parser for a file that begins with these rows."""
         return self
@@ -103,6 +107,9 @@ class RecognisedRows(Parser):
             if not talk:
                 raise DataError(f"{given}, but none of answer (for RL), response (for SFT) and chosen (for MPO)")
         return list(names)
+
+    def must_look(self, names: Sequence[str] | None) -> bool:
+        return names is None or self._may_refer(names)
 
     def settled(self, rows: Sequence[Mapping[str, Any]], place: Place) -> RecognisedRows:
         referring = [row for row in rows if self._refers(row)]
@@ -155,12 +162,16 @@ class RecognisedRows(Parser):
     def _roles(self, names: Sequence[str] | Mapping[str, Any]) -> Roles:
         return roles_of(tuple(names), tuple(self.mapping.items()))
 
+    def _may_refer(self, names: Container[str]) -> bool:
+        """Whether there can be RefCOCO-style rows in a file with these columns: an expression, or a box beside a
+        conversation, and no other prompt."""
+        boxed = "conversations" in names and any(name in names for name in BOX_FIELDS)
+        return not self.mapping and "prompt" not in names and "image" in names and ("sent" in names or boxed)
+
     def _refers(self, row: Mapping[str, Any]) -> bool:
-        """A RefCOCO-style row: an expression, or a box beside a conversation, and no other prompt."""
-        if self.mapping or "prompt" in row or is_no_image(row.get("image")):
-            return False
-        boxed = any(row.get(name) is not None for name in BOX_FIELDS)
-        return row.get("sent") is not None or (boxed and row.get("conversations") is not None)
+        """Whether a row is a RefCOCO-style one."""
+        given = [name for name, value in row.items() if value is not None]
+        return "prompt" not in row and self._may_refer(given) and not is_no_image(row["image"])
 
     def _values(self, raw: Mapping[str, Any], roles: Roles) -> tuple[dict[str, Any], dict[str, str]]:
         """The value of each role that there is a column for, and the column that it is from."""

@@ -89,6 +89,9 @@ class GroundingRows:
     def column_of(self, field: str) -> list[list[str]]:
         return [[field.removeprefix("extra_info.")]]
 
+    def must_look(self, names: Sequence[str] | None) -> bool:  # noqa: ARG002 - boxes may stand in several columns
+        return self.box_unit == AUTO
+
     def settled(self, rows: Sequence[Mapping[str, Any]], place: Place) -> GroundingRows:
         """The same with the unit of the boxes in these rows, the first of a file."""
         if self.box_unit != AUTO:

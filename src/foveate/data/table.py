@@ -32,7 +32,7 @@ BOX = pa.list_(pa.float64())
 GROUP_ROWS = 512
 GROUP_BYTES = 2**20  # of embedded images
 CACHE_BYTES = 64 * 2**20
-FIRST_ROWS = 200  # of a file, which are looked at when it is opened
+FIRST_ROWS = 200  # of a file, which are looked at when it is opened, where that is needed
 
 
 # ------------------------------------------------------------------------------------------------------------ write
@@ -261,7 +261,7 @@ def open_tasks(
     max_image_pixels: int = MAX_PIXELS,
 ) -> TaskTable:
     """Open files of rows (`folders.SUFFIXES`) and folders of datasets as one table, with no more than a look at the
-    first rows of each.
+    first rows of each whose columns leave the form of its rows open.
 
     image_root: where relative image paths are looked up first; then the folder of the file, then the working directory.
     columns: what columns of other names are for, see `parsers.RecognisedRows`. parser: what else reads the rows.
@@ -300,6 +300,8 @@ def _settled(parser: Parser, source: Source, name: str, images: ImageOptions) ->
             source.only(parser.columns(source.names))
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
+    if not parser.must_look(source.names):
+        return parser
     first = [row for row in source.block(0, min(FIRST_ROWS, len(source))) if isinstance(row, dict)]
     return parser.settled(first, _place(source, 0, name, images))
 
