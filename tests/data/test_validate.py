@@ -10,7 +10,8 @@ import pytest
 
 from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows, validate
-from foveate.encoding.dataset import RowCheck
+from foveate.encoding.dataset import AnswerLimits, RowCheck
+from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.records import Task
 from foveate.rewards.text import check_answer
@@ -61,6 +62,29 @@ def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path
     assert len(two.kept) == 597 == len(two.measures)
     assert two.measures[-1] == len("Row 599?")
     assert calls[-1] == (600, 600)
+
+
+def test_a_prompt_that_is_too_long_is_a_fault_whatever_counts_it(tmp_path, encode):
+    long = {"prompt": [{"role": "user", "content": "word " * 2000}], "reward_model": {"ground_truth": {"x": 1}}}
+    table = open_tasks(rows_of_text(tmp_path / "x.jsonl", 2, row_1=long))
+    checked = inspect_rows(table, RowInspection(RowCheck(check_answer, encode)))
+    counted = inspect_rows(table, RowInspection(check_answer, length=encode.checked_length))
+    assert [problem.field for problem in checked.problems] == ["reward_model.ground_truth", "prompt"]
+    assert (counted.kept, counted.problems) == (checked.kept, checked.problems)
+    assert counted.statistics.rows_R5[0, 1] == encode.length(table[0])
+
+
+def test_the_prompt_of_a_row_is_tokenised_once(tmp_path, encode, monkeypatch):
+    counted: list[str] = []
+    length = Encoder.length
+    monkeypatch.setattr(Encoder, "length", lambda self, task: counted.append(task.id) or length(self, task))
+    answered = {"extra_info": {"response": "yes"}}
+    table = open_tasks(rows_of_text(tmp_path / "x.jsonl", 2, row_0=answered, row_1=answered))
+    limits = AnswerLimits(("response",), 1024, None)
+    for look in (RowInspection(RowCheck(None, encode, limits)), RowInspection(length=encode.checked_length)):
+        counted.clear()
+        assert inspect_rows(table, look).kept == [0, 1]
+        assert counted == ["x-0", "x-1"]
 
 
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path):

@@ -58,17 +58,16 @@ def check_command(
     from foveate.data.statistics import shared_lines
     from foveate.data.table import open_tasks
     from foveate.data.validate import RowInspection, inspect_rows
-    from foveate.encoding.dataset import RowCheck
     from foveate.log import print_result, progress
     from foveate.models.checkpoint.inspect import load_encoder
     from foveate.rewards.build import truth_check
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
-    check = RowCheck(truth_check(reward) if reward else None, encoder)
+    check = truth_check(reward) if reward else None
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column), max_image_pixels=max_image_pixels)
     for line in table.described():
         print_result(line)
-    inspection = RowInspection(check, length=encoder.length if encoder is not None else None)
+    inspection = RowInspection(check, length=encoder.checked_length if encoder is not None else None)
     with progress("checking rows", len(table)) as advance:
         found = inspect_rows(table, inspection, workers=workers, progress=lambda *_: advance(1))
     for problem in found.problems:

@@ -74,6 +74,12 @@ class Problem:
         return line.encode("utf-8", "backslashreplace").decode()
 
 
+def fault_of(error: DataError, where: str) -> tuple[str, str]:
+    """The field and the fault that an error about the row `where` names."""
+    field, _, fault = str(error).removeprefix(f"{where}, field ").partition(": ")
+    return field, fault
+
+
 class Faults:
     """The problems of one row, and the remarks on it, gathered while its fields are read one by one."""
 

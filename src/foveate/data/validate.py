@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from foveate.data.images import MAX_PIXELS
 from foveate.data.parsers import Parser
-from foveate.data.rows import Problem
+from foveate.data.rows import Problem, fault_of
 from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
 from foveate.data.table import TaskTable, open_tasks
 from foveate.errors import DataError, require
@@ -52,7 +52,7 @@ class RowResult:
 @dataclass(frozen=True, slots=True)
 class RowInspection:
     """The work on each row: its check, a measure taken of every row that is good, and what counts the tokens of its
-    prompt (None: its characters count)."""
+    prompt (None: its characters count), whose DataError is a fault of the row, too."""
 
     check: Check | None = None
     measure: Measure | None = None
@@ -62,13 +62,18 @@ class RowInspection:
         for task, found in table.inspect_range(index, count):
             warnings = [problem for problem in found if problem.warning]
             problems = [problem for problem in found if not problem.warning]
-            if task is not None and self.check is not None:
-                problems = [Problem(task.where, field, what) for field, what in self.check(task)]
+            facts = None
+            if task is not None:
+                faults = list(self.check(task)) if self.check is not None else []
+                try:
+                    facts = row_facts(task, self.length)
+                except DataError as error:
+                    faults.append(fault_of(error, task.where))
+                problems = [Problem(task.where, field, what) for field, what in faults]
             if task is None or problems:
                 yield RowResult(problems, warnings, None, None)
             else:
-                measured = self.measure(task) if self.measure is not None else None
-                yield RowResult([], warnings, row_facts(task, self.length), measured)
+                yield RowResult([], warnings, facts, self.measure(task) if self.measure is not None else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.data.rows import Problem
+from foveate.data.rows import Problem, fault_of
 from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
 from foveate.data.table import TaskTable
@@ -59,9 +59,8 @@ class AnswerLimits:
     budget: int
     most: int | None
 
-    def validation_errors(self, task: Task, encoder: Encoder) -> list[tuple[str, str]]:
-        """The faults of the answers of a task whose prompt has none, as (field, fault)."""
-        prompt = encoder.length(task)
+    def validation_errors(self, task: Task, prompt: int, encoder: Encoder) -> list[tuple[str, str]]:
+        """The faults of the answers of a task whose prompt, of so many tokens, has none, as (field, fault)."""
         return [
             (f"extra_info.{name}", fault) for name in self.fields if (fault := self._fault(task, name, prompt, encoder))
         ]
@@ -94,9 +93,12 @@ class RowCheck:
         faults = list(self.truth(task)) if self.truth is not None else []
         if self.encoder is None:
             return faults
-        faults += self.encoder.validation_errors(task)
+        try:
+            prompt = self.encoder.checked_length(task)
+        except DataError as error:
+            return [*faults, fault_of(error, task.where)]
         if self.answers is not None and not faults:
-            faults += self.answers.validation_errors(task, self.encoder)
+            faults += self.answers.validation_errors(task, prompt, self.encoder)
         return faults
 
 

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.data.images import load_image
+from foveate.data.rows import fault_of
 from foveate.encoding.chat import (
     ANSWER_WORDS,
     IMAGE_MARK,
@@ -55,8 +56,7 @@ class Encoder:
         engine_ids = self._prompt_ids(text, task.where)
         slots = self._slots(task, engine_ids, budgets)
         token_ids = self._expand(engine_ids, slots)
-        if len(token_ids) > self.max_prompt_tokens:
-            raise DataError(f"{task.where}, field prompt: {_too_long(len(token_ids), self.max_prompt_tokens)}")
+        self._require_short(len(token_ids), task.where)
         pixels = None
         if task.images:
             pairs = zip(task.images, budgets, strict=True)
@@ -81,11 +81,16 @@ class Encoder:
     def validation_errors(self, task: Task) -> list[tuple[str, str]]:
         """The reasons why a task cannot be encoded, as (field, fault), from its text and image headers alone."""
         try:
-            length = self.length(task)
+            self.checked_length(task)
         except DataError as error:
-            field, _, fault = str(error).removeprefix(f"{task.where}, field ").partition(": ")
-            return [(field, fault)]
-        return [("prompt", _too_long(length, self.max_prompt_tokens))] if length > self.max_prompt_tokens else []
+            return [fault_of(error, task.where)]
+        return []
+
+    def checked_length(self, task: Task) -> int:
+        """`length`. Raises DataError naming the row for a task that cannot be encoded."""
+        length = self.length(task)
+        self._require_short(length, task.where)
+        return length
 
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
@@ -121,6 +126,13 @@ class Encoder:
     def pieces(self, token_ids: tuple[int, ...]) -> list[str]:
         """The text of each token by itself; a character that spans several tokens is no text in any of them."""
         return self.tokenizer.batch_decode([[token] for token in token_ids], skip_special_tokens=False)
+
+    def _require_short(self, length: int, where: str) -> None:
+        if length > self.max_prompt_tokens:
+            raise DataError(
+                f"{where}, field prompt: {length} tokens with its images, the limit is {self.max_prompt_tokens}; raise "
+                "data.max_prompt_tokens or lower model.max_tiles or model.max_pixels"
+            )
 
     def _prompt_ids(self, rendered: Rendered, where: str) -> list[int]:
         """The tokens of a rendered prompt."""
@@ -211,10 +223,3 @@ def _control_words(
     """`Encoder._control_words`, found once for each template."""
     words = tuple(word for word in family.all_control_words(tokenizer) if word not in allowed)
     return words, pattern_of(words)
-
-
-def _too_long(length: int, limit: int) -> str:
-    return (
-        f"{length} tokens with its images, the limit is {limit}; raise data.max_prompt_tokens or lower "
-        "model.max_tiles or model.max_pixels"
-    )
