@@ -23,6 +23,7 @@ from foveate.evaluate.predictions import (
     write_skipped,
 )
 from foveate.report.charts import format_value
+from foveate.report.live import ReportServer
 from foveate.report.page import write_report
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -182,6 +183,14 @@ def test_whatever_a_crashed_run_left_is_reported(tmp_path: Path, kept: str) -> N
     assert ("No evaluation on held-out questions yet." in page.text) == (kept != "evals")
     assert "rest" in page.text
     assert rendered(rest)
+
+
+def test_a_page_that_is_served_follows_the_warnings(tmp_path: Path) -> None:
+    folder, text = make_run(tmp_path / "run", steps=3, rows=3), "every answer has the reward 0"
+    with ReportServer(folder, 0) as server:
+        assert text not in server.page().decode()
+        (folder / "warnings.jsonl").write_text(json.dumps({"step": 3, "name": "constant_reward", "text": text}) + "\n")
+        assert text in server.page().decode()
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -34,7 +34,7 @@ from foveate.report.summary import Change, Comparison, compare_evaluations, form
 
 INPUTS = (
     "config.yaml", "versions.json", "metrics.jsonl", "evals", "predictions.jsonl", "gallery.json", "summary.json",
-    "notes.txt", "skipped.txt", FILE,
+    "notes.txt", "skipped.txt", "warnings.jsonl", FILE,
 )  # fmt: skip
 
 
