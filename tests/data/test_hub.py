@@ -121,6 +121,9 @@ def test_a_split_of_a_dataset_is_chosen_by_name(hub):
     assert "has the splits test, train; choose one: acme/sums@train" in hub.error("dataset_files('acme/sums')")
     assert "no split 'trian'; did you mean 'train'?" in hub.error("dataset_files('acme/sums@trian')")
     assert hub.value("len(dataset_files('acme/sums@train'))", HF_HUB_OFFLINE="1") == 1
+    everything = Path(hub.value("str(dataset_folder('acme/sums'))"))
+    assert {file.name.split("-")[0] for file in everything.rglob("*.parquet")} == {"train", "test"}
+    assert "all of the dataset is read; write acme/sums" in hub.error("dataset_folder('acme/sums@train')")
 
 
 def test_rows_of_the_hub_become_tasks(hub):

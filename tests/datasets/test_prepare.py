@@ -25,7 +25,7 @@ from foveate.datasets.grounding import Buckets, HardSet, prepare_grounding, prep
 from foveate.datasets.mmpr import prepare_mmpr, prepare_mmpr_tiny
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import prepare_rows
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
 from foveate.records import Message
 
 
@@ -190,10 +190,10 @@ def test_geo3k_becomes_one_file_per_split_with_the_published_prompt(tmp_path, pi
 
 
 def test_geo3k_that_is_not_there_is_a_clear_error(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"no such file or folder, and no name of a dataset \(owner/name\)"):
+    with pytest.raises(DataError, match=r"no such file or folder, and no name of a dataset \(owner/name\)"):
         prepare_geo3k("/no/such/folder", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"could not be downloaded .* local copy"):
+    with pytest.raises(DataError, match=r"hiyouga/geometry3k: no such folder here, .* cannot be downloaded \(no conn"):
         prepare_geo3k("hiyouga/geometry3k", tmp_path)
 
 

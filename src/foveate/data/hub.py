@@ -43,6 +43,18 @@ def model_folder(name: str) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=[*MODEL_FILES]))
 
 
+def dataset_folder(name: str) -> Path:
+    """The folder of all parquet files of a dataset of the hub, downloaded where they are not here yet. Raises DataError
+    as `model_folder`."""
+    from huggingface_hub import snapshot_download
+
+    repo, config, split = _parts(name)
+    if config or split:
+        raise DataError(f"{name}: all of the dataset is read; write {repo}")
+    with _explained("dataset", name, repo):
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=["*.parquet"]))
+
+
 def dataset_files(name: str) -> list[Path]:
     """The parquet files of a split of a dataset of the hub, downloaded where they are not here yet. Raises DataError as
     `model_folder`, and for a split or configuration that does not exist or has to be chosen."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foveate.data.hub import dataset_folder, is_hub_name
 from foveate.data.parsers import Parser
 from foveate.data.rows import Parsed, Place, parse_row
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, prepare_splits
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError, require
 
 SOURCE = "hiyouga/geometry3k"
 INSTRUCTION = (
@@ -59,28 +60,16 @@ def prepare_geo3k(source: str, out: Path, *, reading: ReadOptions = AS_IS) -> Pr
     """Geometry3K as one parquet file per split (train, validation, test), with a manifest.
 
     source: a parquet file, a folder of them, a folder written by `datasets.save_to_disk`, or the name of a dataset on
-    the hub (`hiyouga/geometry3k`), which is downloaded. Splits come from the names of the files. Raises ConfigError
-    where the hub is not reached, DataError for rows that cannot be used.
+    the hub (`hiyouga/geometry3k`), which is downloaded. Splits come from the names of the files. Raises DataError where
+    there is none, or the hub is not reached, and for rows that cannot be used.
     """
     folder = Path(source)
     if not folder.exists():
-        folder = _download(source)
+        require(
+            is_hub_name(source),
+            f"{source}: no such file or folder, and no name of a dataset (owner/name); give the folder of a local "
+            "copy: parquet files, or what datasets.save_to_disk wrote",
+        )
+        folder = dataset_folder(source)
     settings = {"dataset": SOURCE, "instruction": INSTRUCTION}
     return prepare_splits(folder, out, Geo3kRows(), settings=settings, reading=reading)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    local = "give the folder of a local copy: parquet files, or what datasets.save_to_disk wrote"
-    try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"]))
-    except HFValidationError:
-        raise ConfigError(f"{name}: no such file or folder, and no name of a dataset (owner/name); {local}") from None
-    except (HfHubHTTPError, OSError) as error:  # without network these are OSErrors of several kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{name}: no such file or folder, and it could not be downloaded from the Hugging Face hub ({reason}); "
-            f"{local}"
-        ) from error
