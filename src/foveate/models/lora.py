@@ -14,12 +14,19 @@ from torch import Tensor, nn
 
 from foveate.config.model import LoraSettings
 from foveate.errors import ConfigError
-from foveate.models.policy import Policy, part_of
+from foveate.models.policy import Policy, freeze_except, part_of
 from foveate.models.sharded import put
 
 _ADAPTER = "default"  # what peft calls one that has no name
 _WITHOUT_TARGETS = ("vision", "language")
 """The parts whose linear layers get adapters when no targets are named; the projector is small and trains in full."""
+
+
+def train_parts(policy: Policy, parts: Sequence[str], lora: LoraSettings | None) -> None:
+    """Say what trains: these parts, or the adapters in them. Raises as `freeze_except` and `add_adapters`."""
+    freeze_except(policy, parts)
+    if lora is not None:
+        add_adapters(policy, lora, parts)
 
 
 def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str]) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
+from foveate.models.lora import train_parts
 from foveate.models.sizes import parameter_counts
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
-from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy, train_parts
+from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy
 from foveate.plan.workload import Workload
 from foveate.train.optim import state_bytes
 

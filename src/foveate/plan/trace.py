@@ -21,8 +21,8 @@ from foveate.models.attention.kernels import KERNELS
 from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
-from foveate.models.lora import add_adapters
-from foveate.models.policy import Policy, freeze_except
+from foveate.models.lora import train_parts
+from foveate.models.policy import Policy
 from foveate.parallel.packing import pack
 from foveate.records import Batch, ImageSlot, PackedGroup, Prompt
 
@@ -156,13 +156,6 @@ def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
         model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
     tokenizer: Any = None
     return Policy(model.eval(), tokenizer, InternVL.planned(config), Path(), "hf")
-
-
-def train_parts(policy: Policy, parts: Sequence[str], lora: LoraSettings | None) -> None:
-    """Say what is trained, as a run does: parts, or the adapters in them."""
-    freeze_except(policy, parts)
-    if lora is not None:
-        add_adapters(policy, lora, parts)
 
 
 def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:

@@ -15,8 +15,8 @@ from foveate.errors import ConfigError
 from foveate.files import atomic_path
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.lora import add_adapters, merged_state
-from foveate.models.policy import freeze_except, load_policy, save_policy
+from foveate.models.lora import merged_state, train_parts
+from foveate.models.policy import load_policy, save_policy
 from foveate.train.checkpoint import load_weights
 
 
@@ -32,9 +32,7 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
     checkpoint = _checkpoint_of(checkpoint)
     settings = _model_of(checkpoint)
     policy = load_policy(settings.path, dtype=settings.dtype)
-    freeze_except(policy, settings.trainable)
-    if settings.lora is not None:
-        add_adapters(policy, settings.lora, settings.trainable)
+    train_parts(policy, settings.trainable, settings.lora)
     step = load_weights(checkpoint, policy.model)
     write = partial(save_policy, policy, state=dict(merged_state(policy.model)))
     if to in (None, policy.format):

@@ -24,8 +24,8 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.forward import evaluating
-from foveate.models.lora import adapters_off, add_adapters, merged_state, reset_adapters, trains_adapters_only
-from foveate.models.policy import DTYPES, Policy, freeze_except, load_policy, parameters_by_part, save_policy
+from foveate.models.lora import adapters_off, merged_state, reset_adapters, train_parts, trains_adapters_only
+from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
 from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
@@ -70,9 +70,7 @@ class Worker:
         self._compiles = model.compile
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
-        freeze_except(self.policy, model.trainable)
-        if model.lora is not None:
-            add_adapters(self.policy, model.lora, model.trainable)
+        train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
