@@ -70,7 +70,7 @@ class Sizes:
 
 
 def sizes_of(config: Any, train: tuple[str, ...], lora: LoraSettings | None = None) -> Sizes:
-    return _sizes(_ByText(config), train, _text_of(lora))
+    return _sizes(_ByText(config), train, lora)
 
 
 class _ByText:
@@ -87,40 +87,31 @@ class _ByText:
         return hash(self.text)
 
 
-def _text_of(lora: LoraSettings | None) -> str:
-    """Adapters as a text, by which results can be cached; "" for none."""
-    return "" if lora is None else lora.model_dump_json()
-
-
-def _lora_of(text: str) -> LoraSettings | None:
-    return LoraSettings.model_validate_json(text) if text else None
-
-
 @lru_cache(maxsize=256)
-def _sizes(held: _ByText, train: tuple[str, ...], lora: str) -> Sizes:
+def _sizes(held: _ByText, train: tuple[str, ...], lora: LoraSettings | None) -> Sizes:
     counts = parameter_counts(held.config)
     text = held.config.text_config
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
     trained = sum(counts[part] for part in train)
-    if lora:
+    if lora is not None:
         policy = traced_policy(held.config, torch.float32, "auto")
-        train_parts(policy, train, _lora_of(lora))
+        train_parts(policy, train, lora)
         trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     return Sizes(sum(counts.values()), trained, block, root + counts["projector"])
 
 
 def optimizer_bytes(work: Workload) -> int:
     """The optimizer's state, over all ranks: its first state for the model's shapes."""
-    return _optimizer_bytes(
-        _ByText(work.config), work.trainable, _text_of(work.lora), work.dtype, work.optim.model_dump_json()
-    )
+    return _optimizer_bytes(_ByText(work.config), work.trainable, work.lora, work.dtype, work.optim.model_dump_json())
 
 
 @lru_cache(maxsize=256)
-def _optimizer_bytes(held: _ByText, train: tuple[str, ...], lora: str, dtype: torch.dtype, optim: str) -> int:
+def _optimizer_bytes(
+    held: _ByText, train: tuple[str, ...], lora: LoraSettings | None, dtype: torch.dtype, optim: str
+) -> int:
     policy = traced_policy(held.config, dtype, "auto")
-    train_parts(policy, train, _lora_of(lora))
+    train_parts(policy, train, lora)
     return state_bytes(policy.model, OptimSettings.model_validate_json(optim))
 
 
@@ -176,7 +167,7 @@ def _pixels(work: Workload) -> float:
 def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
-    model = _ByText(work.config), work.row, work.compute_dtype, work.trainable, _text_of(work.lora)
+    model = _ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
     return _extrapolated(*model, work.checkpointing, on_gpu)
 
 
@@ -186,13 +177,13 @@ def _extrapolated(
     row: RowShape,
     dtype: torch.dtype,
     train: tuple[str, ...],
-    lora: str,
+    lora: LoraSettings | None,
     checkpointing: bool,
     on_gpu: bool,
 ) -> StepMemory:
     vision, language = held.config.vision_config.num_hidden_layers, held.config.text_config.num_hidden_layers
     depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
-    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": _lora_of(lora)}
+    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
     traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
     base, deeper, higher = (memory.activations for memory in traced)
     activations = base + (deeper - base) * (language - 2) / 2 + (higher - base) * (vision - 1)
