@@ -102,6 +102,12 @@ class RowCheck:
         return faults
 
 
+def read_options(data: DataSettings) -> ReadOptions:
+    """How the settings of a run have its files read."""
+    root = Path(data.image_root) if data.image_root is not None else None
+    return ReadOptions(root, data.columns, data.on_bad_row, data.workers, data.max_image_pixels)
+
+
 def read_checked(
     paths: Sequence[str],
     data: DataSettings,
@@ -112,9 +118,7 @@ def read_checked(
     """The usable rows of some files, every row checked from its text and image headers before anything else runs:
     ground truth, images, marks, length as prompt, and the lengths of `answers` that it holds. Raises DataError unless
     bad rows are to be skipped."""
-    root = Path(data.image_root) if data.image_root is not None else None
-    reading = ReadOptions(root, data.columns, data.on_bad_row, data.workers, data.max_image_pixels)
-    table, found = reading(paths, check=RowCheck(truth, encoder, answers))
+    table, found = read_options(data)(paths, check=RowCheck(truth, encoder, answers))
     if found.problems:
         left_out = len({problem.where for problem in found.problems})
         total = len(table) + left_out

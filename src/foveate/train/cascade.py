@@ -20,10 +20,9 @@ from foveate.cluster.rank_engine import InferenceWorker
 from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.answers import CorrectnessRule, ScoredRow, read_answers
 from foveate.data.stream import Stream
-from foveate.data.validate import ReadOptions
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
-from foveate.encoding.dataset import build_encoder, read_checked
+from foveate.encoding.dataset import build_encoder, read_checked, read_options
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predict import Evaluator
@@ -128,13 +127,7 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
             max_per_prompt=chosen.max_per_prompt,
             correctness_rule=CorrectnessRule(chosen.part, chosen.threshold),
             seed=settings.seed,
-            reading=ReadOptions(
-                None if data.image_root is None else Path(data.image_root),
-                data.columns,
-                data.on_bad_row,
-                data.workers,
-                data.max_image_pixels,
-            ),
+            reading=read_options(data),
         )
     return folder / "pairs.parquet"
 
