@@ -40,7 +40,7 @@ from foveate.models.checkpoint.formats import (
 )
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS, CheckpointFormat, from_hf
 from foveate.models.checkpoint.safetensors_io import Stored, write_weights
-from foveate.models.checkpoint.small_files import MOST_TILES, WEIGHTS, is_count, read_json, refuse_links, write_json
+from foveate.models.checkpoint.small_files import WEIGHTS, read_json, refuse_links, require_tiles, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -258,11 +258,7 @@ def max_tiles(folder: Path) -> int:
             content = read_json(folder / name)
             inner = content.get("image_processor", content)
             tiles: Any = inner.get("max_patches", _DEFAULT_TILES) if isinstance(inner, dict) else None
-            if not is_count(tiles) or tiles > MOST_TILES:
-                raise DataError(
-                    f"{folder / name}: max_patches is {tiles!r:.60}; it must be a whole number, {MOST_TILES} at most"
-                )
-            return tiles
+            return require_tiles(f"{folder / name}: max_patches", tiles)
     return _DEFAULT_TILES
 
 

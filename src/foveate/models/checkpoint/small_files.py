@@ -185,3 +185,10 @@ def read_preprocessor(folder: Path, needed: Sequence[str]) -> dict[str, Any]:
 def is_count(value: Any) -> bool:
     """Whether a value of a JSON file is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def require_tiles(where: str, value: Any) -> int:
+    """A number of tiles in a JSON file. Raises DataError for one that is none, or too large."""
+    if not is_count(value) or value > MOST_TILES:
+        raise DataError(f"{where} is {value!r:.60}; it must be a whole number, {MOST_TILES} at most")
+    return value

@@ -27,11 +27,10 @@ from foveate.models.checkpoint.formats import (
     read_config,
 )
 from foveate.models.checkpoint.small_files import (
-    MOST_TILES,
     check_image_token,
     check_vocabulary,
-    is_count,
     read_preprocessor,
+    require_tiles,
     require_words,
     stop_ids,
 )
@@ -95,12 +94,7 @@ class InternVL(Family):
         chat = read_config(folder)
         in_github_layout = chat["model_type"] == cls.github_type
         processor = mapped(folder, hf_preprocessor, chat) if in_github_layout else _tile_settings(folder, tile)
-        budget = processor.get("max_patches", 12)
-        if not is_count(budget) or budget > MOST_TILES:
-            raise DataError(
-                f"{folder}: max_patches of the image processor is {budget!r:.60}; it must be a whole number, "
-                f"{MOST_TILES} at most"
-            )
+        budget = require_tiles(f"{folder}: max_patches of the image processor", processor.get("max_patches", 12))
         if processor.get("min_patches", 1) != 1:
             raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
         return config, cls(
