@@ -89,10 +89,9 @@ def shown_name(name: str) -> str:
 
 def _passed_function(name: str, kind: str) -> Callable[..., Any]:
     if name not in _passed:
-        was = name.removeprefix(PASSED).rpartition("-")[0]
         raise ConfigError(
-            f"{kind} {name!r}: the function {was} was passed by Python code; pass it again, unchanged, or name code in "
-            "a file, path/to/file.py:object"
+            f"{kind} {name!r}: the function {shown_name(name)} was passed by Python code; pass it again, unchanged, or "
+            "name code in a file, path/to/file.py:object"
         )
     return _passed[name]
 
