@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from foveate.errors import ConfigError, DataError
-from foveate.files import atomic_path
+from foveate.files import atomic_write_bytes
 from foveate.registry import name_of
 
 if TYPE_CHECKING:
@@ -60,9 +60,7 @@ def data_files(data: Any, file: Path) -> list[str]:
         return [str(one) for one in data]
     content = _parquet(data)
     if not file.exists() or hashlib.sha256(file.read_bytes()).digest() != hashlib.sha256(content).digest():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as temporary:
-            temporary.write_bytes(content)
+        atomic_write_bytes(file, content)
     return [str(file)]
 
 
