@@ -43,6 +43,11 @@ def require(condition: bool, message: str) -> None:
         raise DataError(message)
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def printable(text: str) -> str:
     """Text that a terminal shows and does not obey, and that UTF-8 can hold: what else is in it is written as an
     escape, such as `\\x1b`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError, DataError, one_line
 from foveate.files import atomic_write_bytes
 from foveate.registry import name_of
 
@@ -94,9 +94,7 @@ def _table(rows: Sequence[Any]) -> pa.Table:
     try:
         return pa.Table.from_pylist([_plain(row) for row in rows])
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
-        raise DataError(
-            f"the rows do not make a table: {' '.join(str(error).split())}; a column must have one type"
-        ) from None
+        raise DataError(f"the rows do not make a table: {one_line(error)}; a column must have one type") from None
 
 
 def picture_bytes(value: Any) -> Any:

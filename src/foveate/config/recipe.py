@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from foveate.config.base import Named, Settings
 from foveate.config.elsewhere import ELSEWHERE
 from foveate.config.runs import STAGES, StageName, is_group, walk
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, one_line
 from foveate.registry import explain, suggestion
 
 MOST_CHARACTERS, MOST_DEPTH, MOST_DIGITS = 1_000_000, 32, 300
@@ -243,7 +243,7 @@ def _compose(text: str, source: str, inline: bool, free: bool = False) -> Entry:
         where = source if inline or mark is None else f"{source}:{mark.line + 1}"
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
 def _entry(node: yaml.Node, source: str, inline: bool, where: str = "", free: bool = False) -> Entry:

@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from foveate.data.images import one_line
 from foveate.data.sources import ArrowRows, ParquetRows, RowGroups, Source
 from foveate.data.text_rows import DELIMITERS, open_text
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 
 TEXT_SUFFIXES = (".jsonl", ".json", *DELIMITERS)
 SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 from foveate.registry import suggestion
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _explained(kind: str, name: str, repo: str) -> Iterator[None]:
         of_transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
         if not of_transport and not isinstance(error, errors.HfHubHTTPError | OSError):
             raise
-        raise DataError(f"{name}: the {kind} cannot be downloaded: {' '.join(str(error).split())}") from None
+        raise DataError(f"{name}: the {kind} cannot be downloaded: {one_line(error)}") from None
 
 
 def _alike(kind: str, repo: str) -> list[str]:

@@ -25,7 +25,7 @@ from PIL.ImageFile import ImageFile
 
 from foveate.data.image_structure import structure_fault
 from foveate.data.image_values import image_source, shorten_source
-from foveate.errors import DataError, join_where
+from foveate.errors import DataError, join_where, one_line
 from foveate.records import Image
 
 # The transpose that undoes each EXIF orientation (CIPA DC-008, tag 0x0112); 1 and unknown values mean upright.
@@ -232,8 +232,3 @@ def _open_bytes(source: Path | bytes) -> BinaryIO:
 
 def _name(source: Path | bytes) -> str:
     return f"embedded bytes ({len(source)})" if isinstance(source, bytes) else str(source)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

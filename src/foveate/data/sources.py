@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from foveate.data.images import one_line
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 
 BLOCK_ROWS = 64
 MOST_CHARACTERS = 2**20

@@ -22,7 +22,7 @@ from foveate.data.parsers import Parser, RecognisedRows
 from foveate.data.rows import Parsed, Place, Problem
 from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source
 from foveate.data.statistics import Statistics
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 from foveate.files import atomic_path
 from foveate.records import Task
 
@@ -116,7 +116,7 @@ def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schem
     try:
         return pa.Table.from_pylist(ready, schema=schema)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
-        raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {' '.join(str(error).split())}") from error
+        raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {one_line(error)}") from error
 
 
 def _image_entry(image: Any) -> dict[str, Any]:

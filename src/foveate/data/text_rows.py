@@ -23,9 +23,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from foveate.data.images import one_line
 from foveate.data.sources import Raw, Source, dig
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 
 MAX_ROW_BYTES = 2**28
 """Bytes of the longest row that is read."""

@@ -20,7 +20,7 @@ from foveate.data.rows import Problem
 from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.errors import DataError, require
+from foveate.errors import DataError, one_line, require
 from foveate.files import atomic_write_text
 from foveate.log import progress
 from foveate.records import Image, Task
@@ -200,7 +200,7 @@ def _type(name: str, values: list[Any], where: str) -> pa.DataType:
 
 def _of_different_types(where: str, field: str, error: Exception) -> str:
     return (
-        f"{where}, {field}: values of different types, which parquet cannot hold ({' '.join(str(error).split())}); "
+        f"{where}, {field}: values of different types, which parquet cannot hold ({one_line(error)}); "
         "write them all as text, or all as numbers"
     )
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_leaves
 
-from foveate.errors import ConfigError, DataError, DiskError, UserError
+from foveate.errors import ConfigError, DataError, DiskError, UserError, one_line
 from foveate.files import OtherSchema, atomic_path, disk_error, gone, read_sealed, sealed, with_room
 from foveate.parallel.ranks import Ranks
 from foveate.train.checkpoint_reader import load_tensors
@@ -274,7 +274,7 @@ def _unreadable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, EOFError, LookupError, ValueError, RuntimeError, UnpicklingError, CheckpointException) as error:
-        reason = " ".join(str(_cause(error)).split())[:300]
+        reason = one_line(_cause(error))[:300]
         raise DataError(
             f"{path}: this checkpoint cannot be read ({reason}); delete it to resume from an older one"
         ) from error

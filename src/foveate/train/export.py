@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from foveate.config.model import ModelSettings
 from foveate.config.recipe import read_values
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, one_line
 from foveate.files import atomic_path
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.names import CheckpointFormat
@@ -76,5 +76,5 @@ def _model_of(checkpoint: Path) -> ModelSettings:
     try:
         return ModelSettings.model_validate(read_values(config)["model"])
     except (ValidationError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(f"{config}: does not say which model was trained ({reason})") from error

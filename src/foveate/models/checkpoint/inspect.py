@@ -13,7 +13,7 @@ from foveate.data.hub import is_hub_name, model_folder
 from foveate.encoding.chat import render
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family, budget_of
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.small_files import WEIGHTS, bounded, read_tokenizer, refuse_links
@@ -61,7 +61,7 @@ def inspect_model_folder(path: str) -> ModelFolder:
         with bounded(TEMPLATE_S, TEMPLATE_BYTES):
             render((Message("user", "?"),), tokenizer, template=family.template)
     except Exception as error:  # a template is a program, and may raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300]
         raise DataError(f"{folder}: the chat template cannot be used ({reason}); mend it") from error
     return ModelFolder(folder, layout, config, tokenizer, family)
 

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 """Suffixes of files that are not small."""
@@ -68,8 +68,7 @@ def bounded(seconds: float, more_bytes: int) -> Iterator[None]:
 
 def unreadable(path: Path, error: Exception) -> DataError:
     """The refusal of a folder, or of a file of it, that makes no sense."""
-    reason = " ".join(str(error).split())
-    return DataError(f"{path}: cannot be loaded ({type(error).__name__}: {reason}); replace it")
+    return DataError(f"{path}: cannot be loaded ({type(error).__name__}: {one_line(error)}); replace it")
 
 
 def refuse_links(folder: Path, without: Collection[str] = ()) -> None:
