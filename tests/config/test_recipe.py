@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate.cli.evaluate import _scoring
 from foveate.config.recipe import SHIPPED, find_recipe, flatten, load_recipe, read_values, to_yaml
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.errors import ConfigError
@@ -278,3 +279,11 @@ def test_flat_values_go_by_dotted_path():
 def test_a_supervised_recipe_has_settings_of_its_own(tmp_path):
     text = RECIPE.replace("  test:\n    - b.parquet\n", "").replace("steps: 10", "steps: 10\n  weighting: sample")
     assert load_recipe(write(tmp_path, text), [], SFTSettings).train.weighting == "sample"
+
+
+def test_settings_on_other_command_lines_are_written_like_overrides():
+    given = ["threshold=1e-2", "form=no", "names=[a, b]", 'kinds={"x-v1.5": math}', "time=1:30", "none="]
+    settings = {"threshold": 0.01, "form": "no", "names": ["a", "b"], "kinds": {"x-v1.5": "math"}, "time": "1:30"}
+    assert _scoring("grounding", "exact", given, None, None) == ("exact", {**settings, "none": None})
+    with pytest.raises(ConfigError, match=r"^names=\[a: not valid YAML"):
+        _scoring("grounding", "exact", ["names=[a"], None, None)

@@ -9,6 +9,7 @@ import typer
 
 from foveate import api
 from foveate.cli.options import MOST_TOKENS, BadRows, Columns, ImageRoot, columns_of, finite
+from foveate.config.recipe import read_value
 from foveate.errors import ConfigError
 from foveate.log import print_result
 
@@ -191,13 +192,11 @@ def _scoring(
 
 
 def _settings(given: list[str] | None) -> dict[str, Any]:
-    """`NAME=VALUE` options, values in YAML as on the command lines of recipes."""
-    import yaml
-
+    """`NAME=VALUE` options, values as in the overrides of recipes."""
     settings: dict[str, Any] = {}
     for text in given or ():
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ConfigError(f"{text}: must be NAME=VALUE, such as threshold=0.7")
-        settings[name] = yaml.safe_load(value)
+        settings[name] = read_value(value, text)
     return settings

@@ -45,17 +45,9 @@ class Entry:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]) -> SettingsT:
-    """The settings of a recipe: its base, its own, and each override in turn.
-
-    Args:
-        path: a file, or the name of a shipped recipe (`shapes_gspo`).
-        overrides: `group.name=value` each; a value that starts with `[`, `{` or a quote is read as YAML, any other as
-            one scalar to its end; no value is null.
-        cls: what the recipe sets.
-
-    Raises:
-        ConfigError: with the file and line, or the override, of the first problem.
-    """
+    """The settings of a recipe, a file or the name of a shipped one (`shapes_gspo`): its base, its own, and each
+    override (`group.name=value`, see `read_value`) in turn. Raises ConfigError with the file and line, or the override,
+    of the first problem."""
     return _combined(_layers(path, overrides), cls, str(path))
 
 
@@ -121,6 +113,12 @@ def _find_shipped(name: Path, shipped: Path) -> Path:
 def read_values(path: Path) -> dict[str, Any]:
     """The values of one YAML file as they stand, without base, defaults or checks of the settings."""
     return _plain(_read_file(path))
+
+
+def read_value(text: str, where: str) -> Any:
+    """The value of an override: YAML where it starts with `[`, `{` or a quote, else one scalar to its end; no value is
+    null. Raises ConfigError that begins with `where`."""
+    return _plain(_written(text.strip(), where, free=True))
 
 
 def to_yaml(settings: Settings) -> str:
@@ -219,9 +217,12 @@ def _read_override(text: str) -> Entry:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"{where}: an override is written group.name=value, such as train.steps=100")
-    inline = written.startswith(("[", "{", "'", '"'))
-    free = any(map(_is_free, keys))
-    return _nested(keys, _compose(written, where, inline=True, free=free) if inline else Entry(_scalar(written), where))
+    return _nested(keys, _written(written, where, free=any(map(_is_free, keys))))
+
+
+def _written(text: str, where: str, free: bool) -> Entry:
+    inline = text.startswith(("[", "{", "'", '"'))
+    return _compose(text, where, inline=True, free=free) if inline else Entry(_scalar(text), where)
 
 
 def _nested(keys: Sequence[str], entry: Entry) -> Entry:
@@ -299,9 +300,8 @@ def _scalar(text: str) -> Any:
 
 
 def _combined(layers: Sequence[Entry], cls: type[SettingsT], where: str) -> SettingsT:
-    """The settings of some layers, each of which adds to the ones before it. Lists are replaced whole. A choice by name
-    (`algorithm`, `reward`) that names another one drops the settings of the former. where: the place of what no layer
-    holds."""
+    """The settings of layers, each of which adds to those before it. Lists are replaced whole. A choice by name
+    (`algorithm`) that names another one drops the settings of the former. where: the place of what no layer has."""
     named = _default_names(cls)
     merged = Entry({}, where)
     for layer in layers:
