@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +58,7 @@ def data_files(data: Any, file: Path) -> list[str]:
     if isinstance(data, list | tuple) and data and all(isinstance(one, str | Path) for one in data):
         return [str(one) for one in data]
     content = _parquet(data)
-    if not file.exists() or hashlib.sha256(file.read_bytes()).digest() != hashlib.sha256(content).digest():
+    if not file.exists() or file.read_bytes() != content:
         atomic_write_bytes(file, content)
     return [str(file)]
 
