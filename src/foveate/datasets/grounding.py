@@ -15,9 +15,9 @@ from foveate.data.folders import TEXT_SUFFIXES, suffix_of
 from foveate.data.referring import AUTO, GroundingRows
 from foveate.data.table import BOX, TaskTable, row_schema
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.prepared import Prepared, hold_out, publish, sha256, shared_splits, task_row
+from foveate.datasets.prepared import Prepared, hold_out, publish, shared_splits, task_row
 from foveate.errors import require
-from foveate.files import atomic_path
+from foveate.files import atomic_path, sha256
 from foveate.records import Image
 
 SplitBy = Literal["image", "row"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.errors import DataError, one_line, require
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, sha256
 from foveate.log import progress
 from foveate.records import Image, Task
 
@@ -123,12 +122,6 @@ def _earlier(out: Path) -> list[str]:
         return [MANIFEST, *(Path(name).name for name in json.loads(manifest.read_bytes())["sha256"])]
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{manifest}: not a manifest of foveate; choose another folder, or remove it") from None
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------------------- rows

@@ -24,7 +24,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from foveate.data.table import row_schema, write_rows
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, sha256
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -207,7 +207,7 @@ def prepare_shapes(
     for split in rows:
         path = folder / f"{split}.parquet"
         write_rows(path, counted(split), schema)
-        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        hashes[path.name] = sha256(path)
     manifest = {"seed": seed, "kinds": kinds, "side": side, "shortcut": shortcut, "rows": rows, "sha256": hashes}
     atomic_write_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 

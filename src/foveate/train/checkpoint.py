@@ -8,7 +8,6 @@ what is in it. The link `latest` leads to the newest, `best` to the one that did
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError, DataError, DiskError, UserError, one_line
-from foveate.files import OtherSchema, atomic_path, disk_error, gone, read_sealed, sealed, with_room
+from foveate.files import OtherSchema, atomic_path, disk_error, gone, read_sealed, sealed, sha256, with_room
 from foveate.parallel.ranks import Ranks
 from foveate.train.checkpoint_reader import load_tensors
 
@@ -119,7 +118,7 @@ def _write_share(path: Path, temporary: Path, content: Mapping[str, Any], ranks:
         raise disk_error(path, _cause(error)) from error
     rank = 0 if ranks is None else ranks.rank
     own = [*temporary.glob(f"__{rank}_*"), *([temporary / ".metadata"] if rank == 0 else [])]
-    return {file.name: _hash(file) for file in own}
+    return {file.name: sha256(file) for file in own}
 
 
 class Saving:
@@ -145,11 +144,6 @@ class Saving:
         if self._under_way is not None:
             future, self._under_way = self._under_way, None
             future.result()
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _rotate(folder: Path, keep: int) -> None:
@@ -283,7 +277,7 @@ def _unreadable(path: Path) -> Iterator[None]:
 def _verify(path: Path, hashes: Mapping[str, str], ranks: Ranks | None) -> None:
     """Compare the files with their hashes, each rank a share of them."""
     names = sorted(hashes) if ranks is None else sorted(hashes)[ranks.rank :: ranks.cluster.ranks]
-    changed = [name for name in names if not _is_own_file(path / name) or _hash(path / name) != hashes[name]]
+    changed = [name for name in names if not _is_own_file(path / name) or sha256(path / name) != hashes[name]]
     if ranks is not None:
         changed = [name for own in ranks.gather(changed) for name in own]
     if changed:
