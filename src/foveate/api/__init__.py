@@ -200,13 +200,11 @@ def import_verl(
     the environment, its positional parameters from `arguments`. version: of verl, whose defaults are filled in. launch:
     which one of a script that launches several times. run: execute the script in bash, with its launchers replaced.
     """
-    from foveate.tools.import_verl import import_launch
-    from foveate.tools.import_verl.launch import read_launch
-    from foveate.tools.import_verl.recorded import record_launch
+    from foveate.tools.import_verl import import_script
 
-    find = record_launch if run else read_launch
-    found = find(Path(script), os.environ, arguments, launch)
-    imported = import_launch(Path(script), found, rows, version=version)
+    imported = import_script(
+        Path(script), os.environ, rows, arguments=arguments, version=version, launch=launch, run=run
+    )
     if out is not None:
         atomic_write_text(out, imported.recipe)
     return imported

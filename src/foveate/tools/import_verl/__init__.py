@@ -21,9 +21,10 @@ from foveate.tools.import_verl.given import Given, UnreadSetting, shown
 from foveate.tools.import_verl.keys import fate, mapping_table
 from foveate.tools.import_verl.launch import Launch, read_launch
 from foveate.tools.import_verl.overrides import LaunchSettings, read_overrides
+from foveate.tools.import_verl.recorded import record_launch
 from foveate.tools.import_verl.settings import recipe_settings
 
-__all__ = ["Imported", "easyr1_table", "import_launch", "import_script", "mapping_table"]
+__all__ = ["Imported", "easyr1_table", "import_script", "mapping_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,18 @@ def import_script(
     arguments: Sequence[str] = (),
     version: str | None = None,
     launch: int = 1,
+    run: bool = False,
 ) -> Imported:
     """The recipe that a script stands for, under an environment and with the arguments given to it.
 
-    Raises DataError for a file without a launch command, ConfigError where a needed value is missing.
+    `launch`: which one of a script with several. `run`: execute the script in bash, with its launchers replaced. Raises
+    DataError for a file without a launch command, ConfigError where a needed value is missing.
     """
-    return import_launch(path, read_launch(path, environment, arguments, launch), rows, version=version)
+    find = record_launch if run else read_launch
+    return _import_launch(path, find(path, environment, arguments, launch), rows, version)
 
 
-def import_launch(path: Path, launch: Launch, rows: int | None, *, version: str | None = None) -> Imported:
-    """The recipe of one launch of a script."""
+def _import_launch(path: Path, launch: Launch, rows: int | None, version: str | None) -> Imported:
     where = f"{path}, line {launch.line}"
     overrides = read_overrides(launch, path)
     if launch.program == PROGRAM:
