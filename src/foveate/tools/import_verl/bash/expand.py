@@ -43,7 +43,7 @@ class Expander:
             current, kept = None, False
 
         for part in self._spliced(self._with_home(word, assignment=False)):
-            values, _ = self._values(part)
+            values = self._values(part)
             if isinstance(part, Text) and not part.quoted:
                 assigned |= "=" in part.text
                 has_glob |= not assigned and any(one in part.text for one in "*?")
@@ -74,6 +74,8 @@ class Expander:
                 if not several and self._takes_word(part, value):
                     yield from self._spliced(part.arguments[0].parts)
                     continue
+                if index is not None:  # an expression may count, as in ${A[i++]:-default}
+                    part = replace(part, index=Word((Text(index, True),), part.line))
             yield part
 
     def _takes_word(self, part: Parameter, value: str | None) -> bool | None:
@@ -104,7 +106,7 @@ class Expander:
         return self._bound("".join(self._one_text(part) for part in parts))
 
     def _one_text(self, part: WordPart) -> str:
-        values, _ = self._values(part)
+        values = self._values(part)
         star = isinstance(part, Parameter) and (part.name == "*" or (part.index and part.index.literal == "*"))
         return self._joined(values) if star and len(values) > 1 else " ".join(values)
 
@@ -112,7 +114,7 @@ class Expander:
         """The pieces of a pattern, each with whether it stands for itself; None where something was not read."""
         pieces = list[tuple[str, bool]]()
         for part in self._with_home(word, assignment=False):
-            known = self.marks.known(" ".join(self._values(part)[0]))
+            known = self.marks.known(" ".join(self._values(part)))
             if known is None:
                 return None
             pieces.append((known, part.quoted if not isinstance(part, Arithmetic) else True))
@@ -141,17 +143,17 @@ class Expander:
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _values(self, part: WordPart) -> tuple[list[str], bool]:
-        """The values of a part, and whether each of them is a field of its own."""
+    def _values(self, part: WordPart) -> list[str]:
+        """The values of a part: one, or any number of them for `@` and `*`."""
         match part:
             case Text():
-                return [part.text], False
+                return [part.text]
             case Arithmetic():
-                return [self.arithmetic(self.text(part.expression), part.line)], False
+                return [self.arithmetic(self.text(part.expression), part.line)]
             case Substitution():
                 if part.process:
-                    return [self.marks.make(f"line {part.line}: the output of commands as a file")], False
-                return [self._capture(part.body, part.line)], False
+                    return [self.marks.make(f"line {part.line}: the output of commands as a file")]
+                return [self._capture(part.body, part.line)]
             case Parameter():
                 return self._parameter(part)
 
@@ -253,29 +255,29 @@ class Expander:
         text = self.text(part.index)
         return text if isinstance(found, Array) and found.keyed else self.arithmetic(text, part.line)
 
-    def _parameter(self, part: Parameter) -> tuple[list[str], bool]:
+    def _parameter(self, part: Parameter) -> list[str]:
         index = self._index(part)
         if part.operator.startswith("!"):
             return self._indirect(part, index)
         several = part.name in ("@", "*") or index in ("@", "*")
         if not several:
             value = self.lookup(part.name, index, part.line)
-            return [self._operated(part, value)], False
+            return [self._operated(part, value)]
         values = self._elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
         if part.operator == "length":
-            return [str(len(values))], False
+            return [str(len(values))]
         if part.operator == ":":
             values = self._slice(values, part)
         elif part.operator in _TESTED:
             given = any(self.marks.known(value) != "" for value in values)
             if not given and part.operator[-1] != "+":
-                return [self._operated(part, None)], False
+                return [self._operated(part, None)]
             if part.operator[-1] == "+":
-                return ([self.text(part.arguments[0])] if given else []), not given
+                return [self.text(part.arguments[0])] if given else []
         elif part.operator:
             values = [self._operated(part, value) for value in values]
-        return ([self._joined(values)], False) if joined else (values, True)
+        return [self._joined(values)] if joined else values
 
     def _joined(self, values: Sequence[str]) -> str:
         """The values as one text, with the first character of $IFS between them."""
@@ -292,19 +294,19 @@ class Expander:
         value = self.lookup(name, None, 0)
         return [] if value is None else [value]
 
-    def _indirect(self, part: Parameter, index: str | None) -> tuple[list[str], bool]:
+    def _indirect(self, part: Parameter, index: str | None) -> list[str]:
         if index in ("@", "*"):
             found = self.state.variables.get(part.name)
             keys = [str(key) for key in found.keys] if isinstance(found, Array) else ["0"] * (found is not None)
-            return ([self._joined(keys)], False) if part.quoted and index == "*" else (keys, True)
+            return [self._joined(keys)] if part.quoted and index == "*" else keys
         if part.operator in ("!@", "!*"):
             names = sorted(name for name in self.state.variables if name.startswith(part.name))
-            return ([self._joined(names)], False) if part.quoted and part.operator == "!*" else (names, True)
+            return [self._joined(names)] if part.quoted and part.operator == "!*" else names
         name = self.marks.known(self.lookup(part.name, index, part.line) or "")
         if name is None or not re.fullmatch(r"[A-Za-z_]\w*|\d+", name):
-            return [self.marks.make(f"line {part.line}: the variable that ${part.name} names")], False
+            return [self.marks.make(f"line {part.line}: the variable that ${part.name} names")]
         value = self.lookup(name, None, part.line)
-        return [self._operated(replace(part, name=name, index=None, operator=part.operator[1:]), value)], False
+        return [self._operated(replace(part, name=name, index=None, operator=part.operator[1:]), value)]
 
     def _slice(self, values: list[str], part: Parameter) -> list[str]:
         first, _, length = self.text(part.arguments[0]).partition(":")
@@ -359,7 +361,7 @@ class Expander:
             said = self.marks.known(text) or "it is not set"
             raise ScriptEnds(part.line, f"the script ends without ${part.name}: {said}; give it in the environment")
         if operator[-1] == "=":
-            self.assign(part.name, self._index(part), text)
+            self.assign(part.name, self._index(part), text)  # bash, too, computes it again
         return text
 
     def _substring(self, part: Parameter, value: str) -> str:

@@ -17,7 +17,7 @@ def merge(left: State, right: State, reason: str, marks: Marks) -> State:
     for name in dict.fromkeys([*left.variables, *right.variables]):
         one, other = left.variables.get(name), right.variables.get(name)
         if one != other:
-            merged.variables[name] = _either(one, other, marks.make(f"{reason}, which may set {name}"), marks)
+            merged.variables[name] = _either(one, other, marks.make(f"{reason}, which may set {name}"))
     if left.arguments != right.arguments:
         merged.arguments = _common(left.arguments, right.arguments, marks.make(reason))
     if left.directory != right.directory:
@@ -32,7 +32,7 @@ def merge(left: State, right: State, reason: str, marks: Marks) -> State:
     return merged
 
 
-def _either(one: str | Array | None, other: str | Array | None, mark: str, marks: Marks) -> str | Array:
+def _either(one: str | Array | None, other: str | Array | None, mark: str) -> str | Array:
     if isinstance(one, Array) or isinstance(other, Array):
         arrays = [
             found if isinstance(found, Array) else Array({} if found is None else {0: found}) for found in (one, other)
@@ -45,7 +45,6 @@ def _either(one: str | Array | None, other: str | Array | None, mark: str, marks
     words = [word for text in (one, other) for word in (text or "").split()]
     if words and all(_SETTING.match(word) for word in words):
         return " ".join(_common((one or "").split(), (other or "").split(), mark))
-    del marks
     return mark
 
 
