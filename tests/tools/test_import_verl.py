@@ -354,15 +354,6 @@ def test_a_gpu_budget_holds_the_longest_row(tmp_path):
     assert any("is raised to hold one longest prompt and answer" in line for line in imported.refused)
 
 
-def test_settings_of_another_configuration_are_read_or_missed(tmp_path):
-    options = f"--config-path={tmp_path}/config --config-name=mine"
-    with pytest.raises(ConfigError, match=r"takes its settings from .*config/mine\.yaml, which cannot be read"):
-        settings_of(tmp_path, options=options)
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "mine.yaml").write_text("defaults:\n- ppo_trainer\ndata:\n  max_response_length: 99\n")
-    assert settings_of(tmp_path, options=options)[0].rollout.max_tokens == 99
-
-
 def test_a_file_that_launches_nothing_is_refused(tmp_path):
     path = tmp_path / "other.sh"
     path.write_text("echo hello\n")

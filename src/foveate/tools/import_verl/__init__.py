@@ -15,7 +15,7 @@ import yaml
 
 from foveate.errors import ConfigError
 from foveate.tools.import_verl.algorithm import algorithm_of
-from foveate.tools.import_verl.defaults import EASYR1, find_version
+from foveate.tools.import_verl.defaults import EASYR1, find_version, own_defaults
 from foveate.tools.import_verl.easyr1 import KL, NAMES, PROGRAM, in_verls_names
 from foveate.tools.import_verl.given import Given, UnreadSetting, shown
 from foveate.tools.import_verl.keys import fate, mapping_table
@@ -82,9 +82,18 @@ def _import_launch(path: Path, launch: Launch, rows: int | None, version: str | 
     else:
         found = find_version(version, (path.resolve().parent, Path(launch.directory or ".")), overrides.values)
         title, forked = found.title, found.name == "internvl"
-        given = Given(where, overrides.values, overrides.unread, found.defaults, passed=overrides.passed)
-        given.megatron = "megatron" in overrides.config
+        configuration = overrides.configuration
+        own = own_defaults(configuration.folder) if configuration.folder else {}
+        given = Given(where, overrides.values, overrides.unread, found.defaults | own, passed=overrides.passed)
+        given.megatron = any("megatron" in name for name in configuration.names)
         notes = [f"defaults are those of {title} ({found.why})", *launch.notes]
+        if configuration.folder:
+            notes.append(f"settings are also those of {configuration.folder / configuration.names[0]}.yaml")
+        if not launch.program.startswith("verl"):
+            given.refused.append(
+                f"{launch.program}: a program of its own; where its code does other than verl.trainer.main_ppo, the "
+                "recipe does not follow it"
+            )
     try:
         settings = recipe_settings(given, path, launch.program, rows, forked)
     except UnreadSetting as unread:

@@ -8,7 +8,7 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.tools.import_verl.defaults import A
-from foveate.tools.import_verl.given import Given
+from foveate.tools.import_verl.given import Given, shown
 
 Choice = dict[str, Callable[[], Any]]
 """Settings by path, each with what computes it; None leaves it out."""
@@ -33,7 +33,7 @@ _MODE, _ADVANTAGE = A + "policy_loss.loss_mode", "algorithm.adv_estimator"
 
 def algorithm_of(given: Given) -> str:
     """foveate's name of what a launch trains with. Raises ConfigError for an advantage or a loss that is not here."""
-    advantage, mode = given.text(_ADVANTAGE), given.text(_MODE)
+    advantage, mode = shown(given.get(_ADVANTAGE)), given.text(_MODE)
     if advantage in ("grpo", "grpo_vectorized"):
         if mode not in _LOSSES or mode == "gpg":
             known = ", ".join(name for name in _LOSSES if name != "gpg")

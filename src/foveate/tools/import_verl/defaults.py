@@ -187,7 +187,7 @@ def _checkout(folder: Path) -> Version | None:
     number = re.match(r"\d+\.\d+", text)
     if number is None:
         return None
-    own = _own_defaults(folder / "verl" / "trainer" / "config")
+    own = own_defaults(folder / "verl" / "trainer" / "config")
     if forked:
         return Version("internvl", f"the checkout in {folder}", own)
     known = [name for name in VERSIONS if name[0].isdigit()]
@@ -196,7 +196,7 @@ def _checkout(folder: Path) -> Version | None:
     return Version((older or known)[-1 if older else 0], f"{text}, the checkout in {folder}", own)
 
 
-def _own_defaults(folder: Path) -> dict[str, Any]:
+def own_defaults(folder: Path) -> dict[str, Any]:
     """The defaults in a checkout's own files, of those that matter here; Hydra's references are left aside."""
     for name in ("_generated_ppo_trainer.yaml", "ppo_trainer.yaml"):
         if (folder / name).is_file():

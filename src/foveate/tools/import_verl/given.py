@@ -10,6 +10,7 @@ from typing import Any
 from foveate.errors import ConfigError
 
 LARGEST = 1_000_000_000
+_MOST_REFERENCES = 20
 _INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -45,8 +46,8 @@ class Given:
     def has(self, *keys: str) -> bool:
         return any(key in self.values or key in self.unread for key in keys)
 
-    def get(self, key: str) -> Any:
-        """A value as it stands; a default is noted. Raises UnreadSetting."""
+    def get(self, key: str, depth: int = 0) -> Any:
+        """A value as it stands, or that of the key it refers to; a default is noted. Raises UnreadSetting."""
         if key in self.unread:
             raise UnreadSetting(self.called(key), self.unread[key])
         if key not in self.values:
@@ -56,8 +57,9 @@ class Given:
             return default
         value = self.values[key]
         if isinstance(value, str) and "${" in value:
-            if (match := _INTERPOLATION.fullmatch(value)) and match[1] != key and match[1] in self.values:
-                return self.get(match[1])
+            match = _INTERPOLATION.fullmatch(value)
+            if match and depth < _MOST_REFERENCES and (match[1] in self.values or match[1] in self.defaults):
+                return self.get(match[1], depth + 1)
             raise UnreadSetting(self.called(key), f"{value} is resolved by Hydra, not by the script")
         return value
 

@@ -203,7 +203,9 @@ _OTHER_NAMES = (
     (re.compile(re.escape(M) + r"lora\.(rank|alpha)"), M + r"lora_\1"),
     (re.compile(re.escape(M) + r"lora\.target_modules"), M + "target_modules"),
 )
-_QUIET = re.compile(r"ray_kwargs\.|ray_init\.|.*\bprofiler\b|global_profiler\.|.*\.checkpoint\.|.*nccl_timeout|hydra\.")
+_QUIET = re.compile(
+    r"ray_kwargs\.|ray_init\.|.*\bprofiler\b|global_profiler\.|.*\.checkpoint\.|.*nccl_timeout|hydra\.|.*\._target_$"
+)
 
 
 def fate(key: str, value: Any, uses_critic: bool) -> tuple[str, str]:

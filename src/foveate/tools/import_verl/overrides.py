@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from foveate.errors import ConfigError
+from foveate.tools.import_verl.configuration import Configuration, read_configuration
 from foveate.tools.import_verl.easyr1 import PROGRAM
 from foveate.tools.import_verl.hydra import HydraFault, parse_value
 from foveate.tools.import_verl.launch import Launch
@@ -17,9 +18,6 @@ from foveate.tools.import_verl.settings_file import read_flat, yaml_value
 
 _OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w./@-]*)=(.*)", re.DOTALL)
 _OPTION = re.compile(r"--(config-(?:name|path|dir))(?:=(.*))?", re.DOTALL)
-_STANDARD = re.compile(
-    r"(?:one_step_off_|fully_async_)?ppo_(?:megatron_|veomni_|torchtitan_)?trainer|dapo_(?:megatron_)?trainer"
-)
 
 
 @dataclass(slots=True)
@@ -29,7 +27,7 @@ class LaunchSettings:
     values: dict[str, Any] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     passed: dict[str, Any] = field(default_factory=dict)
-    config: str = ""
+    configuration: Configuration = field(default_factory=Configuration)
     refused: list[str] = field(default_factory=list)
 
 
@@ -41,8 +39,12 @@ def read_overrides(launch: Launch, script: Path) -> LaunchSettings:
     while words:
         word = words.pop(0)
         option = _OPTION.fullmatch(word.text)
-        if option and not word.unread:
-            options[option[1]] = option[2] if option[2] is not None else words.pop(0).text if words else ""
+        if option:
+            value = word if option[2] is not None or word.unread or not words else words.pop(0)
+            if value.passed is None and value.unread:
+                raise ConfigError(f"{where}: --{option[1]} was not read ({value.unread}), and names the other settings")
+            written = value.passed or value.text
+            options[option[1]] = written.removeprefix(f"--{option[1]}").removeprefix("=")
             continue
         text = word.text + "=" if word.unread and _OVERRIDE.fullmatch(word.text + "=") else word.text
         match = _OVERRIDE.fullmatch(text)
@@ -62,8 +64,12 @@ def read_overrides(launch: Launch, script: Path) -> LaunchSettings:
             found.unread.setdefault(key, f"{_shown(written)!r} {str(fault).splitlines()[0]}")
         else:
             (found.passed if word.unread else found.values)[key] = value
-    base = _easyr1_file(found, launch, where) if is_easyr1 else _config_file(options, launch, script)
-    found.config = options.get("config-name", "")
+    if is_easyr1:
+        base = _easyr1_file(found, launch, where)
+    else:
+        found.configuration = read_configuration(options, launch, script)
+        base = found.configuration.values
+        found.refused += found.configuration.refused
     found.values = {key: value for key, value in base.items() if key not in found.unread} | found.values
     return found
 
@@ -78,16 +84,3 @@ def _easyr1_file(found: LaunchSettings, launch: Launch, where: str) -> dict[str,
         raise ConfigError(f"{where}: config was not read ({reason}), and holds the other settings")
     name = found.values.pop("config", None)
     return {} if name is None else read_flat(Path(launch.directory, str(name)), where)
-
-
-def _config_file(options: dict[str, str], launch: Launch, script: Path) -> dict[str, Any]:
-    """The values of another configuration than verl's own, below which verl's defaults stand."""
-    name = options.get("config-name", "").removesuffix(".yaml")
-    if not name or _STANDARD.fullmatch(name):
-        return {}
-    folder = options.get("config-path") or options.get("config-dir") or "config"
-    parts = [launch.program] if launch.program.endswith(".py") else launch.program.split(".")
-    roots = [Path(launch.directory), *script.resolve().parents]
-    modules = [root.joinpath(*parts[start:]).parent for root in roots for start in (0, 1) if parts[start:]]
-    places = [place / folder / f"{name}.yaml" for place in (*modules, Path(launch.directory))]
-    return read_flat(next((place for place in places if place.is_file()), places[0]), f"{script}, line {launch.line}")

@@ -93,6 +93,8 @@ def _computed(given: Given, choice: Choice) -> dict[str, Any]:
             line = f"{unread.key}: {unread.reason}; the recipe has no {path}"
             given.refused.append(line)
             continue
+        if path in _NEEDED and value in ("", []):
+            raise ConfigError(f"{given.where}: a recipe needs {path}, and the launch gives it empty")
         if value is not None:
             settings[path] = value
     return settings

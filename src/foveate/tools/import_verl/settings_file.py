@@ -29,6 +29,11 @@ def yaml_value(text: str) -> Any:
 
 def read_flat(path: Path, where: str) -> dict[str, Any]:
     """The settings of a file by dotted key. Raises ConfigError for one that cannot be read."""
+    return read_with_defaults(path, where)[0]
+
+
+def read_with_defaults(path: Path, where: str) -> tuple[dict[str, Any], list[Any]]:
+    """The settings of a file, and its list `defaults` of the files that Hydra composes with it."""
     try:
         if path.stat().st_size > _LARGEST:
             raise ConfigError(f"{where}: {path} has more than {_LARGEST} bytes")
@@ -38,9 +43,9 @@ def read_flat(path: Path, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: the launch takes its settings from {path}, which cannot be read: {said}") from None
     flat = dict[str, Any]()
     _flatten(values if isinstance(values, dict) else {}, "", flat)
-    for key in ("defaults", *(key for key in flat if key.startswith("hydra."))):
-        flat.pop(key, None)
-    return flat
+    defaults = flat.pop("defaults", None)
+    own = {key: value for key, value in flat.items() if not key.startswith("hydra.")}
+    return own, defaults if isinstance(defaults, list) else []
 
 
 def _flatten(values: dict[Any, Any], prefix: str, flat: dict[str, Any], depth: int = 0) -> None:
