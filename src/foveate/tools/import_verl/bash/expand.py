@@ -7,23 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from foveate.tools.import_verl.bash import patterns
-from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
+from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
 from foveate.tools.import_verl.bash.braces import expand_braces
-from foveate.tools.import_verl.bash.state import OF_A_PROCESS, ScriptEnds, State
+from foveate.tools.import_verl.bash.state import ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Substitution, Text, Word, WordPart
-from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable, is_bare_mark
+from foveate.tools.import_verl.bash.values import Array, is_bare_mark
+from foveate.tools.import_verl.bash.variables import Variables
 
 _LONGEST_SUBJECT = 2_000
 _TESTED = {":-": True, ":=": True, ":?": True, ":+": True, "-": False, "=": False, "?": False, "+": False}
 
 
-class Expander:
+class Expander(Variables):
     """Expands words under a state; `capture` runs commands for their output."""
 
     def __init__(self, state: State, capture: Callable[[tuple[Command, ...], int], str]) -> None:
-        self.state, self.marks, self._capture = state, Marks(), capture
-        self.line = 0
-        """Of the command that is followed."""
+        super().__init__(state)
+        self._capture = capture
         self.file_test: Callable[[str, str], bool | None] = lambda operator, path: None  # noqa: ARG005
         """The answer to a test of a file, such as -f; None where it is not certain."""
 
@@ -39,7 +39,7 @@ class Expander:
         def flush() -> None:
             nonlocal current, kept
             if current is not None and (kept or self.marks.known(current) != ""):
-                fields.append(self._bound(current))
+                fields.append(self.bound(current))
             current, kept = None, False
 
         for part in self._spliced(self._with_home(word, assignment=False)):
@@ -87,11 +87,6 @@ class Expander:
         missing = value is None or (bare and known == "") or (_TESTED[part.operator] and known == "")
         return missing == (part.operator[-1] != "+")
 
-    def separators(self) -> str | None:
-        """The characters of $IFS; None where they were not read."""
-        found = self.state.variables.get("IFS", " \t\n")
-        return self.marks.known(found if isinstance(found, str) else found.elements.get(0, ""))
-
     def _split(self, value: str) -> list[tuple[str, str]]:
         """Pieces, each with the separator behind it."""
         separators = self.separators()
@@ -103,12 +98,12 @@ class Expander:
     def text(self, word: Word) -> str:
         """One text, as on the right of an assignment: nothing is split."""
         parts = self._with_home(word, assignment=True)
-        return self._bound("".join(self._one_text(part) for part in parts))
+        return self.bound("".join(self._one_text(part) for part in parts))
 
     def _one_text(self, part: WordPart) -> str:
         values = self._values(part)
         star = isinstance(part, Parameter) and (part.name == "*" or (part.index and part.index.literal == "*"))
-        return self._joined(values) if star and len(values) > 1 else " ".join(values)
+        return self.joined(values) if star and len(values) > 1 else " ".join(values)
 
     def pattern(self, word: Word) -> list[tuple[str, bool]] | None:
         """The pieces of a pattern, each with whether it stands for itself; None where something was not read."""
@@ -136,11 +131,6 @@ class Expander:
         home = self.state.variables.get("HOME")
         return match[1] + (home if isinstance(home, str) else self.marks.make("needs $HOME", unset=True))
 
-    def _bound(self, text: str) -> str:
-        if len(text) > LONGEST:
-            raise Unreadable(f"a value of more than {LONGEST} characters")
-        return text
-
     # ------------------------------------------------------------------------------------------------------ parts
 
     def _values(self, part: WordPart) -> list[str]:
@@ -157,93 +147,7 @@ class Expander:
             case Parameter():
                 return self._parameter(part)
 
-    def arithmetic(self, text: str, line: int) -> str:
-        """The value of an expression, or the mark of what it depends on."""
-        try:
-            return str(self.number(text, line, unset=False))
-        except UnreadOperand as operand:
-            return self.marks.derived(operand.args[0])
-
-    def number(self, text: str, line: int, *, unset: bool) -> int:
-        """The value of an expression. `unset`: whether a variable that is set nowhere is 0, or was not read."""
-
-        def get(name: str, index: str | None) -> str:
-            value = self.lookup(name, index, line)
-            if value is None:
-                self._refuse_unset(name, line)
-            text = self.marks.make(f"needs ${name}", unset=True) if value is None else value
-            known = self.marks.known(text) if unset or not self.marks.unread_in(text) else None
-            if known is None:
-                raise UnreadOperand(text)
-            return known
-
-        if self.marks.unread_in(text):
-            known = self.marks.known(text) if unset else None
-            if known is None:
-                raise UnreadOperand(text)
-            text = known
-        try:
-            return evaluate_arithmetic(text, Scope(get, self.assign), 0)
-        except ArithmeticFault as fault:
-            raise ScriptEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
-
-    def converted(self, name: str, value: str) -> str:
-        """The value that a variable takes by its attributes: a number (i), or letters of one case (u, l, c)."""
-        letters = self.state.attributes.get(name, "")
-        if "?" in letters or ("c" in letters and self.marks.unread_in(value)):
-            return self.marks.make(f"line {self.line}: what the attributes of {name} make of a value")
-        value = self.arithmetic(value, self.line) if "i" in letters else value
-        changes: dict[str, Callable[[str], str]] = {"u": str.upper, "l": str.lower, "c": str.capitalize}
-        return next((change(value) for letter, change in changes.items() if letter in letters), value)
-
-    def assign(self, name: str, index: str | None, value: str) -> None:
-        if "r" in self.state.attributes.get(name, ""):
-            return
-        value = self.converted(name, value)
-        if index is None:
-            found = self.state.variables.get(name)
-            if not isinstance(found, Array):
-                self.state.variables[name] = self._bound(value)
-                return
-            index = "0"
-        found = self.state.variables.get(name)
-        if isinstance(found, str):
-            found = Array({0: found})
-        found = found or Array({})
-        key: int | str = index
-        if not found.keyed:
-            key = found.position(index)
-        self.state.variables[name] = Array({**found.elements, key: self._bound(value)}, found.keyed)
-
     # ------------------------------------------------------------------------------------------------- parameters
-
-    def lookup(self, name: str, index: str | None, line: int) -> str | None:
-        """The value of a variable or an element; None where it is unset."""
-        if name.isdigit():
-            if name == "0":
-                return self.state.script
-            return self.state.arguments[int(name) - 1] if int(name) <= len(self.state.arguments) else None
-        match name:
-            case "#":
-                return str(len(self.state.arguments))
-            case "?":
-                if self.state.status is None:
-                    return self.marks.make(f"line {line}: the status of a command that was not run")
-                return str(self.state.status)
-            case "$" | "!" | "-":
-                return self.marks.make(f"line {line}: ${name} of a running shell")
-            case "PWD":
-                return self.state.directory
-            case "BASH_SOURCE":
-                return self.state.script if index in (None, "0") else None
-        found = self.state.variables.get(name)
-        if found is None and name in OF_A_PROCESS:
-            return self.marks.make(f"line {line}: ${name} of a running shell")
-        if not isinstance(found, Array):
-            return found if index in (None, "0") else None
-        if found.keyed:
-            return found.elements.get(index or "0")
-        return found.elements.get(found.position(index or "0"))
 
     def _index(self, part: Parameter) -> str | None:
         """The index of an element: a key, or the value of an expression; `@` and `*` as they stand."""
@@ -263,7 +167,7 @@ class Expander:
         if not several:
             value = self.lookup(part.name, index, part.line)
             return [self._operated(part, value)]
-        values = self._elements(part.name)
+        values = self.elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
         if part.operator == "length":
             return [str(len(values))]
@@ -277,31 +181,16 @@ class Expander:
                 return [self.text(part.arguments[0])] if given else []
         elif part.operator:
             values = [self._operated(part, value) for value in values]
-        return [self._joined(values)] if joined else values
-
-    def _joined(self, values: Sequence[str]) -> str:
-        """The values as one text, with the first character of $IFS between them."""
-        separators = self.separators()
-        mark = f"line {self.line}: values joined by an $IFS that was not read"
-        return self.marks.make(mark) if separators is None else separators[:1].join(values)
-
-    def _elements(self, name: str) -> list[str]:
-        if name in ("@", "*"):
-            return list(self.state.arguments)
-        found = self.state.variables.get(name)
-        if isinstance(found, Array):
-            return found.values
-        value = self.lookup(name, None, 0)
-        return [] if value is None else [value]
+        return [self.joined(values)] if joined else values
 
     def _indirect(self, part: Parameter, index: str | None) -> list[str]:
         if index in ("@", "*"):
             found = self.state.variables.get(part.name)
             keys = [str(key) for key in found.keys] if isinstance(found, Array) else ["0"] * (found is not None)
-            return [self._joined(keys)] if part.quoted and index == "*" else keys
+            return [self.joined(keys)] if part.quoted and index == "*" else keys
         if part.operator in ("!@", "!*"):
             names = sorted(name for name in self.state.variables if name.startswith(part.name))
-            return [self._joined(names)] if part.quoted and part.operator == "!*" else names
+            return [self.joined(names)] if part.quoted and part.operator == "!*" else names
         name = self.marks.known(self.lookup(part.name, index, part.line) or "")
         if name is None or not re.fullmatch(r"[A-Za-z_]\w*|\d+", name):
             return [self.marks.make(f"line {part.line}: the variable that ${part.name} names")]
@@ -328,7 +217,7 @@ class Expander:
         if operator in _TESTED:
             return self._tested(part, value)
         if value is None:
-            self._refuse_unset(name, part.line)
+            self.refuse_unset(name, part.line)
             missing = self.marks.make(f"needs ${name}", unset=True)
             return missing if operator != "length" else self.marks.derived(missing)
         if not operator:
@@ -343,11 +232,6 @@ class Expander:
         if len(value) > _LONGEST_SUBJECT:
             return self.marks.make(f"line {part.line}: a pattern on a long value")
         return self._patterned(part, value)
-
-    def _refuse_unset(self, name: str, line: int) -> None:
-        if "u" in self.state.options and name not in ("@", "*"):
-            reason = f"${name} is set nowhere, and `set -u` ends the script there; give it in the environment"
-            raise ScriptEnds(line, reason)
 
     def _tested(self, part: Parameter, value: str | None) -> str:
         operator, takes = part.operator, self._takes_word(part, value)

@@ -1,0 +1,132 @@
+"""The variables of a shell: looked up, assigned, converted by their attributes, and computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
+from foveate.tools.import_verl.bash.state import OF_A_PROCESS, ScriptEnds, State
+from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable
+
+
+class Variables:
+    def __init__(self, state: State) -> None:
+        self.state, self.marks = state, Marks()
+        self.line = 0
+        """Of the command that is followed."""
+
+    def lookup(self, name: str, index: str | None, line: int) -> str | None:
+        """The value of a variable or an element; None where it is unset."""
+        if name.isdigit():
+            if name == "0":
+                return self.state.script
+            return self.state.arguments[int(name) - 1] if int(name) <= len(self.state.arguments) else None
+        match name:
+            case "#":
+                return str(len(self.state.arguments))
+            case "?":
+                if self.state.status is None:
+                    return self.marks.make(f"line {line}: the status of a command that was not run")
+                return str(self.state.status)
+            case "$" | "!" | "-":
+                return self.marks.make(f"line {line}: ${name} of a running shell")
+            case "PWD":
+                return self.state.directory
+            case "BASH_SOURCE":
+                return self.state.script if index in (None, "0") else None
+        found = self.state.variables.get(name)
+        if found is None and name in OF_A_PROCESS:
+            return self.marks.make(f"line {line}: ${name} of a running shell")
+        if not isinstance(found, Array):
+            return found if index in (None, "0") else None
+        if found.keyed:
+            return found.elements.get(index or "0")
+        return found.elements.get(found.position(index or "0"))
+
+    def elements(self, name: str) -> list[str]:
+        if name in ("@", "*"):
+            return list(self.state.arguments)
+        found = self.state.variables.get(name)
+        if isinstance(found, Array):
+            return found.values
+        value = self.lookup(name, None, 0)
+        return [] if value is None else [value]
+
+    def refuse_unset(self, name: str, line: int) -> None:
+        if "u" in self.state.options and name not in ("@", "*"):
+            reason = f"${name} is set nowhere, and `set -u` ends the script there; give it in the environment"
+            raise ScriptEnds(line, reason)
+
+    def arithmetic(self, text: str, line: int) -> str:
+        """The value of an expression, or the mark of what it depends on."""
+        try:
+            return str(self.number(text, line, unset=False))
+        except UnreadOperand as operand:
+            return self.marks.derived(operand.args[0])
+
+    def number(self, text: str, line: int, *, unset: bool) -> int:
+        """The value of an expression. `unset`: whether a variable that is set nowhere is 0, or was not read."""
+
+        def get(name: str, index: str | None) -> str:
+            value = self.lookup(name, index, line)
+            if value is None:
+                self.refuse_unset(name, line)
+            text = self.marks.make(f"needs ${name}", unset=True) if value is None else value
+            known = self.marks.known(text) if unset or not self.marks.unread_in(text) else None
+            if known is None:
+                raise UnreadOperand(text)
+            return known
+
+        if self.marks.unread_in(text):
+            known = self.marks.known(text) if unset else None
+            if known is None:
+                raise UnreadOperand(text)
+            text = known
+        try:
+            return evaluate_arithmetic(text, Scope(get, self.assign), 0)
+        except ArithmeticFault as fault:
+            raise ScriptEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
+
+    def converted(self, name: str, value: str) -> str:
+        """The value that a variable takes by its attributes: a number (i), or letters of one case (u, l, c)."""
+        letters = self.state.attributes.get(name, "")
+        if "?" in letters or ("c" in letters and self.marks.unread_in(value)):
+            return self.marks.make(f"line {self.line}: what the attributes of {name} make of a value")
+        value = self.arithmetic(value, self.line) if "i" in letters else value
+        changes: dict[str, Callable[[str], str]] = {"u": str.upper, "l": str.lower, "c": str.capitalize}
+        return next((change(value) for letter, change in changes.items() if letter in letters), value)
+
+    def assign(self, name: str, index: str | None, value: str) -> None:
+        if "r" in self.state.attributes.get(name, ""):
+            return
+        value = self.converted(name, value)
+        if index is None:
+            found = self.state.variables.get(name)
+            if not isinstance(found, Array):
+                self.state.variables[name] = self.bound(value)
+                return
+            index = "0"
+        found = self.state.variables.get(name)
+        if isinstance(found, str):
+            found = Array({0: found})
+        found = found or Array({})
+        key: int | str = index
+        if not found.keyed:
+            key = found.position(index)
+        self.state.variables[name] = Array({**found.elements, key: self.bound(value)}, found.keyed)
+
+    def separators(self) -> str | None:
+        """The characters of $IFS; None where they were not read."""
+        found = self.state.variables.get("IFS", " \t\n")
+        return self.marks.known(found if isinstance(found, str) else found.elements.get(0, ""))
+
+    def joined(self, values: Sequence[str]) -> str:
+        """The values as one text, with the first character of $IFS between them."""
+        separators = self.separators()
+        mark = f"line {self.line}: values joined by an $IFS that was not read"
+        return self.marks.make(mark) if separators is None else separators[:1].join(values)
+
+    def bound(self, text: str) -> str:
+        if len(text) > LONGEST:
+            raise Unreadable(f"a value of more than {LONGEST} characters")
+        return text
