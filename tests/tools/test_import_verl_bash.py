@@ -202,7 +202,8 @@ def test_a_script_cut_anywhere_is_read_or_refused(tmp_path):
 
 def test_the_run_takes_what_its_launchers_are_given(tmp_path):
     path = tmp_path / "launch.sh"
-    path.write_text(f"N=$(expr 40 + 2)\nray job submit -- {RUN} data.n=$N 'data.x=a\nb'\n")
+    beside = "for n in {1..20}; do sleep 1 & done\n"
+    path.write_text(f"{beside}N=$(expr 40 + 2)\nray job submit -- {RUN} data.n=$N 'data.x=a\nb'\n")
     launch = record_launch(path, {"PATH": os.environ["PATH"]}, [], 1)
     assert [argument.text for argument in launch.arguments] == ["data.n=42", "data.x=a\nb"]
     path.write_text("exit 3\n")

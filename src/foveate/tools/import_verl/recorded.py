@@ -24,7 +24,7 @@ LAUNCHERS = (
 _TIME_LIMIT_S = 120
 _SHIM = """#!/bin/sh
 case "$1 $2" in "-c "*"import torch_npu"*) exit 1 ;; esac
-{ printf '%s\\0' {name} "$@"; pwd | tr '\\n' '\\0'; printf '\\1\\0'; } >> {log}
+{ printf '%s\\0' {name} "$@"; pwd | tr '\\n' '\\0'; printf '\\1\\0'; } >> {log}/$$
 """
 
 
@@ -34,6 +34,7 @@ def record_launch(script: Path, environment: Mapping[str, str], arguments: Seque
         raise DataError(f"{script}: is no file that could be run")
     with tempfile.TemporaryDirectory() as folder:
         log, programs = Path(folder, "log"), Path(folder, "programs")
+        log.mkdir()
         programs.mkdir()
         for name in LAUNCHERS:
             shim = programs / name
@@ -51,7 +52,8 @@ def record_launch(script: Path, environment: Mapping[str, str], arguments: Seque
             )
         except subprocess.TimeoutExpired:
             raise DataError(f"{script}: ran for more than {_TIME_LIMIT_S} seconds without its launchers") from None
-        text = log.read_bytes().decode("utf-8", errors="replace") if log.exists() else ""
+        records = sorted(log.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        text = b"".join(path.read_bytes() for path in records).decode("utf-8", errors="replace")
     calls = [record.split("\0")[:-1] for record in without_marks(text).split("\1\0")[:-1]]
     found = launches_of([call[:-1] for call in calls])
     if not 1 <= number <= len(found):
