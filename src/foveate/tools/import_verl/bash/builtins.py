@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LONGEST_SCRIPT = 1_000_000
 """Bytes of a script."""
-_SHELLS = ("bash", "sh", "zsh", "dash")
 
 
 def _set(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
@@ -113,9 +112,9 @@ def _eval(shell: Interpreter, fields: Fields, line: int) -> int | None:
 
 def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
     words = texts(fields)
-    text = _script_text(shell, words[0]) if words else None
+    text = script_text(shell, words[0]) if words else None
     if text is None:
-        shell.note(line, f"{_shown(shell, words[0]) if words else 'a file'} is sourced, and was not read")
+        shell.note(line, f"{shown_word(shell, words[0]) if words else 'a file'} is sourced, and was not read")
         return None
     before = shell.state.arguments
     shell.state.arguments = words[1:] or before
@@ -126,7 +125,7 @@ def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
     return shell.state.status
 
 
-def _script_text(shell: Interpreter, name: str) -> str | None:
+def script_text(shell: Interpreter, name: str) -> str | None:
     known, here = shell.expander.marks.known(name), shell.expander.marks.known(shell.state.directory)
     if not known or here is None:
         return None
@@ -137,7 +136,7 @@ def _script_text(shell: Interpreter, name: str) -> str | None:
         return None
 
 
-def _shown(shell: Interpreter, text: str) -> str:
+def shown_word(shell: Interpreter, text: str) -> str:
     unread = shell.expander.marks.unread_in(text)
     return unread[0].reason if unread else text[:100]
 
@@ -273,39 +272,3 @@ BUILTINS: dict[str, Callable[[Interpreter, Fields, int], int | None]] = {
     "printf": _printf, "getopts": _getopts, "shopt": _shell_options, "trap": _true, "ulimit": _true, "umask": _true,
     "alias": _true, "sleep": _true,
 }  # fmt: skip
-
-
-def is_missing_module(words: Sequence[str | None]) -> bool:
-    """Whether a program asks Python for the module of another maker's devices, which is not installed beside CUDA."""
-    program, *rest = words
-    asks = len(rest) == 2 and rest[0] == "-c" and re.fullmatch(r"\s*import torch_(npu|mlu|musa)\s*", rest[1] or "")
-    return bool(asks and re.fullmatch(r"(?:.*/)?python[\d.]*", program or ""))
-
-
-def run_inner_shell(shell: Interpreter, words: Sequence[str], line: int) -> None:
-    """Run what a program hands to another shell: `bash -c text`, `srun bash -c text`, `bash other.sh`."""
-    place = next((at for at, word in enumerate(words) if word.rpartition("/")[2] in _SHELLS), None)
-    if place is None or place + 1 >= len(words):
-        return
-    rest = list(words[place + 1 :])
-    has_text = False
-    while rest and re.fullmatch(r"-[a-zA-Z]+|--\w+", rest[0]):
-        has_text |= "c" in rest[0] and not rest[0].startswith("--")
-        rest.pop(0)
-    if not rest:
-        return
-    text = rest[0] if has_text else _script_text(shell, rest[0])
-    if text is None or (has_text and shell.expander.marks.known(text) is None):
-        shell.note(line, f"{_shown(shell, rest[0])} is run, and was not read")
-        return
-
-    def action() -> None:
-        state = shell.state
-        state.variables = {name: value for name, value in state.variables.items() if name in state.exported}
-        state.variables["IFS"] = " \t\n"
-        state.functions, state.options, state.attributes = {}, frozenset(), {}
-        state.arguments = rest[1:] if not has_text else rest[2:]
-        state.script = rest[0] if not has_text else (rest[1] if len(rest) > 1 else state.script)
-        shell.run_text(text, line if has_text else 0)
-
-    shell.subshell(action)

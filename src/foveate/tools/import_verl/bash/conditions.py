@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from foveate.tools.import_verl.bash import patterns
 from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
 from foveate.tools.import_verl.bash.expand import Expander
-from foveate.tools.import_verl.bash.state import ScriptEnds
+from foveate.tools.import_verl.bash.state import LineEnds
 from foveate.tools.import_verl.bash.syntax import Word
 from foveate.tools.import_verl.bash.values import Array, is_bare_mark
 
@@ -51,7 +51,7 @@ def evaluate_test(expression: tuple, expander: Expander, line: int) -> bool | No
             numbers = [expander.number(expander.text(word), line, unset=True) for word in (left, right)]
         except UnreadOperand:
             return None
-        except ScriptEnds:
+        except LineEnds:
             return False
         return _COMPARE[operator](*numbers)
     if operator in ("==", "!=", "=~"):

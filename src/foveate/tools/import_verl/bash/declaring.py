@@ -31,7 +31,7 @@ def _declare(shell: Interpreter, fields: Fields, line: int, *, here: bool = Fals
         if re.fullmatch("[-+][a-zA-Z]+", name) or not NAME.fullmatch(name):
             continue
         variables = shell.state.variables
-        if shell.is_readonly(name):
+        if shell.expander.is_readonly(name):
             status = int(status or assignment is not None or "=" in str(field))
             continue
         if here and shell.locals and "g" not in options and name not in shell.locals[-1]:
@@ -87,7 +87,7 @@ def unset(shell: Interpreter, fields: Fields, line: int) -> int:
     status = 0
     for name in words[bool(only) :]:
         match = re.fullmatch(r"([A-Za-z_]\w*)\[(.+)\]", name, re.DOTALL)
-        if only != "-f" and shell.is_readonly(match[1] if match else name):
+        if only != "-f" and shell.expander.is_readonly(match[1] if match else name):
             status = 1
         elif match and only != "-f":
             _unset_element(shell, match[1], match[2], line)

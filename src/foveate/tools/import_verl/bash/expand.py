@@ -9,7 +9,7 @@ from dataclasses import replace
 from foveate.tools.import_verl.bash import patterns
 from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
 from foveate.tools.import_verl.bash.braces import expand_braces
-from foveate.tools.import_verl.bash.state import ScriptEnds, State
+from foveate.tools.import_verl.bash.state import LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Arithmetic, Command, Parameter, Substitution, Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import Array, is_bare_mark
 from foveate.tools.import_verl.bash.variables import Variables
@@ -201,7 +201,7 @@ class Expander(Variables):
         first, _, length = self.text(part.arguments[0]).partition(":")
         bounds = self.number(first, part.line, unset=True), self.number(length, part.line, unset=True)
         if length and bounds[1] < 0:
-            raise ScriptEnds(part.line, f"a negative length of a part of ${{{part.name}[@]}}")
+            raise LineEnds(part.line, f"a negative length of a part of ${{{part.name}[@]}}")
         found = self.state.variables.get(part.name)
         if part.name in ("@", "*"):
             values = [self.state.script, *values]
@@ -259,7 +259,9 @@ class Expander(Variables):
         if start < 0 or start > len(value):
             return ""
         end = len(value) if size is None else start + size if size >= 0 else len(value) + size
-        return value[start : max(start, end)]
+        if end < start:
+            raise LineEnds(part.line, f"a part of ${{{part.name}}} that ends before it begins")
+        return value[start:end]
 
     def _patterned(self, part: Parameter, value: str) -> str:
         operator = part.operator

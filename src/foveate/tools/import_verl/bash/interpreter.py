@@ -6,16 +6,17 @@ test cannot be answered, all branches are followed, and what they set differentl
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from foveate.tools.import_verl.bash import builtins, patterns
 from foveate.tools.import_verl.bash.arithmetic import UnreadOperand
+from foveate.tools.import_verl.bash.braces import expand_braces
 from foveate.tools.import_verl.bash.conditions import evaluate_test
 from foveate.tools.import_verl.bash.parser import parse_script
-from foveate.tools.import_verl.bash.programs import run_program
-from foveate.tools.import_verl.bash.shell import Leaves, Shell, Started
-from foveate.tools.import_verl.bash.state import ScriptEnds
+from foveate.tools.import_verl.bash.shell import Leaves, Shell
+from foveate.tools.import_verl.bash.starting import start_program
+from foveate.tools.import_verl.bash.state import LineEnds, ScriptEnds
 from foveate.tools.import_verl.bash.syntax import (
     AndOr,
     ArithmeticCommand,
@@ -47,12 +48,24 @@ class Interpreter(Shell):
         """Run the commands of a script, to where bash would stop."""
         if self._depth > _DEEPEST:
             raise Unreadable("scripts that start each other without end")
-        commands, error = parse_script(text if line else without_marks(text))
+        lines, error = parse_script(text if line else without_marks(text))
         self._depth += 1
-        self.run(commands)
+        for commands in lines:
+            self._line(commands)
         self._depth -= 1
         if error is not None:
             raise ScriptEnds(line or error.line, f"bash cannot read on: {error}", 2)
+
+    def _line(self, commands: Sequence[Command]) -> None:
+        """Run the commands of a line, to an error that ends the line but not the script."""
+        escapes, self.escapes = self.escapes, []
+        try:
+            self.run(commands)
+        except LineEnds as end:
+            self.note(end.line, end.reason)
+            self.state.status = 1
+        finally:
+            self._join_escapes(escapes, commands[0].line, "line")
 
     def run(self, commands: Sequence[Command]) -> None:
         for command in commands:
@@ -91,6 +104,7 @@ class Interpreter(Shell):
             case CommandGroup():
                 if command.subshell:
                     self.subshell(lambda: self.run(command.body))
+                    self.ends_with(self.state.status, command.line)
                 else:
                     self.run(command.body)
             case Test():
@@ -98,11 +112,22 @@ class Interpreter(Shell):
             case ArithmeticCommand():
                 self._answer(self._true(command.expression, command.line), command.line)
 
+    def _status(self, action: Callable[[], int | None]) -> int | None:
+        """What a builtin returns; an error in an expansion or an assignment of its own is 1."""
+        try:
+            return action()
+        except LineEnds as end:
+            self.note(end.line, end.reason)
+            return 1
+
     def _true(self, expression: Word, line: int) -> bool | None:
         try:
             return self.expander.number(self.expander.text(expression), line, unset=True) != 0
         except UnreadOperand:
             return None
+        except LineEnds as end:
+            self.note(end.line, end.reason)
+            return False
 
     def _answer(self, answer: bool | None, line: int) -> None:
         self.ends_with(None if answer is None else int(not answer), line)
@@ -167,7 +192,7 @@ class Interpreter(Shell):
                     if leaves.kind == "break":
                         break
         finally:
-            self._join_escapes(escapes, line, loop=True)
+            self._join_escapes(escapes, line, "break", "continue")
         self.state.status = self.state.status or 0 if self.state.status is not None else None
 
     def _while(self, command: While) -> None:
@@ -191,7 +216,8 @@ class Interpreter(Shell):
             value = next(following, None)
             if value is None:
                 return False
-            self.expander.assign(command.name, None, value)
+            if self._status(lambda: self.expander.assign(command.name, None, value)):
+                return False
             return None if self.expander.marks.known(value) is None and len(values) == 1 else True
 
         self._loop(turn, command.body, command.line)
@@ -296,14 +322,14 @@ class Interpreter(Shell):
             return
         fields = list[str | Assignment]()
         for word in command.words:
-            fields += [word] if isinstance(word, Assignment) else self.expander.fields(word)
+            fields += self._declared(word) if isinstance(word, Assignment) else self.expander.fields(word)
         if not fields:
             self.state.status = 0
             return
         before = {one.name: self.saved(one.name) for one in command.assignments}
         exported = self.state.exported
         for assignment in command.assignments:
-            self.assign(assignment)
+            self._status(lambda assignment=assignment: self.assign(assignment))
         self.state.exported |= set(before)
         try:
             self.call(fields, command.line)
@@ -311,15 +337,24 @@ class Interpreter(Shell):
             self.restore(before)
             self.state.exported = exported if before else self.state.exported
 
+    def _declared(self, assignment: Assignment) -> list[Assignment]:
+        """The assignments behind `export` and its kin, whose braces are expanded as those of words are."""
+        value = assignment.value
+        return (
+            [replace(assignment, value=one) for one in expand_braces(value)]
+            if isinstance(value, Word)
+            else [assignment]
+        )
+
     def call(self, fields: Sequence[str | Assignment], line: int) -> None:
         """Run a function, a builtin, or a program with its arguments."""
         name = fields[0] if isinstance(fields[0], str) else ""
         if name in self.state.functions:
             return self._call_function(name, [one for one in fields[1:] if isinstance(one, str)], line)
         if builtin := builtins.BUILTINS.get(name):
-            return self.ends_with(builtin(self, fields[1:], line), line)
+            return self.ends_with(self._status(lambda: builtin(self, fields[1:], line)), line)
         words = [one for one in fields if isinstance(one, str)]
-        return self.ends_with(self._program(words, line), line)
+        return self.ends_with(start_program(self, words, line), line)
 
     def _call_function(self, name: str, arguments: list[str], line: int) -> None:
         if self._depth > _DEEPEST:
@@ -335,46 +370,7 @@ class Interpreter(Shell):
                 raise
         finally:
             self._depth -= 1
-            self._join_escapes(escapes, line, loop=False)
+            self._join_escapes(escapes, line, "break", "continue", "return")
             self.restore(self.locals.pop())
             self.state.arguments = before
         self.ends_with(self.state.status, line)
-
-    def _program(self, words: list[str], line: int) -> int | None:
-        marks = self.expander.marks
-        known = [marks.known(word) for word in words]
-        name = (known[0] or "").rpartition("/")[2]
-        if builtins.is_missing_module(known):
-            self.note(line, f"{known[2]} is taken to fail: that module is not installed where GPUs are NVIDIA's")
-            return 1
-        given = None if self.given is None else marks.known(self.given)
-        values = [word for word in known if word is not None]
-        if name in ("echo", "printf", "cat", "tee") and len(values) < len(words):
-            values = words  # what was not read passes through these as it is
-        result = (
-            run_program(name, values[1:], given if name not in ("cat", "tee") else self.given)
-            if len(values) == len(words)
-            else None
-        )
-        if result is not None:
-            self.write(result[0])
-            return result[1]
-        if name == "xargs":
-            words = self._with_input(words, line)
-        started = Started(tuple(words), line, self.state.directory, self.doubts[-1] if self.doubts else "")
-        if started not in self.started[-8:]:  # a loop that starts the same again and again
-            self.started.append(started)
-        self.write(marks.make(f"line {line}: the output of {name or 'a command'}"))
-        builtins.run_inner_shell(self, words, line)
-        return None
-
-    def _with_input(self, words: list[str], line: int) -> list[str]:
-        """The words of `xargs program ...` with the arguments that it takes from its input."""
-        rest = words[1:]
-        while rest and rest[0] in ("-r", "-t", "--"):
-            rest.pop(0)
-        if self.given is None or re.search(r"[\\'\"]", self.given) or not rest or rest[0].startswith("-"):
-            mark = self.expander.marks.make(f"line {line}: what xargs takes from its input")
-            placed = [word.replace("{}", mark) for word in words]
-            return placed if placed != words else [*words, mark]
-        return [*words, *self.given.split()]

@@ -41,17 +41,18 @@ _DECLARING = ("declare", "local", "export", "readonly", "typeset")
 _LINE_END = re.compile(r"(?<!\\)\n|\Z")
 
 
-def parse_script(text: str) -> tuple[tuple[Command, ...], BashSyntaxError | None]:
-    """The commands that bash would run, and the error at which it would stop: it reads line by line."""
-    parser, commands = BashParser(text), list[Command]()
+def parse_script(text: str) -> tuple[list[list[Command]], BashSyntaxError | None]:
+    """The commands of each line that bash would run, and the error at which it would stop: it reads line by line."""
+    parser, lines = BashParser(text), list[list[Command]]()
     try:
         while parser.at < len(text):
-            commands += parser.read_line()
+            if commands := parser.read_line():
+                lines.append(commands)
     except BashSyntaxError as error:
-        return tuple(commands), error
+        return lines, error
     except RecursionError:
-        return tuple(commands), BashSyntaxError(parser.line, "nested too deeply to be read")
-    return tuple(commands), None
+        return lines, BashSyntaxError(parser.line, "nested too deeply to be read")
+    return lines, None
 
 
 class BashParser(TestReader):

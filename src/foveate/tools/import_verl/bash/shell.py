@@ -8,7 +8,7 @@ from pathlib import Path
 
 from foveate.tools.import_verl.bash.expand import Expander
 from foveate.tools.import_verl.bash.merge import merge
-from foveate.tools.import_verl.bash.state import ScriptEnds, State
+from foveate.tools.import_verl.bash.state import LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Assignment, Command, Word
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Unreadable, without_marks
 
@@ -98,7 +98,10 @@ class Shell:
         except ScriptEnds as end:
             status = end.status
             if end.reason:
-                self.notes[f"line {end.line}: {end.reason}"] = None
+                self.note(end.line, end.reason)
+        except LineEnds as end:
+            status = 1
+            self.note(end.line, end.reason)
         except Leaves:
             status = 0
         self.state, self._depth = before, depth
@@ -121,7 +124,7 @@ class Shell:
     def one_of(self, branches: Sequence[Callable[[], None]], line: int) -> None:
         """Follow every branch from here; what they set differently was not read."""
         reason = f"line {line}: a branch whose test was not read"
-        base, ended = self.state, list[ScriptEnds | Leaves]()
+        base, ended = self.state, list[ScriptEnds | LineEnds | Leaves]()
         survivors = list[State]()
         self.doubts.append(reason)
         for branch in branches:
@@ -130,23 +133,23 @@ class Shell:
             try:
                 branch()
                 survivors.append(self.state)
-            except (ScriptEnds, Leaves) as end:
+            except (ScriptEnds, LineEnds, Leaves) as end:
                 self._depth = depth
                 ended.append(end)
-                if isinstance(end, Leaves):
-                    self.escapes.append((end.kind, self.state))
+                if not isinstance(end, ScriptEnds):
+                    self.escapes.append((end.kind if isinstance(end, Leaves) else "line", self.state))
         self.doubts.pop()
         if not survivors:
-            self.escapes = self.escapes[: -1 if isinstance(ended[-1], Leaves) else None]
+            self.escapes = self.escapes[: None if isinstance(ended[-1], ScriptEnds) else -1]
             raise ended[-1]
         self.state = survivors[0]
         for other in survivors[1:]:
             self.state = merge(self.state, other, reason, self.expander.marks)
 
-    def _join_escapes(self, before: list[tuple[str, State]], line: int, *, loop: bool) -> None:
-        """At the end of a loop or a function: the states with which some branch may have left it earlier."""
+    def _join_escapes(self, before: list[tuple[str, State]], line: int, *kinds: str) -> None:
+        """At the end of a loop, a function or a line: the states with which some branch may have left it earlier."""
         for kind, state in self.escapes:
-            if loop and kind == "return":
+            if kind not in kinds:
                 before = [*before, (kind, state)]
             else:
                 reason = f"line {line}: left early in a branch whose test was not read"
@@ -156,9 +159,8 @@ class Shell:
     def assign(self, assignment: Assignment) -> None:
         """Assign a value, or the elements of an array."""
         name, value, variables = assignment.name, assignment.value, self.state.variables
-        if self.is_readonly(name):
-            self.note(assignment.line, f"{name} is readonly, and keeps its value")
-            return
+        if self.expander.is_readonly(name):
+            raise LineEnds(assignment.line, f"{name} is readonly, and keeps its value")
         if "a" in self.state.options:
             self.state.exported |= {name}
         found = variables.get(name)
@@ -200,9 +202,6 @@ class Shell:
             for key, value in elements.items()
         }
         variables[name] = Array(given, keyed)
-
-    def is_readonly(self, name: str) -> bool:
-        return "r" in self.state.attributes.get(name, "")
 
     def saved(self, name: str) -> tuple[str | Array | None, str]:
         """The value and the attributes of a variable, for `restore`."""

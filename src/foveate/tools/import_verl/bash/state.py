@@ -22,6 +22,14 @@ class ScriptEnds(Exception):
         self.line, self.reason, self.status = line, reason, status
 
 
+class LineEnds(Exception):
+    """An error in an expansion or an assignment: bash leaves the line that it read, and goes on with the next one."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line, self.reason = line, reason
+
+
 @dataclass(slots=True)
 class State:
     """The memory of a shell. Arrays are replaced, never changed, so that a copy is cheap."""

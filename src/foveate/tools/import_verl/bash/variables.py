@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
-from foveate.tools.import_verl.bash.state import OF_A_PROCESS, ScriptEnds, State
+from foveate.tools.import_verl.bash.state import OF_A_PROCESS, LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable
 
 
@@ -85,7 +85,7 @@ class Variables:
         try:
             return evaluate_arithmetic(text, Scope(get, self.assign), 0)
         except ArithmeticFault as fault:
-            raise ScriptEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
+            raise LineEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
 
     def converted(self, name: str, value: str) -> str:
         """The value that a variable takes by its attributes: a number (i), or letters of one case (u, l, c)."""
@@ -96,9 +96,12 @@ class Variables:
         changes: dict[str, Callable[[str], str]] = {"u": str.upper, "l": str.lower, "c": str.capitalize}
         return next((change(value) for letter, change in changes.items() if letter in letters), value)
 
+    def is_readonly(self, name: str) -> bool:
+        return "r" in self.state.attributes.get(name, "")
+
     def assign(self, name: str, index: str | None, value: str) -> None:
-        if "r" in self.state.attributes.get(name, ""):
-            return
+        if self.is_readonly(name):
+            raise LineEnds(self.line, f"{name} is readonly, and keeps its value")
         value = self.converted(name, value)
         if index is None:
             found = self.state.variables.get(name)
@@ -113,6 +116,8 @@ class Variables:
         key: int | str = index
         if not found.keyed:
             key = found.position(index)
+            if key < 0:
+                raise LineEnds(self.line, f"{name}[{index}] is before the first element")
         self.state.variables[name] = Array({**found.elements, key: self.bound(value)}, found.keyed)
 
     def separators(self) -> str | None:
