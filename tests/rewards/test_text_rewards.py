@@ -98,7 +98,7 @@ def test_options_are_read_from_the_question_or_from_the_row(question):
     read = options(task(question=question.replace("an A. B. C. book", "a book")))
     assert read == {"A": "a cat", "B": "a dog", "C": "a book"}
     assert options(task(question=question, choices=["x", 2])) == {"A": "x", "B": "2"}
-    assert options(task(question=question, options={"a": "x"})) == {"A": "x"}
+    assert options(task(question=question, options={"a": "x", "b": "y"})) == {"A": "x", "B": "y"}
     assert options(task(question="A. only one")) == options(task(question="B. x C. y")) == {}
 
 

@@ -15,10 +15,9 @@ LABEL_KEYS = ("label", "letter", "key", "id")
 TEXT_KEYS = ("text", "value", "content", "option")
 """The keys of an option that is a mapping of its own."""
 
-_MARK = r"[(\[【]?\s*([A-Z]|\d{1,2})\s*[.):\]、】]"
-_MARKED = re.compile(rf"\s*{_MARK}\s*(.*)", re.DOTALL)
+_MARKED = re.compile(r"\s*[(\[【（]?\s*([A-Za-z]|\d{1,2})\s*[.):\]、】．）：]\s*(.*)", re.DOTALL)
 _MARKED_IN_TEXT = re.compile(r"(?:^|(?<=[\s;,]))(?=(?:[(\[【][A-Z][)\]】]|[A-Z](?:[.):]\s|、))\s*\S)")
-_COLUMN = re.compile(r"(?:option|choice)[_ ]?([A-J])", re.IGNORECASE)
+_COLUMN = re.compile(r"(?i:option|choice)[_ ]?[A-Ja-j]|[A-J]")
 
 Options = Mapping[str, str]
 """The text of each option by its label."""
@@ -41,15 +40,15 @@ def options_of(given: Any) -> Options:
         labels, texts = ([_first(value, keys) for value in values] for keys in (LABEL_KEYS, TEXT_KEYS))
         return _labelled(_letters(len(values)) if None in labels else labels, texts)
     marks = [_MARKED.fullmatch(str(value)) for value in values]
-    labels = [mark[1] for mark in marks if mark]
+    labels = [mark[1].upper() for mark in marks if mark]
     if labels in (_letters(len(values)), [str(i + 1) for i in range(len(values))]):
         return _labelled(labels, [mark[2].strip() for mark in marks if mark])
     return _labelled(_letters(len(values)), values)
 
 
 def option_columns(row: Mapping[str, Any]) -> Options:
-    """The options in columns of their own, `option_A`, `option_B`, ...: from A on, and at least two."""
-    named = {found[1].upper(): value for name, value in row.items() if (found := _COLUMN.fullmatch(name))}
+    """The options in columns of their own, `option_A`, ... or `A`, ...: from A on, and at least two."""
+    named = {name[-1].upper(): value for name, value in row.items() if _COLUMN.fullmatch(name)}
     options = _labelled(list(named), list(named.values()))
     return dict(sorted(options.items())) if {"A", "B"} <= {*options} else {}
 
@@ -80,7 +79,7 @@ def shows(question: str, options: Options) -> bool:
     plain = " ".join(re.sub(r"[*_`]", "", question).split()).casefold()
     lines = [line.lstrip(" *_`-") for line in question.splitlines()]
     return all(_is_marked(plain, label, text) for label, text in options.items()) or all(
-        any((mark := _MARKED.match(line)) and mark[1] == label for line in lines) for label in options
+        any((mark := _MARKED.match(line)) and mark[1].upper() == label for line in lines) for label in options
     )
 
 
@@ -94,11 +93,13 @@ def _is_marked(plain: str, label: str, text: str) -> bool:
 
 
 def _labelled(labels: Sequence[Any], texts: Sequence[Any]) -> Options:
-    """Options by label, without those of no text; empty where there are fewer than two, or one is no text."""
+    """Options by label, without those of no text (None, NaN); empty where there are fewer than two, or one is no text."""
     if len(labels) != len(texts) or not all(isinstance(text, str | int | float | None) for text in texts):
         return {}
     pairs = zip(labels, texts, strict=True)
-    found = {str(label).strip(" ().:").upper(): str(text) for label, text in pairs if text not in (None, "")}
+    found = {
+        str(label).strip(" ().:").upper(): str(text) for label, text in pairs if text not in (None, "") and text == text
+    }
     return found if len(found) > 1 else {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -10,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from foveate.data.options import option_columns, options_of
 from foveate.records import Task
 from foveate.rewards.plain_text import last_value, plain, statements, unified, unwrapped
 
-_MARK = r"[(【]?\s*([A-Ja-j]|\d{1,2})\s*[.):、】]"
-_MARKED = re.compile(rf"\s*{_MARK}\s*(.*)", re.DOTALL)
 _MARKS_IN_TEXT = re.compile(
     r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
 )
-_COLUMN = re.compile(r"(?:(?:option|choice)[_ ]?)?([A-J])", re.IGNORECASE)
 _LEADING = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=是为]?\s*)?"
     r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+(?:is|as|because|since|for|which)\b))"
@@ -61,8 +58,8 @@ def options(task: Task, numbered: bool = False) -> Mapping[str, str]:
 
     They are `extra_info.choices` or `.options`: a list, a mapping by label, or either as text; or columns of
     `extra_info` named `A`, `B`, ... or `option_A`, ...; or else they stand in the last user message as `A. 5  B. 6`,
-    `(A) 5`, `A: 5`, `A、5`, in a row that starts with A and has at least two. Marks before the values of a list are
-    their labels. With `numbered`, a row of the question may be marked 1, 2, ... as well.
+    `(A) 5`, `A: 5`, `A、5`, in a row that starts with A and has at least two. With `numbered`, a row of the question
+    may be marked 1, 2, ... as well.
     """
     found = given_options(task)
     if found:
@@ -72,49 +69,9 @@ def options(task: Task, numbered: bool = False) -> Mapping[str, str]:
 
 
 def given_options(task: Task) -> Mapping[str, str]:
-    """The options that a row has in columns; empty if it has none there."""
-    return _listed(task.meta.get("choices", task.meta.get("options"))) or _columns(task.meta)
-
-
-def _listed(given: Any) -> Mapping[str, str]:
-    """Options of a column: a list, an array, a mapping, or a text that holds one."""
-    if isinstance(given, str):
-        marked = _options_in(given, True)
-        return marked if marked else _listed(_literal(given))
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
-    if isinstance(given, Mapping):
-        labels = [str(label).strip(" ().:").upper() for label in given]
-        return {label: str(value) for label, value in zip(labels, given.values(), strict=True) if value is not None}
-    if not isinstance(given, list | tuple):
-        return {}
-    values = [str(value) for value in given]
-    marks = [_MARKED.fullmatch(unified(value)) for value in values]
-    labels = [mark[1].upper() for mark in marks if mark]
-    if labels in (_letters(len(values)), _numbers(len(values))):
-        return {mark[1].upper(): mark[2].strip() for mark in marks if mark}
-    return dict(zip(_letters(len(values)), values, strict=True))
-
-
-def _literal(text: str) -> Any:
-    """A list or mapping written as JSON or Python; None for other text."""
-    try:
-        found = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
-    return None if isinstance(found, str) else found
-
-
-def _columns(meta: Mapping[str, Any]) -> Mapping[str, str]:
-    """Options in columns of their own, from A on and at least two."""
-    named = {found[1].upper(): meta[key] for key in meta if (found := _COLUMN.fullmatch(str(key)))}
-    present = {label: value for label, value in named.items() if value is not None and str(value) not in ("", "nan")}
-    letters = _letters(len(present))
-    return (
-        {letter: str(present[letter]) for letter in letters}
-        if len(letters) > 1 and set(letters) <= set(present)
-        else {}
-    )
+    """The options that a row has in columns, in any of the forms of `foveate.data.options`; empty without any."""
+    given = task.meta.get("choices", task.meta.get("options"))
+    return options_of(given.tolist() if isinstance(given, np.ndarray) else given) or option_columns(task.meta)
 
 
 def _letters(count: int) -> list[str]:
