@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
+from foveate.rewards.plain_text import behind_thoughts, tagged_answer
+
 Box = tuple[float, float, float, float]
 
-_OPEN, _CLOSE = "<answer>", "</answer>"
-_THOUGHT = "</think>"
 _LONGEST_GAP = 16
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
 _CORNER = re.compile(r"[\[(]([^\[\]()]*)[\])]")
@@ -47,14 +47,14 @@ def parse_box(text: str, which: Literal["last", "first"] = "last") -> Box | None
     Numbers that overflow to infinity make no box.
     """
     text = _said(text)
-    return _box_in(_answer(text, which), which) or _box_in(text, which)
+    return _box_in(tagged_answer(text, which) or "", which) or _box_in(text, which)
 
 
 def parse_boxes(text: str) -> list[Box]:
     """Every box of an answer in order, as `parse_box` reads them, but a bracket must hold four numbers and no more.
     Boxes inside the last `<answer>...</answer>` go before everything outside of it."""
     text = _said(text)
-    return _boxes_in(_answer(text, "last")) or _boxes_in(text)
+    return _boxes_in(tagged_answer(text) or "") or _boxes_in(text)
 
 
 def _boxes_in(text: str) -> list[Box]:
@@ -81,19 +81,8 @@ def _last_row(text: str) -> list[float]:
 
 def _said(text: str) -> str:
     """The part of a text behind its thoughts, or the whole of it where nothing does."""
-    said = text[text.rfind(_THOUGHT) + len(_THOUGHT) :] if _THOUGHT in text else text
+    said = behind_thoughts(text)
     return said if said.strip() else text
-
-
-def _answer(text: str, which: str) -> str:
-    """The text between the answer tags, or "". Plain searches: a lazy pattern takes quadratic time on many tags."""
-    if which == "last":
-        end = text.rfind(_CLOSE)
-        start = text.rfind(_OPEN, 0, max(end, 0))
-    else:
-        start = text.find(_OPEN)
-        end = text.find(_CLOSE, start)
-    return text[start + len(_OPEN) : end] if -1 < start < end else ""
 
 
 def _brackets(text: str) -> list[_Found]:

@@ -6,7 +6,9 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Literal
 
+_OPEN, _CLOSE, _THOUGHT = "<answer>", "</answer>", "</think>"
 _WRAPPED = re.compile(
     r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol|bm|bold|emph|underline|operatorname\*?)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\*\*"
@@ -90,6 +92,23 @@ def plain(text: str) -> str:
     bare = bare.rstrip(" .,;:").strip(' "`$')
     quoted = bare.startswith("'")
     return (bare.strip(" '") if quoted else bare).rstrip(" .,;:")
+
+
+def behind_thoughts(text: str) -> str:
+    """What stands behind the last `</think>` of a text; the whole of it without one."""
+    return text[text.rfind(_THOUGHT) + len(_THOUGHT) :] if _THOUGHT in text else text
+
+
+def tagged_answer(text: str, which: Literal["last", "first"] = "last") -> str | None:
+    """What stands between the last, or the first, `<answer>` and `</answer>`; None without both. Plain searches: a lazy
+    pattern takes quadratic time on many tags."""
+    if which == "last":
+        end = text.rfind(_CLOSE)
+        start = text.rfind(_OPEN, 0, max(end, 0))
+    else:
+        start = text.find(_OPEN)
+        end = text.find(_CLOSE, start)
+    return text[start + len(_OPEN) : end] if -1 < start < end else None
 
 
 def stated_answer(text: str) -> str:

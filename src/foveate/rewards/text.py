@@ -19,7 +19,7 @@ from foveate.errors import ConfigError, DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
-from foveate.rewards.plain_text import plain
+from foveate.rewards.plain_text import behind_thoughts, plain, tagged_answer
 
 NO_ANSWER = "no final answer in the text"
 NO_OPTION = "no option in the answer"
@@ -108,14 +108,13 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
     "box" accepts the last box only, see `boxed_answer`. "text" takes, without a box, the last `<answer>...</answer>`,
     and without that all that stands behind `</think>`.
     """
-    said = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    said = behind_thoughts(text)
     tail = said if said.strip() else text
     box = boxed_answer(tail)
     if box is not None or extraction == "box":
         return box
-    end = tail.rfind("</answer>")
-    start = tail.rfind("<answer>", 0, max(end, 0))
-    return (tail[start + len("<answer>") : end] if start >= 0 else said).strip() or None
+    tagged = tagged_answer(tail)
+    return (said if tagged is None else tagged).strip() or None
 
 
 # -------------------------------------------------------------------------------------------------- ground truths
@@ -136,13 +135,18 @@ def check_answer(task: Task) -> list[tuple[str, str]]:
 
 
 def _truths(value: Any) -> list[str]:
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    values = list(value) if isinstance(value, list | tuple) else [value]
+    values = _entries(value)
     if any(isinstance(v, bool) or not isinstance(v, str | int | float) for v in values):
         return []
     shown = [v.strip() if isinstance(v, str) else _number(v) for v in values]
     return shown if all(shown) else []
+
+
+def _entries(value: Any) -> list[Any]:
+    """The accepted ground truths as they stand, so that numbers can be told from text."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _number(value: float) -> str:
@@ -177,12 +181,6 @@ def exact(text: str, task: Task, *, extraction: Extraction = "text", normalise: 
     return score_final_answer(text, task, extraction, lambda answer, accepted: form(answer) in map(form, accepted))
 
 
-def _entries(task: Task) -> list[Any]:
-    """The accepted ground truths as they stand, so that numbers can be told from text."""
-    answer = task.answer.tolist() if isinstance(task.answer, np.ndarray) else task.answer
-    return list(answer) if isinstance(answer, list | tuple) else [answer]
-
-
 def check_choice(task: Task) -> list[tuple[str, str]]:
     """The faults of a multiple-choice task, as (field, what is wrong): its ground truth must be text or a number, and
     one of its options where it has any."""
@@ -192,7 +190,7 @@ def check_choice(task: Task) -> list[tuple[str, str]]:
     shown = ", ".join(f"{label} ({value:.20})" for label, value in values.items())
     return [
         (GROUND_TRUTH, f"{truth!r:.80} is none of the options {shown}; write a label, a value, or an index from 0 on")
-        for truth in _entries(task)
+        for truth in _entries(task.answer)
         if right_option(truth, values) is None and not several_options(str(truth), values)
     ]
 
@@ -220,7 +218,7 @@ def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") ->
     named = named_option(answer, values)
     several = several_options(answer, values)
     right = any(plain(answer) == plain(truth) for truth in accepted)
-    for truth in _entries(task):
+    for truth in _entries(task.answer):
         wanted = right_option(truth, values)
         right |= named is not None and named == wanted
         right |= bool(several) and wanted is None and several == several_options(str(truth), values)
