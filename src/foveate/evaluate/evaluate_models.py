@@ -20,9 +20,9 @@ from foveate.data.validate import OnBadRow, validate
 from foveate.encoding.dataset import read_checked
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST
-from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics, warn_of_unreadable
+from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics, warn_of_lost_answers
 from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
-from foveate.evaluate.predictions import NOT_GRADED, Evaluation, mean, paired, write_models, write_skipped
+from foveate.evaluate.predictions import Evaluation, mean, paired, write_models, write_skipped
 from foveate.evaluate.shards import read_generated
 from foveate.files import atomic_write_text
 from foveate.log import progress
@@ -233,8 +233,6 @@ def _summary(
         one.label: {**summary_statistics(one.predictions, request.seed), **costs.get(one.label, {})} for one in found
     }
     for label, one in models.items():
-        if "not_graded" in one:
-            logger.warning("%s: %s", label, NOT_GRADED.format(one["not_graded"]))
         other = likely_frame(one, one["rows"]) if "frames" in one else None
         frame = request.settings.get("frame", request.settings.get("answer_frame", "thousandths"))
         if other is not None and other != frame:
@@ -243,7 +241,7 @@ def _summary(
                 label, other, one["frames"][other], one["frames"]["thousandths"], other,
             )  # fmt: skip
     for one in found:
-        warn_of_unreadable(one.predictions, one.label)
+        warn_of_lost_answers(one.predictions, one.label)
     first = found[0]
     return {
         "reward": request.reward,

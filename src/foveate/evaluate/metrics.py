@@ -54,8 +54,14 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
     return found
 
 
-def warn_of_unreadable(rows: Sequence[ScoredRow], name: str) -> None:
-    """Warn where no answer of an evaluation could be read: no box, no option, no final answer at all."""
+def warn_of_lost_answers(rows: Sequence[ScoredRow], name: str) -> None:
+    """Warn of answers that could not be graded, and of an evaluation in which none could be read: no box, no option, no
+    final answer at all."""
+    for count in lost_grades(rows).values():
+        logger.warning(
+            "%s: %d answers could not be graded; they count as wrong in the accuracy, and not at all in the mean score",
+            name, count,
+        )  # fmt: skip
     parsed = [answer.parts["parsed"] for row in rows for answer in row.answers if "parsed" in answer.parts]
     if parsed and not any(parsed):
         note = next((answer.note for row in rows for answer in row.answers if answer.note), "nothing to grade")

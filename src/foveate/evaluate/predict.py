@@ -17,11 +17,10 @@ from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.evaluate.draw import save_thumbnail
-from foveate.evaluate.metrics import BoxReader, model_box, warn_of_unreadable
+from foveate.evaluate.metrics import BoxReader, model_box, warn_of_lost_answers
 from foveate.evaluate.predictions import (
     BOX_SIZES,
     EXPRESSION_LENGTHS,
-    NOT_GRADED,
     thumbnail_path,
     write_evaluation,
     write_gallery,
@@ -214,10 +213,8 @@ class Evaluator:
                 seed=self.seed,
                 advance=advance,
             )
-        warn_of_unreadable(rows, f"evaluation of step {step}")
+        warn_of_lost_answers(rows, f"evaluation of step {step}")
         summary = write_evaluation(self.folder, step, rows)
-        if "not_graded" in summary:
-            logger.warning("step %d: %s", step, NOT_GRADED.format(summary["not_graded"]))
         figures = {
             f"eval/{way}_{name}": summary[way][name]
             for way in ("greedy", "sampled")

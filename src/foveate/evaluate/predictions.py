@@ -115,8 +115,7 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     Accuracy is the mean of the answers' `correctness`; `mean_iou` is over the rows that have a true box, and None
     without any. An answer that is not graded counts as wrong in the accuracy and is left out of the score; where there
     are such answers, `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
-    sampled for the row (an estimate of
-    the accuracy at that temperature), and None when nothing was sampled.
+    sampled for the row (an estimate of the accuracy at that temperature), and None when nothing was sampled.
     """
     tags = sorted({name for row in rows for name in row.tags})
     return {
@@ -130,9 +129,6 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
         },
         "by_tag": {name: _by_value(rows, name) for name in tags},
     }
-
-
-NOT_GRADED = "{} answers could not be graded; they count as wrong in the accuracy, and not at all in the mean score"
 
 
 def lost_grades(rows: Sequence[ScoredRow]) -> dict[str, int]:
