@@ -93,7 +93,7 @@ def _is_marked(plain: str, label: str, text: str) -> bool:
 
 
 def _labelled(labels: Sequence[Any], texts: Sequence[Any]) -> Options:
-    """Options by label, without those of no text (None, NaN); empty where there are fewer than two, or one is no text."""
+    """Options by label, without empty ones (None, NaN); none where there are fewer than two, or one is no text."""
     if len(labels) != len(texts) or not all(isinstance(text, str | int | float | None) for text in texts):
         return {}
     pairs = zip(labels, texts, strict=True)

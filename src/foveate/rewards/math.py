@@ -19,7 +19,7 @@ from foveate.errors import ConfigError
 from foveate.records import Score, Task
 from foveate.rewards.choices import named_option, options
 from foveate.rewards.latex import closing_bracket, parts_of, tidy
-from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols
+from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols, wording
 from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
 from foveate.rewards.text import Extraction, question, score_final_answer
 from foveate.rewards.units import DEGREE, Quantity, in_one_currency, same_label, split_unit
@@ -232,7 +232,7 @@ def _sides(text: str) -> list[str]:
 
 def _is_label(side: str) -> bool:
     """Whether the side of an equation only says what has the value: a symbol, a name, a call, words."""
-    return bool(_SYMBOL.fullmatch(side) or _CALL.fullmatch(side)) or same_wording(side, side, "") is True
+    return bool(_SYMBOL.fullmatch(side) or _CALL.fullmatch(side)) or wording(side, "") is not None
 
 
 def _same_label(one: str, other: str, asked: str) -> bool:

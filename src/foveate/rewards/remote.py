@@ -71,8 +71,8 @@ def judge(
         retries: how often a request is repeated when the server is busy or does not answer.
         timeout: seconds without a sign of the server until a request is given up.
 
-    An answer without a score, and a server that refuses, raise ValueError and ConnectionError: the border around
-    graders scores the answer 0 and notes it. Raises ConfigError for a prompt without {answer} and a scale that is not
+    An answer without a score, and a server that refuses, raise ValueError and ConnectionError: the answer is not
+    graded, with the reason as its note. Raises ConfigError for a prompt without {answer} and a scale that is not
     positive.
     """
     if "{answer}" not in prompt:
