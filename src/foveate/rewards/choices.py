@@ -40,7 +40,8 @@ _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?!
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
-    r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is)"
+    r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
+    r"|(?:it|this|that)\s+(?:must|should|would|can\s+only|has\s+to)\s+be\s+(?P<must>[^,;]{1,100}?))"
     r"(?:,?\s+(?:and\s+|but\s+)?(?:not|rather\s+than)\s.{0,200})?[.!?]*",
     re.I,
 )
@@ -128,7 +129,7 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
             only = named.pop() if len(named) == 1 else None
             return only if only in values or not values else None
         if found := _GUESS.fullmatch(sentence.strip()):
-            head, said, given = found["head"] or "", found["said"], found["given"]
+            head, said, given = found["head"] or "", found["said"], found["given"] or found["must"]
             label = by_value.get(_bare(said or given))
             if label and not _DENIAL.search(head):
                 return label

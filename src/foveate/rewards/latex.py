@@ -6,7 +6,9 @@ import re
 import unicodedata
 from functools import lru_cache
 
+from foveate.rewards.number_words import in_digits
 from foveate.rewards.plain_text import unified, unwrapped
+from foveate.rewards.statements import standard
 
 _SIGNS = {
     "×": r"\times ", "·": r"\cdot ", "÷": r"/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
@@ -24,13 +26,22 @@ _DRESS = re.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|\\[,;:! ]|~|\\q?quad(?![A-Za-z])"
     r"|(?<!\\)\$|\\[()]"
 )
-_DOLLARS = re.compile(r"^\$(?=\s*[\d.][^$]*$)")
+_DOLLARS = re.compile(r"^(?:US\s*)?\$(?=\s*[\d.][^$]*$)")
 """The sign of dollars: no other stands behind it, as one would to close mathematics."""
 _DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*(?:\\circ|°|o)\s*\}?|\\degree(?![A-Za-z])|°)")
 _DOTS = re.compile(r"\\(?:ldots|cdots|dots[a-z]?|ddots|vdots)(?![A-Za-z])|\.{3,}|…|⋯")
 _ABOUT = re.compile(
     r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|exactly|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
 )
+_TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
+_PER_CENT = re.compile(r"(?<=[\d}])\s*(?:per cent(?![A-Za-z])|(‰))")
+_UNIT_VECTOR = re.compile(
+    r"\\(?:vec|hat|overrightarrow)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?(?![A-Za-z]))"
+)
+_SAID_SETS = {
+    "\\emptyset": re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|无解|空集", re.I),
+    r"(-\infty,\infty)": re.compile(r"all (?:the )?real(?:s| numbers)|全体实数", re.I),
+}
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
 _SHORT_FRACTION = re.compile(r"\\[dt]?frac(?:\s*(\d)\s*([\dA-Za-z])|(?=\s*\{))")
@@ -52,14 +63,6 @@ _SCALES = {
 }
 _TRIG = re.compile(r"\\?(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?!\s*\^\s*\{?\s*-)")
 _TURN = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\[a-z]+)\s*°|(\))\s*°")
-_ONES = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]  # fmt: skip
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
-_NUMBER_WORD = re.compile(rf"(?:({'|'.join(_TENS)})[ -])?({'|'.join(_WORDS)})(?![A-Za-z])", re.IGNORECASE)
-_HALF = re.compile(r"(?:(?:one|a)[ -])?half\.?", re.IGNORECASE)
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
 _BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
 _OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
@@ -77,18 +80,21 @@ def tidy(answer: str) -> str:
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
+    text = _UNIT_VECTOR.sub(lambda found: f"{found[1] or found[2]} ", _TIMES.sub(r"\\times ", text))
+    text = _PER_CENT.sub(lambda found: r" \cdot \frac{1}{10}\%" if found[1] else "%", text)
     text = _SHORT_FRACTION.sub(lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}" if found[1] else r"\frac", text)
     text = _REPEATING.sub(_repeating, text)
     text = _ABOUT.sub("", " ".join(text.split()).lstrip("= "))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
     text = _ORDINAL.sub(r"\1", text)
-    text = _INFINITY.sub(r"\\infty ", _number_words(text))
+    text = _INFINITY.sub(r"\\infty ", in_digits(text))
+    text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
     text = _SCALE.sub(lambda found: rf"\cdot {_SCALES[found[1]]}", text)
     if "°" in text and _TRIG.search(text):
         text = _TURN.sub(
             lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
         )
-    return text.rstrip(".").strip() if text.rstrip(". ") else text
+    return standard(text.rstrip(".").strip() if text.rstrip(". ") else text)
 
 
 def _repeating(found: re.Match[str]) -> str:
@@ -103,15 +109,6 @@ def _greek(found: re.Match[str]) -> str:
     """`\\alpha ` for `α`, by the name that Unicode gives the letter."""
     name = unicodedata.name(found.group()).split()
     return f"\\{name[-1].lower().replace('lamda', 'lambda')} " if "SMALL" in name else found.group()
-
-
-def _number_words(text: str) -> str:
-    if _HALF.fullmatch(text):
-        return r"\frac{1}{2}"
-    found = _NUMBER_WORD.match(text)
-    if found is None:
-        return text
-    return f"{_WORDS[(found[1] or 'zero').lower()] + _WORDS[found[2].lower()]}{text[found.end() :]}"
 
 
 def parts_of(text: str, separator: re.Pattern[str]) -> list[str]:

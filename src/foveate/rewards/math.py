@@ -21,6 +21,7 @@ from foveate.rewards.choices import named_option, options
 from foveate.rewards.latex import closing_bracket, parts_of, tidy
 from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols, wording
 from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
+from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times
 from foveate.rewards.text import Extraction, question, score_final_answer
 from foveate.rewards.units import DEGREE, Quantity, in_one_currency, same_label, split_unit
 
@@ -138,6 +139,12 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
         numbers = _decimal(given), _decimal(wanted)
         if numbers[0] is not None and numbers[1] is not None:
             return _close(numbers[0], numbers[1], digits)
+    for statement, other in ((given, wanted), (wanted, given)):
+        if r"\cup" in other and (intervals := as_intervals(statement)):
+            return _same_value(intervals, other, digits)
+    verdict = same_times(given, wanted)
+    if verdict is not None:
+        return verdict
     for compared in (_same_lists, _same_ratios, _same_words, _same_equations):
         verdict = compared(given, wanted, digits, asked)
         if verdict is not None:
@@ -163,7 +170,11 @@ def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None
     points = _POINT_NAME.match(given), _POINT_NAME.match(wanted)
     if points[0] and points[1] and points[0].group() != points[1].group():
         return False
-    if {one, other} <= {"", "{}"}:
+    if {one, other} == {"", "()"}:
+        bare, point = (entries, expected) if not one else (expected, entries)
+        values = coordinates(bare)
+        return values is not None and all(_same(a, b, digits, asked) for a, b in zip(values, point, strict=True))
+    if {one, other} <= {"", "{}"} and not (one == other == "" and asks_for_order(asked)):
         left = list(expected)
         for entry in entries:
             place = next((i for i, wish in enumerate(left) if _same(entry, wish, digits, asked)), None)

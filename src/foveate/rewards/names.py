@@ -45,6 +45,9 @@ _SEGMENTS = re.compile(
     r"|(?<![\\A-Za-z_])(?P<letters>[A-Z]{2,})(?![A-Za-z])"
 )
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
+_CLASS = re.compile(
+    r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property)s?"
+)
 _TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)
 _CORRESPONDENCE = re.compile(r"congru|similar|\\(?:cong|sim)|[≅≌∼∽]|全等|相似", re.IGNORECASE)
 FUNCTIONS = frozenset((
@@ -86,7 +89,9 @@ class Wording:
     def same(self, other: Wording, free_triangles: bool) -> bool:
         """Whether two of them say the same. Parallel and perpendicular lines have no order; congruent and similar
         figures name their vertices in pairs."""
-        if self.relation != other.relation or self.words != other.words or len(self.names) != len(other.names):
+        if self.relation != other.relation or len(self.names) != len(other.names):
+            return False
+        if self.words != other.words and not _same_class(self.words, other.words):
             return False
         if self.relation in ("cong", "sim", "simeq") and all(len(one.letters) > 2 for one in self.names):
             pairs = [set(zip(*(name.letters for name in side.names), strict=False)) for side in (self, other)]
@@ -126,6 +131,12 @@ def _is_product(run: str, question: str) -> bool:
         return False
     alone = set(re.findall(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", question))
     return not _VOWEL.search(run) or set(run) <= alone
+
+
+def _same_class(one: str, other: str) -> bool:
+    """Whether one of two words names the class that the other leaves out: `isosceles triangle` and `isosceles`."""
+    short, long = sorted((one, other), key=len)
+    return bool(short) and long.startswith(short) and _CLASS.fullmatch(long, len(short)) is not None
 
 
 def _squeezed(text: str) -> str:

@@ -67,11 +67,12 @@ rpm bpm | 1/60 | s-1 |
 rad radian 弧度 | 1 | |
 unit | 1 | unit |
 $ dollar USD 美元 | 1 | $ |
-cent | 1/100 | $ |
+cent ¢ | 1/100 | $
+penny pence | 1/100 | £ |
 € euro EUR 欧元 | 1 | € |
 £ GBP 英镑 | 1 | £ |
 ¥ yen yuan RMB 元 | 1 | ¥ |
-₹ rupee | 1 | ₹ |
+₹ rupee Rs INR | 1 | ₹ |
 byte B | 8 | bit | *
 bit | 1 | bit | *
 °C celsius centigrade ℃ | 1 | K |
@@ -93,25 +94,26 @@ _JOINERS = frozenset((
 ))  # fmt: skip
 _NAME = (
     r"(?:\\mu\s*|\\text)?(?:°\s*[CF](?![A-Za-z])|°|(?:[A-Za-zµμ]\s*)?(?:\\Omega|Ω)|[A-Za-zµμ]+|\\?\$"
-    r"|[€£¥₹]|[\u4e00-\u9fff]+)"
+    r"|[€£¥₹¢]|[\u4e00-\u9fff]+)"
 )
 _TOKEN = re.compile(
     rf"\s*(?P<op>/|\\cdot|\\times|\*|·|-(?=[A-Za-z])|\bper\b)?\s*(?P<open>\()?\s*(?:(?P<kind>square|cubic|sq|cu)\b\.?\s*|(?P<hanzi>平方|立方))?"
     rf"(?P<name>{_NAME})\.?(?:\s*(?P<behind>squared|cubed)\b|(?:\s*\^\s*\{{?\s*|(?=\d)(?!\d\d))(?P<power>-?\d)\s*\}}?)?\s*(?P<close>\))?"
 )
-_START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ€£¥₹\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
+_START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ€£¥₹¢\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
 _LABEL = re.compile(
     r"(?:\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
 )
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
 _PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
 _SEVERAL = re.compile(rf"{_PART.pattern}(?:\s+{_PART.pattern}){{1,3}}")
+_MINUTES = re.compile(r"(\d{1,6})\s*°\s*(\d{1,2})\s*'(?!')(?:\s*(\d{1,2}(?:\.\d{1,12})?)\s*(?:''|\"))?")
 _PER_SECOND = re.compile(r"(?<![A-Za-z])([kcm]?m)s(?=\s*\^\s*\{?\s*-)")
 """The way to write metres per second as `ms^{-1}`, which are no milliseconds."""
 _DEGREES_OF = re.compile(
     r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
 )
-_CURRENCY = re.compile(r"\\?(\$|USD|[€£¥₹])\s*(?=[\d.])")
+_CURRENCY = re.compile(r"(?:US\s*)?\\?(\$|USD|EUR|GBP|Rs|[€£¥₹])\.?\s*(?=[\d.])")
 _VALUE_END = re.compile(r"[\d)}\]!π.]$|\\[A-Za-z]+$|[A-Za-z]$")
 
 
@@ -134,7 +136,6 @@ class Quantity:
 
 
 DEGREE = Unit((("°", 1),), Fraction(1))
-_POUND = Unit((("£", 1),), Fraction(1))
 
 
 def _table() -> dict[str, tuple[Unit, bool]]:
@@ -150,6 +151,9 @@ def _table() -> dict[str, tuple[Unit, bool]]:
 
 
 _KNOWN = _table()
+
+
+_SHARED_MONEY = {_KNOWN["pound"][0]: _KNOWN["£"][0], _KNOWN["cent"][0]: Unit(_KNOWN["€"][0].measure, Fraction(1, 100))}
 
 
 @lru_cache(maxsize=4096)
@@ -222,7 +226,10 @@ def split_unit(answer: str) -> Quantity:
 
 
 def _sum_of_units(answer: str) -> Quantity | None:
-    """A length or time in several units: `6 ft 2 in`, `2 hours 30 minutes`."""
+    """A length or time in several units: `6 ft 2 in`, `2 hours 30 minutes`; an angle as `30°15'`."""
+    if found := _MINUTES.fullmatch(answer):
+        degrees = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
+        return Quantity(f"\\frac{{{degrees.numerator}}}{{{degrees.denominator}}}", DEGREE)
     if not _SEVERAL.fullmatch(answer):
         return None
     parts = [(Fraction(number), known_unit(name)) for number, name in _PART.findall(answer)]
@@ -256,11 +263,13 @@ def _is_label(rest: str) -> bool:
 
 
 def in_one_currency(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
-    """Two quantities, of which pounds in words are money if the other has the sign `£`."""
-    if _POUND not in (given.unit, wanted.unit):
-        return given, wanted
-    one, other = (replace(q, unit=_POUND) if q.unit == known_unit("pound") else q for q in (given, wanted))
-    return one, other
+    """Two quantities, of which words that several currencies share are of the other's: pounds beside `£` are money, and
+    cents beside `€` are its hundredths."""
+    for shared, meant in _SHARED_MONEY.items():
+        units = [quantity.unit for quantity in (given, wanted)]
+        if shared in units and any(unit and unit.measure == meant.measure for unit in units):
+            given, wanted = (replace(q, unit=meant) if q.unit == shared else q for q in (given, wanted))
+    return given, wanted
 
 
 def same_label(one: str, other: str) -> bool:

@@ -1,0 +1,90 @@
+r"""Numbers in words at the start of an answer: `forty-two`, `two and a half hours`, `half an hour`, `三分之二`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from foveate.rewards.units import known_unit
+
+_ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = {word: i for i, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
+_SHARES = {
+    "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
+    "ninth": 9, "tenth": 10, "hundredth": 100,
+}  # fmt: skip
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})"
+_SHARE = rf"(?P<share>{'|'.join(_SHARES)})s?(?![A-Za-z-])(?:\s+of(?=\s+an?\s))?(?:\s+an?(?=\s))?"
+_FRACTION = re.compile(rf"(?:(?P<count>{_BELOW_100}|an?|\d+)[ -](?!half[ -])|(?=half|quarter\s+of)){_SHARE}", re.I)
+_MIXED = re.compile(rf"(?P<whole>{_BELOW_100}|\d+)[ -]and[ -](?P<count>{_BELOW_100}|an?)[ -]{_SHARE}", re.I)
+_CARDINAL = re.compile(
+    rf"(?:(?P<hundreds>{_BELOW_100}|an?)[ -]hundred(?![A-Za-z])(?:[ -](?:and[ -])?(?P<rest>{_BELOW_100})(?![A-Za-z]))?"
+    rf"|(?P<below>{_BELOW_100})(?![A-Za-z])|an?(?=\s+(?:dozen|thousand|million|billion)\b))",
+    re.I,
+)
+_HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
+_HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
+_COUNTED = frozenset("个只条本张人次倍种组名位件")
+
+
+def in_digits(text: str) -> str:
+    """A text with the number that it begins with in digits; the text itself if it begins with none in words.
+
+    Chinese numerals count only where a unit or a measure word, or nothing, stands behind: 三角形 is no number.
+    """
+    if not text[:1].isascii():
+        found = _HANZI_NUMBER.fullmatch(text)
+        return _from_hanzi(found) if found else text
+    if found := _MIXED.match(text):
+        return rf"{_count(found['whole'])}\frac{{{_count(found['count'])}}}{{{_share(found)}}}{text[found.end() :]}"
+    if found := _FRACTION.match(text):
+        return rf"\frac{{{_count(found['count'])}}}{{{_share(found)}}}{text[found.end() :]}"
+    found = _CARDINAL.match(text)
+    if found is None:
+        return text
+    number = (
+        100 * _count(found["hundreds"]) + _count(found["rest"] or "zero")
+        if found["hundreds"]
+        else _count(found["below"])
+    )
+    return f"{number}{text[found.end() :]}"
+
+
+def _count(words: str | None) -> int:
+    """The number that words below a hundred say; 1 for `a` and for none."""
+    if words is None or words.lower() in ("a", "an"):
+        return 1
+    return int(words) if words.isdecimal() else sum(_WORDS[word] for word in re.split("[ -]", words.lower()))
+
+
+def _share(found: re.Match[str]) -> int:
+    return _SHARES[found["share"].lower()]
+
+
+def _from_hanzi(found: re.Match[str]) -> str:
+    behind = found["behind"]
+    if behind and behind not in _COUNTED and known_unit(behind) is None:
+        return found.group()
+    number = _hanzi(found["number"])
+    if found["below"] is None:
+        return f"{number}{behind}"
+    below = _hanzi(found["below"])
+    return f"{number}\\%{behind}" if below == 100 else rf"\frac{{{number}}}{{{below}}}{behind}"
+
+
+def _hanzi(numerals: str) -> int:
+    """The value of numerals such as 三百零五 and 一万二千."""
+    total = section = digit = 0
+    for numeral in numerals:
+        value = int(unicodedata.numeric(numeral))
+        if value < 10:
+            digit = value
+        elif value < 10_000:
+            section, digit = section + (digit or 1) * value, 0
+        else:
+            total, section, digit = (total + section + digit) * value, 0, 0
+    return total + section + digit

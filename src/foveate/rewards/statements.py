@@ -1,0 +1,105 @@
+r"""Statements in one form: conditions and intervals, chains of inequalities, ratios, times of day, dates.
+
+All functions read and write the form of `foveate.rewards.latex.tidy`.
+"""
+
+from __future__ import annotations
+
+import re
+from calendar import month_name
+from collections.abc import Sequence
+
+_BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*([^|:]+)\\\}")
+_ANGLED = re.compile(r"<\s*([^<>=]+(?:,[^<>=]+)+)>")
+_RATIO = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)(?:\s+to\s+(\d+(?:\.\d+)?))?")
+_CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
+_DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
+_RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
+_SIGNS = {"<": "<", "\\lt": "<", ">": ">", "\\gt": ">"}
+_MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
+_OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![A-Za-z])\s*|\s*[,;]\s*")
+_VARIABLE = re.compile(r"[A-Za-z]|\\[a-z]+")
+_COORDINATE = re.compile(r"([a-z])\s*=\s*([^=]+)")
+_ORDER = re.compile(
+    r"\b(?:arrange|rank|sort)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
+    r"|\bfrom (?:the )?\w+(?:est|st) to\b|排列|排序|排成",
+    re.IGNORECASE,
+)
+
+
+def standard(text: str) -> str:
+    r"""A statement in the form that is compared: `3 to 5` as `3:5`, `5 March` as `March 5`, `<1, 2>` as
+    `\langle 1, 2 \rangle`, `\{x \mid x > 2\}` as `x > 2`, and `c > b > a` as `a < b < c`."""
+    if found := _RATIO.fullmatch(text):
+        return ":".join(part for part in found.groups() if part)
+    if found := _DATE.fullmatch(text):
+        return f"{found[2]} {found[1]}{found[3]}"
+    if found := _ANGLED.fullmatch(text):
+        return rf"\langle {found[1]}\rangle"
+    if found := _BUILDER.fullmatch(text):
+        text = found[1].strip()
+    terms, signs = _chain(text)
+    if len(signs) > 1 and set(signs) <= {">", "\\ge"}:
+        reversed_signs = (_MIRROR[sign] for sign in reversed(signs))
+        return terms[-1] + "".join(f" {sign} {term}" for sign, term in zip(reversed_signs, terms[-2::-1], strict=True))
+    return text
+
+
+def same_times(given: str, wanted: str) -> bool | None:
+    """The verdict on two times of day, of which one at least says `am` or `pm`; the other may leave it out."""
+    one, other = _CLOCK.fullmatch(given), _CLOCK.fullmatch(wanted)
+    if one is None or other is None or not (one[3] or other[3]):
+        return None
+    half_days = [found[3].lower() if found[3] else "" for found in (one, other)]
+    hours = [int(found[1]) % 12 + 12 * (half == "p") if half else int(found[1])
+             for found, half in zip((one, other), half_days, strict=True)]  # fmt: skip
+    same_hour = hours[0] == hours[1] or ("" in half_days and int(one[1]) == int(other[1]))
+    return same_hour and int(one[2] or 0) == int(other[2] or 0)
+
+
+def as_intervals(text: str) -> str | None:
+    r"""Conditions on one variable, joined by `or`, as a union of intervals: `x < 1 or x \ge 3` is
+    `(-\infty,1) \cup [3,\infty)`. None for anything else."""
+    found = [_interval(part) for part in _OR.split(text)]
+    names = {one[0] for one in found if one}
+    if None in found or len(names) != 1:
+        return None
+    return r" \cup ".join(one[1] for one in found if one)
+
+
+def _interval(condition: str) -> tuple[str, str] | None:
+    """The variable and the interval of `x < 1`, `1 < x` or `1 < x < 3`."""
+    terms, signs = _chain(condition)
+    if len(signs) == 2 and _VARIABLE.fullmatch(terms[1]) and set(signs) <= {"<", "\\le"}:
+        left, right = ("(" if signs[0] == "<" else "["), (")" if signs[1] == "<" else "]")
+        return terms[1], f"{left}{terms[0]},{terms[2]}{right}"
+    if len(signs) != 1:
+        return None
+    (one, other), sign = terms, signs[0]
+    if not _VARIABLE.fullmatch(one):
+        one, other, sign = other, one, _MIRROR[sign]
+    if not _VARIABLE.fullmatch(one) or not other:
+        return None
+    ranges = {
+        "<": rf"(-\infty,{other})", "\\le": rf"(-\infty,{other}]", ">": rf"({other},\infty)",
+        "\\ge": rf"[{other},\infty)", "\\ne": rf"(-\infty,{other}) \cup ({other},\infty)",
+    }  # fmt: skip
+    return one, ranges[sign]
+
+
+def _chain(text: str) -> tuple[list[str], list[str]]:
+    """The terms of a chain of inequalities and the signs between them, each in one form."""
+    terms, signs = _RELATION.split(text)[::2], _RELATION.findall(text)
+    return [term.strip() for term in terms], [_SIGNS.get(sign, sign[:3]) for sign in signs]
+
+
+def coordinates(equations: Sequence[str]) -> list[str] | None:
+    """The values of `x=3`, `y=-4`, whose variables stand in the order of the alphabet; None for other entries."""
+    found = [_COORDINATE.fullmatch(one) for one in equations]
+    names = [one[1] for one in found if one]
+    return [one[2] for one in found if one] if len(names) == len(found) and names == sorted({*names}) else None
+
+
+def asks_for_order(question: str) -> bool:
+    """Whether a question wants things put in an order."""
+    return bool(_ORDER.search(question))
