@@ -22,8 +22,12 @@ _LEADING = re.compile(
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_ARTICLE_A = (
+    r"\s+a\s+(?!(?:and|or|as|at|because|but|for|from|here|in|instead|is|it|not|on|over|since|so|with)\b)[a-z]{2,}"
+)
+"""An article and its noun, where a letter might stand: `I choose a dog`."""
 _NAMED = re.compile(
-    r"(?:\b(?:option|choice|choose|select|pick)s?\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
+    rf"(?:\b(?:options?|choices?|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
     r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best))"
     r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly)\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,

@@ -44,6 +44,8 @@ _SEGMENTS = re.compile(
     r"_\{[^{}]*\}|\\(?P<mark>angle|measuredangle|triangle|overline|overrightarrow|vec)\s*\{?(?P<marked>[A-Z]{1,4})\}?"
     r"|(?<![\\A-Za-z_])(?P<letters>[A-Z]{2,})(?![A-Za-z])"
 )
+_FACTOR = re.compile(r"([A-Z])(?:\s*\^\s*\{?\s*(-?\d|T)\s*\}?)?")
+_PRODUCT = re.compile(rf"(?<![\\A-Za-z_{{^])(?:{_FACTOR.pattern}\s*){{2,9}}(?![A-Za-z_^'(])")
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
 _CLASS = re.compile(
     r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property)s?"
@@ -168,8 +170,21 @@ def has_words(text: str) -> bool:
 
 def with_names_as_symbols(text: str) -> str:
     """Mathematics in which every name of points is one symbol: the length AB is no A times B. A segment has no order,
-    neither has an angle from its ends."""
-    return _SEGMENTS.sub(_symbol, text)
+    neither has an angle from its ends. A product of capitals with exponents keeps its order, too, as one of matrices
+    does: `A^2B` is `AAB` and not `BA^2`."""
+    return _SEGMENTS.sub(_symbol, _PRODUCT.sub(_ordered_product, text))
+
+
+def _ordered_product(found: re.Match[str]) -> str:
+    """Capitals of which one but the last has an exponent, as one symbol with a letter for each factor."""
+    factors = _FACTOR.findall(found.group())
+    if not any(exponent for _, exponent in factors[:-1]):
+        return found.group()
+    letters = "".join(
+        letter + "t" if exponent == "T" else (letter + "i" * exponent.startswith("-")) * abs(int(exponent or 1))
+        for letter, exponent in factors
+    )
+    return found.group() if len({letter for letter, _ in factors}) == 1 else rf" Q_{{{letters}}} "
 
 
 def _symbol(found: re.Match[str]) -> str:

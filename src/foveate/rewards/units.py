@@ -107,14 +107,17 @@ _LABEL = re.compile(
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
 _PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
 _SEVERAL = re.compile(rf"{_PART.pattern}(?:\s+{_PART.pattern}){{1,3}}")
-_MINUTES = re.compile(r"(\d{1,6})\s*°\s*(\d{1,2})\s*'(?!')(?:\s*(\d{1,2}(?:\.\d{1,12})?)\s*(?:''|\"))?")
+_PRIME = r"(?:'|\^\s*\{?(?:\s*\\prime){1,2}\s*\}?)"
+_MINUTES = re.compile(
+    rf"(\d{{1,6}})\s*°\s*(\d{{1,2}})\s*{_PRIME}(?!')(?:\s*(\d{{1,2}}(?:\.\d{{1,12}})?)\s*(?:''|\"|{_PRIME}))?"
+)
 _PER_SECOND = re.compile(r"(?<![A-Za-z])([kcm]?m)s(?=\s*\^\s*\{?\s*-)")
 """The way to write metres per second as `ms^{-1}`, which are no milliseconds."""
 _DEGREES_OF = re.compile(
     r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
 )
 _CURRENCY = re.compile(r"(?:US\s*)?\\?(\$|USD|EUR|GBP|Rs|[€£¥₹])\.?\s*(?=[\d.])")
-_VALUE_END = re.compile(r"[\d)}\]!π.]$|\\[A-Za-z]+$|[A-Za-z]$")
+_VALUE_END = re.compile(r"[\d)}\]!π.]$|\\(?!cdot$|times$|div$|pm$)[A-Za-z]+$|(?<![\\A-Za-z])[A-Za-z]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,7 @@ def _sum_of_units(answer: str) -> Quantity | None:
 def _stands_behind(value: str, gap: str, rest: str) -> bool:
     """Whether what follows a value may be its unit. A unit of one letter is no factor only behind a number of its own,
     which is neither an exponent nor an index, and apart from it."""
+    rest = re.sub(r"^(?:\\cdot|\\times|[*·])\s*", "", rest)
     name = re.match(r"[A-Za-zµ\\]+|[\u4e00-\u9fff]+", rest)
     long = name is None or len(name.group()) > 1 or not rest[0].isascii()
     if not long and not re.search(r"[\d.)}\]π!]$|\\[a-z]+$", value):
