@@ -29,11 +29,11 @@ _ARTICLE_A = (
 _NAMED = re.compile(
     rf"(?:\b(?:options?|choices?|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
     r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best))"
-    r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly)\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
+    r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly|leav(?:es|ing))\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,
 )
 _DENIED = re.compile(
-    r"\s*(?:is|are|was|seems?|looks?|can|does|do)?\s*(?:not|n't|isn't|cannot|can't|doesn't|wrong|incorrect|false)\b|不|错",
+    r"\s*(?:is|are|was|seems?|looks?|can|does|do)?\s*(?:not|n't|isn't|cannot|can't|doesn't|wrong|incorrect|false|(?:be\s+)?(?:excluded|eliminated|ruled\s+out))\b|不|错",
     re.I,
 )
 _DENIAL_BEFORE = re.compile(
@@ -41,6 +41,7 @@ _DENIAL_BEFORE = re.compile(
     re.I,
 )
 _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
+_MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
@@ -188,7 +189,9 @@ def _value_label(text: str, by_value: Mapping[str, str]) -> str | None:
 def _mentioned(sentence: str) -> Iterator[str]:
     """The options that a sentence names without denying them."""
     for found in _NAMED.finditer(sentence):
-        denied = _DENIED.match(sentence[found.end() :]) or _DENIAL_BEFORE.search(sentence[: found.start()])
+        denied = _DENIED.match(sentence, _MORE.match(sentence, found.end()).end()) or _DENIAL_BEFORE.search(
+            sentence[: found.start()]
+        )
         if not denied:
             yield (found[1] or found[2] or found[3]).upper()
             if another := _ANOTHER.match(sentence, found.end()):

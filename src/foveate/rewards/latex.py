@@ -23,8 +23,8 @@ _SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
 _GREEK = re.compile(r"[α-ωΑ-Ωϑϕϵ]")
 _ROOT = re.compile(r"\\(surd|cbrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
 _DRESS = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|\\[,;:! ]|~|\\q?quad(?![A-Za-z])"
-    r"|(?<!\\)\$|\\[()]"
+    r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\\q?quad(?![A-Za-z])"
+    r"|(?<!\\)(?:\$|\\[,;:! ()])"
 )
 _DOLLARS = re.compile(r"^(?:US\s*)?\$(?=\s*[\d.][^$]*$)")
 """The sign of dollars: no other stands behind it, as one would to close mathematics."""
@@ -64,8 +64,6 @@ _SCALES = {
 _TRIG = re.compile(r"\\?(?<![A-Za-z])(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])(?!\s*\^\s*\{?\s*-)")
 _TURN = re.compile(r"(\d+(?:\.\d+)?|(?<![A-Za-z\\])[A-Za-z]|\\[a-z]+)\s*°|(\))\s*°")
 _INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", re.IGNORECASE)
-_BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
-_OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
 
 
 @lru_cache(maxsize=4096)
@@ -109,37 +107,3 @@ def _greek(found: re.Match[str]) -> str:
     """`\\alpha ` for `α`, by the name that Unicode gives the letter."""
     name = unicodedata.name(found.group()).split()
     return f"\\{name[-1].lower().replace('lamda', 'lambda')} " if "SMALL" in name else found.group()
-
-
-def parts_of(text: str, separator: re.Pattern[str]) -> list[str]:
-    """A text cut at the separators that stand outside of brackets; empty parts are left out."""
-    if not separator.search(text):
-        return [text]
-    depth, begin, parts = 0, 0, []
-    brackets = [*_BRACKETS.finditer(text)]
-    place = 0
-    for cut in separator.finditer(text):
-        while place < len(brackets) and brackets[place].start() < cut.start():
-            depth += 1 if brackets[place].group() in _OPENING else -1
-            place += 1
-        if depth <= 0:
-            parts.append(text[begin : cut.start()])
-            begin = cut.end()
-    return [part.strip() for part in (*parts, text[begin:]) if part.strip()] or [text]
-
-
-def closing_bracket(text: str) -> tuple[str, str, str] | None:
-    """The first bracket of a text, the one that closes it, and what is inside, if they hold the whole of it."""
-    depth, first = 0, None
-    for found in _BRACKETS.finditer(text):
-        opens = found.group() in _OPENING
-        if first is None:
-            if not opens or found.start():
-                return None
-            first = found
-        depth += 1 if opens else -1
-        if depth == 0:
-            return (
-                (first.group(), found.group(), text[first.end() : found.start()]) if found.end() == len(text) else None
-            )
-    return None

@@ -17,8 +17,9 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.records import Score, Task
+from foveate.rewards.brackets import closing_bracket, entries_of, parts_of
 from foveate.rewards.choices import named_option, options
-from foveate.rewards.latex import closing_bracket, parts_of, tidy
+from foveate.rewards.latex import tidy
 from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols, wording
 from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
 from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times
@@ -48,17 +49,18 @@ _FRACTION = re.compile(
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
+_UNION = r"\cup"
 _DOTS = r"\dots"
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
 _SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|\w))?'*")
-_CALL = re.compile(r"[A-Za-z]'?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}")
+_CALL = re.compile(
+    r"[A-Za-z](?:'|\^\{?-1\}?)?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}"
+)
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
-_COMMA = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
 _COLON = re.compile(r"\s*:\s*")
 _LENGTH = re.compile(r"[A-Z]{2}")
 _ORDERED = (sympy.Interval, sympy.Tuple)
 _TWO_NUMBERS = re.compile(r"(?<![_^\d.])[\d.]+\s+[\d.]")
-_POINT_NAME = re.compile(r"[A-Z]'?\s*(?=\()")
 _BARE_FUNCTION = re.compile(
     r"(?<![\\A-Za-z_])(" + "|".join(sorted(FUNCTIONS - {"sqrt"}, key=len, reverse=True)) + r")(?![A-Za-z])"
 )
@@ -139,13 +141,7 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
         numbers = _decimal(given), _decimal(wanted)
         if numbers[0] is not None and numbers[1] is not None:
             return _close(numbers[0], numbers[1], digits)
-    for statement, other in ((given, wanted), (wanted, given)):
-        if r"\cup" in other and (intervals := as_intervals(statement)):
-            return _same_value(intervals, other, digits)
-    verdict = same_times(given, wanted)
-    if verdict is not None:
-        return verdict
-    for compared in (_same_lists, _same_ratios, _same_words, _same_equations):
+    for compared in (_same_statements, _same_lists, _same_ratios, _same_words, _same_equations):
         verdict = compared(given, wanted, digits, asked)
         if verdict is not None:
             return verdict
@@ -160,15 +156,20 @@ def _without_marks(text: str) -> str:
 # ------------------------------------------------------------------------------------- lists, words and equations
 
 
+def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
+    """The verdict on two times of day, and on conditions of which one is a union of intervals or may be written so."""
+    one, other = as_intervals(given), as_intervals(wanted)
+    if (one or other) and _UNION in (one or given) + (other or wanted):
+        return _same_value(one or given, other or wanted, digits)
+    return same_times(given, wanted)
+
+
 def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None:
     """The verdict on two lists, sets, points or intervals; None unless both have several entries."""
-    (one, entries), (other, expected) = _entries(given), _entries(wanted)
+    (name, one, entries), (other_name, other, expected) = entries_of(given), entries_of(wanted)
     if len(entries) < 2 or len(expected) < 2:
         return None
-    if len(entries) != len(expected):
-        return False
-    points = _POINT_NAME.match(given), _POINT_NAME.match(wanted)
-    if points[0] and points[1] and points[0].group() != points[1].group():
+    if len(entries) != len(expected) or (name and other_name and name != other_name):
         return False
     if {one, other} == {"", "()"}:
         bare, point = (entries, expected) if not one else (expected, entries)
@@ -183,20 +184,6 @@ def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None
             left.pop(place)
         return True
     return one == other and all(_same(a, b, digits, asked) for a, b in zip(entries, expected, strict=True))
-
-
-@lru_cache(maxsize=4096)
-def _entries(text: str) -> tuple[str, list[str]]:
-    """The brackets around a list, a set, a point or an interval, and its entries; no brackets around a bare list."""
-    named = _POINT_NAME.match(text)
-    inner = text[named.end() :] if named else text
-    closed = closing_bracket(inner)
-    if closed:
-        opening, closing, inside = closed
-        entries = parts_of(inside, _COMMA)
-        if len(entries) > 1:
-            return (opening + closing).replace("\\langle\\rangle", "()").replace("\\", ""), entries
-    return "", parts_of(text, _COMMA)
 
 
 def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
@@ -364,6 +351,8 @@ def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
     if not all(isinstance(e, sympy.Expr) and not e.is_Symbol for e in expressions):
         return None
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols})
+    if names == ["i"]:  # alone, it is the imaginary unit
+        expressions, names = [e.subs(dict.fromkeys(e.free_symbols, sympy.I)) for e in expressions], []
     at = {name: sympy.Float("0.7312", 40) + i * sympy.Float("0.1371", 40) for i, name in enumerate(names)}
     rounded = any(e.has(sympy.Float) for e in expressions)
     values = [e.subs({symbol: at[symbol.name] for symbol in e.free_symbols}).evalf(30) for e in expressions]

@@ -19,6 +19,20 @@ _SIGNS = {"<": "<", "\\lt": "<", ">": ">", "\\gt": ">"}
 _MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![A-Za-z])\s*|\s*[,;]\s*")
 _VARIABLE = re.compile(r"[A-Za-z]|\\[a-z]+")
+_MAGNITUDE = re.compile(r"\|\s*([A-Za-z])\s*\|")
+_LIMIT = re.compile(r"\d+(?:\.\d+)?|\\(?:frac|sqrt|pi)[\w{}\\]*")
+_BETWEEN = re.compile(r"between\s+(-?\S+)\s+and\s+(-?\S+)", re.IGNORECASE)
+_QUADRANT = re.compile(
+    r"(?:the\s+)?(?:(?P<before>first|second|third|fourth|[1-4]|I{1,3}|IV)\s+quadrant"
+    r"|quadrant\s+(?P<behind>[1-4]|I{1,3}|IV|one|two|three|four)|第(?P<hanzi>[一二三四])象限)",
+    re.IGNORECASE,
+)
+_QUADRANTS = (
+    ("first", "1", "i", "one", "一"),
+    ("second", "2", "ii", "two", "二"),
+    ("third", "3", "iii", "three", "三"),
+    ("fourth", "4", "iv", "four", "四"),
+)
 _COORDINATE = re.compile(r"([a-z])\s*=\s*([^=]+)")
 _ORDER = re.compile(
     r"\b(?:arrange|rank|sort)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
@@ -34,6 +48,11 @@ def standard(text: str) -> str:
         return ":".join(part for part in found.groups() if part)
     if found := _DATE.fullmatch(text):
         return f"{found[2]} {found[1]}{found[3]}"
+    if found := _BETWEEN.fullmatch(text):
+        return f"({found[1]},{found[2]})"
+    if found := _QUADRANT.fullmatch(text):
+        said = (found["before"] or found["behind"] or found["hanzi"]).lower()
+        return f"Quadrant {next(names[2] for names in _QUADRANTS if said in names).upper()}"
     if found := _ANGLED.fullmatch(text):
         return rf"\langle {found[1]}\rangle"
     if found := _BUILDER.fullmatch(text):
@@ -67,6 +86,14 @@ def as_intervals(text: str) -> str | None:
     return r" \cup ".join(one[1] for one in found if one)
 
 
+def _magnitude(variable: str, limit: str, sign: str) -> tuple[str, str]:
+    """The interval of `|x| < 2`, or the two of `|x| > 2`."""
+    if sign in ("<", "\\le"):
+        return variable, f"{'(' if sign == '<' else '['}-{limit},{limit}{')' if sign == '<' else ']'}"
+    ends = (")", "(") if sign == ">" else ("]", "[")
+    return variable, rf"(-\infty,-{limit}{ends[0]} \cup {ends[1]}{limit},\infty)"
+
+
 def _interval(condition: str) -> tuple[str, str] | None:
     """The variable and the interval of `x < 1`, `1 < x` or `1 < x < 3`."""
     terms, signs = _chain(condition)
@@ -76,8 +103,10 @@ def _interval(condition: str) -> tuple[str, str] | None:
     if len(signs) != 1:
         return None
     (one, other), sign = terms, signs[0]
-    if not _VARIABLE.fullmatch(one):
+    if not _VARIABLE.fullmatch(one) and not _MAGNITUDE.fullmatch(one):
         one, other, sign = other, one, _MIRROR[sign]
+    if sign != "\\ne" and (magnitude := _MAGNITUDE.fullmatch(one)) and _LIMIT.fullmatch(other):
+        return _magnitude(magnitude[1], other, sign)
     if not _VARIABLE.fullmatch(one) or not other:
         return None
     ranges = {

@@ -41,7 +41,7 @@ Wh | 3600000 | g m2 s-2 | *
 bar | 100000000 | g m-1 s-2 | *
 atm atmosphere | 101325000 | g m-1 s-2 |
 min minute 分钟 | 60 | s |
-h hr hour 小时 | 3600 | s |
+h hr hour 小时 时 | 3600 | s |
 d day 天 | 86400 | s |
 week 周 | 604800 | s |
 yr year 年 | 31557600 | s |
@@ -106,11 +106,12 @@ _LABEL = re.compile(
 )
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
 _PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
-_SEVERAL = re.compile(rf"{_PART.pattern}(?:\s+{_PART.pattern}){{1,3}}")
+_SEVERAL = re.compile(rf"{_PART.pattern}(?:(?:\s*,?\s+and)?\s+{_PART.pattern}){{1,3}}")
 _PRIME = r"(?:'|\^\s*\{?(?:\s*\\prime){1,2}\s*\}?)"
 _MINUTES = re.compile(
     rf"(\d{{1,6}})\s*°\s*(\d{{1,2}})\s*{_PRIME}(?!')(?:\s*(\d{{1,2}}(?:\.\d{{1,12}})?)\s*(?:''|\"|{_PRIME}))?"
 )
+_FEET = re.compile(r"(\d{1,6})\s*'\s*(\d{1,2}(?:\.\d{1,12})?)\s*(?:''|\")")
 _PER_SECOND = re.compile(r"(?<![A-Za-z])([kcm]?m)s(?=\s*\^\s*\{?\s*-)")
 """The way to write metres per second as `ms^{-1}`, which are no milliseconds."""
 _DEGREES_OF = re.compile(
@@ -211,7 +212,9 @@ def split_unit(answer: str) -> Quantity:
     (`5 meters long`).
     """
     if found := _CURRENCY.match(answer):
-        return Quantity(answer[found.end() :].strip(), known_unit(found[1]))
+        behind = split_unit(answer[found.end() :].strip())
+        label = behind.label if behind.unit is None else ""
+        return Quantity(behind.value if label else answer[found.end() :].strip(), known_unit(found[1]), label)
     answer = _DEGREES_OF.sub(lambda found: f"°{found[1]}" if found[1] else " ", _PER_SECOND.sub(r"\1 s", answer))
     if several := _sum_of_units(answer):
         return several
@@ -230,6 +233,8 @@ def split_unit(answer: str) -> Quantity:
 
 def _sum_of_units(answer: str) -> Quantity | None:
     """A length or time in several units: `6 ft 2 in`, `2 hours 30 minutes`; an angle as `30°15'`."""
+    if found := _FEET.fullmatch(answer):
+        answer = f"{found[1]} ft {found[2]} in"
     if found := _MINUTES.fullmatch(answer):
         degrees = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
         return Quantity(f"\\frac{{{degrees.numerator}}}{{{degrees.denominator}}}", DEGREE)

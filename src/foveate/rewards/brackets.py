@@ -1,0 +1,65 @@
+r"""What stands in brackets: the parts of a text outside of them, lists, sets, points and intervals."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+_BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
+_OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
+_COMMA = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
+_POINT_NAME = re.compile(r"[A-Z]'?\s*(?=\()")
+_SIGNED = re.compile(r"\\pm\s*(?=\S)")
+
+
+@lru_cache(maxsize=4096)
+def entries_of(text: str) -> tuple[str, str, list[str]]:
+    r"""The name of a point, the brackets around a list, a set, a point or an interval, and its entries; no brackets
+    around a bare list. In lists and sets `\pm 3` stands for two."""
+    named = _POINT_NAME.match(text)
+    closed = closing_bracket(text[named.end() :] if named else text)
+    if closed:
+        opening, closing, inside = closed
+        entries = parts_of(inside, _COMMA)
+        if len(entries) > 1:
+            brackets = (opening + closing).replace("\\langle\\rangle", "()").replace("\\", "")
+            return named.group().strip() if named else "", brackets, _both(entries) if brackets == "{}" else entries
+    return "", "", _both(parts_of(text, _COMMA))
+
+
+def _both(entries: list[str]) -> list[str]:
+    return [one for entry in entries for one in dict.fromkeys((_SIGNED.sub("", entry, 1), _SIGNED.sub("-", entry, 1)))]
+
+
+def parts_of(text: str, separator: re.Pattern[str]) -> list[str]:
+    """A text cut at the separators that stand outside of brackets; empty parts are left out."""
+    if not separator.search(text):
+        return [text]
+    depth, begin, parts = 0, 0, []
+    brackets = [*_BRACKETS.finditer(text)]
+    place = 0
+    for cut in separator.finditer(text):
+        while place < len(brackets) and brackets[place].start() < cut.start():
+            depth += 1 if brackets[place].group() in _OPENING else -1
+            place += 1
+        if depth <= 0:
+            parts.append(text[begin : cut.start()])
+            begin = cut.end()
+    return [part.strip() for part in (*parts, text[begin:]) if part.strip()] or [text]
+
+
+def closing_bracket(text: str) -> tuple[str, str, str] | None:
+    """The first bracket of a text, the one that closes it, and what is inside, if they hold the whole of it."""
+    depth, first = 0, None
+    for found in _BRACKETS.finditer(text):
+        opens = found.group() in _OPENING
+        if first is None:
+            if not opens or found.start():
+                return None
+            first = found
+        depth += 1 if opens else -1
+        if depth == 0:
+            return (
+                (first.group(), found.group(), text[first.end() : found.start()]) if found.end() == len(text) else None
+            )
+    return None
