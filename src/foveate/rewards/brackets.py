@@ -9,7 +9,7 @@ _BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]
 _OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
 _COMMA = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
 _POINT_NAME = re.compile(r"[A-Z]'?\s*(?=\()")
-_SIGNED = re.compile(r"\\pm\s*(?=\S)")
+_EITHER_SIGN = re.compile(r"\s*\\(pm|mp)(?![A-Za-z])\s*")
 
 
 @lru_cache(maxsize=4096)
@@ -28,7 +28,12 @@ def entries_of(text: str) -> tuple[str, str, list[str]]:
 
 
 def _both(entries: list[str]) -> list[str]:
-    return [one for entry in entries for one in dict.fromkeys((_SIGNED.sub("", entry, 1), _SIGNED.sub("-", entry, 1)))]
+    """The entries, each that holds `\\pm` as two."""
+    return [
+        _EITHER_SIGN.sub(lambda found: signs[found[1] == "mp"], entry).removeprefix("+")  # noqa: B023
+        for entry in entries
+        for signs in (("+-", "-+") if _EITHER_SIGN.search(entry) else ("",))
+    ]
 
 
 def parts_of(text: str, separator: re.Pattern[str]) -> list[str]:

@@ -17,7 +17,7 @@ _MARKS_IN_TEXT = re.compile(
     r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
 )
 _LEADING = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=是为]?\s*)?"
+    r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=_是为]?\s*)?"
     r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+(?:is|as|because|since|for|which)\b))"
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
@@ -28,7 +28,7 @@ _ARTICLE_A = (
 """An article and its noun, where a letter might stand: `I choose a dog`."""
 _NAMED = re.compile(
     rf"(?:\b(?:options?|choices?|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
-    r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best))"
+    r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best)|\s*项?\s*(?:正确|最))"
     r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly|leav(?:es|ing))\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,
 )
@@ -37,7 +37,7 @@ _DENIED = re.compile(
     re.I,
 )
 _DENIAL_BEFORE = re.compile(
-    r"(?:\b(?:not|cannot|never|nor|neither|than|except|exclud\w+|eliminat\w+)|n't)(?:\s+(?:be|the))*\s*$|不$",
+    r"(?:\b(?:not|cannot|never|nor|neither|than|except|exclud\w+|eliminat\w+)|n't)(?:\s+(?:be|the))*\s*$|\band\s+so\s*$|不$",
     re.I,
 )
 _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
@@ -46,7 +46,7 @@ _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
     r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
-    r"|(?:it|this|that)\s+(?:must|should|would|can\s+only|has\s+to)\s+be\s+(?P<must>[^,;]{1,100}?))"
+    r"|(?:it|this|that)\s+(?:(?:must|should|would|can\s+only|has\s+to)\s+be\s+)?(?P<must>[^,;]{1,100}?))"
     r"(?:,?\s+(?:and\s+|but\s+)?(?:not|rather\s+than)\s.{0,200})?[.!?]*",
     re.I,
 )

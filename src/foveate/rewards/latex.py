@@ -39,8 +39,11 @@ _UNIT_VECTOR = re.compile(
     r"\\(?:vec|hat|overrightarrow)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?(?![A-Za-z]))"
 )
 _SAID_SETS = {
-    "\\emptyset": re.compile(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|无解|空集", re.I),
+    "\\emptyset": re.compile(
+        r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set|无解|空集", re.I
+    ),
     r"(-\infty,\infty)": re.compile(r"all (?:the )?real(?:s| numbers)|全体实数", re.I),
+    "does not exist": re.compile(r"DNE|doesn't exist", re.I),
 }
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")

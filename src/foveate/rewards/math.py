@@ -49,6 +49,7 @@ _FRACTION = re.compile(
 )
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
+_BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _UNION = r"\cup"
 _DOTS = r"\dots"
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
@@ -150,6 +151,7 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
 
 def _without_marks(text: str) -> str:
     """Text without spaces, and without the marks of indices where no other braces are: `H_2O` is `H2O`."""
+    text = _BLACKBOARD.sub(r"\1", text)
     return re.sub(r"\s" if "\\" in text or "^" in text else r"[\s_{}]", "", text)
 
 
@@ -159,8 +161,15 @@ def _without_marks(text: str) -> str:
 def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
     """The verdict on two times of day, and on conditions of which one is a union of intervals or may be written so."""
     one, other = as_intervals(given), as_intervals(wanted)
-    if (one or other) and _UNION in (one or given) + (other or wanted):
-        return _same_value(one or given, other or wanted, digits)
+    if one and other and one[0] != other[0]:
+        return False
+    ranges = one[1] if one else given, other[1] if other else wanted
+    if one and other and _same_value(*ranges, digits):
+        return True
+    if (one or other) and any(_UNION in text for text in ranges):
+        return _same_value(*ranges, digits)
+    if f"Quadrant {given}" == wanted or f"Quadrant {wanted}" == given:
+        return True
     return same_times(given, wanted)
 
 

@@ -47,6 +47,7 @@ _SEGMENTS = re.compile(
 _FACTOR = re.compile(r"([A-Z])(?:\s*\^\s*\{?\s*(-?\d|T)\s*\}?)?")
 _PRODUCT = re.compile(rf"(?<![\\A-Za-z_{{^])(?:{_FACTOR.pattern}\s*){{2,9}}(?![A-Za-z_^'(])")
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
+_OPENING = re.compile(r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w{2})")
 _CLASS = re.compile(
     r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property)s?"
 )
@@ -142,7 +143,7 @@ def _same_class(one: str, other: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"[\s'.-]+", "", text.casefold())
+    return re.sub(r"[\s'.-]+", "", _OPENING.sub("", text.casefold()))
 
 
 def _name(text: str) -> Name | None:

@@ -28,7 +28,7 @@ _CARDINAL = re.compile(
 )
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
 _HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
-_COUNTED = frozenset("个只条本张人次倍种组名位件")
+_COUNTED = frozenset("成个只条本张人次倍种组名位件")
 
 
 def in_digits(text: str) -> str:
@@ -70,6 +70,8 @@ def _from_hanzi(found: re.Match[str]) -> str:
     if behind and behind not in _COUNTED and known_unit(behind) is None:
         return found.group()
     number = _hanzi(found["number"])
+    if behind == "成":  # tenths
+        return f"{10 * number}\\%"
     if found["below"] is None:
         return f"{number}{behind}"
     below = _hanzi(found["below"])

@@ -14,6 +14,9 @@ _ANGLED = re.compile(r"<\s*([^<>=]+(?:,[^<>=]+)+)>")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)(?:\s+to\s+(\d+(?:\.\d+)?))?")
 _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
 _DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
+_DAY = re.compile(rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th)(?![a-z])", re.IGNORECASE)
+_COLUMN = re.compile(r"\\begin\{[pb]matrix\}\s*([^&]*?)\s*\\end\{[pb]matrix\}")
+_ROW_END = "\\\\"
 _RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
 _SIGNS = {"<": "<", "\\lt": "<", ">": ">", "\\gt": ">"}
 _MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
@@ -48,6 +51,10 @@ def standard(text: str) -> str:
         return ":".join(part for part in found.groups() if part)
     if found := _DATE.fullmatch(text):
         return f"{found[2]} {found[1]}{found[3]}"
+    if found := _DAY.match(text):
+        return f"{found[1]} {found[2]}{text[found.end() :]}"
+    if found := _COLUMN.fullmatch(text):
+        return f"({', '.join(found[1].split(_ROW_END))})" if _ROW_END in found[1] else text
     if found := _BETWEEN.fullmatch(text):
         return f"({found[1]},{found[2]})"
     if found := _QUADRANT.fullmatch(text):
@@ -76,14 +83,14 @@ def same_times(given: str, wanted: str) -> bool | None:
     return same_hour and int(one[2] or 0) == int(other[2] or 0)
 
 
-def as_intervals(text: str) -> str | None:
-    r"""Conditions on one variable, joined by `or`, as a union of intervals: `x < 1 or x \ge 3` is
+def as_intervals(text: str) -> tuple[str, str] | None:
+    r"""Conditions on one variable, joined by `or`, as that variable and a union of intervals: `x < 1 or x \ge 3` is
     `(-\infty,1) \cup [3,\infty)`. None for anything else."""
     found = [_interval(part) for part in _OR.split(text)]
     names = {one[0] for one in found if one}
     if None in found or len(names) != 1:
         return None
-    return r" \cup ".join(one[1] for one in found if one)
+    return names.pop(), r" \cup ".join(one[1] for one in found if one)
 
 
 def _magnitude(variable: str, limit: str, sign: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ K kelvin | 1 | K | *
 mol mole | 1 | mol | *
 cd candela | 1 | cd |
 N newton | 1000 | g m s-2 | *
+Nm | 1000 | g m2 s-2 |
 J joule | 1000 | g m2 s-2 | *
 W watt | 1000 | g m2 s-3 | *
 Pa pascal | 1000 | g m-1 s-2 | *
@@ -89,8 +90,7 @@ _WORD_PREFIXES = {
 _POWER_WORDS = {"square": 2, "sq": 2, "平方": 2, "cubic": 3, "cu": 3, "立方": 3}
 _BEHIND = {"squared": 2, "cubed": 3}
 _JOINERS = frozenset((
-    "and", "or", "nor", "not", "no", "to", "than", "but", "if", "when", "where", "is", "are", "per", "of",
-    "the",
+    "and", "or", "nor", "not", "no", "to", "than", "but", "if", "when", "where", "is", "are", "per",
 ))  # fmt: skip
 _NAME = (
     r"(?:\\mu\s*|\\text)?(?:°\s*[CF](?![A-Za-z])|°|(?:[A-Za-zµμ]\s*)?(?:\\Omega|Ω)|[A-Za-zµμ]+|\\?\$"
@@ -102,7 +102,7 @@ _TOKEN = re.compile(
 )
 _START = re.compile(r"(?<=[\w)}\]!.°'|])\s*(?=[A-Za-z°Ωµμ€£¥₹¢\\\u4e00-\u9fff(])|(?<=[\d)}\]])\s*/\s*(?=[A-Za-z])")
 _LABEL = re.compile(
-    r"(?:\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
+    r"(?:(?:\s+of(?:\s+(?:an?|the))?)?\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
 )
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
 _PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
@@ -241,6 +241,9 @@ def _sum_of_units(answer: str) -> Quantity | None:
     if not _SEVERAL.fullmatch(answer):
         return None
     parts = [(Fraction(number), known_unit(name)) for number, name in _PART.findall(answer)]
+    for shared, meant in _SHARED_MONEY.items():
+        if any(unit and unit.measure == meant.measure for _, unit in parts):
+            parts = [(number, meant if unit == shared else unit) for number, unit in parts]
     units = [unit for _, unit in parts if unit]
     if len(units) < len(parts) or len({unit.measure for unit in units}) > 1:
         return None
