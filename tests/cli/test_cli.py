@@ -327,7 +327,9 @@ def test_a_full_disk_while_saving_is_one_line_and_the_next_start_ends_the_run(
     out, err = run.communicate()
     *progress, last = err.splitlines(keepends=True)
     assert all(" INFO " in line for line in progress), err
-    refused((run.returncode, out, last), f"cannot write {tmp_path}/run/{path}: ", "MiB free", "nothing was left half-wr")
+    refused(
+        (run.returncode, out, last), f"cannot write {tmp_path}/run/{path}: ", "MiB free", "nothing was left half-wr"
+    )
     assert not (tmp_path / "run" / path).exists()
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert foveate("rl", recipe())[0] == 0

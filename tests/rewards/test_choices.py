@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+from foveate.data.table import open_tasks
 from foveate.records import Message, Task
 from foveate.rewards.choices import named_option, options
 from foveate.rewards.text import check_choice, check_letter, multiple_choice
@@ -71,6 +74,23 @@ def test_an_answer_that_names_no_option_or_several_is_unreadable(text):
 )
 def test_options_stand_in_lists_texts_mappings_and_columns(meta):
     assert options(choice("B", **meta)) == {"A": "oak", "B": "pine"}
+
+
+def test_options_of_a_verl_row_may_stand_in_extra_info_alone(tmp_path):
+    row = {
+        "data_source": "trees", "prompt": [{"role": "user", "content": "Which tree?"}],
+        "reward_model": {"ground_truth": "pine"}, "extra_info": {"choices": ["oak", "pine"]},
+    }  # fmt: skip
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    task = open_tasks(tmp_path / "x.jsonl")[0]
+    assert check_choice(task) == []
+    assert [multiple_choice(f"\\boxed{{{said}}}", task).value for said in ("B", "pine", "(b)", "A", "oak")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("question", ["Which?\nA．oak\nB．pine", "Which?\nA、oak\nB、pine", "哪个？（A）oak （B）pine"])

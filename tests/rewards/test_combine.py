@@ -35,6 +35,18 @@ def test_a_weighted_sum_adds_values_and_keeps_all_parts():
     assert repeated.value == -0.25
 
 
+def test_a_sum_with_a_part_that_is_not_graded_is_not_graded(tmp_path):
+    (tmp_path / "part.py").write_text(
+        "def only_a(completions, data_source):\n    return [1.0 if data_source == ['a'] else None]\n"
+    )
+    part = f"{tmp_path}/part.py:only_a"
+    reward = build_reward("weighted_sum", {"weights": {"exact": 1.0, part: 2.0}})
+    assert reward("7", task("a")).value == 3.0
+    score = reward("7", task("b"))
+    assert (score.value, score.parts) == (None, {})
+    assert score.note == f"the reward does not apply to this row (part {part})"
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

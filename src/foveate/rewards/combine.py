@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from foveate.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
         values: dict[str, float] = {}
         for name, score in scores.items():
             if score.value is None:
-                return score
+                return replace(score, note=f"{score.note} (part {shown_name(name)})")
             values[name] = score.value
         shown = {name: shown_name(name) for name in scores}
         parts = {shown[name]: value for name, value in values.items()}
