@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from foveate.errors import ConfigError, DiskError
-from foveate.files import LOCK_FILES, atomic_path, atomic_write_bytes, atomic_write_text, held
+from foveate.files import LOCK_FILES, add_json_line, atomic_path, atomic_write_bytes, atomic_write_text, held
+from foveate.log import read_metrics
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -149,3 +150,12 @@ def test_a_folder_left_by_a_killed_writer_goes_too(tmp_path):
     with atomic_path(tmp_path / "x") as temporary:
         temporary.mkdir()
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_lines_are_added_whole_whatever_they_hold(tmp_path):
+    path = tmp_path / "changes.jsonl"
+    records = [{"step": 1, "text": "a\u2028b\x85c"}, {"step": 2, "text": "\ud800"}]
+    for record in records:
+        add_json_line(path, record)
+    assert read_metrics(path) == records
+    assert os.listdir(tmp_path) == ["changes.jsonl"]

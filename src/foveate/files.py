@@ -85,6 +85,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def add_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add an object to a file of few lines, which is written anew. Waits for room on a full disk; see `with_room`."""
+    former = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = json.dumps(record, ensure_ascii=False)
+    with_room(lambda: atomic_write_text(path, f"{former}{line}\n"))
+
+
 class OtherSchema(ValueError):
     """A sealed file of another version of foveate."""
 

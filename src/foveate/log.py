@@ -173,7 +173,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file in the order written, without a last line that was only half written.
+    """The objects of a file of metrics, or of others with a step, in the order written, without a last line that was
+    only half written.
 
     Raises:
         ConfigError: any other line is not an object with a step.

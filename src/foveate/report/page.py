@@ -211,8 +211,7 @@ def _warnings(run_folder: Path) -> Iterator[str]:
     """The warnings of a run; those of all stages of a cascade."""
     for path in sorted((run_folder / "warnings.jsonl", *run_folder.glob("*/warnings.jsonl"))):
         stage = "" if path.parent == run_folder else f"{path.parent.name}, "
-        for line in _text(path).splitlines():
-            told = json.loads(line)
+        for told in read_metrics(path) if path.exists() else ():
             yield f"{stage}step {told['step']}: {told['text']}"
 
 

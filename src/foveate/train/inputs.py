@@ -22,7 +22,8 @@ import numpy as np
 from foveate.config.runs import RunSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
-from foveate.files import atomic_write_text
+from foveate.files import add_json_line
+from foveate.log import read_metrics
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.records import Task
 from foveate.run_folder import RunFolder, lasting_settings, settings_changes
@@ -80,9 +81,7 @@ class Inputs:
         for change in changes:
             logger.warning("accepted: %s", change)
         if self.digest not in _accepted(run):
-            record = json.dumps({"step": step, "inputs": self.digest, "changes": changes}, ensure_ascii=False)
-            former = run.changes.read_text(encoding="utf-8") if run.changes.exists() else ""
-            atomic_write_text(run.changes, f"{former}{record}\n")
+            add_json_line(run.changes, {"step": step, "inputs": self.digest, "changes": changes})
         return True
 
     @property
@@ -110,9 +109,7 @@ def _changes(before: Fingerprints, now: Fingerprints) -> Iterator[str]:
 
 def _accepted(run: RunFolder) -> set[str]:
     """The inputs that were accepted before."""
-    if not run.changes.exists():
-        return set()
-    return {json.loads(line)["inputs"] for line in run.changes.read_text(encoding="utf-8").splitlines()}
+    return {accepted["inputs"] for accepted in read_metrics(run.changes)} if run.changes.exists() else set()
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from foveate.config.runs import RLSettings
+from foveate.files import add_json_line
+from foveate.log import read_metrics
 from foveate.records import Group
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,7 @@ class WasteWatch:
 
     def __init__(self, path: Path, settings: RLSettings) -> None:
         self._path, self._settings = path, settings
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._told = {json.loads(line)["name"] for line in lines}
+        self._told = {told["name"] for told in read_metrics(path)} if path.exists() else set()
         self._constant: list[float] = []
         self._truncated_steps = 0
 
@@ -71,8 +71,7 @@ class WasteWatch:
                 self._told.add(name)
                 text = TEXTS[name].format(**facts)
                 logger.warning("step %d: %s", step, text)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": step, "name": name, "text": text}, ensure_ascii=False) + "\n")
+                add_json_line(self._path, {"step": step, "name": name, "text": text})
 
     def _found(
         self, record: Mapping[str, float], groups: Sequence[Group]
