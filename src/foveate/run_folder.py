@@ -140,13 +140,14 @@ def open_run(
         for folder in (run.path, run.rollouts, run.checkpoints):
             for leftover in folder.glob(".*.tmp"):
                 remove(leftover)
+        last: Mapping[str, Any] | None = None
         if run.config.is_file() and _has_begun(run):
-            _refuse_other_schema(run)
+            last = _last_versions(run)
             _refuse_other_settings(run, values, frozen, accept_changes)
         former = set_disk_wait(disk_wait)
         try:
             atomic_write_text(run.config, values_to_yaml(values))
-            _record_versions(run)
+            _record_versions(run, last)
             keep(run.config)
             yield run
         except BaseException:
@@ -212,11 +213,12 @@ def _remove_start(run: RunFolder) -> None:
             folder.rmdir()
 
 
-def _refuse_other_schema(run: RunFolder) -> None:
+def _last_versions(run: RunFolder) -> Mapping[str, Any]:
+    """The versions of the last start. Raises ConfigError for a folder of another layout, DataError for edited ones."""
     try:
         if not run.versions.is_file():
             raise OtherSchema(0)
-        read_sealed(run.versions, SCHEMA)
+        return read_sealed(run.versions, SCHEMA)
     except OtherSchema as other:
         raise ConfigError(
             f"{run.path} has the layout (schema {other.found}) of another version of foveate, this one continues "
@@ -285,11 +287,10 @@ def _shown(values: Mapping[str, Any], name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- versions
 
 
-def _record_versions(run: RunFolder) -> None:
-    """Write what this start runs on; when a run continues on something else, say so."""
+def _record_versions(run: RunFolder, last: Mapping[str, Any] | None) -> None:
+    """Write what this start runs on; when a run continues on something else than the `last` time, say so."""
     now = _versions()
-    if _has_begun(run):
-        last = read_sealed(run.versions, SCHEMA)
+    if last is not None:
         changes = ", ".join(f"{name} {last.get(name)} -> {now[name]}" for name in now if last.get(name) != now[name])
         if changes:
             logger.warning("%s continues with other versions, so maybe not bit for bit: %s", run.path, changes)
