@@ -13,8 +13,9 @@ import PIL.Image
 import pytest
 from PIL import EpsImagePlugin
 
+from foveate.config.data import MAX_PIXELS
 from foveate.data import image_values
-from foveate.data.images import FORMATS, MAX_PIXELS, load_image, read_image
+from foveate.data.images import FORMATS, load_image, read_image
 from foveate.errors import DataError
 from foveate.records import Image
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Columns, ImageRoot, MaxImagePixels, Sources, Workers, columns_of
+from foveate.cli.options import MAX_IMAGE_PIXELS, Columns, ImageRoot, MaxImagePixels, Sources, Workers, columns_of
 from foveate.errors import DataError
 
 data = typer.Typer(help="Look at data and check them.", no_args_is_help=True)
@@ -48,7 +48,7 @@ def check_command(
     model: Annotated[str | None, typer.Option(help="Model folder whose prompts are counted, or demo.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    max_image_pixels: MaxImagePixels = 89_478_485,
+    max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
     column: Columns = None,
     image_root: ImageRoot = None,
     workers: Workers = None,

@@ -59,6 +59,7 @@ BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")
 ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
 Workers = Annotated[int | None, mirrored("data.workers")]
 MaxImagePixels = Annotated[int, mirrored("data.max_image_pixels")]
+MAX_IMAGE_PIXELS: int = _SETTINGS["data.max_image_pixels"].default
 Seed = Annotated[int, mirrored("seed")]
 Columns = Annotated[
     list[str] | None,

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from foveate.cli.options import not_empty
+from foveate.cli.options import MOST_TOKENS, not_empty
 from foveate.errors import ConfigError
 
 if TYPE_CHECKING:
     from foveate.serve.native import ServeRequest
 
 SERVER_KEY = "FOVEATE_API_KEY"
-MOST_TOKENS = 2**20
-"""The largest limit in tokens that may be set."""
 
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="Device of the native engine; a GPU if there is one.")

@@ -9,6 +9,10 @@ from pydantic import Field
 from foveate.config.base import Settings, Strings
 
 FileWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
+MAX_PIXELS = 89_478_485
+"""Pixels of the largest image that is read unless `data.max_image_pixels` says otherwise: Pillow's own limit."""
+MOST_PIXELS = 2 * MAX_PIXELS
+"""The largest that `data.max_image_pixels` can be: beyond it Pillow refuses."""
 
 
 class CurriculumSettings(Settings):
@@ -41,9 +45,9 @@ class DataSettings(Settings):
         "for a constant text. Empty: all are recognised.",
     )
     max_image_pixels: int = Field(
-        default=89_478_485,
+        default=MAX_PIXELS,
         ge=1,
-        le=178_956_970,
+        le=MOST_PIXELS,
         description="Most pixels of an image. Larger ones are refused from their headers, before they are decoded.",
     )
     weights: FileWeights = Field(

@@ -23,6 +23,7 @@ from PIL import ExifTags, UnidentifiedImageError, features
 from PIL.Image import Transpose
 from PIL.ImageFile import ImageFile
 
+from foveate.config.data import MAX_PIXELS, MOST_PIXELS
 from foveate.data.image_structure import structure_fault
 from foveate.data.image_values import image_source, shorten_source
 from foveate.errors import DataError, join_where, one_line
@@ -48,10 +49,6 @@ _BROKEN = (
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 """The formats that are read, by their names in Pillow."""
-MAX_PIXELS = 89_478_485
-"""Pixels of the largest image that is read unless `data.max_image_pixels` says otherwise: Pillow's own limit."""
-MOST_PIXELS = 2 * MAX_PIXELS
-"""The largest that `data.max_image_pixels` can be: beyond it Pillow refuses."""
 MAX_BYTES = 2**28
 """Bytes of the largest encoded image that is read."""
 

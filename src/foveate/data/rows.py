@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from foveate.config.data import MAX_PIXELS
 from foveate.data.conversations import (
     IMAGE_TAG,
     Conversation,
@@ -21,7 +22,7 @@ from foveate.data.conversations import (
     valid_unicode,
 )
 from foveate.data.image_values import is_no_image, is_video, shorten_source
-from foveate.data.images import MAX_PIXELS, inspect_image
+from foveate.data.images import inspect_image
 from foveate.errors import DataError, join_where
 from foveate.records import Image, Message, Task
 

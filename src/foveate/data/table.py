@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from foveate.config.data import MAX_PIXELS
 from foveate.data.folders import SUFFIXES, expand, open_source, suffix_of
 from foveate.data.hub import dataset_files, is_hub_name
-from foveate.data.images import MAX_PIXELS, ImageOptions
+from foveate.data.images import ImageOptions
 from foveate.data.parsers import Parser, RecognisedRows
 from foveate.data.rows import Parsed, Place, Problem
 from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source

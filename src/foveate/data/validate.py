@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from foveate.data.images import MAX_PIXELS
+from foveate.config.data import MAX_PIXELS
 from foveate.data.parsers import Parser
 from foveate.data.rows import Problem, fault_of
 from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
