@@ -37,9 +37,16 @@ def text_length(text: str, _: Task) -> Score:
 
 
 def write_recipe(
-    folder: Path, *, steps: int, retries: int, engines: int = 0, engine: str = "native", program: str = "vllm"
+    folder: Path,
+    *,
+    steps: int,
+    retries: int,
+    engine: str = "native",
+    program: str = "vllm",
+    staleness: int = 0,
+    **cluster: int,
 ) -> Path:
-    """Data, model and recipe of a run of one rank on each of two nodes, and of `engines` in processes of their own."""
+    """Data, model and recipe of a run of one rank on each of two nodes, or with other settings of the cluster."""
     prepare_shapes(folder / "data", {"train": 64, "test": 4}, side=56)
     build_tiny(folder / "model", TINY)
     served = {} if engine == "native" else {"program": program, "memory_mb": 64}
@@ -47,12 +54,19 @@ def write_recipe(
         "run": str(folder / "run"),
         "model": {"path": str(folder / "model")},
         "data": {"train": [str(folder / "data" / "train.parquet")], "max_prompt_tokens": 128},
-        "rollout": {"samples": 4, "max_tokens": 8, "engine": engine, "engine_settings": served, "check_every": 4},
+        "rollout": {
+            "samples": 4,
+            "max_tokens": 8,
+            "engine": engine,
+            "engine_settings": served,
+            "check_every": 4,
+            "staleness": staleness,
+        },
         "reward": {"name": f"{Path(__file__).resolve()}:text_length", "workers": 0},
         "optim": {"lr": 3e-3},
         "train": {"steps": steps, "prompts_per_step": 4, "save_every": 2, "tokens_per_micro_batch": 256, "threads": 1},
         "eval": {"every": 0},
-        "cluster": {"nodes": 2, "device": "cpu", "timeout": 600, "retries": retries, "engines": engines},
+        "cluster": {"nodes": 2, "device": "cpu", "timeout": 600, "retries": retries, **cluster},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
     return folder / "recipe.yaml"
@@ -130,15 +144,55 @@ class Nodes:
 
     def processes(self) -> dict[int, str]:
         """All processes of these nodes with their command lines."""
-        found: dict[int, str] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    words = (folder / "cmdline").read_bytes().split(b"\0")
-                    found[int(folder.name)] = " ".join(word.decode(errors="replace") for word in words)
-            except OSError:  # has ended
-                continue
-        return {pid: words for pid, words in found.items() if words}
+        return marked_processes(self.mark)
+
+
+class OneMachine:
+    """This machine without a cluster of its own, with the interface of `Nodes`: a run of several processes starts Ray
+    for itself."""
+
+    addresses = ("", "")
+
+    def __init__(self) -> None:
+        self.mark = f"FOVEATE_ONE_MACHINE={secrets.token_hex(2)}"
+        self._environment = {**os.environ, **dict([self.mark.split("=")]), "OMP_NUM_THREADS": "1"}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.processes():
+            os.kill(pid, signal.SIGKILL)
+
+    def keep(self) -> None:
+        """Nothing here is started again but the run."""
+
+    def submit(self, recipe: Path, *overrides: str, log: Path) -> subprocess.Popen[str]:
+        with open(log, "a") as file:
+            return subprocess.Popen(
+                [*FOVEATE, "rl", str(recipe), *overrides], env=self._environment, stdout=file, stderr=file, text=True
+            )
+
+    def run(self, recipe: Path, *overrides: str, log: Path) -> int:
+        """The exit code of a run."""
+        return self.submit(recipe, *overrides, log=log).wait()
+
+    def processes(self) -> dict[int, str]:
+        """All processes of its runs with their command lines."""
+        return marked_processes(self.mark)
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """All processes with `mark` in their environment, with their command lines."""
+    found: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                found[int(folder.name)] = " ".join(word.decode(errors="replace") for word in words)
+        except OSError:  # has ended
+            continue
+    return {pid: words for pid, words in found.items() if words}
 
 
 def _ip(words: str) -> None:
