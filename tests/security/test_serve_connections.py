@@ -20,12 +20,15 @@ from foveate.serve.connections import Connection
 
 
 async def application(scope, receive, send):
-    """Answers at once, but for `/slow`, which waits for its client to go."""
+    """Answers at once, without the body, but for `/slow`, which waits for its client to go."""
     if scope["path"] == "/slow":
         while (await receive())["type"] != "http.disconnect":
             pass
         return
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    if scope["path"] == "/refused":  # before its body is read
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"2")]})
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 
 
@@ -63,6 +66,13 @@ def is_closed(one):
         return True
 
 
+def reply_of(one):
+    reply = b""
+    while not reply.endswith(b"ok"):
+        reply += one.recv(1000)
+    return reply
+
+
 def get(port, path):
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as client:
         client.request("GET", path)
@@ -79,9 +89,7 @@ def test_headers_that_do_not_come_close_the_connection(monkeypatch, said):
 def test_the_next_request_of_a_kept_connection_has_as_long_for_its_headers(monkeypatch):
     monkeypatch.setattr(connections, "HEADERS_S", 0.1)
     with listening() as port, connect(port, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n") as one:
-        reply = b""
-        while not reply.endswith(b"ok"):
-            reply += one.recv(1000)
+        reply_of(one)
         one.sendall(b"GET / HT")
         assert is_closed(one)
 
@@ -92,6 +100,18 @@ def test_a_request_under_way_is_not_closed_for_its_headers(monkeypatch):
         one.settimeout(0.3)
         with pytest.raises(TimeoutError):
             one.recv(1)
+
+
+def test_a_refused_body_is_answered_at_once_and_may_come_for_a_while(monkeypatch):
+    head = b"POST /refused HTTP/1.1\r\nHost: localhost\r\nContent-Length: 300000\r\n\r\n"
+    with listening() as port, connect(port, head) as one:
+        assert b" 413 " in reply_of(one), "nothing of the body was sent yet"
+        one.sendall(b"a" * 300_000 + b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b" 200 " in reply_of(one), "the connection is kept"
+    monkeypatch.setattr(connections, "REFUSED_S", 0.1)
+    with listening() as port, connect(port, head + b"a") as one:
+        reply_of(one)
+        assert is_closed(one)
 
 
 def test_idle_connections_make_room_for_requests():

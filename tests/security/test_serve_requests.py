@@ -130,6 +130,47 @@ def test_bodies_are_bounded_alone_and_in_sum(make_chat):
             assert http.post("/v1/chat/completions", json=chat_body("a" * 500)).status_code == 200, "it is given back"
 
 
+@pytest.mark.parametrize("length", [b"1001", b"9" * 18, b"9" * 5000])
+def test_a_body_that_is_too_large_by_its_header_is_not_read(make_chat, length):
+    chat = make_chat(body_bytes=1000)
+    read = []
+
+    async def receive():
+        read.append(1)
+        return {"type": "http.request", "body": b"a" * 2000, "more_body": True}
+
+    async def ask():
+        status, body = await one_of(chat.app(), b"", headers=[(b"content-length", length)], receive=receive)
+        assert (status, json.loads(body)["error"]["code"], read) == (413, "request_too_large", [])
+        status, _ = await one_of(chat.app(), b"", headers=[(b"transfer-encoding", b"chunked")], receive=receive)
+        assert (status, read) == (413, [1]), "no more than shows that it is too large"
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", True), ("max_tokens", "2"), ("max_tokens", 2.5), ("n", True), ("n", "1"), ("seed", False),
+        ("seed", "3"), ("top_k", True), ("temperature", "0.5"), ("temperature", True), ("top_p", "1"),
+        ("stream", "yes"), ("stream", 1), ("logprobs", "true"), ("logprobs", 0), ("verbatim", 1),
+        ("skip_special_tokens", "no"), ("stop", 5), ("stop", [1]), ("model", 5),
+        ("messages", {"role": "user", "content": "a"}), ("messages", [{"role": 5, "content": "a"}]),
+        ("stream_options", [True]),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(post, field, value):
+    reply = post(chat_body(**{field: value}) if field != "model" else {**chat_body(), "model": value})
+    error = reply.json()["error"]
+    assert reply.status_code == 400, error
+    assert error["param"].startswith(field)
+    assert error["code"].startswith("invalid_")
+
+
+def test_whole_numbers_stand_for_fractions(post):
+    assert post(chat_body(temperature=1, top_p=1)).status_code == 200
+
+
 def test_images_are_decoded_one_after_the_other_where_they_are_large(make_chat, make_image, monkeypatch):
     chat = make_chat(decoded_pixels=90 * 60)
     now, most, lock = [0], [0], threading.Lock()
@@ -158,12 +199,12 @@ async def all_of(app, bodies):
     return await asyncio.gather(*(one_of(app, body) for body in bodies))
 
 
-async def one_of(app, body, gone=None):
-    """A request over ASGI. Its client leaves when `gone` is set."""
+async def one_of(app, body, gone=None, headers=(), receive=None):
+    """A request over ASGI. Its client leaves when `gone` is set; `receive` stands for the client."""
     parts, status = [], []
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def receive():
+    async def receive_body():
         if messages:
             return messages.pop()
         await (gone or asyncio.Event()).wait()
@@ -175,9 +216,9 @@ async def one_of(app, body, gone=None):
 
     scope = {
         "type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b"", "root_path": "",
-        "headers": [(b"host", b"localhost")],
+        "headers": [(b"host", b"localhost"), *headers],
     }  # fmt: skip
-    await app(scope, receive, send)
+    await app(scope, receive or receive_body, send)
     return (status[0] if status else None), b"".join(parts)
 
 

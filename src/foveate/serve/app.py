@@ -154,17 +154,20 @@ class Chat:
             await asyncio.wait([doing, *ends])
 
     async def _read(self, request: Request, held: list[int]) -> ChatRequest:
-        """The request in the body, which is refused as soon as it is known to be too long. `held` grows by the bytes
-        that were taken from the budget."""
+        """The request in the body, which is refused as soon as it is known to be too long: by its header, or as it
+        comes. `held` grows by the bytes that were taken from the budget."""
         parts, size = [], 0
         limits = self.limits
+        too_large = f"the request is larger than {limits.body_bytes / 2**20:g} MiB; send smaller images"
+        told = request.headers.get("content-length", "")
+        if told.isdecimal() and (len(told) > 18 or int(told) > limits.body_bytes):
+            raise Refused(413, too_large, code="request_too_large")
         stream = request.stream()
         try:
             while part := await asyncio.wait_for(anext(stream, b""), limits.body_s):
                 size += len(part)
                 if size > limits.body_bytes:
-                    what = f"the request is larger than {limits.body_bytes // 2**20} MiB; send smaller images"
-                    raise Refused(413, what, code="request_too_large")
+                    raise Refused(413, too_large, code="request_too_large")
                 if not self._held.take_at_once(len(part)):
                     raise Refused(429, "the server holds as many requests as it can; try again", code="server_busy")
                 held.append(len(part))

@@ -17,8 +17,9 @@ from foveate.serve.protocol import Refused
 
 logger = logging.getLogger(__name__)
 
-HEADERS_S, KEEP_ALIVE_S, STALLED_S = 10.0, 60, 60.0
-"""Seconds for the headers of a request, between two requests, and for a client that does not take its reply."""
+HEADERS_S, KEEP_ALIVE_S, STALLED_S, REFUSED_S = 10.0, 60, 60.0, 10.0
+"""Seconds for the headers of a request, between two requests, for a client that does not take its reply, and for one
+that still sends a body which was refused."""
 RESERVE = 32
 """Connections over the limit, for `/health` alone."""
 BACKLOG = 128
@@ -46,6 +47,7 @@ class Connection(H11Protocol):
         self._since = time.monotonic()
         self._headers: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._refused: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,13 +57,16 @@ class Connection(H11Protocol):
             self._make_room([other for other in others if isinstance(other, Connection)])
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._headers, self._stalled):
+        for timer in (self._headers, self._stalled, self._refused):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._refused is not None and self.conn.their_state is not h11.SEND_BODY:
+            self._refused.cancel()
+            self._refused = None
         if self.conn.their_state is not h11.IDLE and self._headers is not None:
             self._headers.cancel()
             self._headers = None
@@ -71,6 +76,8 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._since = time.monotonic()
+        if self.conn.their_state is h11.SEND_BODY:  # most clients send all of it before they look for the reply
+            self._refused = self.loop.call_later(REFUSED_S, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()

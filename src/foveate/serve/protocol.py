@@ -47,14 +47,14 @@ class Refused(Exception):
 
 
 class _Turn(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: str
     content: Any = None
 
 
 class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -70,7 +70,7 @@ class ChatRequest(BaseModel):
     `verbatim` is foveate's own: texts and images are joined as they stand; otherwise a line break follows each image,
     as templates have it."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str
     messages: Annotated[list[_Turn], Field(min_length=1)]
