@@ -49,6 +49,7 @@ def write_recipe(
     """Data, model and recipe of a run of one rank on each of two nodes, or with other settings of the cluster."""
     prepare_shapes(folder / "data", {"train": 64, "test": 4}, side=56)
     build_tiny(folder / "model", TINY)
+    several = {"nodes": 2, "timeout": 600, "retries": retries, **cluster}
     served = {} if engine == "native" else {"program": program, "memory_mb": 64}
     recipe = {
         "run": str(folder / "run"),
@@ -62,11 +63,12 @@ def write_recipe(
             "check_every": 4,
             "staleness": staleness,
         },
+        "algorithm": {"correction": {"mode": "token-truncate"} if staleness else None},
         "reward": {"name": f"{Path(__file__).resolve()}:text_length", "workers": 0},
         "optim": {"lr": 3e-3},
         "train": {"steps": steps, "prompts_per_step": 4, "save_every": 2, "tokens_per_micro_batch": 256, "threads": 1},
         "eval": {"every": 0},
-        "cluster": {"nodes": 2, "device": "cpu", "timeout": 600, "retries": retries, **cluster},
+        "cluster": {"device": "cpu", **({} if cluster == {"nodes": 1} else several)},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=1))  # JSON is YAML
     return folder / "recipe.yaml"
