@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import codecs
+import ctypes
 import multiprocessing
 import os
+import resource
+import selectors
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
+
+from foveate.errors import printable
+
+OUTPUT_BYTES, OUTPUT_S = 20_000, 60.0
+"""Bytes that a process of `guarded` may print in so many seconds, with all that it starts. More is dropped."""
+_LEFT_TO_OWNER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 class _Process(ForkServerProcess):
@@ -58,7 +71,7 @@ def end_with(owner: Connection) -> None:
     system itself ends it: it sends a signal when the pipe to the owner breaks."""
     import fcntl
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _LEFT_TO_OWNER:
         signal.signal(number, signal.SIG_IGN)
     os.setpgrp()
     own = os.open(f"/dev/fd/{owner.fileno()}", os.O_RDONLY)  # opened anew: workers that share one share its signal
@@ -66,3 +79,136 @@ def end_with(owner: Connection) -> None:
     fcntl.fcntl(own, fcntl.F_SETFL, os.O_ASYNC)
     if owner.poll():  # it was closed before it could tell
         os._exit(1)
+
+
+def guarded(owner: Connection, pipe: Connection) -> None:
+    """`end_with` for a process that runs the code of others: with it also end those of its children that have left its
+    group (`setsid`, daemons), and what they all print goes to standard error, in measure and made printable.
+
+    It returns in a child of this process, which becomes its guardian: children that have lost their parent become the
+    guardian's (PR_SET_CHILD_SUBREAPER), and so are found. Only the child keeps `pipe`, which breaks when it ends. Linux
+    only; elsewhere it is `end_with`."""
+    if sys.platform == "linux":
+        _fork_guarded(owner, pipe)
+    end_with(owner)
+
+
+def _fork_guarded(owner: Connection, pipe: Connection) -> None:
+    for number in _LEFT_TO_OWNER:
+        signal.signal(number, signal.SIG_IGN)
+    os.setpgrp()
+    system = ctypes.CDLL(None)
+    system.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    guardian, (output, printed) = os.getpid(), os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        os.close(printed)
+        pipe.close()
+        _guard(child, owner, output)
+    system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guardian:  # it ended before it could tell
+        os._exit(1)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.close(printed)
+    os.close(output)
+
+
+def _guard(child: int, owner: Connection, output: int) -> NoReturn:
+    """Pass on what is printed until the child or the owner has ended; then end whatever is left, and as the child."""
+    ends, ended = os.pipe()
+    os.set_blocking(ended, False)
+    os.set_blocking(output, False)
+    signal.set_wakeup_fd(ended)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    relay = _Relay(output)
+    status = _reap(child)
+    with selectors.DefaultSelector() as selector:
+        for file in (ends, owner.fileno(), output):
+            selector.register(file, selectors.EVENT_READ)
+        while status is None:
+            ready = {key.fd for key, _ in selector.select()}
+            if output in ready and not relay.pass_on():
+                selector.unregister(output)
+            if owner.fileno() in ready:
+                break
+            if ends in ready:
+                os.read(ends, 512)
+                status = _reap(child)
+    if status is None:
+        status = _end(child)
+    _end_children()
+    while relay.pass_on():
+        pass
+    _end_as(status)
+
+
+class _Relay:
+    """Passes on what stands in a pipe, up to `OUTPUT_BYTES` in each `OUTPUT_S`."""
+
+    def __init__(self, output: int) -> None:
+        self._output, self._left, self._until = output, 0, 0.0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_on(self) -> bool:
+        """Whether there may be more."""
+        try:
+            data = os.read(self._output, 2**16)
+        except BlockingIOError:
+            return False
+        now = time.monotonic()
+        if now >= self._until:
+            self._left, self._until = OUTPUT_BYTES, now + OUTPUT_S
+        if self._left:
+            shown = printable(self._decoder.decode(data[: self._left]))
+            self._left -= len(data[: self._left])
+            more = "" if self._left else f"\n... (a worker prints more than {OUTPUT_BYTES:,} bytes in {OUTPUT_S:g} s)\n"
+            with suppress(OSError):  # nobody reads it
+                os.write(2, (shown + more).encode("utf-8", "replace"))
+        return bool(data)
+
+
+def _reap(child: int) -> int | None:
+    """Take the ends of children; that of `child` if it is among them."""
+    status = None
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            status = found[1] if found[0] == child else status
+    return status
+
+
+def _end(child: int) -> int:
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def _end_children() -> None:
+    """End the children of this process, and theirs, which become its own, until there are none."""
+    with suppress(ChildProcessError):
+        while True:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                for pid in _children():
+                    with suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+                os.waitpid(-1, 0)
+
+
+def _children() -> Iterator[int]:
+    own = os.getpid()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            if int(stat.read_bytes().rpartition(b")")[2].split()[1]) == own:
+                yield int(stat.parent.name)
+
+
+def _end_as(status: int) -> NoReturn:
+    """End this process as another one ended."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(OSError):  # some cannot be set, and need not
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(max(code, 0))

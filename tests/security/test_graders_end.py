@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 
 from foveate.processes import end_with, lifeline
+from foveate.records import Task
+from foveate.rewards.pool import Graders
 
 GRADER = """
 import os, pathlib, signal, subprocess, sys, time
 
 def score(text, task, *, log: str):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child = subprocess.Popen(["sleep", "600"])
+    session = subprocess.Popen(["sleep", "600"], start_new_session=True, env={})
+    daemon = subprocess.run(["setsid", "sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"], stdout=-1, text=True)
     with open(log, "a") as file:
-        file.write(f"{os.getpid()} {child.pid}\\n")
+        file.write(f"{os.getpid()} {child.pid} {session.pid} {daemon.stdout.strip()}\\n")
     if text == "c":
         (9 ** 9 ** 8) ** 9  # never comes back to Python
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -34,6 +38,31 @@ if __name__ == "__main__":
     task = Task("0", "s", (), (), 0, {}, "row 0")
     with Graders(sys.argv[1], {"log": sys.argv[2]}, workers=4, time_limit=600.0) as graders:
         graders.grade_many([(text, task) for text in ("c", "sleep", "c", "sleep")])
+"""
+
+
+DAEMONS = """
+import os, pathlib, subprocess, sys, time
+
+def score(text, task, *, log: str):
+    started = subprocess.run(["setsid", "sh", "-c", "sleep 600 >/dev/null 2>&1 & echo $!"], stdout=-1, text=True)
+    with open(log, "a") as file:
+        file.write(started.stdout)
+    if text == "dies":
+        os.abort()
+    if text == "hangs":
+        time.sleep(600)
+    return 1.0
+"""
+
+LOUD = """
+import os, sys
+
+def score(text, task):
+    print("\\x1b[2Jhello" if text == "short" else "x" * 10_000_000, flush=True)
+    print("and so on", file=sys.stderr, flush=True)
+    os.system("echo from a child")
+    return 1.0
 """
 
 
@@ -78,3 +107,32 @@ def test_a_process_that_starts_after_its_owner_ended_ends_at_once():
     kept.close()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) in (1, -signal.SIGIO)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "ends"])
+def test_daemons_of_a_grader_end_with_its_process(tmp_path, how):
+    (tmp_path / "grader.py").write_text(DAEMONS)
+    log = tmp_path / "log"
+    task = Task("0", "s", (), (), 0, {}, "row 0")
+    with Graders(f"{tmp_path}/grader.py:score", {"log": str(log)}, workers=1, time_limit=5.0) as graders:
+        value = graders(how, task).value
+        [pid] = map(int, log.read_text().split())
+        assert is_alive(pid) == (how == "ends") == (value == 1.0)
+    assert wait_until(lambda: not is_alive(pid))
+
+
+def test_a_grader_prints_in_measure_and_obeys_no_terminal(tmp_path):
+    (tmp_path / "grader.py").write_text(LOUD)
+    run = f"""
+from foveate.records import Task
+from foveate.rewards.pool import Graders
+with Graders({f"{tmp_path}/grader.py:score"!r}, {{}}, workers=1) as graders:
+    for text in ("short", "long", "long"):
+        print(graders(text, Task("0", "s", (), (), 0, {{}}, "row 0")).value)
+"""
+    ended = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["1.0"] * 3
+    err = ended.stderr
+    assert err.startswith("\\x1b[2Jhello\nand so on\nfrom a child\nxxx")
+    assert err.endswith("... (a worker prints more than 20,000 bytes in 60 s)\n")
+    assert len(err) < 21_000

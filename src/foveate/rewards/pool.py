@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.errors import ConfigError, DataError
-from foveate.processes import end_with, lifeline, worker_context
+from foveate.processes import guarded, lifeline, worker_context
 from foveate.records import Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
@@ -250,9 +250,9 @@ class _Worker:
 
     def kill(self) -> None:
         """End the process, even one that hangs, and what it has started."""
-        self._process.kill()
         self._lifeline.close()
         self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
+        self._process.kill()
         self.pipe.close()
         self.is_alive = False
 
@@ -318,7 +318,7 @@ class Failure:
 def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None:
     """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
     one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
-    end_with(owner)
+    guarded(owner, pipe)
     logging.disable()  # an error travels back as the note of a score
     os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
