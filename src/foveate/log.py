@@ -270,6 +270,7 @@ _TOLD = (
     ("eval/greedy_accuracy", "held-out accuracy {:.1%}"),
     ("loss/total", "loss {:.4f}"),
     ("eval/loss", "held-out loss {:.4f}"),
+    ("eval/accuracy", "held-out accuracy {:.1%}"),
     ("answer/length", "length {:.1f}"),
     ("answer/truncated", "truncated {:.0%}"),
     ("loss/kl_ref", "KL {:.4f}"),

@@ -131,7 +131,7 @@ def test_names_in_the_settings_of_a_function_may_have_dots(tmp_path):
     [
         ("rollout:\n  sample: 4\n", ":12: unknown setting rollout.sample; did you mean rollout.samples?"),
         ("max_tokens: 4\n", ":11: unknown setting max_tokens; did you mean rollout.max_tokens?"),
-        ("samples: 4\n", ":11: unknown setting samples; did you mean rollout.samples or eval.samples?"),
+        ("samples: 4\n", ":11: unknown setting samples; did you mean eval.samples or rollout.samples?"),
         ("rolout: {samples: 4}\n", ":11: unknown setting rolout; did you mean rollout?"),
         ("rollout: {zzz: 4}\n", ":11: unknown setting rollout.zzz; rollout has engine, engine_settings, check_every,"),
         ("rollout: {samples: many}\n", ":11: rollout.samples must be a whole number, found 'many'"),

@@ -18,6 +18,7 @@ from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
 AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
 SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings)
 
@@ -61,8 +62,9 @@ def train_rl(
 
     Args:
         model: a model folder, or "demo" for the small one that is shipped.
-        train_data: rows (a list of dicts, a `datasets.Dataset`, a DataFrame) or paths of files; `eval_data` likewise,
-            held out: without it nothing is evaluated.
+        train_data: rows (a list of dicts, a `datasets.Dataset`, a DataFrame) or paths of files.
+        eval_data: held-out rows, likewise; without them, and without `hold_out=0.05`, which keeps some of `train_data`
+            aside, nothing is evaluated.
         reward: a function, the name of a known reward, or a list of (function or name, weight). A function takes
             `(answer, ground_truth, **columns)`, or TRL's `(completions, **columns) -> list`, or `(text, task)`, and
             returns a number, a dict of parts, or a `Score`.
@@ -110,38 +112,42 @@ def train_sft(
     model: str | Path,
     train_data: Any,
     *,
+    eval_data: Any = None,
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
     accept_changes: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Supervised fine-tuning on demonstrations; arguments as those of `train_rl`."""
-    return _offline("sft", model, train_data, config, run_dir, overrides, accept_changes)
+    """Supervised fine-tuning on demonstrations; arguments as those of `train_rl`. Of `eval_data` the loss is taken."""
+    return _offline("sft", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
 def train_mpo(
     model: str | Path,
     train_data: Any,
     *,
+    eval_data: Any = None,
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
     accept_changes: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Preference optimisation on pairs of answers; arguments as those of `train_rl`."""
-    return _offline("mpo", model, train_data, config, run_dir, overrides, accept_changes)
+    """Preference optimisation on pairs of answers; arguments as those of `train_rl`. Of `eval_data` the loss is taken,
+    and the share of pairs whose better answer the policy prefers."""
+    return _offline("mpo", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
 def _offline(
     stage: StageName,
     model: str | Path,
-    data: Any,
+    data: tuple[Any, Any],
     config: str | Path | None,
     run_dir: str | Path | None,
     overrides: Mapping[str, Any],
     accept_changes: bool,
 ) -> Run:
-    settings = _settings(stage, model, {"train": data}, config, run_dir, overrides)
+    rows = {part: own for part, own in zip(("train", "test"), data, strict=True) if own is not None or part == "train"}
+    settings = _settings(stage, model, rows, config, run_dir, overrides)
     return Recipe(settings).train(accept_changes=accept_changes)
 
 
@@ -200,6 +206,10 @@ def prepared(settings: SettingsT) -> SettingsT:
 
 
 def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
+    if not settings.data.test and not settings.data.hold_out:
+        logger.info(
+            "no evaluation, since there are no held-out rows: name them in data.test, or set data.hold_out=0.05"
+        )
     if isinstance(settings, SFTSettings):
         from foveate.train.sft import run_sft
 

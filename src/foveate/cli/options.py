@@ -60,6 +60,7 @@ ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
 Workers = Annotated[int | None, mirrored("data.workers")]
 MaxImagePixels = Annotated[int, mirrored("data.max_image_pixels")]
 MAX_IMAGE_PIXELS: int = _SETTINGS["data.max_image_pixels"].default
+HoldOut = Annotated[float | None, mirrored("data.hold_out")]
 Seed = Annotated[int, mirrored("seed")]
 Columns = Annotated[
     list[str] | None,
@@ -96,7 +97,10 @@ def reading_of(
     return ReadOptions(image_root, columns_of(columns), "skip" if on_bad_row == "skip" else "error", workers)
 
 
-def recipe_of(stage: StageName, recipe: str, overrides: list[str] | None, on_bad_row: str | None) -> api.Recipe:
-    """A recipe of this stage with its overrides, `--on-bad-row` among them."""
-    bad_rows = [f"data.on_bad_row={on_bad_row}"] if on_bad_row else []
-    return api.from_recipe(recipe, *(overrides or ()), *bad_rows, stage=stage)
+def recipe_of(
+    stage: StageName, recipe: str, overrides: list[str] | None, on_bad_row: str | None, hold_out: float | None
+) -> api.Recipe:
+    """A recipe of this stage with its overrides, `--on-bad-row` and `--hold-out` among them."""
+    given = {"data.on_bad_row": on_bad_row, "data.hold_out": hold_out}
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return api.from_recipe(recipe, *(overrides or ()), *options, stage=stage)

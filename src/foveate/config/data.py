@@ -32,6 +32,14 @@ class DataSettings(Settings):
         description="Training files, folders of a dataset (FOLDER@SPLIT), or datasets of the Hugging Face Hub "
         "(owner/name@split).",
     )
+    test: Strings = Field(default=(), description="Held-out files for evaluation, as in data.train.")
+    hold_out: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the rows of data.train kept aside for evaluation instead of data.test: the same rows in "
+        "every run over these files.",
+    )
     image_root: str | None = Field(
         default=None,
         description="Folder that relative image paths start from; null: the folder of the file that names them.",
@@ -74,7 +82,3 @@ class DataSettings(Settings):
         default=False,
         description="The system prompt is that of InternVL3.5's thinking mode: <think> ... </think> first.",
     )
-
-
-class RLDataSettings(DataSettings):
-    test: Strings = Field(default=(), description="Held-out files for evaluation, as in data.train.")

@@ -61,7 +61,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | N
 def _first_fitting(layers: Sequence[Entry]) -> StageName:
     given: set[str] = set()
     for values in map(_plain, layers):
-        given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train."))}
+        given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train.", "eval."))}
     return next((name for name, cls in STAGES.items() if given <= {known for known, _ in walk(cls)}), "rl")
 
 

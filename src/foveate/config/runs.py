@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from foveate.config.algorithm import AlgorithmSettings, PreferenceSettings, RewardSettings
 from foveate.config.base import Settings, refuse, refuse_any
 from foveate.config.cluster import ClusterSettings
-from foveate.config.data import DataSettings, RLDataSettings
+from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.config.train import (
@@ -25,6 +25,7 @@ from foveate.config.train import (
     MPOOptimSettings,
     MPOTrainSettings,
     OptimSettings,
+    RLEvalSettings,
     RLTrainSettings,
     SFTOptimSettings,
     SFTTrainSettings,
@@ -44,8 +45,19 @@ class RunSettings(Settings):
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     train: TrainSettings
+    eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluated_where_there_is_data(cls, values: Any) -> Any:
+        """Without held-out rows there is no evaluation, unless it is asked for, which is refused below."""
+        data, evaluation = values.get("data"), values.get("eval", {})
+        given = data.model_dump() if isinstance(data, DataSettings) else data if isinstance(data, dict) else {}
+        if given.get("test") or given.get("hold_out") or not isinstance(evaluation, dict):
+            return values
+        return {**values, "eval": {"every": 0, **evaluation}}
 
     @property
     def disk_wait(self) -> float:
@@ -86,6 +98,17 @@ class RunSettings(Settings):
                 f"is {self.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given "
                 "up for hung; use less, or raise that",
             ),
+            (
+                bool(data.test) and data.hold_out > 0,
+                "data.hold_out",
+                f"is {data.hold_out:g}, but data.test names held-out files; choose one",
+            ),
+            (
+                self.eval.every > 0 and not data.test and not data.hold_out,
+                "eval.every",
+                f"is {self.eval.every}, but data.test is empty; name held-out files there, set data.hold_out=0.05 to "
+                "keep rows of data.train aside, or set eval.every=0 for a run without evaluation",
+            ),
         )
         self._check_budget()
         return self
@@ -105,22 +128,11 @@ class RunSettings(Settings):
 class RLSettings(RunSettings):
     """A run of online reinforcement learning."""
 
-    data: RLDataSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     train: RLTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     rollout: RolloutSettings = RolloutSettings()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     reward: RewardSettings = RewardSettings()
-    eval: EvalSettings = EvalSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _evaluated_where_there_is_data(cls, values: Any) -> Any:
-        """Without held-out rows there is no evaluation, unless it is asked for, which is refused below."""
-        data, evaluation = values.get("data"), values.get("eval", {})
-        held_out = data.test if isinstance(data, RLDataSettings) else isinstance(data, dict) and data.get("test")
-        if held_out or not isinstance(evaluation, dict):
-            return values
-        return {**values, "eval": {"every": 0, **evaluation}}
+    eval: RLEvalSettings = RLEvalSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def _check_budget(self) -> None:
         rollout, budget, split = self.rollout, self.train.tokens_per_micro_batch, self.cluster.sequence_parallel
@@ -174,12 +186,6 @@ class RLSettings(RunSettings):
                 "rollout.over_sample",
                 f"is {rollout.over_sample}, but rollout.partial is false, so that a publish would wait for those "
                 "groups after all; set rollout.partial=true, or rollout.over_sample=0",
-            ),
-            (
-                self.eval.every > 0 and not self.data.test,
-                "eval.every",
-                f"is {self.eval.every}, but data.test is empty; name held-out files in data.test, or set eval.every=0 "
-                "for a run without evaluation",
             ),
             (
                 self.eval.prompts is not None and self.eval.gallery > self.eval.prompts,
@@ -242,14 +248,14 @@ class CascadeSettings(Settings):
     run: str = Field(min_length=1, description="Folder of all stages; the same folder again continues them.")
     seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
     model: ModelSettings
-    data: RLDataSettings
+    data: DataSettings
     rollout: RolloutSettings = RolloutSettings()
     reward: RewardSettings = RewardSettings()
     sft: SFTStage | None = Field(default=None, description="Supervised cold start; null: the model needs none.")
     pairs: PairSettings = PairSettings()
     mpo: MPOStage
     rl: RLStage
-    eval: EvalSettings = EvalSettings()
+    eval: RLEvalSettings = RLEvalSettings()
     cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
@@ -257,7 +263,11 @@ class CascadeSettings(Settings):
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens + 1  # the pairs are sampled answers, ended
         budget = self.mpo.train.tokens_per_micro_batch * self.cluster.sequence_parallel
         refuse_any(
-            (not self.data.test, "data.test", "is empty; name held-out files, on which the stages are compared"),
+            (
+                not self.data.test and not self.data.hold_out,
+                "data.test",
+                "is empty; name held-out files, on which the stages are compared, or set data.hold_out=0.05",
+            ),
             (
                 budget < longest,
                 "mpo.train.tokens_per_micro_batch",

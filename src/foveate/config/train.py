@@ -103,9 +103,12 @@ class EvalSettings(Settings):
         default=20,
         ge=0,
         description="Steps between evaluations; others come before the first and after the last step. 0: none, as "
-        "always where it is not set and data.test is empty.",
+        "always where it is not set and there are no held-out rows (data.test, data.hold_out).",
     )
-    prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first of data.test; null: all.")
+    prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first ones; null: all.")
+
+
+class RLEvalSettings(EvalSettings):
     samples: int = Field(
         default=0, ge=0, description="Answers per prompt sampled at temperature 1, besides the greedy one."
     )

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
+from foveate.config.runs import RunSettings
 from foveate.data.rows import Problem, fault_of
 from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
@@ -124,6 +126,39 @@ def read_checked(
         total = len(table) + left_out
         logger.warning("%d of %d rows are left out; the first: %s", left_out, total, found.problems[0])
     return table, found.problems
+
+
+def read_data(
+    settings: RunSettings, encoder: Encoder, truth: Check | None, answers: AnswerLimits | None = None
+) -> tuple[TaskTable, TaskTable | None, list[Problem]]:
+    """The rows to train on, those held out (None for a run without evaluation), and what was left out of both; checked
+    as by `read_checked`."""
+    data = settings.data
+    every, left_out = read_checked(data.train, data, encoder, truth, answers)
+    train, test = keep_aside(every, data.hold_out)
+    if not settings.eval.every:
+        return train, None, left_out
+    if test is None:
+        test, more = read_checked(data.test, data, encoder, truth, answers)
+        left_out += more
+    warn_if_shared(train, test)
+    return train, test, left_out
+
+
+def keep_aside(table: TaskTable, share: float) -> tuple[TaskTable, TaskTable | None]:
+    """A table without a share of its rows, and these, at least one; None for a share of 0. Which ones depends on the
+    number of rows alone, so that runs with other seeds and stages of a cascade hold out the same. Raises DataError
+    where none would be left."""
+    if not share:
+        return table, None
+    count = max(1, round(share * len(table)))
+    if count >= len(table):
+        raise DataError(
+            f"data.hold_out={share:g}: keeps all {len(table)} rows of {table.names} aside; use a smaller share, or "
+            "name held-out files in data.test"
+        )
+    order = np.random.default_rng(0).permutation(len(table))
+    return table.select(np.sort(order[count:])), table.select(np.sort(order[:count]))
 
 
 def warn_if_shared(train: TaskTable, test: TaskTable) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.train import EvalSettings
+from foveate.config.train import RLEvalSettings
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredAnswer, ScoredRow, prompt_fields, score_fields
 from foveate.data.images import load_image
 from foveate.data.table import TaskTable
@@ -177,7 +177,7 @@ class Evaluator:
     def __init__(
         self,
         folder: Path,
-        settings: EvalSettings,
+        settings: RLEvalSettings,
         tasks: TaskTable | None,
         encoder: Encoder,
         graders: Graders,

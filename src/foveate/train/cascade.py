@@ -22,7 +22,7 @@ from foveate.data.answers import CorrectnessRule, ScoredRow, read_answers
 from foveate.data.stream import Stream
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
-from foveate.encoding.dataset import build_encoder, read_checked, read_options
+from foveate.encoding.dataset import build_encoder, keep_aside, read_checked, read_options
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predict import Evaluator
@@ -106,7 +106,8 @@ def evaluate(settings: CascadeSettings, model: str, folder: Path, step: int) -> 
 def _evaluate(settings: CascadeSettings, model: str, folder: Path, step: int, again: bool) -> None:
     encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
-    held_out, _ = read_checked(settings.data.test, settings.data, encoder, truth)
+    every, _ = read_checked(settings.data.test or settings.data.train, settings.data, encoder, truth)
+    held_out = keep_aside(every, settings.data.hold_out)[1] or every
     tokens = settings.rollout.max_tokens
     with _engine(settings, model, encoder, step, again) as engine, build_graders(settings.reward) as graders:
         evaluator = Evaluator(
@@ -136,7 +137,8 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
     """`rollouts/step_*.jsonl`: answers with their scores to `pairs.prompts` training prompts, a file per 64 of them."""
     encoder = _encoder(settings, model)
     truth = truth_check(settings.reward.name, settings.reward.settings)
-    table, _ = read_checked(settings.data.train, settings.data, encoder, truth)
+    every, _ = read_checked(settings.data.train, settings.data, encoder, truth)
+    table, _ = keep_aside(every, settings.data.hold_out)
     chosen, seed = settings.pairs, seed_of("pairs", settings.seed)
     rollout = settings.rollout
     sampling = SamplingParams(chosen.samples, rollout.max_tokens, chosen.temperature, rollout.top_p, rollout.top_k)
@@ -198,8 +200,12 @@ def gather(settings: CascadeSettings, run: RunFolder) -> None:
         if not stage.metrics.exists():
             continue
         own = read_metrics(stage.metrics)
+        first, *_ = own
+        if rows and first["step"] == 0:  # an evaluation of what the stage before has made
+            rows[-1] |= {**first, "step": offset}
+            own = own[1:]
         rows += [{**row, "step": offset + row["step"]} for row in own]
-        seconds = sum(row["time/step"] + row.get("time/reference", 0.0) for row in own)
+        seconds = sum(row.get("time/step", 0.0) + row.get("time/reference", 0.0) for row in own)
         if name == "mpo":  # its pairs are part of what it costs
             seconds += sum(row["time/step"] for row in read_metrics(run.rollouts / "metrics.jsonl"))
         _gather_evaluations(run, name, offset)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.checks import dry_run_pairs
+from foveate.algorithms.metrics import Metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
@@ -20,20 +23,22 @@ from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
 from foveate.data.demos import CHOSEN, REJECTED, check_pair, pair_of
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
+from foveate.parallel.packing import pack
 from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
+from foveate.train.held_out import HeldOutLoss
 from foveate.train.inputs import Inputs
 from foveate.train.optim import check_optimizer, learning_rate
-from foveate.train.reference import PreferenceLoss, Reference, TrainPair, reference_key
+from foveate.train.reference import PreferenceLoss, Reference, TrainPair, pair_targets, reference_key
 from foveate.train.session import (
     GracefulShutdown,
     answer_limits,
@@ -46,6 +51,8 @@ from foveate.train.session import (
 from foveate.train.worker import Worker, use_threads
 
 WITHOUT_REFERENCE = ("sft",)
+TIE = 1e-3
+"""Nats by which an answer has to gain more than the other one to be preferred: less is rounding."""
 
 
 def run_mpo(settings: MPOSettings, *, accept_changes: bool = False) -> RunFolder:
@@ -71,15 +78,20 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
         GracefulShutdown(workers) as leaving,
     ):
         limits = answer_limits(settings, (CHOSEN, REJECTED))
-        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_pair, limits)
+        table, test, left_out = read_data(settings, encoder, check_pair, limits)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
-        compute = partial(_logprobs, workers, costs)
-        reference = _reference(run, settings, model.folder, table, encoder, compute)  # by the start, not yet replaced
+        reference_of = partial(_reference, run, settings, model.folder, encoder, partial(_logprobs, workers, costs))
+        reference = reference_of(table, "train")  # by the start, not yet replaced
         shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
-        inputs = Inputs.of(settings, {"data.train": table}, accept_changes=accept_changes)
+        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
+        asked = None if test is None else test.first(settings.eval.prompts)
+        test_reference = None if asked is None else reference_of(asked, "test")
         step = resume(run, workers, stream, metrics, inputs, others)
+        held_out = _held_out(settings, asked, workers, costs, encoder, test_reference, loss, shift)
+        if step == 0 and held_out.is_due(step):
+            metrics.write(step, held_out.measure(step))
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
@@ -97,6 +109,9 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
+                if held_out.is_due(step):
+                    with clock.phase("evaluate"):
+                        record |= held_out.measure(step)
                 record |= clock.metrics(update=sum(pair.group.tokens for pair in pairs))
                 metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
@@ -127,16 +142,19 @@ def _reference(
     run: RunFolder,
     settings: MPOSettings,
     model: Path,
-    table: TaskTable,
     encoder: Encoder,
     logprobs: Callable[[Sequence[PackedGroup]], list[Tensor]],
+    table: TaskTable,
+    part: str,
 ) -> Reference | None:
-    """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none."""
+    """The log-probs of all pairs under the start, read from disk or computed; None for a loss that needs none. `part`:
+    the rows of the table among those of its files (train, test)."""
     if settings.loss.name in WITHOUT_REFERENCE:
         return None
     cache = settings.train.reference_cache
     also = {
         "rows": len(table),
+        **({"hold_out": f"{settings.data.hold_out:g} {part}"} if settings.data.hold_out else {}),
         "columns": settings.data.columns,
         "system": settings.data.system,
         "budget": encoder.budget,
@@ -154,6 +172,40 @@ def _reference(
         logprobs=logprobs,
     )
     return reference
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _held_out(
+    settings: MPOSettings,
+    test: TaskTable | None,
+    workers: WorkerGroup[Worker],
+    costs: Costs,
+    encoder: Encoder,
+    reference: Reference | None,
+    loss: PreferenceLoss,
+    shift: RewardShift,
+) -> HeldOutLoss:
+    """`eval/loss`: the training loss on the held-out pairs, with the shift as it is then; and with a reference
+    `eval/accuracy`: the share of pairs whose chosen answer gained more log-prob over it than the rejected one, where a
+    tie, as before the first step, counts half."""
+    lengths = [len(encoder.answer_ids(pair_of(task).chosen)) for task in test or ()]
+    totals = Totals(tokens=sum(lengths), samples=2 * len(lengths), groups=len(lengths))
+
+    def metrics_of(tasks: Sequence[Task]) -> Metrics:
+        pairs = [_train_pair(task, encoder(task), encoder, reference) for task in tasks]
+        groups, targets = [pair.group for pair in pairs], pair_targets(pairs, shift.mean)
+        logp_M, batch = torch.cat(_logprobs(workers, costs, groups)), pack(groups)
+        found = {"eval/loss": (loss(logp_M, batch, targets, totals).loss, len(pairs) / totals.groups)}
+        if targets.ref_S is not None:
+            gain_S = sum_by_sample(logp_M.double(), batch.sample_M, batch.samples) - targets.ref_S
+            margin_P = gain_S[::2] - gain_S[1::2]
+            won = (margin_P > TIE).sum() + 0.5 * (margin_P.abs() <= TIE).sum()
+            found["eval/accuracy"] = (won, float(len(pairs)))
+        return to_metrics(found)
+
+    return HeldOutLoss(settings.eval, test, settings.train.steps, settings.train.pairs_per_step, metrics_of)
 
 
 # ------------------------------------------------------------------------------------------------------- the pairs

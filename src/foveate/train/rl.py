@@ -21,7 +21,7 @@ from foveate.config.rollout import RolloutSettings
 from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_checked, warn_if_shared
+from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predict import Evaluator
@@ -112,7 +112,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
         engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
-            evaluator.evaluate(engine, step)
+            metrics.write(step, evaluator.evaluate(engine, step))
         asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
         with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
@@ -254,12 +254,7 @@ def build_graders(reward: RewardSettings) -> Graders:
 def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[TaskTable, TaskTable | None]:
     """The tasks to learn from and those held out, every row checked; what is left out is listed in the folder."""
     truth = truth_check(settings.reward.name, settings.reward.settings)
-    table, left_out = read_checked(settings.data.train, settings.data, encoder, truth)
-    held_out = None
-    if settings.eval.every:
-        held_out, more = read_checked(settings.data.test, settings.data, encoder, truth)
-        left_out += more
-        warn_if_shared(table, held_out)
+    table, held_out, left_out = read_data(settings, encoder, truth)
     write_skipped(run.path, [str(problem) for problem in left_out])
     return table, held_out
 

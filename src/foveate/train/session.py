@@ -198,7 +198,7 @@ def resume(
         for name, thing in {"stream": stream, **others}.items():
             _restore(path, name, thing, state, are_others)
         logger.info("continuing %s after step %d", run.path, state["step"])
-    metrics.truncate_after(state["step"])
+    metrics.truncate_after(state["step"] or -1)  # an evaluation before the first step is done again
     return state["step"]
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
-from foveate.cluster.base import broadcast, scatter, start_workers
+from foveate.algorithms.metrics import Metrics
+from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.runs import SFTSettings
 from foveate.data.demos import RESPONSE, check_response, demo_of
-from foveate.encoding.dataset import build_encoder, build_stream, read_checked
+from foveate.data.table import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
-from foveate.records import Demo, PackedGroup, Prompt
+from foveate.records import Demo, PackedGroup, Prompt, Task
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
+from foveate.train.held_out import HeldOutLoss
 from foveate.train.inputs import Inputs
 from foveate.train.optim import check_optimizer, learning_rate
 from foveate.train.session import (
@@ -28,7 +32,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
-from foveate.train.worker import Worker, sft_total, use_threads
+from foveate.train.worker import Worker, sft_loss, sft_total, use_threads
 
 
 def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder:
@@ -53,12 +57,15 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
         GracefulShutdown(workers) as leaving,
     ):
         limits = answer_limits(settings, (RESPONSE,))
-        table, left_out = read_checked(settings.data.train, settings.data, encoder, check_response, limits)
+        table, test, left_out = read_data(settings, encoder, check_response, limits)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
         metrics = MetricsWriter(run.metrics, settings.log.to)
-        inputs = Inputs.of(settings, {"data.train": table}, accept_changes=accept_changes)
+        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
         step = resume(run, workers, stream, metrics, inputs)
+        held_out = _held_out(settings, test, workers, costs, encoder)
+        if step == 0 and held_out.is_due(step):
+            metrics.write(step, held_out.measure(step))
 
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
@@ -73,8 +80,11 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                     weighting = settings.train.weighting
                     rest = weighting, sft_total(groups, weighting), rate
                     learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
-                tokens = sum(group.tokens for group in groups)
-                record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch, **clock.metrics(update=tokens)}
+                record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch}
+                if held_out.is_due(step):
+                    with clock.phase("evaluate"):
+                        record |= held_out.measure(step)
+                record |= clock.metrics(update=sum(group.tokens for group in groups))
                 metrics.write(step, record)
                 if save_is_due(step, settings.train, leaving):
                     save(workers, run, step, {"stream": stream.state()}, settings.train, inputs)
@@ -82,6 +92,19 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run
+
+
+def _held_out(
+    settings: SFTSettings, test: TaskTable | None, workers: WorkerGroup[Worker], costs: Costs, encoder: Encoder
+) -> HeldOutLoss:
+    """`eval/loss`: the training loss, with its weighting, on the held-out rows."""
+
+    def metrics_of(tasks: Sequence[Task]) -> Metrics:
+        groups = [_group(encoder, demo_of(task), encoder(task)) for task in tasks]
+        logps = scatter_gather(workers, Worker.logprobs, groups, [*map(costs, groups)])
+        return {"eval/loss": sft_loss(groups, logps, settings.train.weighting)}
+
+    return HeldOutLoss(settings.eval, test, settings.train.steps, settings.train.samples_per_step, metrics_of)
 
 
 def _group(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
