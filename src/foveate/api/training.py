@@ -36,6 +36,13 @@ class Recipe:
         `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
         return finished(_stage(prepared(self.settings), accept_changes))
 
+    def dry_run(self) -> str:
+        """The beginning of the run in words: its size, its first prompt as tokens and text, what is trained of it, or a
+        sampled answer with its reward. Raises what `train` would refuse; nothing is written."""
+        from foveate.tools.dry_run import dry_run
+
+        return dry_run(self.settings)
+
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
     """A recipe, a YAML file or the name of a shipped one, with `group.name=value` overrides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,13 @@ AcceptChanges = Annotated[
         help="Continue with data, code, a model folder or settings that changed; what did is kept in changes.jsonl.",
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show the plan, the first prompt and what is trained of it, or a graded answer; write nothing.",
+    ),
+]
 BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")]
 ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
 Workers = Annotated[int | None, mirrored("data.workers")]
@@ -98,9 +106,15 @@ def reading_of(
 
 
 def recipe_of(
-    stage: StageName, recipe: str, overrides: list[str] | None, on_bad_row: str | None, hold_out: float | None
+    stage: StageName,
+    recipe: str,
+    overrides: list[str] | None,
+    on_bad_row: str | None,
+    hold_out: float | None,
+    column: list[str] | None,
 ) -> api.Recipe:
-    """A recipe of this stage with its overrides, `--on-bad-row` and `--hold-out` among them."""
-    given = {"data.on_bad_row": on_bad_row, "data.hold_out": hold_out}
-    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    """A recipe of this stage with its overrides, and with the options that stand for some."""
+    columns = columns_of(column)
+    given = {"on_bad_row": on_bad_row, "hold_out": hold_out, "columns": columns and json.dumps(columns)}
+    options = [f"data.{name}={value}" for name, value in given.items() if value is not None]
     return api.from_recipe(recipe, *(overrides or ()), *options, stage=stage)

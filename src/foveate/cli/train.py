@@ -9,7 +9,7 @@ import typer
 
 from foveate import api
 from foveate.cli.evaluate import print_report
-from foveate.cli.options import AcceptChanges, BadRows, HoldOut, Overrides, Recipe, recipe_of
+from foveate.cli.options import AcceptChanges, BadRows, Columns, DryRun, HoldOut, Overrides, Recipe, recipe_of
 from foveate.log import print_result
 
 
@@ -27,47 +27,62 @@ def demo_command(
 def sft_command(
     recipe: Recipe,
     overrides: Overrides = None,
+    column: Columns = None,
     on_bad_row: BadRows = None,
     hold_out: HoldOut = None,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
-    _print_run(recipe_of("sft", recipe, overrides, on_bad_row, hold_out).train(accept_changes=accept_changes))
+    _train(recipe_of("sft", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def mpo_command(
     recipe: Recipe,
     overrides: Overrides = None,
+    column: Columns = None,
     on_bad_row: BadRows = None,
     hold_out: HoldOut = None,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Preference optimisation (MPO, DPO, IPO, BCO) on rows with extra_info.chosen and extra_info.rejected. The same run
     folder again continues it."""
-    _print_run(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out).train(accept_changes=accept_changes))
+    _train(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def rl_command(
     recipe: Recipe,
     overrides: Overrides = None,
+    column: Columns = None,
     on_bad_row: BadRows = None,
     hold_out: HoldOut = None,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Online reinforcement learning. The same run folder again continues an interrupted run."""
-    _print_run(recipe_of("rl", recipe, overrides, on_bad_row, hold_out).train(accept_changes=accept_changes))
+    _train(recipe_of("rl", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def cascade_command(
     recipe: Recipe,
     overrides: Overrides = None,
+    column: Columns = None,
     on_bad_row: BadRows = None,
     hold_out: HoldOut = None,
     accept_changes: AcceptChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """All stages of Cascade RL: cold start where set, pairs of the model's own answers, MPO, online RL, and a report
     that compares them. The same run folder again continues it."""
-    _print_run(recipe_of("cascade", recipe, overrides, on_bad_row, hold_out).train(accept_changes=accept_changes))
+    _train(recipe_of("cascade", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
+
+
+def _train(recipe: api.Recipe, accept_changes: bool, dry_run: bool) -> None:
+    if dry_run:
+        print_result(recipe.dry_run())
+    else:
+        _print_run(recipe.train(accept_changes=accept_changes))
 
 
 def _print_run(run: api.Run) -> None:

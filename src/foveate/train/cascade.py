@@ -54,7 +54,7 @@ CHUNK = 64
 def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> RunFolder:
     """All stages, or the rest of them. Returns the folder, with the evaluations and metrics of all stages in a row.
     `accept_changes`: as of `run_rl`, for what a stage reads; settings stay as they are."""
-    _check(settings)
+    check_cascade(settings)
     use_threads(settings.rl.train.threads)
     wait = settings.stage("rl", "model").disk_wait
     with open_run(settings.run, settings, frozen=True, disk_wait=wait) as run:
@@ -73,7 +73,7 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
     return run
 
 
-def _check(settings: CascadeSettings) -> None:
+def check_cascade(settings: CascadeSettings) -> None:
     """Refuse what a later stage would refuse, before the first one starts."""
     rl = settings.stage("rl", "model")
     assert isinstance(rl, RLSettings)

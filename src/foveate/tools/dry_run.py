@@ -1,0 +1,182 @@
+"""The beginning of a run without the run: its size, its first example, and one graded answer; nothing is written."""
+
+from __future__ import annotations
+
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, RunSettings, SFTSettings
+from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_response
+from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.encode import Encoder
+from foveate.errors import ConfigError
+from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.policy import load_policy
+from foveate.plan.hardware import GIB
+from foveate.plan.memory import memory_of, sizes_of
+from foveate.plan.workload import workload_of
+from foveate.records import Prompt, SamplingParams, Task
+from foveate.rewards.build import truth_check
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
+from foveate.rollout.seeds import seed_of
+from foveate.run_folder import RunFolder
+from foveate.train.algorithm import build_algorithm, check_run
+from foveate.train.cascade import check_cascade
+from foveate.train.checkpoint import checkpoints
+from foveate.train.export import export_checkpoint
+from foveate.train.mpo import build_preference_loss
+from foveate.train.optim import check_optimizer
+from foveate.train.rl import build_graders, new_engine
+from foveate.train.session import answer_limits, check_cluster, check_offline
+from foveate.train.worker import use_threads
+
+MOST_TOKENS, MOST_CHARACTERS = 120, 4000
+"""Token ids and characters that are shown of a text; the middle of longer ones is left out."""
+
+
+def dry_run(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> str:
+    """All that a run refuses before its first step is refused here: settings, rows, the reward's own settings. Then the
+    run in words, the memory that `foveate plan` expects where it knows the model, the first prompt as tokens and as
+    text, and what is trained of it, or for RL a sampled answer with its score."""
+    with _model_folder(settings.model.path) as path:
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
+        return "\n".join(["dry run: nothing is written", *_stages(settings)])
+
+
+@contextmanager
+def _model_folder(path: str) -> Iterator[str]:
+    """The folder of a model; a checkpoint of a run as one that is gone afterwards."""
+    if not (Path(path) / "state.json").is_file():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        export_checkpoint(Path(path), Path(folder) / "model")
+        yield f"{folder}/model"
+
+
+def _stages(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> Iterator[str]:
+    if not isinstance(settings, CascadeSettings):
+        yield from _run(settings)
+        return
+    check_cascade(settings)
+    if settings.sft is not None:
+        yield from _run(settings.stage("sft", settings.model.path))
+    pairs, train = settings.pairs, settings.mpo.train
+    yield (
+        f"\npairs and mpo: {pairs.samples} answers to {pairs.prompts} prompts make the pairs; {train.steps} steps of "
+        f"{train.pairs_per_step} pairs, loss {settings.mpo.loss.name}"
+    )
+    yield from _run(settings.stage("rl", settings.model.path))
+
+
+def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
+    """The lines about a run of one stage."""
+    check_optimizer(settings.optim, settings.cluster)
+    use_threads(settings.train.threads)
+    stage, per_step, step, check, fields = _step(settings)
+    model = inspect_model_folder(settings.model.path)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    limits = None if isinstance(settings, RLSettings) else answer_limits(settings, fields)
+    train, test, left_out = read_data(settings, encoder, check, limits)
+    [first] = build_stream(train, settings.data, settings.seed, per_step).draw(1)
+    task, prompt = encoder.for_graders(train[first]), encoder(train[first])
+    evaluation = "none" if test is None else f"{len(test):,} held-out rows, every {settings.eval.every} steps"
+    yield f"\n{stage}: {settings.train.steps} steps of {step}"
+    yield f"folder: {settings.run}{_resumes(settings)}"
+    yield f"rows: {len(train):,}, {settings.train.steps * per_step / len(train):.1f} epochs; evaluation: {evaluation}"
+    yield from (f"left out: {problem}" for problem in left_out[:3])
+    yield f"memory of a device: {_memory(settings, prompt)}"
+    yield f"first prompt, {task.where}: {len(prompt)} tokens with {len(task.images)} images"
+    yield f"  tokens: {_tokens(prompt.token_ids)}"
+    yield _text(encoder.tokenizer.decode(list(prompt.engine_ids)))
+    if isinstance(settings, RLSettings):
+        yield from _graded_answer(settings, task, prompt, encoder)
+    for name in fields:
+        ids = encoder.answer_ids(task.meta[name])
+        yield f"{name}, {'trained' if name == RESPONSE else 'compared'}: {len(ids)} tokens"
+        yield f"  tokens: {_tokens(ids)}"
+        yield _text(encoder.tokenizer.decode(list(ids)))
+
+
+def _step(settings: RunSettings) -> tuple[str, int, str, Any, tuple[str, ...]]:
+    """The name of a stage, its rows per step, a step in words, the check of a row, and the answers in it. Raises what
+    the stage refuses."""
+    if isinstance(settings, RLSettings):
+        check_cluster(settings)
+        check_run(build_algorithm(settings.algorithm, settings.rollout.max_tokens), settings)
+        new_engine(settings)
+        train, count = settings.train, settings.train.prompts_per_step
+        updates = train.updates_per_step * train.epochs_per_step
+        words = (
+            f"{count} prompts with {settings.rollout.samples} answers of up to {settings.rollout.max_tokens} tokens, "
+            f"{updates} update{'s' if updates > 1 else ''} each, algorithm {settings.algorithm.name}"
+        )
+        return "rl", count, words, truth_check(settings.reward.name, settings.reward.settings), ()
+    check_offline(settings.cluster)
+    if isinstance(settings, MPOSettings):
+        build_preference_loss(settings.loss)
+        count = settings.train.pairs_per_step
+        return "mpo", count, f"{count} pairs, loss {settings.loss.name}", check_pair, (CHOSEN, REJECTED)
+    assert isinstance(settings, SFTSettings)
+    count = settings.train.samples_per_step
+    return "sft", count, f"{count} demonstrations, by {settings.train.weighting}", check_response, (RESPONSE,)
+
+
+def _resumes(settings: RunSettings) -> str:
+    found = checkpoints(RunFolder(Path(settings.run)).checkpoints)
+    return f", which has a run that continues after step {found[-1][0]}" if found else ""
+
+
+def _memory(settings: SFTSettings | MPOSettings | RLSettings, prompt: Prompt) -> str:
+    """The memory that `foveate plan` expects, with the first prompt for the mean one."""
+    tiles = 0 if prompt.pixels is None else len(prompt.pixels)
+    try:
+        work = workload_of(settings, len(prompt), None, tiles)
+        memory, sizes = memory_of(work), sizes_of(work.config, work.trainable, work.lora)
+    except (ConfigError, AttributeError) as error:  # a family whose shapes the planner does not know
+        return f"not planned ({' '.join(str(error).split())})"
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    parts |= {"in all while training": memory.training}
+    if isinstance(settings, RLSettings):
+        parts |= {"while generating": memory.generating}
+    told = ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in parts.items())
+    return f"{told}; {sizes.total:,} parameters, {sizes.trained:,} trained"
+
+
+def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: Encoder) -> Iterator[str]:
+    """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine."""
+    rollout, cluster, model = settings.rollout, settings.cluster, settings.model
+    options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
+    engine = NativeEngine(load_policy(model.path, **options), encoder.decode)
+    sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    [[answer]] = engine.generate([Request(prompt, seed_of("dry run", settings.seed))], sampling)
+    with build_graders(settings.reward) as graders:
+        [score] = graders.grade_many([(answer, task)])
+    yield f"sampled answer at temperature {rollout.temperature:g}: {len(answer)} tokens, finish {answer.finish}"
+    yield _text(answer.text)
+    yield f"ground truth: {task.answer!r:.400}"
+    parts = "".join(f", {name} {value:g}" for name, value in score.parts.items())
+    value = "not graded" if score.value is None else f"{score.value:g}"
+    yield f"reward {settings.reward.name}: {value}{parts}{f' ({score.note})' if score.note else ''}"
+
+
+def _tokens(ids: Sequence[int]) -> str:
+    """Token ids; those that repeat, as an image's do, with their number."""
+    runs = [(token, len(list(same))) for token, same in groupby(ids)]
+    shown = [f"{token} x {count}" if count > 1 else str(token) for token, count in runs]
+    if len(shown) > MOST_TOKENS:
+        shown[MOST_TOKENS // 2 : -MOST_TOKENS // 2] = ["..."]
+    return ", ".join(shown)
+
+
+def _text(text: str) -> str:
+    """A text of any number of lines, marked as such; the middle of a long one is left out."""
+    if len(text) > MOST_CHARACTERS:
+        text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
+    return textwrap.indent(text or " ", "  | ", lambda _: True)
