@@ -54,6 +54,11 @@ def printable(text: str) -> str:
     return _NOT_PRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def join_where(parts: Sequence[str]) -> str:
     """The place of a problem for an error message: `file, row 3, field images`."""
     return ", ".join(part for part in parts if part)

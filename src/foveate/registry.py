@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import textwrap
 import typing
@@ -85,6 +86,11 @@ def name_of(function: Callable[..., Any]) -> str:
 def shown_name(name: str) -> str:
     """The name of a reward or another function for metrics: of one that Python code has passed, its own."""
     return name.removeprefix(PASSED).rpartition("-")[0] if name.startswith(PASSED) else name
+
+
+def shown_names(text: str) -> str:
+    """A text with the passed functions in it under their own names."""
+    return re.sub(rf"{PASSED}(\w+)-[0-9a-f]{{12}}", r"\1", text)
 
 
 def _passed_function(name: str, kind: str) -> Callable[..., Any]:

@@ -35,6 +35,7 @@ from foveate.files import (
     set_disk_wait,
 )
 from foveate.log import MASK, masked_values
+from foveate.registry import shown_names
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ def _refuse_other_settings(run: RunFolder, values: Mapping[str, Any], frozen: bo
     name = changed[0]
     more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
     raise ConfigError(
-        f"{run.path} belongs to a run with other settings: {name} was {_shown(old, name)}, now {_shown(new, name)}"
+        f"{run.path} belongs to a run with other settings: {change_in_words(name, old, new)}"
         f"{_reason(name, new)}{more}; choose another run=, or delete {run.path} to start over; {free}"
     )
 
@@ -260,6 +261,16 @@ def settings_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     """The settings that differ and are not free to."""
     changed = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     return [name for name in changed if not _may_change(name, old, new)]
+
+
+def change_in_words(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """How a setting differs. Of a function that Python code has passed: that its source does."""
+    was, now, own = _shown(old, name), _shown(new, name), shown_names(name)
+    is_key = own != name and all(any(shown_names(other) == own for other in one) for one in (old, new))
+    if is_key or (was != now and shown_names(was) == shown_names(now)):
+        function = own.rpartition(".")[2] if is_key else json.loads(shown_names(now))
+        return f"{own}: the source of the function {function} changed, or a value that it holds"
+    return f"{name} was {was}, now {now}"
 
 
 def _may_change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -11,11 +11,12 @@ import pytest
 
 from foveate.api.inputs import data_files, reward_settings
 from foveate.api.training import rl_settings
-from foveate.config.recipe import load_recipe, settings_of
+from foveate.config.recipe import flatten, load_recipe, settings_of
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.errors import ConfigError, DataError
 from foveate.registry import name_of
 from foveate.rewards.build import build_reward
+from foveate.run_folder import change_in_words, settings_changes
 
 ROWS = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
 NEEDED = {"run": "r", "model.path": "demo", "data.train": ["a.jsonl"], "steps": 3}
@@ -112,6 +113,23 @@ def test_what_is_no_function_is_refused():
 def test_a_function_that_was_not_passed_again_is_asked_for():
     with pytest.raises(ConfigError, match="the function mine was passed by Python code; pass it again, unchanged"):
         build_reward("passed:mine-0123456789ab", {})
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_function_whose_source_changed_is_named_as_such(listed):
+    def ra(answer, ground_truth):
+        return float(answer == ground_truth)
+
+    old = flatten({"reward": reward_settings([(ra, 1.0)] if listed else ra)})
+
+    def ra(answer, ground_truth):
+        return float(answer != ground_truth)
+
+    new = flatten({"reward": reward_settings([(ra, 1.0)] if listed else ra)})
+    [name, *_] = settings_changes(old, new)
+    said = change_in_words(name, old, new)
+    place = "reward.settings.weights.ra" if listed else "reward.name"
+    assert said == f"{place}: the source of the function ra changed, or a value that it holds"
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

@@ -6,8 +6,11 @@ import json
 import os
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from foveate.data.demos import check_pair, check_response
 from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.encoding.dataset import AnswerLimits, RowCheck
@@ -102,10 +105,50 @@ def test_a_check_that_cannot_be_sent_to_workers_runs_here(tmp_path, caplog):
 
 
 def test_the_first_problems_are_logged_when_there_are_several(tmp_path, caplog):
-    bad = {f"row_{i}": {"prompt": []} for i in range(30)}
+    picture = [{"role": "user", "content": "<image>"}]
+    bad = {f"row_{i}": {"prompt": picture, "images": [f"gone{i}.png"]} for i in range(30)}
     path = rows_of_text(tmp_path / "x.jsonl", 40, **bad)
     with pytest.raises(DataError, match="and 29 more problems"):
         validate(open_tasks(path))
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 20
-    assert ", row 19 (line 20), field prompt: must be a text, or a list of messages" in lines[19]
+    assert ", row 19 (line 20), field images[0]: no image gone19.png" in lines[19]
+
+
+def test_a_fault_that_many_rows_share_is_told_once(tmp_path, caplog):
+    path = rows_of_text(tmp_path / "x.jsonl", 40, **{f"row_{i}": {"prompt": []} for i in range(30)})
+    with pytest.raises(
+        DataError, match=r"row 0 \(line 1\), field prompt: must be .* \(and in 29 more rows\) \(mend the"
+    ):
+        validate(open_tasks(path))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+@pytest.mark.parametrize(
+    ("check", "role", "need"),
+    [
+        (check_response, "response", "supervised training needs the answer as text"),
+        (check_pair, "chosen", "a preference pair needs both answers as text"),
+    ],
+)
+def test_a_missing_column_is_one_line_with_the_line_to_type(tmp_path, caplog, name, check, role, need):
+    path = tmp_path / name
+    rows_of_text(tmp_path / "x.jsonl", 18)
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist([json.loads(line) for line in (tmp_path / "x.jsonl").open()]), path)
+    with pytest.raises(DataError) as raised:
+        validate(open_tasks(path), check=check)
+    assert str(raised.value) == (
+        f"{path}: no column holds the {role} ({need}); the columns are data_source, prompt, reward_model; name the one "
+        f"that does: --column {role}=COLUMN, or in a recipe data.columns: {{{role}: COLUMN}}"
+    )
+    assert not caplog.records
+
+
+def test_a_column_that_only_some_rows_fill_is_reported_by_row(tmp_path):
+    path = rows_of_text(tmp_path / "x.jsonl", 3, row_1={"response": "yes"})
+    with pytest.raises(
+        DataError, match=r"row 0 \(line 1\), field extra_info.response: is None; .* \(and in 1 more row\)"
+    ):
+        validate(open_tasks(path), check=check_response)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.options import MAX_IMAGE_PIXELS, Columns, ImageRoot, MaxImagePixels, Sources, Workers, columns_of
-from foveate.errors import DataError
+from foveate.errors import DataError, counted
 
 data = typer.Typer(help="Look at data and check them.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def show_command(
 
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column))
     if first >= len(table):
-        raise DataError(f"--first {first}: {table.names} has {len(table)} rows, from 0 on")
+        raise DataError(f"--first {first}: {table.names} has {counted(len(table), 'row')}, from 0 on")
     for line in table.described():
         print_result(f"{line} (other columns: --column TARGET=COLUMN)" if column is None else line)
     shown = range(first, min(first + rows, len(table)))
@@ -38,7 +38,7 @@ def show_command(
     print_result(f"rows {first}..{shown[-1]} of {len(table)}")
     if html is not None:
         write_page(html, table, shown)
-        print_result(f"{html}: {len(shown)} rows with their images")
+        print_result(f"{html}: {counted(len(shown), 'row')} with their images")
 
 
 @data.command("check")
@@ -82,5 +82,6 @@ def check_command(
         print_result(line)
     if found.problems:
         bad = len(table) - len(found.kept)
-        raise DataError(f"{len(found.problems)} problems in {bad} of {len(table)} rows")
-    print_result(f"{len(table)} rows, no problem" + (f", {len(found.warnings)} warnings" if found.warnings else ""))
+        raise DataError(f"{counted(len(found.problems), 'problem')} in {bad:,} of {counted(len(table), 'row')}")
+    warnings = f", {counted(len(found.warnings), 'warning')}" if found.warnings else ""
+    print_result(f"{counted(len(table), 'row')}, no problem{warnings}")

@@ -10,7 +10,7 @@ import typer
 from foveate import api
 from foveate.cli.options import MOST_TOKENS, BadRows, Columns, ImageRoot, columns_of, finite
 from foveate.config.recipe import read_value
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, counted
 from foveate.log import print_result
 
 FirstRows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
@@ -86,7 +86,7 @@ def generate_command(
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
     limits = (max_prompt_tokens, max_tiles)
     summary = api.generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
-    print_result(f"{summary['answered']} of {summary['rows']} rows answered: {out}")
+    print_result(f"{summary['answered']:,} of {counted(summary['rows'], 'row')} answered: {out}")
 
 
 def _check_sampling(heat: float, top_p: float, samples: int) -> None:
@@ -133,6 +133,7 @@ def evaluate_command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampled answers and intervals.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    column: Columns = None,
     on_bad_row: BadRows = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
@@ -146,15 +147,25 @@ def evaluate_command(
             tuple(model or ()), tuple(map(str, data or ())), out, name, samples, max_tokens, max_prompt_tokens,
             max_tiles, system, rows, str(image_root) if image_root else None, gallery, seed, threads,
             on_bad_row or "error", settings, tuple(generated or ()), missing, critic, _settings(critic_setting),
-            text_files,
+            text_files, dict(columns_of(column) or {}),
         )
     )  # fmt: skip
     print_report(out, report)
 
 
-def report_command(run: RunPath) -> None:
-    """Write report.html for a run and print its summary."""
-    print_report(run, api.report(run))
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Folder of a run, finished or not, or of an evaluation; several.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File of the page of several runs; by default comparison.html.")
+    ] = None,
+) -> None:
+    """Write report.html for a run and print its summary; several runs are laid over each other on one page."""
+    if len(runs) > 1:
+        print_result(f"Report: {api.compare_runs(runs, out or 'comparison.html')}")
+    elif out is not None:
+        raise ConfigError("--out is for the page of several runs; that of one is report.html in its folder")
+    else:
+        print_report(runs[0], api.report(runs[0]))
 
 
 def view_command(

@@ -293,7 +293,7 @@ def prepare_shapes_command(
         raise ConfigError("--train and --test are both 0; ask for at least one row")
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
-    print_result(f"{out}: " + ", ".join(f"{count} {split} rows" for split, count in rows.items()))
+    print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
 
 
 @prepare.command("tiny")

@@ -181,6 +181,19 @@ class TaskTable:
         return [first[number] for number in sorted(first)]
 
     @property
+    def columns(self) -> list[str]:
+        """The columns of the files; of JSON those of the first row."""
+        names: dict[str, None] = {}
+        for file in self._files:
+            first = file.source.names
+            if first is None:
+                first = next(
+                    (list(row) for row in file.source.block(0, min(1, len(file))) if isinstance(row, dict)), []
+                )
+            names |= dict.fromkeys(map(str, first))
+        return list(names)
+
+    @property
     def path_of(self) -> np.ndarray:
         """For each row the index of its path among those that `open_tasks` was given, int64 (rows,)."""
         paths = np.array([file.path for file in self._files], dtype=np.int64)

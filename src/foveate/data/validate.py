@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from foveate.config.data import MAX_PIXELS
 from foveate.data.parsers import Parser
+from foveate.data.recognise import SCHEMA_FIELDS
 from foveate.data.rows import Problem, fault_of
 from foveate.data.statistics import FactsCollector, RowFacts, Statistics, dropped_line, row_facts
 from foveate.data.table import TaskTable, open_tasks
-from foveate.errors import DataError, require
+from foveate.errors import DataError, counted, require
 from foveate.log import progress as progress_bar
 from foveate.processes import end_with, lifeline, worker_context
 from foveate.records import Task
@@ -91,7 +92,7 @@ class ValidationReport:
     def warning_lines(self) -> list[str]:
         """The warnings, a line for each kind."""
         return [
-            f"{problem}" + (f" (and in {count - 1} more rows)" if count > 1 else "")
+            f"{problem}" + (f" (and in {counted(count - 1, 'more row')})" if count > 1 else "")
             for problem, count in self.warnings.items()
         ]
 
@@ -151,14 +152,41 @@ def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnB
     """Raise DataError for bad rows that may not be skipped, and if no good row is left."""
     require(on_bad_row in ("error", "skip"), f"setting on_bad_row: must be error or skip, not {on_bad_row!r}")
     problems = found.problems
+    if problems and (missing := _missing_column(table, problems)):
+        raise DataError(missing)
     if problems and on_bad_row == "error":
-        more = f"; and {len(problems) - 1} more problems" if len(problems) > 1 else ""
-        for problem in problems[:LISTED] if more else []:
-            logger.error("%s", problem)
+        lines = _grouped(problems)
+        more = f"; and {counted(len(lines) - 1, 'more problem')}" if len(lines) > 1 else ""
+        for line in lines[:LISTED] if more else []:
+            logger.error("%s", line)
         hint = "mend the data (`foveate data check` lists all problems), or leave such rows out with --on-bad-row skip"
-        raise DataError(f"{problems[0]}{more} ({hint})")
+        raise DataError(f"{lines[0]}{more} ({hint})")
     if not found.kept:
         raise DataError(f"{table.names}: none of the {len(table)} rows can be used; the first problem: {problems[0]}")
+
+
+def _missing_column(table: TaskTable, problems: Sequence[Problem]) -> str:
+    """One line for a role of which no row has a value, and which therefore all rows lack; else nothing."""
+    rows = Counter(problem.field for problem in problems)
+    for role in ("answer", "response", "chosen", "rejected"):
+        field = SCHEMA_FIELDS[role]
+        if rows[field] >= len(table) and not any(value is not None for value in table.values(field)):
+            need = next(problem for problem in problems if problem.field == field).what.rpartition("; ")[2]
+            return (
+                f"{table.names}: no column holds the {role} ({need}); the columns are {', '.join(table.columns)}; name "
+                f"the one that does: --column {role}=COLUMN, or in a recipe data.columns: {{{role}: COLUMN}}"
+            )
+    return ""
+
+
+def _grouped(problems: Sequence[Problem]) -> list[str]:
+    """Problems as lines, one for those that are the same in several rows."""
+    counts = Counter((problem.field, problem.what) for problem in problems)
+    first = {(problem.field, problem.what): problem for problem in reversed(problems)}
+    ordered = sorted(first.items(), key=lambda item: problems.index(item[1]))
+    return [
+        f"{one}" + (f" (and in {counted(n - 1, 'more row')})" if (n := counts[key]) > 1 else "") for key, one in ordered
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class EvalRequest:
     critic: str | None = None
     critic_settings: Mapping[str, Any] = field(default_factory=dict)
     text_files: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_eval(request: EvalRequest) -> None:
@@ -126,6 +127,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         on_bad_row=request.on_bad_row,
         max_prompt_tokens=request.max_prompt_tokens,
         system=request.system or "none",
+        columns=dict(request.columns),
     )
     engine, encoder = load_engine(name, data, request.max_tiles)
     table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))

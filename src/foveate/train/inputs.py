@@ -26,7 +26,7 @@ from foveate.files import add_json_line
 from foveate.log import read_metrics
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.records import Task
-from foveate.run_folder import RunFolder, lasting_settings, settings_changes
+from foveate.run_folder import RunFolder, change_in_words, lasting_settings, settings_changes
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _changes(before: Fingerprints, now: Fingerprints) -> Iterator[str]:
         for one in (before, now)
     )
     for name in settings_changes(old, new):
-        yield f"{name} was {json.dumps(old.get(name))}, now {json.dumps(new.get(name))}"
+        yield change_in_words(name, old, new)
     evaluated = all(any(name.startswith("data.test ") for name in one) for one in (before, now))
     for name in sorted(before.keys() | now.keys(), key=lambda name: (" file " in name, name)):
         if name.startswith(prefix) or (name.startswith("data.test ") and not evaluated):
