@@ -38,7 +38,7 @@ def test_corners_in_any_order_and_outside_the_picture_are_mended() -> None:
     assert box_in_pixels((-50, 0, 2000, 100), (101, 101)) == (0, 0, 100, 10)
 
 
-def test_the_true_box_is_green_and_the_predicted_red() -> None:
+def test_the_true_box_is_green_and_the_predicted_blue() -> None:
     boxes = true_and_predicted((100, 100, 400, 400), (600, 600, 900, 900))
     drawn = draw_boxes(Image.new("RGB", (201, 101), GREY), boxes)
     assert drawn.getpixel((80, 25)) == rgb(TRUE_COLOUR)

@@ -28,7 +28,7 @@ def test_missing_and_non_finite_values_break_the_line() -> None:
     rows = [{"step": step, "loss": value} for step, value in enumerate((1.0, 2.0, None, 3.0, math.nan, 4.0, 5.0))]
     ([chart], _) = chart_metrics(rows)
     points = [(0, 1.0), (1, 2.0), (2, None), (3, 3.0), (4, None), (5, 4.0), (6, 5.0)]
-    assert chart.data()["series"] == [{"label": "loss", "points": points}]
+    assert chart.data()["series"] == [{"label": "loss", "place": 0, "points": points}]
 
 
 def test_a_metric_of_some_steps_only_has_points_at_these() -> None:
@@ -58,7 +58,8 @@ def test_the_metrics_of_a_run_stand_in_charts_by_their_prefix() -> None:
     assert {chart.title: [one.label for one in chart.series] for chart in charts} == {
         "Held-out figures": ["eval/greedy_accuracy"],
         "KL divergence": ["reward/kl", "loss/kl_ref"],
-        "Reward": ["reward/mean", "source/a/reward"],
+        "Reward": ["reward/mean"],
+        "Parts of the reward": ["source/a/reward"],
         "Truncated answers": ["answer/truncated"],
         "Answer length": ["answer/length", "source/a/length"],
         "Entropy": ["loss/entropy"],

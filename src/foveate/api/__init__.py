@@ -72,6 +72,14 @@ def report(run: str | Path) -> Path:
     return write_report(Path(run))
 
 
+def compare_runs(runs: Sequence[str | Path], page: str | Path) -> Path:
+    """Write one page of several runs: a line for each in every chart, and the settings in which they differ. Returns
+    its path."""
+    from foveate.report.compare import write_comparison
+
+    return write_comparison([Path(run) for run in runs], Path(page))
+
+
 def summary(run: str | Path) -> RenderableType:
     """The result of a run or an evaluation in words and a table, to print with rich."""
     from foveate.report.page import terminal_summary

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from foveate.rewards.boxes import Box
 
 TRUE_COLOUR = "#12a150"
-PREDICTED_COLOUR = "#e5263f"
+PREDICTED_COLOUR = "#2458e6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class LabelledBox:
 
 
 def true_and_predicted(true_box: Box | None, predicted_box: Box | None) -> tuple[LabelledBox, ...]:
-    """The boxes of one answer: the true one in green, below the predicted one in red; None is left out."""
-    both = ((true_box, "true", TRUE_COLOUR), (predicted_box, "predicted", PREDICTED_COLOUR))
+    """The boxes of one answer: the predicted one in blue, below the true one in green; None is left out."""
+    both = ((predicted_box, "predicted", PREDICTED_COLOUR), (true_box, "true", TRUE_COLOUR))
     return tuple(LabelledBox(box, label, colour) for box, label, colour in both if box is not None)
 
 

@@ -24,6 +24,8 @@ class Series:
 
     label: str
     points: tuple[Point, ...]
+    place: int | None = None
+    """Its colour, where that is not its place among the lines of its chart."""
 
     @property
     def values(self) -> list[float]:
@@ -59,17 +61,23 @@ class Chart:
         """(label, last value) of each line."""
         return [(one.label, format_value(one.last[1] or 0.0, self.unit, self.digits)) for one in self.series]
 
+    @property
+    def places(self) -> list[int]:
+        """The colour of each line."""
+        return [number if one.place is None else one.place for number, one in enumerate(self.series)]
+
     def data(self) -> dict[str, Any]:
         """The chart for the script of the page, as JSON: lines of very many steps thinned, numbers of eight digits."""
         lines = [
             {
                 "label": one.label,
+                "place": place,
                 "points": [
                     (step, None if value is None else float(f"{value:.8g}"))
                     for step, value in thin_out(one.points, MAX_POINTS)
                 ],
             }
-            for one in self.series
+            for place, one in zip(self.places, self.series, strict=True)
         ]
         settings = {"unit": self.unit, "digits": self.digits, "smooth": self.smooth, "dots": self.dots}
         return {"title": self.title, **settings, "series": lines}
@@ -87,11 +95,16 @@ class Topic:
 
 
 CATALOGUE = (
+    Topic("Reward", r"^reward/mean$", "mean over the answers of a step: what the policy is trained on"),
+    Topic("Loss: training and held-out", r"^(loss/total|eval/loss)$", "of the step's rows, and of all held-out rows"),
+    Topic(
+        "Accuracy of pairs", r"^(reward/preferred|eval/accuracy)$", "share in which the chosen answer gained more", "%"
+    ),
     Topic("Held-out figures", r"^eval/", "as logged at each evaluation"),
     Topic("Accuracy while training", r"^reward/(accuracy|hit|parsed)$", "share of the sampled answers", "%"),
     Topic("Answers not graded", r"^reward/failed$", "the grader raised an error"),
     Topic("KL divergence", r"^(loss|reward)/.*kl", "nats"),
-    Topic("Reward", r"^reward/|^source/.*/reward$", "the value that the policy is trained on, and its parts"),
+    Topic("Parts of the reward", r"^reward/|^source/.*/reward$", "and its spread, and the rewards of sources"),
     Topic("Truncated answers", r"^answer/(truncated|timed_out)", "share that reached the token or time limit", "%"),
     Topic("Answer length", r"^answer/length|^source/.*/length$", "tokens per answer"),
     Topic("Entropy", r"^loss/entropy", "nats per token: near 0 the policy stops exploring"),
@@ -143,6 +156,29 @@ def collect(rows: Sequence[Mapping[str, Any]]) -> list[Series]:
                 finite = None if value is None or not math.isfinite(value) else float(value)
                 points.setdefault(name, []).append((row["step"], finite))
     return [Series(name, tuple(own)) for name, own in points.items()]
+
+
+def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """A chart for each metric that moved, with a line for each run in which it did by its name, in the order of the
+    catalogue."""
+    lines: dict[str, list[Series]] = {}
+    for place, (name, rows) in enumerate(runs.items()):
+        for one in collect(rows):
+            if len(set(one.values)) > 1:
+                lines.setdefault(one.label, []).append(Series(name, one.points, place))
+    order = [*CATALOGUE, None]
+    names = sorted(lines, key=lambda name: order.index(_topic_of(name)))
+    topics = {name: _topic_of(name) for name in names}
+    return [
+        Chart(
+            name,
+            topic.hint if topic else "",
+            tuple(lines[name]),
+            topic.unit if topic else "",
+            not topic or topic.smooth,
+        )
+        for name, topic in topics.items()
+    ]
 
 
 def _topic_of(name: str) -> Topic | None:

@@ -14,7 +14,7 @@ from foveate.report.charts import Series, collect, format_value, thin_out
 from foveate.report.gallery import gallery_cards
 from foveate.report.page import read_run, template_environment
 
-USUAL = ("reward/mean", "eval/greedy_accuracy", "loss/total")
+USUAL = ("reward/mean", "eval/greedy_accuracy", "loss/total", "eval/loss", "eval/accuracy")
 WIDTH, HEIGHT = 560.0, 180.0
 _POINTS = 300
 

@@ -22,11 +22,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from foveate.errors import DataError
+from foveate.config.recipe import read_values
+from foveate.errors import ConfigError, DataError
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
 from foveate.files import atomic_write_text
 from foveate.log import read_metrics
 from foveate.report.charts import Chart, Series, chart_metrics
+from foveate.report.facts import metric_sentences, metric_tiles, run_facts
 from foveate.report.gallery import gallery_cards, shorten
 from foveate.report.models import model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
@@ -108,14 +110,30 @@ def render_report(run_folder: Path) -> str:
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare_evaluations(run.evaluations)
     models = model_table(run.summary)
-    headline = accuracy_chart(run.evaluations, comparison) if comparison else None
-    charts = [chart for chart in (headline, models.chart if models else None, *curves) if chart is not None]
+    accuracy = accuracy_chart(run.evaluations, comparison) if comparison else None
+    heroes = [*curves[:1]] if run.metrics else []  # the reward or the loss, by the catalogue's order
+    beside = accuracy or (models.chart if models else None)
+    if accuracy is not None and heroes:
+        heroes, beside = [*heroes, accuracy], None
+    if comparison is None:
+        beside = None
+    curves = curves[1:]
+    charts = [*heroes, *curves]
+    charts += [
+        chart for chart in (beside, models.chart if models else None) if chart is not None and chart not in charts
+    ]
     by_model = bool(run.evaluations and run.evaluations[0].label)
+    config, tiles = run_settings(run), metric_tiles(run.metrics)
     return environment.get_template("report.html.j2").render(
         run=run,
         comparison=comparison,
         stages=compare_stages(run.stages, run.evaluations),
-        headline_chart=headline,
+        sentences=comparison.sentences if comparison else metric_sentences(tiles, run.last_step),
+        facts=run_facts(config, run.metrics),
+        tiles=tiles,
+        heroes=heroes,
+        beside=beside,
+        marks=[(stage.step, stage.name) for stage in run.stages[1:]],
         charts=charts,
         chart_data=[chart.data() for chart in charts],
         curves=curves,
@@ -131,6 +149,14 @@ def render_report(run_folder: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def run_settings(run: Run) -> Mapping[str, Any]:
+    """The settings that the run was started with; none where its config.yaml is not what a run writes."""
+    try:
+        return read_values(run.folder / "config.yaml") if run.config else {}
+    except ConfigError:
+        return {}
 
 
 def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) -> Chart | None:
@@ -153,7 +179,8 @@ def terminal_summary(run_folder: Path) -> RenderableType:
     run = read_run(run_folder)
     comparison = compare_evaluations(run.evaluations)
     if comparison is None:
-        return Text(f"{run.name}: no evaluation yet; the last training step is {run.last_step}.")
+        said = metric_sentences(metric_tiles(run.metrics), run.last_step)
+        return Text(f"{run.name}: {' '.join(said)} No evaluation on held-out questions.")
     stages = compare_stages(run.stages, run.evaluations)
     if stages is not None:
         return Group(Text(" ".join(comparison.sentences), style="bold"), stages_table(stages))
@@ -177,7 +204,7 @@ def terminal_summary(run_folder: Path) -> RenderableType:
 def _add_change(table: Table, change: Change, label: str, with_after: bool) -> None:
     cells = [Text(label), Text(str(change.rows)), Text(format_figure(change.before, change.percent))]
     if with_after:
-        style = "" if not change.difference else "green" if change.difference > 0 else "red"
+        style = "" if not change.difference else "green" if change.difference > 0 else "yellow"
         cells.append(Text(format_figure(change.after, change.percent)))
         cells.append(Text(format_difference(change.difference, change.percent), style=style))
     table.add_row(*cells)

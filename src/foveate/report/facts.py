@@ -1,0 +1,118 @@
+"""The facts of a run, and its result in words and tiles where nothing was evaluated: from its settings and metrics."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import counted
+from foveate.registry import shown_names
+from foveate.report.charts import format_value
+
+Rows = Sequence[Mapping[str, Any]]
+
+_RESULTS = (
+    ("reward/mean", "Reward", ""),
+    ("eval/loss", "Held-out loss", ""),
+    ("eval/accuracy", "Held-out accuracy of pairs", "%"),
+    ("loss/total", "Training loss", ""),
+    ("reward/accuracy", "Accuracy while training", "%"),
+    ("reward/hit", "Hits while training", "%"),
+    ("reward/margin", "Reward margin of pairs", ""),
+    ("answer/length", "Answer length", "tokens"),
+)
+"""The metrics of the headline and the tiles, the most telling first, each with its name on the page and its unit."""
+MOST_TILES = 4
+STAGES = {"rl": "Online RL", "sft": "Supervised fine-tuning", "mpo": "Preference optimisation", "cascade": "Cascade"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A figure of a run: its mean over the last tenth of the steps, and over the first."""
+
+    label: str
+    before: str
+    after: str
+    grew: bool
+    steps: int
+
+
+def stage_of(config: Mapping[str, Any]) -> str:
+    """The stage of a run by the groups of its settings; "" without settings."""
+    groups = {"cascade": "pairs", "rl": "rollout", "mpo": "loss", "sft": "train"}
+    return next((stage for stage, group in groups.items() if group in config), "")
+
+
+def run_facts(config: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
+    """(name, value) of what a reader asks first: stage, model, data, steps, time and speed."""
+    try:
+        return [(name, value) for name, value in _facts(config, metrics) if value]
+    except (LookupError, TypeError, ValueError, AttributeError):  # not the config.yaml of a run
+        return []
+
+
+def _facts(config: Mapping[str, Any], metrics: Rows) -> Iterator[tuple[str, str]]:
+    stage, data = stage_of(config), config.get("data") or {}
+    chosen = config.get("algorithm") or config.get("loss") or {}
+    if stage:
+        yield "stage", ", ".join([STAGES[stage], *([chosen["name"]] if chosen else [])])
+        yield "model", str(config["model"]["path"]) + (", adapters" if config["model"].get("lora") else "")
+        yield "training data", ", ".join(Path(name).name for name in data["train"])
+        share = data.get("hold_out")
+        held_out = ", ".join(Path(name).name for name in data.get("test") or ())
+        yield "held out", f"{100 * share:g} % of them" if share else held_out
+    if reward := config.get("reward"):
+        weights = (reward.get("settings") or {}).get("weights")
+        yield "reward", shown_names(", ".join(weights) if weights else reward["name"]).rpartition("/")[2]
+    steps = [row for row in metrics if row["step"]]
+    if train := config.get("train"):
+        yield "steps", f"{steps[-1]['step'] if steps else 0} of {train['steps']}"
+        yield "in a step", _step(config)
+        yield "learning rate", f"{config['optim']['lr']:g}"
+    seconds = sum(row.get("time/step") or 0.0 for row in steps)
+    yield "time of steps", _duration(seconds) if seconds else ""
+    for name, label in (("generate", "generated"), ("update", "trained")):
+        paces = [row[key] for row in steps if row.get(key := f"time/{name}_tokens_per_second")]
+        yield f"tokens {label}", f"{statistics.median(paces):,.0f} per second" if paces else ""
+
+
+def _step(config: Mapping[str, Any]) -> str:
+    train, rollout = config["train"], config.get("rollout") or {}
+    units = {"prompts_per_step": "prompts", "samples_per_step": "demonstrations", "pairs_per_step": "pairs"}
+    said = next(f"{train[name]} {unit}" for name, unit in units.items() if name in train)
+    return f"{said}, {rollout['samples']} answers each" if "samples" in rollout else said
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def metric_tiles(metrics: Rows) -> list[Tile]:
+    """The figures of a run that was not evaluated, the most telling first."""
+    found = []
+    for name, label, unit in _RESULTS:
+        rows = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+        if rows:
+            few = max(1, len(rows) // 10)
+            before, after = (statistics.fmean(value for _, value in part) for part in (rows[:few], rows[-few:]))
+            shown = [format_value(value, unit, 3) for value in (before, after)]
+            found.append(Tile(label, *shown, after > before, rows[-1][0]))
+    return found[:MOST_TILES]
+
+
+def metric_sentences(tiles: Sequence[Tile], last_step: int) -> list[str]:
+    """The headline of such a run."""
+    if not tiles:
+        return [f"{counted(last_step, 'step')} so far." if last_step else "No step has been taken yet."]
+    return [f"{one.label} {_move(one)} over {counted(one.steps, 'step')}." for one in tiles[:2]]
+
+
+def _move(tile: Tile) -> str:
+    if tile.before == tile.after:
+        return f"stayed at {tile.after}"
+    return f"{'rose' if tile.grew else 'fell'} from {tile.before} to {tile.after}"
