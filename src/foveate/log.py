@@ -1,4 +1,4 @@
-"""Log lines, progress bars, metrics.jsonl and experiment trackers.
+"""Log lines, progress bars and metrics.jsonl.
 
 Bars and lines share one console on standard error, so that they never tear each other apart; standard output is left to
 results.
@@ -6,16 +6,14 @@ results.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,12 +127,11 @@ class MetricsWriter:
         nonfinite: values written so far that were NaN or infinite.
     """
 
-    def __init__(self, path: Path, to: Sequence[str] = ()) -> None:
-        """`to`: the trackers that get the finite numbers of each line too."""
+    def __init__(self, path: Path, track: Callable[[int, Mapping[str, float]], object] | None = None) -> None:
+        """`track`: takes the step and the finite numbers of each line, too."""
         self.path = path
         self.nonfinite = 0
-        self._names = to
-        self._trackers: list[Tracker] | None = None
+        self._track = track
 
     def write(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Append `{"step": step, **metrics}`. JSON knows no NaN and no infinity: these become null, and the line lists
@@ -148,11 +145,9 @@ class MetricsWriter:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         with_room(lambda: self._append(line))
         self.nonfinite += len(bad)
-        if self._trackers is None:
-            self._trackers = open_trackers(self._names, self.path.parent, step - 1)
-        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-        for track in self._trackers:
-            track(step, {name: value for name, value in numbers.items() if name not in bad})
+        if self._track is not None:
+            numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+            self._track(step, {name: value for name, value in numbers.items() if name not in bad})
 
     def _append(self, line: str) -> None:
         require_held(self.path)
@@ -294,60 +289,3 @@ def _time(seconds: float) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-
-
-# -------------------------------------------------------------------------------------------------------- trackers
-
-Tracker = Callable[[int, Mapping[str, float]], object]
-"""Takes the step and its finite numbers."""
-
-PROJECT = "foveate"
-
-
-def open_trackers(names: Sequence[str], run: Path, step: int) -> list[Tracker]:
-    """The trackers of a run that resumes after `step`. TensorBoard purges later steps; the others get the same run
-    again, and what they have of later steps is written over where they allow it."""
-    return [OPENERS[name](run, step) for name in names]
-
-
-def _tensorboard(run: Path, step: int) -> Tracker:
-    writer: Any = import_module("torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def write(step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return write
-
-
-def _wandb(run: Path, _step: int) -> Tracker:
-    wandb: Any = import_module("wandb")
-    opened = wandb.init(project=PROJECT, name=run.name, id=_identity(run), resume="allow", dir=str(run))
-    return lambda step, metrics: opened.log(dict(metrics), step=step)
-
-
-def _mlflow(run: Path, _step: int) -> Tracker:
-    mlflow: Any = import_module("mlflow")
-    mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=run.name, tags={"foveate.run": str(run.resolve())})
-    return lambda step, metrics: mlflow.log_metrics(dict(metrics), step=step)
-
-
-def _trackio(run: Path, _step: int) -> Tracker:
-    trackio: Any = import_module("trackio")
-    trackio.init(project=PROJECT, name=f"{run.name}-{_identity(run)}", resume="allow")
-    return lambda step, metrics: trackio.log(dict(metrics), step=step)
-
-
-def _identity(run: Path) -> str:
-    """The same for the same folder: a run that resumes is one run for its trackers too."""
-    return hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
-
-
-OPENERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "mlflow": _mlflow,
-    "trackio": _trackio,
-}

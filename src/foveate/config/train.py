@@ -116,8 +116,11 @@ class RLEvalSettings(EvalSettings):
 
 
 class LogSettings(Settings):
-    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = Field(
-        default=(), description="Where metrics go besides metrics.jsonl; each must be installed."
+    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], Field(strict=False)] = (
+        Field(
+            default=(),
+            description="Trackers that get settings, metrics and some answers with images; each must be installed.",
+        )
     )
 
     @model_validator(mode="after")

@@ -48,6 +48,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
+from foveate.train.trackers import Trackers
 from foveate.train.worker import Worker, use_threads
 
 WITHOUT_REFERENCE = ("sft",)
@@ -83,7 +84,7 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
         stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
         reference_of = partial(_reference, run, settings, model.folder, encoder, partial(_logprobs, workers, costs))
         reference = reference_of(table, "train")  # by the start, not yet replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, settings.log.to)
+        shift, metrics = RewardShift(), MetricsWriter(run.metrics, Trackers(settings, run.path).log)
         others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
         inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
         asked = None if test is None else test.first(settings.eval.prompts)

@@ -52,6 +52,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
+from foveate.train.trackers import Trackers
 from foveate.train.update import compute_advantages, update
 from foveate.train.waste import WasteWatch
 from foveate.train.worker import Worker, use_threads
@@ -105,7 +106,8 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
     ):
         table, held_out = _read_data(run, settings, encoder)
         stream = build_stream(table, settings.data, settings.seed, settings.train.prompts_per_step)
-        metrics, waste = MetricsWriter(run.metrics, settings.log.to), WasteWatch(run.warnings, settings)
+        trackers = Trackers(settings, run.path)
+        metrics, waste = MetricsWriter(run.metrics, trackers.log), WasteWatch(run.warnings, settings)
         others = {} if method.reward_kl is None else {"reward_kl": method.reward_kl}
         inputs = Inputs.of(settings, {"data.train": table, "data.test": held_out}, accept_changes=accept_changes)
         step = resume(run, workers, stream, metrics, inputs, others)
@@ -137,6 +139,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
                     metrics.write(step, record)
+                    trackers.show(step, groups)
                     waste.observe(step, record, groups)
                     state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
                     state["score"] = record.get("eval/greedy_score")

@@ -32,6 +32,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
+from foveate.train.trackers import Trackers
 from foveate.train.worker import Worker, sft_loss, sft_total, use_threads
 
 
@@ -60,7 +61,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
         table, test, left_out = read_data(settings, encoder, check_response, limits)
         write_skipped(run.path, [str(problem) for problem in left_out])
         stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, settings.log.to)
+        metrics = MetricsWriter(run.metrics, Trackers(settings, run.path).log)
         inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
         step = resume(run, workers, stream, metrics, inputs)
         held_out = _held_out(settings, test, workers, costs, encoder)

@@ -109,7 +109,7 @@ MAPPED = {
     "trainer.test_freq": "eval.every",
     "trainer.total_epochs": "train.steps (with --rows)",
     "trainer.total_training_steps": "train.steps (at most; enough without --rows)",
-    "trainer.logger": "log.to (tensorboard, wandb, mlflow, trackio, where installed)",
+    "trainer.logger": "log.to (tensorboard, wandb, mlflow, trackio, swanlab, where installed)",
 }
 """Keys of verl that act here, and where."""
 

@@ -15,7 +15,7 @@ from foveate.tools.import_verl.easyr1 import PROGRAM as EASYR1
 from foveate.tools.import_verl.given import Given, UnreadSetting
 
 _NEEDED = ("model.path", "data.train", "optim.lr", "train.steps", "train.prompts_per_step")
-_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 _DTYPES = {"fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _OTHER_FAMILIES = ("qwen", "llama", "gemma", "deepseek", "glm", "mistral", "kimi", "phi")
 FORK = "the fork for InternVL freezes its vision tower"
