@@ -36,7 +36,9 @@ def log(data, step): note("log", {k: [*map(str, v)] if isinstance(v, list) else 
 def log_metrics(metrics, step): note("log", metrics, step)
 def log_params(params): note("params", params)
 def log_dict(config, file): note("dict", config, file)
-def log_table(data, file): note("table", data, file)
+def log_table(data, file):
+    assert len({isinstance(value, Image) for value in data["image"]}) == 1  # MLflow refuses a mix
+    note("table", data, file)
 def set_experiment(name): note("experiment", name)
 def start_run(**named): note("start", **named)
 class Run: log = staticmethod(log)

@@ -164,6 +164,9 @@ class MLflow:
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
         rows = [one.row(self._module.Image) for one in answers]
         columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+        if any(one.image for one in answers):  # a column of images takes nothing else
+            blank = Image.new("RGB", (1, 1), "white")
+            columns["image"] = [image or self._module.Image(blank) for image in columns["image"]]
         self._module.log_table({"step": [step] * len(rows), **columns}, f"{TABLE}.json")
 
 
