@@ -145,7 +145,7 @@ def test_settings_are_named_by_group_by_path_or_alone():
     [
         ({"stepss": 3}, r"argument stepss: unknown setting stepss; did you mean train\.steps"),
         ({"optim": {"learning_rate": 1}}, r"argument optim: learning_rate: unknown setting optim\.learning_rate"),
-        ({"samples": 4}, r"argument samples: is the name of several settings: rollout\.samples, eval\.samples"),
+        ({"samples": 4}, r"argument samples: is the name of several settings: eval\.samples, rollout\.samples"),
         ({"rollout": {"samples": "4"}}, r"rollout\.samples must be a whole number, found '4'"),
         ({"train.lr": 1}, r"unknown setting train\.lr; did you mean optim\.lr"),
     ],

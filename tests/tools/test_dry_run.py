@@ -6,7 +6,7 @@ import pytest
 from toy import cascade_settings, make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.errors import ConfigError, DataError
-from foveate.tools.dry_run import dry_run
+from foveate.tools.dry_run import describe_run
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def data(tmp_path_factory):
 
 def said_of(settings, folder):
     before = sorted(folder.rglob("*"))
-    said = dry_run(settings)
+    said = describe_run(settings)
     assert sorted(folder.rglob("*")) == before
     assert said.startswith("dry run: nothing is written\n")
     return said
@@ -29,7 +29,7 @@ def test_rl_shows_its_first_prompt_and_a_sampled_and_graded_answer(tmp_path, tin
     assert "rl: 3 steps of 4 prompts with 4 answers of up to 8 tokens, 1 update each, algorithm gspo" in said
     assert "rows: 16, 0.8 epochs; evaluation: 6 held-out rows, every 2 steps" in said
     assert "memory of a device: weights 0.0" in said
-    assert "with 1 images\n  tokens: 1, " in said  # ids, the image's with their number
+    assert "tokens, 1 image among them\n  tokens: " in said
     assert " x 4, " in said
     assert "  | <|im_start|>user\n  | <img><IMG_CONTEXT></img>" in said
     assert "sampled answer at temperature 1: " in said
@@ -60,6 +60,6 @@ def test_a_cascade_shows_each_stage(tmp_path, data):
 
 def test_what_a_run_would_refuse_is_refused(tmp_path, tiny_folder, data):
     with pytest.raises(ConfigError, match="unknown algorithm 'gspp'; did you mean 'gspo'"):
-        dry_run(rl_settings(tmp_path / "run", tiny_folder, data, algorithm={"name": "gspp"}))
+        describe_run(rl_settings(tmp_path / "run", tiny_folder, data, algorithm={"name": "gspp"}))
     with pytest.raises(DataError, match="no column holds the chosen"):
-        dry_run(mpo_settings(tmp_path / "run", tiny_folder, data / "test.parquet"))
+        describe_run(mpo_settings(tmp_path / "run", tiny_folder, data / "test.parquet"))

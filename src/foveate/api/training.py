@@ -39,9 +39,9 @@ class Recipe:
     def dry_run(self) -> str:
         """The beginning of the run in words: its size, its first prompt as tokens and text, what is trained of it, or a
         sampled answer with its reward. Raises what `train` would refuse; nothing is written."""
-        from foveate.tools.dry_run import dry_run
+        from foveate.tools.dry_run import describe_run
 
-        return dry_run(self.settings)
+        return describe_run(self.settings)
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:

@@ -12,7 +12,7 @@ from foveate.errors import counted
 from foveate.registry import shown_names
 from foveate.report.charts import format_value
 
-Rows = Sequence[Mapping[str, Any]]
+_Rows = Sequence[Mapping[str, Any]]
 
 _RESULTS = (
     ("reward/mean", "Reward", ""),
@@ -26,7 +26,12 @@ _RESULTS = (
 )
 """The metrics of the headline and the tiles, the most telling first, each with its name on the page and its unit."""
 MOST_TILES = 4
-STAGES = {"rl": "Online RL", "sft": "Supervised fine-tuning", "mpo": "Preference optimisation", "cascade": "Cascade"}
+STAGE_NAMES = {
+    "rl": "Online RL",
+    "sft": "Supervised fine-tuning",
+    "mpo": "Preference optimisation",
+    "cascade": "Cascade",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,7 @@ def stage_of(config: Mapping[str, Any]) -> str:
     return next((stage for stage, group in groups.items() if group in config), "")
 
 
-def run_facts(config: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]:
+def run_facts(config: Mapping[str, Any], metrics: _Rows) -> list[tuple[str, str]]:
     """(name, value) of what a reader asks first: stage, model, data, steps, time and speed."""
     try:
         return [(name, value) for name, value in _facts(config, metrics) if value]
@@ -54,11 +59,11 @@ def run_facts(config: Mapping[str, Any], metrics: Rows) -> list[tuple[str, str]]
         return []
 
 
-def _facts(config: Mapping[str, Any], metrics: Rows) -> Iterator[tuple[str, str]]:
+def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str]]:
     stage, data = stage_of(config), config.get("data") or {}
     chosen = config.get("algorithm") or config.get("loss") or {}
     if stage:
-        yield "stage", ", ".join([STAGES[stage], *([chosen["name"]] if chosen else [])])
+        yield "stage", ", ".join([STAGE_NAMES[stage], *([chosen["name"]] if chosen else [])])
         yield "model", str(config["model"]["path"]) + (", adapters" if config["model"].get("lora") else "")
         yield "training data", ", ".join(Path(name).name for name in data["train"])
         share = data.get("hold_out")
@@ -92,7 +97,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def metric_tiles(metrics: Rows) -> list[Tile]:
+def metric_tiles(metrics: _Rows) -> list[Tile]:
     """The figures of a run that was not evaluated, the most telling first."""
     found = []
     for name, label, unit in _RESULTS:

@@ -14,7 +14,7 @@ from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, RunSet
 from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_response
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, counted
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import load_policy
 from foveate.plan.hardware import GIB
@@ -40,7 +40,7 @@ MOST_TOKENS, MOST_CHARACTERS = 120, 4000
 """Token ids and characters that are shown of a text; the middle of longer ones is left out."""
 
 
-def dry_run(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> str:
+def describe_run(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> str:
     """All that a run refuses before its first step is refused here: settings, rows, the reward's own settings. Then the
     run in words, the memory that `foveate plan` expects where it knows the model, the first prompt as tokens and as
     text, and what is trained of it, or for RL a sampled answer with its score."""
@@ -92,7 +92,7 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     yield f"rows: {len(train):,}, {settings.train.steps * per_step / len(train):.1f} epochs; evaluation: {evaluation}"
     yield from (f"left out: {problem}" for problem in left_out[:3])
     yield f"memory of a device: {_memory(settings, prompt)}"
-    yield f"first prompt, {task.where}: {len(prompt)} tokens with {len(task.images)} images"
+    yield f"first prompt, {task.where}: {len(prompt)} tokens, {counted(len(task.images), 'image')} among them"
     yield f"  tokens: {_tokens(prompt.token_ids)}"
     yield _text(encoder.tokenizer.decode(list(prompt.engine_ids)))
     if isinstance(settings, RLSettings):
@@ -155,7 +155,7 @@ def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: En
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
     engine = NativeEngine(load_policy(model.path, **options), encoder.decode)
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    [[answer]] = engine.generate([Request(prompt, seed_of("dry run", settings.seed))], sampling)
+    [[answer]] = engine.generate([Request(prompt, seed_of("eval", settings.seed))], sampling)
     with build_graders(settings.reward) as graders:
         [score] = graders.grade_many([(answer, task)])
     yield f"sampled answer at temperature {rollout.temperature:g}: {len(answer)} tokens, finish {answer.finish}"
@@ -179,4 +179,4 @@ def _text(text: str) -> str:
     """A text of any number of lines, marked as such; the middle of a long one is left out."""
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
-    return textwrap.indent(text or " ", "  | ", lambda _: True)
+    return textwrap.indent(text.removesuffix("\n") or " ", "  | ", lambda _: True)

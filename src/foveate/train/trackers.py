@@ -28,12 +28,12 @@ from foveate.records import Group
 PROJECT, TABLE = "foveate", "answers"
 ANSWERS, EVERY, MOST_SIDE = 8, 10, 400
 """Answers that are shown of a step, steps from one showing to the next, and the longest side of an image in pixels."""
-COLUMNS = ("id", "image", "prompt", "answer", "ground truth", "reward")
+TABLE_COLUMNS = ("id", "image", "prompt", "answer", "ground truth", "reward")
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedAnswer:
-    """A row of the table of answers: `cells` by `COLUMNS` but for the image, the first one of the prompt."""
+    """A row of the table of answers: `cells` by `TABLE_COLUMNS` but for the image, the first one of the prompt."""
 
     image: Image.Image | None
     cells: Mapping[str, str | float | None]
@@ -41,7 +41,7 @@ class TrackedAnswer:
     def row(self, image: Callable[[Image.Image], Any]) -> list[Any]:
         """The values of all columns, the image as a tracker has it."""
         shown = None if self.image is None else image(self.image)
-        return [shown if name == "image" else self.cells[name] for name in COLUMNS]
+        return [shown if name == "image" else self.cells[name] for name in TABLE_COLUMNS]
 
     @property
     def caption(self) -> str:
@@ -116,7 +116,7 @@ class TensorBoard:
         self._writer.flush()
 
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
-        columns = [name for name in COLUMNS if name != "image"]
+        columns = [name for name in TABLE_COLUMNS if name != "image"]
         lines = [columns, ["---"] * len(columns), *([str(one.cells[name]) for name in columns] for one in answers)]
         rows = (
             "| " + " | ".join(re.sub(r"\s*\n\s*", "<br>", cell.replace("|", "\\|")) for cell in line) for line in lines
@@ -141,7 +141,7 @@ class WandB:
 
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
         rows = [one.row(self._module.Image) for one in answers]
-        self._run.log({TABLE: self._module.Table(columns=list(COLUMNS), data=rows)}, step=step)
+        self._run.log({TABLE: self._module.Table(columns=list(TABLE_COLUMNS), data=rows)}, step=step)
 
 
 class MLflow:
@@ -163,7 +163,7 @@ class MLflow:
 
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
         rows = [one.row(self._module.Image) for one in answers]
-        columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+        columns = dict(zip(TABLE_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
         if any(one.image for one in answers):  # a column of images takes nothing else
             blank = Image.new("RGB", (1, 1), "white")
             columns["image"] = [image or self._module.Image(blank) for image in columns["image"]]
@@ -182,7 +182,7 @@ class Trackio:
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
         pandas: Any = import_module("pandas")  # of which trackio is made
         rows = [one.row(self._module.Image) for one in answers]
-        table = self._module.Table(dataframe=pandas.DataFrame(rows, columns=list(COLUMNS)))
+        table = self._module.Table(dataframe=pandas.DataFrame(rows, columns=list(TABLE_COLUMNS)))
         self._module.log({TABLE: table}, step=step)
 
 
@@ -200,7 +200,7 @@ class SwanLab:
         self._module.log(dict(metrics), step=step)
 
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
-        columns = [name for name in COLUMNS if name != "image"]
+        columns = [name for name in TABLE_COLUMNS if name != "image"]
         table = self._module.echarts.Table()
         table.add(columns, [[str(one.cells[name]) for name in columns] for one in answers])
         shown: dict[str, Any] = {TABLE: table}
