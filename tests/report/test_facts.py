@@ -96,6 +96,15 @@ def test_the_first_chart_of_an_evaluated_run_is_its_reward(tmp_path):
     ]
 
 
+def test_the_curves_of_evaluations_begin_with_step_0(tmp_path):
+    run = make_run(tmp_path / "run", steps=6)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    last = {**json.loads(lines[-1]), "eval/greedy_accuracy": 0.5}
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
+    [(_, points)] = Page(write_report(run)).charts["Held-out figures"]
+    assert [step for step, _ in points] == [0, 6]
+
+
 def test_the_true_box_is_drawn_on_top_and_red_is_for_misses(tmp_path):
     page = Page(write_report(make_run(tmp_path / "run", steps=6)))
     for drawing in page.source.split('<svg viewBox="0 0 1000 1000"')[1:]:

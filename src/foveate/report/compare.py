@@ -17,7 +17,7 @@ from foveate.files import atomic_write_text
 from foveate.registry import shown_names
 from foveate.report.charts import overlay
 from foveate.report.facts import metric_tiles
-from foveate.report.page import Run, read_run, run_settings, template_environment
+from foveate.report.page import Run, read_run, rows_with_start, run_settings, template_environment
 
 MOST_RUNS, MOST_CHARACTERS = 8, 80
 """Runs on a page, which has as many colours, and characters that are shown of a setting."""
@@ -34,7 +34,7 @@ def write_comparison(folders: Sequence[Path], page: Path) -> Path:
             raise ConfigError(f"{name}: has no metrics.jsonl, and so no curves to lay over others; leave it out")
     environment = template_environment()
     script = environment.get_template("report.js.j2").render()
-    charts = overlay({name: run.metrics for name, run in runs.items()})
+    charts = overlay({name: rows_with_start(run) for name, run in runs.items()})
     tiles = {name: {tile.label: tile for tile in metric_tiles(run.metrics)} for name, run in runs.items()}
     labels = dict.fromkeys(label for own in tiles.values() for label in own)
     results = [(label, [own[label].after if label in own else "–" for own in tiles.values()]) for label in labels]

@@ -40,6 +40,10 @@ INPUTS = (
 )  # fmt: skip
 
 
+_FIGURES = ("accuracy", "mean_iou", "score")
+"""The figures of an evaluation that a run logs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """The files of a run folder, read; what does not exist is empty."""
@@ -106,7 +110,7 @@ def render_report(run_folder: Path) -> str:
     environment = template_environment()
     environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
     script = environment.get_template("report.js.j2").render()
-    curves, values = chart_metrics(run.metrics)
+    curves, values = chart_metrics(rows_with_start(run))
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare_evaluations(run.evaluations)
     models = model_table(run.summary)
@@ -149,6 +153,20 @@ def render_report(run_folder: Path) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def rows_with_start(run: Run) -> list[Mapping[str, Any]]:
+    """The metrics of the steps, and before them the evaluation before the first step of a run of RL, which is no line
+    of its metrics."""
+    rows = [*run.metrics]
+    measured = {name for row in rows for name in row if name.startswith("eval/")}
+    start = next((one for one in run.evaluations if one.step == 0 and one.predictions and not one.label), None)
+    if start is None or not measured or (rows and rows[0]["step"] == 0):
+        return rows
+    found = summarise(start.predictions, 0)
+    names = {f"eval/{way}_{name}": found[way].get(name) for way in ("greedy", "sampled") for name in _FIGURES}
+    own = {name: value for name, value in names.items() if name in measured and value is not None}
+    return [{"step": 0, **own}, *rows]
 
 
 def run_settings(run: Run) -> Mapping[str, Any]:

@@ -114,7 +114,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
         engine.start(make_engine, encoder, settings.rollout, step)
         evaluator = _evaluator(run, settings, held_out, encoder, graders)
         if step == 0 and evaluator.is_due(step):
-            metrics.write(step, evaluator.evaluate(engine, step))
+            evaluator.evaluate(engine, step)
         asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
         with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
