@@ -25,54 +25,34 @@ def demo_command(
 
 
 def sft_command(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    column: Columns = None,
-    on_bad_row: BadRows = None,
-    hold_out: HoldOut = None,
-    accept_changes: AcceptChanges = False,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
     _train(recipe_of("sft", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def mpo_command(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    column: Columns = None,
-    on_bad_row: BadRows = None,
-    hold_out: HoldOut = None,
-    accept_changes: AcceptChanges = False,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     """Preference optimisation (MPO, DPO, IPO, BCO) on rows with extra_info.chosen and extra_info.rejected. The same run
     folder again continues it."""
     _train(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def rl_command(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    column: Columns = None,
-    on_bad_row: BadRows = None,
-    hold_out: HoldOut = None,
-    accept_changes: AcceptChanges = False,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     """Online reinforcement learning. The same run folder again continues an interrupted run."""
     _train(recipe_of("rl", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
 
 
 def cascade_command(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    column: Columns = None,
-    on_bad_row: BadRows = None,
-    hold_out: HoldOut = None,
-    accept_changes: AcceptChanges = False,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     """All stages of Cascade RL: cold start where set, pairs of the model's own answers, MPO, online RL, and a report
     that compares them. The same run folder again continues it."""
     _train(recipe_of("cascade", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)

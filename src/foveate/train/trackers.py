@@ -53,11 +53,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the finite numbers of a step."""
-        ...
 
     def show(self, step: int, answers: Sequence[TrackedAnswer]) -> None:
         """Take some answers of a step."""
-        ...
 
 
 class Trackers:
