@@ -135,6 +135,26 @@ def test_rows_of_the_hub_become_tasks(hub):
     assert hub.run(code).stdout.strip() == "2 1 + 1?"
 
 
+def test_a_trained_model_is_uploaded_whole_and_is_private_at_first(root, hub):
+    folder = root / "models/acme/tiny-vl"
+    code = "from foveate.api.run import Run; from pathlib import Path\n"
+    code += f"print(Run(Path({str(folder.parent)!r})).push_to_hub('me/mine'))"
+    (folder.parent / "final").symlink_to(folder)
+    said = hub.run(code, HF_TOKEN="hf_x")
+    assert said.stdout.strip().endswith("/me/mine"), said.stderr
+    there = root / "models/me/mine"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (there / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_an_upload_that_would_fail_is_refused_before_the_run(hub):
+    assert "may not be written to; log in with `hf auth login`" in hub.error("prepare_upload('me/other')", HF_TOKEN="")
+    assert "must be owner/name" in hub.error("prepare_upload('mine')", HF_TOKEN="hf_x")
+    assert "cannot be uploaded" in hub.error(
+        "prepare_upload('me/mine')", HF_TOKEN="hf_x", HF_ENDPOINT="http://127.0.0.1:9"
+    )
+
+
 @pytest.mark.parametrize(
     ("files", "config", "split", "chosen"),
     [

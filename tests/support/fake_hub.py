@@ -1,13 +1,15 @@
-"""The part of the Hugging Face Hub's HTTP interface that downloads use, over a folder: ROOT/models/owner/name/files and
-ROOT/datasets/owner/name/files. `python fake_hub.py ROOT` prints its address."""
+"""The part of the Hugging Face Hub's HTTP interface that downloads and uploads use, over a folder:
+ROOT/models/owner/name/files and ROOT/datasets/owner/name/files. `python fake_hub.py ROOT` prints its address."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "a" * 40
@@ -18,12 +20,58 @@ class Hub(BaseHTTPRequestHandler):
     drop_after: int | None = None
     """Bytes of a file after which the connection is dropped, once."""
     asked: list[str] = []  # noqa: RUF012
+    objects: dict[str, bytes] = {}  # noqa: RUF012
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
 
     def do_GET(self) -> None:
         self.answer(body=True)
+
+    def do_POST(self) -> None:
+        """Uploads: a repository is made, weights go ahead by their hash, a commit brings them and the other files."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        parts = [unquote(part) for part in urlparse(self.path).path.strip("/").split("/")]
+        if "Authorization" not in self.headers:
+            return self.error("Unauthorized", 401)
+        if parts == ["api", "validate-yaml"]:
+            return self.json({"errors": [], "warnings": []})
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            folder = self.folder("models", f"{asked['organization']}/{asked['name']}")
+            folder.mkdir(parents=True, exist_ok=True)
+            Hub.asked.append(f"private={asked.get('private')}")
+            return self.json({"url": f"{self.address}/{asked['organization']}/{asked['name']}"})
+        if parts[-2:] == ["objects", "batch"]:
+            objects = json.loads(body)["objects"]
+            return self.json({"transfer": "basic", "objects": [
+                {**one, "actions": {"upload": {"href": f"{self.address}/lfs/{one['oid']}"}}} for one in objects
+            ]})  # fmt: skip
+        repo, action = "/".join(parts[2:4]), parts[4]
+        if action == "preupload":
+            return self.json({"files": [
+                {"path": one["path"], "shouldIgnore": False, "uploadMode": "regular" if one["size"] < 50_000 else "lfs"}
+                for one in json.loads(body)["files"]
+            ]})  # fmt: skip
+        self.commit(self.folder("models", repo), [json.loads(line) for line in body.splitlines()])
+        return self.json({"commitUrl": f"{self.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def do_PUT(self) -> None:
+        Hub.objects[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.json({})
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}"
+
+    @staticmethod
+    def commit(folder: Path, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                (folder / value["path"]).write_bytes(Hub.objects[value["oid"]])
 
     def answer(self, body: bool) -> None:
         url = urlparse(self.path)

@@ -47,6 +47,13 @@ def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False)
     return finished(run_demo(Path(run), seed, overrides, cascade))
 
 
+def prepare_upload(name: str) -> None:
+    """Make the private repository `owner/name` of the Hugging Face Hub where there is none, for `Run.push_to_hub`."""
+    from foveate.data.hub import prepare_upload
+
+    prepare_upload(name)
+
+
 # ------------------------------------------------------------------------------------------- answers and evaluation
 
 

@@ -31,6 +31,13 @@ class Run:
         own = self.folder.final
         return own if own.exists() else self.path / "rl" / own.name
 
+    def push_to_hub(self, name: str) -> str:
+        """Upload the trained model with its card to the repository `owner/name` of the Hugging Face Hub, a private one
+        where it is new, and return its address. Raises DataError where that fails."""
+        from foveate.data.hub import upload_model
+
+        return upload_model(self.model, name)
+
     @property
     def report(self) -> Path:
         """The page of the run (`report.html`)."""

@@ -235,8 +235,11 @@ def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
 
 
 def finished(folder: RunFolder) -> Run:
-    """A run that has ended, with its report written."""
+    """A run that has ended, with its report and the card of its model written."""
+    from foveate.report.card import write_card
     from foveate.report.page import write_report
 
-    write_report(folder.path)
-    return Run(folder.path)
+    run = Run(folder.path)
+    write_report(run.path)
+    write_card(run.path, run.model)
+    return run

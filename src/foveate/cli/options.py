@@ -63,6 +63,13 @@ DryRun = Annotated[
         help="Show the plan, the first prompt and what is trained of it, or a graded answer; write nothing.",
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OWNER/NAME",
+        help="Upload the trained model to this repository of the Hugging Face Hub, a private one where it is new.",
+    ),
+]
 BadRows = Annotated[Literal["error", "skip"] | None, mirrored("data.on_bad_row")]
 ImageRoot = Annotated[Path | None, mirrored("data.image_root")]
 Workers = Annotated[int | None, mirrored("data.workers")]

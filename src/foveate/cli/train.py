@@ -9,7 +9,17 @@ import typer
 
 from foveate import api
 from foveate.cli.evaluate import print_report
-from foveate.cli.options import AcceptChanges, BadRows, Columns, DryRun, HoldOut, Overrides, Recipe, recipe_of
+from foveate.cli.options import (
+    AcceptChanges,
+    BadRows,
+    Columns,
+    DryRun,
+    HoldOut,
+    Overrides,
+    PushToHub,
+    Recipe,
+    recipe_of,
+)
 from foveate.log import print_result
 
 
@@ -27,42 +37,51 @@ def demo_command(
 def sft_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
 ) -> None:  # fmt: skip
     """Supervised fine-tuning on rows with extra_info.response. The same run folder again continues it."""
-    _train(recipe_of("sft", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
+    _train(recipe_of("sft", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
 def mpo_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
 ) -> None:  # fmt: skip
     """Preference optimisation (MPO, DPO, IPO, BCO) on rows with extra_info.chosen and extra_info.rejected. The same run
     folder again continues it."""
-    _train(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
+    _train(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
 def rl_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
 ) -> None:  # fmt: skip
     """Online reinforcement learning. The same run folder again continues an interrupted run."""
-    _train(recipe_of("rl", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
+    _train(recipe_of("rl", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
 def cascade_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
 ) -> None:  # fmt: skip
     """All stages of Cascade RL: cold start where set, pairs of the model's own answers, MPO, online RL, and a report
     that compares them. The same run folder again continues it."""
-    _train(recipe_of("cascade", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run)
+    _train(recipe_of("cascade", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
-def _train(recipe: api.Recipe, accept_changes: bool, dry_run: bool) -> None:
+def _train(recipe: api.Recipe, accept_changes: bool, dry_run: bool, push_to_hub: str | None) -> None:
     if dry_run:
         print_result(recipe.dry_run())
-    else:
-        _print_run(recipe.train(accept_changes=accept_changes))
+        return
+    if push_to_hub is not None:
+        api.prepare_upload(push_to_hub)
+    run = recipe.train(accept_changes=accept_changes)
+    _print_run(run)
+    if push_to_hub is not None:
+        print_result(f"Uploaded: {run.push_to_hub(push_to_hub)}")
 
 
 def _print_run(run: api.Run) -> None:

@@ -1,4 +1,5 @@
-"""Names of the Hugging Face Hub as folders and files on this machine: models, and the parquet files of datasets.
+"""Names of the Hugging Face Hub as folders and files on this machine: models, and the parquet files of datasets; and
+trained models on their way there.
 
 A name is `owner/name`. Of a model `@revision` may follow, of a dataset `:config` and `@split`
 (`hiyouga/geometry3k@train`). Downloads go to huggingface_hub's cache, resume where they were interrupted, and follow
@@ -69,6 +70,28 @@ def dataset_files(name: str) -> list[Path]:
         chosen = _choose(name, files, config, split)
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=[*chosen]))
         return [folder / file for file in chosen]
+
+
+def prepare_upload(name: str) -> None:
+    """Make the private model repository `owner/name` where there is none, which also shows that it may be written.
+    Raises DataError for a name of another form, without access, and where the hub cannot be reached."""
+    from huggingface_hub import HfApi
+
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name) is None:
+        raise DataError(f"{name}: must be owner/name, the model repository to upload to")
+    with _explained("model", name, name, writing=True):
+        HfApi().create_repo(name, private=True, exist_ok=True)
+
+
+def upload_model(folder: Path, name: str) -> str:
+    """Upload a model folder to the repository `owner/name`, made by `prepare_upload`, and return its address. Raises
+    DataError as that."""
+    from huggingface_hub import HfApi
+
+    prepare_upload(name)
+    with _explained("model", name, name, writing=True):
+        done = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Trained with foveate")
+    return done.commit_url.partition("/commit/")[0]
 
 
 def _parts(name: str) -> tuple[str, str | None, str | None]:
@@ -149,7 +172,7 @@ def _place(file: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _explained(kind: str, name: str, repo: str) -> Iterator[None]:
+def _explained(kind: str, name: str, repo: str, *, writing: bool = False) -> Iterator[None]:
     """Errors of huggingface_hub as DataError with what to do."""
     from huggingface_hub import errors
 
@@ -173,10 +196,16 @@ def _explained(kind: str, name: str, repo: str) -> Iterator[None]:
             "downloaded (no connection to the hub, or HF_HUB_OFFLINE is set)"
         ) from None
     except Exception as error:
+        if writing and isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise DataError(
+                f"{name}: may not be written to; log in with `hf auth login`, or set HF_TOKEN to one that may write "
+                "there"
+            ) from None
         of_transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests")
         if not of_transport and not isinstance(error, errors.HfHubHTTPError | OSError):
             raise
-        raise DataError(f"{name}: the {kind} cannot be downloaded: {one_line(error)}") from None
+        what = "uploaded" if writing else "downloaded"
+        raise DataError(f"{name}: the {kind} cannot be {what}: {one_line(error)}") from None
 
 
 def _alike(kind: str, repo: str) -> list[str]:
