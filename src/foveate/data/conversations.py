@@ -78,6 +78,12 @@ def answer_text(value: Any, prompt: Sequence[Message]) -> str:
     return text
 
 
+def are_messages(value: Any) -> bool:
+    """Whether a value is a turn, or a list of them, and nothing else."""
+    turn = value[0] if isinstance(value, list) and value else value
+    return isinstance(turn, Mapping) and any({role, content} <= turn.keys() for role, content in TURN_KEYS.items())
+
+
 def common_prompt(chosen: Any, rejected: Any) -> Any:
     """The turns with which two conversations begin alike, which are the prompt of a pair that has no other one; None
     for answers that are no conversations of several turns."""

@@ -6,6 +6,7 @@ from foveate.records import Demo, Pair, Task
 
 RESPONSE = "response"
 CHOSEN, REJECTED = "chosen", "rejected"
+MAKE_PAIRS = "`foveate prepare pairs FILE --out FOLDER --rollouts RUN`"
 
 
 def demo_of(task: Task) -> Demo:
@@ -25,7 +26,7 @@ def check_response(task: Task) -> list[tuple[str, str]]:
 
 def check_pair(task: Task) -> list[tuple[str, str]]:
     """The faults of a row as a preference pair, as (field, what is wrong)."""
-    need = "a preference pair needs both answers as text"
+    need = f"a preference pair needs both answers as text; {MAKE_PAIRS} makes them from the answers of a run"
     faults = _check_text(task, CHOSEN, need) + _check_text(task, REJECTED, need)
     if not faults and task.meta[CHOSEN] == task.meta[REJECTED]:
         return [(f"extra_info.{REJECTED}", "is the chosen answer; there is nothing to prefer")]

@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from foveate.data.conversations import TURN_KEYS, common_prompt, shown
+from foveate.data.conversations import TURN_KEYS, are_messages, common_prompt, shown
 from foveate.data.image_values import is_no_image
 from foveate.data.numbered_marks import without_numbers
 from foveate.data.options import OPTION_COLUMNS, option_columns, options_of, with_options
@@ -24,7 +24,7 @@ from foveate.data.recognise import (
     unread_answers,
     unread_media,
 )
-from foveate.data.referring import BOX_FIELDS, GroundingRows, is_only_a_box
+from foveate.data.referring import BOX_FIELDS, GroundingRows, format_box, is_only_a_box
 from foveate.data.rows import Parsed, Place, Problem, parse_row
 from foveate.data.sources import dig, read_literal
 from foveate.errors import DataError
@@ -71,6 +71,10 @@ class Parser(Protocol):
         """The columns, and the fields below them, that a field of the schema (`extra_info.id`) may be read from."""
         return [field.split(".")]
 
+    def stand_in(self, row: Mapping[str, Any], field: str) -> str:  # noqa: ARG002 - for those that take a mapping
+        """The mapping, as `TARGET=COLUMN`, that fills a field which a row lacks from another column; empty if none."""
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class RecognisedRows(Parser):
@@ -100,7 +104,7 @@ class RecognisedRows(Parser):
                 f"column prompt is missing{near}; {given}; known are {', '.join(COLUMNS['prompt'])}; another one is "
                 f"named by data.columns: --column prompt=COLUMN; targets: {', '.join(TARGETS)}"
             )
-        if ("chosen" in roles.candidates) != ("rejected" in roles.candidates):
+        if not self._takes("chosen") and ("chosen" in roles.candidates) != ("rejected" in roles.candidates):
             raise DataError(f"{given}; a preference pair needs both chosen and rejected")
         if self.mapping and not {"answer", "response", "chosen", "sent"} & {*roles.candidates, *names}:
             talk = {"conversations", "conversation", "messages"} & {*roles.candidates.get("prompt", ())}
@@ -122,6 +126,8 @@ class RecognisedRows(Parser):
         roles = [f"{role} from {column}" for role, column in used.items() if not is_no_image(values[role])]
         if _ends_with_answer(values.get("prompt")):
             roles.append("response, and answer where there is no other, from its last turn")
+        elif "response" in used and "answer" not in used:
+            roles = [role.replace("response from", "response and answer from") for role in roles]
         kept = [name for name in _others(row, self._roles(row), used) if _is_kept(row[name])]
         return [f"{form_of(row, used)}: {', '.join(roles)}" + (f"; kept: {', '.join(kept)}" if kept else "")]
 
@@ -131,20 +137,29 @@ class RecognisedRows(Parser):
             return [self.mapping[role].split(".")]
         return [path.split(".") for path in dict.fromkeys((field, role, *COLUMNS.get(role, ())))]
 
+    def stand_in(self, row: Mapping[str, Any], field: str) -> str:
+        role = next((role for role, known in SCHEMA_FIELDS.items() if known == field), field)
+        values, used = self._values(row, self._roles(row))
+        others = {"answer": ("chosen",), "response": ("answer", "chosen")}.get(role, ())
+        texts = [other for other in others if isinstance(values.get(other), str) or are_messages(values.get(other))]
+        named = unread_answers(row, _others(row, self._roles(row), used)) if others else ()
+        columns = (*(used[other] for other in texts), *named)
+        column = next((column for column in columns if not column.startswith(CONSTANT)), None)
+        return f"{role}={column}" if column is not None else ""
+
     def __call__(self, raw: Mapping[str, Any], place: Place) -> Parsed:
         if self._refers(raw):
-            return self.grounding(raw, place)
+            return self._grounded(raw, place)
         roles = self._roles(raw)
         values, used = self._values(raw, roles)
         if "prompt" not in values:
-            pair = common_prompt(values.get("chosen"), values.get("rejected"))
+            chosen = next((values[role] for role in ("chosen", "response", "answer") if role in values), None)
+            pair = common_prompt(chosen, values.get("rejected"))
             if pair is None:
                 return None, [Problem(str(place), "prompt", self._no_prompt(raw))]
             values["prompt"] = pair
         if _is_box_reply(values, raw):
-            task, problems = self.grounding(raw, place)
-            reply = {"response": raw["conversations"][1]["value"]}
-            return (replace(task, meta={**task.meta, **reply}) if task else None), problems
+            return self._grounded(raw, place)
         told = _unread(raw, roles, values, used, place)
         row = _schema_row(raw, roles, values, used, place)
         try:
@@ -158,6 +173,18 @@ class RecognisedRows(Parser):
         if any(not problem.warning for problem in told):
             task = None
         return task, [self._renamed(problem, used) for problem in problems] + told
+
+    def _grounded(self, raw: Mapping[str, Any], place: Place) -> Parsed:
+        """A row about a box, with the reply that supervised training imitates: its own, or else the box itself."""
+        task, problems = self.grounding(raw, place)
+        if task is None:
+            return None, problems
+        response = _reply(raw.get("conversations")) or format_box(task.answer)
+        return replace(task, meta={**task.meta, "response": response}), problems
+
+    def _takes(self, column: str) -> bool:
+        """Whether the mapping takes a column, or a field of that name, for something else."""
+        return any(target != column and path.split(".")[-1] == column for target, path in self.mapping.items())
 
     def _roles(self, names: Sequence[str] | Mapping[str, Any]) -> Roles:
         return roles_of(tuple(names), tuple(self.mapping.items()))
@@ -337,5 +364,11 @@ def _is_box_reply(values: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
     one = isinstance(raw.get("image"), str | Mapping) and is_no_image(values.get("answer"))
     if not one or turns != values.get("prompt") or not isinstance(turns, list) or len(turns) != 2:
         return False
-    reply = turns[1].get("value") if isinstance(turns[1], Mapping) else None
-    return isinstance(reply, str) and is_only_a_box(reply)
+    return is_only_a_box(_reply(turns))
+
+
+def _reply(turns: Any) -> str:
+    """The second turn of a conversation as LLaVA has it; empty where there is none."""
+    turn = turns[1] if isinstance(turns, list) and len(turns) > 1 else None
+    reply = turn.get("value") if isinstance(turn, Mapping) else None
+    return reply if isinstance(reply, str) else ""

@@ -171,6 +171,11 @@ class GroundingRows:
         return [corner * THOUSANDTHS / side for corner, side in zip(pixels, (*size, *size), strict=True)]
 
 
+def format_box(box_1000: Sequence[float]) -> str:
+    """The answer form of InternVL for a box in 0..1000: `<box>[[x1,y1,x2,y2]]</box>`, whole numbers."""
+    return "<box>[[{},{},{},{}]]</box>".format(*map(round, box_1000))
+
+
 def is_only_a_box(text: str) -> bool:
     """Whether a reply is one box, maybe with the name of its object, and nothing else."""
     return _ONLY_A_BOX.fullmatch(text) is not None

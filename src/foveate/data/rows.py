@@ -16,6 +16,7 @@ from foveate.data.conversations import (
     IMAGE_TAG,
     Conversation,
     answer_text,
+    are_messages,
     in_front,
     read_conversation,
     shown,
@@ -129,10 +130,10 @@ class Faults:
 def parse_row(row: Mapping[str, Any], place: Place, *, marks_in_front: bool = False) -> Parsed:
     """A row of the parquet schema as a Task, or None with all its problems; either with what should be told of it.
 
-    The answer is `reward_model.ground_truth` as stored; `extra_info`, without its nulls, becomes `meta`, and `ability`
-    joins it. A last turn of the assistant is never part of the prompt: it becomes `meta["response"]`, and the answer
-    where no other one is given. A row to imitate (with `extra_info.response` or `extra_info.chosen`) needs no ground
-    truth. The id is `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
+    The answer is `reward_model.ground_truth` as stored, of messages their text. `extra_info`, without its nulls,
+    becomes `meta`, and `ability` joins it. A last turn of the assistant is never part of the prompt: it becomes
+    `meta["response"]`. A response is the answer, too, where no other one is given; a pair needs no answer. The id is
+    `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
 
     marks_in_front: a prompt without any `<image>` mark gets one per image in front of its first question, as data
     have it whose images stand in a column alone.
@@ -199,8 +200,10 @@ def _imitated(faults: Faults, meta: dict[str, Any], conversation: Conversation) 
 def _ground_truth(faults: Faults, row: Mapping[str, Any], meta: dict[str, Any], talk: Conversation | None) -> Any:
     model = row.get("reward_model")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
-    if (truth is None or truth == "") and talk is not None and talk.response is not None:
-        return talk.response
+    if (truth is None or truth == "") and isinstance(meta.get("response"), str):
+        return meta["response"]
+    if talk is not None and are_messages(truth):
+        return faults.attempt("reward_model.ground_truth", answer_text, truth, talk.messages)
     if truth is None and not any(meta.get(name) for name in IMITATED):
         faults.add("reward_model.ground_truth", "is missing; the row has no answer to be scored against")
     return truth

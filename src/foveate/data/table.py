@@ -20,6 +20,7 @@ from foveate.data.folders import SUFFIXES, expand, open_source, suffix_of
 from foveate.data.hub import dataset_files, is_hub_name
 from foveate.data.images import ImageOptions
 from foveate.data.parsers import Parser, RecognisedRows
+from foveate.data.recognise import SCHEMA_FIELDS
 from foveate.data.rows import Parsed, Place, Problem
 from foveate.data.sources import BLOCK_ROWS, Raw, RowGroups, Source
 from foveate.data.statistics import Statistics
@@ -246,6 +247,19 @@ class TaskTable:
         anything else."""
         everything = [value for file in self._files for value in _values(file, field)]
         return [everything[row] for row in self._kept]
+
+    def stand_in(self, index: int, field: str) -> str:
+        """The mapping, as `TARGET=COLUMN`, that fills a field of the schema which the row at `index` lacks; empty if no
+        other column can."""
+        task = self.inspect(index)[0]
+        if task is not None:
+            value = task.answer if field == SCHEMA_FIELDS["answer"] else task.meta.get(field.split(".")[-1])
+            if value is not None and value != "":
+                return ""
+        row = int(self._kept[index])
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        raw = next(self._files[number].source.block(row - int(self._ends[number - 1] if number else 0), 1))
+        return "" if isinstance(raw, DataError) else self._files[number].parser.stand_in(raw, field)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TaskTable:
         """The same files with only these rows, in this order."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,13 @@ class ValidationReport:
             for problem, count in self.warnings.items()
         ]
 
+    def stand_in(self, table: TaskTable) -> str:
+        """The mapping that takes from another column what the first bad row lacks; empty where there is none."""
+        if not self.problems:
+            return ""
+        index = next(i for i, kept in zip_longest(range(self.total), self.kept) if i != kept)
+        return table.stand_in(index, self.problems[0].field.split(" ")[0])
+
     def lines(self) -> list[str]:
         """The rows in numbers, for a person."""
         return [dropped_line(self.problems, self.total), *self.statistics.lines()]
@@ -152,7 +160,8 @@ def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnB
     """Raise DataError for bad rows that may not be skipped, and if no good row is left."""
     require(on_bad_row in ("error", "skip"), f"setting on_bad_row: must be error or skip, not {on_bad_row!r}")
     problems = found.problems
-    if problems and (missing := _missing_column(table, problems)):
+    mapping = found.stand_in(table)
+    if problems and (missing := _missing_column(table, problems, mapping)):
         raise DataError(missing)
     if problems and on_bad_row == "error":
         lines = _grouped(problems)
@@ -160,21 +169,25 @@ def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnB
         for line in lines[:LISTED] if more else []:
             logger.error("%s", line)
         hint = "mend the data (`foveate data check` lists all problems), or leave such rows out with --on-bad-row skip"
-        raise DataError(f"{lines[0]}{more} ({hint})")
+        remedy = f"take it from another column: --column {mapping}; " if mapping else ""
+        raise DataError(f"{lines[0]}{more} ({remedy}{hint})")
     if not found.kept:
-        raise DataError(f"{table.names}: none of the {len(table)} rows can be used; the first problem: {problems[0]}")
+        said = f"{table.names}: none of the {len(table)} rows can be used; the first problem: {problems[0]}"
+        raise DataError(said + (f"; take it from another column: --column {mapping}" if mapping else ""))
 
 
-def _missing_column(table: TaskTable, problems: Sequence[Problem]) -> str:
-    """One line for a role of which no row has a value, and which therefore all rows lack; else nothing."""
+def _missing_column(table: TaskTable, problems: Sequence[Problem], mapping: str) -> str:
+    """One line for a role of which no row has a value, and which therefore all rows lack; else nothing. `mapping` may
+    say which column can stand in for it."""
     rows = Counter(problem.field for problem in problems)
     for role in ("answer", "response", "chosen", "rejected"):
         field = SCHEMA_FIELDS[role]
         if rows[field] >= len(table) and not any(value is not None for value in table.values(field)):
             need = next(problem for problem in problems if problem.field == field).what.rpartition("; ")[2]
+            column = mapping.partition("=")[2] if mapping.startswith(f"{role}=") else "COLUMN"
             return (
                 f"{table.names}: no column holds the {role} ({need}); the columns are {', '.join(table.columns)}; name "
-                f"the one that does: --column {role}=COLUMN, or in a recipe data.columns: {{{role}: COLUMN}}"
+                f"the one that does: --column {role}={column}, or in a recipe data.columns: {{{role}: {column}}}"
             )
     return ""
 

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from foveate.data.referring import format_box
 from foveate.data.table import row_schema, write_rows
 from foveate.files import atomic_write_text, sha256
 
@@ -79,11 +80,6 @@ class Scene:
     def signature(self) -> str:
         """A hash of what is drawn, in which order: scenes with the same signature have the same pixels."""
         return hashlib.sha256(repr((self.side, self.background, self.shapes)).encode()).hexdigest()[:16]
-
-
-def format_box(box_1000: tuple[int, int, int, int]) -> str:
-    """The answer form of InternVL for a box in 0..1000: `<box>[[x1,y1,x2,y2]]</box>`."""
-    return "<box>[[{},{},{},{}]]</box>".format(*box_1000)
 
 
 def to_thousandths(box: tuple[int, int, int, int], side: int) -> tuple[int, int, int, int]:

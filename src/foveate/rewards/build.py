@@ -21,7 +21,7 @@ import numpy as np
 from foveate.errors import ConfigError, DataError, printable
 from foveate.records import Answer, Score, Task
 from foveate.registry import bind, resolve
-from foveate.rewards import REWARDS
+from foveate.rewards import GROUND_TRUTH, REWARDS
 from foveate.rewards.text import question
 
 logger = logging.getLogger(__name__)
@@ -133,11 +133,17 @@ class Form:
 
 
 VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def _truth(task: Task) -> Any:
+    return task.answer
+
+
 ROW_COLUMNS: dict[str, Callable[[Task], Any]] = {
     "data_source": lambda task: task.source,
-    "ground_truth": lambda task: task.answer,
-    "solution": lambda task: task.answer,
-    "answer": lambda task: task.answer,
+    "ground_truth": _truth,
+    "solution": _truth,
+    "answer": _truth,
 }
 """Columns that every row has, beside the fields of its `extra_info`."""
 
@@ -262,10 +268,7 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
     known, given = REWARDS.get(name), settings or {}
     if known is None:
         function = _resolve(name)
-        form, parameters = _form_of(f"reward {name}", function), _positional(inspect.signature(function).parameters)
-        needed = (key for key, parameter in parameters.items() if parameter.default is parameter.empty)
-        columns = tuple(key for key in needed if key not in ("answer", "completions", "prompts", *ROW_COLUMNS))
-        return NeedsColumns(columns) if form.columns and columns else None
+        return _needs(_form_of(f"reward {name}", function), inspect.signature(function).parameters)
     if not known.check:
         return None
     check = resolve({}, known.check, "check")
@@ -275,16 +278,30 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
     return bind(check, read, f"reward {name}")
 
 
+def _needs(form: Form, given: _Parameters) -> TruthCheck | None:
+    """The check of a function's own: for the columns of a row that are its parameters, its ground truth among them."""
+    names = [key for key, parameter in _positional(given).items() if parameter.default is parameter.empty]
+    names = names[1:] if form.adapt is _plain else names  # where the first one is the answer of the model
+    columns = tuple(key for key in names if key not in ("completions", "prompts", *ROW_COLUMNS)) if form.columns else ()
+    truth = (form.columns or form.arguments) and any(ROW_COLUMNS[key] is _truth for key in names if key in ROW_COLUMNS)
+    return NeedsColumns(columns, truth) if columns or truth else None
+
+
 def _resolve(name: str) -> Any:
     return resolve({known: entry.function for known, entry in REWARDS.items()}, name, "reward")
 
 
 @dataclass(frozen=True, slots=True)
 class NeedsColumns:
-    """The check of a reward that names columns of a row as its parameters. It can be sent to other processes."""
+    """The check of a reward that names columns of a row as its parameters; truth: its ground truth, too. It can be sent
+    to other processes."""
 
     columns: tuple[str, ...]
+    truth: bool = False
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
-        missing = [column for column in self.columns if column not in task.meta]
-        return [(f"extra_info.{column}", "is missing; the reward has a parameter of this name") for column in missing]
+        missing = [f"extra_info.{column}" for column in self.columns if column not in task.meta]
+        faults = [(field, "is missing; the reward has a parameter of this name") for field in missing]
+        if self.truth and task.answer is None:
+            faults.append((GROUND_TRUTH, "is missing, and the reward compares answers with it"))
+        return faults
