@@ -1,13 +1,15 @@
 # CPU: docker build -t foveate .
-# CUDA: docker build -t foveate --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
+# CUDA: docker build -t foveate --build-arg LOCK=cuda .
 FROM python:3.11-slim
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG LOCK=cpu
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/foveate
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY locks locks
+RUN pip install --no-cache-dir -r "locks/${LOCK}.txt"
+COPY pyproject.toml README.md LICENSE ./
 COPY src src
-RUN pip install --no-cache-dir torch==2.13.0 --index-url "${TORCH_INDEX}" \
-    && pip install --no-cache-dir -c constraints.txt '.[all]'
+RUN pip install --no-cache-dir --no-deps .
 WORKDIR /work
 ENTRYPOINT ["foveate"]
 CMD ["--help"]
