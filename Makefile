@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# With `make journeys`: any text, by which one journey and one notebook are chosen.
+TURN ?=
 # More for pytest in `make test-slow`, such as the files that it is to run.
 SLOW ?=
 # Spinning threads starve their neighbours; one thread per test worker is fastest.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint docs bench coldstart clean
+.PHONY: demo test test-slow journeys lint docs bench coldstart clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +28,11 @@ test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not journey" $(SLOW)
+
+# The first runs of README and docs/first_runs.md and the notebooks, as they stand; with TURN=text one of each.
+journeys: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 FOVEATE_TEST_TURN=$(TURN) $(BIN)/python -m pytest -m journey tests/test_journeys.py --durations=0
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
