@@ -18,7 +18,9 @@ from foveate.models.checkpoint.configs import (
     tile_preprocessor,
     with_dtype,
 )
-from foveate.models.sizes import PUBLISHED_SIZES, parameter_counts, published_config
+from foveate.models.sizes import PUBLISHED_SIZES, published_config
+from foveate.plan.memory import parameter_counts
+from foveate.plan.trace import traced_policy
 
 VIT_300M, VIT_6B = 304_012_288, 5_536_496_000
 EXACT = {  # parameters of the vision tower and of the language model
@@ -44,10 +46,14 @@ def qwen3():
     return copy.deepcopy(CASES["300M-qwen3"]["config"])
 
 
+def counts_of(config):
+    return parameter_counts(traced_policy(config, torch.float32, "auto"))
+
+
 @pytest.mark.parametrize("size", PUBLISHED_SIZES)
 def test_a_published_size_has_its_published_number_of_parameters(size):
     config = published_config(size)
-    counts = parameter_counts(config)
+    counts = counts_of(config)
     assert (counts["vision"], counts["language"]) == EXACT[size]
     shuffled, width = 4 * config.vision_config.hidden_size, config.text_config.hidden_size
     assert counts["projector"] == 2 * shuffled + (shuffled + 1) * width + (width + 1) * width
@@ -55,7 +61,7 @@ def test_a_published_size_has_its_published_number_of_parameters(size):
 
 def test_every_published_size_is_known():
     assert EXACT.keys() == PUBLISHED_SIZES.keys()
-    assert sum(parameter_counts(published_config("1B")).values()) == 1_060_897_792
+    assert sum(counts_of(published_config("1B")).values()) == 1_060_897_792
 
 
 def test_the_hugging_face_form_says_the_same_as_the_github_form(chat):

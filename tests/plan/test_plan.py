@@ -26,7 +26,7 @@ from foveate.plan.hardware import GPUS, parse_machines
 from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, shallow, sizes_of
 from foveate.plan.report import plan_text
 from foveate.plan.time import active_parameters, language_flops, seconds_of, vision_flops
-from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, step_memory, traced_policy
+from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, piece_of, step_memory, traced_policy
 from foveate.plan.workload import Workload, workload_of
 from foveate.rollout.native.cache import GroupCache
 from foveate.train.muon import MUON
@@ -35,6 +35,7 @@ from foveate.train.optim import OPTIMIZERS
 ONE_GPU = sorted(path.stem for path in SHIPPED.glob("geo3k_*.yaml"))
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in ONE_GPU)
 ALL = ("vision", "projector", "language")
+QWEN = "geo3k_qwen2_5_vl_3b_lora"
 
 
 ON_CPU = ClusterSettings(device="cpu")
@@ -172,6 +173,21 @@ def test_published_sizes_have_the_papers_parameters():
     assert {size: round(count, 1) for size, count in billions.items()} == pytest.approx(paper, abs=0.11)
 
 
+def test_qwen2_5_vl_is_planned_with_its_own_parameters_and_pieces():
+    config = workload_of(read_recipe(QWEN, []), None, None, None).config
+    assert sizes_of(config, ALL).total == 3_754_622_976  # as its model card's weights have it
+    piece = piece_of(config)
+    assert (piece.tokens, piece.pixels, piece.grid) == (256, (1024, 3, 14, 14), (16, 16))
+    assert key_value_bytes(config, 2) == 2 * 36 * 2 * 128 * 2
+    cut = shallow(config, 2, 2)
+    policy = traced_policy(cut, torch.float32, "sdpa")
+    batch = _meta_batch(RowShape(1024, 64, 3), piece)
+    with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():
+        policy.family.features(policy.model, batch.pixels, batch.grids)
+    expected = 3 * piece_of(cut).flops
+    assert counted.get_total_flops() <= 1.03 * expected <= 1.2 * counted.get_total_flops()
+
+
 @pytest.mark.parametrize(("size", "billions"), [("30B-A3B", 3.3), ("241B-A28B", 22.2)])
 def test_a_token_meets_the_chosen_experts_alone(size, billions):
     config = published_config(size)
@@ -182,8 +198,7 @@ def test_a_token_meets_the_chosen_experts_alone(size, billions):
 def test_arithmetic_is_what_the_model_does(config):
     """torch counts products of matrices; attention of the forest is an operator it does not know."""
     policy = traced_policy(config, torch.float32, "sdpa")
-    per_tile, side = config.image_seq_length, config.vision_config.image_size
-    batch = _meta_batch(RowShape(256, 64, 3), per_tile, side)
+    batch = _meta_batch(RowShape(256, 64, 3), piece_of(config))
     with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():
         token_logprobs(policy, batch)
     answers = len(batch.forest.length) - 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from foveate.encoding.chat import ANSWER_STARTS, CONTENT_WORDS, CORRECTED_TEMPLATE, TURN_WORDS, template_of
-from foveate.errors import DataError
+from foveate.errors import ConfigError, DataError
 from foveate.records import ImageSlot
 
 PER_MILLE = (1000, 1000)
@@ -36,6 +36,18 @@ class DummyImage:
 
     pixels: Tensor
     grids: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePiece:
+    """The piece of an image that plans count in: a tile, or a square that gives as many tokens where images keep their
+    own shape. `pixels` is the shape of its part of `Batch.pixels`; `flops` is the arithmetic of a forward pass of it
+    through vision tower and projector."""
+
+    tokens: int
+    pixels: tuple[int, ...]
+    grid: tuple[int, int] | None
+    flops: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,7 @@ class Family:
         transposed_experts: whether checkpoints may hold the matrices of experts as (expert, in, out), which
             transformers turns as it loads and not as it saves.
         servers: the servers that take it ("vllm", "sglang"), and how.
+        vision_depth: the number of blocks of the vision tower, by its name in vision_config.
     """
 
     name: str
@@ -119,12 +132,23 @@ class Family:
     github_type: ClassVar[str | None] = None
     transposed_experts: ClassVar[bool] = False
     servers: ClassVar[Mapping[str, ServedAs]] = {}
+    vision_depth: ClassVar[str] = "num_hidden_layers"
 
     @classmethod
     def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Self]:
         """transformers' configuration of a model folder, and the facts of the family, from its small files. Raises
         DataError naming what is missing or does not fit."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is read")
+
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        """The family of a model that has a configuration alone, for plans: without tokens and without the image
+        processor. Raises ConfigError for a family that is not planned."""
+        raise ConfigError(f"{config.model_type}: plans are made for models with images, InternVL and Qwen2.5-VL")
+
+    def piece(self, config: Any) -> ImagePiece:
+        """The piece of an image that plans count in."""
+        raise NotImplementedError(f"{self.name} is planned and does not say in which pieces of an image")
 
     @property
     def sees_images(self) -> bool:

@@ -1,4 +1,4 @@
-"""The published sizes of InternVL3.5, as configurations: for counting parameters and for planning memory.
+"""Published models as configurations, the sizes of InternVL3.5 first: for planning memory.
 
 Dimensions: InternVL3.5 (arXiv 2508.18265), table 1, and the configurations of Qwen3, GPT-OSS and InternViT. Every size
 has untied embeddings, unlike the small Qwen3 models that they were made from.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 _VISION_300M = {
@@ -65,6 +64,25 @@ PUBLISHED_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """By the name after `InternVL3_5-`: vision_config and text_config."""
 
 
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "Qwen2.5-VL-3B": {
+        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
+        "text_config": {
+            "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+            "intermediate_size": 11008, "vocab_size": 151936, "max_position_embeddings": 128000,
+            "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+}  # fmt: skip
+"""Configurations of other published models (Qwen2.5-VL, arXiv 2502.13923, table 1), by how their names begin."""
+
+
 def published_config(size: str) -> InternVLConfig:
     """The configuration of a published size, a key of `PUBLISHED_SIZES`."""
     vision, text = PUBLISHED_SIZES[size]
@@ -77,14 +95,3 @@ def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:
     """The modules of a model with shapes but no memory, on the meta device."""
     with torch.device("meta"):
         return InternVLForConditionalGeneration(config)
-
-
-def parameter_counts(config: InternVLConfig) -> dict[str, int]:
-    """Parameters of `vision`, `projector` and `language` (the head is part of the language model)."""
-    model: Any = meta_model(config)
-
-    def count(module: nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    counts = {"vision": count(model.model.vision_tower), "projector": count(model.model.multi_modal_projector)}
-    return {**counts, "language": count(model) - sum(counts.values())}

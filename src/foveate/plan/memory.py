@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,9 +13,9 @@ import torch
 from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
 from foveate.models.lora import train_parts
-from foveate.models.sizes import parameter_counts
+from foveate.models.policy import Policy, parameters_by_part
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
-from foveate.plan.trace import RowShape, StepMemory, step_memory, traced_policy
+from foveate.plan.trace import RowShape, StepMemory, family_of, piece_of, step_memory, traced_policy
 from foveate.plan.workload import Workload
 from foveate.train.optim import state_bytes
 
@@ -69,6 +70,14 @@ class Sizes:
     root: int
 
 
+def parameter_counts(policy: Policy) -> dict[str, int]:
+    """Parameters of `vision`, `projector` and `language`; the head is part of the language model."""
+    parts = parameters_by_part(policy)
+    counts = {part: sum(one.numel() for one in own.values()) for part, own in parts.items()}
+    counts["language"] += counts.pop("head")
+    return counts
+
+
 def sizes_of(config: Any, train: tuple[str, ...], lora: LoraSettings | None = None) -> Sizes:
     return _sizes(_ByText(config), train, lora)
 
@@ -89,13 +98,13 @@ class _ByText:
 
 @lru_cache(maxsize=256)
 def _sizes(held: _ByText, train: tuple[str, ...], lora: LoraSettings | None) -> Sizes:
-    counts = parameter_counts(held.config)
+    policy = traced_policy(held.config, torch.float32, "auto")
+    counts = parameter_counts(policy)
     text = held.config.text_config
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
     trained = sum(counts[part] for part in train)
     if lora is not None:
-        policy = traced_policy(held.config, torch.float32, "auto")
         train_parts(policy, train, lora)
         trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
     return Sizes(sum(counts.values()), trained, block, root + counts["projector"])
@@ -115,10 +124,15 @@ def _optimizer_bytes(
     return state_bytes(policy.model, OptimSettings.model_validate_json(optim))
 
 
+def head_width(text: Any) -> int:
+    """Numbers of a head of attention; some configurations leave it to be divided out."""
+    return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+
+
 def key_value_bytes(config: Any, itemsize: int) -> int:
     """Of one token in all layers."""
     text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * itemsize
 
 
 def memory_of(work: Workload) -> Memory:
@@ -160,8 +174,7 @@ def memory_of(work: Workload) -> Memory:
 
 def _pixels(work: Workload) -> float:
     """Float32 tiles of all prompts of a step."""
-    side = work.config.vision_config.image_size
-    return 4.0 * 3 * side[0] * side[1] * work.tiles * work.groups
+    return 4.0 * math.prod(piece_of(work.config).pixels) * work.tiles * work.groups
 
 
 def activation_memory(work: Workload) -> StepMemory:
@@ -181,7 +194,8 @@ def _extrapolated(
     checkpointing: bool,
     on_gpu: bool,
 ) -> StepMemory:
-    vision, language = held.config.vision_config.num_hidden_layers, held.config.text_config.num_hidden_layers
+    vision = held.config.vision_config.to_dict()[family_of(held.config).vision_depth]
+    language = held.config.text_config.num_hidden_layers
     depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
     how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
     traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
@@ -193,7 +207,8 @@ def _extrapolated(
 def shallow(config: Any, language: int, vision: int) -> Any:
     """The same model with fewer blocks."""
     cut = copy.deepcopy(config)
-    cut.text_config.num_hidden_layers, cut.vision_config.num_hidden_layers = language, vision
+    cut.text_config.num_hidden_layers = language
+    cut.vision_config.update({family_of(config).vision_depth: vision})
     if "layer_types" in cut.text_config.to_dict():
         cut.text_config.layer_types = cut.text_config.layer_types[:1] * language
     return cut

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, HOST_BANDWIDTH, Machines
-from foveate.plan.memory import ENGINE_BYTES, Memory, key_value_bytes, optimizer_bytes, sizes_of
+from foveate.plan.memory import ENGINE_BYTES, Memory, head_width, key_value_bytes, optimizer_bytes, sizes_of
+from foveate.plan.trace import piece_of
 from foveate.plan.workload import Workload
 
 
@@ -29,8 +30,8 @@ class Seconds:
 def active_parameters(config: Any) -> int:
     """Weights of the language model's blocks that one token is multiplied with; of the experts, the chosen ones."""
     text = config.text_config
-    width, heads, kept = text.hidden_size, text.num_attention_heads * text.head_dim, text.num_key_value_heads
-    attention = width * (2 * heads + 2 * kept * text.head_dim)
+    width, heads, kept = text.hidden_size, text.num_attention_heads * head_width(text), text.num_key_value_heads
+    attention = width * (2 * heads + 2 * kept * head_width(text))
     if "moe" in text.model_type:
         mlp = 3 * width * text.moe_intermediate_size * text.num_experts_per_tok + width * text.num_experts
     else:
@@ -42,18 +43,14 @@ def language_flops(config: Any, prompt: int, answer: int, answers: int) -> float
     """A forward pass of one group: the prompt once, each answer after it, logits of the answers alone."""
     text = config.text_config
     pairs = prompt**2 / 2 + answers * (answer * prompt + answer**2 / 2)
-    attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * pairs
+    attention = 4 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * pairs
     head = 2 * text.vocab_size * text.hidden_size * answers * answer
     return 2 * active_parameters(config) * (prompt + answers * answer) + attention + head
 
 
 def vision_flops(config: Any, tiles: int) -> float:
     """A forward pass of the vision tower and the projector."""
-    vision, text = config.vision_config, config.text_config
-    width, tokens = vision.hidden_size, (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
-    block = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * tokens**2
-    projector = 2 * config.image_seq_length * (4 * width * text.hidden_size + text.hidden_size**2)
-    return tiles * (vision.num_hidden_layers * block + projector)
+    return tiles * piece_of(config).flops
 
 
 def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:

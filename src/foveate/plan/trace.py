@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, InternVLForConditionalGeneration
+from transformers import AttentionInterface
 
 from foveate.config.model import LoraSettings
+from foveate.encoding.family import Family, ImagePiece
 from foveate.models.attention.kernels import KERNELS
-from foveate.models.families.internvl import InternVL
+from foveate.models.families import family_class
 from foveate.models.forward import token_logprobs
 from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
 from foveate.models.lora import train_parts
@@ -108,7 +109,8 @@ def step_memory(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
-    batch = _meta_batch(row, config.image_seq_length, config.vision_config.image_size)
+    piece = piece_of(config)
+    batch = _meta_batch(row, piece)
     with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()]) as step:
         logp_M, entropy_M = token_logprobs(policy, batch)
         loss = (logp_M - entropy_M).sum()
@@ -117,9 +119,7 @@ def step_memory(
     traced = _chunk_memory(head, batch.target_M, CHUNK_ELEMENTS)
     own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS) if on_gpu else traced
     pixels = batch.pixels
-    features = (
-        0 if pixels is None else pixels.nbytes + row.tiles * config.image_seq_length * head.shape[1] * dtype.itemsize
-    )
+    features = 0 if pixels is None else pixels.nbytes + row.tiles * piece.tokens * head.shape[1] * dtype.itemsize
     return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - traced, features, own)
 
 
@@ -138,9 +138,10 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _fused(
-    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, *, scaling: float, **_: Any
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention that keeps as much as `sdpa` does on a device: on the meta device that would compute all scores."""
+    assert attention_mask is None
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
@@ -149,24 +150,36 @@ _FUSED = "foveate_planned"
 AttentionInterface.register(_FUSED, _fused)
 
 
+def family_of(config: Any) -> Family:
+    """The family of a configuration. Raises ConfigError for one that is not planned."""
+    return family_class(config.model_type).planned(config)
+
+
+def piece_of(config: Any) -> ImagePiece:
+    """The piece of an image that the plan of a model counts in."""
+    return family_of(config).piece(config)
+
+
 def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
     """A policy on the meta device."""
+    family = family_of(config)
     kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=kernels)
+        model = family.auto_class.from_config(config, dtype=dtype, attn_implementation=kernels)
     tokenizer: Any = None
-    return Policy(model.eval(), tokenizer, InternVL.planned(config), Path(), "hf")
+    return Policy(model.eval(), tokenizer, family, Path(), "hf")
 
 
-def _meta_batch(row: RowShape, tokens_per_tile: int, size: Sequence[int]) -> Batch:
+def _meta_batch(row: RowShape, piece: ImagePiece) -> Batch:
     """A batch on the meta device. Memory hangs on the totals alone, so the prompt is one of at least 128 tokens and its
     answers are equal and at most a quarter as long: no run of tokens is filled up, which would need values."""
-    prompt = max(row.prompt, row.tiles * tokens_per_tile, 128)
+    prompt = max(row.prompt, row.tiles * piece.tokens, 128)
     count = max(1, -(-4 * row.answer // prompt))
-    slot = (ImageSlot(0, row.tiles * tokens_per_tile, row.tiles),) if row.tiles else ()
-    pixels = torch.empty(row.tiles, 3, *size, device="meta") if row.tiles else None
+    entries, *size = piece.pixels
+    slots = tuple(ImageSlot(i * piece.tokens, piece.tokens, entries, piece.grid) for i in range(row.tiles))
+    pixels = torch.empty(row.tiles * entries, *size, device="meta") if row.tiles else None
     answers = ((0,) * max(1, row.answer // count),) * count
-    batch = pack([PackedGroup.of_tokens(Prompt((0,) * prompt, slot, pixels, ()), answers)])
+    batch = pack([PackedGroup.of_tokens(Prompt((0,) * prompt, slots, pixels, ()), answers)])
     return replace(batch, **{name: tensor.to("meta") for name, tensor in _tensors(batch).items()})
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings
@@ -18,8 +20,8 @@ from foveate.models.checkpoint.formats import hf_form, model_config
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.models.checkpoint.small_files import read_tokenizer
 from foveate.models.policy import DTYPES
-from foveate.models.sizes import PUBLISHED_SIZES, published_config
-from foveate.plan.trace import RowShape
+from foveate.models.sizes import OTHER_MODELS, PUBLISHED_SIZES, published_config
+from foveate.plan.trace import RowShape, piece_of
 from foveate.train.algorithm import build_algorithm
 
 
@@ -70,7 +72,7 @@ class Workload:
         tokens = self.budget * share
         prompts = max(1, tokens // (self.prompt + self.answers * self.answer))
         prompt = min(prompts * self.prompt, tokens - 1)
-        tiles = -(-min(prompts * self.tiles, prompt // self.config.image_seq_length) // share)
+        tiles = -(-min(prompts * self.tiles, prompt // piece_of(self.config).tokens) // share)
         return RowShape(prompt // share, (tokens - prompt) // share, tiles)
 
 
@@ -81,7 +83,7 @@ def workload_of(
     13) and 100 tokens of text, or the longest prompt if that is less; an eighth of the longest answer."""
     model, data, train = settings.model, settings.data, settings.train
     config = _config_of(model.path)
-    per_tile = config.image_seq_length
+    per_tile = piece_of(config).tokens
     tiles = min(7, data.max_prompt_tokens // per_tile) if tiles is None else tiles
     prompt = min(data.max_prompt_tokens, tiles * per_tile + 100) if prompt is None else prompt
     if tiles * per_tile > prompt:
@@ -115,10 +117,13 @@ def _config_of(path: str) -> Any:
     if path == "demo" or Path(path).is_dir():
         folder = resolve_folder(path)
         return model_config(folder, hf_form(folder, read_tokenizer(folder)))
-    sizes = sorted((size for size in PUBLISHED_SIZES if re.search(rf"-{size}(-|$)", Path(path).name)), key=len)
+    name = Path(path).name
+    if known := next((known for known in OTHER_MODELS if name.startswith(known)), None):
+        return AutoConfig.for_model(**copy.deepcopy(OTHER_MODELS[known]))
+    sizes = sorted((size for size in PUBLISHED_SIZES if re.search(rf"-{size}(-|$)", name)), key=len)
     if not sizes:
         raise ConfigError(
-            f"model.path {path}: no such folder, and the name is not that of a published size: InternVL3_5- and one of "
-            f"{', '.join(PUBLISHED_SIZES)}"
+            f"model.path {path}: no such folder, and the name is not that of a published size: "
+            f"{', '.join(OTHER_MODELS)}, or InternVL3_5- and one of {', '.join(PUBLISHED_SIZES)}"
         )
     return published_config(sizes[-1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.chat import DEFAULT_SYSTEM
-from foveate.encoding.family import DummyImage, Family, Features, ImageShape, ServedAs
+from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
 from foveate.encoding.tiles import cut_tiles, tile_budget, tile_count
 from foveate.errors import DataError
 from foveate.models.checkpoint.configs import TEMPLATES, TEXT_ARCHITECTURES, hf_preprocessor
@@ -118,6 +118,14 @@ class InternVL(Family):
         """The family of a model that has a configuration alone, for the planner: without tokens and pixels."""
         tile, tokens = config.vision_config.image_size[0], config.image_seq_length
         return cls(stop_ids=(), tile=tile, tokens_per_tile=tokens, mean=(), std=())
+
+    def piece(self, config: Any) -> ImagePiece:
+        vision, text = config.vision_config, config.text_config
+        width, tokens = vision.hidden_size, (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
+        block = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * tokens**2
+        projector = 2 * self.tokens_per_tile * (4 * width * text.hidden_size + text.hidden_size**2)
+        flops = vision.num_hidden_layers * block + projector
+        return ImagePiece(self.tokens_per_tile, (1, 3, *vision.image_size), None, flops)
 
     @property
     def dummy_image(self) -> DummyImage:

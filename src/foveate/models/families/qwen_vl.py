@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
-from foveate.encoding.family import PER_MILLE, DummyImage, Family, Features, ImageShape, ServedAs
+from foveate.encoding.family import PER_MILLE, DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import read_hf_config
 from foveate.models.checkpoint.small_files import (
@@ -66,6 +66,7 @@ class QwenVL(Family):
     reserved = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     control_words = (*Family.control_words, "<|vision_pad|>")
     unit = "pixels"
+    vision_depth = "depth"
     auto_class = AutoModelForImageTextToText
 
     @classmethod
@@ -100,6 +101,20 @@ class QwenVL(Family):
             std=tuple(processor["image_std"]),
         )
 
+    def piece(self, config: Any) -> ImagePiece:
+        """A square of 16 x 16 tokens: 448 pixels wide in Qwen2.5-VL, a tile of InternVL."""
+        vision, text, side = config.vision_config, config.text_config, 16
+        width, tokens, inner = vision.hidden_size, side**2, vision.hidden_size * self.merge**2
+        patches = tokens * self.merge**2
+        window = min(patches, (vision.window_size // self.patch) ** 2)
+        whole = len(vision.fullatt_block_indexes)
+        pairs = patches * (whole * patches + (vision.depth - whole) * window)
+        blocks = 2 * patches * vision.depth * (4 * width**2 + 3 * width * vision.intermediate_size) + 4 * width * pairs
+        stem = 2 * patches * width * 3 * self.repeats * self.patch**2
+        merger = 2 * tokens * (inner**2 + inner * text.hidden_size)
+        pixels = (patches, 3, self.patch, self.patch)
+        return ImagePiece(tokens, pixels, (side, side), blocks + stem + merger)
+
     @property
     def dummy_image(self) -> DummyImage:
         return DummyImage(torch.zeros(self.merge**2, 3, self.patch, self.patch), ((1, 1),))
@@ -130,7 +145,7 @@ class QwenVL(Family):
     def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:
         pixels = pixels.to(next(model.parameters()).dtype)
         patches = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
-        grid = torch.tensor(patches, device=pixels.device)
+        grid = torch.tensor(patches, device="cpu" if pixels.is_meta else pixels.device)  # a plan needs its values
         seen = model.get_image_features(pixel_values=self._frames(pixels), image_grid_thw=grid)
         deeper = seen.get("deepstack_features") or ()  # of all images together before transformers 5.19
         joined = tuple(one if isinstance(one, Tensor) else torch.cat(one) for one in deeper)
@@ -163,6 +178,15 @@ class QwenVL(Family):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen25VL(QwenVL):
     relative_boxes = False
+
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        vision = config.vision_config
+        return cls(
+            name=config.model_type, stop_ids=(), patch=vision.patch_size, merge=vision.spatial_merge_size,
+            repeats=vision.temporal_patch_size, min_pixels=0, mean=(), std=(),
+        )  # fmt: skip
+
     towers = ("qwen2_5_vl_text",)
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
 
