@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.config.recipe import flatten, read_values, values_to_yaml
+from foveate.data.folders import SUFFIXES, suffix_of
 from foveate.data.hub import is_hub_name
 from foveate.evaluate.predictions import mean
 from foveate.files import atomic_write_text
@@ -34,7 +35,7 @@ NOTABLE = (
     "model.lora.rank", "model.dtype", "seed",
 )  # fmt: skip
 """The settings that a card names; those of the algorithm, the loss and the reward join them where they are set."""
-_CHOICES = ("algorithm", "loss", "reward")
+_CHOICES, _LIMITS = ("algorithm", "loss", "reward"), ("workers", "time_limit", "memory_limit")
 
 
 def write_card(run_folder: Path, model_folder: Path) -> Path:
@@ -51,7 +52,7 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
     model, data = settings["model"]["path"], settings["data"]
     keys = {"cascade": "mpo", "rl": "rollout", "mpo": "loss"}
     stage = next((name for name, key in keys.items() if key in settings), "sft")
-    base = str(model).partition("@")[0] if is_hub_name(model) else former.get("base_model", "")
+    base = str(model).partition("@")[0] if _on_hub(model) else former.get("base_model", "")
     sources = [*data["train"], *(data.get("test") or ())]
     method = (settings["rl"] if stage == "cascade" else settings).get("algorithm") or settings.get("loss") or {}
     front = {
@@ -60,7 +61,7 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["foveate", stage, *([method["name"]] if "name" in method else [])],
-        **({"datasets": names} if (names := sorted({_repo(one) for one in sources if is_hub_name(one)})) else {}),
+        **({"datasets": names} if (names := sorted({_repo(one) for one in sources if _on_hub(one)})) else {}),
     }
     licence = f", licence {former['license']}" if "license" in former else ""
     facts = [
@@ -89,6 +90,11 @@ def _front_matter(text: str) -> dict[str, str]:
     return dict(re.findall(r"^(license|base_model): *['\"]?([\w./-]+)['\"]?\s*$", head, re.MULTILINE))
 
 
+def _on_hub(name: str) -> bool:
+    """Whether a source is a name of the hub, as where rows are read."""
+    return suffix_of(Path(name)) not in SUFFIXES and is_hub_name(name)
+
+
 def _repo(name: str) -> str:
     return re.split("[:@]", name)[0]
 
@@ -96,7 +102,7 @@ def _repo(name: str) -> str:
 def _name(path: str) -> str:
     """A name of the hub, or the last part of a path: folders of this machine are nobody's business. Files of rows are
     named alike, so the folder that they lie in stands in front."""
-    return path if is_hub_name(path) else "/".join(Path(path).parts[-2:]).lstrip("/")
+    return path if _on_hub(path) else "/".join(Path(path).parts[-2:]).lstrip("/")
 
 
 def _notable(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -104,14 +110,14 @@ def _notable(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     stages = {f"{name}.": settings[name] for name in ("sft", "mpo", "rl") if settings.get(name)}
     for prefix, own in {"": settings, **stages}.items():
         for choice in _CHOICES:
-            given = own.get(choice) or {}
+            given = {name: value for name, value in (own.get(choice) or {}).items() if name not in _LIMITS}
             yield from ((f"{prefix}{choice}.{k}", v) for k, v in flatten(given).items() if v not in (None, {}, [], ""))
         flat = flatten(own)
         yield from ((prefix + name, flat[name]) for name in NOTABLE if flat.get(name) is not None)
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, str) and "/" in value and not is_hub_name(value):
+    if isinstance(value, str) and "/" in value and not _on_hub(value):
         return _name(value)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
