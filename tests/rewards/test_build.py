@@ -193,7 +193,14 @@ def test_rows_without_a_column_that_a_reward_names_are_reported(file):
     assert pickle.loads(pickle.dumps(check))(bad) == [
         ("extra_info.level", "is missing; the reward has a parameter of this name")
     ]
-    assert truth_check(f"{file}:trl_messages") is truth_check(f"{file}:compute_score") is None
+    assert truth_check(f"{file}:plain") is None
+    for name in ("trl_messages", "compute_score"):
+        needs = truth_check(f"{file}:{name}")
+        assert needs is not None
+        assert needs(TASK) == []
+        assert needs(Task("1", "s", (), (), None)) == [
+            ("reward_model.ground_truth", "is missing, and the reward compares answers with it")
+        ]
 
 
 def test_a_new_reward_is_a_function_with_its_check_and_one_line_of_the_table(tmp_path, monkeypatch):

@@ -71,10 +71,6 @@ class Parser(Protocol):
         """The columns, and the fields below them, that a field of the schema (`extra_info.id`) may be read from."""
         return [field.split(".")]
 
-    def stand_in(self, row: Mapping[str, Any], field: str) -> str:  # noqa: ARG002 - for those that take a mapping
-        """The mapping, as `TARGET=COLUMN`, that fills a field which a row lacks from another column; empty if none."""
-        return ""
-
 
 @dataclass(frozen=True, slots=True)
 class RecognisedRows(Parser):
@@ -138,6 +134,7 @@ class RecognisedRows(Parser):
         return [path.split(".") for path in dict.fromkeys((field, role, *COLUMNS.get(role, ())))]
 
     def stand_in(self, row: Mapping[str, Any], field: str) -> str:
+        """The mapping, as `TARGET=COLUMN`, that fills a field which a row lacks from another column; empty if none."""
         role = next((role for role, known in SCHEMA_FIELDS.items() if known == field), field)
         values, used = self._values(row, self._roles(row))
         others = {"answer": ("chosen",), "response": ("answer", "chosen")}.get(role, ())

@@ -259,7 +259,8 @@ class TaskTable:
         row = int(self._kept[index])
         number = int(np.searchsorted(self._ends, row, side="right"))
         raw = next(self._files[number].source.block(row - int(self._ends[number - 1] if number else 0), 1))
-        return "" if isinstance(raw, DataError) else self._files[number].parser.stand_in(raw, field)
+        parser = self._files[number].parser
+        return parser.stand_in(raw, field) if isinstance(parser, RecognisedRows) and isinstance(raw, dict) else ""
 
     def select(self, indices: Sequence[int] | np.ndarray) -> TaskTable:
         """The same files with only these rows, in this order."""
