@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface
 
 from foveate.config.model import LoraSettings
@@ -40,7 +40,8 @@ class StorageCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 1  # the value of a tensor, which transformers asks of its masks: any will do, no size hangs on it
-        out = func(*args, **(kwargs or {}))
+        args, kwargs = _on_meta((args, kwargs or {}))
+        out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._count(leaf.untyped_storage())
@@ -57,6 +58,13 @@ class StorageCounter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _on_meta(arguments: Any) -> Any:
+    """Arguments of an operation, on the meta device where one of them is: shapes of images are known on the CPU."""
+    if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(arguments)):
+        return arguments
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta") if tensor.ndim else tensor, arguments)
 
 
 @dataclass(frozen=True, slots=True)
