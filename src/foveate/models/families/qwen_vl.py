@@ -107,7 +107,7 @@ class QwenVL(Family):
         width, tokens, inner = vision.hidden_size, side**2, vision.hidden_size * self.merge**2
         patches = tokens * self.merge**2
         window = min(patches, (vision.window_size // self.patch) ** 2)
-        whole = len(vision.fullatt_block_indexes)
+        whole = sum(index < vision.depth for index in vision.fullatt_block_indexes)
         pairs = patches * (whole * patches + (vision.depth - whole) * window)
         blocks = 2 * patches * vision.depth * (4 * width**2 + 3 * width * vision.intermediate_size) + 4 * width * pairs
         stem = 2 * patches * width * 3 * self.repeats * self.patch**2
