@@ -23,7 +23,7 @@ from foveate.report.summary import compare_evaluations, format_difference, forma
 PARTS = 5
 """The parts of a run whose means stand in the table of its curve."""
 CURVES = ("reward/mean", "loss/loss", "answer/length")
-STAGES = {
+_STAGES = {
     "cascade": "preference optimisation, then online reinforcement learning (Cascade RL)",
     "rl": "online reinforcement learning",
     "mpo": "preference optimisation",
@@ -66,7 +66,7 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
     licence = f", licence {former['license']}" if "license" in former else ""
     facts = [
         ("base model", f"{base or _name(model)}{licence}"),
-        ("trained by", STAGES[stage]),
+        ("trained by", _STAGES[stage]),
         ("training data", ", ".join(map(_name, data["train"]))),
         ("held-out data", ", ".join(map(_name, data.get("test") or ())) or "none"),
         *((name, _value(value)) for name, value in _notable(settings)),
@@ -75,7 +75,7 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
     parts = [
         f"---\n{values_to_yaml(front)}---",
         f"# {_cell(run.name)}",
-        f"{_cell(base or _name(model))} after {STAGES[stage]} with foveate.",
+        f"{_cell(base or _name(model))} after {_STAGES[stage]} with foveate.",
         _table(("", ""), facts),
         *_curve(run.metrics),
         *_evaluation(run),
