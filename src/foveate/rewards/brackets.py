@@ -21,7 +21,7 @@ def entries_of(text: str) -> tuple[str, str, list[str]]:
     if closed:
         opening, closing, inside = closed
         entries = parts_of(inside, _COMMA)
-        if len(entries) > 1:
+        if len(entries) > 1 and not (opening == "(" and _EITHER_SIGN.search(inside)):
             brackets = (opening + closing).replace("\\langle\\rangle", "()").replace("\\", "")
             return named.group().strip() if named else "", brackets, _both(entries) if brackets == "{}" else entries
     return "", "", _both(parts_of(text, _COMMA))

@@ -18,7 +18,7 @@ _MARKS_IN_TEXT = re.compile(
 )
 _LEADING = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=_是为]?\s*)?"
-    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+(?:is|as|because|since|for|which)\b))"
+    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+[\u4e00-\u9fff]|\s+(?:is|as|because|since|for|which)\b))"
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -46,7 +46,7 @@ _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
     r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
-    r"|(?:it|this|that)\s+(?:(?:must|should|would|can\s+only|has\s+to)\s+be\s+)?(?P<must>[^,;]{1,100}?))"
+    r"|(?:it|this|that)(?:'s|\s+is)?\s+(?:(?:must|should|would|can\s+only|has\s+to)\s+be\s+)?(?P<must>[^,;]{1,100}?))"
     r"(?:,?\s+(?:and\s+|but\s+)?(?:not|rather\s+than)\s.{0,200})?[.!?]*",
     re.I,
 )

@@ -50,6 +50,7 @@ _FRACTION = re.compile(
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
+_GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
@@ -151,8 +152,8 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
 
 def _without_marks(text: str) -> str:
     """Text without spaces, and without the marks of indices where no other braces are: `H_2O` is `H2O`."""
-    text = _BLACKBOARD.sub(r"\1", text)
-    return re.sub(r"\s" if "\\" in text or "^" in text else r"[\s_{}]", "", text)
+    text = _GAP.sub("", _BLACKBOARD.sub(r"\1", text))
+    return text if "\\" in text or "^" in text else re.sub("[_{}]", "", text)
 
 
 # ------------------------------------------------------------------------------------- lists, words and equations
@@ -161,13 +162,11 @@ def _without_marks(text: str) -> str:
 def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
     """The verdict on two times of day, and on conditions of which one is a union of intervals or may be written so."""
     one, other = as_intervals(given), as_intervals(wanted)
-    if one and other and one[0] != other[0]:
-        return False
-    ranges = one[1] if one else given, other[1] if other else wanted
-    if one and other and _same_value(*ranges, digits):
-        return True
-    if (one or other) and any(_UNION in text for text in ranges):
-        return _same_value(*ranges, digits)
+    if (one or other) and not (one and other and one[0] != other[0]):
+        ranges = one[1] if one else given, other[1] if other else wanted
+        same = _same_value(*ranges, digits)
+        if same or any(_UNION in text for text in ranges):
+            return same
     if f"Quadrant {given}" == wanted or f"Quadrant {wanted}" == given:
         return True
     return same_times(given, wanted)
@@ -250,6 +249,8 @@ def _same_label(one: str, other: str, asked: str) -> bool:
         return False
     if _LENGTH.fullmatch(one) and _LENGTH.fullmatch(other):
         return sorted(one) == sorted(other)
+    if "(" in one and "(" in other:
+        return False
     return same_wording(one, other, asked) is not False or bool(_CALL.fullmatch(one)) != bool(_CALL.fullmatch(other))
 
 
@@ -286,7 +287,7 @@ def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
 
 @lru_cache(maxsize=16_384)
 def _same_value(answer: str, truth: str, digits: int) -> bool:
-    if answer.replace(" ", "") == truth.replace(" ", ""):
+    if _GAP.sub("", answer) == _GAP.sub("", truth):
         return True
     if ("'" in answer) != ("'" in truth):
         return False
@@ -303,6 +304,9 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
     parsed = _parse(answer), _parse(truth)
     if parsed[0] is None or parsed[1] is None:
         return False
+    parsed = tuple(
+        sympy.expand_log(e, force=True) if isinstance(e, sympy.Expr) and e.has(sympy.log) else e for e in parsed
+    )
     verdict = _compared(parsed[0], parsed[1], digits)
     if verdict is not None:
         return verdict

@@ -21,9 +21,11 @@ _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|
 _SHARE = rf"(?P<share>{'|'.join(_SHARES)})s?(?![A-Za-z-])(?:\s+of(?=\s+an?\s))?(?:\s+an?(?=\s))?"
 _FRACTION = re.compile(rf"(?:(?P<count>{_BELOW_100}|an?|\d+)[ -](?!half[ -])|(?=half|quarter\s+of)){_SHARE}", re.I)
 _MIXED = re.compile(rf"(?P<whole>{_BELOW_100}|\d+)[ -]and[ -](?P<count>{_BELOW_100}|an?)[ -]{_SHARE}", re.I)
+_BELOW_1000 = rf"(?:(?:{_BELOW_100}|an?)[ -]hundred(?:[ -](?:and[ -])?{_BELOW_100})?|{_BELOW_100})(?![A-Za-z])"
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _CARDINAL = re.compile(
-    rf"(?:(?P<hundreds>{_BELOW_100}|an?)[ -]hundred(?![A-Za-z])(?:[ -](?:and[ -])?(?P<rest>{_BELOW_100})(?![A-Za-z]))?"
-    rf"|(?P<below>{_BELOW_100})(?![A-Za-z])|an?(?=\s+(?:dozen|thousand|million|billion)\b))",
+    rf"{_BELOW_1000}(?:[ -](?:thousand|million|billion)(?![A-Za-z])(?:,?[ -](?:and[ -])?{_BELOW_1000})?)*"
+    r"|an?(?=\s+(?:dozen|thousand|million|billion)\b)",
     re.I,
 )
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
@@ -46,19 +48,20 @@ def in_digits(text: str) -> str:
     found = _CARDINAL.match(text)
     if found is None:
         return text
-    number = (
-        100 * _count(found["hundreds"]) + _count(found["rest"] or "zero")
-        if found["hundreds"]
-        else _count(found["below"])
-    )
-    return f"{number}{text[found.end() :]}"
+    return f"{_count(found.group())}{text[found.end() :]}"
 
 
 def _count(words: str | None) -> int:
-    """The number that words below a hundred say; 1 for `a` and for none."""
-    if words is None or words.lower() in ("a", "an"):
-        return 1
-    return int(words) if words.isdecimal() else sum(_WORDS[word] for word in re.split("[ -]", words.lower()))
+    """The number that words or digits say; 1 for none."""
+    total = group = 0
+    for word in re.findall(r"[a-z]+|\d+", (words or "one").lower()):
+        if word == "hundred":
+            group *= 100
+        elif word in _SCALES:
+            total, group = total + group * _SCALES[word], 0
+        elif word != "and":
+            group += int(word) if word.isdecimal() else _WORDS.get(word, 1)  # a, an
+    return total + group
 
 
 def _share(found: re.Match[str]) -> int:

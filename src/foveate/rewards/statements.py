@@ -13,8 +13,11 @@ _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?
 _ANGLED = re.compile(r"<\s*([^<>=]+(?:,[^<>=]+)+)>")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)(?:\s+to\s+(\d+(?:\.\d+)?))?")
 _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
+_HALF_DAYS = {"noon": "12 pm", "midnight": "12 am"}
 _DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
-_DAY = re.compile(rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th)(?![a-z])", re.IGNORECASE)
+_DAY = re.compile(
+    rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th|(?=,?\s+\d{{4}}\b))(?![a-z])", re.IGNORECASE
+)
 _COLUMN = re.compile(r"\\begin\{[pb]matrix\}\s*([^&]*?)\s*\\end\{[pb]matrix\}")
 _ROW_END = "\\\\"
 _RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
@@ -23,6 +26,9 @@ _MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![A-Za-z])\s*|\s*[,;]\s*")
 _VARIABLE = re.compile(r"[A-Za-z]|\\[a-z]+")
 _MAGNITUDE = re.compile(r"\|\s*([A-Za-z])\s*\|")
+_SUBJECT = re.compile(rf"{_VARIABLE.pattern}|{_MAGNITUDE.pattern}")
+_DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
+_AND = re.compile(r"\s+and\s+|\s*\\(?:land|wedge)(?![A-Za-z])\s*|\s*,\s*")
 _LIMIT = re.compile(r"\d+(?:\.\d+)?|\\(?:frac|sqrt|pi)[\w{}\\]*")
 _BETWEEN = re.compile(r"between\s+(-?\S+)\s+and\s+(-?\S+)", re.IGNORECASE)
 _QUADRANT = re.compile(
@@ -52,7 +58,7 @@ def standard(text: str) -> str:
     if found := _DATE.fullmatch(text):
         return f"{found[2]} {found[1]}{found[3]}"
     if found := _DAY.match(text):
-        return f"{found[1]} {found[2]}{text[found.end() :]}"
+        return f"{found[1]} {found[2]}{text[found.end() :].replace(',', '')}"
     if found := _COLUMN.fullmatch(text):
         return f"({', '.join(found[1].split(_ROW_END))})" if _ROW_END in found[1] else text
     if found := _BETWEEN.fullmatch(text):
@@ -73,7 +79,7 @@ def standard(text: str) -> str:
 
 def same_times(given: str, wanted: str) -> bool | None:
     """The verdict on two times of day, of which one at least says `am` or `pm`; the other may leave it out."""
-    one, other = _CLOCK.fullmatch(given), _CLOCK.fullmatch(wanted)
+    one, other = (_CLOCK.fullmatch(_HALF_DAYS.get(said.casefold(), said)) for said in (given, wanted))
     if one is None or other is None or not (one[3] or other[3]):
         return None
     half_days = [found[3].lower() if found[3] else "" for found in (one, other)]
@@ -86,11 +92,32 @@ def same_times(given: str, wanted: str) -> bool | None:
 def as_intervals(text: str) -> tuple[str, str] | None:
     r"""Conditions on one variable, joined by `or`, as that variable and a union of intervals: `x < 1 or x \ge 3` is
     `(-\infty,1) \cup [3,\infty)`. None for anything else."""
-    found = [_interval(part) for part in _OR.split(text)]
+    found = [_interval(part) for part in _OR.split(_joined(text))]
     names = {one[0] for one in found if one}
     if None in found or len(names) != 1:
         return None
     return names.pop(), r" \cup ".join(one[1] for one in found if one)
+
+
+def _joined(text: str) -> str:
+    """`x > 1 and x < 3` as `1 < x < 3`, also where a comma stands for `and`: where both can hold at once."""
+    parts = _AND.split(text)
+    chains = [_turned(*_chain(part)) for part in parts]
+    if len(parts) != 2 or any(len(signs) != 1 for _, signs in chains):
+        return text
+    (low, [over]), (high, [under]) = sorted(chains, key=lambda chain: chain[1][0] not in (">", "\\ge"))
+    if low[0] != high[0] or over not in (">", "\\ge") or under not in ("<", "\\le"):
+        return text
+    numbers = all(_DECIMAL.fullmatch(term) for term in (low[1], high[1]))
+    both = float(low[1]) <= float(high[1]) if numbers else "," not in text
+    return f"{low[1]} {_MIRROR[over]} {low[0]} {under} {high[1]}" if both else text
+
+
+def _turned(terms: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
+    """A single comparison with its variable in front."""
+    if len(signs) == 1 and not _SUBJECT.fullmatch(terms[0]) and _SUBJECT.fullmatch(terms[1]):
+        return terms[::-1], [_MIRROR[signs[0]]]
+    return terms, signs
 
 
 def _magnitude(variable: str, limit: str, sign: str) -> tuple[str, str]:
@@ -109,9 +136,8 @@ def _interval(condition: str) -> tuple[str, str] | None:
         return terms[1], f"{left}{terms[0]},{terms[2]}{right}"
     if len(signs) != 1:
         return None
+    terms, signs = _turned(terms, signs)
     (one, other), sign = terms, signs[0]
-    if not _VARIABLE.fullmatch(one) and not _MAGNITUDE.fullmatch(one):
-        one, other, sign = other, one, _MIRROR[sign]
     if sign != "\\ne" and (magnitude := _MAGNITUDE.fullmatch(one)) and _LIMIT.fullmatch(other):
         return _magnitude(magnitude[1], other, sign)
     if not _VARIABLE.fullmatch(one) or not other:

@@ -55,6 +55,8 @@ mph | 1397/3125 | m s-1 |
 mmHg | 133322387415/1000000 | g m-1 s-2 |
 cc | 1/1000000 | m3 |
 dB decibel | 1 | dB |
+mps | 1 | m s-1 |
+M molar | 1000 | mol m-3 |
 knot | 463/900 | m s-1 |
 kph kmh | 5/18 | m s-1 |
 lb pound | 45359237/100000 | g |
@@ -73,6 +75,7 @@ penny pence | 1/100 | £ |
 € euro EUR 欧元 | 1 | € |
 £ GBP 英镑 | 1 | £ |
 ¥ yen yuan RMB 元 | 1 | ¥ |
+角 | 1/10 | ¥ |
 ₹ rupee Rs INR | 1 | ₹ |
 byte B | 8 | bit | *
 bit | 1 | bit | *
@@ -118,6 +121,7 @@ _DEGREES_OF = re.compile(
     r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
 )
 _CURRENCY = re.compile(r"(?:US\s*)?\\?(\$|USD|EUR|GBP|Rs|[€£¥₹])\.?\s*(?=[\d.])")
+_PRICE = re.compile(r"^\\?([$€£¥₹])\s*([\d.,]+)\s*(?:/|per\b)\s*(?=[A-Za-z])")
 _VALUE_END = re.compile(r"[\d)}\]!π.]$|\\(?!cdot$|times$|div$|pm$)[A-Za-z]+$|(?<![\\A-Za-z])[A-Za-z]+$")
 
 
@@ -211,6 +215,7 @@ def split_unit(answer: str) -> Quantity:
     A unit of one letter other than m must stand apart (`5 g`): `5g` is five times g. Words behind a unit are left aside
     (`5 meters long`).
     """
+    answer = _PRICE.sub(r"\2 \1/", answer)
     if found := _CURRENCY.match(answer):
         behind = split_unit(answer[found.end() :].strip())
         label = behind.label if behind.unit is None else ""
