@@ -58,9 +58,11 @@ def image_source(value: Any) -> tuple[Path | bytes, tuple[str, ...]]:
 def is_no_image(value: Any) -> bool:
     """Whether a column without an image in this row says so: null, an empty text, list or bytes, or a mapping of
     nothing but such (a null of the Image feature of `datasets`)."""
+    if value is None or isinstance(value, str | bytes | list):
+        return not value
     if isinstance(value, Mapping):
         return all(is_no_image(inner) for inner in value.values())
-    return value is None or (isinstance(value, str | bytes | list) and not len(value)) or value != value  # NaN
+    return value != value  # NaN
 
 
 def looks_like_image(value: Any) -> bool:

@@ -16,11 +16,13 @@ def without_numbers(prompt: Any, images: Any) -> tuple[Any, Any]:
     """The prompt with `<image>` for each numbered mark, and the images in the order of these marks; both as they are
     where there are no numbers, or no images in a column. Raises DataError, without a place, for a number that has no
     image, an image that has no mark, and marks of both kinds."""
+    given = images if isinstance(images, list) else [images]
+    if not given or images is None or images == "":
+        return prompt, images
     asked: list[str] = []
     _changed(prompt, lambda text: asked.append(text) or text)
     numbers = [int(found) for text in asked for found in _NUMBERED.findall(text)]
-    given = images if isinstance(images, list) else [images]
-    if not numbers or not given or images is None or images == "":
+    if not numbers:
         return prompt, images
     if any(IMAGE_TAG in text for text in asked):
         raise DataError(f"the prompt has {IMAGE_TAG} and numbered marks (<image {numbers[0]}>); write one kind")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from foveate.data.conversations import ROLE_NAMES, TURN_KEYS
@@ -48,9 +49,16 @@ def options_of(given: Any) -> Options:
 
 def option_columns(row: Mapping[str, Any]) -> Options:
     """The options in columns of their own, `option_A`, ... or `A`, ...: from A on, and at least two."""
-    named = {name[-1].upper(): value for name, value in row.items() if _COLUMN.fullmatch(name)}
+    named = {label: row[name] for label, name in _option_names(tuple(row)).items()}
+    if len(named) < 2:
+        return {}
     options = _labelled(list(named), list(named.values()))
     return dict(sorted(options.items())) if {"A", "B"} <= {*options} else {}
+
+
+@lru_cache(maxsize=4096)
+def _option_names(names: tuple[str, ...]) -> Mapping[str, str]:
+    return {name[-1].upper(): name for name in names if _COLUMN.fullmatch(name)}
 
 
 def with_options(prompt: Any, options: Options, written: Any = None) -> Any:

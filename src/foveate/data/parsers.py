@@ -157,8 +157,9 @@ class RecognisedRows(Parser):
             values["prompt"] = pair
         if _is_box_reply(values, raw):
             return self._grounded(raw, place)
-        told = _unread(raw, roles, values, used, place)
-        row = _schema_row(raw, roles, values, used, place)
+        others = _others(raw, roles, used)
+        told = _unread(raw, others, values, used, place)
+        row = _schema_row(raw, roles, others, values, place)
         try:
             row["prompt"], row["images"] = without_numbers(row["prompt"], row["images"])
         except DataError as error:
@@ -234,12 +235,11 @@ def _others(raw: Mapping[str, Any], roles: Roles, used: Mapping[str, str]) -> li
 
 
 def _schema_row(
-    raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], used: Mapping[str, str], place: Place
+    raw: Mapping[str, Any], roles: Roles, others: Sequence[str], values: Mapping[str, Any], place: Place
 ) -> dict[str, Any]:
     """A row of the parquet schema with the same content."""
     media = (*COLUMNS["images"], *COLUMNS["videos"])
-    others = [name for name in _others(raw, roles, used) if name.lower() not in media]
-    extra = {name: raw[name] for name in others if _is_kept(raw[name])}
+    extra = {name: raw[name] for name in others if name.lower() not in media and _is_kept(raw[name])}
     extra |= {role: value for role, value in values.items() if role not in COLUMNS and value is not None}
     for name in [name for name in extra if name.lower() in OPTION_COLUMNS]:
         extra[name.lower()] = _plain_options(extra.pop(name))
@@ -286,12 +286,11 @@ def _plain_options(value: Any) -> Any:
 
 
 def _unread(
-    raw: Mapping[str, Any], roles: Roles, values: Mapping[str, Any], used: Mapping[str, str], place: Place
+    raw: Mapping[str, Any], names: Sequence[str], values: Mapping[str, Any], used: Mapping[str, str], place: Place
 ) -> list[Problem]:
     """Columns that look like images, videos or answers and are read by nobody: an error where the row has none, else
     a warning."""
     told: list[Problem] = []
-    names = _others(raw, roles, used)
     for name, kind in unread_media(raw, names):
         target = kind if kind in COLUMNS else "images"
         has = not is_no_image(values.get(target)) and kind in COLUMNS

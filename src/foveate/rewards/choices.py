@@ -44,7 +44,7 @@ _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?!
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
-    r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
+    r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:go|going)\s+with|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
     r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
     r"|(?:it|this|that)(?:'s|\s+is)?\s+(?:(?:must|should|would|can\s+only|has\s+to)\s+be\s+)?(?P<must>[^,;]{1,100}?))"
     r"(?:,?\s+(?:and\s+|but\s+)?(?:not|rather\s+than)\s.{0,200})?[.!?]*",

@@ -26,6 +26,7 @@ _DRESS = re.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\\q?quad(?![A-Za-z])"
     r"|(?<!\\)(?:\$|\\[,;:! ()])"
 )
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
 _DOLLARS = re.compile(r"^(?:US\s*)?\$(?=\s*[\d.][^$]*$)")
 """The sign of dollars: no other stands behind it, as one would to close mathematics."""
 _DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*(?:\\circ|°|o)\s*\}?|\\degree(?![A-Za-z])|°)")
@@ -53,7 +54,7 @@ _REPEATING = re.compile(
     r"(?:(?P<between>\d{0,30})\\dot\s*\{?\s*(?P<last>\d)\s*\}?)?)(?!\d)"
 )
 _ORDINAL = re.compile(r"^(\d+)\s*(?:st|nd|rd|th)\b")
-_SCALE = re.compile(r"(?<=\d)\s*(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
+_SCALE = re.compile(r"(?<=[\d}])\s*(?:an?\s+)?(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
 _SCALES = {
     "hundred": "100",
     "dozen": "12",
@@ -74,6 +75,8 @@ def tidy(answer: str) -> str:
     r"""An answer in the form that the comparisons read: signs of Unicode as LaTeX, `\text{}` and spacing gone, degrees
     as `°` (in trigonometric functions as a factor), ellipses as `\dots`, mixed numbers, roots and number words written
     out, no stop at the end."""
+    if _PLAIN_NUMBER.fullmatch(answer):
+        return answer
     answer = _DOLLARS.sub(r"\\$", answer.strip())
     text = _DRESS.sub(" ", unwrapped(unified(answer.strip("$").strip())))
     text = _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",")

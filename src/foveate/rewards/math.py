@@ -165,7 +165,7 @@ def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool |
     if (one or other) and not (one and other and one[0] != other[0]):
         ranges = one[1] if one else given, other[1] if other else wanted
         same = _same_value(*ranges, digits)
-        if same or any(_UNION in text for text in ranges):
+        if same or _UNION in given + wanted:
             return same
     if f"Quadrant {given}" == wanted or f"Quadrant {wanted}" == given:
         return True
@@ -206,7 +206,9 @@ def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | Non
 
 
 def _same_words(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
-    return same_wording(given, wanted, asked)
+    """The verdict on words and names; an equation says them of something, see `_same_equations`."""
+    one_equation = len(_sides(given)) > 1, len(_sides(wanted)) > 1
+    return None if one_equation[0] != one_equation[1] else same_wording(given, wanted, asked)
 
 
 def _same_equations(given: str, wanted: str, digits: int, asked: str) -> bool | None:
@@ -246,7 +248,7 @@ def _same_label(one: str, other: str, asked: str) -> bool:
     if one.replace(" ", "") == other.replace(" ", ""):
         return True
     if _SYMBOL.fullmatch(one) and _SYMBOL.fullmatch(other):
-        return False
+        return one.partition("_")[0] == other or other.partition("_")[0] == one
     if _LENGTH.fullmatch(one) and _LENGTH.fullmatch(other):
         return sorted(one) == sorted(other)
     if "(" in one and "(" in other:

@@ -37,7 +37,7 @@ _FORMULA = re.compile(
 _RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
-_WORDS = re.compile(r"[A-Za-z]+(?:[\s'/-]+[A-Za-z]+)*[.!]?")
+_WORDS = re.compile(r"[A-Za-z]+(?:(?:[\s'-]+|(?<=[A-Za-z]{2})/(?=[A-Za-z]{2}))[A-Za-z]+)*[.!]?")
 _SAYABLE = re.compile(r"[aeiouy]", re.IGNORECASE)
 _VOWEL = re.compile(r"[aeiou]", re.IGNORECASE)
 _SEGMENTS = re.compile(

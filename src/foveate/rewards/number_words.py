@@ -28,6 +28,8 @@ _CARDINAL = re.compile(
     r"|an?(?=\s+(?:dozen|thousand|million|billion)\b)",
     re.I,
 )
+_ONE_UNIT = re.compile(r"an?(?=\s+([a-z]{3,})(?![a-z]))", re.I)
+_SIGN = re.compile(r"(?:(minus|negative)|positive|plus)\s+", re.I)
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
 _HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
 _COUNTED = frozenset("成个只条本张人次倍种组名位件")
@@ -41,12 +43,15 @@ def in_digits(text: str) -> str:
     if not text[:1].isascii():
         found = _HANZI_NUMBER.fullmatch(text)
         return _from_hanzi(found) if found else text
+    if found := _SIGN.match(text):
+        number = in_digits(text[found.end() :])
+        return f"{'-' if found[1] else ''}{number}" if re.match(r"\d|\\frac", number) else text
     if found := _MIXED.match(text):
         return rf"{_count(found['whole'])}\frac{{{_count(found['count'])}}}{{{_share(found)}}}{text[found.end() :]}"
     if found := _FRACTION.match(text):
         return rf"\frac{{{_count(found['count'])}}}{{{_share(found)}}}{text[found.end() :]}"
-    found = _CARDINAL.match(text)
-    if found is None:
+    found = _CARDINAL.match(text) or _ONE_UNIT.match(text)
+    if found is None or (found.re is _ONE_UNIT and known_unit(found[1]) is None):
         return text
     return f"{_count(found.group())}{text[found.end() :]}"
 

@@ -13,6 +13,8 @@ _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?
 _ANGLED = re.compile(r"<\s*([^<>=]+(?:,[^<>=]+)+)>")
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s+to\s+(\d+(?:\.\d+)?)(?:\s+to\s+(\d+(?:\.\d+)?))?")
 _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
+_O_CLOCK = re.compile(r"(\d{1,2})\s*o'clock", re.IGNORECASE)
+_POINT = re.compile(r"(?:the\s+)?points?\s+(?=\()", re.IGNORECASE)
 _HALF_DAYS = {"noon": "12 pm", "midnight": "12 am"}
 _DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
 _DAY = re.compile(
@@ -55,6 +57,10 @@ def standard(text: str) -> str:
     `\langle 1, 2 \rangle`, `\{x \mid x > 2\}` as `x > 2`, and `c > b > a` as `a < b < c`."""
     if found := _RATIO.fullmatch(text):
         return ":".join(part for part in found.groups() if part)
+    if found := _O_CLOCK.fullmatch(text):
+        return f"{found[1]}:00"
+    if found := _POINT.match(text):
+        return text[found.end() :]
     if found := _DATE.fullmatch(text):
         return f"{found[2]} {found[1]}{found[3]}"
     if found := _DAY.match(text):
