@@ -27,7 +27,8 @@ def choice(truth, question="Which tree?", **meta):
         "Option A is incorrect. Option B is right.", "Not C but B. So the final answer is B.", "It's B.", "So, B!",
         "The answer is B; A is wrong.", "Definitely B.", "The answer is 'B'.", "Answer - B", "maybe B?", "B it is.",
         "Of all trees, B fits best.", "So I'd say pine.", "It looks like a pine, not an oak.", "I think it's a pine.",
-        "Pine (B)", "The answer is B; not A.",
+        "Pine (B)", "It must be a pine.", "Options A, C and D can be excluded, leaving B.", "B项正确",
+        "I'm going with pine.", "The answer is B; not A.",
         "Looking at the needles, (B) is most likely.", "Based on the bark, the answer should be B",
     ],
 )  # fmt: skip
@@ -43,6 +44,7 @@ def test_an_option_is_read_from_ordinary_sentences(text):
         "I see a pine and an oak.", "E", "", "The answer is A or B.", "It cannot be B.",
         "The answer is pine (A)", "B (oak)", "Definitely not B.", "I wouldn't say pine.",
         "It doesn't look like a pine.",
+        "I see A dog.", "I choose a tree.", "Options A, B and D can be excluded.",
         "I'd say spruce.", "There is no pine here.", "The answer is B; A is right, too.",
         "It is hard to say.", "Options A and C are both right.", "I do not know.",
     ],
@@ -74,6 +76,13 @@ def test_an_answer_that_names_no_option_or_several_is_unreadable(text):
 )
 def test_options_stand_in_lists_texts_mappings_and_columns(meta):
     assert options(choice("B", **meta)) == {"A": "oak", "B": "pine"}
+
+
+@pytest.mark.parametrize("gap", [" ", "\t", "\n", " \n", "\u3000"])
+def test_white_space_of_any_length_is_one_gap(gap):
+    """Many times over it took minutes."""
+    for text in (f"Option A{gap * 20_000}x", f"A{gap * 20_000}x", f"A,{gap * 20_000}B"):
+        assert named_option(text, VALUES) in ("A", None)
 
 
 def test_options_of_a_verl_row_may_stand_in_extra_info_alone(tmp_path):

@@ -92,3 +92,20 @@ def test_words_beside_mathematics_are_read():
 )
 def test_a_formula_keeps_its_order(answer, truth, same):
     assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("M^2N", "NM^2", False),
+        ("M^2 N", "M^2N", True),
+        ("M^{-1}NM", "MNM^{-1}", False),
+        ("M^TN", "NM^T", False),
+        (r"M \cdot N", r"N \cdot M", True),
+        ("m^2n", "nm^2", True),
+        ("MN^2", "NM^2", True),
+    ],
+)
+def test_a_product_of_capitals_keeps_its_order_with_exponents(answer, truth, same):
+    """A sign of multiplication makes them factors; two capitals with an exponent behind them are a length: MN^2."""
+    assert same_answer(answer, truth) is same

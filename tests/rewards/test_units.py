@@ -32,6 +32,12 @@ from foveate.rewards.units import read_unit, split_unit
         ("3千克", "3000克", True),
         ("1.5 million dollars", r"\$1500000", True),
         ("1.5 million", "1.5", False),
+        ("40°30'", "40.5°", True),
+        (r"40^\circ 30^{\prime}", "40.5°", True),
+        ("40°30'", "40.3°", False),
+        ("40°30'36\"", "40.51°", True),
+        ("4'6\"", "54 in", True),
+        ("5‰", "0.5%", True),
         (r"\$3", "3 cents", False),
     ],
 )
@@ -88,6 +94,14 @@ def test_one_grammar_reads_products_of_powers():
         ("$2,400", "2400", True),
         ("€8", "8", True),
         ("$8$", "8 cents", True),
+        ("8 cents", "€0.08", True),
+        ("8¢", "$0.08", True),
+        ("80 pence", "£0.80", True),
+        ("3 pounds 20 pence", "£3.20", True),
+        ("3 dollars and 20 cents", "$3.20", True),
+        ("$8 per hour", "$8/h", True),
+        ("$8 loss", "$8 profit", False),
+        ("US$8", "8 USD", True),
     ],
 )
 def test_money_is_of_one_currency(answer, truth, same):

@@ -41,6 +41,7 @@ _DENIAL_BEFORE = re.compile(
     re.I,
 )
 _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
+_NEAR = 40  # characters before an option in which a denial of it may stand
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _GUESS = re.compile(
@@ -53,6 +54,8 @@ _GUESS = re.compile(
 """A sentence that says what something may be: `I'd say oak`, `It looks like an oak, not a pine`, `Oak it is`."""
 _DENIAL = re.compile(r"n't\b|\b(?:not|never|cannot|no)\b", re.I)
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
+_BLANKS = re.compile(r"[^\S\n]+")
+_LINES = re.compile(r"(?: ?\n)+ ?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
 
 
@@ -122,7 +125,8 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     """
     text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
-    text = re.sub(r"[ \t]+(?=[,.;:!)])", "", text).strip()
+    text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
+    text = re.sub(r" (?=[,.;:!)])", "", text).strip()
     by_value = {_bare(value): label for label, value in values.items()}
     for part in _parts(text):
         label = by_value.get(_bare(part)) or _leading_label(part, values, by_value)
@@ -189,9 +193,9 @@ def _value_label(text: str, by_value: Mapping[str, str]) -> str | None:
 def _mentioned(sentence: str) -> Iterator[str]:
     """The options that a sentence names without denying them."""
     for found in _NAMED.finditer(sentence):
-        denied = _DENIED.match(sentence, _MORE.match(sentence, found.end()).end()) or _DENIAL_BEFORE.search(
-            sentence[: found.start()]
-        )
+        more = _MORE.match(sentence, found.end())
+        before = sentence[max(found.start() - _NEAR, 0) : found.start()]
+        denied = _DENIED.match(sentence, more.end() if more else found.end()) or _DENIAL_BEFORE.search(before)
         if not denied:
             yield (found[1] or found[2] or found[3]).upper()
             if another := _ANOTHER.match(sentence, found.end()):

@@ -89,7 +89,7 @@ def _from_hanzi(found: re.Match[str]) -> str:
 def _hanzi(numerals: str) -> int:
     """The value of numerals such as 三百零五 and 一万二千."""
     total = section = digit = 0
-    for numeral in numerals:
+    for numeral in numerals.replace("两", "二"):  # Unicode gives 两 no value
         value = int(unicodedata.numeric(numeral))
         if value < 10:
             digit = value
