@@ -121,6 +121,7 @@ def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bo
       digits: 0.333333 is 1/3, and 1e-19 is not 2e-19. 1,000 is 1000, and 1.5e3 is 1500.
     - Expressions are equal when their difference simplifies to 0: `\sqrt{8}` is `2\sqrt{2}`, 2/4 is 1/2.
     - Words and names of points are text, see `foveate.rewards.names`; so is whatever holds an ellipsis.
+    - Conditions, times of day and dates have one form, see `foveate.rewards.statements`; numbers may be words.
     - A percentage stands for itself and for its fraction: 50% is 0.5, and 50. An angle of 60 degrees is pi/3.
     - Intervals, points and vectors must agree in brackets and order. Sets and lists without brackets have no order.
     - `x = 5` is 5, but `x^2 = 4` and `2x = 4` are not 4. Case and `\text{}` of words do not matter.
