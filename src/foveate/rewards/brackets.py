@@ -1,4 +1,4 @@
-r"""What stands in brackets: the parts of a text outside of them, lists, sets, points and intervals."""
+r"""Brackets: the parts of a text outside of them; lists, sets, points and intervals in them."""
 
 from __future__ import annotations
 

@@ -95,12 +95,12 @@ def plain(text: str) -> str:
 
 
 def behind_thoughts(text: str) -> str:
-    """What stands behind the last `</think>` of a text; the whole of it without one."""
+    """The text behind the last `</think>`; the whole of it without one."""
     return text[text.rfind(_THOUGHT) + len(_THOUGHT) :] if _THOUGHT in text else text
 
 
 def tagged_answer(text: str, which: Literal["last", "first"] = "last") -> str | None:
-    """What stands between the last, or the first, `<answer>` and `</answer>`; None without both. Plain searches: a lazy
+    """The text between the last, or the first, `<answer>` and `</answer>`; None without both. Plain searches: a lazy
     pattern takes quadratic time on many tags."""
     if which == "last":
         end = text.rfind(_CLOSE)
