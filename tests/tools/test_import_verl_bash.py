@@ -64,6 +64,12 @@ def test_arguments_of_the_script_are_its_positional_parameters(launches):
         (f"x=pq\n{RUN} data.a=1 data.b=${{x/q/<&>}}", "data.b", "line 2: a replacement with &"),
         (f"echo 5 | xargs -I{{}} {RUN} data.a=1 data.b={{}}", "data.b", "line 1: what xargs takes"),
         (f"A=(4 5)\nunset A[$RANDOM]\n{RUN} data.a=1 data.b=$A", "data.b", "line 2: the element of A"),
+        (f"A=($(hosts) last)\n{RUN} data.a=1 data.b=${{#A[@]}}", "data.b", "line 1: the output of hosts"),
+        (f"A=($(hosts) last)\n{RUN} data.a=1 data.b=${{A[1]}}", "data.b", "line 1: the output of hosts"),
+        (f"A=($(hosts) last)\n{RUN} data.a=1 data.b=${{A[@]:1}}", "data.b", "line 1: the output of hosts"),
+        (f"f() {{ {RUN} data.a=1 data.b=$#; }}\nf 1 $(hosts)", "data.b", "line 2: the output of hosts"),
+        (f"set -- $(hosts) 2\nshift\n{RUN} data.a=1 data.b=$1", "data.b", "line 1: the output of hosts"),
+        (f"A=(1)\nask && A+=(2)\n{RUN} data.a=1 data.b=${{#A[@]}}", "data.b", "line 2: a branch whose test"),
     ],
 )
 def test_what_is_not_certain_is_named_and_not_guessed(launches, text, key, reason):
@@ -106,6 +112,18 @@ def test_an_unforeseen_error_ends_as_a_message_with_the_line(tmp_path, monkeypat
     path.write_text(f"n=1\n[[ $n ]]\n{RUN} data.n=$n\n")
     with pytest.raises(DataError, match=r"launch\.sh, line 2: cannot be read here \(KeyError: 'lost'\)"):
         read_launch(path, {}, [])
+
+
+def test_an_error_in_one_of_two_branches_leaves_both_states(launches):
+    text = f"N=1\nif ask; then x=$((1/0)); fi; N=2\n{RUN} data.a=1 data.b=$N"
+    read, _ = launches(text)
+    assert "line 2: a branch whose test" in {argument.text: argument.unread for argument in read}["data.b"]
+
+
+def test_a_test_that_was_not_read_is_taken_not_to_end_the_script_and_named(tmp_path):
+    path = tmp_path / "launch.sh"
+    path.write_text(f"if ask; then exit 1; fi\n{RUN} data.n=1\n")
+    assert "line 1: a test that was not read is taken not to end the script" in read_launch(path, {}, []).notes
 
 
 def test_a_branch_that_sets_the_same_is_no_doubt(launches):

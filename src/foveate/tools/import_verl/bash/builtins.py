@@ -45,9 +45,13 @@ def _set(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
 
 def _shift(shell: Interpreter, fields: Fields, line: int) -> int | None:  # noqa: ARG001
     count = _number(shell, fields, 1)
-    if count is None or count > len(shell.state.arguments):
+    arguments = shell.state.arguments
+    if uncounted := shell.expander.marks.uncounted(arguments[: count or 0]):
+        shell.state.arguments = [uncounted]
+        return None
+    if count is None or count > len(arguments):
         return 1
-    shell.state.arguments = shell.state.arguments[count:]
+    shell.state.arguments = arguments[count:]
     return 0
 
 
@@ -180,7 +184,7 @@ def _read(shell: Interpreter, fields: Fields, line: int) -> int | None:
     given = shell.given
     if given is None or (shell.expander.marks.unread_in(given) and (as_array or len(names) > 1)):
         for name in names:
-            mark = shell.expander.marks.make(f"line {line}: what read reads")
+            mark = shell.expander.marks.make(f"line {line}: what read reads", several=as_array)
             shell.state.variables[name] = Array({0: mark}) if as_array else mark
         return None
     line_read, newline, shell.given = (given, "", "") if whole else given.partition("\n")
@@ -210,7 +214,7 @@ def _lines(shell: Interpreter, fields: Fields, line: int) -> int | None:
     names = [word for word in texts(fields) if NAME.fullmatch(word)] or ["MAPFILE"]
     stripped = any(re.fullmatch("-[a-z]*t", word) for word in texts(fields))
     if shell.given is None:
-        mark = shell.expander.marks.make(f"line {line}: the lines of {names[-1]}")
+        mark = shell.expander.marks.make(f"line {line}: the lines of {names[-1]}", several=True)
         shell.state.variables[names[-1]] = Array({0: mark})
         return None
     found = shell.given.splitlines(keepends=not stripped)

@@ -42,12 +42,12 @@ class Expander(Variables):
                 fields.append(self.bound(current))
             current, kept = None, False
 
-        for part in self._spliced(self._with_home(word, assignment=False)):
+        for part, of_default in self._spliced(self._with_home(word, assignment=False)):
             values = self._values(part)
             if isinstance(part, Text) and not part.quoted:
                 assigned |= "=" in part.text
                 has_glob |= not assigned and any(one in part.text for one in "*?")
-            whole = isinstance(part, Text) or part.quoted
+            whole = part.quoted or (isinstance(part, Text) and not of_default)
             for number, value in enumerate(values):
                 if number:
                     flush()
@@ -60,23 +60,23 @@ class Expander(Variables):
                 kept |= part.quoted
         flush()
         if has_glob and "f" not in self.state.options:
-            return [self.marks.make(f"line {word.line}: a pattern of file names")]
+            return [self.marks.make(f"line {word.line}: a pattern of file names", several=True)]
         return fields
 
-    def _spliced(self, parts: Sequence[WordPart]) -> Iterator[WordPart]:
-        """The parts, with those of a default in place of an unquoted `${name:-default}` that takes it: their quotes
-        hold."""
+    def _spliced(self, parts: Sequence[WordPart], of_default: bool = False) -> Iterator[tuple[WordPart, bool]]:
+        """The parts, with those of a default in place of an unquoted `${name:-default}` that takes it, and whether they
+        are of a default: those are split outside of their own quotes."""
         for part in parts:
             if isinstance(part, Parameter) and not part.quoted and part.operator in (":-", "-", ":+", "+"):
                 index = self._index(part)
                 several = part.name in ("@", "*") or index in ("@", "*")
                 value = None if several else self.lookup(part.name, index, part.line)
                 if not several and self._takes_word(part, value):
-                    yield from self._spliced(part.arguments[0].parts)
+                    yield from self._spliced(part.arguments[0].parts, True)
                     continue
                 if index is not None:  # an expression may count, as in ${A[i++]:-default}
                     part = replace(part, index=Word((Text(index, True),), part.line))
-            yield part
+            yield part, of_default
 
     def _takes_word(self, part: Parameter, value: str | None) -> bool | None:
         """Whether the word behind an operator stands for the parameter; None where that is not known."""
@@ -89,9 +89,10 @@ class Expander(Variables):
 
     def _split(self, value: str) -> list[tuple[str, str]]:
         """Pieces, each with the separator behind it."""
-        separators = self.separators()
+        separators, value = self.separators(), self.marks.split(value)
         if separators is None:
-            return [(self.marks.make(f"line {self.line}: a value split at an $IFS that was not read"), "")]
+            mark = f"line {self.line}: a value split at an $IFS that was not read"
+            return [(self.marks.make(mark, several=True), "")]
         pieces = re.split(f"({patterns.separator_regex(separators)})", value) if separators else [value]
         return list(zip(pieces[::2], [*pieces[1::2], ""], strict=True))
 
@@ -169,10 +170,11 @@ class Expander(Variables):
             return [self._operated(part, value)]
         values = self.elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
+        uncounted = self.marks.uncounted(values)
         if part.operator == "length":
-            return [str(len(values))]
+            return [uncounted or str(len(values))]
         if part.operator == ":":
-            values = self._slice(values, part)
+            values = [uncounted] if uncounted else self._slice(values, part)
         elif part.operator in _TESTED:
             given = any(self.marks.known(value) != "" for value in values)
             if not given and part.operator[-1] != "+":
@@ -187,6 +189,8 @@ class Expander(Variables):
         if index in ("@", "*"):
             found = self.state.variables.get(part.name)
             keys = [str(key) for key in found.keys] if isinstance(found, Array) else ["0"] * (found is not None)
+            if uncounted := self.marks.uncounted(self.elements(part.name)):
+                keys = [uncounted]
             return [self.joined(keys)] if part.quoted and index == "*" else keys
         if part.operator in ("!@", "!*"):
             names = sorted(name for name in self.state.variables if name.startswith(part.name))

@@ -33,6 +33,7 @@ from foveate.tools.import_verl.bash.syntax import (
     Redirected,
     Simple,
     Test,
+    Text,
     While,
     Word,
 )  # fmt: skip
@@ -173,8 +174,9 @@ class Interpreter(Shell):
         return self.run(body) if status == 0 else self._if(rest, command)
 
     def _loop(self, turn: Callable[[], bool | None], body: Sequence[Command], line: int) -> None:
-        """Run `body` as long as `turn` says so; None from it: perhaps."""
+        """Run `body` as long as `turn` says so; None from it: perhaps. The status is that of the last turn, or 0."""
         escapes, self.escapes = self.escapes, []
+        status: int | None = 0
         try:
             while (again := turn()) is not False:
                 self._steps += 1
@@ -182,10 +184,14 @@ class Interpreter(Shell):
                     raise Unreadable(f"line {line}: a loop of more than {_MOST_STEPS} commands")
                 try:
                     if again is None:
+                        self.state.status = status
                         self.one_of([lambda: self.run(body), lambda: None], line)
+                        status = self.state.status
                         break
                     self.run(body)
+                    status = self.state.status
                 except Leaves as leaves:
+                    status = 0
                     if leaves.kind == "return" or leaves.levels > 1:
                         leaves.levels -= leaves.kind != "return"
                         raise
@@ -193,7 +199,7 @@ class Interpreter(Shell):
                         break
         finally:
             self._join_escapes(escapes, line, "break", "continue")
-        self.state.status = self.state.status or 0 if self.state.status is not None else None
+        self.state.status = status
 
     def _while(self, command: While) -> None:
         def turn() -> bool | None:
@@ -201,7 +207,6 @@ class Interpreter(Shell):
             return None if status is None else (status == 0) != command.until
 
         self._loop(turn, command.body, command.line)
-        self.state.status = 0
 
     def _for(self, command: For) -> None:
         words = command.words
@@ -258,7 +263,7 @@ class Interpreter(Shell):
         return None
 
     def _fits(self, word: Word, subject: str | None) -> bool | None:
-        if word.literal == "*":
+        if word.parts == (Text("*", False),):
             return True
         pieces = self.expander.pattern(word)
         pattern = patterns.to_regex(pieces) if pieces is not None else None
@@ -313,19 +318,16 @@ class Interpreter(Shell):
             self.output, self.given = output, given
 
     def _simple(self, command: Simple) -> None:
+        captured = self.captured
         if not command.words:
-            captured = self.captured
             for assignment in command.assignments:
                 self.assign(assignment)
-            self.state.status = 0 if captured == self.captured else self.state.status
-            self.ends_with(self.state.status, command.line)
-            return
+            return self.ends_with(0 if captured == self.captured else self.state.status, command.line)
         fields = list[str | Assignment]()
         for word in command.words:
             fields += self._declared(word) if isinstance(word, Assignment) else self.expander.fields(word)
         if not fields:
-            self.state.status = 0
-            return
+            return self.ends_with(0 if captured == self.captured else self.state.status, command.line)
         before = {one.name: self.saved(one.name) for one in command.assignments}
         exported = self.state.exported
         for assignment in command.assignments:
@@ -336,6 +338,7 @@ class Interpreter(Shell):
         finally:
             self.restore(before)
             self.state.exported = exported if before else self.state.exported
+        return None
 
     def _declared(self, assignment: Assignment) -> list[Assignment]:
         """The assignments behind `export` and its kin, whose braces are expanded as those of words are."""
@@ -352,7 +355,11 @@ class Interpreter(Shell):
         if name in self.state.functions:
             return self._call_function(name, [one for one in fields[1:] if isinstance(one, str)], line)
         if builtin := builtins.BUILTINS.get(name):
-            return self.ends_with(self._status(lambda: builtin(self, fields[1:], line)), line)
+            assigns = any(isinstance(field, Assignment) for field in fields)  # expansions, not yet the builtin's own
+            status = (
+                builtin(self, fields[1:], line) if assigns else self._status(lambda: builtin(self, fields[1:], line))
+            )
+            return self.ends_with(status, line)
         words = [one for one in fields if isinstance(one, str)]
         return self.ends_with(start_program(self, words, line), line)
 

@@ -17,9 +17,12 @@ def merge(left: State, right: State, reason: str, marks: Marks) -> State:
     for name in dict.fromkeys([*left.variables, *right.variables]):
         one, other = left.variables.get(name), right.variables.get(name)
         if one != other:
-            merged.variables[name] = _either(one, other, marks.make(f"{reason}, which may set {name}"))
+            mark = marks.make(
+                f"{reason}, which may set {name}", several=isinstance(one, Array) or isinstance(other, Array)
+            )
+            merged.variables[name] = _either(one, other, mark)
     if left.arguments != right.arguments:
-        merged.arguments = _common(left.arguments, right.arguments, marks.make(reason))
+        merged.arguments = _common(left.arguments, right.arguments, marks.make(reason, several=True))
     if left.directory != right.directory:
         merged.directory = marks.make(reason)
     for name in {*left.attributes, *right.attributes}:

@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from foveate.tools.import_verl.bash.values import MARK_REST
 
 _MOST_STARS = 6
+CLASSES = {
+    "[:digit:]": "0-9", "[:upper:]": "A-Z", "[:lower:]": "a-z", "[:alpha:]": "A-Za-z", "[:alnum:]": "A-Za-z0-9",
+    "[:xdigit:]": "0-9A-Fa-f", "[:blank:]": " \t", "[:space:]": " \t\n\r\f\v",
+}  # fmt: skip
+"""Classes of characters in brackets, as ranges."""
+_CLASS = re.compile(r"(\[:\w+:\])")
 
 
 def to_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
@@ -19,14 +25,15 @@ def to_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
     built, at = "", 0
     while at < len(raw):
         one = special[at]
-        bracket = re.compile(r"\[[!^]?\]?[^\]]*\]").match(special, at) if one == "[" else None
+        bracket = re.compile(r"\[[!^]?\]?(?:\[:\w+:\]|[^\]])*\]").match(special, at) if one == "[" else None
         if bracket:
             inside = raw[at + 1 : bracket.end() - 1]
             negated = inside[:1] in ("!", "^")
-            inside = inside[negated:].replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]").replace("^", "\\^")
-            if "\\[:" in inside or "&&" in inside or "||" in inside or "~~" in inside or "--" in inside:
+            pieces = _CLASS.split(inside[negated:])
+            escaped = "".join(CLASSES.get(piece) or re.sub(r"[\\\[\]^]", r"\\\g<0>", piece) for piece in pieces)
+            if re.search(r"\\\[[:.=]|&&|\|\||~~|--", escaped):
                 return None
-            built += f"[{'^' if negated else ''}{inside}]"
+            built += f"[{'^' if negated else ''}{escaped}]"
             at = bracket.end()
             continue
         if one == "\\" and at + 1 < len(raw):
@@ -44,6 +51,7 @@ def to_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
 def extended_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
     """The right side of `=~`; None for one that is not read here, or could take very long."""
     text = "".join(re.escape(text) if quoted else text for text, quoted in pieces)
+    text = _CLASS.sub(lambda found: CLASSES.get(found[0], found[0]), text)
     if re.search(r"\)[*+{]|\[\[|[*+}][*+?{]|\\[a-zA-Z]|\(\?", text) or len(text) > 200:
         return None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
+from foveate.tools.import_verl.bash.patterns import CLASSES
 from foveate.tools.import_verl.bash.values import LONGEST, Unreadable
 
 _ESCAPES = {"n": "\n", "t": "\t", "\\": "\\", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", '"': '"', "'": "'"}
@@ -123,10 +124,7 @@ def _tr(arguments: Sequence[str], given: str) -> tuple[str, int] | None:
 
 
 def _characters(text: str) -> str | None:
-    classes = {"[:upper:]": "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "[:lower:]": "abcdefghijklmnopqrstuvwxyz",
-               "[:space:]": " \t\n\r\f\v", "[:digit:]": "0123456789"}  # fmt: skip
-    if text in classes:
-        return classes[text]
+    text = CLASSES.get(text, text)
     if (text.startswith("-") and len(text) > 1) or "[:" in text:
         return None
     text = _unescape(text)

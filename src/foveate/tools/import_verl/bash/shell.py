@@ -142,6 +142,8 @@ class Shell:
         if not survivors:
             self.escapes = self.escapes[: None if isinstance(ended[-1], ScriptEnds) else -1]
             raise ended[-1]
+        if any(isinstance(end, ScriptEnds) for end in ended):
+            self.note(line, "a test that was not read is taken not to end the script")
         self.state = survivors[0]
         for other in survivors[1:]:
             self.state = merge(self.state, other, reason, self.expander.marks)

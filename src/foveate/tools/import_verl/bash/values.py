@@ -7,6 +7,7 @@ travel through quotes, arrays and assignments like any text, so that a value tel
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -22,10 +23,12 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A value that was not read, and why. `unset`: a variable that is set nowhere, empty text for bash."""
+    """A value that was not read, and why. `unset`: a variable that is set nowhere, empty text for bash. `several`: any
+    number of words may stand in its place."""
 
     reason: str
     unset: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,8 @@ class Marks:
 
     made: list[Unread] = field(default_factory=list)
 
-    def make(self, reason: str, *, unset: bool = False) -> str:
-        unread = Unread(reason, unset)
+    def make(self, reason: str, *, unset: bool = False, several: bool = False) -> str:
+        unread = Unread(reason, unset, several)
         if unread not in self.made:
             self.made.append(unread)
         return f"{_OPEN}{self.made.index(unread)}{_CLOSE}"
@@ -81,6 +84,20 @@ class Marks:
         if _OPEN not in text:
             return text
         return None if any(not unread.unset for unread in self.unread_in(text)) else _MARK.sub("", text)
+
+    def split(self, text: str) -> str:
+        """A text that is split into words, of which what was not read may be any number."""
+
+        def several(match: re.Match[str]) -> str:
+            unread = self.made[int(match[1])]
+            return match[0] if unread.unset else self.make(unread.reason, several=True)
+
+        return _MARK.sub(several, text)
+
+    def uncounted(self, words: Iterable[str]) -> str:
+        """The mark of words that may be more or fewer; "" where their number is known."""
+        unread = next((one for word in words for one in self.unread_in(word) if one.several), None)
+        return self.make(unread.reason, several=True) if unread else ""
 
     def derived(self, text: str) -> str:
         """The value of an operation on a text that is not known: not known, for the same reason."""

@@ -17,13 +17,16 @@ class Variables:
 
     def lookup(self, name: str, index: str | None, line: int) -> str | None:
         """The value of a variable or an element; None where it is unset."""
+        arguments = self.state.arguments
+        if name == "0":
+            return self.state.script
         if name.isdigit():
-            if name == "0":
-                return self.state.script
-            return self.state.arguments[int(name) - 1] if int(name) <= len(self.state.arguments) else None
+            place = int(name)
+            unknown = self.marks.uncounted(arguments[:place])
+            return unknown or (arguments[place - 1] if place <= len(arguments) else None)
         match name:
             case "#":
-                return str(len(self.state.arguments))
+                return self.marks.uncounted(arguments) or str(len(arguments))
             case "?":
                 if self.state.status is None:
                     return self.marks.make(f"line {line}: the status of a command that was not run")
@@ -41,7 +44,13 @@ class Variables:
             return found if index in (None, "0") else None
         if found.keyed:
             return found.elements.get(index or "0")
-        return found.elements.get(found.position(index or "0"))
+        place = found.position(index or "0")
+        before = (
+            found.values
+            if (index or "0").startswith("-")
+            else [found.elements[one] for one in found.keys if one <= place]
+        )
+        return self.marks.uncounted(before) or found.elements.get(place)
 
     def elements(self, name: str) -> list[str]:
         if name in ("@", "*"):
