@@ -69,6 +69,8 @@ def test_arguments_of_the_script_are_its_positional_parameters(launches):
         (f"A=($(hosts) last)\n{RUN} data.a=1 data.b=${{A[@]:1}}", "data.b", "line 1: the output of hosts"),
         (f"f() {{ {RUN} data.a=1 data.b=$#; }}\nf 1 $(hosts)", "data.b", "line 2: the output of hosts"),
         (f"set -- $(hosts) 2\nshift\n{RUN} data.a=1 data.b=$1", "data.b", "line 1: the output of hosts"),
+        (f"n=1\n((n = $(nproc) / 2)) || :\n{RUN} data.a=1 data.b=$n", "data.b", "line 2: the output of nproc"),
+        (f"n=1\nx=$((NOWHERE + ++n))\n{RUN} data.a=1 data.b=$n", "data.b", "needs $NOWHERE"),
         (f"A=(1)\nask && A+=(2)\n{RUN} data.a=1 data.b=${{#A[@]}}", "data.b", "line 2: a branch whose test"),
     ],
 )
@@ -117,7 +119,7 @@ def test_an_unforeseen_error_ends_as_a_message_with_the_line(tmp_path, monkeypat
 def test_an_error_in_one_of_two_branches_leaves_both_states(launches):
     text = f"N=1\nif ask; then x=$((1/0)); fi; N=2\n{RUN} data.a=1 data.b=$N"
     read, _ = launches(text)
-    assert "line 2: a branch whose test" in {argument.text: argument.unread for argument in read}["data.b"]
+    assert "line 2: left early in a branch" in {argument.text: argument.unread for argument in read}["data.b"]
 
 
 def test_a_test_that_was_not_read_is_taken_not_to_end_the_script_and_named(tmp_path):

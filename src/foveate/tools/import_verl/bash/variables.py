@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from foveate.tools.import_verl.bash.arithmetic import ArithmeticFault, Scope, UnreadOperand, evaluate_arithmetic
 from foveate.tools.import_verl.bash.state import OF_A_PROCESS, LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Marks, Unreadable
+
+_NAME = r"([A-Za-z_]\w*)(?:\[[^\]]*\])?"
+_ASSIGNED = re.compile(rf"{_NAME}\s*(?:[-+*/%&|^]|<<|>>)?=(?!=)|(?:\+\+|--)\s*{_NAME}|{_NAME}\s*(?:\+\+|--)", re.ASCII)
+"""Within an expression: a variable that it assigns to."""
 
 
 class Variables:
@@ -74,25 +79,29 @@ class Variables:
             return self.marks.derived(operand.args[0])
 
     def number(self, text: str, line: int, *, unset: bool) -> int:
-        """The value of an expression. `unset`: whether a variable that is set nowhere is 0, or was not read."""
+        """The value of an expression. `unset`: whether a variable that is set nowhere is 0, or was not read.
+
+        Raises UnreadOperand for one that was not read; then what it assigns was not read either.
+        """
+
+        def read(value: str) -> str:
+            known = self.marks.known(value) if unset or not self.marks.unread_in(value) else None
+            if known is None:
+                raise UnreadOperand(value)
+            return known
 
         def get(name: str, index: str | None) -> str:
             value = self.lookup(name, index, line)
             if value is None:
                 self.refuse_unset(name, line)
-            text = self.marks.make(f"needs ${name}", unset=True) if value is None else value
-            known = self.marks.known(text) if unset or not self.marks.unread_in(text) else None
-            if known is None:
-                raise UnreadOperand(text)
-            return known
+            return read(self.marks.make(f"needs ${name}", unset=True) if value is None else value)
 
-        if self.marks.unread_in(text):
-            known = self.marks.known(text) if unset else None
-            if known is None:
-                raise UnreadOperand(text)
-            text = known
         try:
-            return evaluate_arithmetic(text, Scope(get, self.assign), 0)
+            return evaluate_arithmetic(read(text), Scope(get, self.assign), 0)
+        except UnreadOperand as operand:
+            for match in _ASSIGNED.finditer(text):
+                self.state.variables[match[1] or match[2] or match[3]] = self.marks.derived(operand.args[0])
+            raise
         except ArithmeticFault as fault:
             raise LineEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
 
