@@ -165,13 +165,16 @@ class Expander(Variables):
         if part.operator.startswith("!"):
             return self._indirect(part, index)
         several = part.name in ("@", "*") or index in ("@", "*")
-        if not several:
-            value = self.lookup(part.name, index, part.line)
+        found = self.state.variables.get(part.name)
+        if not several or (part.operator == ":" and isinstance(found, str)):  # ${text[@]:1} is a part of the text
+            value = self.lookup(part.name, None if several else index, part.line)
             return [self._operated(part, value)]
         values = self.elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
         uncounted = self.marks.uncounted(values)
         if part.operator == "length":
+            if not values and found is None:
+                self.refuse_unset(part.name, part.line)
             return [uncounted or str(len(values))]
         if part.operator == ":":
             values = [uncounted] if uncounted else self._slice(values, part)

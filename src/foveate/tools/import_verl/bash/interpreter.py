@@ -165,7 +165,7 @@ class Interpreter(Shell):
 
     def _if(self, branches: Sequence[tuple[Sequence[Command], Sequence[Command]]], command: If) -> None:
         if not branches:
-            self.state.status = 0
+            self.state.status = self.state.status if command.otherwise else 0
             return self.run(command.otherwise)
         (condition, body), rest = branches[0], branches[1:]
         status = self.test(condition)
