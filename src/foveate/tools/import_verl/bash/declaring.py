@@ -90,7 +90,7 @@ def unset(shell: Interpreter, fields: Fields, line: int) -> int:
         if only != "-f" and shell.expander.is_readonly(match[1] if match else name):
             status = 1
         elif match and only != "-f":
-            _unset_element(shell, match[1], match[2], line)
+            status = status or _unset_element(shell, match[1], match[2], line)
         elif name in shell.state.variables and only != "-f":
             shell.state.variables.pop(name)
             shell.state.attributes.pop(name, None)
@@ -99,18 +99,20 @@ def unset(shell: Interpreter, fields: Fields, line: int) -> int:
     return status
 
 
-def _unset_element(shell: Interpreter, name: str, index: str, line: int) -> None:
+def _unset_element(shell: Interpreter, name: str, index: str, line: int) -> int:
     variables = shell.state.variables
     found = variables.get(name)
     if found is None:
-        return
-    if index in ("@", "*"):
+        return 0
+    if index in ("@", "*") or (isinstance(found, str) and index == "0"):
         variables.pop(name)
-        return
-    found = found if isinstance(found, Array) else Array({0: found})
+        return 0
+    if isinstance(found, str):
+        return 1
     index = index if found.keyed else shell.expander.arithmetic(index, line)
     if shell.expander.marks.unread_in(index):
         variables[name] = shell.expander.marks.make(f"line {line}: the element of {name} that unset takes")
-        return
+        return 0
     key = index if found.keyed else found.position(index)
     variables[name] = Array({one: value for one, value in found.elements.items() if one != key}, found.keyed)
+    return 0

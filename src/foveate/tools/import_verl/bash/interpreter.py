@@ -340,14 +340,13 @@ class Interpreter(Shell):
             self.state.exported = exported if before else self.state.exported
         return None
 
-    def _declared(self, assignment: Assignment) -> list[Assignment]:
-        """The assignments behind `export` and its kin, whose braces are expanded as those of words are."""
+    def _declared(self, assignment: Assignment) -> Sequence[str | Assignment]:
+        """An assignment behind `export` and its kin: one with braces is a word like any other."""
         value = assignment.value
-        return (
-            [replace(assignment, value=one) for one in expand_braces(value)]
-            if isinstance(value, Word)
-            else [assignment]
-        )
+        if not isinstance(value, Word) or assignment.index or assignment.append or len(expand_braces(value)) == 1:
+            return [assignment]
+        name = Text(f"{assignment.name}=", False)
+        return self.expander.fields(replace(value, parts=(name, *value.parts)))
 
     def call(self, fields: Sequence[str | Assignment], line: int) -> None:
         """Run a function, a builtin, or a program with its arguments."""

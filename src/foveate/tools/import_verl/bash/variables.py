@@ -92,6 +92,8 @@ class Variables:
 
         def get(name: str, index: str | None) -> str:
             value = self.lookup(name, index, line)
+            if value is None and name in self.state.variables:
+                return ""  # an element that is not there
             if value is None:
                 self.refuse_unset(name, line)
             return read(self.marks.make(f"needs ${name}", unset=True) if value is None else value)
