@@ -64,19 +64,26 @@ class Expander(Variables):
         return fields
 
     def _spliced(self, parts: Sequence[WordPart], of_default: bool = False) -> Iterator[tuple[WordPart, bool]]:
-        """The parts, with those of a default in place of an unquoted `${name:-default}` that takes it, and whether they
-        are of a default: those are split outside of their own quotes."""
+        """The parts, with those of a default in place of a `${name:-default}` that takes it, and whether they are of a
+        default: those are split outside of quotes, and may hold an array."""
         for part in parts:
-            if isinstance(part, Parameter) and not part.quoted and part.operator in (":-", "-", ":+", "+"):
+            if isinstance(part, Parameter) and part.operator in (":-", "-", ":+", "+"):
                 index = self._index(part)
-                several = part.name in ("@", "*") or index in ("@", "*")
-                value = None if several else self.lookup(part.name, index, part.line)
-                if not several and self._takes_word(part, value):
+                if part.name in ("@", "*") or index in ("@", "*"):
+                    takes = self._given(self.elements(part.name)) == (part.operator[-1] == "+")
+                else:
+                    takes = self._takes_word(part, self.lookup(part.name, index, part.line))
+                if takes:
+                    if part.quoted:
+                        yield Text("", True), False
                     yield from self._spliced(part.arguments[0].parts, True)
                     continue
                 if index is not None:  # an expression may count, as in ${A[i++]:-default}
                     part = replace(part, index=Word((Text(index, True),), part.line))
             yield part, of_default
+
+    def _given(self, values: Sequence[str]) -> bool:
+        return any(self.marks.known(value) != "" for value in values)
 
     def _takes_word(self, part: Parameter, value: str | None) -> bool | None:
         """Whether the word behind an operator stands for the parameter; None where that is not known."""
@@ -179,7 +186,7 @@ class Expander(Variables):
         if part.operator == ":":
             values = [uncounted] if uncounted else self._slice(values, part)
         elif part.operator in _TESTED:
-            given = any(self.marks.known(value) != "" for value in values)
+            given = self._given(values)
             if not given and part.operator[-1] != "+":
                 return [self._operated(part, None)]
             if part.operator[-1] == "+":

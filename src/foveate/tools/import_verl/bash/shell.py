@@ -111,11 +111,15 @@ class Shell:
         """The output of commands in a shell of its own, without the newlines at its end."""
         before, self.output = self.output, []
         self.captured += 1
-        self.subshell(lambda: self.run(body))
+        self.subshell(lambda: self._run_capture(body))
         text, self.output = "".join(self.output), before
         if len(text) > LONGEST:
             raise Unreadable(f"line {line}: an output of more than {LONGEST} characters")
         return text.rstrip("\n")
+
+    def _run_capture(self, body: Sequence[Command]) -> None:
+        self.state.options -= {"e"}  # not handed to $(...)
+        self.run(body)
 
     def write(self, text: str) -> None:
         if self.output is not None:
