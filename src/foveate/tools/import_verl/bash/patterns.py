@@ -89,7 +89,7 @@ def replace_match(operator: str, text: str, pattern: re.Pattern[str], new: str) 
         return text[: match.start()] + new if match else text
     if not pattern.pattern:
         return text
-    return pattern.sub(lambda _: new, text, count=0 if operator == "//" else 1)
+    return pattern.sub(lambda found: new if found[0] or not text else "", text, count=0 if operator == "//" else 1)
 
 
 def separator_regex(separators: str) -> str:
