@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from foveate.tools.import_verl.bash.syntax import Text, Word, WordPart
+from foveate.tools.import_verl.bash.syntax import Parameter, Text, Word, WordPart
 from foveate.tools.import_verl.bash.values import Unreadable
 
 _RANGE = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})(?:\.\.(-?\d{1,9}))?|([A-Za-z])\.\.([A-Za-z])")
+_IN_NAME = re.compile(r"\w", re.ASCII)
 _MOST = 10_000
 Item = WordPart | str  # an unquoted character, or something that no brace is in
 
@@ -24,7 +26,17 @@ def expand_braces(word: Word) -> list[Word]:
 
 
 def _parts(items: Sequence[Item]) -> tuple[WordPart, ...]:
-    return tuple(Text(item, False) if isinstance(item, str) else item for item in items)
+    """The parts of an alternative; `$a{b,c}` is `$ab` and `$ac`."""
+    parts = list[WordPart]()
+    for item in items:
+        last = parts[-1] if parts else None
+        if not isinstance(item, str):
+            parts.append(item)
+        elif isinstance(last, Parameter) and last.bare and not last.quoted and _IN_NAME.fullmatch(item):
+            parts[-1] = replace(last, name=last.name + item)
+        else:
+            parts.append(Text(item, False))
+    return tuple(parts)
 
 
 def _expand(items: list[Item]) -> list[list[Item]]:

@@ -23,7 +23,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """`$name`, `${name[index]operator arguments}`; `operator` "#" is the length, "!" the name in a variable."""
+    """`$name`, `${name[index]operator arguments}`; `operator` "#" is the length, "!" the name in a variable. `bare`: it
+    is a name without braces, which letters behind it would belong to."""
 
     name: str
     index: Word | None
@@ -31,6 +32,7 @@ class Parameter:
     arguments: tuple[Word, ...]
     quoted: bool
     line: int
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)

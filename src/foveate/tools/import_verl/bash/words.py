@@ -203,7 +203,7 @@ class WordReader:
             return Text("$", quoted)
         taken = name[0][:1] if name[0].isdigit() else name[0]  # $10 is ${1}0
         self.at += len(taken)
-        return Parameter(taken, None, "", (), quoted, line)
+        return Parameter(taken, None, "", (), quoted, line, bare=_NAME.fullmatch(taken) is not None)
 
     def _bracket_end(self) -> int:
         """The place of the ] that closes the $[ here, the old form of an expression; 0 where none does."""
