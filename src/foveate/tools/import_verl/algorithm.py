@@ -297,7 +297,7 @@ def _reward(given: Given) -> dict[str, Any]:
 def _sources(given: Given) -> dict[str, str]:
     manager = next((key for key in _MANAGER if given.has(key)), _MANAGER[0])
     rewards = dict(_BY_SOURCE)
-    if given.has(manager) and given.text(manager) == "dapo":
+    if given.has(manager) and given.get(manager) == "dapo":
         given.refuse(manager, "math_dapo is +1 or -1 in verl; the reward math here is 1 or 0")
     given.filled["reward by data_source"] = ", ".join(f"{source}: {reward}" for source, reward in rewards.items())
     return rewards
