@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import threading
 import time
 
 import pytest
 
+from foveate.encoding import chat
 from foveate.errors import DataError
-from foveate.models.checkpoint import inspect
 from foveate.models.checkpoint.inspect import inspect_model_folder
-from foveate.models.checkpoint.small_files import bounded
 
 LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
 TEMPLATES = {
@@ -39,7 +37,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_end_or_bounds_is_refused_in_one_line(tmp_path, tiny_folder, monkeypatch, name):
     template, said = TEMPLATES[name]
-    monkeypatch.setattr(inspect, "TEMPLATE_S", 1.0)
+    monkeypatch.setattr(chat, "TEMPLATE_S", 1.0)
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template)
     limits, begin = resource.getrlimit(resource.RLIMIT_DATA), time.monotonic()
@@ -52,10 +50,27 @@ def test_a_template_without_end_or_bounds_is_refused_in_one_line(tmp_path, tiny_
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
 
 
-def test_what_is_bounded_may_take_as_long_as_that():
-    with bounded(5.0, 2**28):
-        time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+ON_SOME_ROWS = {
+    "a loop": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 0.1 s"),
+    "division": ("{{ 1 / 0 }}", "division by zero"),
+    "a type": ("{{ 'a' + 1 }}", "can only concatenate"),
+    "its own error": ("{{ raise_exception('no\nsuch row') }}", "no such row"),
+}
+
+
+@pytest.mark.parametrize("name", ON_SOME_ROWS)
+def test_a_template_that_misbehaves_on_some_rows_is_told_by_the_row(encode, make_task, monkeypatch, name):
+    template, said = ON_SOME_ROWS[name]
+    template = f"{{% for m in messages %}}{{% if 'bad' in m.content %}}{template}{{% endif %}}{{{{ m.content }}}}"
+    monkeypatch.setattr(encode.tokenizer, "chat_template", template + "{% endfor %}")
+    monkeypatch.setattr(chat, "TEMPLATE_S", 0.1)
+    monkeypatch.setattr(chat, "_LOOK_S", 0.05)
+    assert encode.length(make_task("good")) > 0
+    with pytest.raises(DataError, match="field prompt: the model's chat template refuses it: ") as caught:
+        encode.length(make_task("bad"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert encode.length(make_task("good")) > 0
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -85,6 +89,10 @@ the template of GPT-OSS leaves the channel to the model."""
 
 _OPENED = re.compile(r"<([A-Za-z_]\w*)>\s*(?:</\1>\s*)?$")
 
+TEMPLATE_S = 10.0
+"""Seconds that a chat template may take for a prompt."""
+_LOOK_S = 0.5
+
 _PLACES = re.compile(r"(Frame-?\d+: ?)?<image>")
 
 
@@ -146,11 +154,58 @@ def render(
     template: str = CORRECTED_TEMPLATE,
 ) -> str:
     """The prompt as text, generation prompt included. A `system` message is put in front unless there is one. The
-    `template` stands in for a tokenizer without one."""
+    `template` stands in for a tokenizer without one. Raises what the template raises, and TimeoutError where it has not
+    ended after `TEMPLATE_S`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     fallback = None if tokenizer.chat_template else template
-    text = tokenizer.apply_chat_template(turns, chat_template=fallback, tokenize=False, add_generation_prompt=True)
+    with _time_limit(TEMPLATE_S):
+        text = tokenizer.apply_chat_template(turns, chat_template=fallback, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     return text
+
+
+_deadlines: dict[int, float] = {}
+"""When the templates that run now must have ended, by thread."""
+_lock = threading.Lock()
+_watcher = threading.Thread()
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Within it this thread gets a TimeoutError after some seconds, which reaches code in Python only, such as that of
+    a template. One thread watches all, while there are any: a timer for each would take as long as a template."""
+    global _watcher
+    own = threading.get_ident()
+    with _lock:
+        _deadlines[own] = time.monotonic() + seconds
+        if not _watcher.is_alive():
+            _watcher = threading.Thread(target=_watch, name="templates", daemon=True)
+            _watcher.start()
+    try:
+        yield
+    except TimeoutError:
+        raise TimeoutError(f"it takes more than {seconds:g} s") from None
+    finally:
+        with _lock:
+            if _deadlines.pop(own, None) is None:  # a TimeoutError that came too late
+                _interrupt(own, None)
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(_LOOK_S)
+        with _lock:
+            for thread, deadline in [*_deadlines.items()]:
+                if deadline < time.monotonic():
+                    del _deadlines[thread]
+                    _interrupt(thread, TimeoutError)
+            if not _deadlines:
+                return
+
+
+def _interrupt(thread: int, error: type[Exception] | None) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), None if error is None else ctypes.py_object(error)
+    )

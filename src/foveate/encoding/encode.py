@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from foveate.data.images import load_image
@@ -161,8 +160,9 @@ class Encoder:
         disguise, messages = self._disguised(task)
         try:
             text = render(messages, self.tokenizer, self.system, self.family.template)
-        except TemplateError as error:
-            raise DataError(f"{task.where}, field prompt: the model's chat template refuses it: {error}") from error
+        except Exception as error:  # a template is a program, and may raise anything
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"{task.where}, field prompt: the model's chat template refuses it: {reason}") from error
         marks = text.count(IMAGE_MARK)
         if marks != len(task.images):
             raise DataError(

@@ -20,8 +20,8 @@ from foveate.models.checkpoint.small_files import WEIGHTS, bounded, read_tokeniz
 from foveate.models.families import family_class
 from foveate.records import Message
 
-TEMPLATE_S, TEMPLATE_BYTES = 10.0, 2**30
-"""Limits of a chat template that says one word."""
+TEMPLATE_BYTES = 2**30
+"""Memory for a chat template that says one word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def inspect_model_folder(path: str) -> ModelFolder:
             f"{folder}: no chat template, and the tokenizer has no {family.template_token}; add chat_template.jinja"
         )
     try:
-        with bounded(TEMPLATE_S, TEMPLATE_BYTES):
+        with bounded(TEMPLATE_BYTES):
             render((Message("user", "?"),), tokenizer, template=family.template)
     except Exception as error:  # a template is a program, and may raise anything
         reason = one_line(error)[:300]
