@@ -16,8 +16,9 @@ from foveate.errors import ConfigError, DataError
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import read_headers
-from foveate.models.policy import load_policy
+from foveate.models.policy import load_on_meta, load_policy
 from foveate.models.sharded import meta_policy
+from foveate.tools.doctor import model_facts
 from foveate.train.export import export_checkpoint
 from foveate.train.sft import run_sft
 
@@ -72,6 +73,14 @@ def test_weights_elsewhere_are_loaded_and_not_converted(folder, tmp_path):
     inspect_model_folder(str(folder))
     with pytest.raises(DataError, match="is a link out of its folder"):
         convert(folder, tmp_path / "out", "hf")
+
+
+def test_doctor_names_the_weights_that_lie_elsewhere(folder, tmp_path):
+    assert "weights elsewhere" not in model_facts(load_on_meta(str(folder)))
+    shutil.move(folder / "model.safetensors", tmp_path / "weights.safetensors")
+    link(folder, "model.safetensors", tmp_path / "weights.safetensors")
+    said = model_facts(load_on_meta(str(folder)))["weights elsewhere"]
+    assert said.startswith(f"model.safetensors is a link to {tmp_path}/weights.safetensors; loaded, but neither")
 
 
 def test_links_within_a_folder_and_to_it_are_fine(folder, tmp_path):

@@ -9,9 +9,11 @@ import re
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from toy import make_data, settings_of
+from typer.main import get_command
 
 from foveate.cli import app as cli
 
@@ -221,6 +223,11 @@ def odd_command(choice: random.Random, paths: list[str], recipe: str) -> list[st
     return line
 
 
+def odd_commands(count: int, seed: int, paths: list[str], recipe: str) -> list[list[str]]:
+    choice = random.Random(seed)
+    return [odd_command(choice, paths, recipe) for _ in range(count)]
+
+
 @pytest.fixture
 def run(monkeypatch, capfd, tmp_path):
     logger = logging.getLogger("foveate")
@@ -242,25 +249,74 @@ def run(monkeypatch, capfd, tmp_path):
 
 
 def test_odd_command_lines_are_refused_in_one_line(run, tmp_path, tiny_folder):
-    count, seed = 60, 0
-    check(run, tmp_path, tiny_folder, count, seed)
+    check(run, tmp_path, tiny_folder, lambda paths, recipe: odd_commands(60, 0, paths, recipe))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_odd_command_lines_are_refused_in_one_line(run, tmp_path, tiny_folder, seed):
-    check(run, tmp_path, tiny_folder, 100, seed)
+    check(run, tmp_path, tiny_folder, lambda paths, recipe: odd_commands(100, seed, paths, recipe))
 
 
-def check(run, tmp_path, tiny_folder, count, seed):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("plan shapes_gspo --gpus 9999999999999x8", "--gpus 9999999999999x8: must be GPU, 8xGPU or 2x8xGPU"),
+        ("plan shapes_gspo --gpus 99999999x9xH100-80", "at most 99,999"),
+        ("plan shapes_gspo --gpus 0x8xH100-80", "must be GPU"),
+        ("generate --data a --out b --endpoint http://[::1", "--endpoint http://[::1: must begin with http"),
+        ("generate --data a --out b --endpoint http://a:99999/v1", "must begin with http"),
+        ("generate --data a --out b --endpoint http:///v1", "must begin with http"),
+        ("vlmevalkit config --out b --endpoint http://[ --served-model m --dataset d", "must begin with http"),
+    ],
+)
+def test_values_that_mislead_libraries_are_refused_by_their_option(run, line, said):
+    code, printed = run(line.split())
+    assert (code, printed.count("\n")) == (1, 1), printed
+    assert said in printed
+
+
+BLOCKING = ("serve", "view", "demo", "cluster", "submit")
+"""Verbs that would go on until they are stopped."""
+
+
+def every_option(paths: list[str], recipe: str) -> list[list[str]]:
+    """Each option of each verb with odd values, behind arguments that may be right."""
+
+    def leaves(command: click.Command, path: list[str]) -> list[tuple[list[str], click.Command]]:
+        if isinstance(command, click.Group):
+            return [leaf for name, one in command.commands.items() for leaf in leaves(one, [*path, name])]
+        return [(path, command)]
+
+    lines = []
+    for path, command in leaves(get_command(cli.app), []):
+        if path[0] in BLOCKING:
+            continue
+        arguments = [recipe if one.name == "recipe" else paths[0] for one in command.params if one.required]
+        arguments = arguments[: sum(isinstance(one, click.Argument) and one.required for one in command.params)]
+        flags = [one.opts[0] for one in command.params if isinstance(one, click.Option)]
+        required = [[one.opts[0], paths[-1]] for one in command.params if one.required and one.opts[0].startswith("-")]
+        for flag in flags:
+            for value in [*NUMBERS, *TEXTS[:8], *paths[:4], paths[-1]]:
+                given = [words for words in required if words[0] != flag]
+                lines.append([*path, *arguments, *(word for words in given for word in words), flag, value])
+    return lines
+
+
+@pytest.mark.slow
+def test_every_option_refuses_odd_values_in_one_line(run, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check(run, tmp_path, tiny_folder, lambda paths, recipe: random.Random(5).sample(every_option(paths, recipe), 200))
+
+
+def check(run, tmp_path, tiny_folder, make_lines):
     paths = files(tmp_path)
     values = settings_of(tmp_path / "run", tiny_folder, make_data(tmp_path / "made"))
     values["model"]["path"] = str(tmp_path / "none")  # nothing is trained, whatever gets through
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values))
-    choice, found = random.Random(seed), []
-    for _ in range(count):
-        line = odd_command(choice, paths, str(recipe))
+    found = []
+    for line in make_lines(paths, str(recipe)):
         code, said = run(line)
         last = said.strip().splitlines()[-1] if said.strip() else ""
         is_usage = code == 2 and "Usage" in said

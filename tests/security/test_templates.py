@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import time
@@ -93,4 +94,15 @@ def test_numbers_of_tiles_that_no_image_has_are_refused(tmp_path, tiny_folder, v
     path = folder / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_patches": value}))
     with pytest.raises(DataError, match="max_patches"):
+        inspect_model_folder(str(folder))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-6, 10.0, "1e-06", [1e-6]])
+def test_numbers_that_no_norm_has_are_refused(tmp_path, tiny_folder, value):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["rms_norm_eps"] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config.json: (rms_norm_eps is .*; it must be a small|.*NaN is no number)"):
         inspect_model_folder(str(folder))

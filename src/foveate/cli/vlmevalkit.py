@@ -31,6 +31,7 @@ def config(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of the served model.")] = 1024,
 ) -> None:
     """Write the file for VLMEvalKit's --config: a checkpoint, with and without thinking, or a served model."""
+    from foveate.evaluate.client import endpoints_of
     from foveate.log import print_result
     from foveate.tools.vlmevalkit import checkpoint_models, endpoint_models, write_config
 
@@ -43,7 +44,7 @@ def config(
     else:
         if served_model is None or endpoint is None:
             raise ConfigError("--endpoint needs --served-model")
-        models = endpoint_models(endpoint, served_model, name or served_model, max_tokens)
+        models = endpoint_models(endpoints_of([endpoint])[0], served_model, name or served_model, max_tokens)
     write_config(out, models, dataset or (), tsv)
     folder = f"LMUData={tsv.parent.resolve()} " if tsv is not None else ""
     flags = f"{folder}PRED_FORMAT=tsv USE_COT=1 SPLIT_THINK=True"

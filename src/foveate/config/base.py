@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, NoReturn
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,6 +34,16 @@ class Named(Settings):
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+
+def is_http_address(text: str) -> bool:
+    """Whether a text is the address of a server: http or https, a host, and a port that can be one."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # which is read now
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and text.isprintable() and " " not in text
 
 
 def has_gpu() -> bool:

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from foveate.config.base import is_http_address
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.table import TaskTable
 from foveate.encoding.chat import IMAGE_MARK
@@ -270,8 +271,8 @@ def _reason(error: Exception) -> str:
 def endpoints_of(urls: Sequence[str]) -> tuple[str, ...]:
     """Addresses as given, without a slash at the end. Raises ConfigError for one that is none."""
     for url in urls:
-        if not url.startswith(("http://", "https://")):
+        if not is_http_address(url):
             raise ConfigError(
-                f"--endpoint {url}: must begin with http:// or https://, such as http://127.0.0.1:8000/v1"
+                f"--endpoint {url}: must be http:// or https:// and a host, such as http://127.0.0.1:8000/v1"
             )
     return tuple(url.rstrip("/") for url in urls)

@@ -68,8 +68,10 @@ class Machines:
 def parse_machines(text: str) -> Machines:
     """`H100-80`, `8xH100-80` or `2x8xH100-80` (machines x GPUs x kind). Raises ConfigError that lists what is known."""
     *counts, name = re.split(r"x(?=[0-9]|[A-Za-z])", text) if re.match(r"[0-9]+x", text) else [text]
-    if len(counts) > 2 or not all(count.isdigit() and int(count) for count in counts):
-        raise ConfigError(f"--gpus {text}: must be GPU, 8xGPU or 2x8xGPU (machines x GPUs x kind), such as 8xH100-80")
+    if len(counts) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,4}", count) for count in counts):
+        raise ConfigError(
+            f"--gpus {text}: must be GPU, 8xGPU or 2x8xGPU (machines x GPUs x kind, at most 99,999), such as 8xH100-80"
+        )
     if name not in GPUS:
         known = ", ".join(GPUS)
         raise ConfigError(f"--gpus {text}: unknown GPU {name!r}{suggestion(name, list(GPUS))}; known are {known}")

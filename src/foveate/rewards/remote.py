@@ -15,6 +15,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from foveate.config.base import is_http_address
 from foveate.data.images import open_picture
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
@@ -140,7 +141,7 @@ def _asker(
     """A function that sends a request to a server and waits for its reply. It raises ConnectionError where the server
     refuses, or does not answer after all tries. Raises ConfigError for an address that is none, and where openai is not
     installed."""
-    if not re.match(r"https?://[^/\s]+", url):
+    if not is_http_address(url):
         raise ConfigError(f"reward {name}: url must begin with http:// or https:// and a host, found {url!r}")
     try:
         import openai

@@ -19,6 +19,7 @@ from foveate.encoding.chat import opened_by, some_prompt
 from foveate.encoding.family import PER_MILLE
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
+from foveate.models.checkpoint.small_files import links_out
 from foveate.models.policy import Policy, load_on_meta, parameters_by_part
 
 
@@ -68,6 +69,7 @@ def model_facts(policy: Policy) -> dict[str, str]:
         "stop tokens": ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} = {i}" for i in family.stop_ids),
         "dtype": ", ".join(sorted({tensor.dtype for tensor in read_headers(weight_files(policy.folder)).values()})),
         "missing": ", ".join(_missing(policy)) or "nothing",
+        **_links(policy.folder),
     }
 
 
@@ -85,6 +87,12 @@ def template_facts(policy: Policy) -> dict[str, str]:
         "  opened for the answer": f"{opened!r}, which rewards count and SFT does not repeat" if opened else "nothing",
         "  text, not tokens, in rows": ", ".join(family.all_control_words(tokenizer)) or "nothing",
     }
+
+
+def _links(folder: Path) -> dict[str, str]:
+    """Weights that are links to elsewhere. Any other file that is one was refused."""
+    links = [f"{path.name} is a link to {target}" for path, target in links_out(folder)]
+    return {"weights elsewhere": f"{', '.join(links)}; loaded, but neither converted nor exported"} if links else {}
 
 
 def _missing(policy: Policy) -> list[str]:

@@ -66,6 +66,10 @@ def read_config(folder: Path) -> Json:
             raise DataError(
                 f"{path}: the weights are quantised ({how}), which cannot be trained; take the bfloat16 ones"
             )
+        for name, value in part.items():
+            is_small = value is None or (isinstance(value, int | float) and 0 <= value < 1)
+            if name.endswith(("_eps", "_epsilon")) and not is_small:
+                raise DataError(f"{path}: {name} is {value!r}; it must be a small number, such as 1e-06")
     return config
 
 

@@ -3,13 +3,11 @@ Every refusal is a DataError that names the file."""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
 import re
 import resource
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,28 +39,17 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def bounded(seconds: float, more_bytes: int) -> Iterator[None]:
-    """Within it this thread gets a TimeoutError after some seconds, and the process a MemoryError when it allocates
-    more. Both reach code in Python only, such as that of a template."""
-    thread = ctypes.c_ulong(threading.get_ident())
-    interrupt = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    timer = threading.Timer(seconds, interrupt, (thread, ctypes.py_object(TimeoutError)))
-    timer.daemon = True
+def bounded(more_bytes: int) -> Iterator[None]:
+    """Within it the process gets a MemoryError when it allocates more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     if used is not None and soft == resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used[1]) + more_bytes, hard))
-    timer.start()
     try:
         yield
-    except TimeoutError:
-        raise TimeoutError(f"it takes more than {seconds:g} s") from None
     except MemoryError:
         raise MemoryError(f"it takes more than {more_bytes / 2**30:g} GiB of memory") from None
     finally:
-        timer.cancel()
-        timer.join()
-        interrupt(thread, None)  # one that came too late
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
@@ -73,16 +60,23 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 def refuse_links(folder: Path, without: Collection[str] = ()) -> None:
     """Raise DataError for a link in a folder that leads out of it, but for files with the suffixes `without`: what is
-    saved of the folder would hold files from elsewhere. Links of the Hub's cache lead to the blobs beside its
-    snapshots."""
+    saved of the folder would hold files from elsewhere."""
+    for path, target in links_out(folder):
+        if path.suffix not in without:
+            raise DataError(f"{path}: is a link out of its folder, to {target}; put the file itself there")
+
+
+def links_out(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """The links in a folder that lead out of it, with their targets. Those of the Hub's cache lead to the blobs beside
+    its snapshots, which count as inside."""
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":
         inside.append(inside[0].parent.parent / "blobs")
     for path in folder.rglob("*"):
-        if path.is_symlink() and path.suffix not in without:
+        if path.is_symlink():
             target = Path(os.path.realpath(path))
             if not any(target.is_relative_to(place) for place in inside):
-                raise DataError(f"{path}: is a link out of its folder, to {target}; put the file itself there")
+                yield path, target
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         if size > MOST_JSON_BYTES:
             raise DataError(f"{path}: has {size:,} bytes; a JSON file of a checkpoint has {MOST_JSON_BYTES:,} at most")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_nan)
     except RecursionError:
         raise DataError(f"{path}: not valid JSON (nested too deep)") from None
     except DataError:
@@ -101,6 +95,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: holds a {type(content).__name__}, not a JSON object")
     return content
+
+
+def _no_nan(name: str) -> float:
+    """Infinite settings exist, as limits of a step; what is no number sets nothing."""
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
