@@ -63,14 +63,50 @@ def test_a_signal_lets_the_step_end(monkeypatch, number):
 @pytest.mark.parametrize("first", NUMBERS)
 def test_a_second_ctrl_c_leaves_at_once(monkeypatch, first):
     monkeypatch.setattr("foveate.train.session.Worker", Saving)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         left([], first, signal.SIGINT)
+    assert end.value.code == 128 + signal.SIGINT
 
 
 def test_ctrl_c_leaves_at_once_while_there_is_nothing_to_save(monkeypatch):
     monkeypatch.setattr("foveate.train.session.Worker", Saving)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         left([signal.SIGINT])
+    assert end.value.code == 128 + signal.SIGINT
+
+
+def test_a_script_that_is_left_at_once_ends_in_one_line(tmp_path, tiny_folder):
+    data, run = make_data(tmp_path / "data"), tmp_path / "run"
+    script = f"""
+import logging, os, signal, time, foveate as fv
+
+told = []
+
+class Told(logging.StreamHandler):
+    def emit(self, record):
+        super().emit(record)
+        told.append(record)
+
+def reward(answer, ground_truth, **columns):
+    for _ in range(2):
+        before = len(told)
+        os.kill(os.getpid(), signal.SIGINT)
+        while len(told) == before:
+            time.sleep(0.01)
+    return 1.0
+
+logging.getLogger("foveate").addHandler(Told())
+fv.train_rl(
+    {str(tiny_folder)!r}, [{str(data / "train.parquet")!r}], reward, run_dir={str(run)!r}, max_prompt_tokens=128,
+    **{{"reward.workers": 0, "rollout.samples": 2, "rollout.max_tokens": 2, "train.prompts_per_step": 2,
+        "train.steps": 5}},
+)
+"""
+    command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + script
+    ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 128 + signal.SIGINT, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].endswith("Ctrl-C: leaving at once, with what was saved before")
 
 
 def test_other_signals_before_the_first_step_end_the_run_before_it(monkeypatch):

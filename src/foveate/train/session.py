@@ -43,12 +43,12 @@ def retry_on_lost_rank(retries: int, run: Callable[[bool], Result]) -> Result:
 
 class GracefulShutdown:
     """Within it, SIGTERM, SIGHUP and Ctrl-C let a step end and be saved before the process leaves; a second SIGTERM or
-    Ctrl-C ends it at once. Ctrl-C does so already before `begin`, when there is nothing to save. When it ends, no
-    checkpoint of `workers` is under way."""
+    Ctrl-C ends it at once. Ctrl-C does so already before `begin`, when there is nothing to save. The process leaves by
+    SystemExit, with a line in the log and no traceback. When it ends, no checkpoint of `workers` is under way."""
 
     def __init__(self, workers: WorkerGroup[Worker]) -> None:
         self._asked: signal.Signals | None = None
-        self._has_begun = False
+        self._has_begun, self._is_left = False, False
         self._workers = workers
         self._former: dict[signal.Signals, Any] = {}
 
@@ -75,11 +75,15 @@ class GracefulShutdown:
         finally:
             for number, former in self._former.items():
                 signal.signal(number, former)
+        if kind is KeyboardInterrupt and self._is_left:
+            raise SystemExit(128 + signal.SIGINT) from None
         if kind is RankLost:  # the machine may be going down, which told the ranks first
             self.check()
 
     def _ask(self, number: int, _: object) -> None:
         if number == signal.SIGINT and (self.is_asked or not self._has_begun):
+            logger.warning("Ctrl-C: leaving at once, with what was saved before")
+            self._is_left = True
             raise KeyboardInterrupt
         if number == signal.SIGHUP and console.is_terminal:  # it is gone, and writing to it would end the run
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
