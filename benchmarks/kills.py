@@ -79,22 +79,22 @@ def disturbed(
     killed: Counter[str] = Counter()
     command = (recipe, f"run={run}")
     job = nodes.submit(*command, log=run.with_suffix(".log"))
-    begin, starts, at = time.monotonic(), 1, None
-    begins = KINDS["rank" if "rank" in kinds else "driver"][0]
+    begin, starts, at, since = time.monotonic(), 1, None, time.time()
+    metrics = run / "metrics.jsonl"
     while job.poll() != 0:
         if time.monotonic() - begin > 1800:
             sys.exit(f"{run.name} does not end\n{run.with_suffix('.log').read_text()[-4000:]}")
         nodes.keep()
         if job.poll() is not None:
             job, starts = nodes.submit(*command, log=run.with_suffix(".log")), starts + 1
-        if at is None and any(begins in words for words in nodes.processes().values()):
+        if at is None and metrics.exists() and metrics.stat().st_mtime > since:  # it has begun, or resumed
             at = time.monotonic() + choice.uniform(0, within)
         if killed.total() < left and at is not None and time.monotonic() > at:
             kind = choice.choice(kinds)
             if kill_one(nodes, kind, choice):
                 killed[kind] += 1
                 print(f"{run.name}: killed {kind} at step {step_of(run)}", flush=True)
-                at = None
+                at, since = None, time.time()
                 time.sleep(3)
         time.sleep(0.5)
     print(f"{run.name}: finished after {time.monotonic() - begin:.0f} s, submitted {starts} times", flush=True)
