@@ -273,6 +273,6 @@ def endpoints_of(urls: Sequence[str]) -> tuple[str, ...]:
     for url in urls:
         if not is_http_address(url):
             raise ConfigError(
-                f"--endpoint {url}: must be http:// or https:// and a host, such as http://127.0.0.1:8000/v1"
+                f"--endpoint {url}: must begin with http:// or https:// and a host, such as http://127.0.0.1:8000/v1"
             )
     return tuple(url.rstrip("/") for url in urls)
