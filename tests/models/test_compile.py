@@ -40,7 +40,7 @@ def learned(worker, packed_groups):
     )
 
 
-@pytest.mark.parametrize("name", ["internvl", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["internvl", "qwen3_moe", "qwen3_5"])
 def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, make_image):
     folder = str(folder_of(name))
     policy = load_policy(folder, device=DEVICE)

@@ -19,8 +19,9 @@ from foveate.models.policy import load_policy
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.parallel.ulysses import check_heads, token_terms_split
 
-MODELS = ("internvl", "qwen3_vl_moe", "qwen3_moe", "gpt_oss")
-"""Dense with images, mixture of experts with images and DeepStack, without images, with windows and sinks."""
+MODELS = ("internvl", "qwen3_vl_moe", "qwen3_moe", "gpt_oss", "qwen3_5")
+"""Dense with images, mixture of experts with images and DeepStack, without images, with windows and sinks; and with
+recurrent layers."""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_four_ranks_share_key_value_heads_of_which_there_are_two(tmp_path, folde
 
 
 def test_rows_shared_by_two_of_four_ranks_that_share_the_weights(tmp_path, folders):
-    chosen = {name: folders[name] for name in ("internvl", "qwen3_vl_moe")}
+    chosen = {name: folders[name] for name in ("internvl", "qwen3_vl_moe", "qwen3_5")}
     found = spawn(shared, 4, tmp_path, chosen, "sdpa", 2)
     for name, folder in chosen.items():
         require_equal([own[name] for own in found], *alone(folder, 2, "sdpa"), sequence=2)
@@ -129,3 +130,10 @@ def test_ranks_that_do_not_divide_the_heads_are_refused(tiny_policy):
     check_heads(tiny_policy, 4)
     with pytest.raises(ConfigError, match=r"sequence_parallel is 3, but internvl at .* has 4 attention heads.*1, 2, 4"):
         check_heads(tiny_policy, 3)
+
+
+def test_ranks_that_do_not_divide_the_heads_of_recurrent_layers_are_refused(folders):
+    with pytest.raises(
+        ConfigError, match=r"sequence_parallel is 4, but qwen3_5 at .* has 2 and 4 attention .*of 1, 2$"
+    ):
+        check_heads(load_policy(str(folders["qwen3_5"])), 4)

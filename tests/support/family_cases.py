@@ -16,6 +16,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -45,6 +49,18 @@ VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 VISION_3 = {**VISION, "patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
 TEXT_3 = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "mrope_interleaved": True}}
+DELTA = {
+    **TEXT_3,
+    "num_hidden_layers": 4,
+    "rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+}
+"""Qwen3.5: recurrent layers, one of them first, and gated attention whose heads are rotated in part."""
+VISION_35 = {key: value for key, value in VISION_3.items() if key != "deepstack_visual_indexes"}
 WINDOW = 12
 """The sliding window of the models that have one, shorter than prompts and answers of the tests."""
 
@@ -57,6 +73,13 @@ VISION_MODELS = {
     ),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, TEXT_3, VISION_3),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, {**TEXT_3, **EXPERTS}, VISION_3),
+    "qwen3_5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration, DELTA, VISION_35),
+    "qwen3_5_moe": (
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+        {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40},
+        VISION_35,
+    ),
 }
 """Configuration, class, text_config and vision_config by name."""
 
@@ -114,7 +137,9 @@ def build_family(folder, name, **changes):
         for key, parameter in model.named_parameters():
             if "norm" in key and key.endswith("weight"):
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.7, 1.6, generator=generator))
-            elif key.endswith(("sinks", "bias")):
+            elif key.endswith("A_log"):  # a state that is not forgotten at once
+                parameter.copy_(torch.empty_like(parameter).uniform_(-5, -1, generator=generator))
+            elif key.endswith(("sinks", "bias", "conv1d.weight")):
                 parameter.copy_(torch.empty_like(parameter).normal_(std=0.5, generator=generator))
             else:
                 parameter.mul_(scale)

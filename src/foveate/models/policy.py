@@ -20,6 +20,7 @@ from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBa
 from foveate.config.base import has_gpu
 from foveate.encoding.family import Family
 from foveate.errors import DataError
+from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
@@ -88,7 +89,7 @@ def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", d
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
         model = _read_mapped(found, options) if found.family.github_type else _read(found, options)
-    return Policy(model.to(device).eval(), found.tokenizer, found.family, found.folder, found.format)
+    return Policy(replace_layers(model.to(device).eval()), found.tokenizer, found.family, found.folder, found.format)
 
 
 def keep_float32(device: str) -> None:
@@ -117,7 +118,7 @@ def load_on_meta(path: str) -> Policy:
         else:
             there = {"device_map": "meta"} if find_spec("accelerate") else {}
             model = _read(found, {"config": found.config, **_FILES, **there})
-    return Policy(model.to("meta").eval(), found.tokenizer, found.family, found.folder, found.format)
+    return Policy(replace_layers(model.to("meta").eval()), found.tokenizer, found.family, found.folder, found.format)
 
 
 @contextmanager

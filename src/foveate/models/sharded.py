@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from foveate.errors import DataError
+from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.checkpoint.formats import hf_tensors, require_fit
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, read_tensor, weight_files
@@ -35,7 +36,7 @@ def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -
     options = model_options(found, attention, dtype)
     with load_errors(found.folder), quiet_transformers(), torch.device("meta"):
         model = found.family.auto_class.from_config(**options)
-    return Policy(model.eval(), found.tokenizer, found.family, found.folder, found.format)
+    return Policy(replace_layers(model.eval()), found.tokenizer, found.family, found.folder, found.format)
 
 
 def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None = None) -> None:

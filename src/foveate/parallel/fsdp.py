@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from foveate.config.cluster import ClusterSettings
+from foveate.models.attention.gated_delta_net import leave_recurrence
 from foveate.models.attention.kernels import keep_from_compiler
 from foveate.models.forward import token_terms, token_values
 from foveate.models.logprobs import LOGP_ENTROPY, Term
@@ -85,6 +86,7 @@ def compile_blocks(model: nn.Module, *, sharded: bool = False) -> None:
     compiled for the first length and then for any: told at once that lengths vary, PyTorch takes the numbers of such a
     module for lengths, too, and cannot look up the compiled code in its cache a second time."""
     keep_from_compiler()
+    leave_recurrence()
     for block in blocks(model):
         block.compile(dynamic=None if sharded else True, recompile_limit=64)
 

@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from foveate.encoding.family import Features
 from foveate.errors import ConfigError
+from foveate.models.attention.gated_delta_net import ForestGatedDeltaNet
 from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.forward import hidden_states
 from foveate.models.logprobs import Divergence, Term, chunked_terms
@@ -33,12 +34,14 @@ from foveate.records import Batch, Forest
 def check_heads(policy: Policy, ranks: int) -> None:
     """Raise ConfigError unless the attention heads of the language model can be shared out evenly."""
     config: Any = policy.model.config
-    heads = config.get_text_config().num_attention_heads
-    if heads % ranks:
-        allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+    recurrent = {layer.key_heads for layer in policy.model.modules() if isinstance(layer, ForestGatedDeltaNet)}
+    heads = sorted({config.get_text_config().num_attention_heads, *recurrent})
+    if any(count % ranks for count in heads):
+        common = math.gcd(*heads)
+        allowed = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise ConfigError(
-            f"cluster.sequence_parallel is {ranks}, but {policy.family.name} at {policy.folder} has {heads} attention "
-            f"heads, which are shared out evenly; use one of {allowed}"
+            f"cluster.sequence_parallel is {ranks}, but {policy.family.name} at {policy.folder} has "
+            f"{' and '.join(map(str, heads))} attention heads, which are shared out evenly; use one of {allowed}"
         )
 
 
@@ -142,9 +145,17 @@ class RowShare:
         repeat = math.lcm(len(key), ranks) // len(key)
         key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
         if options.sinks is not None:
-            options = replace(options, sinks=options.sinks.chunk(ranks)[self.rank])
-        rows = [_Exchange.apply(tensor, self.group, True) for tensor in (query, key, value)]
-        return _Exchange.apply(kernel(*rows, forest, scale, options), self.group, False)
+            options = replace(options, sinks=self.own_heads(options.sinks))
+        rows = [self.exchange(tensor, to_heads=True) for tensor in (query, key, value)]
+        return self.exchange(kernel(*rows, forest, scale, options), to_heads=False)
+
+    def exchange(self, rows: Tensor, *, to_heads: bool) -> Tensor:
+        """(H, T / ranks, d) of all heads to (H / ranks, T, d) of this rank's heads, or back."""
+        return _Exchange.apply(rows, self.group, to_heads)
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """Of values (H, ...) of all heads those of this rank's."""
+        return values.chunk(len(self.trained))[self.rank]
 
 
 def _padded(batch: Batch, ranks: int) -> Batch:

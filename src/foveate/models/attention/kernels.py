@@ -26,7 +26,7 @@ as keyword arguments of the language model's forward. No module of transformers 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,6 +60,14 @@ class KeyValueCache(Protocol):
         shape of `query`, or None to let the forest attention compute it (the prefill of prompts)."""
         ...
 
+    def recur(self, layer: int, kept: Sequence[Any], given: Sequence[Any]) -> Any:
+        """The same of a recurrent layer (`foveate.models.attention.gated_delta_net`). In the prefill `kept` says where
+        the K segments end in the row (K,), and holds the last rows of the convolution (K, size - 1, channels) and the
+        states (K, H, d_k, d_v) there. Later, rows (B, channels) of one token of each answer are `given`, and the
+        function from windows (B, size, channels) and states (B, H, d_k, d_v) to the output, which is returned, and the
+        next states."""
+        ...
+
 
 class SequenceParallelAttention(Protocol):
     """A row shared between ranks, each of which holds a part of its tokens, see `foveate.parallel.ulysses`."""
@@ -75,6 +83,15 @@ class SequenceParallelAttention(Protocol):
         options: AttentionOptions,
     ) -> Tensor:
         """`kernel` on the whole row, for this rank's tokens: tensors as for `forest_attention`."""
+        ...
+
+    def exchange(self, rows: Tensor, *, to_heads: bool) -> Tensor:
+        """This rank's tokens of all H heads (H, T / ranks, d) to all tokens of its own heads (H / ranks, T, d), or
+        back."""
+        ...
+
+    def own_heads(self, values: Tensor) -> Tensor:
+        """The values (H / ranks, ...) of this rank's heads, of those of all (H, ...)."""
         ...
 
     def see(self, policy: Any) -> Any:

@@ -16,6 +16,8 @@ FAMILIES = {
     "qwen2_5_vl": "foveate.models.families.qwen_vl:Qwen25VL",
     "qwen3_vl": "foveate.models.families.qwen_vl:Qwen3VL",
     "qwen3_vl_moe": "foveate.models.families.qwen_vl:Qwen3VLMoe",
+    "qwen3_5": "foveate.models.families.qwen_vl:Qwen35",
+    "qwen3_5_moe": "foveate.models.families.qwen_vl:Qwen35Moe",
     "qwen2": "foveate.models.families.text:ServedText",
     "qwen3": "foveate.models.families.text:ServedText",
     "qwen3_moe": "foveate.models.families.text:TextOnly",

@@ -203,6 +203,18 @@ class Qwen3VLMoe(QwenVL):
     transposed_experts = True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35(QwenVL):
+    """Qwen3.5 and its successors of one structure: three of four layers are Gated DeltaNet."""
+
+    towers = ("qwen3_5_text",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35Moe(QwenVL):
+    towers = ("qwen3_5_moe_text",)
+
+
 def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]:
     """The fewest and the most pixels of a resized image, as the image processor says them."""
     size = processor.get("size") or {}
