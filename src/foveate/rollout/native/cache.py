@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate.models.attention.kernels import PLAIN, AttentionOptions
 from foveate.models.policy import Policy
 from foveate.records import Forest
+from foveate.rollout.native.recurrent import Recurrence
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
@@ -334,6 +335,10 @@ class GroupCache:
         Returns None during the prefill, else the output (H, B, d)."""
         key = key.to(value.dtype)
         return self.call_layer(layer, KeysAndValues, (key, value), (query, key, value, scale, options))
+
+    def recur(self, layer: int, kept: Sequence[Any], given: Sequence[Any]) -> Any:
+        """The door of recurrent layers, see `foveate.models.attention.kernels.KeyValueCache`."""
+        return self.call_layer(layer, Recurrence, kept, given)
 
 
 def partial_attention(
