@@ -11,7 +11,10 @@ import torch
 from family_cases import build_family
 from safetensors.torch import load_file, save_file
 
+from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor, weight_files
 from foveate.models.policy import load_policy, save_policy
+from foveate.models.sharded import allocate, load_sharded, meta_policy
+from foveate.tools.doctor import model_facts
 
 HEAD = "lm_head.weight"
 
@@ -77,6 +80,7 @@ CASES = {
     "qwen3_vl, tied": ("qwen3_vl", without_head, tied),
     "qwen3_vl, tied by the outer config": ("qwen3_vl", without_head, lambda c: tied(c, inner=False)),
     "qwen3_vl, tied by text_config": ("qwen3_vl", without_head, lambda c: tied(c, outer=False)),
+    "qwen3_5, tied": ("qwen3_5", without_head, tied),
     "qwen3_vl_moe, experts as released": ("qwen3_vl_moe", experts_turned, same),
     "qwen3_vl_moe, experts as transformers 5 has them": ("qwen3_vl_moe", same, same),
     "qwen3_vl_moe, tied, experts as released": ("qwen3_vl_moe", lambda w: without_head(experts_turned(w)), tied),
@@ -134,3 +138,46 @@ def test_a_trained_model_is_saved_in_the_layout_it_came_in(released, tmp_path):
         assert json.loads((tmp_path / target / "config.json").read_text()) == json.loads(
             (folder / "config.json").read_text()
         )
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_layers_for_multi_token_prediction_are_not_loaded_and_travel_along(name, folders, tmp_path, caplog):
+    folder = shutil.copytree(folders(name), tmp_path / "released")
+    mtp = {"mtp.fc.weight": torch.arange(6.0).view(2, 3).bfloat16(), "mtp.norm.weight": torch.ones(2)}
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, **mtp}, folder / "model.safetensors", {"format": "pt"})
+    policy, spread = load_policy(str(folder)), meta_policy(str(folder))
+    allocate(spread, spread.model, "cpu")
+    load_sharded(spread)
+    for key, tensor in policy.model.state_dict().items():
+        assert torch.equal(spread.model.state_dict()[key], tensor), key
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(2)
+    save_policy(policy, tmp_path / "saved")
+    assert "2 tensors (mtp.*) are copied" in caplog.text
+    again = load_policy(str(tmp_path / "saved"))
+    assert model_facts(again)["not trained"] == "2 tensors, mtp.fc.weight, ...: copied when saved"
+    save_policy(again, tmp_path / "again")
+    for saved in (tmp_path / "saved", tmp_path / "again"):
+        found = read_headers(weight_files(saved))
+        assert found.keys() == weights.keys() | mtp.keys()
+        for key, tensor in mtp.items():
+            assert torch.equal(read_tensor(found[key]), tensor)
+        for key, tensor in weights.items():
+            assert torch.equal(read_tensor(found[key]), 2 * tensor), key
+
+
+def test_experts_that_are_stored_joined_are_saved_joined_also_by_ranks(folders, tmp_path):
+    """As Qwen3.5's mixtures are released."""
+    folder = shutil.copytree(folders("qwen3_5_moe"), tmp_path / "released")
+    state = load_policy(str(folder)).model.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    for name, policy in (("whole", load_policy(str(folder))), ("filled", meta_policy(str(folder)))):
+        if policy.is_meta:
+            allocate(policy, policy.model, "cpu")
+            load_sharded(policy)
+        save_policy(policy, tmp_path / name)
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in state.items())

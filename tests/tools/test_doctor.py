@@ -57,6 +57,7 @@ def test_a_model_is_told_by_what_was_recognised(tiny_policy):
     [
         ("qwen2_5_vl", "28 x 28 pixels a token, 3,136 to 100,000 pixels an image", "pixels of the resized image"),
         ("qwen3_vl", "32 x 32 pixels a token, 3,136 to 100,000 pixels an image", "thousandths of the image's sides"),
+        ("qwen3_5", "32 x 32 pixels a token, 3,136 to 100,000 pixels an image", "thousandths of the image's sides"),
         ("gpt_oss", "none, it is a text-only model", "thousandths of the image's sides"),
     ],
 )

@@ -103,6 +103,8 @@ class Family:
         auto_class: transformers' class that loads the model.
         github_type: `model_type` of its GitHub layout. foveate maps the layouts of such a family itself; transformers
             reads and writes those of the others (None).
+        untrained: how the names of tensors begin that checkpoints hold and transformers does not load, such as layers
+            for speculative decoding. They are copied to what is saved.
         transposed_experts: whether checkpoints may hold the matrices of experts as (expert, in, out), which
             transformers turns as it loads and not as it saves.
         servers: the servers that take it ("vllm", "sglang"), and how.
@@ -130,6 +132,7 @@ class Family:
     answer_starts: ClassVar[Mapping[str, tuple[str, str]]] = ANSWER_STARTS
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     github_type: ClassVar[str | None] = None
+    untrained: ClassVar[tuple[str, ...]] = ()
     transposed_experts: ClassVar[bool] = False
     servers: ClassVar[Mapping[str, ServedAs]] = {}
     vision_depth: ClassVar[str] = "num_hidden_layers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,15 +28,18 @@ from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_f
 from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
+from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
 from foveate.models.sizes import meta_model
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, TypeError, ArithmeticError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for folders that are damaged or contradict themselves."""
+_UNTRAINED = "model-untrained.safetensors"
 _FILES = {"use_safetensors": True, "local_files_only": True}
 
 
@@ -198,12 +202,29 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
             model.save_pretrained(hf, state_dict=state)
             write_hf_weights_as(Path(hf), model.config, folder, "chat")
     else:
-        turned = _turned_as_stored(policy, state)
+        turned, stored = _turned_as_stored(policy, state), read_headers(weight_files(policy.folder))
+        is_renamed = not (model.state_dict().keys() - {"lm_head.weight"} <= stored.keys())
         with quiet_transformers():  # in the layout that transformers has read
-            model.save_pretrained(folder, state_dict=turned or state, save_original_format=not turned)
+            model.save_pretrained(
+                folder, state_dict=turned or state, save_original_format=is_renamed and turned is None
+            )
+        _copy_untrained(policy, folder)
     write_other_files(policy.folder, folder, policy.format, policy.format)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_json(folder / "config.json", with_dtype(read_config(folder), dtype))
+
+
+def _copy_untrained(policy: Policy, folder: Path) -> None:
+    """Tensors of the folder that the policy was loaded from which are no part of the model, in a shard of their own."""
+    stored = read_headers(weight_files(policy.folder)) if policy.family.untrained else {}
+    copied = {name: tensor for name, tensor in stored.items() if name.startswith(policy.family.untrained)}
+    if copied:
+        add_weights(folder, copied, _UNTRAINED)
+        logger.warning(
+            "%s: %d tensors (%s*) are copied from %s and stale: training does not reach them. Generation without "
+            "speculative decoding does not use them",
+            folder, len(copied), ", ".join(policy.family.untrained), policy.folder,
+        )  # fmt: skip
 
 
 def _without_tied_head(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

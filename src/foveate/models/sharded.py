@@ -124,6 +124,8 @@ def _values(
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
             target, pattern = name, None
+        if name.startswith(policy.family.untrained):
+            continue
         if target not in known:
             unknown.append(name)
         elif pattern is not None:

@@ -54,6 +54,8 @@ def model_facts(policy: Policy) -> dict[str, str]:
     config: Any = policy.model.config
     counts = {part: sum(p.numel() for p in own.values()) for part, own in parameters_by_part(policy).items()}
     words = {word: tokenizer.convert_tokens_to_ids(word) for word in family.reserved}
+    stored = read_headers(weight_files(policy.folder))
+    untrained = sorted(name for name in stored if name.startswith(family.untrained))
     relative = family.box_frame(700, 700, family.budget) == PER_MILLE
     return {
         "folder": str(policy.folder),
@@ -67,7 +69,8 @@ def model_facts(policy: Policy) -> dict[str, str]:
         **template_facts(policy),
         "image tokens": ", ".join(f"{word} = {number}" for word, number in words.items()) or "none",
         "stop tokens": ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} = {i}" for i in family.stop_ids),
-        "dtype": ", ".join(sorted({tensor.dtype for tensor in read_headers(weight_files(policy.folder)).values()})),
+        "dtype": ", ".join(sorted({tensor.dtype for tensor in stored.values()})),
+        **({"not trained": f"{len(untrained)} tensors, {untrained[0]}, ...: copied when saved"} if untrained else {}),
         "missing": ", ".join(_missing(policy)) or "nothing",
         **_links(policy.folder),
     }

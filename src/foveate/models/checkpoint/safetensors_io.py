@@ -202,6 +202,16 @@ def write_weights(
     return [folder / name for name in split.filename_to_tensors]
 
 
+def add_weights(folder: Path, tensors: Mapping[str, Stored], file: str) -> None:
+    """Write more tensors into the folder of a checkpoint, as another shard called `file`."""
+    there = read_headers(weight_files(folder))
+    weights = {name: stored.pieces[0].file.name for name, stored in there.items()} | dict.fromkeys(tensors, file)
+    total = sum(stored.size for stored in (*there.values(), *tensors.values()))
+    _write_file(folder / file, tensors, lambda _: None)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_file(path: Path, tensors: Mapping[str, Stored], advance: Callable[[int], None]) -> None:
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -205,14 +205,17 @@ class Qwen3VLMoe(QwenVL):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35(QwenVL):
-    """Qwen3.5 and its successors of one structure: three of four layers are Gated DeltaNet."""
+    """Qwen3.5 and its successors of one structure: three of four layers are Gated DeltaNet. Checkpoints hold layers for
+    multi-token prediction (MTP)."""
 
     towers = ("qwen3_5_text",)
+    untrained = ("mtp.",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35Moe(QwenVL):
     towers = ("qwen3_5_moe_text",)
+    untrained = ("mtp.",)
 
 
 def _pixel_limits(folder: Path, processor: Mapping[str, Any]) -> tuple[int, int]:
