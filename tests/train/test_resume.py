@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import toy
+from family_cases import build_family
 from toy import make_data, rl_settings, sft_settings
 
 import foveate.train.checkpoint
@@ -164,8 +165,21 @@ main()
     "moment", ["while it generates", "between gradients and update", "while it writes a checkpoint"]
 )
 def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data, whole, moment):
+    kill_and_resume(tmp_path, tiny_folder, data, moment)
+    assert_equal(RunFolder(tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_recurrent_layers_ends_as_the_uninterrupted_one(tmp_path, data):
+    folder = build_family(tmp_path / "model", "qwen3_5")
+    kill_and_resume(tmp_path, folder, data, "between gradients and update")
+    assert_equal(RunFolder(tmp_path / "run"), run_rl(settings_in(tmp_path / "whole", folder, data)))
+
+
+def kill_and_resume(tmp_path, folder, data, moment):
+    """Let processes of their own begin the run `tmp_path / "run"` until the moment, and end it."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(to_yaml(settings_in(tmp_path / "run", tiny_folder, data)))
+    recipe.write_text(to_yaml(settings_in(tmp_path / "run", folder, data)))
     before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     support = os.pathsep.join([str(Path(toy.__file__).parent), str(Path(__file__).parent), *before])
     places = {**os.environ, "PYTHONPATH": support}
@@ -174,4 +188,3 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data,
     assert not (tmp_path / "run" / "final").exists()
     again = [sys.executable, "-c", "from foveate.cli.app import main; main()", "rl", str(recipe)]
     subprocess.run(again, check=True, capture_output=True)
-    assert_equal(RunFolder(tmp_path / "run"), whole)
