@@ -80,6 +80,26 @@ def test_thoughts_behind_closed_ones_are_refused():
         continued("<think>\na\n</think>\nb", CLOSED)
 
 
+SWITCH = (
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- else %}{{- '<think>\n' }}{%- endif %}{%- endif %}"
+)
+"""The end of the chat template of Qwen3.5."""
+
+
+def test_a_template_with_a_switch_thinks_unless_it_is_set_at_its_head(tmp_path, tiny_folder, make_task):
+    for head, opened in (("", OPEN), ("{%- set enable_thinking = false %}", CLOSED)):
+        folder = shutil.copytree(tiny_folder, tmp_path / f"model{len(head)}")
+        template = folder / "chat_template.jinja"
+        turns, _ = template.read_text().split("{% if add_generation_prompt %}")
+        template.write_text(head + turns + SWITCH)
+        policy = load_policy(str(folder))
+        encoder = Encoder(policy.tokenizer, policy.family, 6, 512)
+        assert encoder.opened == opened
+        assert encoder.decode(encoder(make_task("?")).token_ids).endswith(f"assistant\n{opened}")
+
+
 def test_a_demonstration_is_taught_with_one_tag(encoder, make_task):
     prompt = encoder(make_task("What is 2 + 2?"))
     taught = encoder.decode((*prompt.token_ids, *encoder.answer_ids("<think>\n2 and 2\n</think>\nSo \\boxed{4}")))
