@@ -33,7 +33,7 @@ class Configuration:
 
 
 def read_configuration(options: Mapping[str, str], launch: Launch, script: Path) -> Configuration:
-    """What `--config-name` and `--config-path` name, or the program itself in `hydra.main`.
+    """The configuration that `--config-name` and `--config-path` name, or the program itself in `hydra.main`.
 
     Raises ConfigError where that file is not here and not known.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from foveate.tools.import_verl.bash.conditions import evaluate_brackets
@@ -18,9 +17,6 @@ from foveate.tools.import_verl.bash.values import Array
 
 if TYPE_CHECKING:
     from foveate.tools.import_verl.bash.interpreter import Interpreter
-
-LONGEST_SCRIPT = 1_000_000
-"""Bytes of a script."""
 
 
 def _set(shell: Interpreter, fields: Fields, line: int) -> int:  # noqa: ARG001
@@ -116,9 +112,9 @@ def _eval(shell: Interpreter, fields: Fields, line: int) -> int | None:
 
 def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
     words = texts(fields)
-    text = script_text(shell, words[0]) if words else None
+    text = shell.script_text(words[0]) if words else None
     if text is None:
-        shell.note(line, f"{shown_word(shell, words[0]) if words else 'a file'} is sourced, and was not read")
+        shell.note(line, f"{shell.shown(words[0]) if words else 'a file'} is sourced, and was not read")
         return None
     before = shell.state.arguments
     shell.state.arguments = words[1:] or before
@@ -127,22 +123,6 @@ def _source(shell: Interpreter, fields: Fields, line: int) -> int | None:
     finally:
         shell.state.arguments = before
     return shell.state.status
-
-
-def script_text(shell: Interpreter, name: str) -> str | None:
-    known, here = shell.expander.marks.known(name), shell.expander.marks.known(shell.state.directory)
-    if not known or here is None:
-        return None
-    path = Path(here, known)
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= LONGEST_SCRIPT else None
-    except (OSError, ValueError):
-        return None
-
-
-def shown_word(shell: Interpreter, text: str) -> str:
-    unread = shell.expander.marks.unread_in(text)
-    return unread[0].reason if unread else text[:100]
 
 
 def _command(shell: Interpreter, fields: Fields, line: int) -> int | None:

@@ -46,7 +46,6 @@ class Interpreter(Shell):
     """Follows the commands of a script; `started` holds the programs that it would start."""
 
     def run_text(self, text: str, line: int = 0) -> None:
-        """Run the commands of a script, to where bash would stop."""
         if self._depth > _DEEPEST:
             raise Unreadable("scripts that start each other without end")
         lines, error = parse_script(text if line else without_marks(text))
@@ -114,7 +113,7 @@ class Interpreter(Shell):
                 self._answer(self._true(command.expression, command.line), command.line)
 
     def _status(self, action: Callable[[], int | None]) -> int | None:
-        """What a builtin returns; an error in an expansion or an assignment of its own is 1."""
+        """The status of a builtin; that of an error in an expansion or an assignment of its own is 1."""
         try:
             return action()
         except LineEnds as end:

@@ -12,6 +12,8 @@ from foveate.tools.import_verl.bash.state import LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Assignment, Command, Word
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Unreadable, without_marks
 
+_LONGEST = 1_000_000
+"""Bytes of a script that is read."""
 _FILE_TESTS: dict[str, Callable[[Path], bool]] = {"-e": Path.exists, "-f": Path.is_file, "-d": Path.is_dir}
 
 
@@ -64,6 +66,10 @@ class Shell:
     def run(self, commands: Sequence[Command]) -> None:
         raise NotImplementedError
 
+    def run_text(self, text: str, line: int = 0) -> None:
+        """Run the commands of a script, to where bash would stop."""
+        raise NotImplementedError
+
     def _file_test(self, operator: str, path: str) -> bool | None:
         """Of a file of this machine; one that is not here may be made by a program that the script has named it to."""
         here = self.expander.marks.known(self.state.directory)
@@ -79,6 +85,22 @@ class Shell:
             return None
         self.notes[f"{operator} {path}: {'true' if found else 'false'} on this machine"] = None
         return found
+
+    def script_text(self, name: str) -> str | None:
+        """The text of another script; None where its name was not read, or no such file of at most 1 MB is here."""
+        known, here = self.expander.marks.known(name), self.expander.marks.known(self.state.directory)
+        if not known or here is None:
+            return None
+        path = Path(here, known)
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= _LONGEST else None
+        except (OSError, ValueError):
+            return None
+
+    def shown(self, word: str) -> str:
+        """A word for a note: its beginning, or why it was not read."""
+        unread = self.expander.marks.unread_in(word)
+        return unread[0].reason if unread else word[:100]
 
     def ends_with(self, status: int | None, line: int) -> None:
         """Set the status of a command; under `set -e` one that is not 0 ends the script."""

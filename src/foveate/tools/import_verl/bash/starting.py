@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from foveate.tools.import_verl.bash.builtins import script_text, shown_word
 from foveate.tools.import_verl.bash.programs import run_program
-from foveate.tools.import_verl.bash.shell import Started
-
-if TYPE_CHECKING:
-    from foveate.tools.import_verl.bash.interpreter import Interpreter
+from foveate.tools.import_verl.bash.shell import Shell, Started
 
 _SHELLS = ("bash", "sh", "zsh", "dash")
 
 
-def start_program(shell: Interpreter, words: list[str], line: int) -> int | None:
+def start_program(shell: Shell, words: list[str], line: int) -> int | None:
     """Compute what a program writes, or record that the script starts it; its status where that is known."""
     marks = shell.expander.marks
     known = [marks.known(word) for word in words]
@@ -46,7 +41,7 @@ def start_program(shell: Interpreter, words: list[str], line: int) -> int | None
     return None
 
 
-def _with_input(shell: Interpreter, words: list[str], line: int) -> list[str]:
+def _with_input(shell: Shell, words: list[str], line: int) -> list[str]:
     """The words of `xargs program ...` with the arguments that it takes from its input."""
     rest = words[1:]
     while rest and rest[0] in ("-r", "-t", "--"):
@@ -65,7 +60,7 @@ def _is_missing_module(words: Sequence[str | None]) -> bool:
     return bool(asks and re.fullmatch(r"(?:.*/)?python[\d.]*", program or ""))
 
 
-def _run_inner_shell(shell: Interpreter, words: Sequence[str], line: int) -> None:
+def _run_inner_shell(shell: Shell, words: Sequence[str], line: int) -> None:
     """Run what a program hands to another shell: `bash -c text`, `srun bash -c text`, `bash other.sh`."""
     place = next((at for at, word in enumerate(words) if word.rpartition("/")[2] in _SHELLS), None)
     if place is None or place + 1 >= len(words):
@@ -77,9 +72,9 @@ def _run_inner_shell(shell: Interpreter, words: Sequence[str], line: int) -> Non
         rest.pop(0)
     if not rest:
         return
-    text = rest[0] if has_text else script_text(shell, rest[0])
+    text = rest[0] if has_text else shell.script_text(rest[0])
     if text is None or (has_text and shell.expander.marks.known(text) is None):
-        shell.note(line, f"{shown_word(shell, rest[0])} is run, and was not read")
+        shell.note(line, f"{shell.shown(rest[0])} is run, and was not read")
         return
 
     def action() -> None:
