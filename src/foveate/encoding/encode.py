@@ -24,7 +24,7 @@ from foveate.encoding.chat import (
 )
 from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
 from foveate.encoding.family import Family
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 from foveate.records import ImageSlot, Message, Prompt, Task
 from foveate.rewards.pool import with_opened
 
@@ -161,8 +161,8 @@ class Encoder:
         try:
             text = render(messages, self.tokenizer, self.system, self.family.template)
         except Exception as error:  # a template is a program, and may raise anything
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(f"{task.where}, field prompt: the model's chat template refuses it: {reason}") from error
+            what = f"the model's chat template refuses it: {one_line(error)[:300]}"
+            raise DataError(f"{task.where}, field prompt: {what}") from error
         marks = text.count(IMAGE_MARK)
         if marks != len(task.images):
             raise DataError(
