@@ -88,7 +88,7 @@ class Told(logging.StreamHandler):
         told.append(record)
 
 def reward(answer, ground_truth, **columns):
-    for _ in range(2):
+    for _ in range(0 if told else 2):
         before = len(told)
         os.kill(os.getpid(), signal.SIGINT)
         while len(told) == before:
