@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from foveate.records import SamplingParams
+from foveate.rollout.native import sampling as module
 from foveate.rollout.native.sampling import draw, uniforms
 
-NOTHING = torch.zeros(6, dtype=torch.bool)
+NOTHING = torch.tensor([], dtype=torch.int64)
 PROBS = torch.tensor([0.30, 0.05, 0.25, 0.20, 0.12, 0.08])
 
 
@@ -90,11 +91,8 @@ def test_top_p_over_a_wide_vocabulary_equals_a_full_sort():
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(1))
     logits[0] *= 8  # a row whose nucleus is small beside rows whose nucleus is most of the vocabulary
     uniform = uniforms(0, 0, 8)
-    token, _ = draw(logits, uniform, SamplingParams(top_p=0.9), torch.zeros(3000, dtype=torch.bool))
-    alone = [
-        draw(logits[i : i + 1], uniform[i : i + 1], SamplingParams(top_p=0.9), torch.zeros(3000, dtype=torch.bool))[0]
-        for i in range(8)
-    ]
+    token, _ = draw(logits, uniform, SamplingParams(top_p=0.9), NOTHING)
+    alone = [draw(logits[i : i + 1], uniform[i : i + 1], SamplingParams(top_p=0.9), NOTHING)[0] for i in range(8)]
     assert token.equal(torch.cat(alone))
     for row, chosen in zip(logits.double().softmax(-1), token, strict=True):
         assert row[row > row[chosen]].sum() < 0.9
@@ -104,8 +102,8 @@ def test_top_p_over_a_wide_vocabulary_equals_a_full_sort():
     "sampling", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=4, top_p=0.9)]
 )
 def test_banned_tokens_are_never_drawn_however_probable(sampling):
-    banned = torch.tensor([True, False, False, False, False, True])
-    logits = PROBS.log() + 1e4 * banned
+    banned = torch.tensor([0, 5])
+    logits = PROBS.log().index_add(0, banned, torch.tensor([1e4, 1e4]))
     token, logp = draws(2000, sampling, logits, banned)
     assert not set(token.tolist()) & {0, 5}
     assert logp.isfinite().all()
@@ -124,3 +122,33 @@ def test_filters_leave_the_log_prob_that_of_the_whole_distribution():
     torch.testing.assert_close(logp, PROBS.log()[token])
     token, logp = draws(10, SamplingParams(temperature=0))
     torch.testing.assert_close(logp, PROBS.log()[token])
+
+
+def inverted(logits, uniform, banned):
+    """The slow reference: the whole cumulative sum."""
+    probs = logits.double().index_fill(1, banned, float("-inf")).softmax(-1)
+    cumulative = probs.cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+@pytest.mark.parametrize("width", [5, 256, 1000, 1024])
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+def test_sums_of_blocks_find_the_token_that_the_whole_cumulative_sum_finds(width, scale, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", 0)
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randn(2000, width, generator=generator) * scale
+    banned = torch.tensor([1, width - 1])
+    token, logp = draw(logits, uniforms(0, 0, 2000), SamplingParams(), banned)
+    assert (token != inverted(logits, uniforms(0, 0, 2000), banned)).sum() <= 1  # a draw at the edge of two tokens
+    torch.testing.assert_close(logp, logits.log_softmax(-1).gather(1, token[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 4096])
+def test_draws_at_the_end_of_a_block_and_of_all_find_tokens_with_probability(few, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", few)
+    logits = torch.full((3, 600), float("-inf"))
+    logits[:, [3, 255, 256, 511]] = 0.0
+    for uniform, found in ((1 - 2.0**-50, 511), (0.75 - 2.0**-50, 256), (0.5, 256), (0.5 - 2.0**-50, 255), (0.0, 3)):
+        token, _ = draw(logits, torch.full((3,), uniform, dtype=torch.float64), SamplingParams(), NOTHING)
+        assert token.tolist() == [found] * 3

@@ -76,8 +76,9 @@ class NativeEngine:
         self._paused = threading.Event()
         weight = policy.part("head").weight
         assert isinstance(weight, Tensor)
-        self._banned = torch.arange(len(weight), device=policy.device) >= len(policy.tokenizer)
-        self._banned[list(policy.family.placeholder_ids)] = True
+        unknown = range(len(policy.tokenizer), len(weight))  # rows of the vocabulary that the tokenizer does not have
+        banned = sorted({*policy.family.placeholder_ids, *unknown})
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=policy.device)
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
         self._record = recorder(policy)
 
@@ -224,7 +225,7 @@ class NativeEngine:
         """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
         weight = self.policy.part("head").weight
         assert isinstance(weight, Tensor)
-        rows = max(1, _LOGITS // len(self._banned))
+        rows = max(1, _LOGITS // len(weight))
         drawn = [
             draw(logits_of(some, weight), uniform, sampling, self._banned)
             for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)

@@ -10,6 +10,12 @@ from foveate.records import SamplingParams
 
 _BELOW_ONE = 1 - 2.0**-50
 """The largest uniform that is used: u * total stays below the total of a float64 sum, whatever the rounding."""
+_BLOCK = 256
+"""Tokens whose probabilities are summed before they are looked at one by one."""
+_FEW = 4096
+"""Tokens that are looked at one by one at once."""
+_LEFT = 1e-4
+"""The share of the probability below which allowed tokens are too small beside banned ones."""
 _NUCLEUS = 256
 """Tokens that are sorted at first for top-p; the whole vocabulary only where these hold too little probability."""
 
@@ -26,10 +32,10 @@ def uniforms(seed: int, answer: int, count: int) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor, sampling: SamplingParams, banned: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at the row's uniform number.
 
-    logits float32 (B, V), uniform float64 (B,), banned bool (V,); returns token ids int64 (B,) and log-probs float32
-    (B,). Logits are divided by the temperature, banned tokens leave, top-k keeps the k most probable of the rest, top-p
-    the smallest set of the most probable that holds at least that share of what top-k left. Temperature 0 takes the
-    most probable allowed token.
+    logits float32 (B, V), uniform float64 (B,), banned ids int64 (K,); returns token ids int64 (B,) and log-probs
+    float32 (B,). Logits are divided by the temperature, banned tokens leave, top-k keeps the k most probable of the
+    rest, top-p the smallest set of the most probable that holds at least that share of what top-k left. Temperature 0
+    takes the most probable allowed token.
 
     The log-prob is that of the token under softmax(logits / temperature) over the whole vocabulary, at temperature 1
     where sampling is greedy: what a trainer computes, which knows no bans and no truncation. The trap: with top-k or
@@ -39,26 +45,63 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingParams, banned: Tens
     """
     greedy = sampling.temperature == 0
     scaled = logits if greedy or sampling.temperature == 1 else logits / sampling.temperature
-    allowed = scaled.masked_fill(banned, float("-inf"))
-    token = allowed.argmax(-1) if greedy else _invert(allowed.softmax(-1), uniform, sampling.top_k, sampling.top_p)
-    return token, scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+    if greedy:
+        token, lse = scaled.index_fill(1, banned, float("-inf")).argmax(-1), scaled.logsumexp(-1)
+    else:
+        probs = scaled.softmax(-1)
+        lse = scaled.amax(-1) - probs.amax(-1).log()  # as in `foveate.rollout.native.cache.partial_attention`
+        token = _invert(_allowed(probs, scaled, banned), uniform, sampling.top_k, sampling.top_p)
+    return token, scaled.gather(1, token[:, None])[:, 0] - lse
+
+
+def _allowed(probs: Tensor, scaled: Tensor, banned: Tensor) -> Tensor:
+    """The probabilities (B, V), those of banned tokens 0; computed anew where others are too small beside these."""
+    lost = probs[:, banned].sum(-1) if len(banned) else probs.new_zeros(1)
+    if bool((lost > 1 - _LEFT).any()):
+        return scaled.index_fill(1, banned, float("-inf")).softmax(-1)
+    return probs.index_fill_(1, banned, 0.0)
 
 
 def _invert(probs: Tensor, uniform: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The token at which the cumulative sum of the filtered probabilities (B, V) first exceeds u times their total.
-
-    A token of probability 0 leaves the cumulative sum as it is and is therefore never the first to exceed anything.
-    """
+    """The token at which the cumulative sum of the filtered probabilities (B, V) first exceeds u times their total."""
     ids = None
     if 0 < top_k < probs.shape[1]:
         probs, ids = probs.topk(top_k)
     if top_p < 1:
         probs, order = _nucleus(probs, top_p)
         ids = order if ids is None else ids.gather(1, order)
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    target = uniform * cumulative[:, -1]
+    place = _first_to_exceed(probs, uniform)
+    return place if ids is None else ids.gather(1, place[:, None])[:, 0]
+
+
+def _first_to_exceed(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The place at which the cumulative sum of probabilities (B, V) first exceeds u times their total, in one pass over
+    them: the sums of blocks say in which block it is.
+
+    A token of probability 0 leaves the cumulative sum as it is and is therefore never the first to exceed anything.
+    """
+    width = probs.shape[1]
+    if width <= _FEW:
+        return _search(probs, uniform * probs.sum(-1, dtype=torch.float64))[0][:, 0]
+    whole = width - width % _BLOCK
+    blocks = probs[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < width:
+        blocks = torch.cat([blocks, probs[:, whole:].sum(-1, keepdim=True)], 1)
+    block, before = _search(blocks, uniform * blocks.sum(-1, dtype=torch.float64))
+    places = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    own = probs.gather(1, places.clamp(max=width - 1)) * (places < width)
+    place, _ = _search(own, before)
+    return (block * _BLOCK + place)[:, 0]
+
+
+def _search(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative sum of values (B, n) first exceeds a target (B,), or, where rounding has it exceed nothing,
+    where it reaches its total: (B, 1); and what is left of the target there (B,)."""
+    cumulative = values.cumsum(-1, dtype=torch.float64)
+    target = torch.minimum(target, cumulative[:, -1] * _BELOW_ONE)
     place = torch.searchsorted(cumulative, target[:, None], right=True)
-    return (place if ids is None else ids.gather(1, place))[:, 0]
+    before = cumulative.gather(1, place) - values.gather(1, place)
+    return place, (target - before[:, 0]).clamp(min=0)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
