@@ -28,7 +28,7 @@ from foveate.plan.report import plan_text
 from foveate.plan.time import active_parameters, language_flops, seconds_of, vision_flops
 from foveate.plan.trace import RowShape, StepMemory, StorageCounter, _meta_batch, piece_of, step_memory, traced_policy
 from foveate.plan.workload import Workload, workload_of
-from foveate.rollout.native.cache import GroupCache
+from foveate.rollout.native.cache import BatchCache
 from foveate.train.muon import MUON
 from foveate.train.optim import OPTIMIZERS
 
@@ -218,11 +218,14 @@ def test_keys_and_values_are_those_of_the_engines_cache(config):
     text = config.text_config
     from foveate.records import Forest
 
-    cache = GroupCache(Forest((0,), (10,), (-1,)), (10,), 1, 4, torch.device("cpu"))
+    cache = BatchCache(torch.device("cpu"))
+    cache.announce(Forest((0,), (10,), (-1,)), (10,), [[4]])
     for layer in range(text.num_hidden_layers):
         row = torch.zeros(text.num_key_value_heads, 10, text.head_dim)
         cache.attend(layer, torch.zeros(text.num_attention_heads, 10, text.head_dim), row, row, 1.0)
-    held = sum(tensor.nbytes for state in cache.states.values() for tensor in state.prompt)
+    cache.join()
+    [prompts] = cache.rows.prompts.values()
+    held = sum(tensor.nbytes for state in cache.states.values() for tensor in state.shelves[prompts])
     assert held == 10 * key_value_bytes(config, 4)
 
 

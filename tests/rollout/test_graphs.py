@@ -19,7 +19,7 @@ from foveate.models.lora import add_adapters
 from foveate.models.policy import load_policy
 from foveate.records import Answer, SamplingParams
 from foveate.rollout.engine import Request
-from foveate.rollout.native import cache, engine
+from foveate.rollout.native import engine, rows
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.native.graphs import is_recordable, recorder
 
@@ -54,7 +54,7 @@ def step_by_step(policy, decode):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Answers of tens of tokens meet what those of thousands meet."""
-    monkeypatch.setattr(cache, "_PLACES", 8)
+    monkeypatch.setattr(rows, "_PLACES", 8)
     monkeypatch.setattr(engine, "_WORTH", 4)
 
 
@@ -146,11 +146,11 @@ def test_an_engine_that_pauses_in_recorded_steps_goes_on_as_if_it_had_not(parts)
     replayed = recorded._decode_step
     steps = []
 
-    def pausing(wave, cache):
-        steps.append(len(wave.live))
+    def pausing(batch):
+        steps.append(len(batch.live))
         if len(steps) == 9:
             recorded.pause()
-        return replayed(wave, cache)
+        return replayed(batch)
 
     recorded._decode_step = pausing
     half = recorded.generate(requests, sampling)

@@ -9,8 +9,8 @@ import torch
 
 from foveate.models.attention.kernels import AttentionOptions, forest_mask, reference_attention
 from foveate.records import Forest
-from foveate.rollout.native import cache as module
-from foveate.rollout.native.cache import GroupCache
+from foveate.rollout.native import rows as module
+from foveate.rollout.native.cache import BatchCache, KeysAndValues, partial_attention, plain_partial_attention
 
 HEADS, KEY_HEADS, WIDTH, STEPS = 4, 2, 8, 9
 
@@ -41,19 +41,21 @@ class Sums:
     def __init__(self, rows):
         self._rows = rows
 
-    def prefill(self, sums):
-        self._sums = sums
+        self._sums = torch.zeros(1, 0, WIDTH)
 
-    def fork(self):
-        self._sums = self._sums[:, self._rows.last_B]
+    def prefill(self, sums):
+        self._new = sums
+
+    def fork(self, moves):
+        self._sums = torch.cat([self._sums, self._new[:, self._rows.last_B]], 1)
+        self.drop(moves)
 
     def extend(self, new):
         self._sums = self._sums + new
         return self._sums
 
     def drop(self, moves):
-        self._sums[:, moves.gaps] = self._sums[:, moves.movers]
-        self._sums = self._sums[:, : moves.rows]
+        self._sums = self._sums[:, moves.source]
 
 
 class SumLayer:
@@ -113,35 +115,147 @@ def packed(groups, samples):
     return Forest(tuple(start), tuple(length), tuple(parent), bidirectional), [sum(p) for p, _ in groups], paths
 
 
-@pytest.mark.parametrize("is_fixed", [False, True], ids=["by number", "by tensor"])
+class Batch:
+    """A cache, and what each of its sequences has been given so far, layer by layer."""
+
+    def __init__(self, layers, generator):
+        self.layers, self.generator = layers, generator
+        self.cache = BatchCache(torch.device("cpu"))
+        self.rows, self.seen = [], [[] for _ in layers]
+
+    def join(self, groups, limit):
+        """The packed row of `groups` goes through the layers."""
+        forest, lengths, paths = packed(groups, 3)
+        limits = [[limit + tokens for tokens in begun] or [limit] * 3 for _, begun in groups]
+        self.cache.announce(forest, lengths, limits)
+        first = len(self.seen[0])
+        for number, layer in enumerate(self.layers):
+            inputs = layer.inputs(forest.tokens, self.generator)
+            layer.prefill(self.cache, number, inputs, forest)
+            self.seen[number] += [[one[:, path] for one in inputs] for path in paths]
+        assert self.cache.rows.last_B.tolist() == [path[-1] for path in paths]
+        self.rows += range(first, first + len(paths))
+        self.reorder(self.cache.join())
+
+    def reorder(self, source):
+        if source is not None:
+            self.rows = [self.rows[row] for row in source.tolist()]
+
+    def drop(self, live):
+        self.reorder(self.cache.drop(live))
+
+    def step(self, is_fixed=False):
+        """A token of each row: every layer gives what it gives to each sequence alone."""
+        if not self.cache.rows.is_fixed:
+            self.reorder(self.cache.promote())
+            if is_fixed:
+                self.cache.rows.fix()
+        for number, layer in enumerate(self.layers):
+            inputs = layer.inputs(len(self.rows), self.generator)
+            out = layer.extend(self.cache, number, inputs)
+            for row, answer in enumerate(self.rows):
+                pairs = zip(self.seen[number][answer], inputs, strict=True)
+                self.seen[number][answer] = [torch.cat([one, new[:, [row]]], 1) for one, new in pairs]
+                torch.testing.assert_close(out[:, [row]], layer.alone(self.seen[number][answer])[:, -1:])
+        self.cache.extend()
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Answers of tens of tokens meet what those of thousands meet."""
+    monkeypatch.setattr(module, "_PLACES", 8)
+    monkeypatch.setattr(module, "SMALLEST", 4)
+    monkeypatch.setattr(module, "FIRST_ROOM", 4)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["filled places", "fixed places"])
 @pytest.mark.parametrize("groups", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_state_gives_what_its_layer_gives_to_each_sequence_alone(layers, groups, is_fixed, seed, monkeypatch):
-    monkeypatch.setattr(module, "_PLACES", 8)
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    forest, lengths, paths = packed(groups, 3)
-    cache = GroupCache(forest, lengths, 3, STEPS, torch.device("cpu"))
-    given = [layer.inputs(forest.tokens, generator) for layer in layers]
-    for number, (layer, inputs) in enumerate(zip(layers, given, strict=True)):
-        layer.prefill(cache, number, inputs, forest)
-    assert cache.rows.last_B.tolist() == [path[-1] for path in paths]
-    cache.fork()
-    seen = [[[one[:, path] for one in inputs] for path in paths] for inputs in given]
-    rows = list(range(len(paths)))
+@pytest.mark.parametrize("seed", range(2))
+def test_a_state_gives_what_its_layer_gives_to_each_sequence_alone(layers, groups, is_fixed, seed):
+    rng = random.Random(seed)
+    batch = Batch(layers, torch.Generator().manual_seed(seed))
+    batch.join(groups, STEPS)
     for step in range(STEPS):
-        keep = [row for row in range(len(rows)) if rng.random() < 0.85] or [0]
+        count = len(batch.rows)
+        keep = [row for row in range(count) if rng.random() < 0.85] or [0]
         keep = keep[-1:] if step == STEPS - 2 else keep  # whole groups leave
-        if len(keep) < len(rows):
-            rows = [rows[row] for row in cache.drop(keep)]
-        if is_fixed and not cache.rows.is_fixed:
-            cache.rows.fix()
-        for number, layer in enumerate(layers):
-            inputs = layer.inputs(len(rows), generator)
-            out = layer.extend(cache, number, inputs)
-            for row, answer in enumerate(rows):
-                pairs = zip(seen[number][answer], inputs, strict=True)
-                seen[number][answer] = [torch.cat([one, new[:, [row]]], 1) for one, new in pairs]
-                torch.testing.assert_close(out[:, [row]], layer.alone(seen[number][answer])[:, -1:])
-        cache.extend()
-    assert len(cache.rows.lengths) == 1
+        if len(keep) < count:
+            batch.drop(keep)
+        batch.step(is_fixed)
+    assert sum(len(shelf.members) for shelf in batch.cache.rows.prompts.values()) == 1
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["filled places", "fixed places"])
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_that_join_a_running_batch_get_what_they_get_alone(layers, is_fixed, seed):
+    """Prompts and begun answers of all lengths join, outgrow their slots, leave, and leave their slots to others."""
+    rng = random.Random(seed)
+    batch = Batch(layers, torch.Generator().manual_seed(seed))
+    for groups in (BATCHES["begun"], BATCHES["one"], [([33], [2]), ([1], [17, 1])], BATCHES["new"]):
+        batch.join(groups, 40)
+        for _ in range(rng.randint(0, 4)):
+            batch.step(is_fixed)
+        keep = [row for row in range(len(batch.rows)) if rng.random() < 0.6]
+        batch.drop(keep)
+    if batch.rows:
+        batch.step(is_fixed)
+    batch.drop([])
+    assert batch.cache.rows.held == 0
+    assert not any(state.shelves for state in batch.cache.states.values() if isinstance(state, KeysAndValues))
+
+
+@pytest.mark.usefixtures("small")
+def test_newcomers_whose_prompts_fail_leave_the_others_as_they_were():
+    layers = LAYERS["hybrid"]
+    batch = Batch(layers, torch.Generator().manual_seed(0))
+    batch.join(BATCHES["new"], 9)
+    forest, lengths, _ = packed(BATCHES["one"], 3)
+    batch.cache.announce(forest, lengths, [[9] * 3])
+    layers[0].prefill(batch.cache, 0, layers[0].inputs(forest.tokens, batch.generator), forest)
+    batch.cache.abandon()
+    batch.step()
+    batch.join(BATCHES["begun"], 9)
+    batch.step()
+
+
+@pytest.mark.usefixtures("small")
+def test_slots_are_as_many_as_their_sequences_and_a_quarter_more_and_short_ones_stay_short():
+    batch = Batch([AttentionLayer()], torch.Generator().manual_seed(0))
+    for count in (1, 3, 2):
+        for _ in range(count):
+            batch.join(BATCHES["new"], 3)
+        batch.step()
+        batch.drop(range(0, len(batch.rows), 5))
+        batch.step()
+        batch.drop([])
+    batch.join(BATCHES["new"], 3)
+    batch.step()
+    batch.join([([60], [20])], 50)
+    batch.step()
+    rows, [state] = batch.cache.rows, batch.cache.states.values()
+    slots = {shelf: kept[0].shape for shelf, kept in state.shelves.items()}
+    for shelf, shape in slots.items():
+        assert len(shelf.members) <= shape[0] <= 1.25 * len(shelf.members)
+        assert shape[2] <= shelf.size
+    assert {size: len(shelf.members) for size, shelf in rows.answers.items()} == {4: 12, 32: 1}
+
+
+@pytest.mark.parametrize("hidden", [None, float("-inf"), -1e30], ids=["no bias", "hidden", "all hidden"])
+@pytest.mark.parametrize("queries", [1, 2, 32])
+def test_many_keys_are_met_as_few_are(queries, hidden):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, KEY_HEADS, queries, WIDTH, generator=generator)
+    key, value = torch.randn(2, 3, KEY_HEADS, 300, WIDTH, generator=generator)[..., :270, :]
+    bias = None
+    if hidden is not None:
+        bias = torch.zeros(3, 1, 1, 270)
+        bias[0, ..., 100:] = bias[1, ..., :200] = hidden
+        bias[2] = 0.0 if hidden == float("-inf") else hidden
+    found, lse = partial_attention(query, key, value, 0.3, bias)
+    expected, expected_lse = plain_partial_attention(query, key, value, 0.3, bias)
+    torch.testing.assert_close(lse, expected_lse)
+    torch.testing.assert_close(found, expected)

@@ -18,24 +18,28 @@ GREEDY = SamplingParams(1, 6, 0.0)
 
 
 class CountingEngine(NativeEngine):
-    """Keeps how many rows each step had, and fails on prompts of a request with the seed 13."""
+    """Keeps how many rows each step had, and how many requests joined at once; fails on the prompts of requests with
+    the seed 13, and in a step where `breaks` is set."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
-        self.steps, self.batches = [], []
-        self.gate = None
+        self.steps, self.batches, self.breaks = [], [], False
 
-    def begin(self, requests, sampling, watch=None):
-        self.batches.append(len(requests))
-        if any(request.seed == 13 for request in requests):
+    def _prefill(self, batch, joining):
+        self.batches.append(len(joining))
+        if any(one.request.seed == 13 for one in joining):
             raise RuntimeError("out of memory")
-        return super().begin(requests, sampling, watch)
+        return super()._prefill(batch, joining)
 
-    def step(self, decode_batch):
-        self.steps.append(len(decode_batch.live))
-        if self.gate is not None:
-            self.gate(self)
-        return super().step(decode_batch)
+    def step(self, batch):
+        self.steps.append(len(batch.live))
+        return super().step(batch)
+
+    def _decode_step(self, batch):
+        if self.breaks:
+            self.breaks = False
+            raise RuntimeError("a kernel failed")
+        return super()._decode_step(batch)
 
 
 @pytest.fixture
@@ -110,24 +114,9 @@ def test_an_abandoned_request_leaves_at_the_next_step(batcher, engine, prompt):
     assert len(engine.steps) <= seen + 3 + GREEDY.max_tokens, "the abandoned answer was sampled on"
 
 
-def test_an_answer_that_outgrows_its_room_is_continued(batcher, engine, prompt, monkeypatch):
-    monkeypatch.setattr(batching, "FIRST_ROOM", 4)
-    sampling = SamplingParams(2, 30, 1.0)
-
-    async def ask():
-        return await batcher.answer(Job(prompt, 5, sampling))
-
-    found = asyncio.run(ask())
-    [alone] = engine.generate([Request(prompt, 5)], sampling)
-    assert [one.token_ids for one in found] == [one.token_ids for one in alone]
-    assert [one.finish for one in found] == [one.finish for one in alone]
-    assert len(engine.batches) > 2, "it began with little room and got more"
-
-
-def test_who_waits_gets_the_place_of_a_batch_that_had_its_turn(engine, prompt, monkeypatch):
-    monkeypatch.setattr(batching, "MOST_BATCHES", 1)
+def test_who_waits_gets_the_place_of_a_request_that_had_its_turn(engine, prompt, monkeypatch):
     monkeypatch.setattr(batching, "TURN", 4)
-    batcher = Batcher(engine, 4096)
+    batcher = Batcher(engine, len(prompt) + 40)
     long, short = SamplingParams(1, 40, 1.0), SamplingParams(1, 2, 0.5)
     ends = []
 
@@ -147,7 +136,7 @@ def test_who_waits_gets_the_place_of_a_batch_that_had_its_turn(engine, prompt, m
     assert [one.token_ids for one in ends[-1][1]] == [one.token_ids for one in alone]
 
 
-def test_all_batches_together_stay_within_the_budget(engine, prompt):
+def test_the_batch_stays_within_the_budget(engine, prompt):
     budget = 3 * (len(prompt) + GREEDY.max_tokens)
     batcher = Batcher(engine, budget)
 
@@ -166,6 +155,29 @@ def test_an_engine_that_fails_tells_its_clients_and_goes_on(batcher, prompt):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(ask(13))
+    assert asyncio.run(ask(14))[0].token_ids
+
+
+def test_prompts_that_fail_leave_the_answers_that_are_under_way_alone(batcher, engine, prompt):
+    async def both():
+        long = asyncio.ensure_future(batcher.answer(Job(prompt, 5, SamplingParams(1, 30, 1.0))))
+        while not engine.steps:
+            await asyncio.sleep(0.001)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await batcher.answer(Job(prompt, 13, GREEDY))
+        return await long
+
+    [alone] = engine.generate([Request(prompt, 5)], SamplingParams(1, 30, 1.0))
+    assert [one.token_ids for one in asyncio.run(both())] == [one.token_ids for one in alone]
+
+
+def test_a_step_that_fails_tells_those_who_have_rows_and_the_server_goes_on(batcher, engine, prompt):
+    async def ask(seed):
+        return await batcher.answer(Job(prompt, seed, GREEDY))
+
+    engine.breaks = True
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        asyncio.run(ask(14))
     assert asyncio.run(ask(14))[0].token_ids
 
 

@@ -282,11 +282,11 @@ class Stalling(NativeEngine):
         self.sampled = 0
         return super()._prefill(*arguments)
 
-    def _sample(self, *arguments: Any) -> Any:
+    def _draw(self, *arguments: Any) -> Any:
         self.sampled += 1
         if self.sampled == 3 and 1 <= self.version < 3:
             assert self._paused.wait(60)
-        return super()._sample(*arguments)
+        return super()._draw(*arguments)
 
 
 def test_a_run_with_partial_rollouts_learns_and_says_which_weights_sampled_what(tmp_path, tiny_folder, data):

@@ -1,141 +1,288 @@
-"""The answers of a decode batch of the native engine while they are sampled."""
+"""The answers of the native engine while they are sampled: requests that wait, and rows that a step extends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.functional import pad
 
 from foveate.parallel.packing import prompt_end
 from foveate.records import Answer, PackedGroup, SamplingParams
 from foveate.rollout.engine import Request
-from foveate.rollout.native.cache import GroupCache
+from foveate.rollout.native.cache import BatchCache
 from foveate.rollout.native.graphs import Step
 from foveate.rollout.native.sampling import uniforms
 
-Watch = Callable[[int, int, int, float], str]
-"""Called with every token: (number of the request, number of its answer, token, log-prob) -> the finish of an answer
-that is to end with this token, "" for one that goes on."""
+Watch = Callable[[int, int, float], str]
+"""Called with every token: (number of the answer, token, log-prob) -> the finish of an answer that is to end with this
+token, "" for one that goes on."""
+Draw = Callable[[Tensor, Tensor, SamplingParams], tuple[Tensor, Tensor]]
+"""Hidden states (B, D) and uniform numbers (B,) -> tokens and their log-probs (B,)."""
+
+
+@dataclass(slots=True, eq=False)
+class DecodeJob:
+    """A request on its way. `answers` are those that are there, with finish "abort" where they are to go on; None are
+    not begun. `open`: how many have rows, since the step `joined`. Tokens of
+    one `kind` are drawn alike."""
+
+    key: Any
+    request: Request
+    sampling: SamplingParams
+    watch: Watch | None = None
+    answers: list[Answer | None] = field(default_factory=list)
+    open: int = 0
+    joined: int = 0
+    kind: SamplingParams = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = replace(self.sampling, samples=1, max_tokens=1)
+        self.answers = [*self.request.partial_answers] or [None] * self.sampling.samples
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The numbers of the answers that are to be sampled."""
+        return [i for i, one in enumerate(self.answers) if one is None or one.finish == "abort"]
+
+    @property
+    def group(self) -> tuple[Answer, ...]:
+        """All answers, when they are there."""
+        return tuple(one for one in self.answers if one is not None)
+
+    @property
+    def was_begun(self) -> bool:
+        return bool(self.group)
+
+    @property
+    def begun(self) -> tuple[Answer, ...]:
+        return tuple(one for one in self.answers if one is not None and one.finish == "abort")
+
+    @property
+    def limit(self) -> int:
+        """Tokens that each of its answers takes in at most: the last one is never fed back."""
+        return self.sampling.max_tokens - 1
+
+    @property
+    def tokens(self) -> int:
+        """Those that go through the model when it joins."""
+        return len(self.request.prompt) + sum(map(len, self.begun))
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """An answer that has a row: number `number` of a job, of which `begun` tokens were there when it joined. It has its
+    numbers in the row `seat` of the batch's tables, and its last token at step `last`."""
+
+    job: DecodeJob
+    number: int
+    begun: int
+    seat: int
+    last: int
+    version: int
 
 
 class DecodeBatch:
-    """Some requests with their S answers, numbered request by request. A row of the batch is a live answer: `answers`
-    says which one, and `last_B`, `position_B` and `uniform_B` hold what its next token needs. Where a request was begun
-    before, its unfinished answers go on and the others are what they were.
+    """Jobs that wait, in order, and those whose answers have rows. All tables are tensors on the device: `last_B` and
+    `position_B` hold what the next step is given of each row, `uniform_B` the numbers that draw its tokens.
 
     Of all rows, as many as the share `slack` may be of answers that are complete: they go on through the model until
-    more are, and what they are given is not looked at. `watch`, if there is one, sees every token of the others."""
+    more are, and what they are given is not looked at."""
 
     def __init__(
         self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        version: int,
+        decode: Callable[[tuple[int, ...]], str],
         device: torch.device,
+        token_budget: int,
+        *,
         slack: float = 0.0,
-        watch: Watch | None = None,
+        turn: int | None = None,
     ) -> None:
-        self.sampling, self._watch = sampling, watch
-        samples, self._limit = sampling.samples, sampling.max_tokens
-        self.cache: GroupCache | None = None
+        self.token_budget, self.turn = token_budget, turn
+        self.cache = BatchCache(device)
         self.replay: Step | None = None
-        self._samples, self._version, self._device, self._slack = samples, version, device, slack
-        self._before = [one for request in requests for one in request.partial_answers or [None] * samples]
-        self.answers = [i for i, one in enumerate(self._before) if one is None or one.finish == "abort"]
-        self.live = [*range(len(self.answers))]
-        self.packed_groups = [
-            PackedGroup(r.prompt, tuple(one for one in r.partial_answers if one.finish == "abort")) for r in requests
-        ]
-        self._finish = ["" if one is None else one.finish for one in self._before]
-        self._lengths = [0 if one is None else len(one) for one in self._before]
-        self._open = [0] * len(requests)
-        for answer in self.answers:
-            self._open[answer // samples] += 1
-        uniform = [uniforms(request.seed, i, self._limit) for request in requests for i in range(samples)]
-        self._uniform = functional.pad(torch.stack(uniform), (0, 1)).to(device)  # a place for what nobody looks at
-        self._token_ids = torch.zeros(self._uniform.shape, dtype=torch.int64, device=device)
-        self._logprobs = torch.zeros(self._uniform.shape, device=device)
-        ends = [prompt_end(request.prompt) for request in requests]
-        self._answer_B = self._on_device(self.answers)
-        self._length_B = self._on_device([self._lengths[answer] for answer in self.answers])
-        self.position_B = self._on_device([ends[i // samples] + self._lengths[i] - 1 for i in self.answers])
-        self.last_B = self._answer_B
+        self.waiting: list[DecodeJob] = []
+        self.running: list[DecodeJob] = []
+        self.live: list[_Live | None] = []
+        self.failed: list[DecodeJob] = []
+        self._kinds: list[tuple[SamplingParams, Tensor | None]] = []
+        self._decode, self._device, self._slack = decode, device, slack
+        self._seats: list[int] = []
+        self._token_ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._logprobs = torch.zeros(0, 0, device=device)
+        self._uniform = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        self._seat_B = self._end_B = self.last_B = torch.zeros(0, dtype=torch.int64, device=device)
+        self._next_end = 0
+
+    # ------------------------------------------------------------------------------------------------------- the rows
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
 
     @property
     def ahead(self) -> int:
         """How many more tokens a live answer may have at most."""
-        return self._limit - min(self._lengths[self.answers[row]] for row in self.live)
+        return max(one.last for one in self.live if one is not None) - self.cache.rows.step
 
     @property
-    def uniform_B(self) -> Tensor:
-        """The uniform numbers that draw the next tokens."""
-        return self._uniform[self._answer_B, self._length_B]
+    def position_B(self) -> Tensor:
+        return self._end_B + self.cache.rows.length_B
 
-    def take(self, token_B: Tensor, logprob_B: Tensor, stop: Tensor, paused: bool) -> list[int]:
-        """Append a token to every live answer; those that are complete leave, all of them when the engine pauses. The
-        requests that have no live answer any more."""
-        self._token_ids[self._answer_B, self._length_B] = token_B
-        self._logprobs[self._answer_B, self._length_B] = logprob_B
-        self._length_B = (self._length_B + 1).clamp(max=self._limit)
-        self.position_B, self.last_B = self.position_B + 1, token_B
-        live: list[int] = []
-        ended: list[int] = []
-        stops = torch.isin(token_B, stop).tolist()
-        watched = self._watched(token_B, logprob_B)
-        for row in self.live:
-            answer = self.answers[row]
-            self._lengths[answer] += 1
-            end = "length" if self._lengths[answer] == self._limit else "abort" if paused else ""
-            finish = "stop" if stops[row] else watched.get(row, end)
-            if finish:
-                self._finish[answer] = finish
-                ended.append(answer // self._samples)
-                self._open[ended[-1]] -= 1
-            else:
-                live.append(row)
-        self.live = live
-        if ended and (not live or len(self.answers) - len(live) > self._slack * len(self.answers)):
-            self._keep(live)
-        return [number for number in sorted(set(ended)) if not self._open[number]]
+    def packed_groups(self, jobs: Sequence[DecodeJob]) -> list[PackedGroup]:
+        """What goes through the model for jobs that join."""
+        return [PackedGroup(job.request.prompt, job.begun) for job in jobs]
 
-    def _watched(self, token_B: Tensor, logprob_B: Tensor) -> dict[int, str]:
-        """The rows whose answers end by the word of `watch`, with their finish."""
-        if self._watch is None:
-            return {}
-        token_ids, logprobs = token_B.tolist(), logprob_B.tolist()
-        said = {}
-        for row in self.live:
-            request, answer = divmod(self.answers[row], self._samples)
-            said[row] = self._watch(request, answer, token_ids[row], logprobs[row])
-        return {row: finish for row, finish in said.items() if finish}
+    def join(self, jobs: Sequence[DecodeJob], version: int) -> tuple[list[int], list[int]]:
+        """The answers that were announced to the cache have rows now: these rows, and their numbers among those that
+        were announced."""
+        newcomers: list[_Live] = []
+        ends: list[int] = []
+        for job in jobs:
+            numbers = job.unfinished
+            job.open, job.joined = len(numbers), self.cache.rows.step
+            ends += [prompt_end(job.request.prompt)] * len(numbers)
+            for number in numbers:
+                before = job.answers[number]
+                begun = 0 if before is None else len(before)
+                seat = self._take_seat(job, number)
+                last = self.cache.rows.step + job.sampling.max_tokens - begun - 1
+                newcomers.append(_Live(job, number, begun, seat, last, version))
+        self.running += jobs
+        former = len(self.live)
+        self.live += newcomers
+        self._seat_B = torch.cat([self._seat_B, self._on_device([one.seat for one in newcomers])])
+        self._end_B = torch.cat([self._end_B, self._on_device(ends)])
+        self.last_B = torch.cat([self.last_B, torch.zeros_like(self._end_B[former:])])
+        found = self.reorder(self.cache.join())
+        rows = [row for row, was in enumerate(found) if was >= former]
+        return rows, [found[row] - former for row in rows]
 
-    def _keep(self, live: list[int]) -> None:
-        assert self.cache is not None
-        order = self.cache.drop(live) if live else []
-        self.live = [*range(len(order))]
-        self.answers = [self.answers[row] for row in order]
-        rows = self._on_device(order)
-        self._answer_B, self._length_B = self._answer_B[rows], self._length_B[rows]
-        self.position_B, self.last_B = self.position_B[rows], self.last_B[rows]
+    def _take_seat(self, job: DecodeJob, number: int) -> int:
+        """A row of the tables for an answer, with its uniform numbers."""
+        tokens = job.sampling.max_tokens
+        seats, width = self._uniform.shape
+        if not self._seats or tokens > width:
+            more = 0 if self._seats else max(8, seats)
+            grown = 0, max(tokens - width, 0), 0, more
+            self._token_ids, self._logprobs = pad(self._token_ids, grown), pad(self._logprobs, grown)
+            self._uniform = pad(self._uniform, grown)
+            self._seats += range(seats, seats + more)
+        seat = self._seats.pop()
+        self._uniform[seat, :tokens] = uniforms(job.request.seed, number, tokens).to(self._device)
+        return seat
 
-    def group(self, number: int, decode: Callable[[tuple[int, ...]], str]) -> tuple[Answer, ...]:
-        """All answers to a request."""
-        own = slice(number * self._samples, (number + 1) * self._samples)
-        rows = zip(self._token_ids[own].tolist(), self._logprobs[own].tolist(), strict=True)
-        group: list[Answer] = []
-        for answer, (token_ids, logprobs) in zip(range(own.start, own.stop), rows, strict=True):
-            before = self._before[answer]
-            if before is not None and before.finish != "abort":
-                group.append(before)
+    def reorder(self, source_B: Tensor) -> list[int]:
+        """The rows are those of `source_B` now."""
+        self.replay = None
+        source = source_B.tolist()
+        self.live = [self.live[row] for row in source]
+        self._seat_B, self._end_B, self.last_B = self._seat_B[source_B], self._end_B[source_B], self.last_B[source_B]
+        self._next_end = min((one.last for one in self.live if one is not None), default=0)
+        self._kinds = self._kinds_of(range(len(self.live)))
+        return source
+
+    def _kinds_of(self, rows: Sequence[int]) -> list[tuple[SamplingParams, Tensor | None]]:
+        """Which of some rows are drawn alike; None: all."""
+        kinds: dict[SamplingParams, list[int]] = {}
+        for place, row in enumerate(rows):
+            if (one := self.live[row]) is not None:
+                kinds.setdefault(one.job.kind, []).append(place)
+        if len(kinds) == 1:
+            return [(next(iter(kinds)), None)]
+        return [(sampling, self._on_device(places)) for sampling, places in kinds.items()]
+
+    # ----------------------------------------------------------------------------------------------------- the tokens
+
+    def sample(self, hidden: Tensor, draw: Draw, newcomers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """A token of each row, or of `newcomers` alone, from their hidden states (B, D); with its log-prob."""
+        index = slice(None) if newcomers is None else self._on_device(newcomers)
+        at = self.cache.rows.length_B[index].clamp(max=self._uniform.shape[1] - 1)
+        seat = self._seat_B[index]
+        uniform = self._uniform[seat, at]
+        kinds = self._kinds if newcomers is None else self._kinds_of(newcomers)
+        if len(kinds) == 1 and kinds[0][1] is None:
+            token_B, logprob_B = draw(hidden, uniform, kinds[0][0])
+        else:
+            token_B, logprob_B = torch.zeros_like(seat), torch.zeros(len(seat), device=self._device)
+            for sampling, own in kinds:
+                assert own is not None
+                token_B[own], logprob_B[own] = draw(hidden[own], uniform[own], sampling)
+        self._token_ids[seat, at], self._logprobs[seat, at] = token_B, logprob_B
+        if isinstance(index, slice):
+            self.last_B = token_B
+        else:
+            self.last_B[index] = token_B
+        return token_B, logprob_B
+
+    def finish(
+        self, token_B: Tensor, logprob_B: Tensor, stop: Tensor, paused: bool, newcomers: Sequence[int] | None = None
+    ) -> list[DecodeJob]:
+        """Let the answers leave that are complete with these tokens, all of them when the engine pauses. The jobs that
+        have no live answer any more."""
+        stopped, step = torch.isin(token_B, stop), self.cache.rows.step
+        watched = any(job.watch is not None for job in self.running)
+        if not (paused or watched or step >= self._next_end or bool(stopped.any())):
+            return []
+        ended: list[tuple[int, str]] = []
+        token_ids, logprobs = (token_B.tolist(), logprob_B.tolist()) if watched else ([], [])
+        rows = range(len(self.live)) if newcomers is None else newcomers
+        for place, (row, is_stop) in enumerate(zip(rows, stopped.tolist(), strict=True)):
+            one = self.live[row]
+            if one is None:
                 continue
-            new = slice(0 if before is None else len(before), self._lengths[answer])
-            ids, finish = tuple(token_ids[new]), self._finish[answer]
-            whole = ids if before is None else before.token_ids + ids
-            more = Answer.sampled(ids, logprobs[new], decode(whole), finish, self._version)
-            group.append(more if before is None else before.continued_by(more, more.text))
-        return tuple(group)
+            said = ""
+            if one.job.watch is not None:
+                said = one.job.watch(one.number, token_ids[place], logprobs[place])
+            end = "length" if step >= one.last else "abort" if paused else ""
+            if finish := "stop" if is_stop else said or end:
+                ended.append((row, finish))
+        return self._leave(ended)
 
-    def _on_device(self, numbers: list[int]) -> Tensor:
+    def _leave(self, ended: Sequence[tuple[int, str]]) -> list[DecodeJob]:
+        done: list[DecodeJob] = []
+        for row, finish in ended:
+            one = self.live[row]
+            assert one is not None
+            job, self.live[row] = one.job, None
+            job.answers[one.number] = self._answer(one, finish)
+            self._seats.append(one.seat)
+            job.open -= 1
+            if not job.open:
+                self.running.remove(job)
+                done.append(job)
+        if ended:
+            self._next_end = min((one.last for one in self.live if one is not None), default=0)
+            missing = sum(one is None for one in self.live)
+            if missing == len(self.live) or missing > self._slack * len(self.live):
+                self.tidy()
+        return done
+
+    def tidy(self) -> None:
+        """Answers that are complete leave their rows."""
+        stay = [row for row, one in enumerate(self.live) if one is not None]
+        if len(stay) < len(self.live):
+            self.reorder(self.cache.drop(stay))
+
+    def put_back(self, job: DecodeJob, place: int) -> None:
+        """Its answers leave their rows and wait at a place of the queue, to go on from the tokens that they have."""
+        rows = [(row, "abort") for row, one in enumerate(self.live) if one is not None and one.job is job]
+        self._leave(rows)
+        self.tidy()
+        self.waiting.insert(place, job)
+
+    def _answer(self, one: _Live, finish: str) -> Answer:
+        """The answer of a row, with what was there before."""
+        end = one.job.sampling.max_tokens - one.last + self.cache.rows.step
+        before = one.job.answers[one.number]
+        new = slice(one.begun, end)
+        ids, logprobs = (table[one.seat, new].tolist() for table in (self._token_ids, self._logprobs))
+        text = self._decode(tuple(ids) if before is None else (*before.token_ids, *ids))
+        more = Answer.sampled(ids, logprobs, text, finish, one.version)
+        return more if before is None else before.continued_by(more, text)
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)

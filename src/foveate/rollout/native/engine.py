@@ -19,9 +19,10 @@ from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request, in_order
-from foveate.rollout.native.batch import DecodeBatch, Watch
-from foveate.rollout.native.cache import GroupCache, cached_numbers
+from foveate.rollout.native.batch import DecodeBatch, DecodeJob
+from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
+from foveate.rollout.native.rows import Use
 from foveate.rollout.native.sampling import draw
 
 _TOKENS = 32_768
@@ -30,6 +31,8 @@ _LOGITS = 1 << 24
 _SLACK, _WORTH = 0.25, 16
 """Where steps are recorded: which share of the rows may be done before the rest is recorded anew, and how many steps
 must be ahead to record one."""
+_PREFILL = 4096
+"""Tokens of newcomers that go through the model between two steps of those that are there; one prompt may be longer."""
 
 
 @dataclass(slots=True)
@@ -47,9 +50,11 @@ class Stats:
 class NativeEngine:
     """Samples with a policy's model in this process (the `Engine` seam of `foveate.rollout.engine`).
 
-    Requests are answered in decode batches. The prompts of a batch go through the model as one packed row, each once,
-    images included; then every step takes one token of each live answer through it, and finished answers leave. Answers
-    that were interrupted go on behind their prompt: all their tokens go through the model in that first row. The
+    Answers are the rows of a running batch (`foveate.rollout.native.batch`), and every step takes one token of each of
+    them through the model. They leave when they are finished, and requests that wait join, in their order, as far as
+    the cache has room: several prompts go through the model as one packed row, each once, images included. Room is
+    taken as answers grow. Where none is left, the request that joined last is put back, and goes on later from the
+    tokens that it has: they go through the model behind their prompt, as those of answers that were interrupted. The
     reported log-probs are those of `foveate.rollout.native.sampling.draw`: over the whole vocabulary, comparable with
     the trainer's. On a GPU, steps are recorded and replayed (`foveate.rollout.native.graphs`).
     """
@@ -63,9 +68,9 @@ class NativeEngine:
         token_budget: int | None = None,
         own_weights: bool = False,
     ) -> None:
-        """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens in the key-value
-        cache, prompts and longest possible answers together (None: `cache_tokens`); a prompt whose answers
-        alone exceed it has a batch to itself. With `own_weights` the model belongs to the engine and `publish` copies
+        """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens that the key-value
+        cache has room for, of prompts and answers together (None: `cache_tokens`); a prompt whose answers alone exceed
+        it has the engine to itself. With `own_weights` the model belongs to the engine and `publish` copies
         into it; without, whoever trains the policy changes the very tensors that the engine reads."""
         self.policy = policy
         self.version = version
@@ -110,33 +115,34 @@ class NativeEngine:
         self, requests: Sequence[Request], sampling: SamplingParams
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish, computed as the caller asks for them."""
-        open_ = [
-            i
-            for i, r in enumerate(requests)
-            if not r.partial_answers or any(c.finish == "abort" for c in r.partial_answers)
-        ]
-        yield from ((i, request.partial_answers) for i, request in enumerate(requests) if i not in open_)
-        budget = self._token_budget or cache_tokens(self.policy)
-        for members in plan_decode_batches([len(requests[i].prompt) for i in open_], sampling, budget):
-            if self._paused.is_set():
+        batch = self.open()
+        for index, request in enumerate(requests):
+            job = DecodeJob(index, request, sampling)
+            if job.unfinished:
+                batch.waiting.append(job)
+            else:
+                yield index, request.partial_answers
+        while batch.busy:
+            for job in self._advance(batch):
+                yield job.key, job.group
+            if self._paused.is_set() and not batch.running:
+                yield from ((job.key, job.group) for job in batch.waiting if job.was_begun)
                 return
-            decode_batch = self.begin([requests[open_[i]] for i in members], sampling)
-            while decode_batch.live:
-                for number in self._advance(decode_batch):
-                    yield open_[members[number]], decode_batch.group(number, self._decode)
 
-    def begin(self, requests: Sequence[Request], sampling: SamplingParams, watch: Watch | None = None) -> DecodeBatch:
-        """A decode batch that the caller advances by `step`, beside others where it likes. `watch` may end answers."""
+    def open(self, token_budget: int | None = None, turn: int | None = None) -> DecodeBatch:
+        """A batch whose `waiting` requests are answered by `step`. With a `turn`, who waits gets the place of the one
+        that has had the most steps, and at least so many; it goes on later."""
         slack = 0.0 if self._record is None else _SLACK
-        return DecodeBatch(requests, sampling, self.version, self.policy.device, slack, watch)
+        budget = token_budget or self._token_budget or cache_tokens(self.policy)
+        return DecodeBatch(self._decode, self.policy.device, budget, slack=slack, turn=turn)
 
-    def step(self, decode_batch: DecodeBatch) -> dict[int, tuple[Answer, ...]]:
-        """Sample one token of each live answer: the groups that are complete now, by the number of their request. While
-        the engine is paused these are all that are left, unfinished answers with finish "abort". The model must be in
-        evaluation mode: to set hundreds of modules in every step would take longer than some steps."""
+    def step(self, batch: DecodeBatch) -> list[DecodeJob]:
+        """Let jobs join, and sample one token of each live answer: the jobs that have all their answers now. While the
+        engine is paused nothing joins, and all that are left are given, unfinished answers with finish "abort". The
+        model must be in evaluation mode: to set hundreds of modules in every step would take longer than some steps.
+        Where the prompts of jobs cannot be computed, these are in `batch.failed`, and the others go on."""
         with torch.inference_mode():
-            finished = self._step(decode_batch)
-        return {number: decode_batch.group(number, self._decode) for number in finished}
+            return self._step(batch)
 
     def pause(self) -> None:
         self._paused.set()
@@ -169,40 +175,80 @@ class NativeEngine:
     def close(self) -> None:
         """Nothing runs outside of a call."""
 
-    def _advance(self, decode_batch: DecodeBatch) -> list[int]:
-        """Sample until requests of the batch have all their answers: their numbers. No caller's code runs within,
+    def _advance(self, batch: DecodeBatch) -> list[DecodeJob]:
+        """Sample until jobs of the batch have all their answers, or the engine is paused. No caller's code runs within,
         where autograd is off and the model in evaluation mode."""
-        finished: list[int] = []
+        finished: list[DecodeJob] = []
         with torch.inference_mode(), evaluating(self.policy.model):
-            while not finished:
-                finished = self._step(decode_batch)
+            while batch.busy and not finished and (batch.running or not self._paused.is_set()):
+                finished = self._step(batch)
         return finished
 
-    def _step(self, decode_batch: DecodeBatch) -> list[int]:
-        cache = decode_batch.cache
-        hidden = self._prefill(decode_batch) if cache is None else self._decode_step(decode_batch, cache)
-        token_B, logprob_B = self._sample(hidden, decode_batch.uniform_B, decode_batch.sampling)
-        return decode_batch.take(token_B, logprob_B, self._stop, self._paused.is_set())
+    def _step(self, batch: DecodeBatch) -> list[DecodeJob]:
+        rows, finished = batch.cache.rows, list[DecodeJob]()
+        if not rows.is_fixed or (batch.turn is not None and batch.waiting):
+            batch.tidy()
+            if not self._paused.is_set():
+                finished = self._let_join(batch)
+            while len(batch.running) > 1 and Use(rows).places > batch.token_budget:
+                batch.put_back(batch.running[-1], 0)
+        if batch.running:
+            hidden = self._decode_step(batch)
+            found = batch.sample(hidden, self._draw)
+            finished += batch.finish(*found, self._stop, self._paused.is_set())
+        return finished
 
-    def _prefill(self, decode_batch: DecodeBatch) -> Tensor:
-        """The last hidden state of each answer, (B, D): that of its prompt, or of its last token where it was begun.
-        The batch gets its cache, with the keys and values of prompts and of what was begun."""
-        device = self.policy.device
-        batch = pack(decode_batch.packed_groups).to(device)
-        lengths = [len(packed.prompt) for packed in decode_batch.packed_groups]
-        sampling = decode_batch.sampling
-        cache = GroupCache(batch.forest, lengths, sampling.samples, sampling.max_tokens - 1, device)
-        decode_batch.cache = cache
-        hidden = hidden_states(self.policy, batch, cache)
-        cache.fork()
-        self.stats.prefills += len(decode_batch.packed_groups)
-        self.stats.prefill_tokens += batch.forest.tokens
-        decode_batch.packed_groups = []  # so that their images are freed
-        return hidden[cache.rows.last_B]
+    def _let_join(self, batch: DecodeBatch) -> list[DecodeJob]:
+        """Let those join that wait and have room; the jobs that their first tokens complete."""
+        jobs = self._choose(batch)
+        if not jobs and batch.waiting and batch.turn is not None:
+            leaving = min(batch.running, key=lambda job: job.joined)
+            if batch.cache.rows.step - leaving.joined >= batch.turn:
+                batch.put_back(leaving, len(batch.waiting))
+                jobs = self._choose(batch)
+        if not jobs:
+            return []
+        del batch.waiting[: len(jobs)]
+        batch.failed = jobs
+        hidden = self._prefill(batch, jobs)
+        batch.failed = []
+        last = hidden[batch.cache.rows.last_B]
+        newcomers, order = batch.join(jobs, self.version)
+        found = batch.sample(last[order], self._draw, newcomers)
+        return batch.finish(*found, self._stop, self._paused.is_set(), newcomers)
 
-    def _decode_step(self, decode_batch: DecodeBatch, cache: GroupCache) -> Tensor:
+    def _choose(self, batch: DecodeBatch) -> list[DecodeJob]:
+        """The first of those that wait, as many as have room, and as do not keep those waiting who have rows."""
+        use, tokens = Use(batch.cache.rows), 0
+        for number, job in enumerate(batch.waiting):
+            lengths = [len(one) for one in job.begun] or [0] * len(job.unfinished)
+            places = use.with_more(len(job.request.prompt), lengths, job.limit)
+            tokens += job.tokens
+            is_first = number == 0 and not batch.running
+            is_long = number > 0 and bool(batch.running) and tokens > _PREFILL
+            if not is_first and (places > batch.token_budget or is_long):
+                return batch.waiting[:number]
+        return batch.waiting[:]
+
+    def _prefill(self, batch: DecodeBatch, jobs: Sequence[DecodeJob]) -> Tensor:
+        """The hidden states (T, D) of the packed row of prompts and begun answers, whose keys and values the cache
+        keeps."""
+        packed = pack(batch.packed_groups(jobs)).to(self.policy.device)
+        lengths = [len(job.request.prompt) for job in jobs]
+        batch.cache.announce(packed.forest, lengths, [[job.limit] * len(job.unfinished) for job in jobs])
+        try:
+            hidden = hidden_states(self.policy, packed, batch.cache)
+        except BaseException:
+            batch.cache.abandon()
+            raise
+        self.stats.prefills += len(jobs)
+        self.stats.prefill_tokens += packed.forest.tokens
+        return hidden
+
+    def _decode_step(self, batch: DecodeBatch) -> Tensor:
         """One token of each live answer through the language model: the hidden states (B, D)."""
         language: Any = self.policy.part("language")
+        cache = batch.cache
 
         def through(last_B: Tensor, position_B: Tensor) -> Tensor:
             embeddings = language.get_input_embeddings()(last_B)[None]
@@ -210,18 +256,23 @@ class NativeEngine:
             return out.last_hidden_state[0]
 
         if not cache.rows.is_fixed:
-            decode_batch.replay = None  # before another is recorded, so that its memory is free
-            cache.rows.loosen()
-            if self._record is not None and decode_batch.ahead > _WORTH:
+            batch.replay = None  # before another is recorded, so that its memory is free
+            moved = cache.promote()
+            if moved is not None:
+                batch.reorder(moved)
+            if self._record is not None:
                 cache.rows.fix()
-                decode_batch.replay = self._record(through, decode_batch.last_B, decode_batch.position_B)
-        hidden = (decode_batch.replay or through)(decode_batch.last_B, decode_batch.position_B)
+                if min(batch.ahead, cache.rows.steady) > _WORTH:
+                    batch.replay = self._record(through, batch.last_B, batch.position_B)
+                else:
+                    cache.rows.loosen()
+        hidden = (batch.replay or through)(batch.last_B, batch.position_B)
         cache.extend()
         self.stats.decode_steps += 1
-        self.stats.decode_tokens += len(decode_batch.live)
+        self.stats.decode_tokens += sum(one is not None for one in batch.live)
         return hidden
 
-    def _sample(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    def _draw(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
         weight = self.policy.part("head").weight
         assert isinstance(weight, Tensor)
@@ -243,21 +294,6 @@ def cache_tokens(policy: Policy) -> int:
     size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size()
     held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
     return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
-
-
-def plan_decode_batches(prompt_lengths: Sequence[int], sampling: SamplingParams, token_budget: int) -> list[list[int]]:
-    """Indices of the prompts of each decode batch, prompts of like length together, so that little of the cache is
-    padding.
-
-    A prompt takes as many cache tokens as the longest of its batch, plus `max_tokens` for each of its answers.
-    """
-    decode_batches: list[list[int]] = []
-    for index in sorted(range(len(prompt_lengths)), key=lambda i: prompt_lengths[i]):
-        tokens = prompt_lengths[index] + sampling.samples * sampling.max_tokens
-        if not decode_batches or (len(decode_batches[-1]) + 1) * tokens > token_budget:
-            decode_batches.append([])
-        decode_batches[-1].append(index)
-    return decode_batches
 
 
 @torch.no_grad()

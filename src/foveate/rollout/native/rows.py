@@ -1,0 +1,396 @@
+"""Where the sequences of a running batch lie: rows, prompts and the shelves that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from foveate.records import Forest
+
+_HIDDEN = -1e30
+"""The bias of a key that is out of sight."""
+_PLACES = 256
+"""A step that is recorded meets so many places of each answer, or a multiple."""
+SMALLEST, FIRST_ROOM = 32, 256
+"""Places of the smallest slots, and of those in which an answer begins that may become longer."""
+
+
+def slot_size(tokens: int) -> int:
+    """The places of the slot for so many tokens: a power of two."""
+    return max(SMALLEST, 1 << (tokens - 1).bit_length())
+
+
+def first_room(begun: int, limit: int) -> int:
+    """The places of the slot in which an answer begins, of which `begun` of at most `limit` tokens are there."""
+    return min(slot_size(max(begun + 1, min(limit, FIRST_ROOM))), max(limit, 1))
+
+
+@dataclass(slots=True, eq=False)
+class Kept:
+    """A prompt or an answer in memory. `length`: its tokens when it came; `limit`: at most. `start`: its first token in
+    the packed row that it came with. Of an answer, `prompt` is its prompt, `born` the step at which it would have begun
+    here, and `row` its row."""
+
+    start: int
+    length: int
+    limit: int
+    prompt: Kept | None = None
+    born: int = 0
+    row: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class Shelf:
+    """Slots of one size for prompts, or for answers: slot i holds `members[i]`. `places` of a slot are in use."""
+
+    size: int
+    members: list[Kept] = field(default_factory=list)
+    places: int = 0
+
+    def add(self, one: Kept) -> int:
+        self.members.append(one)
+        self.places = max(self.places, min(self.size, max(one.limit, 1)))
+        return len(self.members) - 1
+
+    def remove(self, leaves: Callable[[Kept], bool]) -> tuple[list[int], list[int]]:
+        """Members from the end fill the slots of those that leave: these slots, and those that they came from."""
+        stay = [slot for slot, one in enumerate(self.members) if not leaves(one)]
+        count = len(stay)
+        gaps = sorted(set(range(count)).difference(stay))
+        movers = stay[count - len(gaps) :]
+        for gap, mover in zip(gaps, movers, strict=True):
+            self.members[gap] = self.members[mover]
+        del self.members[count:]
+        if not count:
+            self.places = 0
+        return gaps, movers
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Slots `source` of a shelf are copied to slots `target` of another or the same."""
+
+    origin: Shelf
+    source: list[int]
+    shelf: Shelf
+    target: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Places `index` (n, L) of the packed row come to slots `target` of a shelf."""
+
+    shelf: Shelf
+    target: list[int]
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """How the rows change. `source` (B,): for each row its former row; newcomers are numbered behind all former rows,
+    in the order of `Rows.last_B`. `copies` and `arrivals`, in this order, are the same for what lies in slots."""
+
+    source: Tensor
+    copies: list[Copy]
+    arrivals: list[Arrival]
+
+
+@dataclass(slots=True, eq=False)
+class Own:
+    """The rows `begin : end` in one shelf; the first of them was `born` at one step, the `latest` at another."""
+
+    shelf: Shelf
+    begin: int
+    end: int
+    born: int
+    latest: int
+    slot: Tensor
+    biases: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Shared:
+    """Prompts of one shelf and their readers. `grid` (G, n): the row at each place of the groups, any row where the
+    place is empty; `is_ordered`: it holds all rows in order; `lengths` (G,)."""
+
+    shelf: Shelf
+    longest: int
+    grid: Tensor
+    is_ordered: bool
+    lengths: Tensor
+    bias: Tensor | None
+    biases: dict[int | None, Tensor] = field(default_factory=dict)
+
+
+class Rows:
+    """Which sequences the rows of a running batch are, and in which slots they lie.
+
+    Row r is an answer; `length_B` counts its tokens in memory. Rows stand in the order of their shelves, so that those
+    of a shelf are neighbours (`own`); `shared` are the shelves of prompts. `place_B` finds each row among the places of
+    all grids. `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row of the token
+    that each continues.
+
+    After `fix` a step does the same on tensors of the same shapes as the one before, so that it can be recorded: it
+    meets places of the answers that are still to be filled, too, behind a bias.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.step = 0
+        self.answers: dict[int, Shelf] = {}
+        self.prompts: dict[int, Shelf] = {}
+        self.own: list[Own] = []
+        self.shared: list[Shared] = []
+        self.places: dict[int, int] | None = None
+        self.length_B = torch.zeros(0, dtype=torch.int64, device=device)
+        self.last_B = self.place_B = self.length_B
+        self._newcomers: list[Kept] = []
+
+    # ------------------------------------------------------------------------------------------------- who is there
+
+    @property
+    def count(self) -> int:
+        return self.own[-1].end if self.own else 0
+
+    @property
+    def held(self) -> int:
+        """Places in use, of prompts and answers."""
+        return sum(len(s.members) * s.places for kind in (self.answers, self.prompts) for s in kind.values())
+
+    def full(self, own: Own) -> list[Kept]:
+        """The answers of a shelf that have filled their slots and may become longer."""
+        if self.step - own.born < own.shelf.size:
+            return []
+        return [
+            one for one in own.shelf.members if self.step - one.born >= own.shelf.size and one.limit > own.shelf.size
+        ]
+
+    # -------------------------------------------------------------------------------------------- joining and leaving
+
+    def announce(self, forest: Forest, lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> None:
+        """Who joins: `forest` is that of the packed row. A root with the segments that continue it is a prompt, as far
+        as its length says; what follows are the answers that were begun. Answer i to prompt g takes in at most
+        `limits[g][i]` tokens, those that were begun included."""
+        starts = [start for start, above in zip(forest.start, forest.parent, strict=True) if above < 0]
+        stops = [*starts[1:], forest.tokens]
+        group_at = {start + length: g for g, (start, length) in enumerate(zip(starts, lengths, strict=True))}
+        firsts: list[list[int]] = [[] for _ in starts]
+        for start, above in zip(forest.start, forest.parent, strict=True):
+            end = forest.start[above] + forest.length[above]
+            if above >= 0 and end in group_at:
+                firsts[group_at[end]].append(start)
+        self._newcomers, last = [], []
+        for begin, length, own, stop, most in zip(starts, lengths, firsts, stops, limits, strict=True):
+            prompt = Kept(begin, length, length)
+            begun = [(first, after - first) for first, after in pairwise([*own, stop])]
+            for (first, tokens), limit in zip(begun or [(begin + length - 1, 0)] * len(most), most, strict=True):
+                self._newcomers.append(Kept(first, tokens, limit, prompt, self.step - tokens))
+                last.append(first + max(tokens - 1, 0))
+        self.last_B = torch.tensor(last, device=self.device)
+
+    def join(self) -> Moves:
+        """Those who were announced become rows."""
+        arriving: dict[Shelf, list[int]] = {}
+        prompts = list(dict.fromkeys(one.prompt for one in self._newcomers if one.prompt is not None))
+        for number, one in enumerate(self._newcomers):
+            one.row = self.count + number
+            size = slot_size(first_room(one.length, one.limit))
+            shelf = self.answers.setdefault(size, Shelf(size))
+            arriving.setdefault(shelf, []).append(shelf.add(one))
+        for one in prompts:
+            size = slot_size(one.length)
+            shelf = self.prompts.setdefault(size, Shelf(size))
+            arriving.setdefault(shelf, []).append(shelf.add(one))
+        self._newcomers = []
+        return self._moves([], [self._arrival(shelf, slots) for shelf, slots in arriving.items()])
+
+    def _arrival(self, shelf: Shelf, slots: list[int]) -> Arrival:
+        """Places of the packed row for these slots; behind the end of a sequence, any."""
+        start = torch.tensor([shelf.members[slot].start for slot in slots])
+        length = torch.tensor([shelf.members[slot].length for slot in slots])
+        offset = torch.arange(int(length.max())).minimum((length[:, None] - 1).clamp(min=0))
+        return Arrival(shelf, slots, (start[:, None] + offset).to(self.device))
+
+    def drop(self, live: Sequence[int]) -> Moves:
+        """Only the answers in the rows `live` are left, and their prompts."""
+        stay, copies = set(live), list[Copy]()
+        for shelf in self.answers.values():
+            self._remove(shelf, lambda one: one.row not in stay, copies)
+        read = {one.prompt for shelf in self.answers.values() for one in shelf.members}
+        for shelf in self.prompts.values():
+            self._remove(shelf, lambda one: one not in read, copies)
+        return self._moves(copies, [])
+
+    def promote(self) -> Moves | None:
+        """Answers that have filled their slots move to larger ones, if there are any."""
+        full = [(own.shelf, found) for own in self.own if (found := set(self.full(own)))]
+        copies: list[Copy] = []
+        for shelf, found in reversed(full):  # the largest first: what leaves a shelf makes room for what comes
+            larger = self.answers.setdefault(2 * shelf.size, Shelf(2 * shelf.size))
+            slots = [slot for slot, one in enumerate(shelf.members) if one in found]
+            copies.append(Copy(shelf, slots, larger, [larger.add(shelf.members[slot]) for slot in slots]))
+            self._remove(shelf, found.__contains__, copies)
+        return self._moves(copies, []) if full else None
+
+    @staticmethod
+    def _remove(shelf: Shelf, leaves: Callable[[Kept], bool], copies: list[Copy]) -> None:
+        gaps, movers = shelf.remove(leaves)
+        if gaps:
+            copies.append(Copy(shelf, movers, shelf, gaps))
+
+    def _moves(self, copies: list[Copy], arrivals: list[Arrival]) -> Moves:
+        """Number the rows anew, and arrange what a step needs."""
+        for kind in (self.answers, self.prompts):
+            for size in [size for size, shelf in kind.items() if not shelf.members]:
+                del kind[size]
+        self.loosen()
+        ordered = [one for size in sorted(self.answers) for one in self.answers[size].members]
+        source = torch.tensor([one.row for one in ordered], dtype=torch.int64, device=self.device)
+        for row, one in enumerate(ordered):
+            one.row = row
+        lengths = [self.step - one.born for one in ordered]
+        self.length_B = torch.tensor(lengths, dtype=torch.int64, device=self.device)
+        self._arrange_answers()
+        self._arrange_prompts(ordered)
+        return Moves(source, copies, arrivals)
+
+    def _arrange_answers(self) -> None:
+        self.own, begin = [], 0
+        for size in sorted(self.answers):
+            shelf = self.answers[size]
+            born = [one.born for one in shelf.members]
+            end, slot = begin + len(born), torch.arange(len(born), device=self.device)
+            self.own.append(Own(shelf, begin, end, min(born), max(born), slot))
+            begin = end
+
+    def _arrange_prompts(self, ordered: Sequence[Kept]) -> None:
+        self.shared, first = [], 0
+        places = [0] * len(ordered)
+        readers: dict[Kept | None, list[int]] = {}
+        for one in ordered:
+            readers.setdefault(one.prompt, []).append(one.row)
+        for size in sorted(self.prompts):
+            shelf = self.prompts[size]
+            filled = [readers[one] for one in shelf.members]
+            width = max(map(len, filled))
+            for group, rows in enumerate(filled):
+                for place, row in enumerate(rows):
+                    places[row] = first + group * width + place
+            padded = [rows + [0] * (width - len(rows)) for rows in filled]
+            grid = torch.tensor(padded, device=self.device)
+            is_ordered = [row for rows in padded for row in rows] == [*range(len(ordered))]
+            lengths, longest = torch.tensor([one.length for one in shelf.members]), max(o.length for o in shelf.members)
+            outside, bias = torch.arange(longest) >= lengths[:, None], None
+            if bool(outside.any()):
+                zeros = torch.zeros(outside.shape)
+                bias = zeros.masked_fill(outside, float("-inf"))[:, None, None].to(self.device)
+            self.shared.append(Shared(shelf, longest, grid, is_ordered, lengths.to(self.device), bias))
+            first += grid.numel()
+        self.place_B = torch.tensor(places, dtype=torch.int64, device=self.device)
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def fix(self) -> None:
+        """Until rows join, leave or move, or `is_fixed` says no more, steps meet the same places."""
+        self.places = {
+            own.shelf.size: min(own.shelf.places, -(-(self.step - own.born + _PLACES // 4) // _PLACES) * _PLACES)
+            for own in self.own
+        }
+
+    def loosen(self) -> None:
+        """Steps meet the places that are filled."""
+        self.places = None
+
+    @property
+    def steady(self) -> int:
+        """For how many steps what was fixed stays so."""
+        assert self.places is not None
+        return min(self.places[own.shelf.size] - self.step + own.born for own in self.own)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the next step does what the one before it did."""
+        return self.places is not None and self.steady > 0
+
+    def begin_step(self) -> None:
+        for view in (*self.own, *self.shared):
+            view.biases.clear()
+
+    def advance(self) -> None:
+        """A token of each answer went through all layers."""
+        self.step += 1
+        self.length_B += 1
+
+    def seen(self, own: Own, window: int | None) -> slice:
+        """The places of a shelf that a step meets, those of the new tokens included."""
+        if self.places is not None:
+            return slice(0, self.places[own.shelf.size])
+        shortest = self.step - own.latest + 1
+        return slice(0 if window is None else max(0, shortest - window), self.step - own.born + 1)
+
+    def own_bias(self, own: Own, window: int | None) -> Tensor | None:
+        """Hides from the answers' new tokens, which stand behind the `length_B` others, what is no token of them and
+        what the window has left behind: (b, 1, 1, places seen)."""
+        if self.places is None and own.born == own.latest:
+            return None
+        if window not in own.biases:
+            seen = self.seen(own, window)
+            places = torch.arange(seen.start, seen.stop, device=self.device)
+            length = self.length_B[own.begin : own.end, None]
+            hidden = places > length
+            if window is not None:
+                hidden |= places <= length - window
+            own.biases[window] = _bias(hidden, float("-inf"))[:, None, None]
+        return own.biases[window]
+
+    def prompt_bias(self, shared: Shared, window: int | None, repeat: int) -> Tensor | None:
+        """Hides from the answers' new tokens, of the prompts, padding and what the window has left behind (G, 1, 1 or
+        n x repeat, L). That may be all; a finite bias then gives a log-sum-exp that counts for nothing."""
+        if window is None:
+            return shared.bias
+        if window not in shared.biases:
+            lengths = shared.lengths[:, None, None]
+            places = torch.arange(shared.longest, device=self.device)
+            own = self.length_B[shared.grid][..., None]
+            hidden = (places >= lengths) | (lengths + own - places >= window)
+            shared.biases[window] = _bias(hidden, _HIDDEN).repeat_interleave(repeat, 1)[:, None]
+        return shared.biases[window]
+
+
+class Use:
+    """The places that the next step takes, with larger slots for answers that have filled theirs."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._answers, self._prompts = (
+            {size: (len(shelf.members), shelf.places) for size, shelf in kind.items()}
+            for kind in (rows.answers, rows.prompts)
+        )
+        for own in rows.own:
+            for one in rows.full(own):
+                _put(self._answers, own.shelf.size, 0, -1)
+                _put(self._answers, 2 * own.shelf.size, min(2 * own.shelf.size, one.limit))
+
+    @property
+    def places(self) -> int:
+        return sum(count * places for kind in (self._answers, self._prompts) for count, places in kind.values())
+
+    def with_more(self, prompt: int, begun: Sequence[int], limit: int) -> int:
+        """All places, if a prompt of so many tokens came too, and its answers with those that were begun."""
+        _put(self._prompts, slot_size(prompt), prompt)
+        for tokens in begun:
+            size = slot_size(first_room(tokens, limit))
+            _put(self._answers, size, min(size, max(limit, 1)))
+        return self.places
+
+
+def _put(shelves: dict[int, tuple[int, int]], size: int, places: int, more: int = 1) -> None:
+    count, before = shelves.get(size, (0, 0))
+    shelves[size] = count + more, max(before, places)
+
+
+def _bias(hidden: Tensor, value: float) -> Tensor:
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, value)
