@@ -157,7 +157,7 @@ def test_an_answer_ends_with_its_stop_token(case):
     with torch.no_grad():
         head[case.policy.family.stop_ids[0]] = head[likely[0]]
     case.publish()
-    groups = case.engine.generate(case.requests(), SamplingParams(samples=8, max_tokens=40))
+    groups = case.engine.generate(case.requests(), SamplingParams(samples=8, max_tokens=20))
     assert {answer.finish for group in groups for answer in group} >= {"stop"}
     for group in groups:
         for answer in group:
@@ -181,8 +181,9 @@ def test_logprobs_are_the_trainers_whatever_cuts_the_draw(case, settings):
 
 
 def test_logprobs_are_the_trainers_after_every_change_of_weights(case):
-    """Seeds and prompts repeat, so that a stale prefix, image embedding or answer would be used and show."""
-    for _ in range(20):
+    """Seeds and prompts repeat, so that a stale prefix, image embedding or answer would be used and show. The native
+    engine has none of these."""
+    for _ in range(3 if isinstance(case.engine, NativeEngine) else 20):
         case.change_weights()
         case.publish()
         assert case.largest_difference() < 1e-4
@@ -286,9 +287,10 @@ def test_a_stream_gives_every_group_once_and_ends_early_when_it_is_closed(case):
 
 
 def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logprob_of_its_own(case):
-    sampling, requests = SamplingParams(samples=2, max_tokens=400), case.requests()
-    counter = "decode_tokens" if isinstance(case.engine, NativeEngine) else "server_tokens"
-    before = case.engine.statistics()[counter] + sum(map(len, case.prompts))
+    is_native, requests = isinstance(case.engine, NativeEngine), case.requests()
+    sampling = SamplingParams(samples=2, max_tokens=100 if is_native else 400)
+    counter = "decode_tokens" if is_native else "server_tokens"
+    before = case.engine.statistics()[counter] + (0 if is_native else sum(map(len, case.prompts)))
     with ThreadPoolExecutor(1) as pool:
         stream = pool.submit(lambda: dict(case.engine.stream(requests, sampling)))
         while case.engine.statistics()[counter] < before + 100:
