@@ -12,7 +12,7 @@ PUBLIC = {
         name: f"foveate.api:{name}"
         for name in (
             "from_recipe", "train_sft", "train_mpo", "train_rl", "Recipe", "Run", "demo", "generate", "evaluate",
-            "report",
+            "report", "compare_runs", "prepare_upload",
             "summary", "plan", "plan_report", "doctor", "convert", "export", "import_verl",
             "settings_list", "settings_page", "recipes_list", "rewards_list", "algorithms_list", "serve", "view",
         )

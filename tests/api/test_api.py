@@ -56,7 +56,7 @@ def test_overrides_count_for_the_stage_and_a_stage_may_be_given(tmp_path):
     path = tmp_path / "plain.yaml"
     path.write_text("run: a\nmodel: {path: demo}\ndata: {train: [a.jsonl]}\noptim: {lr: 1e-5}\ntrain: {steps: 3}\n")
     assert isinstance(read_recipe(path, []), SFTSettings)
-    assert isinstance(read_recipe(path, ["data.test=[b.jsonl]"]), RLSettings)
+    assert isinstance(read_recipe(path, ["rollout.samples=4"]), RLSettings)
     assert isinstance(read_recipe(path, ["train.pairs_per_step=4"]), MPOSettings)
     assert isinstance(api.from_recipe(path, stage="mpo").settings, MPOSettings)
     with pytest.raises(ConfigError, match=r"unknown setting train\.stepps; did you mean train\.steps"):

@@ -79,13 +79,15 @@ def recipe(tmp_path, tiny_folder, data):
 
 
 def refused(ended: tuple[int, str, str], *said: object) -> None:
-    """The command ended with code 1 and one line on standard error, which holds every one of `said`."""
+    """The command ended with code 1 and one line of an error, behind those of its progress; it holds all of `said`."""
     code, out, err = ended
     assert code == 1, err
     assert out == ""
-    assert re.fullmatch(r"error: [^\n]+\n", err), err
+    *progress, last = err.splitlines(keepends=True)
+    assert all(" INFO " in line for line in progress), err
+    assert re.fullmatch(r"error: [^\n]+\n", last), err
     for part in said:
-        assert str(part) in err
+        assert str(part) in last
 
 
 # ----------------------------------------------------------------------------------------------------------- bad rows
