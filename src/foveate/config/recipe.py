@@ -55,14 +55,14 @@ def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | N
     """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
     `data` and `train`, that are given."""
     layers = _layers(path, overrides)
-    return _combined(layers, STAGES[stage or _first_fitting(layers)], str(path))
+    return _combined(layers, STAGES[stage] if stage else _first_fitting(layers), str(path))
 
 
-def _first_fitting(layers: Sequence[Entry]) -> StageName:
+def _first_fitting(layers: Sequence[Entry]) -> type[Settings]:
     given: set[str] = set()
     for values in map(_plain, layers):
         given |= values.keys() | {name for name in flatten(values) if name.startswith(("data.", "train.", "eval."))}
-    return next((name for name, cls in STAGES.items() if given <= {known for known, _ in walk(cls)}), "rl")
+    return next((cls for cls in STAGES.values() if given <= {known for known, _ in walk(cls)}), STAGES["rl"])
 
 
 def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Path | None = None) -> SettingsT:

@@ -79,7 +79,7 @@ def parameter_counts(policy: Policy) -> dict[str, int]:
 
 
 def sizes_of(config: Any, train: tuple[str, ...], lora: LoraSettings | None = None) -> Sizes:
-    return _sizes(_ByText(config), train, lora)
+    return _sizes(_ByText(config), train, lora)  # pyright: ignore[reportArgumentType]  # frozen settings have a hash
 
 
 class _ByText:
@@ -112,7 +112,9 @@ def _sizes(held: _ByText, train: tuple[str, ...], lora: LoraSettings | None) -> 
 
 def optimizer_bytes(work: Workload) -> int:
     """The optimizer's state, over all ranks: its first state for the model's shapes."""
-    return _optimizer_bytes(_ByText(work.config), work.trainable, work.lora, work.dtype, work.optim.model_dump_json())
+    adapters, optim = work.lora, work.optim.model_dump_json()
+    held = _ByText(work.config)
+    return _optimizer_bytes(held, work.trainable, adapters, work.dtype, optim)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=256)
@@ -181,7 +183,7 @@ def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
     model = _ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
-    return _extrapolated(*model, work.checkpointing, on_gpu)
+    return _extrapolated(*model, work.checkpointing, on_gpu)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=256)

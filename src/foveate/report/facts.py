@@ -105,7 +105,7 @@ def metric_tiles(metrics: _Rows) -> list[Tile]:
         if rows:
             few = max(1, len(rows) // 10)
             before, after = (statistics.fmean(value for _, value in part) for part in (rows[:few], rows[-few:]))
-            shown = [format_value(value, unit, 3) for value in (before, after)]
+            shown = format_value(before, unit, 3), format_value(after, unit, 3)
             found.append(Tile(label, *shown, after > before, rows[-1][0]))
     return found[:MOST_TILES]
 

@@ -157,7 +157,8 @@ def _interval(condition: str) -> tuple[str, str] | None:
 
 def _chain(text: str) -> tuple[list[str], list[str]]:
     """The terms of a chain of inequalities and the signs between them, each in one form."""
-    terms, signs = _RELATION.split(text)[::2], _RELATION.findall(text)
+    terms: list[str] = _RELATION.split(text)[::2]
+    signs: list[str] = _RELATION.findall(text)
     return [term.strip() for term in terms], [_SIGNS.get(sign, sign[:3]) for sign in signs]
 
 

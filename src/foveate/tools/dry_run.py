@@ -94,14 +94,14 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     yield f"memory of a device: {_memory(settings, prompt)}"
     yield f"first prompt, {task.where}: {len(prompt)} tokens, {counted(len(task.images), 'image')} among them"
     yield f"  tokens: {_tokens(prompt.token_ids)}"
-    yield _text(encoder.tokenizer.decode(list(prompt.engine_ids)))
+    yield _text(str(encoder.tokenizer.decode(list(prompt.engine_ids))))
     if isinstance(settings, RLSettings):
         yield from _graded_answer(settings, task, prompt, encoder)
     for name in fields:
         ids = encoder.answer_ids(task.meta[name])
         yield f"{name}, {'trained' if name == RESPONSE else 'compared'}: {len(ids)} tokens"
         yield f"  tokens: {_tokens(ids)}"
-        yield _text(encoder.tokenizer.decode(list(ids)))
+        yield _text(str(encoder.tokenizer.decode(list(ids))))
 
 
 def _step(settings: RunSettings) -> tuple[str, int, str, Any, tuple[str, ...]]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.errors import DataError
-from foveate.tools.import_verl.bash.builtins import LONGEST_SCRIPT
 from foveate.tools.import_verl.bash.interpreter import Interpreter
-from foveate.tools.import_verl.bash.shell import Leaves
+from foveate.tools.import_verl.bash.shell import LONGEST_SCRIPT, Leaves
 from foveate.tools.import_verl.bash.state import ScriptEnds
 from foveate.tools.import_verl.bash.values import Marks, Unreadable, is_bare_mark
 

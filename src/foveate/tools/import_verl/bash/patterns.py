@@ -29,8 +29,8 @@ def to_regex(pieces: Sequence[tuple[str, bool]]) -> re.Pattern[str] | None:
         if bracket:
             inside = raw[at + 1 : bracket.end() - 1]
             negated = inside[:1] in ("!", "^")
-            pieces = _CLASS.split(inside[negated:])
-            escaped = "".join(CLASSES.get(piece) or re.sub(r"[\\\[\]^]", r"\\\g<0>", piece) for piece in pieces)
+            classes = _CLASS.split(inside[negated:])
+            escaped = "".join(CLASSES.get(one) or re.sub(r"[\\\[\]^]", r"\\\g<0>", one) for one in classes)
             if re.search(r"\\\[[:.=]|&&|\|\||~~|--", escaped):
                 return None
             built += f"[{'^' if negated else ''}{escaped}]"

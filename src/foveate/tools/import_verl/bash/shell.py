@@ -12,7 +12,7 @@ from foveate.tools.import_verl.bash.state import LineEnds, ScriptEnds, State
 from foveate.tools.import_verl.bash.syntax import Assignment, Command, Word
 from foveate.tools.import_verl.bash.values import LONGEST, Array, Unreadable, without_marks
 
-_LONGEST = 1_000_000
+LONGEST_SCRIPT = 1_000_000
 """Bytes of a script that is read."""
 _FILE_TESTS: dict[str, Callable[[Path], bool]] = {"-e": Path.exists, "-f": Path.is_file, "-d": Path.is_dir}
 
@@ -93,7 +93,8 @@ class Shell:
             return None
         path = Path(here, known)
         try:
-            return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= _LONGEST else None
+            is_script = path.is_file() and path.stat().st_size <= LONGEST_SCRIPT
+            return path.read_text(encoding="utf-8") if is_script else None
         except (OSError, ValueError):
             return None
 

@@ -53,7 +53,7 @@ class Variables:
         before = (
             found.values
             if (index or "0").startswith("-")
-            else [found.elements[one] for one in found.keys if one <= place]
+            else [found.elements[one] for one in found.keys if int(one) <= place]
         )
         return self.marks.uncounted(before) or found.elements.get(place)
 
