@@ -239,5 +239,5 @@ def test_rows_are_loaded_or_refused_with_the_line_that_loads_them(name, stage, d
 
 
 def test_the_verbs_that_train_take_the_line():
-    recipe = recipe_of("rl", "shapes_gspo", None, None, ["answer=extra_info.label", "source==own"])
+    recipe = recipe_of("rl", "shapes_gspo", None, None, None, ["answer=extra_info.label", "source==own"])
     assert recipe.settings.data.columns == {"answer": "extra_info.label", "source": "=own"}

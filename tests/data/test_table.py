@@ -250,14 +250,19 @@ def test_a_truth_that_is_no_box_in_the_picture_is_refused_by_row(tmp_path, truth
         ({"prompt": [[{"role": "user", "content": 5}]]}, "prompt"),
         ({"images": [[7]]}, "images"),
         ({"data_source": [3]}, "data_source"),
-        ({"reward_model": ["42"]}, "reward_model.ground_truth"),
-        ({"reward_model": [{"style": "rule", "ground_truth": None}]}, "reward_model.ground_truth"),
         ({"extra_info": ["none"]}, "extra_info"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_row_and_field(tmp_path, changed, field):
     path = raw_parquet(tmp_path / "t.parquet", **columns(1, **changed))
     with pytest.raises(DataError, match=rf"^\S*t\.parquet, row 0, field {field}: "):
+        read_tasks(path)
+
+
+@pytest.mark.parametrize("model", ["42", {"style": "rule", "ground_truth": None}])
+def test_rows_of_which_none_has_a_ground_truth_lack_it_as_a_column(tmp_path, model):
+    path = raw_parquet(tmp_path / "t.parquet", **columns(1, reward_model=[model]))
+    with pytest.raises(DataError, match=r"^\S*t\.parquet: no column holds the answer .* --column answer=COLUMN "):
         read_tasks(path)
 
 

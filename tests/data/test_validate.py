@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from foveate.data.demos import check_pair, check_response
+from foveate.data.demos import MAKE_PAIRS, check_pair, check_response
 from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows, validate
 from foveate.encoding.dataset import AnswerLimits, RowCheck
@@ -129,7 +129,11 @@ def test_a_fault_that_many_rows_share_is_told_once(tmp_path, caplog):
     ("check", "role", "need"),
     [
         (check_response, "response", "supervised training needs the answer as text"),
-        (check_pair, "chosen", "a preference pair needs both answers as text"),
+        (
+            check_pair,
+            "chosen",
+            f"a preference pair needs both answers as text; {MAKE_PAIRS} makes them from the answers of a run",
+        ),
     ],
 )
 def test_a_missing_column_is_one_line_with_the_line_to_type(tmp_path, caplog, name, check, role, need):
@@ -139,11 +143,12 @@ def test_a_missing_column_is_one_line_with_the_line_to_type(tmp_path, caplog, na
         pq.write_table(
             pa.Table.from_pylist([json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]), path
         )
+    column = {"response": "reward_model.ground_truth"}.get(role, "COLUMN")
     with pytest.raises(DataError) as raised:
         validate(open_tasks(path), check=check)
     assert str(raised.value) == (
         f"{path}: no column holds the {role} ({need}); the columns are data_source, prompt, reward_model; name the one "
-        f"that does: --column {role}=COLUMN, or in a recipe data.columns: {{{role}: COLUMN}}"
+        f"that does: --column {role}={column} (in a recipe data.columns: {{{role}: {column}}})"
     )
     assert not caplog.records
 

@@ -26,7 +26,7 @@ from foveate.evaluate.metrics import (
     refcoco_splits,
     summary_statistics,
     vote,
-    warn_of_unreadable,
+    warn_of_lost_answers,
 )
 from foveate.evaluate.predictions import bootstrap, paired, read_evaluations
 from foveate.models.checkpoint.inspect import resolve_folder
@@ -127,11 +127,11 @@ def test_boxes_in_another_frame_are_noticed(frame, text):
 
 def test_an_evaluation_in_which_nothing_could_be_read_warns(caplog):
     rows = [scored("no box here", 0.0), scored("[1, 2]", 0.0)]
-    warn_of_unreadable(rows, "model")
+    warn_of_lost_answers(rows, "model")
     assert "model: none of 2 answers could be read (no box in the answer)" in caplog.text
     assert "'no box here'" in caplog.text
     caplog.clear()
-    warn_of_unreadable([*rows, scored("[1,2,3,4]", 1.0)], "model")
+    warn_of_lost_answers([*rows, scored("[1,2,3,4]", 1.0)], "model")
     assert not caplog.text
 
 

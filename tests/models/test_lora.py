@@ -94,7 +94,7 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
         again.model.double()
     with torch.no_grad():
         learned = token_logprobs(policy, batch)[0]
-        torch.testing.assert_close(token_logprobs(again, batch)[0], learned, rtol=0, atol=3e-5)
+        torch.testing.assert_close(token_logprobs(again, batch)[0], learned, rtol=1e-5, atol=3e-5)
     again.model.float()
     for key, tensor in again.model.state_dict().items():
         if "q_proj.weight" not in key and "language" not in key and name in ("internvl", *VISION_MODELS):

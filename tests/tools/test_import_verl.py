@@ -329,9 +329,9 @@ def test_lora_decay_schedule_and_seed_are_mapped(tmp_path):
 
 
 def test_a_tracker_is_mapped_where_it_is_installed(tmp_path):
-    settings, imported = settings_of(tmp_path, """trainer.logger='["console","tensorboard","swanlab"]'""")
+    settings, imported = settings_of(tmp_path, """trainer.logger='["console","tensorboard","clearml"]'""")
     assert settings.log.to == ("tensorboard",)
-    assert any("swanlab is not known here" in line for line in imported.refused)
+    assert any("clearml is not known here" in line for line in imported.refused)
 
 
 def test_an_asynchronous_run_counts_in_mini_batches(tmp_path):

@@ -193,7 +193,9 @@ def test_a_reward_that_fails_on_every_answer_ends_the_run(tmp_path, tiny_folder,
 def test_a_sum_of_rewards_is_not_graded_where_one_of_them_is_not():
     settings = {"weights": {f"{HERE}:sometimes_unreadable": 1.0, f"{HERE}:none_given": 1.0}}
     total = build_reward("weighted_sum", settings)
-    assert total("ab", Task("t", "s", (), (), "1", where="row 0")) == Score(None, {}, "the judge is silent")
+    assert total("ab", Task("t", "s", (), (), "1", where="row 0")) == Score(
+        None, {}, f"the judge is silent (part {HERE}:none_given)"
+    )
 
 
 def none_given(_text: str, _: Task) -> Score:

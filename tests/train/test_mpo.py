@@ -282,7 +282,7 @@ def row_of(**extra):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"chosen": "a"}, r"row 0 \(line 1\), field extra_info\.rejected: is None; a preference pair needs both"),
+        ({"chosen": "a"}, r"bad\.jsonl: no column holds the rejected \(a preference pair needs both"),
         ({"chosen": "a", "rejected": "a"}, r"field extra_info\.rejected: is the chosen answer; there is nothing to"),
         ({"chosen": "a", "rejected": "  "}, r"field extra_info\.rejected: is ' '; a preference pair"),
     ],

@@ -198,7 +198,8 @@ def test_muon_is_torchs_with_adamw_beside_it():
         for one in (muon, adamw):
             one.step()
             one.zero_grad()
-    assert same(model, other)
+    for name, value in model.state_dict().items():  # the norm of all gradients is summed in another order
+        torch.testing.assert_close(value, other.state_dict()[name], rtol=1e-6, atol=1e-6)
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 

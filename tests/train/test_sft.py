@@ -132,7 +132,7 @@ def test_rows_without_an_answer_are_refused_by_name(tmp_path, tiny_folder, data)
     text = '{"data_source": "x", "prompt": [{"role": "user", "content": "a"}], "reward_model": {"ground_truth": "b"}}\n'
     (tmp_path / "bare.jsonl").write_text(text)
     settings = sft_settings(tmp_path / "run", tiny_folder, data, data={"train": [str(tmp_path / "bare.jsonl")]})
-    with pytest.raises(ValueError, match=r"bare\.jsonl, row 0 \(line 1\), field extra_info\.response: is None; super"):
+    with pytest.raises(ValueError, match=r"bare\.jsonl: no column holds the response \(supervised training "):
         run_sft(settings)
 
 

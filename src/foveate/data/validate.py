@@ -183,11 +183,11 @@ def _missing_column(table: TaskTable, problems: Sequence[Problem], mapping: str)
     for role in ("answer", "response", "chosen", "rejected"):
         field = SCHEMA_FIELDS[role]
         if rows[field] >= len(table) and not any(value is not None for value in table.values(field)):
-            need = next(problem for problem in problems if problem.field == field).what.rpartition("; ")[2]
+            need = next(problem for problem in problems if problem.field == field).what.partition("; ")[2]
             column = mapping.partition("=")[2] if mapping.startswith(f"{role}=") else "COLUMN"
             return (
                 f"{table.names}: no column holds the {role} ({need}); the columns are {', '.join(table.columns)}; name "
-                f"the one that does: --column {role}={column}, or in a recipe data.columns: {{{role}: {column}}}"
+                f"the one that does: --column {role}={column} (in a recipe data.columns: {{{role}: {column}}})"
             )
     return ""
 

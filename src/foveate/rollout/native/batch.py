@@ -133,7 +133,7 @@ class DecodeBatch:
         return self._end_B + self.cache.rows.length_B
 
     def packed_groups(self, jobs: Sequence[DecodeJob]) -> list[PackedGroup]:
-        """What goes through the model for jobs that join."""
+        """The groups that go through the model for jobs that join."""
         return [PackedGroup(job.request.prompt, job.begun) for job in jobs]
 
     def join(self, jobs: Sequence[DecodeJob], version: int) -> tuple[list[int], list[int]]:
