@@ -195,6 +195,7 @@ def ask_slowly(url, rows, out):
     run_generate(GenerateRequest(RowsRequest((rows,)), out, SamplingParams(1, 16, 0.0), client=client))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_each_row_once(tmp_path, rows):
     context = multiprocessing.get_context("forkserver")  # one import for all of them
     context.set_forkserver_preload(["foveate.evaluate.generate", "openai"])

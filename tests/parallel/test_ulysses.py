@@ -113,12 +113,14 @@ def test_ranks_that_share_a_row_share_the_teacher_of_its_tokens(tmp_path, folder
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_four_ranks_share_key_value_heads_of_which_there_are_two(tmp_path, folders):
     found = spawn(shared, 4, tmp_path, {name: folders[name] for name in ("internvl", "gpt_oss")}, "sdpa", 4)
     for name in ("internvl", "gpt_oss"):
         require_equal([own[name] for own in found], *alone(folders[name], 1, "sdpa"), sequence=4)
 
 
+@pytest.mark.slow
 def test_rows_shared_by_two_of_four_ranks_that_share_the_weights(tmp_path, folders):
     chosen = {name: folders[name] for name in ("internvl", "qwen3_vl_moe", "qwen3_5")}
     found = spawn(shared, 4, tmp_path, chosen, "sdpa", 2)

@@ -84,6 +84,7 @@ def test_two_small_depths_carry_on_to_the_full_one(config, train, checkpointing)
     assert activation_memory(work).total == pytest.approx(whole.total, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_gpu_takes_larger_chunks_of_logits_and_nothing_else():
     config = published_config("1B")
     cpu, gpu = (
@@ -258,6 +259,7 @@ def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name
     assert made.gpu_hours > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_GPU)
 def test_a_recipe_for_one_gpu_fits_on_the_one_that_it_names(name):
     kind = {"24": "RTX4090-24", "48": "L40S-48", "80": "H100-80"}[

@@ -62,7 +62,8 @@ class StorageCounter(TorchDispatchMode):
 
 def _on_meta(arguments: Any) -> Any:
     """Arguments of an operation, on the meta device where one of them is: shapes of images are known on the CPU."""
-    if not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(arguments)):
+    devices = {leaf.is_meta for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.ndim}
+    if len(devices) < 2:
         return arguments
     return tree_map_only(Tensor, lambda tensor: tensor.to("meta") if tensor.ndim else tensor, arguments)
 
