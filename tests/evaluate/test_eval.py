@@ -29,7 +29,6 @@ from foveate.evaluate.metrics import (
     warn_of_lost_answers,
 )
 from foveate.evaluate.predictions import bootstrap, paired, read_evaluations
-from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.models.tiny import retile
 from foveate.records import SamplingParams
 from foveate.report.page import write_report
@@ -238,7 +237,7 @@ def test_served_answers_have_the_numbers_of_those_in_process(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_photographs_at_full_tiling_are_served_as_they_are_encoded(tmp_path, monkeypatch):
-    retile(resolve_folder("demo"), tmp_path / "model", 112, 12)
+    retile("demo", tmp_path / "model", 112, 12)
     monkeypatch.delenv("FOVEATE_API_KEY", raising=False)
     outside, inside = whole_path(tmp_path, monkeypatch, tmp_path / "model", PHOTOS, 24)
     assert_same(outside, inside)

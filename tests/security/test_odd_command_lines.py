@@ -8,11 +8,12 @@ import random
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 import yaml
 from toy import make_data, settings_of
+from typer.core import TyperArgument, TyperGroup, TyperOption
 from typer.main import get_command
 
 from foveate.cli import app as cli
@@ -283,8 +284,8 @@ BLOCKING = ("serve", "view", "demo", "cluster", "submit")
 def every_option(paths: list[str], recipe: str) -> list[list[str]]:
     """Each option of each verb with odd values, behind arguments that may be right."""
 
-    def leaves(command: click.Command, path: list[str]) -> list[tuple[list[str], click.Command]]:
-        if isinstance(command, click.Group):
+    def leaves(command: Any, path: list[str]) -> list[tuple[list[str], Any]]:
+        if isinstance(command, TyperGroup):
             return [leaf for name, one in command.commands.items() for leaf in leaves(one, [*path, name])]
         return [(path, command)]
 
@@ -293,8 +294,8 @@ def every_option(paths: list[str], recipe: str) -> list[list[str]]:
         if path[0] in BLOCKING:
             continue
         arguments = [recipe if one.name == "recipe" else paths[0] for one in command.params if one.required]
-        arguments = arguments[: sum(isinstance(one, click.Argument) and one.required for one in command.params)]
-        flags = [one.opts[0] for one in command.params if isinstance(one, click.Option)]
+        arguments = arguments[: sum(isinstance(one, TyperArgument) and one.required for one in command.params)]
+        flags = [one.opts[0] for one in command.params if isinstance(one, TyperOption)]
         required = [[one.opts[0], paths[-1]] for one in command.params if one.required and one.opts[0].startswith("-")]
         for flag in flags:
             for value in [*NUMBERS, *TEXTS[:8], *paths[:4], paths[-1]]:

@@ -308,7 +308,6 @@ def prepare_tiny_command(
 ) -> None:
     """A small InternVL with random weights, or with those of another one: the real architecture."""
     from foveate.log import print_result
-    from foveate.models.checkpoint.inspect import resolve_folder
     from foveate.models.tiny import TinySize, build_tiny, retile
 
     if tile % 28:
@@ -316,5 +315,5 @@ def prepare_tiny_command(
     if start is None:
         build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
     else:
-        retile(resolve_folder(start), out, tile, max_tiles)
+        retile(start, out, tile, max_tiles)
     print_result(f"{out}: a tiny InternVL with {tile}-pixel tiles")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,9 @@ from transformers import (
 
 from foveate.datasets.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
 from foveate.encoding.chat import CORRECTED_TEMPLATE
+from foveate.errors import DataError
 from foveate.models.checkpoint.configs import tile_preprocessor
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.small_files import quiet_transformers, write_json
 
 SPECIALS = (
@@ -153,10 +154,14 @@ def build_tiny(folder: Path, size: TinySize | None = None, *, seed: int = 0, pad
     return folder
 
 
-def retile(source: Path, folder: Path, tile: int, max_tiles: int) -> Path:
-    """Write the model of a Hugging Face folder for image tiles of another size, its weights otherwise the same: the
-    positions of the vision tower are interpolated (bicubic), as InternViT does for larger images."""
-    config: Any = InternVLConfig.from_pretrained(source)
+def retile(model_path: str, folder: Path, tile: int, max_tiles: int) -> Path:
+    """Write an InternVL for image tiles of another size, its weights otherwise the same: the positions of the vision
+    tower are interpolated (bicubic), as InternViT does for larger images. Raises DataError for a folder that holds no
+    InternVL in the layout of transformers."""
+    found = inspect_model_folder(model_path)
+    source, config = found.folder, found.config
+    if found.format == "chat" or not isinstance(found.config, InternVLConfig):
+        raise DataError(f"{source}: must hold an InternVL in the Hugging Face layout (`foveate convert` writes it)")
     patch = config.vision_config.patch_size[0]
     config.vision_config.image_size = [tile, tile]
     config.image_seq_length = (tile // patch // 2) ** 2
