@@ -342,3 +342,14 @@ heavy = {'torch', 'transformers', 'pyarrow', 'pandas', 'foveate.train', 'foveate
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_installation_is_examined_without_importing_models():
+    code = """
+import sys
+from foveate import api
+api.doctor(None)
+heavy = {'transformers', 'foveate.models', 'foveate.encoding', 'foveate.train'} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
