@@ -215,6 +215,7 @@ def assert_same(served_answers, inside):
         assert [value for _, value in row.shown.logprobs] == pytest.approx(values, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_served_answers_have_the_numbers_of_those_in_process(tmp_path, monkeypatch):
     prepare_shapes(tmp_path / "data", {"test": 48}, seed=1)
     monkeypatch.delenv("FOVEATE_API_KEY", raising=False)

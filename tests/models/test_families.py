@@ -210,18 +210,18 @@ def test_qwen_token_counts_from_sizes_equal_transformers_on_600_sizes(name, fold
 
 
 @pytest.mark.parametrize("name", ["internvl", *VISION_MODELS])
-def test_the_length_from_600_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
+def test_the_length_from_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
     name, folders, tiny_policy, make_task
 ):
     """What the headers say against what comes out of the decoded pictures."""
     policy = tiny_policy if name == "internvl" else load_policy(str(folders(name)))
     encode, generator = encoder_of(policy), np.random.default_rng(8)
     pictures = [read_image(str(path), []) for path in sorted(PHOTOS.glob("*.jpg"))]
-    for width, height in (2 ** generator.uniform(4, 9.5, (600, 2))).astype(int).tolist():
+    for width, height in (2 ** generator.uniform(4, 9.5, (150, 2))).astype(int).tolist():
         file = io.BytesIO()
         PIL.Image.new("L", (width, height)).save(file, "PNG", compress_level=1)
         pictures.append(read_image(file.getvalue(), []))
-    assert len(pictures) > 600
+    assert len(pictures) > 150
     for picture in pictures:
         task = make_task("<image>\nWhat?", picture)
         prompt = encode(task)

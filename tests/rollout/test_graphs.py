@@ -91,7 +91,7 @@ def require_same(groups, others):
     ("name", "how"),
     [
         ("internvl", {}),
-        ("qwen2-window", {"top_p": 0.8, "temperature": 0.7}),
+        pytest.param("qwen2-window", {"top_p": 0.8, "temperature": 0.7}, marks=pytest.mark.slow),
         pytest.param("qwen2_5_vl", {}, marks=pytest.mark.slow),
         pytest.param("qwen3_vl", {}, marks=pytest.mark.slow),
         pytest.param("internvl", {"temperature": 0.0}, marks=pytest.mark.slow),
