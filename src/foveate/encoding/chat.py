@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,18 +153,72 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     system: str | None = None,
     template: str = CORRECTED_TEMPLATE,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The prompt as text, generation prompt included. A `system` message is put in front unless there is one. The
-    `template` stands in for a tokenizer without one. Raises what the template raises, and TimeoutError where it has not
-    ended after `TEMPLATE_S`."""
+    `template` stands in for a tokenizer without one. Schemas of `tools` are shown by the template, or, where it knows
+    none, in the system message; results of calls then stand in messages of the user. Raises what the template raises,
+    and TimeoutError where it has not ended after `TEMPLATE_S`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     fallback = None if tokenizer.chat_template else template
+    shown: dict[str, Any] = {}
+    if shows_tools(tokenizer, template_of(tokenizer, template)):
+        shown = {"tools": [*tools]} if tools else {}
+    else:
+        turns = _with_tools(turns, tools)
     with _time_limit(TEMPLATE_S):
-        text = tokenizer.apply_chat_template(turns, chat_template=fallback, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=fallback, tokenize=False, add_generation_prompt=True, **shown
+        )
     assert isinstance(text, str)
     return text
+
+
+_TOOL = {"type": "function", "function": {"name": "some_tool", "description": "?", "parameters": {"type": "object"}}}
+
+
+@lru_cache(maxsize=64)
+def shows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template shows tools, and results of calls as messages of their own role, which is tried out."""
+    turns = [{"role": role, "content": f"{role}?"} for role in ("user", "assistant", "tool")]
+    try:
+        with _time_limit(TEMPLATE_S):
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, chat_template=template, tokenize=False, add_generation_prompt=True, tools=[_TOOL]
+                )
+            )
+    except Exception:  # a template is a program, and may raise anything
+        return False
+    return "some_tool" in text and "tool?" in text
+
+
+TOOL_RULES = (
+    "You have these functions:\n<tools>\n{schemas}\n</tools>\n\n"
+    "A call is a JSON object with the function's name and its arguments, between tags:\n"
+    '<tool_call>\n{{"name": "NAME", "arguments": {{"ARGUMENT": "VALUE"}}}}\n</tool_call>\n'
+    "The result follows in the next message."
+)
+"""What a system message says of tools where the chat template knows none, in the form of Hermes."""
+
+
+def _with_tools(turns: Sequence[dict[str, str]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The conversation for a template that knows no tools: their schemas stand in the system message, and the results
+    of calls in messages of the user."""
+    turns = [
+        {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+        if turn["role"] == "tool"
+        else turn
+        for turn in turns
+    ]
+    if not tools:
+        return turns
+    rules = TOOL_RULES.format(schemas="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": rules}, *turns]
+    return [{"role": "system", "content": f"{turns[0]['content']}\n\n{rules}"}, *turns[1:]]
 
 
 _deadlines: dict[int, float] = {}

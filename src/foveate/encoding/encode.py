@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,7 +27,7 @@ from foveate.encoding.chat import (
 from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
 from foveate.encoding.family import Family
 from foveate.errors import DataError, one_line
-from foveate.records import ImageSlot, Message, Prompt, Task
+from foveate.records import Image, ImageSlot, Message, Prompt, Task
 from foveate.rewards.pool import with_opened
 
 
@@ -41,26 +43,21 @@ class Rendered:
 class Encoder:
     """Encodes tasks for one checkpoint. `budget` limits its images in the family's unit: tiles are shared evenly by the
     images of a prompt, at least one each, thumbnails not counted; pixels are those of each image after resizing.
-    `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none."""
+    `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none; `tools`: JSON
+    schemas of functions that every prompt shows."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
     budget: int
     max_prompt_tokens: int
     system: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __call__(self, task: Task) -> Prompt:
         """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
-        text, budgets = self._text(task)
-        engine_ids = self._prompt_ids(text, task.where)
-        slots = self._slots(task, engine_ids, budgets)
-        token_ids = self._expand(engine_ids, slots)
-        self._require_short(len(token_ids), task.where)
-        pixels = None
-        if task.images:
-            pairs = zip(task.images, budgets, strict=True)
-            pixels = torch.cat([self.family.pixels(load_image(image, task.where), budget) for image, budget in pairs])
-        return Prompt(tuple(token_ids), slots, pixels, tuple(engine_ids))
+        prompt, budgets = self.placed(self.rendered(task, self.family.reserved), task.images, task.where)
+        self._require_short(len(prompt), task.where)
+        return self.with_pixels(prompt, task.images, budgets, task.where)
 
     @property
     def opened(self) -> str:
@@ -93,9 +90,7 @@ class Encoder:
 
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
-        text, budgets = self._text(task)
-        engine_ids = self._prompt_ids(text, task.where)
-        return len(engine_ids) + sum(slot.count - 1 for slot in self._slots(task, engine_ids, budgets))
+        return len(self.placed(self.rendered(task, self.family.reserved), task.images, task.where)[0])
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
         """A demonstrated answer as token ids, with the stop token that ends it and, where it lacks it, the start that
@@ -155,37 +150,55 @@ class Encoder:
                 return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def _text(self, task: Task) -> tuple[Rendered, list[int]]:
-        """The prompt with what stands for an image in place of its mark, and the budget of each image."""
-        disguise, messages = self._disguised(task)
+    def rendered(self, task: Task, allowed: tuple[str, ...]) -> Rendered:
+        """The conversation of a task as the chat template writes it, with the marks of its images; of the control words
+        in its contents, those that are `allowed` stand as they are."""
+        disguise, messages = self._disguised(task, allowed)
         try:
-            text = render(messages, self.tokenizer, self.system, self.family.template)
+            text = render(messages, self.tokenizer, self.system, self.family.template, self.tools)
         except Exception as error:  # a template is a program, and may raise anything
             what = f"the model's chat template refuses it: {one_line(error)[:300]}"
             raise DataError(f"{task.where}, field prompt: {what}") from error
+        return Rendered(text, disguise)
+
+    def placed(self, rendered: Rendered, images: Sequence[Image], where: str) -> tuple[Prompt, list[int]]:
+        """The tokens of a text with the places of its images, still without their pixels, and the budget of each."""
+        text = rendered.text
         marks = text.count(IMAGE_MARK)
-        if marks != len(task.images):
+        if marks != len(images):
             raise DataError(
-                f"{task.where}, field prompt: {marks} {IMAGE_MARK} marks for {len(task.images)} images; "
+                f"{where}, field prompt: {marks} {IMAGE_MARK} marks for {len(images)} images; "
                 "each image needs one mark, in order"
             )
         if marks and not self.family.sees_images:
-            raise DataError(f"{task.where}, field images: {self.family.name} is a text-only model and sees no images")
+            raise DataError(f"{where}, field images: {self.family.name} is a text-only model and sees no images")
         for word in self.family.reserved:
             if word in text:
-                raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
+                raise DataError(f"{where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
+        budgets = [frame if is_frame else each for is_frame in frames]
         text = text.replace(IMAGE_MARK, self.family.image_text).replace(IMAGE_WORD, IMAGE_MARK)
-        return Rendered(text, disguise), [frame if is_frame else each for is_frame in frames]
+        engine_ids = self._prompt_ids(Rendered(text, rendered.disguise), where)
+        slots = self._slots(images, engine_ids, budgets, where)
+        return Prompt(tuple(self._expand(engine_ids, slots)), slots, None, tuple(engine_ids)), budgets
+
+    def with_pixels(self, prompt: Prompt, images: Sequence[Image], budgets: Sequence[int], where: str) -> Prompt:
+        """The prompt with the pixels of its images, which are decoded now."""
+        if not images:
+            return prompt
+        pairs = zip(images, budgets, strict=True)
+        pixels = torch.cat([self.family.pixels(load_image(image, where), budget) for image, budget in pairs])
+        return replace(prompt, pixels=pixels)
 
     def _control_words(self, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
         """The control words of the family without some that are allowed, and what finds them."""
         return _control_words(self.family, self.tokenizer, template_of(self.tokenizer, self.family.template), allowed)
 
-    def _disguised(self, task: Task) -> tuple[Disguise | None, tuple[Message, ...]]:
-        """The messages, with stand-ins for control words where they hold any. Reserved words stay: they are refused."""
-        words, pattern = self._control_words(self.family.reserved)
+    def _disguised(self, task: Task, allowed: tuple[str, ...]) -> tuple[Disguise | None, tuple[Message, ...]]:
+        """The messages, with stand-ins for control words where they hold any that are not allowed. Reserved words of a
+        prompt stay: they are refused."""
+        words, pattern = self._control_words(allowed)
         if pattern is None or not any(pattern.search(message.content) for message in task.messages):
             return None, task.messages
         try:
@@ -194,15 +207,17 @@ class Encoder:
             raise DataError(f"{task.where}, field prompt: {error}") from error
         return disguise, tuple(Message(message.role, disguise.hide(message.content)) for message in task.messages)
 
-    def _slots(self, task: Task, engine_ids: list[int], budgets: list[int]) -> tuple[ImageSlot, ...]:
+    def _slots(
+        self, images: Sequence[Image], engine_ids: list[int], budgets: list[int], where: str
+    ) -> tuple[ImageSlot, ...]:
         slots = []
         grown = 0
         places = [i for i, token in enumerate(engine_ids) if token == self.family.image_token_id]
-        for place, image, budget in zip(places, task.images, budgets, strict=True):
+        for place, image, budget in zip(places, images, budgets, strict=True):
             try:
                 shape = self.family.shape(image.width, image.height, budget)
             except DataError as error:
-                raise DataError(f"{task.where}, field images: {error}") from error
+                raise DataError(f"{where}, field images: {error}") from error
             slots.append(ImageSlot(place + grown, shape.tokens, shape.entries, shape.grid))
             grown += shape.tokens - 1
         return tuple(slots)
