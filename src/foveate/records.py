@@ -151,32 +151,31 @@ class Segment:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
-        arrays = ((self.token_ids, other.token_ids), (self.logprobs, other.logprobs))
-        return self._facts == other._facts and all(np.array_equal(own, theirs) for own, theirs in arrays)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def _facts(self) -> tuple[Any, ...]:
-        return self.trained, self.slots, self.versions, self.reward
+        own, theirs = ((one.trained, one.slots, one.versions, one.reward) for one in (self, other))
+        same = np.array_equal(self.token_ids, other.token_ids) and np.array_equal(self.logprobs, other.logprobs)
+        return own == theirs and same
 
     def continued_by(self, more: Segment) -> Segment:
         """Both as one, where both are sampled text."""
-        versions: list[tuple[int, int]] = []
-        for version, tokens in (*self.versions, *more.versions):
-            before = versions.pop()[1] if versions and versions[-1][0] == version else 0
-            if before + tokens:
-                versions.append((version, before + tokens))
         ids = np.concatenate([self.token_ids, more.token_ids])
         logprobs = np.concatenate([self.logprobs, more.logprobs])
-        return Segment(ids, ids, logprobs, True, versions=tuple(versions) or more.versions)
+        return Segment(ids, ids, logprobs, True, versions=_joined((*self.versions, *more.versions)))
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbours of one version as one span, and none of 0 tokens beside others."""
+    found: list[tuple[int, int]] = []
+    for version, tokens in spans:
+        before = found.pop()[1] if found and (found[-1][0] == version or not found[-1][1]) else 0
+        found += [(version, before + tokens)] if before + tokens or not found else []
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is that of all
-    segments, without stop tokens. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause or by
-    `rollout.time_limit`."""
+    """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is what it wrote in
+    its last turn, without the stop token. `finish` is "stop" or "length", or "abort" where it was interrupted, by a
+    pause or by `rollout.time_limit`: within a turn or behind it, before its observation."""
 
     segments: tuple[Segment, ...]
     text: str
@@ -186,7 +185,7 @@ class Answer:
     def sampled(
         cls, token_ids: Sequence[int], logprobs: Sequence[float], text: str, finish: str, version: int
     ) -> Answer:
-        """An answer of one turn, sampled with the weights of one version; its log-probs include the stop token's."""
+        """One turn, sampled with the weights of one version; its log-probs include the stop token's."""
         return cls((Segment.sampled(token_ids, logprobs, version),), text, finish)
 
     @classmethod
@@ -216,7 +215,7 @@ class Answer:
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
         """(version, tokens) of all weights that sampled it, in order."""
-        return tuple(span for segment in self.segments for span in segment.versions)
+        return _joined(span for segment in self.segments for span in segment.versions)
 
     @property
     def version(self) -> int:
@@ -224,9 +223,11 @@ class Answer:
         return min(version for version, _ in self.versions)
 
     def continued_by(self, more: Answer, text: str) -> Answer:
-        """This answer, interrupted in a sampled segment, and what was sampled after it; `text` is that of both."""
-        first, *rest = more.segments
-        return Answer((*self.segments[:-1], self.segments[-1].continued_by(first), *rest), text, more.finish)
+        """This answer, interrupted, and what was sampled after it; `text` is that of the last turn."""
+        (*before, last), (first, *rest) = self.segments, more.segments
+        if last.trained:
+            return Answer((*before, last.continued_by(first), *rest), text, more.finish)
+        return Answer((*self.segments, *[first] * bool(len(first)), *rest), text, more.finish)
 
 
 @dataclass(frozen=True, slots=True)

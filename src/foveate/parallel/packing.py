@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,49 @@ def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor
 def prompt_end(prompt: Prompt) -> int:
     """The position of the first token of an answer: one more than the largest of the prompt."""
     return int(positions(len(prompt), prompt.slots).max()) + 1
+
+
+def next_position(prompt: Prompt, answer: Answer | None) -> int:
+    """The position of the token that comes behind an answer so far, or behind the prompt."""
+    end = prompt_end(prompt)
+    if answer is None or not len(answer):
+        return end
+    return int(positions(len(answer), answer_slots(answer), end).max()) + 1
+
+
+def pack_tails(tails: Sequence[tuple[Prompt, Answer, int]]) -> Batch:
+    """One row of the last tokens of some answers, each from a place of the answer on, with the images among them; what
+    stands before them is elsewhere."""
+    position, pixels, slots, slot_index = (list[Any]() for _ in range(4))
+    ids: list[Tensor] = []
+    start, length = list[int](), list[int]()
+    for prompt, answer, begin in tails:
+        first = start[-1] + length[-1] if start else 0
+        own = [slot for slot in answer_slots(answer) if slot.position >= begin]
+        start.append(first)
+        length.append(len(answer) - begin)
+        ids.append(answer_ids(answer)[begin:])
+        position.append(positions(len(answer), answer_slots(answer), prompt_end(prompt))[..., begin:])
+        images = sum(slot.tiles for slot in own)
+        seen = [segment.tiles for segment in answer.segments if segment.tiles is not None]
+        pixels += [torch.cat(seen)[-images:]] if images else []
+        slot_index += [torch.arange(s.count) + first + s.position - begin for s in own]
+        slots += own
+    if any(own.ndim == 2 for own in position):
+        position = [own.expand(3, -1) for own in position]
+    nothing = _cat([])
+    return Batch(
+        token_ids_T=torch.cat(ids),
+        position_T=torch.cat(position, -1),
+        forest=Forest(tuple(start), tuple(length), (-1,) * len(start)),
+        pixels=torch.cat(pixels) if pixels else None,
+        slot_index=_cat(slot_index),
+        target_M=nothing,
+        source_M=nothing,
+        sample_M=nothing,
+        samples=0,
+        grids=tuple(slot.grid for slot in slots if slot.grid is not None),
+    )
 
 
 def pack(groups: Sequence[PackedGroup]) -> Batch:
@@ -70,7 +114,7 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         pixels.append(group.prompt.pixels)
         last = begin + len(group.prompt) - 1
         for answer in group.answers:
-            first = grow(answer_ids(answer), _slots_of(answer), root, end)
+            first = grow(answer_ids(answer), answer_slots(answer), root, end)
             pixels += [segment.tiles for segment in answer.segments]
             target.append(first + trained_places(answer))
             source.append(torch.where(target[-1] == first, last, target[-1] - 1))
@@ -110,7 +154,7 @@ def trained_places(answer: Answer) -> Tensor:
     return trained.repeat_interleave(lengths).nonzero()[:, 0]
 
 
-def _slots_of(answer: Answer) -> list[ImageSlot]:
+def answer_slots(answer: Answer) -> list[ImageSlot]:
     """The images of all segments, their positions counted from the answer's first token."""
     found: list[ImageSlot] = []
     before = 0

@@ -111,11 +111,18 @@ class ForestGatedDeltaNet(nn.Module):
         return query, key, value.unflatten(-1, (-1, self.value_width))
 
     def _step(
-        self, weight: Tensor, decay: Tensor, beta: Tensor, windows: Tensor, state: Tensor
+        self,
+        weight: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        windows: Tensor,
+        state: Tensor,
+        tokens: Tensor | slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """One token of each of B answers: `windows` (B, size, channels), the last rows of their paths, and their states
-        before it; the output (B, heads, value_width) and the states behind it."""
-        return delta_step(*self._heads(window_convolution(windows.float(), weight)), decay, beta, state)
+        before it; the output (B, heads, value_width) and the states behind it. `tokens`: which of the row they are."""
+        heads = self._heads(window_convolution(windows.float(), weight))
+        return delta_step(*heads, decay[tokens], beta[tokens], state)
 
     def _split(
         self,
