@@ -84,7 +84,7 @@ class EnvironmentFailure:
     with `note` (one line). kind "start_again": a rebuilt environment did not show what the first one had shown, so that
     the answer must be sampled anew from its prompt; all others end the answer.
 
-    The kinds: it raised; took too long; its process died; broke one of `EnvironmentLimits`; returned what is no reply."""
+    The kinds: it raised; took too long; its process died; is beyond `EnvironmentLimits`; returned what is no reply."""
 
     kind: FailureKind
     note: str
@@ -157,8 +157,8 @@ class EnvironmentPool(Protocol):
         """End an environment, also one that is busy: a future that waits for it is cancelled."""
         ...
 
-    def state(self, key: Hashable) -> Future[EnvironmentRecord | EnvironmentFailure]:
-        """All that `restore` needs, between two steps."""
+    def state(self, key: Hashable) -> EnvironmentRecord:
+        """All that `restore` needs of an open environment: it stands behind its last step that has a result."""
         ...
 
     def restore(self, task: Task, record: EnvironmentRecord, key: Hashable) -> Future[Opened | EnvironmentFailure]:
