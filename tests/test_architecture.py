@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foveate"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__", "errors", "files", "registry", "processes", "records", "log", "config", "run_folder",
-    "data", "environments", "datasets", "algorithms", "rewards", "encoding", "models", "parallel", "rollout", "cluster",
+    "data", "algorithms", "rewards", "environments", "datasets", "encoding", "models", "parallel", "rollout", "cluster",
     "serve", "evaluate", "report", "train", "plan", "tools", "api", "cli", "__main__",
 )  # fmt: skip
 """Modules and rooms of the package, each importing only from those before it and from itself."""
