@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "foveate"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__", "errors", "files", "registry", "processes", "records", "log", "config", "run_folder",
-    "data", "datasets", "algorithms", "rewards", "encoding", "models", "parallel", "rollout", "cluster", "serve",
-    "evaluate", "report", "train", "plan", "tools", "api", "cli", "__main__",
+    "data", "algorithms", "rewards", "environments", "datasets", "encoding", "models", "parallel", "rollout", "cluster",
+    "serve", "evaluate", "report", "train", "plan", "tools", "api", "cli", "__main__",
 )  # fmt: skip
 """Modules and rooms of the package, each importing only from those before it and from itself."""
 ROOT_FILES, ROOMS = 9, 20

@@ -10,6 +10,9 @@ from foveate.errors import DataError
 from foveate.records import Message
 
 IMAGE_TAG = "<image>"
+IMAGE_WORD = "\ufdd0image\ufdd1"
+"""Stands in a message for the text `<image>` where that is a word of somebody's and marks no image: two characters that
+Unicode reserves for such uses."""
 ROLES = ("system", "user", "assistant")
 ROLE_NAMES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",

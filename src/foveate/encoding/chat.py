@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from foveate.records import Message
 
 IMAGE_MARK = "<image>"
-IMAGE_WORD = "\ufdd0image\ufdd1"
-"""Stands in a message for the text `<image>` where that is a word of somebody's and marks no image: two characters that
-Unicode reserves for such uses."""
 
 CORRECTED_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from foveate.data.conversations import IMAGE_WORD
 from foveate.data.images import load_image
 from foveate.data.rows import fault_of
 from foveate.encoding.chat import (
     ANSWER_WORDS,
     IMAGE_MARK,
-    IMAGE_WORD,
     continued,
     frames_in,
     opened_by,

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.errors import ConfigError, DataError
-from foveate.processes import guarded, lifeline, worker_context
+from foveate.processes import GuardedProcess, confine
 from foveate.records import Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
@@ -188,26 +186,19 @@ class Waiting:
         return longest.pop() if longest else None
 
 
-class _Worker:
+class _Worker(GuardedProcess):
     """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
 
     def __init__(self, job: GraderJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
         start."""
-        processes = worker_context(PRELOADED)
-        self.pipe, theirs = processes.Pipe()
-        owner, self._lifeline = lifeline()
+        super().__init__(_grade_for_ever, job, PRELOADED)
         self.answer: int | None = None
-        self.is_alive = True
         self.tries = tries
         self._limit = job.time_limit
         self._starting = True
         self._task: Task | None = None
         self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
-        self._process = processes.Process(target=_grade_for_ever, args=(job, theirs, owner), daemon=True, name="grader")
-        self._process.start()
-        theirs.close()
-        owner.close()
 
     def successor(self, job: GraderJob) -> _Worker:
         """One in its place."""
@@ -238,7 +229,7 @@ class _Worker:
         try:
             said = self.pipe.recv()
         except (EOFError, OSError):
-            return self._lost(f"its process died ({self._end()})")
+            return self._lost(f"its process died ({self.end()})")
         if isinstance(said, Failure):
             raise DataError(said.message)
         index, self.answer, self._starting = self.answer, None, False
@@ -248,14 +239,6 @@ class _Worker:
         """End a worker whose time is over."""
         return self._lost(f"timed out after {self._limit:g} s")
 
-    def kill(self) -> None:
-        """End the process, even one that hangs, and what it has started."""
-        self._lifeline.close()
-        self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
-        self._process.kill()
-        self.pipe.close()
-        self.is_alive = False
-
     def _lost(self, how: str) -> dict[int, Score]:
         self.kill()
         if self._starting and self.tries:
@@ -264,11 +247,6 @@ class _Worker:
         if self._starting or self.answer is None:
             raise DataError(f"a process for the reward did not start: {how}; workers 0 grades without processes")
         return {self.answer: not_graded(how)}
-
-    def _end(self) -> str:
-        self._process.join(1.0)
-        code = self._process.exitcode or 0
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def with_opened(task: Task, opened: str) -> Task:
@@ -318,11 +296,7 @@ class Failure:
 def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None:
     """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
     one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
-    guarded(owner, pipe)
-    logging.disable()  # an error travels back as the note of a score
-    os.chdir(job.folder)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
+    confine(owner, pipe, job.folder, job.memory_limit)
     try:
         unpickle(job.functions)
         reward = build_reward(job.name, job.settings)

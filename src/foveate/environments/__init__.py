@@ -1,0 +1,20 @@
+"""Environments: several turns of one answer. `ENVIRONMENTS` is the table of the known ones, `TOOLS` that of tools."""
+
+from __future__ import annotations
+
+from foveate.environments.protocol import Environment, Observation, Step
+
+__all__ = ["ENVIRONMENTS", "TOOLS", "Environment", "Observation", "Step"]
+
+_HERE = "foveate.environments"
+
+ENVIRONMENTS: dict[str, str] = {
+    "tools": f"{_HERE}.tool_use:ToolUse",
+}
+
+TOOLS: dict[str, str] = {
+    "zoom": f"{_HERE}.look:zoom",
+    "rotate": f"{_HERE}.look:rotate",
+    "mark": f"{_HERE}.look:mark",
+    "calculator": f"{_HERE}.calculator:calculator",
+}
