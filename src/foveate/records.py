@@ -119,9 +119,8 @@ class Segment:
     (the form that served engines expand themselves). logprobs: float32 (L,), of sampled tokens under softmax(logits /
     temperature) over the whole vocabulary (temperature 1 where greedy), whatever top-k, top-p and bans did to the draw;
     (0,) for tokens that no engine sampled. slots: positions of images, counted from the segment's first token; tiles:
-    their pixels, as in `Prompt`. versions: how many tokens each version of the weights sampled, as (version, tokens) in
-    order. reward: of an environment's step that ended here. routed_experts: int16 (L, layers, experts per token), of
-    mixtures whose engine reports them."""
+    their pixels, as in `Prompt`. versions: (version of the weights, tokens that it sampled) in order. reward: of an
+    environment's step that ended here. routed_experts: int16 (L, layers, experts per token), where an engine tells."""
 
     token_ids: np.ndarray
     engine_ids: np.ndarray
@@ -246,14 +245,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: the score of the greedy
-    answer, for ReMax; None for algorithms without one."""
+    """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: that of the greedy one, for
+    ReMax; `turns`: what was said in each (`foveate.environments.turns.Turn`), of answers with an environment."""
 
     task: Task
     prompt: Prompt
     answers: tuple[Answer, ...]
     scores: tuple[Score, ...]
     baseline: Score | None = None
+    turns: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from foveate.rollout.check import logprob_differences
 from foveate.rollout.engine import Request
 from foveate.rollout.native import shelves
 from foveate.rollout.native.engine import NativeEngine
+from foveate.rollout.rounds import stream_in_rounds
 from foveate.rollout.server.process import ServerLostError
 from foveate.rollout.server.turns import GroupTurns, unbegun
 
@@ -170,6 +171,25 @@ def test_what_waits_when_the_engine_is_paused_goes_on_later_as_if_nothing_had_be
         engine.resume()
         requests = [replace(one, partial_answers=found.get(i, one.partial_answers)) for i, one in enumerate(requests)]
     require_same(engine.generate(requests, SAMPLING, world), alone)
+
+
+def test_engines_elsewhere_give_the_same_answers_in_rounds_over_pauses_too(engine_of, expected):
+    requests, crops, alone = expected
+    engine, world = engine_of(), World(crops)
+    stop_ids = engine.policy.family.stop_ids
+    found = dict(stream_in_rounds(engine.stream, requests, SAMPLING, world, stop_ids))
+    require_same([found[0], found[1]], alone)
+
+    def pausing(index, number, answer):
+        engine.pause()
+        return world(index, number, answer)
+
+    found = dict(stream_in_rounds(engine.stream, requests, SAMPLING, pausing, stop_ids))
+    engine.resume()
+    assert all(any(answer.finish == "abort" for answer in group) for group in found.values())
+    again = [replace(request, partial_answers=found.get(i, ())) for i, request in enumerate(requests)]
+    found = dict(stream_in_rounds(engine.stream, again, SAMPLING, world, stop_ids))
+    require_same([found[0], found[1]], alone)
 
 
 def test_answers_that_begin_anew_join_with_those_that_go_on(engine_of, expected):

@@ -19,7 +19,7 @@ from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.build import WeightCheck
-from foveate.rollout.engine import Engine, Request
+from foveate.rollout.engine import Engine, Observe, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.weights import served_weights
 
@@ -61,8 +61,12 @@ class RankEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         return self._started.generate(requests, sampling) if requests else []
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-        return self._started.stream(requests, sampling)
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
+        """As `Engine.stream`, of an engine that knows no other turns as well."""
+        observing = () if observe is None else (observe,)
+        return self._started.stream(requests, sampling, *observing)
 
     def pause(self) -> None:
         self._started.pause()

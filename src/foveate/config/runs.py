@@ -18,7 +18,7 @@ from foveate.config.base import Settings, refuse, refuse_any
 from foveate.config.cluster import ClusterSettings
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.rollout import RolloutSettings
+from foveate.config.rollout import EnvironmentSettings, RolloutSettings
 from foveate.config.train import (
     EvalSettings,
     LogSettings,
@@ -130,6 +130,9 @@ class RLSettings(RunSettings):
 
     train: RLTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     rollout: RolloutSettings = RolloutSettings()
+    environment: EnvironmentSettings | None = Field(
+        default=None, description="What replies to answers of several turns; null: answers have one turn."
+    )
     algorithm: AlgorithmSettings = AlgorithmSettings()
     reward: RewardSettings = RewardSettings()
     eval: RLEvalSettings = RLEvalSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -150,6 +153,8 @@ class RLSettings(RunSettings):
     @model_validator(mode="after")
     def _rollouts_fit_together(self) -> Self:
         rollout, train, name = self.rollout, self.train, self.algorithm.name
+        environment = self.environment
+        has_steps = environment is not None and environment.reward != "function"
         divisors = [n for n in range(1, train.prompts_per_step + 1) if train.prompts_per_step % n == 0]
         refuse_any(
             (
@@ -157,6 +162,18 @@ class RLSettings(RunSettings):
                 "train.updates_per_step",
                 f"is {train.updates_per_step} but must divide train.prompts_per_step={train.prompts_per_step}; "
                 f"use one of {', '.join(map(str, divisors))}",
+            ),
+            (
+                self.algorithm.turn_discount < 1 and not has_steps,
+                "algorithm.turn_discount",
+                f"is {self.algorithm.turn_discount:g}, but no rewards of an environment count; set "
+                "environment.reward=environment (or both), or leave it out",
+            ),
+            (
+                environment is not None and environment.credit != "sum" and not has_steps,
+                "environment.credit",
+                "is final, but the rewards of the environment do not count; set environment.reward=environment (or "
+                "both), or leave it out",
             ),
             (
                 rollout.samples == 1 and name not in _WITHOUT_GROUPS and ":" not in name,

@@ -164,7 +164,7 @@ def render(
     if shows_tools(tokenizer, template_of(tokenizer, template)):
         shown = {"tools": [*tools]} if tools else {}
     else:
-        turns = _with_tools(turns, tools)
+        turns = with_tools(turns, tools)
     with _time_limit(TEMPLATE_S):
         text = tokenizer.apply_chat_template(
             turns, chat_template=fallback, tokenize=False, add_generation_prompt=True, **shown
@@ -201,7 +201,7 @@ TOOL_RULES = (
 """What a system message says of tools where the chat template knows none, in the form of Hermes."""
 
 
-def _with_tools(turns: Sequence[dict[str, str]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def with_tools(turns: Sequence[dict[str, str]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The conversation for a template that knows no tools: their schemas stand in the system message, and the results
     of calls in messages of the user."""
     turns = [

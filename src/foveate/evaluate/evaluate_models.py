@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from foveate.config.data import DataSettings
+from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
@@ -29,6 +30,7 @@ from foveate.log import progress
 from foveate.records import Task
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders, with_opened
+from foveate.rollout.conversations import open_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class EvalRequest:
     critic_settings: Mapping[str, Any] = field(default_factory=dict)
     text_files: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    environment: EnvironmentSettings | None = None
 
 
 def run_eval(request: EvalRequest) -> None:
@@ -129,11 +132,17 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         system=request.system or "none",
         columns=dict(request.columns),
     )
-    engine, encoder = load_engine(name, data, request.max_tiles)
-    table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))
+    environment = request.environment
+    engine, encoder = load_engine(name, data, request.max_tiles, environment)
+    by_environment = environment is not None and environment.reward == "environment"
+    truth = None if by_environment else truth_check(request.reward, request.settings)
+    table, left_out = read_checked(request.data, data, encoder, truth)
     tasks = table.first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
-    with progress("evaluating", len(tasks)) as advance:
+    with (
+        open_conversations(environment, lambda _: encoder) as (_, conversations),
+        progress("evaluating", len(tasks)) as advance,
+    ):
         predictions = predict(
             engine,
             tasks,
@@ -145,6 +154,8 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
             detailed=request.gallery,
             read_box=box_reader(request.reward, request.settings),
             advance=advance,
+            conversations=conversations,
+            folder=request.out,
         )
     return predictions, tasks
 
