@@ -13,10 +13,10 @@ IMAGE_TAG = "<image>"
 IMAGE_WORD = "\ufdd0image\ufdd1"
 """Stands in a message for the text `<image>` where that is a word of somebody's and marks no image: two characters that
 Unicode reserves for such uses."""
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "developer": "system",
+    "developer": "system", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
 """Other names of the roles."""
 TURN_KEYS = {"role": "content", "from": "value"}

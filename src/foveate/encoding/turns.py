@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
+from foveate.encoding.chat import IMAGE_MARK
 from foveate.encoding.control import word_id
 from foveate.encoding.encode import Encoder, Rendered
 from foveate.errors import DataError
-from foveate.records import Image, Message, Segment, Task
+from foveate.records import Answer, Image, Message, Prompt, Segment, Task
 
 ANSWER_WORD = "\ufdd0answer\ufdd1"
 """Stands for an answer in a conversation, as `foveate.encoding.chat.IMAGE_WORD` does for a word."""
@@ -72,3 +74,31 @@ class Turns:
                 f"the chat template writes {behind[:20]!r} behind an answer, which begins with no token that ends one; "
                 "answers of several turns need a template that does"
             )
+
+
+def encode_trace(turns: Turns, task: Task, response: str) -> tuple[Prompt, Answer]:
+    """A conversation to imitate in all of its assistant's turns, of which `response` is the last: the prompt before the
+    first of them, and the answer, where what others say is only read. Images have their budgets as in `Turns`."""
+    prompt, texts, replies = _split(task)
+    segments: list[Segment] = []
+    for number, text in enumerate([*texts, response]):
+        segments.append(Segment.written(turns.encoder.answer_ids(text)))
+        segments += [turns(prompt, replies[: number + 1])] if number < len(replies) else []
+    return turns.encoder(prompt), Answer(tuple(segments), "", "stop")
+
+
+def _split(task: Task) -> tuple[Task, list[str], list[Reply]]:
+    """What stands before the first turn of the assistant, and its turns with the reply to each."""
+    roles = [message.role for message in task.messages]
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    images, texts = iter(task.images), list[str]()
+    replies: list[list[Message]] = []
+    own = tuple(islice(images, sum(message.content.count(IMAGE_MARK) for message in task.messages[:first])))
+    for message in task.messages[first:]:
+        if message.role == "assistant":
+            texts.append(message.content)
+            replies.append([])
+        else:
+            replies[-1].append(message)
+    seen = [Reply(tuple(r), tuple(islice(images, sum(m.content.count(IMAGE_MARK) for m in r)))) for r in replies]
+    return replace(task, messages=task.messages[:first], images=own), texts, seen
