@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from foveate import api
-from foveate.cli.options import MOST_TOKENS, BadRows, Columns, ImageRoot, columns_of, finite
+from foveate.cli.options import (
+    MOST_TOKENS,
+    BadRows,
+    Columns,
+    Environment,
+    ImageRoot,
+    columns_of,
+    environment_of,
+    finite,
+)
 from foveate.config.recipe import read_value
 from foveate.errors import ConfigError, counted
 from foveate.log import print_result
@@ -60,6 +69,7 @@ def generate_command(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt (with --model).")
     ] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
+    environment: Environment = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
     from foveate.encoding.chat import THINKING_SYSTEM
@@ -85,7 +95,9 @@ def generate_command(
     )  # fmt: skip
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
     limits = (max_prompt_tokens, max_tiles)
-    summary = api.generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
+    talk = environment_of(environment)
+    asked = (source, out, sampling, model, client, prompt, seed, logprobs, *limits)
+    summary = api.generate(GenerateRequest(*asked, environment=talk))
     print_result(f"{summary['answered']:,} of {counted(summary['rows'], 'row')} answered: {out}")
 
 
@@ -135,6 +147,7 @@ def evaluate_command(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     column: Columns = None,
     on_bad_row: BadRows = None,
+    environment: Environment = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
     from foveate.evaluate.evaluate_models import EvalRequest
@@ -147,7 +160,7 @@ def evaluate_command(
             tuple(model or ()), tuple(map(str, data or ())), out, name, samples, max_tokens, max_prompt_tokens,
             max_tiles, system, rows, str(image_root) if image_root else None, gallery, seed, threads,
             on_bad_row or "error", settings, tuple(generated or ()), missing, critic, _settings(critic_setting),
-            text_files, dict(columns_of(column) or {}),
+            text_files, dict(columns_of(column) or {}), environment_of(environment),
         )
     )  # fmt: skip
     print_report(out, report)
