@@ -76,7 +76,7 @@ def tools_of(name: str, make: MakeEnvironment) -> tuple[Mapping[str, Any], ...]:
     """The schemas that an environment shows in prompts. Raises ConfigError where it cannot be made."""
     try:
         made = make()
-        shown = tuple(made.tools)
+        shown = tuple(made.tools())
         made.close()
     except ConfigError:
         raise

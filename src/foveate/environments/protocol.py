@@ -46,12 +46,12 @@ class Environment:
     """The base of environments. An instance lives for one answer, in a worker process of its pool.
 
     The keyword-only arguments of its `__init__` are the schema of its settings, which are bound, and refused, when a
-    run starts. What a method raises ends the answer, which is then not graded.
+    run starts. What a method raises ends the answer, which is then not graded."""
 
-    tools: JSON schemas of functions that the prompt shows to the model, in the form of
-    `transformers.utils.get_json_schema`. They may be set in `__init__`, and do not change."""
-
-    tools: Sequence[Mapping[str, Any]] = ()
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of functions that every prompt shows to the model, in the form of
+        `transformers.utils.get_json_schema`. They follow from the settings: a run asks once."""
+        return ()
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:
         """Begin a task: the messages of the prompt. All answers of a group have the same task and seed, and must be
