@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
+from fake_run import a_row
 from toy import make_data
 from worlds import HERE, with_short_turns
 
@@ -13,15 +15,18 @@ from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import AnswerTurn, GeneratedAnswer, GeneratedRow, ImageReference, row_line
 from foveate.data.table import open_tasks
 from foveate.environments.pool import Environments
+from foveate.environments.turns import Turn
 from foveate.errors import DataError
 from foveate.evaluate.client import messages_of
 from foveate.evaluate.client_turns import converse
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
-from foveate.evaluate.predictions import read_evaluations
+from foveate.evaluate.predictions import read_evaluations, write_evaluation, write_gallery
 from foveate.evaluate.shards import read_generated
+from foveate.evaluate.turns import kept_turns
 from foveate.records import SamplingParams
 from foveate.report.gallery import gallery_cards
+from foveate.report.page import write_report
 
 CORNERS = EnvironmentSettings(name=f"{HERE}:Corners", workers=0)
 
@@ -55,8 +60,7 @@ def test_a_server_is_asked_for_each_turn_with_all_that_was_said_and_shown(data):
     last = max(asked, key=lambda one: len(one[2]))
     assert last[1] == 16
     assert [message["role"] for message in last[2]] == ["user", "assistant", "user", "assistant", "user"]
-    pictures = [part for message in last[2] for part in message["content"] if part == {**part, "type": "image_url"}]
-    assert len(pictures) == 3
+    assert json.dumps(last[2]).count('"type": "image_url"') == 3
     assert "<tool_response>" in json.dumps(last[2][2])
     assert last[2][1]["content"] == "turn 1 <image>"
 
@@ -70,23 +74,45 @@ def test_an_environment_that_fails_refuses_its_row(data):
         asyncio.run(converse(pool, task, 0, SamplingParams(1, 30), ask))
 
 
-def test_generate_and_eval_run_environments_in_process_and_the_gallery_shows_them(tmp_path, data, model):
+def test_generate_and_eval_run_environments_in_process(tmp_path, data, model):
     files = (str(data / "test.parquet"),)
     request = GenerateRequest(
         RowsRequest(files, rows=2), tmp_path / "out", SamplingParams(2, 200, 1.0), str(model), environment=CORNERS
     )
     assert run_generate(request)["answered"] == 2
     rows = [*read_generated(tmp_path / "out")]
-    assert sum(len(answer.turns) > 2 for row in rows for answer in row.answers) > 1
-    run_eval(EvalRequest((str(model),), files, tmp_path / "eval", max_tokens=200, rows=4, environment=CORNERS))
+    assert sum(len(answer.turns) > 2 for row in rows for answer in row.answers) > 0
+    asked = EvalRequest((str(model),), files, tmp_path / "eval", samples=2, max_tokens=200, rows=2, environment=CORNERS)
+    run_eval(asked)
     [evaluation] = read_evaluations(tmp_path / "eval")
-    talked = [row for row in evaluation.predictions if len(row.shown.turns) > 2]
-    assert talked
-    for card in gallery_cards(tmp_path / "eval", [row.id for row in talked], [evaluation]):
-        [frame] = card.frames
-        assert [turn.role for turn in frame.turns][:3] == ["assistant", "tool", "assistant"]
-        assert frame.turns[1].pictures[0].startswith("data:image/jpeg;base64,")
-        assert all(look[2:] == (500, 500) for look in frame.looks)
+    assert sum(len(answer.turns) > 2 for row in evaluation.predictions for answer in row.answers) > 0
+
+
+def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_image):
+    call = {"name": "zoom", "error": False, "image": 1, "box": (500, 500, 750, 1000)}
+    other = [{**call, "image": 2}, {**call, "error": True}, {"name": "calculator", "error": False}]
+    turns = [
+        Turn("assistant", "<think>hm</think>closer", tokens=5, reward=0.5, calls=(call,)),
+        Turn("tool", "<image>\nImage 2", (make_image(40, 30),)),
+        Turn("assistant", "a box", tokens=3, calls=tuple(other)),
+    ]
+    answer = replace(a_row().shown, turns=kept_turns(turns, tmp_path))
+    evil = replace(answer.turns[1], images=(ImageReference("../../secret.jpg", 1, 1),))
+    rows = a_row("a"), a_row("b")
+    rows = replace(rows[0], answers=(answer,)), replace(rows[1], answers=(replace(answer, turns=(evil,)),))
+    write_evaluation(tmp_path, 0, rows)
+    [good, bad] = gallery_cards(tmp_path, ["a", "b"], read_evaluations(tmp_path))
+    [first, second, third] = good.frames[0].turns
+    assert (first.thought, first.said, first.calls, first.reward) == ("hm", "closer", (("zoom", False),), 0.5)
+    assert second.said == "Image 2"
+    assert second.pictures[0].startswith("data:image/jpeg;base64,")
+    assert third.calls == (("zoom", False), ("zoom", True), ("calculator", False))
+    assert good.frames[0].looks == ((500, 500, 250, 500),)
+    assert bad.frames[0].turns[0].pictures == ()
+    write_gallery(tmp_path, ["a", "b"])
+    page = write_report(tmp_path).read_text()
+    assert page.count('class="talk"') == 1
+    assert '<rect class="look"' in page
 
 
 def test_a_line_of_an_answer_without_turns_is_as_before():

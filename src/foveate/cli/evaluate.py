@@ -12,7 +12,7 @@ from foveate.cli.options import (
     MOST_TOKENS,
     BadRows,
     Columns,
-    Environment,
+    EnvironmentOption,
     ImageRoot,
     columns_of,
     environment_of,
@@ -69,7 +69,7 @@ def generate_command(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt (with --model).")
     ] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
-    environment: Environment = None,
+    environment: EnvironmentOption = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
     from foveate.encoding.chat import THINKING_SYSTEM
@@ -94,10 +94,8 @@ def generate_command(
         "skip" if on_bad_row == "skip" else "error",
     )  # fmt: skip
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
-    limits = (max_prompt_tokens, max_tiles)
-    talk = environment_of(environment)
-    asked = (source, out, sampling, model, client, prompt, seed, logprobs, *limits)
-    summary = api.generate(GenerateRequest(*asked, environment=talk))
+    asked = (source, out, sampling, model, client, prompt, seed, logprobs, max_prompt_tokens, max_tiles)
+    summary = api.generate(GenerateRequest(*asked, environment=environment_of(environment)))
     print_result(f"{summary['answered']:,} of {counted(summary['rows'], 'row')} answered: {out}")
 
 
@@ -147,7 +145,7 @@ def evaluate_command(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     column: Columns = None,
     on_bad_row: BadRows = None,
-    environment: Environment = None,
+    environment: EnvironmentOption = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
     from foveate.evaluate.evaluate_models import EvalRequest

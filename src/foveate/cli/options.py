@@ -89,7 +89,7 @@ Columns = Annotated[
     ),
 ]
 Sources = Annotated[list[Path], typer.Argument(help="Files of rows, or folders of a dataset (FOLDER@SPLIT).")]
-Environment = Annotated[
+EnvironmentOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",

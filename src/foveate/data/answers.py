@@ -37,9 +37,9 @@ class ImageReference:
 
 @dataclass(frozen=True, slots=True)
 class AnswerTurn:
-    """What was said in one turn of an answer, by the policy (role "assistant", in so many `tokens`, with the reward of
-    the environment and the calls of tools), or by its environment, with images. A call is {name, error}, and where it
-    looked at an image also {image: its number, box: in thousandths}."""
+    """One turn of an answer as it is kept: said by the policy (role "assistant", in so many `tokens`, with the reward
+    of the environment and the calls of tools), or by its environment, with images. A call is {name, error}, and where
+    it looked at an image also {image: its number, box: in thousandths}."""
 
     role: str
     text: str

@@ -1,4 +1,4 @@
-"""What the policy reads between two turns of its answer: the chat template's own words, and an environment's messages.
+"""The tokens between two turns of an answer: the chat template's own words, and the messages of an environment.
 
 Sampled tokens are never tokenised again. The conversation is rendered with a word in the place of each answer; what the
 template writes behind the last of them, up to the next generation prompt, becomes tokens. So thoughts of earlier turns,
@@ -25,7 +25,7 @@ ANSWER_WORD = "\ufdd0answer\ufdd1"
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class TurnReply:
     """The messages that follow an answer, with the images of their marks in order."""
 
     messages: tuple[Message, ...]
@@ -42,11 +42,12 @@ class Turns:
     def __post_init__(self) -> None:
         task = Task("", "", (Message("user", "?"),), (), None, where="the chat template")
         for role in ("user", "tool"):
-            self(task, (Reply((Message(role, "?"),)),))
+            self(task, (TurnReply((Message(role, "?"),)),))
 
-    def __call__(self, task: Task, replies: Sequence[Reply]) -> Segment:
-        """What is read behind the last answer of a conversation: `task` is its prompt, and each of `replies` follows an
-        answer. The stop token of the answer is not in it. Raises DataError where it cannot be encoded."""
+    def __call__(self, task: Task, replies: Sequence[TurnReply]) -> Segment:
+        """The tokens that are read behind the last answer of a conversation: `task` is its prompt, and each of
+        `replies` follows an answer. The stop token of the answer is not among them. Raises DataError where they cannot
+        be encoded."""
         last, where = replies[-1], f"{task.where or task.id}, turn {len(replies) + 1}"
         messages, images = [*task.messages], [*task.images]
         for reply in replies:
@@ -87,8 +88,8 @@ def encode_trace(turns: Turns, task: Task, response: str) -> tuple[Prompt, Answe
     return turns.encoder(prompt), Answer(tuple(segments), "", "stop")
 
 
-def _split(task: Task) -> tuple[Task, list[str], list[Reply]]:
-    """What stands before the first turn of the assistant, and its turns with the reply to each."""
+def _split(task: Task) -> tuple[Task, list[str], list[TurnReply]]:
+    """The task before the first turn of the assistant, and its turns with the reply to each."""
     roles = [message.role for message in task.messages]
     first = roles.index("assistant") if "assistant" in roles else len(roles)
     images, texts = iter(task.images), list[str]()
@@ -100,5 +101,5 @@ def _split(task: Task) -> tuple[Task, list[str], list[Reply]]:
             replies.append([])
         else:
             replies[-1].append(message)
-    seen = [Reply(tuple(r), tuple(islice(images, sum(m.content.count(IMAGE_MARK) for m in r)))) for r in replies]
+    seen = [TurnReply(tuple(r), tuple(islice(images, sum(m.content.count(IMAGE_MARK) for m in r)))) for r in replies]
     return replace(task, messages=task.messages[:first], images=own), texts, seen

@@ -1,4 +1,4 @@
-"""What was said in the turns of an answer, for whoever looks at it later."""
+"""The turns of an answer, for whoever looks at it later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foveate.records import Image
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What was said in one turn: by the policy (role "assistant", so many `tokens`, with the reward of the step that
+    """One turn: said by the policy (role "assistant", so many `tokens`, with the reward of the step that
     ended here and the calls that it made), or by its environment."""
 
     role: str

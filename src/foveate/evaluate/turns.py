@@ -1,4 +1,4 @@
-"""What was said in answers of several turns, as it is kept: texts, calls, and small copies of the images."""
+"""The turns of answers as they are kept: texts, calls, and small copies of the images."""
 
 from __future__ import annotations
 

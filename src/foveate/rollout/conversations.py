@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from foveate.config.rollout import EnvironmentSettings
 from foveate.encoding.encode import Encoder
-from foveate.encoding.turns import Reply, Turns
+from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.build import build_environment, tools_of
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import (
@@ -39,8 +39,9 @@ _ENCODERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of an answer with its environment. `reward`: of all of its steps as they count, None where they gave
-    none; `note`: why it is not graded, or nothing; `unread`: its environment gave a reward that does not count."""
+    """The end of an answer with its environment. `reward`: of all of its steps as they count, 0 where the answer
+    ended before the first, None where they gave none; `note`: why it is not graded, or nothing; `unread`: its
+    environment gave a reward that does not count."""
 
     turns: tuple[Turn, ...]
     reward: float | None
@@ -58,7 +59,7 @@ class AnswerCredit:
     function: bool = True
 
     def of_turns(self, steps: Sequence[Step]) -> list[float | None]:
-        """What each turn counts; None: nothing."""
+        """The reward that counts of each turn; None: nothing."""
         if self.steps == "none":
             return [None] * len(steps)
         counted = [None if one.reward is None else self.discount**t * one.reward for t, one in enumerate(steps)]
@@ -113,9 +114,9 @@ def _without_tiles(answer: Answer, task: Task) -> tuple[Answer, Task]:
     return replace(answer, segments=tuple(replace(segment, tiles=None) for segment in answer.segments)), task
 
 
-def _reply(messages: Sequence[Observation]) -> Reply:
+def _reply(messages: Sequence[Observation]) -> TurnReply:
     texts = tuple(Message(one.role, one.content) for one in messages)
-    return Reply(texts, tuple(image for one in messages for image in one.images))
+    return TurnReply(texts, tuple(image for one in messages for image in one.images))
 
 
 @dataclass(slots=True)
@@ -179,7 +180,7 @@ class Conversations:
     # --------------------------------------------------------------------------------------------------- between turns
 
     def observe(self, keys: Sequence[Hashable], index: int, number: int, answer: Answer) -> Future[Segment | None]:
-        """What an answer to request `index`, of the group `keys[index]`, reads next."""
+        """The segment that an answer to request `index`, of the group `keys[index]`, reads next."""
         key = keys[index], number
         talk, turn = self._open[key], sum(segment.trained for segment in answer.segments)
         seen: Future[Segment | None] = Future()
@@ -271,15 +272,14 @@ class Conversations:
             else:
                 segments.append(segment)
                 turns += observed_turns(next(read))
-        given = [reward for reward in rewards if reward is not None]
+        is_silent = bool(talk.steps) and all(step.reward is None for step in talk.steps)
+        total = None if is_silent else sum(reward or 0.0 for reward in rewards)
         note = "" if talk.failure is None else f"environment: {talk.failure.note}"
         is_full = answer.finish == "length" and len(talk.asked) == sum(segment.trained for segment in answer.segments)
         if is_full and self._when_full == "leave_out" and not note:
             note = "environment: the next observation had no room in rollout.max_tokens"
         unread = self.credit.steps == "none" and any(step.reward is not None for step in talk.steps)
-        return replace(answer, segments=tuple(segments)), Outcome(
-            tuple(turns), sum(given) if given else None, note, unread
-        )
+        return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread)
 
     # ----------------------------------------------------------------------------------------------------- whole calls
 

@@ -13,16 +13,16 @@ from dataclasses import replace
 from foveate.records import Answer, SamplingParams, Segment
 from foveate.rollout.engine import Observe, Request, behind, has_turn_ended
 
-Groups = Generator[tuple[int, tuple[Answer, ...]]]
+_Groups = Generator[tuple[int, tuple[Answer, ...]]]
 
 
 def stream_in_rounds(
-    stream: Callable[[Sequence[Request], SamplingParams], Groups],
+    stream: Callable[[Sequence[Request], SamplingParams], _Groups],
     requests: Sequence[Request],
     sampling: SamplingParams,
     observe: Observe,
     stop_ids: Sequence[int],
-) -> Groups:
+) -> _Groups:
     """As `Engine.stream`, with one that knows answers of one turn. A pause ends it between two rounds, too."""
     left = {index: _resumed(index, request, sampling, observe, stop_ids) for index, request in enumerate(requests)}
     done = {i: {n for n, one in enumerate(r.partial_answers) if one.finish == "stop"} for i, r in left.items()}

@@ -170,7 +170,7 @@ class SyncRollouts:
             self.conversations.drop(pending.key, self.sampling.samples)
 
     def grading(self) -> Grading:
-        """What grades the answers of a round."""
+        """Graders for the answers of a round."""
         return Grading(self.graders, FUNCTION_ALONE if self.conversations is None else self.conversations.credit)
 
     def answer(

@@ -89,7 +89,7 @@ class GroupTurns:
         return before.continued_by(more, self.decode(turn + more.token_ids))
 
     def _wait(self, future: Future[Segment | None]) -> Segment | bool | None:
-        """What is observed; False where the stream has ended before."""
+        """The observation; False where the stream has ended before."""
         while not self.ended():
             try:
                 return future.result(_LOOK)
