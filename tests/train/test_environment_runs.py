@@ -83,7 +83,9 @@ def test_an_environment_that_fails_costs_its_answer_alone(tmp_path, model, data)
     answers = [answer for row in rows_of(run, 1) for answer in row["answers"]]
     lost = [answer for answer in answers if "no such corner" in answer["note"]]
     assert 0 < len(lost) < len(answers)
-    assert metrics_of(run)[0]["reward/failed"] == len(lost)
+    record = metrics_of(run)[0]
+    assert record["reward/failed"] == record["environment/failures"] == len(lost)
+    assert record["environment/restarts"] == 0
     assert all("score" not in answer or answer["score"] is None for answer in lost)
     assert all("advantage" not in answer for answer in lost)
 

@@ -21,7 +21,6 @@ from foveate.environments.build import build_environment, tools_of
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import (
     EnvironmentFailure,
-    EnvironmentPool,
     Observation,
     Opened,
     Step,
@@ -138,7 +137,7 @@ class Conversations:
 
     def __init__(
         self,
-        pool: EnvironmentPool,
+        pool: Environments,
         encoder: Encoder,
         credit: AnswerCredit,
         *,
@@ -151,7 +150,7 @@ class Conversations:
         self._turns = Turns(encoder)
         self._open: dict[tuple[Hashable, int], _Talk] = {}
         self._threads = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="observations")
-        self.restarts = 0
+        self._restarts = 0
 
     # ---------------------------------------------------------------------------------------------------- the prompts
 
@@ -238,7 +237,7 @@ class Conversations:
             talk = self._open[key, number]
             if talk.failure is None or talk.failure.kind != "start_again":
                 continue
-            self.restarts += 1
+            self._restarts += 1
             self._pool.close((key, number))
             opened = self._pool.open(talk.task, talk.seed, (key, number)).result()
             failure = opened if isinstance(opened, EnvironmentFailure) else None
@@ -291,6 +290,12 @@ class Conversations:
         begun = [request for _, request in self.begin(keys, tasks, requests, sampling.samples)]
         groups = engine.generate(begun, sampling, partial(self.observe, keys))
         return [self.finish(key, group) for key, group in zip(keys, groups, strict=True)]
+
+    def metrics(self) -> dict[str, float]:
+        """Since the run was started: answers that lost their environment, and those that were begun anew because a
+        rebuilt one did not show what the first had shown."""
+        failures = float(sum(self._pool.failures.values()))
+        return {"environment/failures": failures, "environment/restarts": float(self._restarts)}
 
     def shutdown(self) -> None:
         """End its threads."""

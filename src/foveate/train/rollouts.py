@@ -133,8 +133,8 @@ class SyncRollouts:
         yield
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beside what the groups themselves say."""
-        return {}
+        """How often environments failed so far, and were begun anew, where there are any."""
+        return {} if self.conversations is None else self.conversations.metrics()
 
     def _draw(self, step: int, first: int, count: int, clock: Clock) -> list[Group]:
         """The groups of the next `count` tasks, which are number `first` and so on of the step. The answers depend on
