@@ -13,15 +13,17 @@ from worlds import HERE, with_short_turns
 
 from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import AnswerTurn, GeneratedAnswer, GeneratedRow, ImageReference, row_line
+from foveate.data.images import load_image
 from foveate.data.table import open_tasks
 from foveate.environments.pool import Environments
 from foveate.environments.turns import Turn
 from foveate.errors import DataError
 from foveate.evaluate.client import messages_of
 from foveate.evaluate.client_turns import converse
+from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
-from foveate.evaluate.predictions import read_evaluations, write_evaluation, write_gallery
+from foveate.evaluate.predictions import read_evaluations, thumbnail_path, write_evaluation, write_gallery
 from foveate.evaluate.shards import read_generated
 from foveate.evaluate.turns import kept_turns
 from foveate.records import SamplingParams
@@ -110,6 +112,7 @@ def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_i
     assert good.frames[0].looks == ((500, 500, 250, 500),)
     assert bad.frames[0].turns[0].pictures == ()
     write_gallery(tmp_path, ["a", "b"])
+    save_thumbnail(load_image(make_image(40, 30), ""), thumbnail_path(tmp_path, "a"))
     page = write_report(tmp_path).read_text()
     assert page.count('class="talk"') == 1
     assert '<rect class="look"' in page
