@@ -11,13 +11,14 @@ from fake_run import a_row
 from toy import make_data
 from worlds import HERE, with_short_turns
 
+from foveate.cli.options import environment_of
 from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import AnswerTurn, GeneratedAnswer, GeneratedRow, ImageReference, row_line
 from foveate.data.images import load_image
 from foveate.data.table import open_tasks
 from foveate.environments.pool import Environments
 from foveate.environments.turns import Turn
-from foveate.errors import DataError
+from foveate.errors import ConfigError, DataError
 from foveate.evaluate.client import messages_of
 from foveate.evaluate.client_turns import converse
 from foveate.evaluate.draw import save_thumbnail
@@ -121,3 +122,12 @@ def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_i
 def test_a_line_of_an_answer_without_turns_is_as_before():
     row = GeneratedRow("a", "s", "w", "?", (), (), None, (GeneratedAnswer("b", "stop", 1),), 0, 1, 1, 0.1, 1, "x")
     assert b"turns" not in row_line(row)
+
+
+def test_an_environment_is_named_on_the_command_line_with_its_settings():
+    assert environment_of(None) is None
+    assert environment_of("tools") == EnvironmentSettings(name="tools")
+    settings = environment_of("{name: tools, settings: {tools: [zoom]}, reward: both}")
+    assert (settings.settings, settings.reward) == ({"tools": ["zoom"]}, "both")
+    with pytest.raises(ConfigError, match=r"^--environment .*: turns: Extra inputs"):
+        environment_of("{name: tools, turns: 3}")
