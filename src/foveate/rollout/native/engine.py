@@ -117,7 +117,8 @@ class NativeEngine:
     ) -> list[tuple[Answer, ...]]:
         """`sampling.samples` answers per request, in the order of the requests. An answer ends with a stop token, which
         it includes (finish "stop"), or after `sampling.max_tokens` tokens (finish "length")."""
-        return in_order(self.stream(requests, sampling, observe), requests)
+        observing = () if observe is None else (observe,)  # subclasses may know one turn alone
+        return in_order(self.stream(requests, sampling, *observing), requests)
 
     def stream(
         self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
