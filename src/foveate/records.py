@@ -321,8 +321,9 @@ class Batch:
 
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
-    grids: rows and columns of the tokens of each image, in order, for families that need them; dummy_image: whether the
-    last image has no slots and is there for its own sake (`Family.dummy_image`).
+    feature_index: which feature each of them receives, None where they are in order: images that stand in several
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
+    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """
@@ -338,19 +339,16 @@ class Batch:
     samples: int
     grids: tuple[tuple[int, int], ...] = ()
     dummy_image: bool = False
+    feature_index: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
+        pixels, features = (None if one is None else one.to(device) for one in (self.pixels, self.feature_index))
         return replace(
-            self,
-            token_ids_T=self.token_ids_T.to(device),
-            position_T=self.position_T.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
-            slot_index=self.slot_index.to(device),
-            target_M=self.target_M.to(device),
-            source_M=self.source_M.to(device),
-            sample_M=self.sample_M.to(device),
-        )
+            self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
+            slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
+            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +95,28 @@ def test_observed_segments_with_images_are_read_and_not_trained(name, folder_of,
         if parameter.grad is not None:
             difference = (parameter.grad - plain[key].grad).norm()
             assert difference <= 1e-4 * plain[key].grad.norm() + 1e-6 * norm, key
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl"])
+def test_an_image_that_several_answers_see_is_encoded_once(name, folder_of, group_of):
+    policy = load_policy(str(folder_of(name)))
+    group = group_of(policy)
+    looking, plain = group.answers
+    apart = Answer(
+        tuple(replace(s, tiles=None if s.tiles is None else s.tiles.clone()) for s in looking.segments), "", "stop"
+    )
+    found = []
+    for other in (looking, apart):
+        batch = pack([PackedGroup(group.prompt, (looking, plain, other))])
+        logp, _ = token_logprobs(policy, batch)
+        policy.model.zero_grad()
+        (torch.linspace(-1, 2, len(logp)) * logp).sum().backward()
+        grads = [p.grad.clone() for p in policy.part("vision").parameters() if p.grad is not None]
+        found.append((len(batch.pixels), len(batch.grids), batch.feature_index is None, logp.detach(), grads))
+    once, twice = found
+    seen = sum(len(segment.tiles) for segment in looking.segments if segment.tiles is not None)
+    assert once[0] == twice[0] - seen
+    assert (once[2], twice[2]) == (False, True)
+    torch.testing.assert_close(once[3], twice[3], rtol=1e-6, atol=1e-6)
+    for own, wanted in zip(once[4], twice[4], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-8)

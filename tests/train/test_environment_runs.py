@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from test_online import rows_of
-from test_resume import interrupt, stop_at
+from test_resume import MOMENTS, interrupt, stop_at
 from test_rl import metrics_of
 from toy import make_data, rl_settings
 from worlds import HERE, with_short_turns
 
+import foveate.train.worker
 from foveate.data.answers import ScoredRow, read_answers
 from foveate.errors import DataError
 from foveate.tools.dry_run import describe_run
@@ -97,6 +98,17 @@ def test_a_dry_run_shows_the_tools_and_what_was_said(tmp_path, model, data):
     assert "\nassistant:\n" in told
 
 
+def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, data):
+    environment = {"name": "gui", "settings": {"side": 84, "max_turns": 2}, "reward": "environment", "workers": 0}
+    changes = {"data": {"max_prompt_tokens": 1500}, "train": {"steps": 1, "tokens_per_micro_batch": 2048}}
+    run = run_rl(settings_of(tmp_path / "run", model, data, environment, eval={"every": 0}, **changes))
+    [record] = metrics_of(run)
+    assert record["reward/mean"] == record["reward/environment"] == 0.0
+    prompts = [row["prompt"][0]["content"] for row in rows_of(run, 1)]
+    assert all(prompt.startswith("<image>") for prompt in prompts)
+    assert len(set(prompts)) > 1
+
+
 def test_rewards_that_do_not_count_are_refused(tmp_path, model, data):
     with pytest.raises(DataError, match=r"set environment.reward to environment, or to both"):
         run_rl(
@@ -118,7 +130,8 @@ def test_an_interrupted_run_with_environments_ends_as_the_uninterrupted_one(tmp_
 
     whole = run_rl(settings("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, "between gradients and update", interrupt)
+        patch.setitem(MOMENTS, "in the third step", (foveate.train.worker, "apply_gradients", 3, "before"))
+        stop_at(patch, "in the third step", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_rl(settings("cut"))
     cut = run_rl(settings("cut"))

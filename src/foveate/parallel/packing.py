@@ -46,24 +46,55 @@ def next_position(prompt: Prompt, answer: Answer | None) -> int:
     return int(positions(len(answer), answer_slots(answer), end).max()) + 1
 
 
+class _Images:
+    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand."""
+
+    def __init__(self) -> None:
+        self._pixels: list[Tensor] = []
+        self._slots: list[ImageSlot] = []
+        self._first: dict[int, int] = {}
+        self._index: list[Tensor] = []
+        self._features = 0
+
+    def add(self, slots: Sequence[ImageSlot], pixels: Tensor | None) -> None:
+        """The next images, with their pixels side by side."""
+        count = sum(slot.count for slot in slots)
+        first = self._features if pixels is None else self._first.setdefault(id(pixels), self._features)
+        if first == self._features:
+            self._features += count
+            self._slots += slots
+            self._pixels += [] if pixels is None else [pixels]
+        self._index.append(torch.arange(first, first + count))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Batch` about them."""
+        index = _cat(self._index)
+        return {
+            "pixels": torch.cat(self._pixels) if self._pixels else None,
+            "grids": tuple(slot.grid for slot in self._slots if slot.grid is not None),
+            "feature_index": None if len(index) == self._features else index,
+        }
+
+
 def pack_tails(tails: Sequence[tuple[Prompt, Answer, int]]) -> Batch:
     """One row of the last tokens of some answers, each from a place of the answer on, with the images among them; what
     stands before them is elsewhere."""
-    position, pixels, slots, slot_index = (list[Any]() for _ in range(4))
-    ids: list[Tensor] = []
+    ids, position, slot_index = (list[Tensor]() for _ in range(3))
+    images = _Images()
     start, length = list[int](), list[int]()
     for prompt, answer, begin in tails:
         first = start[-1] + length[-1] if start else 0
-        own = [slot for slot in answer_slots(answer) if slot.position >= begin]
         start.append(first)
         length.append(len(answer) - begin)
         ids.append(answer_ids(answer)[begin:])
         position.append(positions(len(answer), answer_slots(answer), prompt_end(prompt))[..., begin:])
-        images = sum(slot.tiles for slot in own)
-        seen = [segment.tiles for segment in answer.segments if segment.tiles is not None]
-        pixels += [torch.cat(seen)[-images:]] if images else []
-        slot_index += [torch.arange(s.count) + first + s.position - begin for s in own]
-        slots += own
+        place = first - begin
+        for segment in answer.segments:
+            if place >= first:
+                slot_index += [torch.arange(s.count) + place + s.position for s in segment.slots]
+                images.add(segment.slots, segment.tiles)
+            place += len(segment)
     if any(own.ndim == 2 for own in position):
         position = [own.expand(3, -1) for own in position]
     nothing = _cat([])
@@ -71,13 +102,12 @@ def pack_tails(tails: Sequence[tuple[Prompt, Answer, int]]) -> Batch:
         token_ids_T=torch.cat(ids),
         position_T=torch.cat(position, -1),
         forest=Forest(tuple(start), tuple(length), (-1,) * len(start)),
-        pixels=torch.cat(pixels) if pixels else None,
         slot_index=_cat(slot_index),
         target_M=nothing,
         source_M=nothing,
         sample_M=nothing,
         samples=0,
-        grids=tuple(slot.grid for slot in slots if slot.grid is not None),
+        **images.fields,
     )
 
 
@@ -91,9 +121,7 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
     token_ids: list[Tensor] = []
     start, length, parent = list[int](), list[int](), list[int]()
     position, slot_index, target, source, sample = (list[Tensor]() for _ in range(5))
-    pixels: list[Tensor | None] = []
-    slots: list[ImageSlot] = []
-    samples = 0
+    images, samples = _Images(), 0
 
     def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int) -> int:
         """A segment of the forest with its images, behind `begin` positions; its first token."""
@@ -104,36 +132,34 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         token_ids.append(ids)
         position.append(positions(len(ids), own, begin))
         slot_index.extend(torch.arange(first + s.position, first + s.position + s.count) for s in own)
-        slots.extend(own)
         return first
 
     for group in groups:
         root = len(start)
         begin = grow(torch.tensor(group.prompt.token_ids), group.prompt.slots, -1, 0)
         end = int(position[-1].max()) + 1
-        pixels.append(group.prompt.pixels)
+        images.add(group.prompt.slots, group.prompt.pixels)
         last = begin + len(group.prompt) - 1
         for answer in group.answers:
             first = grow(answer_ids(answer), answer_slots(answer), root, end)
-            pixels += [segment.tiles for segment in answer.segments]
+            for segment in answer.segments:
+                images.add(segment.slots, segment.tiles)
             target.append(first + trained_places(answer))
             source.append(torch.where(target[-1] == first, last, target[-1] - 1))
             sample.append(torch.full_like(target[-1], samples))
             samples += 1
     if any(own.ndim == 2 for own in position):
         position = [own.expand(3, -1) for own in position]
-    seen = [own for own in pixels if own is not None]
     return Batch(
         token_ids_T=torch.cat(token_ids),
         position_T=torch.cat(position, -1),
         forest=Forest(tuple(start), tuple(length), tuple(parent)),
-        pixels=torch.cat(seen) if seen else None,
         slot_index=_cat(slot_index),
         target_M=_cat(target),
         source_M=_cat(source),
         sample_M=_cat(sample),
         samples=samples,
-        grids=tuple(slot.grid for slot in slots if slot.grid is not None),
+        **images.fields,
     )
 
 

@@ -12,7 +12,11 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+from torch import Tensor
 
 from foveate.config.rollout import EnvironmentSettings
 from foveate.encoding.encode import Encoder
@@ -150,6 +154,7 @@ class Conversations:
         self._turns = Turns(encoder)
         self._open: dict[tuple[Hashable, int], _Talk] = {}
         self._threads = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="observations")
+        self._tiles: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
         self._restarts = 0
 
     # ---------------------------------------------------------------------------------------------------- the prompts
@@ -225,7 +230,14 @@ class Conversations:
             talk.failure = EnvironmentFailure("invalid", str(error))
             return None
         talk.read = read
-        return segment
+        return self._shared(segment)
+
+    def _shared(self, segment: Segment) -> Segment:
+        """The segment with the tiles of an earlier one where these are equal: the same tensor is encoded once."""
+        if segment.tiles is None:
+            return segment
+        digest = blake2b(segment.tiles.contiguous().numpy().data, digest_size=16).digest()
+        return replace(segment, tiles=self._tiles.setdefault(digest, segment.tiles))
 
     # ------------------------------------------------------------------------------------------------------- the ends
 
