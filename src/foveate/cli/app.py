@@ -50,6 +50,7 @@ VERBS = {
         "settings": lists.settings_command,
         "recipes": lists.recipes_command,
         "rewards": lists.rewards_command,
+        "environments": lists.environments_command,
         "algorithms": lists.algorithms_command,
     },
     "Large runs": {

@@ -10,6 +10,10 @@ _HERE = "foveate.environments"
 
 ENVIRONMENTS: dict[str, str] = {
     "tools": f"{_HERE}.tool_use:ToolUse",
+    "gui": f"{_HERE}.gui:Gui",
+    "trl": f"{_HERE}.trl:trl",
+    "gymnasium": f"{_HERE}.gymnasium:gymnasium",
+    "http": f"{_HERE}.http:http",
 }
 
 TOOLS: dict[str, str] = {

@@ -29,7 +29,8 @@ class BeyondLimits(DataError):
 def observation(role: str, text: str, *pictures: PIL.Image.Image | Image) -> Observation:
     """A message with its images in front of the text. `<image>` in the text is a word and marks none of them."""
     images = tuple(one if isinstance(one, Image) else encoded(one) for one in pictures)
-    return Observation(role, f"{IMAGE_TAG}\n" * len(images) + text.replace(IMAGE_TAG, IMAGE_WORD), images)
+    parts = [IMAGE_TAG] * len(images) + ([text.replace(IMAGE_TAG, IMAGE_WORD)] if text or not images else [])
+    return Observation(role, "\n".join(parts), images)
 
 
 def encoded(picture: PIL.Image.Image) -> Image:

@@ -134,12 +134,10 @@ class Tool:
                     sides = (seen.picture.width, seen.picture.height) * 2
                     info["box"] = [round(1000 * value / side, 1) for value, side in zip(given[key], sides, strict=True)]
         try:
-            result = self.function(**given)
-            if inspect.isawaitable(result):
-                result = asyncio.run(_awaited(result))
+            result = finished(self.function(**given))
         except ValueError as error:
             raise CallError(f"{self.name}: {one_line(error)[:300]}") from None
-        text, pictures = _parts_of(result)
+        text, pictures = parts_of(result)
         return ToolResult(text, pictures, info)
 
     def _arguments(self, call: ToolCall) -> dict[str, Any]:
@@ -187,11 +185,16 @@ class Tool:
         return Box(min(max(value, 0.0), side) for value, side in zip(scaled, (width, height) * 2, strict=True))
 
 
-async def _awaited(result: Any) -> Any:
-    return await result
+def finished(result: Any) -> Any:
+    """The result of a call, which may be a coroutine."""
+
+    async def awaited() -> Any:
+        return await result
+
+    return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
-def _parts_of(result: Any) -> tuple[str, tuple[Image.Image, ...]]:
+def parts_of(result: Any) -> tuple[str, tuple[Image.Image, ...]]:
     """The text and the pictures of what a tool returned: one value, several, or parts as in chat messages."""
     parts = result if isinstance(result, list | tuple) and any(map(_is_part, result)) else [result]
     texts, pictures = [], []
