@@ -9,9 +9,10 @@ from functools import partial
 
 import pytest
 
+from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.protocol import EnvironmentFailure, Observation, Opened, Step
 from foveate.errors import DataError
-from foveate.records import Answer, SamplingParams, Score, Segment
+from foveate.records import Answer, Message, SamplingParams, Score, Segment
 from foveate.rollout.conversations import AnswerCredit, Conversations
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -145,3 +146,14 @@ def test_rewards_add_up_with_those_of_the_function():
     assert silent.of_turns([step, step]) == [None, None]
     assert last.of_turns([step, step]) == [None, 1.0]
     assert AnswerCredit("sum", 0.5).of_turns([step, Step(), step]) == [2.0, None, 0.5]
+
+
+def test_equal_images_are_one_tensor_whoever_sees_them(talk, encode, make_image, make_task):
+    talks, _ = talk(Pool())
+    segments = [
+        Turns(encode)(make_task("?"), [TurnReply((Message("user", "<image>"),), (make_image(60, 50, seed),))])
+        for seed in (1, 1, 2)
+    ]
+    first, again, other = map(talks._shared, segments)
+    assert first.tiles is again.tiles is not segments[1].tiles
+    assert other.tiles is segments[2].tiles

@@ -270,9 +270,10 @@ class Conversations:
                 self._pool.close((key, number))
 
     def _finished(self, talk: _Talk, answer: Answer) -> tuple[Answer, Outcome]:
-        rewards = self.credit.of_turns(talk.steps)
+        taken = [*talk.steps]  # one that comes late is no part of the answer any more
+        rewards = self.credit.of_turns(taken)
         segments, turns = list[Segment](), list[Turn]()
-        steps, read = iter(zip(talk.steps, rewards, strict=True)), iter(talk.read)
+        steps, read = iter(zip(taken, rewards, strict=True)), iter(talk.read)
         texts = iter([*(text for text, _ in talk.asked), answer.text])
         for segment in answer.segments:
             if segment.trained:
@@ -283,13 +284,13 @@ class Conversations:
             else:
                 segments.append(segment)
                 turns += observed_turns(next(read))
-        is_silent = bool(talk.steps) and all(step.reward is None for step in talk.steps)
+        is_silent = bool(taken) and all(step.reward is None for step in taken)
         total = None if is_silent else sum(reward or 0.0 for reward in rewards)
         note = "" if talk.failure is None else f"environment: {talk.failure.note}"
         is_full = answer.finish == "length" and len(talk.asked) == sum(segment.trained for segment in answer.segments)
         if is_full and self._when_full == "leave_out" and not note:
             note = "environment: the next observation had no room in rollout.max_tokens"
-        unread = self.credit.steps == "none" and any(step.reward is not None for step in talk.steps)
+        unread = self.credit.steps == "none" and any(step.reward is not None for step in taken)
         return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread)
 
     # ----------------------------------------------------------------------------------------------------- whole calls
