@@ -146,3 +146,18 @@ def test_an_image_for_a_model_without_eyes_is_refused_with_its_turn(tiny_folder,
     turns = Turns(Encoder(policy.tokenizer, policy.family, 6, 4096))
     with pytest.raises(DataError, match=r"rows.parquet, row 3, turn 2, field prompt: 0 <image> marks for 1 images"):
         turns(make_task("?"), [TurnReply((Message("user", "look"),), (make_image(9, 9),))])
+
+
+def test_the_token_that_ends_a_turn_stands_for_the_one_that_the_template_writes(tiny_folder, make_task):
+    """GPT-OSS ends the last answer with <|return|>, and writes <|end|> behind those that others follow."""
+    policy = load_policy(str(tiny_folder))
+    words = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+    policy.tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    family = replace(policy.family, stop_ids=(policy.tokenizer.convert_tokens_to_ids("<|return|>"),))
+    read = Turns(Encoder(policy.tokenizer, family, 6, 4096))(make_task("?"), [TurnReply((Message("user", "on"),))])
+    text = policy.tokenizer.decode(read.token_ids.tolist())
+    assert text == "<|start|>user<|message|>on<|end|><|start|>assistant"

@@ -38,6 +38,17 @@ class Corners(Environment):
         return Step((message,), reward, self.turn >= 3, {"calls": [call]})
 
 
+class Drawn(Environment):
+    """Asks a question of its own about the image turned round, once, and gives a reward for it."""
+
+    def reset(self, task: Any, seed: int) -> Any:
+        image = load_image(task.images[0], task.where)
+        return [observation("system", "Be brief."), observation("user", f"what is {seed % 7}?", image.rotate(90))]
+
+    def step(self, answer: str) -> Step:
+        return Step((), float(len(answer) % 3), True)
+
+
 def with_short_turns(folder: Path, target: Path, every: int = 8) -> Path:
     """A copy of a model folder in which one token of so many ends a turn."""
     shutil.copytree(folder, target)

@@ -99,14 +99,16 @@ def test_a_dry_run_shows_the_tools_and_what_was_said(tmp_path, model, data):
 
 
 def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, data):
-    environment = {"name": "gui", "settings": {"side": 84, "max_turns": 2}, "reward": "environment", "workers": 0}
-    changes = {"data": {"max_prompt_tokens": 1500}, "train": {"steps": 1, "tokens_per_micro_batch": 2048}}
-    run = run_rl(settings_of(tmp_path / "run", model, data, environment, eval={"every": 0}, **changes))
+    environment = {"name": f"{HERE}:Drawn", "reward": "environment", "workers": 0}
+    run = run_rl(settings_of(tmp_path / "run", model, data, environment, train={"steps": 1}, eval={"every": 0}))
     [record] = metrics_of(run)
-    assert record["reward/mean"] == record["reward/environment"] == 0.0
-    prompts = [row["prompt"][0]["content"] for row in rows_of(run, 1)]
-    assert all(prompt.startswith("<image>") for prompt in prompts)
-    assert len(set(prompts)) > 1
+    assert record["reward/mean"] == record["reward/environment"]
+    rows = rows_of(run, 1)
+    assert all([message["role"] for message in row["prompt"]] == ["system", "user"] for row in rows)
+    assert all(row["question"].startswith("<image>\nwhat is") for row in rows)
+    for answer in (answer for row in rows for answer in row["answers"]):
+        ended = answer["finish"] == "stop"
+        assert answer["score"] == (len(answer["text"]) % 3 if ended else 0)
 
 
 def test_rewards_that_do_not_count_are_refused(tmp_path, model, data):

@@ -6,12 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from toy import make_data, sft_settings
 
 from foveate.encoding.turns import Turns, encode_trace
 from foveate.models.forward import token_logprobs
 from foveate.parallel.packing import pack
 from foveate.records import Demo, Message, PackedGroup, Task
+from foveate.tools.dry_run import describe_run
 from foveate.train.sft import _group
+
+
+def test_prompts_show_the_tools_of_the_environment_that_is_imitated(tmp_path, tiny_folder):
+    environment = {"name": "tools", "settings": {"tools": ["zoom"]}}
+    data = make_data(tmp_path / "data")
+    changes = {"data": {"max_prompt_tokens": 800}, "train": {"tokens_per_micro_batch": 1024, "trained_turns": "all"}}
+    told = describe_run(sft_settings(tmp_path / "run", tiny_folder, data, environment=environment, **changes))
+    assert '"name": "zoom"' in told
 
 
 @pytest.fixture

@@ -64,13 +64,18 @@ class RolloutSettings(Settings):
     )
 
 
-class EnvironmentSettings(Named):
-    """Answers of several turns: what replies to them."""
+class EnvironmentChoice(Named):
+    """An environment, by its name and its own settings."""
 
     name: str = Field(min_length=1, description="A known environment or an import path, such as my_world.py:World.")
     settings: dict[str, Any] = Field(
         default={}, description="Settings of the environment, such as {max_turns: 4}; the others keep their defaults."
     )
+
+
+class EnvironmentSettings(EnvironmentChoice):
+    """Answers of several turns: what replies to them."""
+
     reward: Literal["function", "environment", "both"] = Field(
         default="function",
         description="What scores an answer: the reward function (group reward), the environment's own rewards, or the "

@@ -18,7 +18,7 @@ from foveate.config.base import Settings, refuse, refuse_any
 from foveate.config.cluster import ClusterSettings
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.rollout import EnvironmentSettings, RolloutSettings
+from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings, RolloutSettings
 from foveate.config.train import (
     EvalSettings,
     LogSettings,
@@ -218,6 +218,9 @@ class SFTSettings(RunSettings):
 
     optim: SFTOptimSettings = SFTOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
     train: SFTTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+    environment: EnvironmentChoice | None = Field(
+        default=None, description="The environment whose tools every prompt shows, as in a run with it; null: none."
+    )
 
 
 class MPOSettings(RunSettings):

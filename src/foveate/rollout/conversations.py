@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from foveate.config.rollout import EnvironmentSettings
+from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings
 from foveate.encoding.encode import Encoder
 from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.build import build_environment, tools_of
@@ -315,7 +315,7 @@ class Conversations:
         self._threads.shutdown(cancel_futures=True)
 
 
-def tools_of_environment(settings: EnvironmentSettings | None) -> tuple[Mapping[str, Any], ...]:
+def tools_of_environment(settings: EnvironmentChoice | None) -> tuple[Mapping[str, Any], ...]:
     """The schemas that prompts show. Raises ConfigError for an unknown environment or setting."""
     if settings is None:
         return ()

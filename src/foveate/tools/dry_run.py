@@ -82,7 +82,7 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     use_threads(settings.train.threads)
     stage, per_step, step, check, fields = _step(settings)
     model = inspect_model_folder(settings.model.path)
-    tools = tools_of_environment(settings.environment) if isinstance(settings, RLSettings) else ()
+    tools = () if isinstance(settings, MPOSettings) else tools_of_environment(settings.environment)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     limits = None if isinstance(settings, RLSettings) else answer_limits(settings, fields)
     train, test, left_out = read_data(settings, encoder, check, limits)

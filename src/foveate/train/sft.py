@@ -19,6 +19,7 @@ from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.records import Demo, PackedGroup, Prompt, Task
+from foveate.rollout.conversations import tools_of_environment
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.held_out import HeldOutLoss
@@ -49,7 +50,8 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
-    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    tools = tools_of_environment(settings.environment)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
     build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
