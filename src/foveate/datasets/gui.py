@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foveate.datasets.traces import SPLITS, drawn_task, played, write_splits
+from foveate.datasets.traces import SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.gui import Gui, screen_task
 from foveate.environments.observe import encoded
@@ -50,7 +50,7 @@ def gui_rows(
         answers = calls if split == "traces" else calls[:1]
         picture = encoded(draw_screen(task.screen, side))
         row = drawn_task(f"<image>\n{task.sentence}", picture, {"scene": scene, "kind": kind})
-        content = played(environment, row, 0, answers)
+        content = recorded_trace(environment, row, 0, answers)
         yield {
             "data_source": "gui",
             "prompt": content["prompt"],

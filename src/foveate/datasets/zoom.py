@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from foveate.datasets.shapes import COLOURS
-from foveate.datasets.traces import SPLITS, drawn_task, played, write_splits
+from foveate.datasets.traces import SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.observe import encoded
 from foveate.environments.screen import draw_text
@@ -141,7 +141,7 @@ def zoom_traces(
         call = [] if kind == "read" else [hermes_call("zoom", {"image": 1, "box": scene.box})]
         text = ASKED_AT.format(scene.box) if kind == "place" else ASKED.format(scene.asked.colour)
         task = drawn_task(text, encoded(draw_plates(scene)), {})
-        yield _row(scene, "traces", index, kind, played(environment, task, 0, [*call, str(scene.asked.digit)]))
+        yield _row(scene, "traces", index, kind, recorded_trace(environment, task, 0, [*call, str(scene.asked.digit)]))
 
 
 def _row(scene: PlateScene, split: str, index: int, kind: str, content: dict[str, Any]) -> dict[str, Any]:
