@@ -14,7 +14,7 @@ from foveate.environments.protocol import Environment, Observation
 from foveate.files import atomic_write_text, sha256
 from foveate.records import Image, Message, Task
 
-SPLITS = ("train", "test", "traces")
+DRAWN_SPLITS = ("train", "test", "traces")
 """The files of a dataset: tasks to train on, tasks held out, and conversations to imitate, about other tasks."""
 
 
