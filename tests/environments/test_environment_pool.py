@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import signal
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate.environments import instances
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, Opened, with_opening
 from foveate.errors import ConfigError, DataError
@@ -149,8 +153,35 @@ def test_those_that_a_lost_process_takes_along_are_rebuilt_by_replaying_their_an
             pool.step("a", answer).result(60)
         assert pool.step("b", "kill").result(60).kind == "died"
         assert said(pool.step("a", "3").result(60)) == "6"
-        assert pool.rebuilt == 1
-    assert Path(log).read_text().split() == ["1", "2", "kill", "1", "2", "3"]
+        assert pool.rebuilt == 2
+    assert Path(log).read_text().split() == ["1", "2", "kill", "kill", "1", "2", "3"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_processes_lose_no_answer(file):
+    rng = random.Random(0)
+    with Environments(f"{file}:Counter", {}, workers=3) as pool:
+        keys = range(12)
+        opened(pool, *keys)
+        totals = dict.fromkeys(keys, 0)
+        for kill in range(20):
+            numbers = {key: rng.randrange(100) for key in keys}
+            steps = {key: pool.step(key, str(number)) for key, number in numbers.items()}
+            worker = pool._workers[rng.randrange(len(pool._workers))]
+            if kill % 2:
+                steps[0].result(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker._process.pid, signal.SIGKILL)
+            for key, step in steps.items():
+                totals[key] += numbers[key]
+                assert said(step.result(60)) == str(totals[key])
+            if kill % 7 == 6:
+                for key in keys:
+                    pool.close(key)
+                opened(pool, *keys)
+                totals = dict.fromkeys(keys, 0)
+        assert not pool.failures
+        assert pool.rebuilt
 
 
 def test_a_state_is_restored_in_the_place_of_a_replay(file, tmp_path):
@@ -163,7 +194,7 @@ def test_a_state_is_restored_in_the_place_of_a_replay(file, tmp_path):
         record = pool.state("a")
         assert record.state == {"total": 7}
         assert record.answers == ("4", "3")
-    assert Path(log).read_text().split() == ["4", "kill", "3"]
+    assert Path(log).read_text().split() == ["4", "kill", "kill", "3"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -266,6 +297,18 @@ def test_an_environment_that_no_process_can_make_is_one_error(tmp_path):
             waiting.result(60)
         with pytest.raises(DataError, match="cannot be built"):
             pool.open(TASK, 0, "b").result(60)
+
+
+def test_a_process_that_does_not_start_is_one_error(file, monkeypatch):
+    start = instances.EnvironmentWorker.__init__
+
+    def dying(worker, *arguments):
+        start(worker, *arguments)
+        worker._process.kill()
+
+    monkeypatch.setattr(instances.EnvironmentWorker, "__init__", dying)
+    with Environments(f"{file}:Counter", {}, workers=1) as pool, pytest.raises(DataError, match="did not start: its"):
+        pool.open(TASK, 0, "a").result(60)
 
 
 @pytest.mark.parametrize(

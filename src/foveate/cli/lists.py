@@ -1,4 +1,4 @@
-"""The verbs that say what there is to choose from: `foveate settings`, `recipes`, `rewards`, `environments`, `algorithms`."""
+"""The verbs that say what there is to choose from: settings, recipes, rewards, environments and algorithms."""
 
 from __future__ import annotations
 

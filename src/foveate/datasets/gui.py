@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foveate.datasets.traces import SPLITS, drawn_task, played, write_splits
+from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.gui import Gui, screen_task
 from foveate.environments.observe import encoded
@@ -23,7 +23,7 @@ def gui_scenes(
 ) -> Iterator[tuple[int, WidgetKind]]:
     """`count` numbers of screens with the kind of their task, the same for the same seed, each another screen. A screen
     belongs to one split, whatever the seed: one in eight to `test`, and of the rest one in four to `traces`."""
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
     seen: set[int] = set()
     while len(seen) < count:
         scene, kind = int(rng.integers(2**31)), kinds[int(rng.integers(len(kinds)))]
@@ -50,7 +50,7 @@ def gui_rows(
         answers = calls if split == "traces" else calls[:1]
         picture = encoded(draw_screen(task.screen, side))
         row = drawn_task(f"<image>\n{task.sentence}", picture, {"scene": scene, "kind": kind})
-        content = played(environment, row, 0, answers)
+        content = recorded_trace(environment, row, 0, answers)
         yield {
             "data_source": "gui",
             "prompt": content["prompt"],

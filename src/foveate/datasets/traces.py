@@ -14,11 +14,11 @@ from foveate.environments.protocol import Environment, Observation
 from foveate.files import atomic_write_text, sha256
 from foveate.records import Image, Message, Task
 
-SPLITS = ("train", "test", "traces")
+DRAWN_SPLITS = ("train", "test", "traces")
 """The files of a dataset: tasks to train on, tasks held out, and conversations to imitate, about other tasks."""
 
 
-def played(environment: Environment, task: Task, seed: int, answers: Sequence[str]) -> dict[str, Any]:
+def recorded_trace(environment: Environment, task: Task, seed: int, answers: Sequence[str]) -> dict[str, Any]:
     """A conversation of a policy that writes these answers with an environment: `prompt`, `images` and `response`, the
     last answer. What the environment shows is what it shows in a run."""
     messages = [*environment.reset(task, seed)]

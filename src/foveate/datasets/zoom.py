@@ -19,7 +19,7 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from foveate.datasets.shapes import COLOURS
-from foveate.datasets.traces import SPLITS, drawn_task, played, write_splits
+from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.observe import encoded
 from foveate.environments.screen import draw_text
@@ -105,7 +105,7 @@ def _in_cell(rng: np.random.Generator, column: int, row: int, cell: int) -> tupl
 def plate_scenes(seed: int, split: str, count: int, side: int) -> Iterator[PlateScene]:
     """`count` distinct scenes, the same for the same seed. A scene belongs to the split that its signature falls into:
     one in eight to `test`, and of the rest one in four to `traces`."""
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
     seen: set[str] = set()
     while len(seen) < count:
         scene = make_plates(rng, side)
@@ -132,7 +132,7 @@ def zoom_traces(
 ) -> Iterator[dict[str, Any]]:
     """Conversations to imitate: a share `read` without a call, a share `search` that finds its plate, the rest with the
     place in the question. tile: as in the settings of `zoom`."""
-    rng = np.random.default_rng([seed, SPLITS.index("traces"), 1])
+    rng = np.random.default_rng([seed, DRAWN_SPLITS.index("traces"), 1])
     environment = ToolUse(tools=[{"name": "zoom", "settings": {"tile": tile}}])
     for index, small in enumerate(plate_scenes(seed, "traces", count, side)):
         draw = rng.random()
@@ -141,7 +141,7 @@ def zoom_traces(
         call = [] if kind == "read" else [hermes_call("zoom", {"image": 1, "box": scene.box})]
         text = ASKED_AT.format(scene.box) if kind == "place" else ASKED.format(scene.asked.colour)
         task = drawn_task(text, encoded(draw_plates(scene)), {})
-        yield _row(scene, "traces", index, kind, played(environment, task, 0, [*call, str(scene.asked.digit)]))
+        yield _row(scene, "traces", index, kind, recorded_trace(environment, task, 0, [*call, str(scene.asked.digit)]))
 
 
 def _row(scene: PlateScene, split: str, index: int, kind: str, content: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from foveate.environments.observe import observation
 from foveate.environments.protocol import Environment, Observation, Step
 
-__all__ = ["ENVIRONMENTS", "TOOLS", "Environment", "Observation", "Step"]
+__all__ = ["ENVIRONMENTS", "TOOLS", "Environment", "Observation", "Step", "observation"]
 
 _HERE = "foveate.environments"
 

@@ -17,7 +17,7 @@ _DEFAULT = EnvironmentLimits()
 
 
 def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvironment, EnvironmentLimits]:
-    """What makes the environment of an answer, and its limits, which stand among its settings.
+    """A function that makes the environment of an answer, and the limits, which stand among its settings.
 
     The object of a name is a subclass of `Environment`, or a function that returns one. Raises ConfigError for an
     unknown name or setting, a value of the wrong type, and an object of another kind."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from foveate.environments.observe import observation
 from foveate.environments.protocol import Environment, Observation, Step
-from foveate.environments.tools import parts_of
+from foveate.environments.tools import result_parts
 from foveate.environments.trl import continued_prompt
 from foveate.errors import ConfigError, one_line
 from foveate.records import Task
@@ -92,7 +92,7 @@ class _Gymnasium(Environment):
             return Step((message,), 0.0, info={"calls": [{"name": "action", "error": True}]})
         shown, reward, terminated, truncated, _ = self._inner.step(action)
         done = bool(terminated or truncated)
-        text, pictures = ("", ()) if done else parts_of(self._parts(shown))
+        text, pictures = ("", ()) if done else result_parts(self._parts(shown))
         messages = () if done else (observation("user", text, *pictures),)
         return Step(messages, float(reward), done, {"calls": [{"name": "action", "error": False}]})
 

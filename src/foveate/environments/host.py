@@ -23,9 +23,8 @@ from foveate.errors import DataError, one_line, printable
 from foveate.processes import confine
 from foveate.records import Task
 from foveate.registry import unpickle
+from foveate.rewards.build import TRACE_FRAMES
 
-TRACE_FRAMES = 8
-"""The last frames of a traceback that are kept."""
 LONGEST_NOTE = 500
 
 
@@ -44,7 +43,7 @@ class EnvironmentJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
+class EnvironmentCommand:
     """One call for the environment of a number: reset with (task, seed), restore with a state, step with a text, close.
     reset makes the environment, and close ends it."""
 
@@ -54,7 +53,7 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class EnvironmentReply:
     """The result of a command with a hash of what the model sees, and the environment's state after it."""
 
     result: Opened | Step | None = None
@@ -76,7 +75,7 @@ class EnvironmentHost:
         self._make, self._limits = make, limits
         self._open: dict[int, Environment] = {}
 
-    def handle(self, command: Command) -> Reply | EnvironmentFailure:
+    def handle(self, command: EnvironmentCommand) -> EnvironmentReply | EnvironmentFailure:
         """The reply to a command. Raises nothing but what ends the process."""
         own = os.getpid()
         try:
@@ -94,7 +93,7 @@ class EnvironmentHost:
             self._close(command.number)
         return reply
 
-    def _handle(self, command: Command) -> Reply:
+    def _handle(self, command: EnvironmentCommand) -> EnvironmentReply:
         number = command.number
         match command.name:
             case "reset":
@@ -102,20 +101,20 @@ class EnvironmentHost:
                 return self._reset(number, task, seed)
             case "restore":
                 self._open[number].restore(command.argument)
-                return Reply()
+                return EnvironmentReply()
             case "step":
                 environment = self._open[number]
                 step = checked_step(environment.step(command.argument), self._limits)
-                return Reply(step, digest_of(step.messages, step.done), _state(environment))
+                return EnvironmentReply(step, digest_of(step.messages, step.done), _state(environment))
             case "close":
                 self._close(number)
-                return Reply()
+                return EnvironmentReply()
 
-    def _reset(self, number: int, task: Task, seed: int) -> Reply:
+    def _reset(self, number: int, task: Task, seed: int) -> EnvironmentReply:
         environment = self._open[number] = self._make()
         messages = checked_opening(environment.reset(task, seed), task, self._limits)
         digest = digest_of(messages)
-        return Reply(Opened(messages, digest), digest)
+        return EnvironmentReply(Opened(messages, digest), digest)
 
     def _close(self, number: int) -> None:
         environment = self._open.pop(number, None)

@@ -10,18 +10,17 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from foveate.environments.host import Command, EnvironmentJob, host_for_ever
+from foveate.environments.host import EnvironmentCommand, EnvironmentJob, host_for_ever
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, Opened
 from foveate.errors import DataError
 from foveate.processes import GuardedProcess
 from foveate.records import Task
+from foveate.rewards.pool import STARTING_LIMIT
 
-STARTING_LIMIT = 300.0
-"""Seconds that a worker process may take to import the environment before the run gives up."""
 TRIES = 3
 """Processes that an environment may lose, without a result in between, to others; and starts of a process in the place
 of one that was lost, until the environment itself must be at fault."""
-PRELOADED = ["foveate.environments.host"]
+HOST_MODULES = ["foveate.environments.host"]
 """Imported once by the fork server for all workers."""
 
 
@@ -30,14 +29,15 @@ class PendingCommand:
     """A command, the future that waits for it, and for one that rebuilds, the digest that must be seen again. Without
     a command it waits for the rebuilding before it."""
 
-    command: Command | None
+    command: EnvironmentCommand | None
     future: Future[Any] | None = None
     expected: str | None = None
 
 
 @dataclass(slots=True, eq=False)
 class EnvironmentInstance:
-    """The environment of one answer. `rebuilding`: commands that come before those that wait."""
+    """The environment of one answer. `rebuilding`: commands that come before those that wait; `lost`: processes that it
+    has lost without a result in between; `retried`: whether one of them ended during its next command."""
 
     number: int
     task: Task
@@ -47,16 +47,9 @@ class EnvironmentInstance:
     worker: EnvironmentWorker | None = None
     opened: Opened | None = None
     lost: int = 0
+    retried: bool = False
     failure: EnvironmentFailure | None = None
     closed: bool = False
-
-    def renumber(self, number: int) -> None:
-        """Another number, so that what is left of it in a worker is not taken for it."""
-        self.number = number
-        self.waiting = deque(
-            one if one.command is None else replace(one, command=replace(one.command, number=number))
-            for one in self.waiting
-        )
 
     @property
     def has_work(self) -> bool:
@@ -64,6 +57,12 @@ class EnvironmentInstance:
 
     def next_job(self) -> PendingCommand:
         return (self.rebuilding or self.waiting).popleft()
+
+    def retry(self, job: PendingCommand) -> None:
+        """Carry out a command again that a lost process has not finished."""
+        self.retried = True
+        if job.expected is None:
+            self.waiting.appendleft(job)
 
     def rebuild(self) -> None:
         """Put in front what brings it back to where its record stands; nothing for one that was not opened yet."""
@@ -78,7 +77,7 @@ class EnvironmentInstance:
             self._again("step", answer, digest)
 
     def _again(self, name: Any, argument: Any, digest: str) -> None:
-        self.rebuilding.append(PendingCommand(Command(name, self.number, argument), None, digest))
+        self.rebuilding.append(PendingCommand(EnvironmentCommand(name, self.number, argument), None, digest))
 
 
 class EnvironmentWorker(GuardedProcess):
@@ -87,7 +86,7 @@ class EnvironmentWorker(GuardedProcess):
 
     def __init__(self, job: EnvironmentJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready."""
-        super().__init__(host_for_ever, job, PRELOADED)
+        super().__init__(host_for_ever, job, HOST_MODULES)
         self.tries, self.is_starting = tries, True
         self.instances: set[EnvironmentInstance] = set()
         self.queue: dict[EnvironmentInstance, None] = {}
@@ -117,7 +116,7 @@ class EnvironmentWorker(GuardedProcess):
             now = time.monotonic()
             self.halfway, self.deadline = now + self._limit / 2, now + self._limit
             with suppress(OSError):
-                self.pipe.send(job.command)
+                self.pipe.send(replace(job.command, number=instance.number))  # it may have moved since it was asked
 
     def received(self) -> tuple[EnvironmentInstance | None, PendingCommand | None]:
         """Its command has a result, or it is ready: it waits for the next one."""
@@ -130,7 +129,7 @@ class EnvironmentWorker(GuardedProcess):
         """An environment goes on elsewhere, or not at all, and what is left of it here is closed."""
         self.forget(instance)
         rest = EnvironmentInstance(instance.number, instance.task, instance.record, worker=self, closed=True)
-        rest.waiting.append(PendingCommand(Command("close", rest.number)))
+        rest.waiting.append(PendingCommand(EnvironmentCommand("close", rest.number)))
         self.instances.add(rest)
         self.queue.setdefault(rest)
 

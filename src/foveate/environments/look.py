@@ -6,15 +6,15 @@ import math
 
 from PIL import Image, ImageDraw
 
-from foveate.environments.tools import Box
+from foveate.environments.tools import ImageBox
 
-LONGEST = 2_048
+LONGEST_SIDE = 2_048
 """Pixels of the longer side of an image that a tool shows whole."""
-BLOCK = 28
+ZOOM_BLOCK = 28
 """Pixels that the sides of an enlarged part are a multiple of: models that keep an image's shape do not resize it."""
 
 
-def zoom(image: Image.Image, box: Box, *, tile: int = 448, min_side: int = 16) -> Image.Image:
+def zoom(image: Image.Image, box: ImageBox, *, tile: int = 448, min_side: int = 16) -> Image.Image:
     """Shows a part of an image enlarged.
 
     Args:
@@ -24,11 +24,11 @@ def zoom(image: Image.Image, box: Box, *, tile: int = 448, min_side: int = 16) -
     left, top, right, bottom = _at_least(box, image.size, min_side)
     part = image.crop((left, top, right, bottom))
     scale = max(tile / max(part.size), 1.0)
-    width, height = (max(round(side * scale / BLOCK), 1) * BLOCK for side in part.size)
+    width, height = (max(round(side * scale / ZOOM_BLOCK), 1) * ZOOM_BLOCK for side in part.size)
     return part.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _at_least(box: Box, size: tuple[int, int], min_side: int) -> tuple[int, int, int, int]:
+def _at_least(box: ImageBox, size: tuple[int, int], min_side: int) -> tuple[int, int, int, int]:
     """A box in whole pixels inside the image, with sides of at least `min_side` pixels where the image has them."""
     x, width = _side(box[0], box[2], size[0], min_side)
     y, height = _side(box[1], box[3], size[1], min_side)
@@ -53,7 +53,7 @@ def rotate(image: Image.Image, degrees: int) -> Image.Image:
     return _within(turned, max(image.size))
 
 
-def mark(image: Image.Image, box: Box) -> Image.Image:
+def mark(image: Image.Image, box: ImageBox) -> Image.Image:
     """Draws a red frame on an image.
 
     Args:
@@ -67,8 +67,8 @@ def mark(image: Image.Image, box: Box) -> Image.Image:
 
 
 def _within(image: Image.Image, side: int) -> Image.Image:
-    """The image with sides of at most `side` and `LONGEST` pixels."""
-    scale = min(side, LONGEST) / max(image.size)
+    """The image with sides of at most `side` and `LONGEST_SIDE` pixels."""
+    scale = min(side, LONGEST_SIDE) / max(image.size)
     if scale >= 1:
         return image
     return image.resize(

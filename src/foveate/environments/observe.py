@@ -17,7 +17,7 @@ from foveate.environments.protocol import EnvironmentLimits, Observation, Step
 from foveate.errors import DataError
 from foveate.records import Image, Task
 
-ROLES = ("system", "user", "tool")
+OBSERVED_ROLES = ("system", "user", "tool")
 MOST_INFO, MOST_STATE = 20_000, 1_000_000
 """Characters of the JSON of a step's info, and of a state."""
 
@@ -53,7 +53,7 @@ def task_messages(task: Task) -> tuple[Observation, ...]:
 def checked_opening(messages: Any, task: Task, limits: EnvironmentLimits) -> tuple[Observation, ...]:
     """The messages of `reset`, as `checked_messages`. A prompt may be as long as that of its task."""
     own = sum(len(message.content) for message in task.messages)
-    checked = checked_messages(messages, task.images, limits, roles=(*ROLES, "assistant"), more_text=own)
+    checked = checked_messages(messages, task.images, limits, roles=(*OBSERVED_ROLES, "assistant"), more_text=own)
     if not any(message.role != "system" for message in checked):
         raise DataError("reset gave no message of the user")
     return checked
@@ -78,7 +78,7 @@ def checked_messages(
     known: Sequence[Image],
     limits: EnvironmentLimits,
     *,
-    roles: Sequence[str] = ROLES,
+    roles: Sequence[str] = OBSERVED_ROLES,
     more_text: int = 0,
 ) -> tuple[Observation, ...]:
     """Observations with images whose headers were read. Images among `known`, which were read before, are no part of

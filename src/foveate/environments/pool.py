@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.environments.build import build_environment, tools_of
-from foveate.environments.host import CannotBuild, Command, EnvironmentHost, EnvironmentJob, Reply
+from foveate.environments.host import CannotBuild, EnvironmentCommand, EnvironmentHost, EnvironmentJob, EnvironmentReply
 from foveate.environments.instances import (
     TRIES,
     EnvironmentInstance,
@@ -38,11 +38,9 @@ from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord,
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 from foveate.registry import pickled
+from foveate.rewards.pool import MOST_WORKERS
 
 logger = logging.getLogger(__name__)
-
-MOST_WORKERS = 8
-"""Worker processes unless the caller says how many."""
 
 
 class Environments:
@@ -99,16 +97,16 @@ class Environments:
 
     def open(self, task: Task, seed: int, key: Hashable) -> Future[Opened | EnvironmentFailure]:
         instance = self._new(task, EnvironmentRecord(seed, (), ()), key)
-        return self._ask(instance, Command("reset", instance.number, (task, seed)))
+        return self._ask(instance, EnvironmentCommand("reset", instance.number, (task, seed)))
 
     def step(self, key: Hashable, answer: str) -> Future[Step | EnvironmentFailure]:
         instance = self._instances[key]
-        return self._ask(instance, Command("step", instance.number, answer))
+        return self._ask(instance, EnvironmentCommand("step", instance.number, answer))
 
     def restore(self, task: Task, record: EnvironmentRecord, key: Hashable) -> Future[Opened | EnvironmentFailure]:
         instance = self._new(task, record, key)
         if not record.digests:
-            return self._ask(instance, Command("reset", instance.number, (task, record.seed)))
+            return self._ask(instance, EnvironmentCommand("reset", instance.number, (task, record.seed)))
         return self._ask(instance, None)
 
     def state(self, key: Hashable) -> EnvironmentRecord:
@@ -128,6 +126,9 @@ class Environments:
         for instance in self._instances.values():
             self._close(instance)
         self._instances = {}
+        self._fault = self._fault or DataError("the environments of this run have ended")
+        self._wake.close()
+        self._woken.close()
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +144,7 @@ class Environments:
         instance = self._instances[key] = EnvironmentInstance(next(self._numbers), task, record)
         return instance
 
-    def _ask(self, instance: EnvironmentInstance, command: Command | None) -> Future[Any]:
+    def _ask(self, instance: EnvironmentInstance, command: EnvironmentCommand | None) -> Future[Any]:
         future: Future[Any] = Future()
         self._call(lambda: self._enqueue(instance, PendingCommand(command, future)))
         return future
@@ -173,7 +174,9 @@ class Environments:
                 instance.rebuild()
             while instance.has_work and instance.failure is None:
                 job = instance.next_job()
-                self._finish(instance, job, Reply() if job.command is None else self._host.handle(job.command))
+                self._finish(
+                    instance, job, EnvironmentReply() if job.command is None else self._host.handle(job.command)
+                )
         elif instance.has_work:
             self._leave_late(instance)
             if instance.worker is None:
@@ -184,7 +187,9 @@ class Environments:
             if instance is not instance.worker.current:
                 instance.worker.queue.setdefault(instance)
 
-    def _finish(self, instance: EnvironmentInstance, job: PendingCommand, reply: Reply | EnvironmentFailure) -> None:
+    def _finish(
+        self, instance: EnvironmentInstance, job: PendingCommand, reply: EnvironmentReply | EnvironmentFailure
+    ) -> None:
         """Take the result of a command."""
         if isinstance(reply, EnvironmentFailure):
             self._fail(instance, reply, job)
@@ -197,7 +202,7 @@ class Environments:
             if worker is not None:
                 worker.leave(instance)
             elif self._host is not None:
-                self._host.handle(Command("close", instance.number))
+                self._host.handle(EnvironmentCommand("close", instance.number))
             return
         if isinstance(result, Opened):
             instance.opened = result
@@ -207,10 +212,10 @@ class Environments:
             result = self._recorded(instance, job.command, reply)
         resolve_future(job.future, result)
 
-    def _recorded(self, instance: EnvironmentInstance, command: Command, reply: Reply) -> Any:
+    def _recorded(self, instance: EnvironmentInstance, command: EnvironmentCommand, reply: EnvironmentReply) -> Any:
         """The result of a command that is no replay, which from now on belongs to what a rebuilt one must show."""
         record, step = instance.record, reply.result
-        instance.lost = 0
+        instance.lost, instance.retried = 0, False
         if isinstance(step, Opened):
             instance.record = replace(record, digests=(reply.digest,))
         if isinstance(step, Step):
@@ -245,7 +250,7 @@ class Environments:
             cancel_future(job.future)
         instance.waiting.clear()
         instance.rebuilding.clear()
-        command = Command("close", instance.number)
+        command = EnvironmentCommand("close", instance.number)
         if self._host is not None:
             self._host.handle(command)
         elif worker is not None and worker.is_alive:
@@ -308,20 +313,27 @@ class Environments:
             self._schedule(instance)
 
     def _lose(self, worker: EnvironmentWorker, failure: EnvironmentFailure) -> None:
-        """End a worker, fail the environment that it was busy with, and put another one in its place."""
+        """End a worker and put another one in its place. The environment that it was busy with fails where it has hung,
+        or has lost a process with the same command before."""
         current, instances = worker.current, [*worker.instances]
         worker.kill()
-        self._workers.remove(worker)
         if worker.is_starting and not worker.tries:
             self._give_up(DataError(f"a process for the environment did not start: {failure.note}"))
+        self._workers.remove(worker)
+        if self._fault is not None:
             return
         if len(self._workers) < self._count:
             self._workers.append(EnvironmentWorker(self._job, worker.tries - 1 if worker.is_starting else TRIES))
         for instance in instances:
             worker.forget(instance)
-            instance.lost += instance is not current and not worker.is_starting
-            if instance is current or instance.lost > TRIES:
-                self._fail(instance, failure, worker.job if instance is current else None)
+            if instance is current and (failure.kind != "died" or instance.retried or instance.closed):
+                self._fail(instance, failure, worker.job)
+                continue
+            if instance is current and worker.job is not None:  # the system may have ended the process, not this one
+                instance.retry(worker.job)
+            instance.lost += not worker.is_starting
+            if instance.lost > TRIES:
+                self._fail(instance, failure)
             elif not instance.closed:
                 self._schedule(instance)
 
@@ -342,7 +354,7 @@ class Environments:
         elif not in_time:
             return
         worker.leave(instance)
-        instance.renumber(next(self._numbers))
+        instance.number = next(self._numbers)  # what is left of it there is not taken for it
 
     def _retire(self) -> None:
         """End workers beyond those that were asked for when they have nothing left."""

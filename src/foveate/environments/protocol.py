@@ -84,7 +84,7 @@ class EnvironmentFailure:
     with `note` (one line). kind "start_again": a rebuilt environment did not show what the first one had shown, so that
     the answer must be sampled anew from its prompt; all others end the answer.
 
-    The kinds: it raised; took too long; its process died; is beyond `EnvironmentLimits`; returned what is no reply."""
+    The kinds: it raised; took too long; lost two processes; broke `EnvironmentLimits`; returned what is no reply."""
 
     kind: FailureKind
     note: str

@@ -14,7 +14,7 @@ from foveate.errors import ConfigError
 from foveate.records import Image, Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME
 
-PER_MILLE = (FRAME, FRAME)
+IN_THOUSANDTHS = (FRAME, FRAME)
 
 
 class Calling(Environment):
@@ -29,14 +29,14 @@ class Calling(Environment):
         self._max_calls = max_calls
         self._images: list[Image] = []
         self._decoded: dict[int, Seen] = {}
-        self._first_frame = PER_MILLE
+        self._first_frame = IN_THOUSANDTHS
 
     def tools(self) -> Sequence[Mapping[str, Any]]:
         return [tool.schema(self._frame) for tool in self._tools.values()]
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:  # noqa: ARG002
         self._images, self._decoded = [*task.images], {}
-        right, bottom = task.meta.get(BOX_FRAME, PER_MILLE)
+        right, bottom = task.meta.get(BOX_FRAME, IN_THOUSANDTHS)
         self._first_frame = float(right), float(bottom)
         return task_messages(task)
 
@@ -55,7 +55,7 @@ class Calling(Environment):
         return Step(done=True)
 
     def called(self, messages: list[Observation], info: Mapping[str, Any]) -> Step:
-        """What follows the calls of a turn: the results of the tools."""
+        """The reply to a turn with calls: the results of the tools."""
         return Step(tuple(messages), info=info)
 
     def _carried_out(self, call: ToolCall | MalformedCall) -> tuple[Observation, dict[str, Any]]:
@@ -92,8 +92,8 @@ class Calling(Environment):
             of = self._of
             if index not in of._decoded:
                 picture = load_image(of._images[index])
-                absolute = of._first_frame != PER_MILLE
-                own = (float(picture.width), float(picture.height)) if absolute else PER_MILLE
+                absolute = of._first_frame != IN_THOUSANDTHS
+                own = (float(picture.width), float(picture.height)) if absolute else IN_THOUSANDTHS
                 of._decoded[index] = Seen(picture, own if index else of._first_frame)
             return of._decoded[index]
 

@@ -1,9 +1,9 @@
 """Tools: plain functions with type hints and a docstring, which a model calls.
 
 A parameter of type `PIL.Image.Image` is an image of the conversation, which the model names by its number, from 1 in
-the order in which it has seen them. A parameter of type `Box` is a part of that image: the model writes it in the frame
-of its family, and the function gets pixels. Keyword-only parameters are settings, which the model does not see. A tool
-returns a text, a number, a dict, an image, or several of these.
+the order in which it has seen them. A parameter of type `ImageBox` is a part of that image: the model writes it in the
+frame of its family, and the function gets pixels. Keyword-only parameters are settings, which the model does not see. A
+tool returns a text, a number, a dict, an image, or several of these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from foveate.registry import bind, explain, resolve, suggestion
 Frame = Literal["model", "thousandths", "pixels"]
 
 
-class Box(tuple[float, float, float, float]):
+class ImageBox(tuple[float, float, float, float]):
     """A part of an image, as the type of a tool's parameter: (left, top, right, bottom) in pixels of it."""
 
     __slots__ = ()
@@ -87,11 +87,10 @@ class Tool:
         return next((key for key, hint in self.hints.items() if hint is Image.Image), None)
 
     def schema(self, frame: Frame = "model") -> dict[str, Any]:
-        """What the prompt shows of the tool. Raises ConfigError where the docstring does not say what a parameter
-        is."""
+        """The JSON schema that the prompt shows. Raises ConfigError where the docstring leaves out a parameter."""
         from transformers.utils import get_json_schema  # seconds, and workers need none of it
 
-        plain: dict[Any, Any] = {Image.Image: int, Box: list[float]}
+        plain: dict[Any, Any] = {Image.Image: int, ImageBox: list[float]}
 
         def shown() -> None: ...
 
@@ -109,7 +108,7 @@ class Tool:
             about = schema["function"]["parameters"]["properties"][key]
             if hint is Image.Image:
                 about["description"] += " Its number, from 1 in the order of the conversation."
-            if hint is Box:
+            if hint is ImageBox:
                 unit = "pixels" if frame == "pixels" else "thousandths of the image's sides"
                 about["description"] += f" [left, top, right, bottom] in {unit}."
         return schema
@@ -128,7 +127,7 @@ class Tool:
                 if key == self.image_parameter:
                     seen, info["image"] = image, number
         for key, hint in self.hints.items():
-            if hint is Box and key in given:
+            if hint is ImageBox and key in given:
                 given[key] = self._box(key, given[key], seen, frame)
                 if seen is not None:
                     sides = (seen.picture.width, seen.picture.height) * 2
@@ -137,7 +136,7 @@ class Tool:
             result = finished(self.function(**given))
         except ValueError as error:
             raise CallError(f"{self.name}: {one_line(error)[:300]}") from None
-        text, pictures = parts_of(result)
+        text, pictures = result_parts(result)
         return ToolResult(text, pictures, info)
 
     def _arguments(self, call: ToolCall) -> dict[str, Any]:
@@ -154,7 +153,7 @@ class Tool:
         return {key: self._read(key, value, call.as_text) for key, value in call.arguments.items()}
 
     def _read(self, key: str, value: Any, as_text: bool) -> Any:
-        hint = {Image.Image: int, Box: tuple[float, float, float, float]}.get(self.hints[key], self.hints[key])
+        hint = {Image.Image: int, ImageBox: tuple[float, float, float, float]}.get(self.hints[key], self.hints[key])
         if as_text and hint is not str:
             try:
                 value = json.loads(value)
@@ -171,18 +170,18 @@ class Tool:
             raise CallError(f"{self.name}: {key} must be the number of an image, {known}; found {number}")
         return images[number - 1]
 
-    def _box(self, key: str, box: Sequence[float], seen: Seen | None, frame: Frame) -> Box:
+    def _box(self, key: str, box: Sequence[float], seen: Seen | None, frame: Frame) -> ImageBox:
         """A box in pixels of its image."""
         if not (box[0] < box[2] and box[1] < box[3]):
             raise CallError(f"{self.name}: {key} must be [left, top, right, bottom] with left < right and top < bottom")
         if seen is None:
-            return Box(box)
+            return ImageBox(box)
         width, height = seen.picture.size
         right, bottom = {"thousandths": (1000.0, 1000.0), "pixels": (width, height)}.get(frame, seen.frame)
-        scaled = Box(value * scale for value, scale in zip(box, (width / right, height / bottom) * 2, strict=True))
+        scaled = ImageBox(value * scale for value, scale in zip(box, (width / right, height / bottom) * 2, strict=True))
         if scaled[0] >= width or scaled[1] >= height or scaled[2] <= 0 or scaled[3] <= 0:
             raise CallError(f"{self.name}: {key} lies outside of the image")
-        return Box(min(max(value, 0.0), side) for value, side in zip(scaled, (width, height) * 2, strict=True))
+        return ImageBox(min(max(value, 0.0), side) for value, side in zip(scaled, (width, height) * 2, strict=True))
 
 
 def finished(result: Any) -> Any:
@@ -194,7 +193,7 @@ def finished(result: Any) -> Any:
     return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
-def parts_of(result: Any) -> tuple[str, tuple[Image.Image, ...]]:
+def result_parts(result: Any) -> tuple[str, tuple[Image.Image, ...]]:
     """The text and the pictures of what a tool returned: one value, several, or parts as in chat messages."""
     parts = result if isinstance(result, list | tuple) and any(map(_is_part, result)) else [result]
     texts, pictures = [], []

@@ -10,7 +10,7 @@ from typing import Any
 from foveate.environments.observe import observation, task_messages
 from foveate.environments.protocol import Environment, Observation, Step
 from foveate.environments.tool_use import Calling
-from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool, parts_of
+from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool, result_parts
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 from foveate.registry import resolve
@@ -75,7 +75,7 @@ def continued_prompt(task: Task, shown: Any) -> tuple[Observation, ...]:
     messages = task_messages(task)
     if shown is None:
         return messages
-    text, pictures = parts_of(shown)
+    text, pictures = result_parts(shown)
     more = observation("user", text, *pictures)
     last = messages[-1]
     if last.role != "user":
