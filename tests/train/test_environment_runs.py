@@ -105,7 +105,7 @@ def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, dat
     assert record["reward/mean"] == record["reward/environment"]
     rows = rows_of(run, 1)
     assert all([message["role"] for message in row["prompt"]] == ["system", "user"] for row in rows)
-    assert all(row["question"].startswith("<image>\nwhat is") for row in rows)
+    assert all(row["prompt"][1]["content"].startswith("<image>\nwhat is") for row in rows)
     for answer in (answer for row in rows for answer in row["answers"]):
         ended = answer["finish"] == "stop"
         assert answer["score"] == (len(answer["text"]) % 3 if ended else 0)
