@@ -256,6 +256,13 @@ def test_a_bad_reply_costs_one_answer(server, reply, kind, note):
     assert note in failure.note
 
 
+def test_a_server_that_does_not_answer_costs_one_answer():
+    with Environments("http", {"url": "http://127.0.0.1:1/", "timeout": 1.0}, workers=0) as pool:
+        failure = pool.open(TASK, 0, "a").result()
+        assert isinstance(failure, EnvironmentFailure)
+        assert failure.note.startswith("ConnectionError: http://127.0.0.1:1/ does not answer")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -73,7 +73,7 @@ def test_the_page_has_every_environment_tool_and_limit():
     for name in (*ENVIRONMENTS, *TOOLS):
         assert f"| `{name}` |" in PAGE
     for name in ("max_turns", "max_text", "max_images", "max_pixels"):
-        found = re.search(rf"`environment\.settings\.{name}` \| (\d+)", PAGE)
+        found = re.search(rf"\b{name}`[^|\n]*\| (\d+) \|", PAGE)
         assert found
         assert int(found[1]) == getattr(EnvironmentLimits(), name)
 

@@ -246,6 +246,11 @@ def test_schemas_say_how_images_and_boxes_are_written():
     assert "in pixels" in schema["function"]["parameters"]["properties"]["box"]["description"]
 
 
+def test_prompts_need_not_show_the_tools():
+    assert [*ToolUse(tools=["zoom"], shown=False).tools()] == []
+    assert begun(shown=False).step(hermes_call("zoom", {"image": 1, "box": [0, 0, 9, 9]})).messages[0].images
+
+
 def test_tools_run_in_worker_processes():
     with Environments("tools", {"tools": ["zoom", "calculator"], "max_turns": 3}, workers=1) as pool:
         assert [schema["function"]["name"] for schema in pool.tools] == ["zoom", "calculator"]

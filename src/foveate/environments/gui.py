@@ -39,8 +39,8 @@ def screen_task(scene: int, kind: WidgetKind) -> ScreenTask:
 class Gui(Calling):
     """A drawn screen with widgets: an answer clicks, types and scrolls; the reward is 1 where OK is pressed and every
     widget is as the task says, else 0. A row whose extra_info has scene and kind (`foveate prepare gui`) is that
-    screen; for others the seed of the group draws one of `kinds`. side: of the screen in pixels; frame, max_calls: as
-    in `tools`."""
+    screen; for others the seed of the group draws one of `kinds`. side: of the screen in pixels; frame, max_calls,
+    shown: as in `tools`."""
 
     def __init__(
         self,
@@ -49,12 +49,13 @@ class Gui(Calling):
         kinds: list[WidgetKind] | None = None,
         frame: Frame = "model",
         max_calls: int = 1,
+        shown: bool = True,
     ) -> None:
         if not 84 <= side <= 2_048:
             raise ConfigError(f"environment gui: side must be from 84 to 2,048 pixels, found {side}")
         self._side, self._kinds = side, kinds or [*WIDGET_KINDS]
         methods = {"click": self._click, "type": self._type, "scroll": self._scroll}
-        super().__init__([method_tool(name, method) for name, method in methods.items()], frame, max_calls)
+        super().__init__([method_tool(name, method) for name, method in methods.items()], frame, max_calls, shown)
         self._task: ScreenTask
         self._screen: Screen
 

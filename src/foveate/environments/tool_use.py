@@ -19,20 +19,21 @@ IN_THOUSANDTHS = (FRAME, FRAME)
 
 class Calling(Environment):
     """The base of environments whose answers call tools: an answer without a call is the last one. Images of the
-    conversation are numbered from 1, those of the task first."""
+    conversation are numbered from 1, those of the task first. `shown`: whether prompts show the tools."""
 
-    def __init__(self, tools: Iterable[Tool], frame: Frame, max_calls: int) -> None:
+    def __init__(self, tools: Iterable[Tool], frame: Frame, max_calls: int, shown: bool) -> None:
         if max_calls < 1:
             raise ConfigError(f"max_calls must be at least 1, found {max_calls}")
         self._tools = {tool.name: tool for tool in tools}
         self._frame: Frame = frame
-        self._max_calls = max_calls
+        self._max_calls, self._shown_tools = max_calls, shown
         self._images: list[Image] = []
         self._decoded: dict[int, Seen] = {}
         self._first_frame = IN_THOUSANDTHS
 
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        return [tool.schema(self._frame) for tool in self._tools.values()]
+        schemas = [tool.schema(self._frame) for tool in self._tools.values()]
+        return schemas if self._shown_tools else []
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:  # noqa: ARG002
         self._images, self._decoded = [*task.images], {}
@@ -101,9 +102,17 @@ class Calling(Environment):
 class ToolUse(Calling):
     """Answers to a task with the help of tools, scored by the run's reward. tools: names of `foveate environments`,
     import paths of plain functions (TRL's tools are such), or {name, settings}. frame: in what the model writes boxes:
-    as its family does, in thousandths of the image's sides, or in pixels of the image. max_calls: of one turn."""
+    as its family does, in thousandths of the image's sides, or in pixels of the image. max_calls: of one turn. shown:
+    whether prompts show the tools; the conversations of `foveate prepare` do not."""
 
-    def __init__(self, *, tools: list[str | dict[str, Any]], frame: Frame = "model", max_calls: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        tools: list[str | dict[str, Any]],
+        frame: Frame = "model",
+        max_calls: int = 4,
+        shown: bool = True,
+    ) -> None:
         if not tools:
             raise ConfigError("tools must name at least one tool")
-        super().__init__(map(build_tool, tools), frame, max_calls)
+        super().__init__(map(build_tool, tools), frame, max_calls, shown)

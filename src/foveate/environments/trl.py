@@ -25,6 +25,7 @@ def trl(
     tools: list[str | dict[str, Any]] | None = None,
     frame: Frame = "model",
     max_calls: int = 4,
+    shown: bool = True,
 ) -> Environment:
     """A class, or a function that makes an object, as TRL's `environment_factory` takes it: `reset(**row)` returns None
     or what the prompt is continued with, public methods are tools, and `get_reward()` is the reward, where there is
@@ -37,7 +38,7 @@ def trl(
     if "reset" not in methods:
         raise ConfigError(f"environment trl: {factory} has no method reset(**row)")
     own = [method_tool(name, method) for name, method in methods.items() if name not in _RESERVED]
-    return _TRL(methods, [*map(build_tool, tools or []), *own], frame, max_calls)
+    return _TRL(methods, [*map(build_tool, tools or []), *own], frame, max_calls, shown)
 
 
 def _public_methods(instance: Any) -> dict[str, Callable[..., Any]]:
@@ -47,9 +48,14 @@ def _public_methods(instance: Any) -> dict[str, Callable[..., Any]]:
 
 class _TRL(Calling):
     def __init__(
-        self, methods: Mapping[str, Callable[..., Any]], tools: Sequence[Tool], frame: Frame, max_calls: int
+        self,
+        methods: Mapping[str, Callable[..., Any]],
+        tools: Sequence[Tool],
+        frame: Frame,
+        max_calls: int,
+        shown: bool,
     ) -> None:
-        super().__init__(tools, frame, max_calls)
+        super().__init__(tools, frame, max_calls, shown)
         self._reset, self._reward = methods["reset"], methods.get("get_reward")
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:
