@@ -18,7 +18,7 @@ from foveate.train.rl import run_rl
 CORNERS = {"name": f"{HERE}:Corners", "workers": 0}
 ROOM = {
     "rollout": {"samples": 4, "max_tokens": 200},
-    "train": {"steps": 2, "prompts_per_step": 2, "tokens_per_micro_batch": 1024},
+    "train": {"steps": 1, "prompts_per_step": 2, "tokens_per_micro_batch": 1024},
 }
 
 
