@@ -61,6 +61,7 @@ def model_facts(policy: Policy) -> dict[str, str]:
         "folder": str(policy.folder),
         "format": CHECKPOINT_FORMATS[policy.format],
         "family": f"{family.name}, {config.get_text_config().model_type} language model",
+        **({} if family.proof is None else {"proof": f"{family.proof:.1e} nats from transformers at most"}),
         "parameters": f"{sum(counts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in counts.items()},
         "image": family.image_summary(),
