@@ -76,12 +76,14 @@ class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
 
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns) is how the tokens lie in the picture, for families with 3-D positions; None elsewhere."""
+    `grid` (rows, columns) is how the tokens lie in the picture, for families with 3-D positions; None elsewhere.
+    `bidirectional`: they attend to each other both ways."""
 
     position: int
     count: int
     tiles: int
     grid: tuple[int, int] | None = None
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

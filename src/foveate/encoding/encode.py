@@ -176,8 +176,20 @@ class Encoder:
                 raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
-        text = text.replace(IMAGE_MARK, self.family.image_text).replace(IMAGE_WORD, IMAGE_MARK)
-        return Rendered(text, disguise), [frame if is_frame else each for is_frame in frames]
+        budgets = [frame if is_frame else each for is_frame in frames]
+        text = self._written(text, task, budgets).replace(IMAGE_WORD, IMAGE_MARK)
+        return Rendered(text, disguise), budgets
+
+    def _written(self, text: str, task: Task, budgets: list[int]) -> str:
+        """The text with what stands for each image in place of its mark."""
+        first, *rest = text.split(IMAGE_MARK)
+        pieces = [first]
+        for image, budget, after in zip(task.images, budgets, rest, strict=True):
+            try:
+                pieces += [self.family.written(image.width, image.height, budget), after]
+            except DataError as error:
+                raise DataError(f"{task.where}, field images: {error}") from error
+        return "".join(pieces)
 
     def _control_words(self, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
         """The control words of the family without some that are allowed, and what finds them."""
@@ -195,16 +207,21 @@ class Encoder:
         return disguise, tuple(Message(message.role, disguise.hide(message.content)) for message in task.messages)
 
     def _slots(self, task: Task, engine_ids: list[int], budgets: list[int]) -> tuple[ImageSlot, ...]:
-        slots = []
+        slots: list[ImageSlot] = []
         grown = 0
-        places = [i for i, token in enumerate(engine_ids) if token == self.family.image_token_id]
-        for place, image, budget in zip(places, task.images, budgets, strict=True):
+        places = iter([i for i, token in enumerate(engine_ids) if token == self.family.image_token_id])
+        both_ways = self.family.bidirectional_images
+        for image, budget in zip(task.images, budgets, strict=True):
             try:
                 shape = self.family.shape(image.width, image.height, budget)
             except DataError as error:
                 raise DataError(f"{task.where}, field images: {error}") from error
-            slots.append(ImageSlot(place + grown, shape.tokens, shape.entries, shape.grid))
-            grown += shape.tokens - 1
+            tokens, entries = shape.tokens // shape.runs, shape.entries // shape.runs
+            for _ in range(shape.runs):
+                slots.append(ImageSlot(next(places) + grown, tokens, entries, shape.grid, both_ways))
+                grown += tokens - 1
+        if next(places, None) is not None:
+            raise DataError(f"{task.where}, field prompt: contains the placeholder of an image; write {IMAGE_MARK}")
         return tuple(slots)
 
     def _expand(self, engine_ids: list[int], slots: tuple[ImageSlot, ...]) -> list[int]:

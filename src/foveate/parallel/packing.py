@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -45,18 +45,22 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
     predicted by the last token of its prompt.
     """
     token_ids: list[Tensor] = []
-    start, length, parent = list[int](), list[int](), list[int]()
+    start, length, parent, bidirectional = list[int](), list[int](), list[int](), list[bool]()
     position, slot_index, target, source, sample = (list[Tensor]() for _ in range(5))
     pixels: list[Tensor | None] = []
     slots: list[ImageSlot] = []
     samples = 0
 
     def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int) -> int:
-        """A segment of the forest with its images, behind `begin` positions; its first token."""
+        """A segment of the forest with its images, behind `begin` positions; its first token. Images that are seen both
+        ways are segments of their own, each below what stands before it."""
         first = start[-1] + length[-1] if start else 0
-        start.append(first)
-        length.append(len(ids))
-        parent.append(above)
+        for tokens, both_ways in _pieces(len(ids), own):
+            start.append(start[-1] + length[-1] if start else 0)
+            length.append(tokens)
+            bidirectional.append(both_ways)
+            parent.append(above)
+            above = len(start) - 1
         token_ids.append(ids)
         position.append(positions(len(ids), own, begin))
         slot_index.extend(torch.arange(first + s.position, first + s.position + s.count) for s in own)
@@ -64,8 +68,8 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         return first
 
     for group in groups:
-        root = len(start)
         begin = grow(torch.tensor(group.prompt.token_ids), group.prompt.slots, -1, 0)
+        root = len(start) - 1
         end = int(position[-1].max()) + 1
         pixels.append(group.prompt.pixels)
         last = begin + len(group.prompt) - 1
@@ -82,7 +86,7 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
     return Batch(
         token_ids_T=torch.cat(token_ids),
         position_T=torch.cat(position, -1),
-        forest=Forest(tuple(start), tuple(length), tuple(parent)),
+        forest=Forest(tuple(start), tuple(length), tuple(parent), tuple(bidirectional)),
         pixels=torch.cat(seen) if seen else None,
         slot_index=_cat(slot_index),
         target_M=_cat(target),
@@ -91,6 +95,19 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         samples=samples,
         grids=tuple(slot.grid for slot in slots if slot.grid is not None),
     )
+
+
+def _pieces(length: int, slots: Sequence[ImageSlot]) -> Iterator[tuple[int, bool]]:
+    """The pieces of so many tokens that attend alike: their tokens, and whether they attend both ways."""
+    first = 0
+    for slot in slots:
+        if slot.bidirectional:
+            if slot.position > first:
+                yield slot.position - first, False
+            yield slot.count, True
+            first = slot.position + slot.count
+    if length > first:
+        yield length - first, False
 
 
 def answer_ids(answer: Answer) -> Tensor:

@@ -24,6 +24,15 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".m
 """Suffixes of files that are not small."""
 TEMPLATE_BYTES = 2**30
 """Memory for a chat template that says a few words."""
+_IN_PARTS = (
+    "{%- set all = namespace(messages=[], parts=[]) -%}{%- for message in messages -%}{%- set all.parts = [] -%}"
+    "{%- for text in message['content'].split('<image>') -%}"
+    "{%- if not loop.first -%}{%- set all.parts = all.parts + [{'type': 'image'}] -%}{%- endif -%}"
+    "{%- if text -%}{%- set all.parts = all.parts + [{'type': 'text', 'text': text}] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set all.messages = all.messages + [{'role': message['role'], 'content': all.parts}] -%}{%- endfor -%}"
+    "{%- set messages = all.messages -%}"
+)
+"""Stands before a chat template that knows contents as lists of parts alone (SmolVLM, Idefics3): it makes them."""
 MOST_JSON_BYTES, MOST_TILES = 200_000_000, 1024
 _ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 """Settings of the image processor that have one value: pixels resized, in 0..1, normalised."""
@@ -124,7 +133,22 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
     if not tokenizer.chat_template and older.is_file():
         tokenizer.chat_template = read_json(older).get("chat_template")
+    if isinstance(tokenizer.chat_template, str) and not _says(tokenizer) and _says(tokenizer, _IN_PARTS):
+        tokenizer.chat_template = _IN_PARTS + tokenizer.chat_template
     return tokenizer
+
+
+def _says(tokenizer: PreTrainedTokenizerBase, before: str = "") -> bool:
+    """Whether the chat template, with something before it, writes what a message of text says."""
+    said, template = "It is so.", tokenizer.chat_template
+    try:
+        tokenizer.chat_template = before + template
+        with bounded(TEMPLATE_BYTES):
+            return said in render((Message("user", said),), tokenizer)
+    except Exception:  # a template is a program, and may raise anything; it is told elsewhere
+        return False
+    finally:
+        tokenizer.chat_template = template
 
 
 def require_words(folder: Path, tokenizer: PreTrainedTokenizerBase, words: Collection[str], model: str) -> None:
