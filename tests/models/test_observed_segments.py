@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from family_cases import VISION_MODELS, build_family
+from family_cases import VISION_MODELS, build_family, plain_images
 from transformers import AutoModelForImageTextToText
 
 from foveate.encoding.encode import Encoder
@@ -60,14 +60,7 @@ def plain_logprobs(model, policy, prompt, answer):
     ids = torch.tensor([[*prompt.token_ids, *answer.token_ids]])
     pixels = torch.cat([prompt.pixels, *own])
     slots = [*prompt.slots, *(slot for segment in answer.segments for slot in segment.slots)]
-    if slots[0].grid is None:
-        inputs = {"pixel_values": pixels}
-    else:
-        inputs = {
-            "pixel_values": pixels[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1),
-            "image_grid_thw": torch.tensor([[1, slot.grid[0] * 2, slot.grid[1] * 2] for slot in slots]),
-            "mm_token_type_ids": (ids == family.image_token_id).int(),
-        }
+    inputs = plain_images(family, pixels, slots, (ids == family.image_token_id).int())
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, len(prompt) - 1 : -1]
     logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
     trained = [segment.trained for segment in answer.segments for _ in range(len(segment))]

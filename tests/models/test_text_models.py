@@ -35,6 +35,7 @@ NAMED = {
     "phi3": {},
     "olmo2": {},
     "glm": {},
+    "qwen3_5_text": {},
 }
 """Changes of the tiny configurations."""
 
@@ -103,7 +104,7 @@ REFUSED = {
         r"differ from transformers' by up to \d",
     ),
     "a head with a bias": ("phi", {}, "its head has a bias"),
-    "dropout": ("phi3", {"resid_pdrop": 0.1}, "it has dropout"),
+    "dropout": ("opt", {"dropout": 0.1}, "it computes otherwise while it is trained"),
     "other modules": ("gpt2", {}, "its modules are not called model and lm_head"),
 }
 

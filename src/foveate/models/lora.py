@@ -5,6 +5,7 @@ LoRA (arXiv 2106.09685): a linear layer W becomes W + alpha / rank * B A, with B
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,9 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
     )
-    inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
+    with warnings.catch_warnings():  # peft looks for experts, which get no adapters
+        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
     if not policy.is_meta:
         reset_adapters(policy.model)
     adapted = {linear[name] for name in chosen}

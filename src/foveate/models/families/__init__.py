@@ -13,14 +13,22 @@ if TYPE_CHECKING:
 FAMILIES = {
     "internvl": "foveate.models.families.internvl:InternVL",
     "internvl_chat": "foveate.models.families.internvl:InternVL",
+    "qwen2_vl": "foveate.models.families.qwen_vl:Qwen2VL",
     "qwen2_5_vl": "foveate.models.families.qwen_vl:Qwen25VL",
     "qwen3_vl": "foveate.models.families.qwen_vl:Qwen3VL",
     "qwen3_vl_moe": "foveate.models.families.qwen_vl:Qwen3VLMoe",
     "qwen3_5": "foveate.models.families.qwen_vl:Qwen35",
     "qwen3_5_moe": "foveate.models.families.qwen_vl:Qwen35Moe",
+    "glm4v": "foveate.models.families.glm_vl:Glm4V",
+    "glm4v_moe": "foveate.models.families.glm_vl:Glm4VMoe",
+    "smolvlm": "foveate.models.families.smolvlm:SmolVLM",
+    "idefics3": "foveate.models.families.smolvlm:SmolVLM",
+    "gemma3": "foveate.models.families.gemma3:Gemma3",
     "qwen2": "foveate.models.families.text:ServedText",
     "qwen3": "foveate.models.families.text:ServedText",
     "qwen3_moe": "foveate.models.families.text:TextOnly",
+    "qwen3_5_text": "foveate.models.families.text:Qwen35Text",
+    "qwen3_5_moe_text": "foveate.models.families.text:Qwen35Text",
     "gpt_oss": "foveate.models.families.text:TextOnly",
 }
 """By `model_type` of config.json."""

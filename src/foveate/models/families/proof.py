@@ -56,12 +56,12 @@ def _difference(text: str) -> float | str:
             forest, stand_in = _random_forest(random.Random(0)), _stand_in(json.loads(text))
             if stand_in.lm_head.bias is not None:
                 return "its head has a bias, which the log-probs in chunks do not know"
-            if any(isinstance(module, nn.Dropout) and module.p > 0 for module in stand_in.modules()):
-                return "it has dropout, under which log-probs are no policy's; set it to 0 in config.json"
             ids_T = torch.randint(1, _VOCABULARY, (forest.tokens,))
             wanted = _alone(stand_in, ids_T, forest)
             stand_in.set_attn_implementation(KERNELS["auto"])
             got = _packed(replace_layers(stand_in), ids_T, forest)
+            if not torch.equal(_packed(stand_in.train(), ids_T, forest), got):
+                return "it computes otherwise while it is trained; set dropout and noise in config.json to 0"
     except Exception as error:  # models of any kind, each with refusals of its own
         return f"its stand-in fails ({type(error).__name__}: {one_line(error)[:200]})"
     found = (got - wanted).abs().max().item()

@@ -40,3 +40,10 @@ class ServedText(TextOnly):
     """One that vLLM and SGLang take as it is."""
 
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs(), "sglang": ServedAs()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35Text(TextOnly):
+    """The language model of Qwen3.5 by itself. Checkpoints hold layers for multi-token prediction."""
+
+    untrained = ("mtp.",)
