@@ -7,6 +7,7 @@ Checkpoints, adapters and sharding see no difference.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -78,7 +79,8 @@ class ForestGatedDeltaNet(nn.Module):
         beta = self.in_proj_b(rows).float().sigmoid()
         decay = -self.A_log.float().exp() * functional.softplus(self.in_proj_a(rows).float() + self.dt_bias.float())
         weight = self.conv1d.weight[:, 0].float()
-        with torch.autocast(rows.device.type, enabled=False):  # states add up over a whole path
+        # states add up over a whole path; plans are traced on the meta device, which knows no autocast
+        with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
             if forest is None:
                 assert cache is not None, "the language model was called without forest="
                 out = cache.recur(self.layer_idx, (), (mixed, partial(self._step, weight, decay, beta)))

@@ -40,6 +40,7 @@ from torch.nn.functional import pad
 
 from foveate.models.attention.kernels import PLAIN, AttentionOptions
 from foveate.models.policy import Policy
+from foveate.models.sizes import key_value_numbers
 from foveate.records import Forest
 from foveate.rollout.native.recurrent import Recurrence
 from foveate.rollout.native.rows import Copy, Moves, Own, Rows, Shared, Shelf
@@ -51,8 +52,7 @@ _MANY = 64
 
 def cached_numbers(policy: Policy) -> int:
     """Numbers that a token has as keys and values in all layers of the language model."""
-    parameters = policy.part("language").named_parameters()
-    return 2 * sum(len(weight) for name, weight in parameters if name.endswith("k_proj.weight"))
+    return key_value_numbers(policy.model.config.get_text_config())
 
 
 class SequenceState(Protocol):

@@ -15,6 +15,7 @@ from foveate.errors import DataError
 from foveate.models.forward import evaluating, hidden_states
 from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
+from foveate.models.sizes import state_numbers
 from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
 from foveate.records import Answer, Prompt, SamplingParams
@@ -22,7 +23,7 @@ from foveate.rollout.engine import Request, in_order
 from foveate.rollout.native.batch import DecodeBatch, DecodeJob
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
-from foveate.rollout.native.rows import Use
+from foveate.rollout.native.rows import FIRST_ROOM, Use
 from foveate.rollout.native.sampling import draw
 
 _TOKENS = 32_768
@@ -286,14 +287,18 @@ class NativeEngine:
 
 def cache_tokens(policy: Policy) -> int:
     """How many tokens a decode batch may hold by default: 32,768, or what half of a GPU's free memory has room for,
-    each with its keys and values in all layers, and with 16 hidden states while it is first computed."""
+    each with its keys and values in all layers, and with 16 hidden states while it is first computed. States of
+    recurrent layers count as those of the tokens that an answer begins with room for."""
     if policy.device.type != "cuda":
         return _TOKENS
     head = policy.part("head").weight
     assert isinstance(head, Tensor)
-    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size()
+    states = state_numbers(policy.model.config.get_text_config()) * 4 // FIRST_ROOM
+    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size() + states
     held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-    return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
+    return max(
+        _TOKENS if not states else FIRST_ROOM, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size)
+    )
 
 
 @torch.no_grad()
