@@ -88,11 +88,6 @@ class RunSettings(Settings):
                 "data.train; give one per file, at least one of them above 0",
             ),
             (
-                data.thinking and data.system != "none",
-                "data.thinking",
-                "is true and data.system is set, but a conversation has one system prompt; choose one",
-            ),
-            (
                 cluster.ranks > 1 and self.disk_wait >= cluster.timeout,
                 "train.disk_wait",
                 f"is {self.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given "

@@ -19,9 +19,9 @@ from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
 from foveate.data.table import TaskTable
 from foveate.data.validate import Check, ReadOptions
-from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family, budget_of
+from foveate.encoding.thinking import with_thinking
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 
@@ -33,7 +33,9 @@ def build_encoder(
 ) -> Encoder:
     """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
     budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
-    system = THINKING_SYSTEM if data.thinking else system_message(family, data.system)
+    system = system_message(family, data.system)
+    if data.thinking is not None:
+        tokenizer, system = with_thinking(tokenizer, family, system, thinking=data.thinking)
     return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system)
 
 
