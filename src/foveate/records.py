@@ -76,8 +76,7 @@ class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
 
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns) is how the tokens lie in the picture, for families with 3-D positions; None elsewhere.
-    `bidirectional`: they attend to each other both ways."""
+    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
 
     position: int
     count: int

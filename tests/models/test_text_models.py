@@ -14,7 +14,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.models.attention import kernels
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
-from foveate.models.families.proof import TOLERANCE, forest_difference
+from foveate.models.families.proof import MOST_NATS, forest_difference
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, save_policy
 from foveate.parallel.packing import pack
@@ -88,7 +88,7 @@ def test_it_is_saved_in_the_layout_that_it_came_in_and_the_doctor_says_the_proof
     before, after = (read_headers(weight_files(folder)) for folder in (policy.folder, tmp_path / "saved"))
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
     assert load_policy(str(tmp_path / "saved")).family == policy.family
-    assert policy.family.proof <= TOLERANCE
+    assert policy.family.proof <= MOST_NATS
     facts = model_facts(policy)
     assert facts["proof"] == f"{policy.family.proof:.1e} nats from transformers at most"
     assert facts["stop tokens"].startswith("<|im_end|> = ")
@@ -118,7 +118,7 @@ def test_the_proof_refuses_what_the_kernels_do_not_know(model_type, changes, sai
 def test_a_window_longer_than_any_row_of_the_proof_is_seen(monkeypatch):
     """Kernels that drop the window stand for a mask that they do not honour."""
     config = CONFIG_MAPPING["mistral"](sliding_window=4096)
-    assert forest_difference(config) <= TOLERANCE
+    assert forest_difference(config) <= MOST_NATS
     monkeypatch.setattr(kernels, "AttentionOptions", lambda *_: kernels.PLAIN)
     with pytest.raises(DataError, match="differ from transformers'"):
         forest_difference(CONFIG_MAPPING["mistral"](sliding_window=4095))

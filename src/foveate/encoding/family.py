@@ -205,7 +205,7 @@ class Family:
         raise self._text_only()
 
     def written(self, width: int, height: int, budget: int) -> str:  # noqa: ARG002
-        """What stands for an image of that size in the text, with a placeholder for each of its runs."""
+        """The text that an image of that size becomes, with a placeholder for each of its runs."""
         return self.image_text
 
     def pixels(self, image: Image.Image, budget: int) -> Tensor:  # noqa: ARG002

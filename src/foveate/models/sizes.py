@@ -1,4 +1,4 @@
-"""What configurations say of memory, and published models as configurations, the sizes of InternVL3.5 first.
+"""Sizes that configurations say, and published models as configurations, those of InternVL3.5 first.
 
 Dimensions: InternVL3.5 (arXiv 2508.18265), table 1, and the configurations of Qwen3, GPT-OSS and InternViT. Every size
 has untied embeddings, unlike the small Qwen3 models that they were made from.

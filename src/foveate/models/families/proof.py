@@ -25,7 +25,7 @@ from foveate.models.attention.runs import path_positions
 from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.records import Forest
 
-TOLERANCE = 1e-4
+MOST_NATS = 1e-4
 """Nats by which a log-prob of the stand-in may differ, in float32."""
 _VOCABULARY, _SHORT, _LAYERS = 97, 7, 6
 _WINDOWS = ("window", "window_size", "chunk_size")
@@ -37,9 +37,9 @@ _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 def forest_difference(config: Any) -> float:
     """The largest difference, in nats, between log-probs of a stand-in of a causal language model of that configuration
-    in a forest and in plain rows. Raises DataError, without a place, where it is above `TOLERANCE`, and where the model
+    in a forest and in plain rows. Raises DataError, without a place, where it is above `MOST_NATS`, and where the model
     is built otherwise than the forest kernels need."""
-    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "base_model_prefix", "") != "model":
+    if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix != "model":
         raise DataError(f"{config.model_type} cannot be trained here: its modules are not called model and lm_head")
     found = _difference(json.dumps(config.to_dict(), sort_keys=True, default=str))
     if isinstance(found, str):
@@ -65,9 +65,9 @@ def _difference(text: str) -> float | str:
     except Exception as error:  # models of any kind, each with refusals of its own
         return f"its stand-in fails ({type(error).__name__}: {one_line(error)[:200]})"
     found = (got - wanted).abs().max().item()
-    if not found <= TOLERANCE:
+    if not found <= MOST_NATS:
         return (
-            f"log-probs in a forest differ from transformers' by up to {found:.2g} nats ({TOLERANCE:g} may be). Known "
+            f"log-probs in a forest differ from transformers' by up to {found:.2g} nats ({MOST_NATS:g} may be). Known "
             "are causal attention, sliding windows and sinks, and a head without scale or cap"
         )
     return found

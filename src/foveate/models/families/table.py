@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from foveate.encoding.family import Family
 from foveate.errors import ConfigError
 from foveate.models.families import FAMILIES, family_class
-from foveate.models.families.proof import TOLERANCE, forest_difference
+from foveate.models.families.proof import MOST_NATS, forest_difference
 from foveate.models.families.text import TextOnly
 
 NAMED_TEXT = ("llama", "mistral", "gemma3_text", "smollm3", "phi3", "olmo2", "glm")
@@ -49,7 +49,7 @@ def _images(kind: type[Family]) -> str:
 def _bound(model_type: str) -> str:
     """Of transformers' default configuration of that type."""
     found = forest_difference(CONFIG_MAPPING[model_type]())
-    return f"{min(bound for bound in (TOLERANCE / 2, TOLERANCE) if found <= bound):.0e}"
+    return f"{min(bound for bound in (MOST_NATS / 2, MOST_NATS) if found <= bound):.0e}"
 
 
 if __name__ == "__main__":
