@@ -42,8 +42,9 @@ def _is_planned(model_type: str, kind: type[Family]) -> str:
 
 
 def _images(kind: type[Family]) -> str:
-    limit = f"`model.max_{kind.unit}`" if kind.unit and not kind.bidirectional_images else "fixed size, seen both ways"
-    return limit if kind.image_text else "none"
+    if kind.bidirectional_images:
+        return "fixed size, seen both ways"
+    return {"tiles": "`model.max_tiles`", "pixels": "`model.max_pixels`", "": "none"}[kind.unit]
 
 
 def _bound(model_type: str) -> str:
