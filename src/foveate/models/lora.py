@@ -59,7 +59,7 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
     )
     with warnings.catch_warnings():  # peft looks for experts, which get no adapters
-        warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
     if not policy.is_meta:
         reset_adapters(policy.model)
