@@ -54,7 +54,8 @@ def test_a_journey_ends_with_a_higher_reward_a_report_and_a_model(name, tmp_path
         nbformat = pytest.importorskip("nbformat")
         cell = nbformat.v4.new_code_cell(python.code)
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "own.ipynb")
-        printed = "".join(output.get("text", "") for output in run_notebook(tmp_path / "own.ipynb", tmp_path))
+        outputs = run_notebook(tmp_path / "own.ipynb", tmp_path)
+        printed = "".join(output.get("text", "") for output in outputs)
     else:
         printed = run_section(JOURNEYS[name], tmp_path)
     curve = rewards(tmp_path)

@@ -59,7 +59,7 @@ def run_section(blocks: list[Block], folder: Path) -> str:
 
 
 def run_notebook(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """The outputs of the cells of a notebook that is executed in a folder."""
+    """The outputs of the cells of a notebook that is executed in a folder, texts in one piece."""
     (folder / "execute.py").write_text(
         "import nbclient, nbformat, sys\n"
         "notebook = nbformat.read(sys.argv[1], as_version=4)\n"
@@ -68,7 +68,16 @@ def run_notebook(path: Path, folder: Path) -> list[dict[str, Any]]:
     )
     run([str(PYTHON), "-W", "ignore", "execute.py", str(path)], folder)
     cells = json.loads((folder / "done.ipynb").read_text())["cells"]
-    return [output for cell in cells for output in cell.get("outputs", ())]
+    return [_whole(output) for cell in cells for output in cell.get("outputs", ())]
+
+
+def _whole(value: Any) -> Any:
+    """An output as nbformat's readers give it: its file holds a text as a list of lines."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "".join(value)
+    return value
 
 
 def run(command: list[str], folder: Path) -> str:
