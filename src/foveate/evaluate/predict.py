@@ -41,10 +41,13 @@ TAGS = ("relation", "kind", "dataset")
 BATCH = 64
 
 
-def load_engine(path: str, data: DataSettings, max_tiles: int | None) -> tuple[NativeEngine, Encoder]:
+def load_engine(
+    path: str, data: DataSettings, max_tiles: int | None, max_pixels: int | None = None
+) -> tuple[NativeEngine, Encoder]:
     """The native engine with the weights of a model folder, and the encoder of its prompts."""
     policy = load_policy(path, **best_place())
-    encoder = build_encoder(policy.tokenizer, policy.family, ModelSettings(path=path, max_tiles=max_tiles), data)
+    model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
+    encoder = build_encoder(policy.tokenizer, policy.family, model, data)
     return NativeEngine(policy, encoder.decode), encoder
 
 
