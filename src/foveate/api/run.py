@@ -61,11 +61,13 @@ class Run:
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
     def plot(self, *names: str) -> Picture:
-        """The curves of some metrics over the steps, which a notebook shows; by default of the reward, and of the
-        held-out accuracy where there is one. Raises ConfigError for a metric that the run has not measured."""
+        """The curves of some metrics over the steps, which a notebook shows, those of evaluations from step 0 on; by
+        default of the reward, and of the held-out accuracy where there is one. Raises ConfigError for a metric that the
+        run has not measured."""
         from foveate.report.notebook import plot
+        from foveate.report.page import read_run, rows_with_start
 
-        return plot(self.rows, names)
+        return plot(rows_with_start(read_run(self.path)), names)
 
     def gallery(self, count: int = 8) -> Picture:
         """Held-out images with the answers of the last evaluation, which a notebook shows. Raises DataError where
