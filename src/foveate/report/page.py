@@ -212,6 +212,10 @@ def terminal_summary(run_folder: Path) -> RenderableType:
     add_row = partial(_add_change, table, with_after=comparison.after_step is not None)
     for change in comparison.overall:
         add_row(change, change.label)
+    if comparison.by_score is not None:
+        table.add_section()
+        for change in comparison.by_score.greedy:
+            add_row(change, f"score: {change.label} (greedy)")
     for tags in comparison.by_tag:
         table.add_section()
         for change in tags.greedy:
