@@ -257,6 +257,7 @@ class CascadeSettings(Settings):
     rl: RLStage
     eval: RLEvalSettings = RLEvalSettings()
     cluster: ClusterSettings = ClusterSettings()
+    log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -289,7 +290,12 @@ class CascadeSettings(Settings):
     def stage(self, name: str, model: str, pairs: tuple[str, ...] = ()) -> SFTSettings | MPOSettings | RLSettings:
         """The settings of the run of a stage (`sft`, `mpo`, `rl`) that starts from the folder `model`."""
         model_settings = self.model.model_copy(update={"path": model})
-        common: dict[str, Any] = {"run": f"{self.run}/{name}", "seed": self.seed, "model": model_settings}
+        common: dict[str, Any] = {
+            "run": f"{self.run}/{name}",
+            "seed": self.seed,
+            "model": model_settings,
+            "log": self.log,
+        }
         if name == "rl":
             evaluation = self.eval.model_copy(update={"every": self.eval.every or self.rl.train.steps})
             shared = {name: value for name, value in self if name in ("data", "rollout", "reward", "cluster")}
