@@ -20,7 +20,7 @@ PYTHON = Path(os.environ.get("FOVEATE_JOURNEY_PYTHON", sys.executable))
 """The interpreter of the environment that foveate is installed in: by default this one."""
 
 _BLOCK = re.compile(
-    r"^```(?P<language>\w+)(?: title=\"(?P<title>[\w.]+)\")?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[\w.]+)\")?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _RUN = re.compile(r"(make_\w+|train)\.py")
 
@@ -56,6 +56,19 @@ def run_section(blocks: list[Block], folder: Path) -> str:
         elif block.language == "bash":
             printed += run(["bash", "-euc", block.code], folder)
     return printed
+
+
+def run_in_clone(block: Block, folder: Path) -> str:
+    """Do in a folder what a block says that begins with a clone, up to `make demo`; installed is what `PYTHON` has."""
+    clone, demo, *_ = block.code.splitlines()
+    assert clone.startswith("git clone <this repository> && cd foveate"), clone
+    assert demo.startswith("make demo"), demo
+    run(["git", "clone", "--quiet", str(ROOT), "foveate"], folder)
+    installed = folder / "foveate/.venv"
+    installed.mkdir()
+    (installed / "bin").symlink_to(PYTHON.parent.absolute())
+    (installed / "ready").touch()
+    return run(["bash", "-euc", demo], folder / "foveate")
 
 
 def run_notebook(path: Path, folder: Path) -> list[dict[str, Any]]:
