@@ -12,7 +12,7 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from journeys import ROOT, run_notebook, run_section, sections
+from journeys import ROOT, run_in_clone, run_notebook, run_section, sections
 
 PAGE = sections(ROOT / "docs/first_runs.md")
 README = sections(ROOT / "README.md")

@@ -13,6 +13,7 @@ from fake_run import a_row, an_answer
 from serving import served
 from toy import make_data
 
+from foveate.api.of_run import options_of_run
 from foveate.cli.evaluate import _scoring
 from foveate.config.recipe import read_recipe, to_yaml
 from foveate.datasets.shapes import prepare_shapes
@@ -29,7 +30,6 @@ from foveate.evaluate.metrics import (
     vote,
     warn_of_lost_answers,
 )
-from foveate.api.of_run import options_of_run
 from foveate.evaluate.predictions import bootstrap, paired, read_evaluations
 from foveate.models.tiny import retile
 from foveate.records import SamplingParams
