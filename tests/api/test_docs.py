@@ -1,4 +1,4 @@
-"""The first block of docs/python.md runs as it is printed, and README's memory of recipes is what the planner says."""
+"""The first block of docs/python.md runs as it is printed, and the figures of README are those of their sources."""
 
 import re
 import subprocess
@@ -38,3 +38,16 @@ def test_readme_says_of_recipes_for_one_gpu_what_the_planner_says(recipe, gib, c
 
 def test_readme_says_it_of_every_recipe_for_one_gpu():
     assert {name for name, *_ in MEMORY} == {path.stem for path in (ROOT / "src/foveate/recipes").glob("geo3k_*.yaml")}
+
+
+def test_readme_says_the_speed_that_was_measured():
+    goals = (ROOT / "docs/performance.md").read_text()
+    measured = {
+        name: float(value)
+        for name, value in re.findall(r"^\| ([^|]+): at least [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
+    }
+    updates = re.findall(r"^\| update, [\w-]+, one thread: [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
+    low, high = min(map(float, updates)), max(map(float, updates))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"The update is {low:.1f} to {high:.0f} times as fast as TRL's and verl's" in text
+    assert f"The whole step is {measured['whole GRPO step']:.0f} times as fast as TRL's" in text
