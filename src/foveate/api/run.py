@@ -69,6 +69,19 @@ class Run:
 
         return plot(rows_with_start(read_run(self.path)), names)
 
+    def evaluate(self, *data: str, out: str | Path | None = None, **options: Any) -> Path:
+        """Score the trained model as the run was trained: on its held-out rows or other files of rows, by its reward,
+        with its lengths, columns and system message. `options`: further fields of `EvalRequest`. Returns the path of
+        the report, in the folder `eval` of the run where `out` names none. Raises DataError for rows that are bad."""
+        from foveate.api.of_run import options_of_run
+        from foveate.evaluate.evaluate_models import EvalRequest, run_eval
+        from foveate.report.page import write_report
+
+        given = {"data": data, "hold_out": 0.0} if data else {}
+        request = EvalRequest(**{**options_of_run(self.path), **given, **options}, out=Path(out or self.path / "eval"))
+        run_eval(request)
+        return write_report(request.out)
+
     def gallery(self, count: int = 8) -> Picture:
         """Held-out images with the answers of the last evaluation, which a notebook shows. Raises DataError where
         there was none."""
