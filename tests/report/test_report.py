@@ -90,7 +90,7 @@ def test_tables_and_cards_leave_out_what_all_rows_share(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "kind" not in text
     assert "kind" not in rendered(tmp_path)
-    table = text[text.index("By box size") : text.index("Held-out pictures")]
+    table = text[text.index("By box size") : text.index("Held-out answers")]
     assert table.index("under 1 %") < table.index("1 to 5 %") < table.index("5 to 20 %")
     assert "0 · box size 5 to 20 %" in text
 
