@@ -51,3 +51,9 @@ def test_readme_says_the_speed_that_was_measured():
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"The update is {low:.1f} to {high:.0f} times as fast as TRL's and verl's" in text
     assert f"The whole step is {measured['whole GRPO step']:.0f} times as fast as TRL's" in text
+
+
+def test_a_page_begins_with_the_command_that_most_readers_come_for():
+    without = {"decisions", "families", "log", "performance", "security"}
+    pages = {path.stem: path.read_text().split("\n\n")[1] for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name, first in pages.items() if not first.startswith(("    ", "```"))} <= without

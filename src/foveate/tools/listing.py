@@ -91,9 +91,9 @@ def _kind(annotation: Any) -> str:
 def settings_page() -> str:
     """`docs/settings.md`: the settings of all stages, those of `rl` first and of the others what differs."""
     parts = [
-        "# Settings\n\nAll settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
-        "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them "
-        "in the terminal.\n"
+        "# Settings\n\n    foveate settings rollout     # one group, in the terminal\n\n"
+        "All settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
+        "command line by\npath (`train.steps=100`), Python by either.\n"
     ]
     known: dict[str, ListEntry] = {}
     for stage in ("rl", "sft", "mpo", "cascade"):
