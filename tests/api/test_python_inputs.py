@@ -157,7 +157,7 @@ def test_wrong_overrides_are_told_with_the_nearest(given, said):
 
 def test_arguments_stand_over_a_recipe():
     found = settings(config="shapes_gspo", run_dir="x", overrides={"train.steps": 5}, algorithm="grpo")
-    assert (found.run, found.train.steps, found.algorithm.name, found.optim.lr) == ("x", 5, "grpo", 1e-4)
+    assert (found.run, found.train.steps, found.algorithm.name, found.optim.lr) == ("x", 5, "grpo", 3e-4)
     assert found.data.train == ("a.jsonl",)
 
 
