@@ -11,7 +11,7 @@ import numpy as np
 
 from foveate.data.options import option_columns, options_of
 from foveate.records import Task
-from foveate.rewards.plain_text import last_value, plain, statements, unified, unwrapped
+from foveate.rewards.plain_text import last_value, plain, stated_answer, statements, unified, unwrapped
 
 _MARKS_IN_TEXT = re.compile(
     r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
@@ -224,8 +224,8 @@ def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
 
 
 def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
-    """The labels of an answer that is nothing but several letters: `A, C`, `AC`; empty for anything else."""
-    bare = unwrapped(unified(text)).strip(" $.()")
+    """The labels of an answer that is, or states, nothing but several letters: `A, C`, `故选：AC`; else empty."""
+    bare = stated_answer(unwrapped(unified(text))).strip(" $.()")
     letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
     single = frozenset(letters)
     return single if len(single) == len(letters) and (single <= set(values) or not values) else frozenset()

@@ -6,7 +6,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from foveate.rewards.number_words import in_digits
+from foveate.rewards.number_words import in_digits, on_the_clock
+from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
 from foveate.rewards.statements import standard
 
@@ -35,7 +36,13 @@ _ABOUT = re.compile(
     r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|exactly|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
 )
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
-_PER_CENT = re.compile(r"(?<=[\d}])\s*(?:per cent(?![A-Za-z])|(‰))")
+_POWER = re.compile(r"\^\s*(-?\d{2,}|-\d)(?![\d.])")
+"""An exponent that LaTeX would cut: `10^-19`."""
+_DECIMAL_COMMA = re.compile(
+    r"(-?\s*\\?[€£]\s*-?\d+|-?\d+(?=,\d\d?\s*(?:\\?%|[€£°]|[A-Za-zµΩ]{1,3}(?![A-Za-z])))),(\d\d?)(?![\d,])"
+)
+"""Money and quantities with a comma for the point: `€12,50`, `3,5 cm`."""
+_PER_CENT = re.compile(r"(?<=[\d}])\s*(?:(?:per cent|percent(?:age)? points?)(?![A-Za-z])|个百分点|(‰))")
 _UNIT_VECTOR = re.compile(
     r"\\(?:vec|hat|overrightarrow)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?(?![A-Za-z]))"
 )
@@ -85,20 +92,22 @@ def tidy(answer: str) -> str:
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
     text = _UNIT_VECTOR.sub(lambda found: f"{found[1] or found[2]} ", _TIMES.sub(r"\\times ", text))
-    text = _PER_CENT.sub(lambda found: r" \cdot \frac{1}{10}\%" if found[1] else "%", text)
+    text = _PER_CENT.sub(lambda found: r" \cdot \frac{1}{10}\%" if found[1] else "%", _POWER.sub(r"^{\1}", text))
     text = _SHORT_FRACTION.sub(lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}" if found[1] else r"\frac", text)
     text = _REPEATING.sub(_repeating, text)
     text = _ABOUT.sub("", " ".join(text.split()).lstrip("= "))
+    if found := _DECIMAL_COMMA.match(text):
+        text = f"{found[1]}.{found[2]}{text[found.end() :]}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
     text = _ORDINAL.sub(r"\1", text)
-    text = _INFINITY.sub(r"\\infty ", in_digits(text))
+    text = _INFINITY.sub(r"\\infty ", in_digits(on_the_clock(text)))
     text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
     text = _SCALE.sub(lambda found: rf"\cdot {_SCALES[found[1]]}", text)
     if "°" in text and _TRIG.search(text):
         text = _TURN.sub(
             lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
         )
-    return standard(text.rstrip(".").strip() if text.rstrip(". ") else text)
+    return standard(with_direction(text.rstrip(".").strip() if text.rstrip(". ") else text))
 
 
 def _repeating(found: re.Match[str]) -> str:

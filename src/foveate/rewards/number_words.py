@@ -30,6 +30,11 @@ _CARDINAL = re.compile(
 )
 _ONE_UNIT = re.compile(r"an?(?=\s+([a-z]{3,})(?![a-z]))", re.I)
 _SIGN = re.compile(r"(?:(minus|negative)|positive|plus)\s+", re.I)
+_PAST = re.compile(
+    rf"(?:an?\s+)?(?P<part>half|quarter|(?:{_BELOW_100}|\d{{1,2}})(?:\s+minutes?)?)\s+(?P<way>past|after|to|before)\s+"
+    rf"(?P<hour>{_BELOW_100}|\d{{1,2}})(?:\s+o'clock)?(?P<behind>\s*(?:[ap]\.?\s?m\.?)?)",
+    re.I,
+)
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
 _HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
 _COUNTED = frozenset("成个只条本张人次倍种组名位件")
@@ -54,6 +59,18 @@ def in_digits(text: str) -> str:
     if found is None or (found.re is _ONE_UNIT and known_unit(found[1]) is None):
         return text
     return f"{_count(found.group())}{text[found.end() :]}"
+
+
+def on_the_clock(text: str) -> str:
+    """`quarter past three` as 3:15; other texts as they are. `10 to 5` is a ratio without a word for minutes."""
+    found = _PAST.fullmatch(text)
+    if found is None or (found["way"] == "to" and not re.search("half|quarter|minute", found["part"], re.I)):
+        return text
+    part, hour = found["part"].lower(), _count(found["hour"])
+    minutes = {"half": 30, "quarter": 15}.get(part) or _count(part.removesuffix("s").removesuffix("minute"))
+    if found["way"].lower() in ("to", "before"):
+        hour, minutes = (hour - 2) % 12 + 1, 60 - minutes
+    return f"{hour}:{minutes:02}{found['behind']}"
 
 
 def _count(words: str | None) -> int:

@@ -20,6 +20,24 @@ _DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_n
 _DAY = re.compile(
     rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th|(?=,?\s+\d{{4}}\b))(?![a-z])", re.IGNORECASE
 )
+_MONTHS = {name[:3].lower(): name for name in month_name[1:]}
+_SHORT_MONTH = re.compile(
+    rf"(?<![A-Za-z])({'|'.join(_MONTHS)}|sept)(?![A-Za-z])\.?(?=\s+\d)|(?<=\d\s)({'|'.join(_MONTHS)}|sept)(?![A-Za-z])\.?",
+    re.IGNORECASE,
+)
+_ISO_DATE = re.compile(
+    r"(?:(?P<year>\d{4})[-/年])(?P<month>\d{1,2})[-/月](?P<day>\d{1,2})日?|(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})|(?P<mm>\d{1,2})月(?P<dd>\d{1,2})日"
+)
+_YEARS = re.compile(r"(?:(?:between|from)\s+)?([12]\d{3})\s*(?:-|to|and|until|至|到)\s*([12]\d{3})", re.IGNORECASE)
+_EXCEPT = re.compile(
+    r"all (?:the )?real(?:s| numbers)(?:\s+[a-z])?,?\s+(?:except|but|other than|excluding)(?:\s+for)?"
+    r"(?:\s+[a-z]\s*=)?\s*(\S+)",
+    re.IGNORECASE,
+)
+_ROWS = re.compile(r"\[\s*\[([^\[\]]*)\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
+_ROW = re.compile(r"\[([^\[\]]*)\]")
+_CASES = re.compile(r"(?:\\\{\s*)?\\begin\{(cases|array|aligned|gathered)\}(?:\{[lcr]+\})?([^&]*)\\end\{\1\}\s*\.?")
+_PLACE = re.compile(r"(?:on|in|at|for|during|by)\s+(?:the\s+)?(?=\S)", re.IGNORECASE)
 _COLUMN = re.compile(r"\\begin\{[pb]matrix\}\s*([^&]*?)\s*\\end\{[pb]matrix\}")
 _ROW_END = "\\\\"
 _RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
@@ -57,6 +75,23 @@ def standard(text: str) -> str:
     `\langle 1, 2 \rangle`, `\{x \mid x > 2\}` as `x > 2`, and `c > b > a` as `a < b < c`."""
     if found := _RATIO.fullmatch(text):
         return ":".join(part for part in found.groups() if part)
+    if found := _YEARS.fullmatch(text):
+        return f"{found[1]}:{found[2]}"
+    text = _SHORT_MONTH.sub(lambda found: _MONTHS[(found[1] or found[2])[:3].lower()], text)
+    if found := _ISO_DATE.fullmatch(text):
+        month = int(found["month"] or found["m"] or found["mm"])
+        year = found["year"] or found["y"]
+        if 1 <= month <= 12:
+            return f"{month_name[month]} {int(found['day'] or found['d'] or found['dd'])}" + (
+                f" {year}" if year else ""
+            )
+    if found := _EXCEPT.fullmatch(text):
+        return rf"(-\infty,{found[1]}) \cup ({found[1]},\infty)"
+    if _ROWS.fullmatch(text):
+        rows = r" \\ ".join(row.replace(",", " & ") for row in _ROW.findall(text[1:-1]))
+        return rf"\begin{{bmatrix}} {rows} \end{{bmatrix}}"
+    if found := _CASES.fullmatch(text):
+        return ", ".join(row.strip() for row in found[2].split(_ROW_END) if row.strip())
     if found := _O_CLOCK.fullmatch(text):
         return f"{found[1]}:00"
     if found := _POINT.match(text):
@@ -81,6 +116,14 @@ def standard(text: str) -> str:
         reversed_signs = (_MIRROR[sign] for sign in reversed(signs))
         return terms[-1] + "".join(f" {sign} {term}" for sign, term in zip(reversed_signs, terms[-2::-1], strict=True))
     return text
+
+
+def without_place(given: str, wanted: str) -> tuple[str, str]:
+    """Two answers, without the preposition that only one begins with: `in 2015` is 2015, but `on it` is not `in it`."""
+    found = _PLACE.match(given), _PLACE.match(wanted)
+    if bool(found[0]) == bool(found[1]):
+        return given, wanted
+    return (given[found[0].end() :] if found[0] else given), (wanted[found[1].end() :] if found[1] else wanted)
 
 
 def same_times(given: str, wanted: str) -> bool | None:
