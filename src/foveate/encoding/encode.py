@@ -173,7 +173,8 @@ class Encoder:
             raise DataError(f"{task.where}, field images: {self.family.name} is a text-only model and sees no images")
         for word in self.family.reserved:
             if word in text:
-                raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
+                what = f"the chat template or the system message writes the placeholder {word}; leave it out"
+                raise DataError(f"{task.where}, field prompt: {what}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
         text = text.replace(IMAGE_MARK, self.family.image_text).replace(IMAGE_WORD, IMAGE_MARK)
@@ -184,8 +185,8 @@ class Encoder:
         return _control_words(self.family, self.tokenizer, template_of(self.tokenizer, self.family.template), allowed)
 
     def _disguised(self, task: Task) -> tuple[Disguise | None, tuple[Message, ...]]:
-        """The messages, with stand-ins for control words where they hold any. Reserved words stay: they are refused."""
-        words, pattern = self._control_words(self.family.reserved)
+        """The messages, with stand-ins for control words where they hold any."""
+        words, pattern = self._control_words(())
         if pattern is None or not any(pattern.search(message.content) for message in task.messages):
             return None, task.messages
         try:

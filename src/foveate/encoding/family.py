@@ -90,7 +90,7 @@ class Family:
             submodule inside another part belongs to the inner part alone.
         towers: `model_type` of the language models that it may stand on; empty where the model is its own.
         image_text: stands for one image in the text, before it grows to its number of tokens; empty for no images.
-        reserved: words that may not occur in the text of a task.
+        reserved: placeholders of images and videos, which only the encoder writes; in a row or a request they are text.
         control_words: words that are text, and not tokens, where a row or a request holds them: of turns, images,
             videos, ends and padding (`all_control_words` adds what the tokenizer says of itself).
         content_words: words with tokens of their own that everybody may write.
