@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -108,9 +109,15 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as end:  # typer turns Ctrl-C into one
         if end.code == INTERRUPTED:
+            signal.signal(signal.SIGINT, _leave)
             continues = "the same command continues from what is saved"
             sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
         raise
+
+
+def _leave(*_: object) -> None:
+    """Ctrl-C once more, while the process cleans up after the first: no traceback, and nothing more is waited for."""
+    os._exit(INTERRUPTED)
 
 
 def _one_line(error: Exception) -> str:
