@@ -54,6 +54,9 @@ _GUESS = re.compile(
 """A sentence that says what something may be: `I'd say oak`, `It looks like an oak, not a pine`, `Oak it is`."""
 _DENIAL = re.compile(r"n't\b|\b(?:not|never|cannot|no)\b", re.I)
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
+_BUT_NOT = re.compile(r",\s+(?:and\s+|but\s+)?not\s+(?:option\s+)?\(?[A-J]\)?(?=[.!,;]|\s*$)")
+_PLACE = re.compile(r"(?:the\s+)?(first|second|third|fourth|fifth)\s+(?:option|choice|answer|one)[.!]?", re.IGNORECASE)
+_PLACES = ("first", "second", "third", "fourth", "fifth")
 _BLANKS = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r"(?: ?\n)+ ?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
@@ -126,9 +129,11 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
-    text = re.sub(r" (?=[,.;:!)])", "", text).strip()
+    text = _BUT_NOT.sub("", re.sub(r" (?=[,.;:!)])", "", text).strip())
     by_value = {_bare(value): label for label, value in values.items()}
     for part in _parts(text):
+        if found := _PLACE.fullmatch(part.strip()):
+            return dict(enumerate(values)).get(_PLACES.index(found[1].lower()))
         label = by_value.get(_bare(part)) or _leading_label(part, values, by_value)
         if label is not None:
             return label if label in values or (label and not values) else None

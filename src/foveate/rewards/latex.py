@@ -6,7 +6,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from foveate.rewards.number_words import in_digits, on_the_clock
+from foveate.rewards.number_words import ORDINALS, in_digits, on_the_clock
 from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
 from foveate.rewards.statements import standard
@@ -17,6 +17,7 @@ _SIGNS = {
     "∡": r"\angle ", "△": r"\triangle ", "∆": r"\triangle ", "≅": r"\cong ", "≌": r"\cong ", "∼": r"\sim ",
     "∽": r"\sim ", "∥": r"\parallel ", "∦": r"\nparallel ", "⊥": r"\perp ", "⟂": r"\perp ", "⊙": r"\odot ",
     "≈": r"\approx ", "√": r"\surd ", "、": r",", "<=": r"\le ", ">=": r"\ge ", "≡": r"\equiv ", "→": r"\to ",
+    "->": r"\to ", r"\rightarrow": r"\to ", r"\longrightarrow": r"\to ",
     "∛": r"\cbrt ", "ℝ": r"\mathbb{R}", "⟨": r"\langle ", "⟩": r"\rangle ", "〈": r"\langle ",
     "〉": r"\rangle ", "▱": r"\parallelogram ", "□": r"\square ",
 }  # fmt: skip
@@ -62,6 +63,8 @@ _REPEATING = re.compile(
 )
 _ORDINAL = re.compile(r"^(\d+)\s*(?:st|nd|rd|th)\b")
 _SCALE = re.compile(r"(?<=[\d}])\s*(?:an?\s+)?(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
+_SHORT_SCALE = re.compile(r"^(\\?[$€£]\s*[\d.,]+)\s*(k|m|mn|b|bn)$", re.IGNORECASE)
+_SHORT = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion"}
 _SCALES = {
     "hundred": "100",
     "dozen": "12",
@@ -86,7 +89,9 @@ def tidy(answer: str) -> str:
         return answer
     answer = _DOLLARS.sub(r"\\$", answer.strip())
     text = _DRESS.sub(" ", unwrapped(unified(answer.strip("$").strip())))
-    text = _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",")
+    text = (
+        _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",").replace("{}", "")
+    )
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
@@ -99,9 +104,10 @@ def tidy(answer: str) -> str:
     if found := _DECIMAL_COMMA.match(text):
         text = f"{found[1]}.{found[2]}{text[found.end() :]}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
-    text = _ORDINAL.sub(r"\1", text)
+    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), text)))
     text = _INFINITY.sub(r"\\infty ", in_digits(on_the_clock(text)))
     text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
+    text = _SHORT_SCALE.sub(lambda found: rf"{found[1]}\cdot {_SCALES[_SHORT[found[2].lower()]]}", text)
     text = _SCALE.sub(lambda found: rf"\cdot {_SCALES[found[1]]}", text)
     if "°" in text and _TRIG.search(text):
         text = _TURN.sub(

@@ -24,7 +24,7 @@ from foveate.rewards.numbers import close, decimal_of, same_fractions
 from foveate.rewards.phrases import same_phrases
 from foveate.rewards.plain_text import stated_answer, unified, unwrapped
 from foveate.rewards.readings import readings
-from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times, without_place
+from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times, without_additions
 from foveate.rewards.text import Extraction, question, score_final_answer
 from foveate.rewards.units import DEGREE, Quantity, as_beside, same_label, split_unit
 
@@ -50,6 +50,7 @@ _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
+_ARROW = r"\to"
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
 _SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|\w))?'*")
 _CALL = re.compile(
@@ -138,7 +139,7 @@ def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bo
 def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
     if _without_marks(given) == _without_marks(wanted):
         return True
-    given, wanted = without_place(given, wanted)
+    given, wanted = without_additions(given, wanted)
     if not given or not wanted or _DOTS in given + wanted:
         return False
     if given[-1].isdigit() and wanted[-1].isdigit():  # most answers are plain numbers
@@ -155,7 +156,7 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
 def _without_marks(text: str) -> str:
     """Text without spaces, and without the marks of indices where no other braces are: `H_2O` is `H2O`."""
     text = _GAP.sub("", _BLACKBOARD.sub(r"\1", text))
-    return text if "\\" in text or "^" in text else re.sub("[_{}]", "", text)
+    return text if "\\" in text.replace(_ARROW, "") or "^" in text else re.sub("[_{}]", "", text)
 
 
 # ------------------------------------------------------------------------------------- lists, words and equations

@@ -36,8 +36,10 @@ _FORMULA = re.compile(
     rf"(?:[A-Z][a-z]?\s*{_COUNT}|\((?:[A-Z][a-z]?{_COUNT})+\){_COUNT})+(?:\s*\^?\{{?\d?[+-]\}}?)?"
 )
 """Capitals with digits between or behind them, such as `H_2SO_4`."""
-_SHELLS = re.compile(r"(?:\[\s*[A-Z][a-z]\s*\]\s*)?(?:\d[spdf]\s*\^?\s*\{?\d{1,2}\}?\s*){1,20}")
-"""Shells of electrons, `1s^2 2s^2 2p^6`."""
+_SHELLS = re.compile(
+    r"sp\^?\{?\d?\}?(?:d\^?\{?\d?\}?)?|(?:\[\s*[A-Z][a-z]\s*\]\s*)?(?:\d[spdf]\s*\^?\s*\{?\d{1,2}\}?\s*){1,20}"
+)
+"""Shells of electrons, `1s^2 2s^2 2p^6`, and `sp^3`."""
 _RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
@@ -51,7 +53,7 @@ _SEGMENTS = re.compile(
 _FACTOR = re.compile(r"([A-Z])(?:\s*\^\s*\{?\s*(-?\d|T)\s*\}?)?")
 _PRODUCT = re.compile(rf"(?<![\\A-Za-z_{{^])(?:{_FACTOR.pattern}\s*){{2,9}}(?![A-Za-z_^'(])")
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
-_OPENING = re.compile(r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w{2})")
+_OPENING = re.compile(r"\b(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w[\w-])")
 _CLASS = re.compile(
     r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property|postulate|criterion"
     r"|congruence|similarity|(?:congruence|similarity)(?:theorem|postulate|criterion|rule))s?"

@@ -17,6 +17,10 @@ _SHARES = {
     "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
     "ninth": 9, "tenth": 10, "hundredth": 100,
 }  # fmt: skip
+ORDINALS = {"first": 1, "second": 2, "third": 3} | {
+    word: n for word, n in _SHARES.items() if n > 3 and word != "quarter"
+}
+"""Words that by themselves say a place in a row, and the number of it."""
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})"
 _SHARE = rf"(?P<share>{'|'.join(_SHARES)})s?(?![A-Za-z-])(?:\s+of(?=\s+an?\s))?(?:\s+an?(?=\s))?"
 _FRACTION = re.compile(rf"(?:(?P<count>{_BELOW_100}|an?|\d+)[ -](?!half[ -])|(?=half|quarter\s+of)){_SHARE}", re.I)
@@ -32,12 +36,12 @@ _ONE_UNIT = re.compile(r"an?(?=\s+([a-z]{3,})(?![a-z]))", re.I)
 _SIGN = re.compile(r"(?:(minus|negative)|positive|plus)\s+", re.I)
 _PAST = re.compile(
     rf"(?:an?\s+)?(?P<part>half|quarter|(?:{_BELOW_100}|\d{{1,2}})(?:\s+minutes?)?)\s+(?P<way>past|after|to|before)\s+"
-    rf"(?P<hour>{_BELOW_100}|\d{{1,2}})(?:\s+o'clock)?(?P<behind>\s*(?:[ap]\.?\s?m\.?)?)",
+    rf"(?P<hour>{_BELOW_100}|\d{{1,2}})(?:\s+o'clock)?(?P<behind>(?:\s+in\s+the\s+\w+|\s+at\s+night|\s*[ap]\.?\s?m\.?)?)",
     re.I,
 )
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
-_HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
-_COUNTED = frozenset("成个只条本张人次倍种组名位件")
+_HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,9}})")
+_COUNTED = frozenset("成个只条本张人次倍种组名位件辆棵朵")
 
 
 def in_digits(text: str) -> str:
@@ -92,7 +96,7 @@ def _share(found: re.Match[str]) -> int:
 
 def _from_hanzi(found: re.Match[str]) -> str:
     behind = found["behind"]
-    if behind and behind not in _COUNTED and known_unit(behind) is None:
+    if behind and behind[0] not in _COUNTED and (len(behind) > 3 or known_unit(behind) is None):
         return found.group()
     number = _hanzi(found["number"])
     if behind == "成":  # tenths

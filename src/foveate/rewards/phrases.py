@@ -13,7 +13,7 @@ from foveate.rewards.brackets import entries_of, parts_of
 _DIRECTION = re.compile(
     r"(?:^|,?\s+)(?:(?:directed|acting|pointing|heading|due|vertically|horizontally|straight|to|towards?|in|on|the)\s+)*"
     r"(?P<way>(?:north|south)[ -]?(?:east|west)|north|south|east|west|up|down|left|right|forward|backward|inward"
-    r"|outward)(?:wards?)?(?:\s+direction)?$",
+    r"|outward)(?:wards?)?(?:\s+(?:direction|side|part))?(?:\s+of\s+[^\d]{1,60})?$",
     re.IGNORECASE,
 )
 _UP = (
@@ -22,14 +22,14 @@ _UP = (
 )
 _DOWN = (
     r"decreas(?:e[ds]?|ing)|drop(?:s|ped)?|f[ae]ll(?:s|en)?|declin(?:e[ds]?|ing)|reduc(?:e[ds]?|tion)|loss(?:es)?|lost|less"
-    r"|fewer|lower|减少|下降|降低|下跌|亏损"
+    r"|fewer|lower|discount|减少|下降|降低|下跌|亏损"
 )
 _WAY = rf"(?:(?P<up>{_UP})|(?P<down>{_DOWN}))"
 CHANGE = re.compile(rf"(?<![A-Za-z]){_WAY}(?![A-Za-z])", re.IGNORECASE)
 _CHANGED_BY = re.compile(
     rf"(?:.*(?<![A-Za-z]))?{_WAY}(?:\s+(?:of|by)\s+|了?\s*(?=[\d\\]))(?P<value>[-+\\$€£\d].*)", re.I | re.DOTALL
 )
-_CHANGE_BEHIND = re.compile(rf"(?P<value>[-+\\$€£\d].*?)\s+(?:in\s+)?{_WAY}", re.I | re.DOTALL)
+_CHANGE_BEHIND = re.compile(rf"(?:an?\s+)?(?P<value>[-+\\$€£\d].*?)\s+(?:in\s+)?{_WAY}", re.I | re.DOTALL)
 _BY = re.compile(r"\s+by\s+")
 _SIDES = re.compile(r"\s+by\s+|\s*\\times\s*|(?<=[\w°])\s*[xX]\s*(?=\d)")
 _ORIGIN = re.compile(r"(?:the\s+)?(?:point\s+)?(?:origin|原点)", re.IGNORECASE)

@@ -108,7 +108,8 @@ _LABEL = re.compile(
     r"(?:(?:\s+of(?:\s+(?:an?|the))?)?\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
 )
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
-_PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
+_PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+|[\u4e00-\u9fff]{1,3})\.?")
+_SEVERAL_HANZI = re.compile(r"(?:\d{1,12}(?:\.\d{1,12})?\s*[\u4e00-\u9fff]{1,3}\s*){2,4}")
 _SEVERAL = re.compile(rf"{_PART.pattern}(?:(?:\s*,?\s+and)?\s+{_PART.pattern}){{1,3}}")
 _PRIME = r"(?:'|\^\s*\{?(?:\s*\\prime){1,2}\s*\}?)"
 _MINUTES = re.compile(
@@ -251,7 +252,7 @@ def _sum_of_units(answer: str) -> Quantity | None:
     if found := _MINUTES.fullmatch(answer):
         degrees = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
         return Quantity(f"\\frac{{{degrees.numerator}}}{{{degrees.denominator}}}", DEGREE)
-    if not _SEVERAL.fullmatch(answer):
+    if not (_SEVERAL.fullmatch(answer) or _SEVERAL_HANZI.fullmatch(answer)):
         return None
     parts = [(Fraction(number), known_unit(name)) for number, name in _PART.findall(answer)]
     for shared, meant in _SHARED.items():
