@@ -27,7 +27,7 @@ _ARTICLE_A = (
 )
 """An article and its noun, where a letter might stand: `I choose a dog`."""
 _NAMED = re.compile(
-    rf"(?:\b(?:options?|choices?|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
+    rf"(?:\b(?:options?|choices?|only|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
     r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best)|\s*项?\s*(?:正确|最))"
     r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly|leav(?:es|ing))\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,

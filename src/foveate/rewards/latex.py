@@ -113,7 +113,7 @@ def tidy(answer: str) -> str:
         text = _TURN.sub(
             lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
         )
-    return standard(with_direction(text.rstrip(".").strip() if text.rstrip(". ") else text))
+    return standard(with_direction(text.rstrip(".").strip().removesuffix("的") if text.rstrip(". ") else text))
 
 
 def _repeating(found: re.Match[str]) -> str:

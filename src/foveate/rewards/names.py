@@ -55,7 +55,7 @@ _PRODUCT = re.compile(rf"(?<![\\A-Za-z_{{^])(?:{_FACTOR.pattern}\s*){{2,9}}(?![A
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
 _OPENING = re.compile(r"\b(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w[\w-])")
 _CLASS = re.compile(
-    r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property|postulate|criterion"
+    r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|solution|theorem|property|postulate|criterion"
     r"|congruence|similarity|(?:congruence|similarity)(?:theorem|postulate|criterion|rule))s?"
 )
 _TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)

@@ -1,4 +1,4 @@
-r"""Readings of a final answer: the answer itself, and what it says where it is a sentence or carries a remark.
+r"""Readings of a final answer: the answer itself, and its value where it is a sentence or carries a remark.
 
 A sentence says what stands behind its verb (`The pH is 7.4`), what it sets in bold, the only number in it (`I count 7
 birds`), or `yes` and `no` at its start. Nothing is read from a sentence that denies or compares.
@@ -52,7 +52,7 @@ _APPROXIMATION = re.compile(r"\s*\\approx\s*|\s*≈\s*")
 
 
 def readings(answer: str) -> Iterator[str]:
-    """What a final answer may say, the answer itself first; see the head of this file."""
+    """Each reading of a final answer, the answer itself first; see the head of this file."""
     yield answer
     if len(answer) < 2:
         return
