@@ -23,9 +23,7 @@ def trace(make_image):
         Message("assistant", "And closer."),
         Message("user", "go on <image>"),
     )
-    return Task(
-        "t", "s", messages, tuple(make_image(56, 56, i) for i in range(3)), None, where="a.jsonl, row 1"
-    )
+    return Task("t", "s", messages, tuple(make_image(56, 56, i) for i in range(3)), None, where="a.jsonl, row 1")
 
 
 def test_all_turns_of_the_assistant_are_trained_and_what_others_say_is_read(encode, trace, tiny_policy):

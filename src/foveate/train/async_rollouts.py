@@ -138,8 +138,8 @@ class AsyncRollouts:
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`: how many steps old its answers' weights were, 0 for those of the step before, and the
         share of answers of several versions; how many groups were too old to be trained; and how many were waiting
-        behind it."""
-        return self._said
+        behind it. And what the sampler says."""
+        return {**self._said, **self._sampler.metrics()}
 
     def _take(self, step: int, count: int, clock: Clock) -> list[Group]:
         """The next `count` groups that are not too old for a step; older ones are dropped and counted."""

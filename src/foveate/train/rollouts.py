@@ -82,6 +82,7 @@ class Grading:
     def submit(self, task: Task, answers: Answers, outcomes: Sequence[Outcome] = ()) -> Future[Scores]:
         """`outcomes`: what became of answers with environments."""
         future: Future[Scores] = Future()
+        self._graders.prefetch([(answer, task) for answer in answers])
         self._waiting.append((task, answers, outcomes, future))
         self._pool.submit(self._grade)
         return future
@@ -133,8 +134,8 @@ class SyncRollouts:
         yield
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beside what the groups themselves say."""
-        return {}
+        """Of what the rewards ask of servers, beside what the groups themselves say."""
+        return self.graders.metrics()
 
     def _draw(self, step: int, first: int, count: int, clock: Clock) -> list[Group]:
         """The groups of the next `count` tasks, which are number `first` and so on of the step. The answers depend on
