@@ -135,13 +135,10 @@ class Graders:
         return [(self._reward.read(_with_opened(answer, task)), task) for answer, task in answers]
 
     def _fetches(self, asked: Sequence[tuple[Answer | str, Task]]) -> list[Future[Any]]:
-        fetch = self._reward.fetch
+        fetch, requests = self._reward.fetch, self._requests
         assert fetch is not None
-        assert self._requests is not None
-        return [
-            self._requests.submit(lambda session, answer=answer, task=task: fetch(session, answer, task))
-            for answer, task in asked
-        ]
+        assert requests is not None
+        return [requests.submit(fetch, answer, task) for answer, task in asked]
 
     def _grade_fetched(self, asked: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
         """Grade answers whose reward asks servers: those of which a request fails are not graded."""

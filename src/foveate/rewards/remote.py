@@ -11,13 +11,14 @@ import base64
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from foveate.data.images import open_picture
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
 from foveate.rewards.build import Reward, WrongResult, as_score
-from foveate.rewards.requests import RemoteServer, Reply, Session
+from foveate.rewards.requests import RemoteServer, ServerReply, Session
 from foveate.rewards.text import jsonable, question
 
 if TYPE_CHECKING:
@@ -86,17 +87,9 @@ def judge(
         if images:
             shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in task.images]
             content = [*shown, {"type": "text", "text": content}]
-        asked: Any = [{"role": "user", "content": content}]
-
-        async def request(client: AsyncOpenAI, headers: dict[str, Any]) -> Reply:
-            reply = await client.chat.completions.create(
-                model=model, messages=asked, max_tokens=max_tokens, temperature=temperature, extra_headers=headers
-            )
-            used = reply.usage
-            tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
-            return Reply(reply.choices[0].message.content or "", *tokens)
-
-        return (await session.ask(server, json.dumps([model, max_tokens, temperature, asked]), request)).text
+        messages = [{"role": "user", "content": content}]
+        asked = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        return (await session.ask(server, json.dumps(asked), partial(_chat, asked))).text
 
     def reward(_text: str, _task: Task, reply: str) -> Score:
         marks = _SCORE.findall(reply)
@@ -105,6 +98,13 @@ def judge(
         return Score(min(max(float(marks[-1]) / scale, 0.0), 1.0))
 
     return Reward("judge", reward, fetch=fetch)
+
+
+async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
+    reply = await client.chat.completions.create(**asked, extra_headers=headers)
+    used = reply.usage
+    tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
+    return ServerReply(reply.choices[0].message.content or "", *tokens)
 
 
 def endpoint(
@@ -137,8 +137,8 @@ def endpoint(
             "extra_info": jsonable(dict(task.meta)),
         }
 
-        async def request(client: AsyncOpenAI, headers: dict[str, Any]) -> Reply:
-            return Reply(await client.post(url, body=body, cast_to=str, options={"headers": headers}))
+        async def request(client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
+            return ServerReply(await client.post(url, body=body, cast_to=str, options={"headers": headers}))
 
         return (await session.ask(server, json.dumps(body), request)).text
 

@@ -32,7 +32,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ServerReply:
     """The text of a reply, with the tokens that the server says it read and wrote (0 where it says nothing)."""
 
     text: str
@@ -74,7 +74,7 @@ class RemoteServer:
             raise ConfigError(f"reward {self.name} needs openai; run pip install 'foveate[client]'")
 
 
-Request = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[Reply]]
+ServerRequest = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[ServerReply]]
 """From a client and the headers of the request to the reply."""
 
 
@@ -88,10 +88,10 @@ class Session:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._clients: dict[RemoteServer, tuple[AsyncOpenAI, asyncio.Semaphore]] = {}
-        self._replies: OrderedDict[str, asyncio.Task[Reply]] = OrderedDict()
+        self._replies: OrderedDict[str, asyncio.Task[ServerReply]] = OrderedDict()
         self._down_since: dict[RemoteServer, float] = {}
 
-    async def ask(self, server: RemoteServer, content: str, request: Request) -> Reply:
+    async def ask(self, server: RemoteServer, content: str, request: ServerRequest) -> ServerReply:
         """The reply to a request of that content: a known one, or one under way, or that to a new request. Raises
         ConnectionError where the server refuses, or is down for longer than its patience."""
         key = hashlib.sha256(f"{server.url}\0{content}".encode(errors="surrogatepass")).hexdigest()
@@ -109,7 +109,7 @@ class Session:
                 del self._replies[key]
             raise
 
-    async def _sent(self, server: RemoteServer, request: Request) -> Reply:
+    async def _sent(self, server: RemoteServer, request: ServerRequest) -> ServerReply:
         client, room = self._client(server)
         headers = {} if client.api_key != _NO_KEY else {"Authorization": _omitted()}
         async with room:
@@ -187,11 +187,11 @@ class RequestThread:
         self._thread.start()
         self._session = Session()
 
-    def submit(self, fetch: Callable[[Session], Awaitable[Any]]) -> Future[Any]:
-        """A fetch to be run; the future has what it returns or raises."""
+    def submit(self, fetch: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
+        """Run a fetch with the session and these arguments; the future has what it returns or raises."""
 
         async def run() -> Any:
-            return await fetch(self._session)
+            return await fetch(self._session, *arguments)
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
