@@ -9,7 +9,7 @@ SLOW ?=
 # Spinning threads starve their neighbours; one thread per test worker is fastest.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow journeys lint docs bench coldstart clean
+.PHONY: demo test test-slow journeys lint docs bench bench-quick coldstart clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,10 @@ docs: $(VENV)/ready-dev
 # docs/performance.md. Over an hour of one core.
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
+
+# What may become slower by accident, beside the figures that landed last: two minutes of one core.
+bench-quick: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quick.py
 
 # Makes the weights that are shipped as the demo's cold start again: about an hour and a half on one idle core. The two
 # last stages repeat the two before them, for longer: after the first time the relation words were only half learned.

@@ -4,7 +4,10 @@ The copies go through plain transformers with SDPA attention, as systems do that
 placeholders and pixel values repeated for each answer, one group after the other (up to 10 GB of memory). Both ways
 compute the same loss; the benchmark checks that too.
 
-    python benchmarks/group_packing.py [--size wide-head]
+    python benchmarks/group_packing.py [--size wide-head] [--turns 3]
+
+With several turns an answer has so many of `ANSWER_TOKENS` sampled tokens, each with an image of `SEEN_TILES` tiles
+that is only read behind it, as a tool shows one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
@@ -23,8 +27,8 @@ from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.parallel.packing import pack
-from foveate.records import ImageSlot, PackedGroup, Prompt
+from foveate.parallel.packing import pack, trained_places
+from foveate.records import Answer, ImageSlot, PackedGroup, Prompt, Segment
 
 TILE = 112
 _TEXT = {"width": 256, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 32, "ffn": 768}
@@ -42,11 +46,23 @@ SIZES = {
 2.3 times what it costs the language model (there 2.8), and the head has 0.33 times the parameters of the layers below
 it (there 0.35). In `wide-head` these are 0.8 and 2.7: the answers' logits, which no packing can share and which the
 packed way computes once more in backward, are then most of its work."""
-GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS = 2, 16, 1024, 60, 64
+GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS, SEEN_TILES = 2, 16, 1024, 60, 64, 4
 
 
-def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> list[PackedGroup]:
+def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator, turns: int) -> list[PackedGroup]:
     """Groups of random tokens: an image of `TILES` tiles with text around it, and `ANSWERS` answers."""
+
+    def observed() -> Segment:
+        ids = np.full(SEEN_TILES * policy.family.tokens_per_tile, policy.family.image_token_id, np.int64)
+        slots = (ImageSlot(0, len(ids), SEEN_TILES),)
+        tiles = torch.randn(SEEN_TILES, 3, TILE, TILE, generator=generator)
+        return Segment(ids, ids, np.zeros(0, np.float32), False, slots, tiles)
+
+    def answer() -> Answer:
+        if turns == 1:
+            return Answer.written(words(ANSWER_TOKENS))
+        pairs = [(Segment.written(words(ANSWER_TOKENS)), observed()) for _ in range(turns)]
+        return Answer(tuple(segment for pair in pairs for segment in pair), "", "stop")
 
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
@@ -59,7 +75,7 @@ def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator) -> 
         ids = (*before, *[policy.family.image_token_id] * image_tokens, *after)
         pixels = torch.randn(TILES, 3, TILE, TILE, generator=generator)
         prompt = Prompt(ids, (ImageSlot(len(before), image_tokens, TILES),), pixels, ids)
-        packed_groups.append(PackedGroup.of_tokens(prompt, tuple(tuple(words(ANSWER_TOKENS)) for _ in range(ANSWERS))))
+        packed_groups.append(PackedGroup(prompt, tuple(answer() for _ in range(ANSWERS))))
     return packed_groups
 
 
@@ -77,15 +93,22 @@ def padded_step(model: InternVLForConditionalGeneration, packed_groups: list[Pac
     for packed in packed_groups:
         assert packed.prompt.pixels is not None
         input_ids = torch.tensor([(*packed.prompt.token_ids, *answer.token_ids) for answer in packed.answers])
+        length, trained = len(packed.answers[0]), trained_places(packed.answers[0])
+        pixels = [
+            one
+            for answer in packed.answers
+            for one in (packed.prompt.pixels, *(s.tiles for s in answer.segments))
+            if one is not None
+        ]
         out = model(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            pixel_values=packed.prompt.pixels.repeat(len(packed.answers), 1, 1, 1),
-            logits_to_keep=ANSWER_TOKENS + 1,
+            pixel_values=torch.cat(pixels),
+            logits_to_keep=length + 1,
             use_cache=False,
         )
         logp = torch.log_softmax(out.logits[:, :-1].float(), -1)
-        loss = -logp.gather(2, input_ids[:, -ANSWER_TOKENS:, None]).mean() / len(packed_groups)
+        loss = -logp.gather(2, input_ids[:, -length:, None])[:, trained].mean() / len(packed_groups)
         loss.backward()
         total += loss.item()
     return total
@@ -106,6 +129,7 @@ def gradient_norm(model: torch.nn.Module) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="like-1b", help="widths of the model")
+    parser.add_argument("--turns", type=int, default=1, help="turns of each answer, with an image behind each")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of timed runs")
     parser.add_argument("--packed-only", action="store_true", help="skip the copies: for work on the packed way")
     arguments = parser.parse_args()
@@ -117,10 +141,11 @@ def main() -> None:
         policy = load_policy(str(folder))
         with quiet_transformers():
             plain = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    packed_groups = make_groups(policy, vocabulary, generator)
+    packed_groups = make_groups(policy, vocabulary, generator, arguments.turns)
     counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in policy.family.parts}
     print("parameters:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
+    answer_tokens = len(packed_groups[0].answers[0])
+    print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {answer_tokens}, n = {ANSWERS}, one thread")
 
     packed_s: list[float] = []
     padded_s: list[float] = []
@@ -138,10 +163,12 @@ def main() -> None:
     if arguments.packed_only:
         return
     ratios = [slow / fast for slow, fast in zip(padded_s, packed_s, strict=True)]
-    ideal = ANSWERS * (PROMPT_TOKENS + ANSWER_TOKENS) / (PROMPT_TOKENS + ANSWERS * ANSWER_TOKENS)
+    ideal = ANSWERS * (PROMPT_TOKENS + answer_tokens) / (PROMPT_TOKENS + ANSWERS * answer_tokens)
+    seen = arguments.turns * SEEN_TILES if arguments.turns > 1 else 0
+    ideal_tiles = ANSWERS * (TILES + seen) / (TILES + ANSWERS * seen)
     print(f"padded copies: median {statistics.median(padded_s):.2f} s ({min(padded_s):.2f} .. {max(padded_s):.2f})")
     print(f"ratio: {statistics.median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f})")
-    print(f"ideal by language tokens: n(P+R)/(P+nR) = {ideal:.1f}; by image tiles: n = {ANSWERS}")
+    print(f"ideal by language tokens: n(P+R)/(P+nR) = {ideal:.1f}; by image tiles: {ideal_tiles:.1f}")
 
 
 if __name__ == "__main__":

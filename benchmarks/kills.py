@@ -30,7 +30,7 @@ from foveate.log import read_metrics
 
 KINDS = {  # what is in the command line
     "rank": ("ray::_Rank",),
-    "engine": ("ray::_Host",),
+    "engine": ("ray::_Engine",),
     "driver": (" main() rl ",),
     "raylet of the head": ("/raylet --", "--node_ip_address={0}"),
     "raylet of the other node": ("/raylet --", "--node_ip_address={1}"),

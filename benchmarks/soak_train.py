@@ -33,7 +33,8 @@ def main() -> None:
         metrics = folder / "run" / "metrics.jsonl"
         while run.poll() is None:
             step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            if step and (step == asked.steps or step // asked.early > max(states, default=0) // asked.early):
+            is_due = step // asked.early > max(states, default=0) // asked.early or step == asked.steps
+            if step and is_due and step not in states:
                 states[step] = state_of(run.pid)
                 print(f"step {step}: {states[step]}, {time.monotonic() - begin:.0f} s", flush=True)
             time.sleep(0.02)

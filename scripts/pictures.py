@@ -38,11 +38,11 @@ def picture(page: Path, target: Path, width: int, height: int) -> None:
 
 def main(run_folder: Path) -> None:
     run = Run(run_folder)
-    picture(run.report, ROOT / "docs/report.png", 1120, 1180)
+    picture(run.report, ROOT / "docs/report.png", 1120, 1096)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "curve.html"
         run.plot("reward/mean", "eval/greedy_accuracy").save(page)
-        picture(page, ROOT / "docs/curve.png", 640, 520)
+        picture(page, ROOT / "docs/curve.png", 1200, 224)
 
 
 if __name__ == "__main__":

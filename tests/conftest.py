@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import time
 from zlib import crc32
@@ -22,6 +23,8 @@ from foveate.records import Image, Message, Task
 
 torch.set_num_threads(1)
 BEGIN = time.monotonic()
+# What processes of tests import that are forked from a server: once for all of them.
+multiprocessing.set_forkserver_preload(["foveate.train.worker", "foveate.evaluate.generate", "openai"])
 
 
 def pytest_collection_modifyitems(items):

@@ -12,14 +12,15 @@ from pathlib import Path
 from zlib import crc32
 
 import pytest
-from journeys import ROOT, run_notebook, run_section, sections
+from journeys import ROOT, run_in_clone, run_notebook, run_section, sections
 
 PAGE = sections(ROOT / "docs/first_runs.md")
 README = sections(ROOT / "README.md")
+LAPTOP = "On a laptop CPU"
 OWN_ROWS = "Your own rows and reward, in Python"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 TURN = os.environ.get("FOVEATE_TEST_TURN")
-JOURNEYS = {OWN_ROWS: README[OWN_ROWS], **PAGE}
+JOURNEYS = {LAPTOP: README[LAPTOP], OWN_ROWS: README[OWN_ROWS], **PAGE}
 
 
 def turn(names: list[str]) -> list[str]:
@@ -35,6 +36,7 @@ def rewards(folder: Path) -> list[float]:
 
 def test_the_pages_have_the_journeys():
     assert set(JOURNEYS) == {
+        LAPTOP,
         OWN_ROWS,
         "LLaVA conversations: SFT, then RL",
         "A datasets folder with images, and TRL's reward",
@@ -49,18 +51,22 @@ def test_the_pages_have_the_journeys():
 def test_a_journey_ends_with_a_higher_reward_a_report_and_a_model(name, tmp_path):
     if "import datasets" in "".join(block.code for block in JOURNEYS[name]):
         pytest.importorskip("datasets")
-    if name == OWN_ROWS:  # one cell of a notebook
+    place = tmp_path / "foveate" if name == LAPTOP else tmp_path
+    if name == LAPTOP:
+        printed = run_in_clone(JOURNEYS[name][0], tmp_path)
+    elif name == OWN_ROWS:  # one cell of a notebook
         [python] = [block for block in JOURNEYS[name] if block.language == "python"]
         nbformat = pytest.importorskip("nbformat")
         cell = nbformat.v4.new_code_cell(python.code)
         nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "own.ipynb")
-        printed = "".join(output.get("text", "") for output in run_notebook(tmp_path / "own.ipynb", tmp_path))
+        outputs = run_notebook(tmp_path / "own.ipynb", tmp_path)
+        printed = "".join(output.get("text", "") for output in outputs)
     else:
         printed = run_section(JOURNEYS[name], tmp_path)
-    curve = rewards(tmp_path)
+    curve = rewards(place)
     half = len(curve) // 2
     assert sum(curve[half:]) / len(curve[half:]) > sum(curve[:half]) / half, printed
-    for final in tmp_path.glob("runs/*/final"):
+    for final in place.glob("runs/*/final"):
         assert (final / "README.md").is_file()
         assert (final.parent / "report.html").is_file()
 

@@ -267,6 +267,7 @@ _TOLD = (
     ("eval/loss", "held-out loss {:.4f}"),
     ("eval/accuracy", "held-out accuracy {:.1%}"),
     ("answer/length", "length {:.1f}"),
+    ("turns/mean", "turns {:.1f}"),
     ("answer/truncated", "truncated {:.0%}"),
     ("loss/kl_ref", "KL {:.4f}"),
     ("loss/entropy", "entropy {:.3f}"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import logging
 import multiprocessing
 import os
 import resource
 import selectors
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -48,14 +50,59 @@ def worker_context(preload: Sequence[str]) -> ForkServerContext:
     return context
 
 
+_starting = threading.Lock()
+
+
 @contextmanager
 def _without_main() -> Iterator[None]:
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _starting:  # or the module that one thread has put there would be taken for the caller's by another
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+class GuardedProcess:
+    """A worker process that runs the code of others, as its owner sees it: a pipe to it, and its end.
+
+    `target` is called in it as target(job, pipe, owner) and calls `confine` first. Both it and the job must be known by
+    import."""
+
+    def __init__(self, target: Callable[[Any, Connection, Connection], None], job: Any, preload: Sequence[str]) -> None:
+        processes = worker_context(preload)
+        self.pipe, theirs = processes.Pipe()
+        owner, self._lifeline = lifeline()
+        self._process = processes.Process(target=target, args=(job, theirs, owner), daemon=True)
+        self._process.start()
+        self.is_alive = True
+        theirs.close()
+        owner.close()
+
+    def kill(self) -> None:
+        """End the process, even one that hangs, and what it has started."""
+        self._lifeline.close()
+        self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
+        self._process.kill()
+        self.pipe.close()
+        self.is_alive = False
+
+    def end(self) -> str:
+        """How it ended by itself, in words."""
+        self._process.join(1.0)
+        code = self._process.exitcode or 0
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def confine(owner: Connection, pipe: Connection, folder: str, memory_limit: int) -> None:
+    """In a `GuardedProcess`, before it runs the code of others: `guarded`, silent, in the folder that relative paths
+    start from, and with no more than so many bytes of memory."""
+    guarded(owner, pipe)
+    logging.disable()  # an error travels back as a note
+    os.chdir(folder)
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, hard))
 
 
 def lifeline() -> tuple[Connection, Connection]:

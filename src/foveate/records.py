@@ -76,12 +76,13 @@ class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
 
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns) is how the tokens lie in the picture, for families with 3-D positions; None elsewhere."""
+    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
 
     position: int
     count: int
     tiles: int
     grid: tuple[int, int] | None = None
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +120,8 @@ class Segment:
     (the form that served engines expand themselves). logprobs: float32 (L,), of sampled tokens under softmax(logits /
     temperature) over the whole vocabulary (temperature 1 where greedy), whatever top-k, top-p and bans did to the draw;
     (0,) for tokens that no engine sampled. slots: positions of images, counted from the segment's first token; tiles:
-    their pixels, as in `Prompt`. versions: how many tokens each version of the weights sampled, as (version, tokens) in
-    order. reward: of an environment's step that ended here. routed_experts: int16 (L, layers, experts per token), of
-    mixtures whose engine reports them."""
+    their pixels, as in `Prompt`. versions: (version of the weights, tokens that it sampled) in order. reward: of an
+    environment's step that ended here. routed_experts: int16 (L, layers, experts per token), where an engine tells."""
 
     token_ids: np.ndarray
     engine_ids: np.ndarray
@@ -151,32 +151,31 @@ class Segment:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segment):
             return NotImplemented
-        arrays = ((self.token_ids, other.token_ids), (self.logprobs, other.logprobs))
-        return self._facts == other._facts and all(np.array_equal(own, theirs) for own, theirs in arrays)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @property
-    def _facts(self) -> tuple[Any, ...]:
-        return self.trained, self.slots, self.versions, self.reward
+        own, theirs = ((one.trained, one.slots, one.versions, one.reward) for one in (self, other))
+        same = np.array_equal(self.token_ids, other.token_ids) and np.array_equal(self.logprobs, other.logprobs)
+        return own == theirs and same
 
     def continued_by(self, more: Segment) -> Segment:
         """Both as one, where both are sampled text."""
-        versions: list[tuple[int, int]] = []
-        for version, tokens in (*self.versions, *more.versions):
-            before = versions.pop()[1] if versions and versions[-1][0] == version else 0
-            if before + tokens:
-                versions.append((version, before + tokens))
         ids = np.concatenate([self.token_ids, more.token_ids])
         logprobs = np.concatenate([self.logprobs, more.logprobs])
-        return Segment(ids, ids, logprobs, True, versions=tuple(versions) or more.versions)
+        return Segment(ids, ids, logprobs, True, versions=_joined((*self.versions, *more.versions)))
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Neighbours of one version as one span, and none of 0 tokens beside others."""
+    found: list[tuple[int, int]] = []
+    for version, tokens in spans:
+        before = found.pop()[1] if found and (found[-1][0] == version or not found[-1][1]) else 0
+        found += [(version, before + tokens)] if before + tokens or not found else []
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is that of all
-    segments, without stop tokens. `finish` is "stop" or "length", or "abort" where it was interrupted, by a pause or by
-    `rollout.time_limit`."""
+    """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is what it wrote in
+    its last turn, without the stop token. `finish` is "stop" or "length", or "abort" where it was interrupted, by a
+    pause or by `rollout.time_limit`: within a turn or behind it, before its observation."""
 
     segments: tuple[Segment, ...]
     text: str
@@ -186,7 +185,7 @@ class Answer:
     def sampled(
         cls, token_ids: Sequence[int], logprobs: Sequence[float], text: str, finish: str, version: int
     ) -> Answer:
-        """An answer of one turn, sampled with the weights of one version; its log-probs include the stop token's."""
+        """One turn, sampled with the weights of one version; its log-probs include the stop token's."""
         return cls((Segment.sampled(token_ids, logprobs, version),), text, finish)
 
     @classmethod
@@ -216,7 +215,7 @@ class Answer:
     @property
     def versions(self) -> tuple[tuple[int, int], ...]:
         """(version, tokens) of all weights that sampled it, in order."""
-        return tuple(span for segment in self.segments for span in segment.versions)
+        return _joined(span for segment in self.segments for span in segment.versions)
 
     @property
     def version(self) -> int:
@@ -224,9 +223,11 @@ class Answer:
         return min(version for version, _ in self.versions)
 
     def continued_by(self, more: Answer, text: str) -> Answer:
-        """This answer, interrupted in a sampled segment, and what was sampled after it; `text` is that of both."""
-        first, *rest = more.segments
-        return Answer((*self.segments[:-1], self.segments[-1].continued_by(first), *rest), text, more.finish)
+        """This answer, interrupted, and what was sampled after it; `text` is that of the last turn."""
+        (*before, last), (first, *rest) = self.segments, more.segments
+        if last.trained:
+            return Answer((*before, last.continued_by(first), *rest), text, more.finish)
+        return Answer((*self.segments, *[first] * bool(len(first)), *rest), text, more.finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +246,15 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: the score of the greedy
-    answer, for ReMax; None for algorithms without one."""
+    """All answers to one prompt with their scores: the unit of GRPO and GSPO. `baseline`: that of the greedy one, for
+    ReMax; `turns`: what was said in each (`foveate.environments.turns.Turn`), of answers with an environment."""
 
     task: Task
     prompt: Prompt
     answers: tuple[Answer, ...]
     scores: tuple[Score, ...]
     baseline: Score | None = None
+    turns: tuple[tuple[Any, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +322,9 @@ class Batch:
 
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
-    grids: rows and columns of the tokens of each image, in order, for families that need them; dummy_image: whether the
-    last image has no slots and is there for its own sake (`Family.dummy_image`).
+    feature_index: which feature each of them receives, None where they are in order: images that stand in several
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
+    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """
@@ -337,19 +340,16 @@ class Batch:
     samples: int
     grids: tuple[tuple[int, int], ...] = ()
     dummy_image: bool = False
+    feature_index: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
+        pixels, features = (None if one is None else one.to(device) for one in (self.pixels, self.feature_index))
         return replace(
-            self,
-            token_ids_T=self.token_ids_T.to(device),
-            position_T=self.position_T.to(device),
-            pixels=None if self.pixels is None else self.pixels.to(device),
-            slot_index=self.slot_index.to(device),
-            target_M=self.target_M.to(device),
-            source_M=self.source_M.to(device),
-            sample_M=self.sample_M.to(device),
-        )
+            self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
+            slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
+            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The first block of docs/python.md runs as it is printed."""
+"""The first block of docs/python.md runs as it is printed, and the figures of README are those of their sources."""
 
 import re
 import subprocess
@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs/python.md"
+from foveate import api
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/python.md"
+MEMORY = re.findall(
+    r"^\| `(geo3k_\w+)` \|[^|]*\| ([\d.]+) GiB \| (\d+) GB \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+)
+GPUS = {"24": "RTX4090-24", "48": "L40S-48", "80": "H100-80"}
 
 
 @pytest.mark.slow
@@ -19,3 +26,34 @@ def test_the_example_of_the_page_runs_as_printed(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "'reward/mean'" in ended.stdout
     assert (tmp_path / "runs/brief/report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "gib", "card"), MEMORY)
+def test_readme_says_of_recipes_for_one_gpu_what_the_planner_says(recipe, gib, card):
+    plan = api.plan(api.from_recipe(recipe).settings, f"1x1x{GPUS[card]}")
+    assert f"{plan.memory.training / 2**30:.1f}" == gib
+    assert "\nfits" in api.plan_report(plan)
+
+
+def test_readme_says_it_of_every_recipe_for_one_gpu():
+    assert {name for name, *_ in MEMORY} == {path.stem for path in (ROOT / "src/foveate/recipes").glob("geo3k_*.yaml")}
+
+
+def test_readme_says_the_speed_that_was_measured():
+    goals = (ROOT / "docs/performance.md").read_text()
+    measured = {
+        name: float(value)
+        for name, value in re.findall(r"^\| ([^|]+): at least [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
+    }
+    updates = re.findall(r"^\| update, [\w-]+, one thread: [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
+    low, high = min(map(float, updates)), max(map(float, updates))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"The update is {low:.1f} to {high:.0f} times as fast as TRL's and verl's" in text
+    assert f"The whole step is {measured['whole GRPO step']:.0f} times as fast as TRL's" in text
+
+
+def test_a_page_begins_with_the_command_that_most_readers_come_for():
+    without = {"decisions", "families", "log", "performance", "security"}
+    pages = {path.stem: path.read_text().split("\n\n")[1] for path in (ROOT / "docs").glob("*.md")}
+    assert {name for name, first in pages.items() if not first.startswith(("    ", "```"))} <= without

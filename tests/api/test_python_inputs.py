@@ -157,7 +157,7 @@ def test_wrong_overrides_are_told_with_the_nearest(given, said):
 
 def test_arguments_stand_over_a_recipe():
     found = settings(config="shapes_gspo", run_dir="x", overrides={"train.steps": 5}, algorithm="grpo")
-    assert (found.run, found.train.steps, found.algorithm.name, found.optim.lr) == ("x", 5, "grpo", 1e-4)
+    assert (found.run, found.train.steps, found.algorithm.name, found.optim.lr) == ("x", 5, "grpo", 3e-4)
     assert found.data.train == ("a.jsonl",)
 
 
@@ -231,4 +231,4 @@ def test_a_script_without_a_main_guard_trains_with_its_own_function_in_workers(t
         assert ended.stdout.splitlines()[-1] == "2 True True True"
     script.write_text(script.read_text().replace("/ 100", "/ 50"))
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert "belongs to a run with other settings: reward.name was" in ended.stderr
+    assert "reward.name: the source of the function right changed" in ended.stderr

@@ -42,6 +42,14 @@ def test_a_value_that_is_not_finite_interrupts_the_line():
     assert plot(rows, ["a"]).html.count("<polyline") == 2
 
 
+def test_a_long_line_is_drawn_thin_with_its_moving_average():
+    rows = [{"step": n, "a": float(n % 2)} for n in range(48)]
+    html = plot(rows, ["a"]).html
+    assert html.count("<polyline") == 2
+    assert html.count('stroke-opacity="0.4"') == 1
+    assert plot(rows[:12], ["a"]).html.count("<polyline") == 1
+
+
 def test_names_of_metrics_are_text_in_a_plot():
     assert "<b>x" not in plot([{"step": 1, "<b>x": 1.0}], ["<b>x"]).html
 

@@ -4,6 +4,7 @@ import pytest
 
 import foveate as fv
 from foveate.errors import ConfigError
+from foveate.evaluate.predictions import read_evaluations
 
 ROWS = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(8)]
 
@@ -36,6 +37,11 @@ def test_within_the_loop_the_policy_answers_and_is_evaluated(tmp_path, tiny_fold
             assert "eval/greedy_score" in trainer.evaluate()
     with pytest.raises(ConfigError, match="generate: only within the loop"):
         trainer.generate("?")
+    assert trainer.run.evaluate() == tmp_path / "run/eval/report.html"
+    [after] = read_evaluations(tmp_path / "run/eval")
+    last = read_evaluations(tmp_path / "run")[-1]
+    assert [row.shown.text for row in after.predictions] == [row.shown.text for row in last.predictions]
+    assert [row.shown.score for row in after.predictions] == [row.shown.score for row in last.predictions]
 
 
 def test_a_loop_that_is_left_early_continues_after_what_was_saved(tmp_path, tiny_folder):

@@ -274,6 +274,7 @@ def test_what_an_engine_refuses_ends_the_run(started, requests):
     assert processes.starts == [0, 1]
 
 
+@pytest.mark.slow
 def test_at_most_two_packets_of_weights_are_in_memory(started):
     engines, processes = started(2)
     alive = []

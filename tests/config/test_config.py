@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from foveate.config.recipe import read_recipe
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, is_group, walk
 
 
@@ -45,8 +46,13 @@ def refusal(build: Any, **changes: Any) -> str:
 def test_settings_stay_few():
     leaves = [path for path, field in walk(RLSettings) if not is_group(field)]
     assert len(leaves) <= 90
-    assert len([path for path, field in walk(CascadeSettings) if not is_group(field)]) <= 113
+    assert len([path for path, field in walk(CascadeSettings) if not is_group(field)]) <= 115
     assert "rollout.samples" in leaves
+
+
+def test_every_stage_of_a_cascade_logs_to_its_trackers():
+    settings = read_recipe("shapes_cascade", ["log.to=[tensorboard]"], "cascade")
+    assert {settings.stage(name, "demo", ("pairs.parquet",)).log.to for name in ("mpo", "rl")} == {("tensorboard",)}
 
 
 @pytest.mark.parametrize("cls", [RLSettings, SFTSettings, MPOSettings, CascadeSettings])

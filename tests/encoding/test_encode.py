@@ -92,9 +92,7 @@ def test_encoding_leaves_no_trace_on_the_next_task(encode, make_image, make_task
         ("no mark", 1, "0 <image> marks for 1 images; each image needs one mark"),
         ("<image> <image>", 1, "2 <image> marks for 1 images"),
         ("<image>", 0, "1 <image> marks for 0 images"),
-        ("<image> and <IMG_CONTEXT>", 1, "contains the placeholder <IMG_CONTEXT>; write <image>"),
-        ("<img> <image>", 1, "contains the placeholder <img>"),
-        ("what does </img> mean", 0, "contains the placeholder </img>"),
+        ("<IMG_CONTEXT>", 1, "0 <image> marks for 1 images"),
     ],
 )
 def test_text_that_does_not_fit_its_images_is_refused_by_row(text, images, message, encode, make_image, make_task):

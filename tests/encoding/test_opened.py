@@ -15,7 +15,7 @@ from foveate.errors import DataError
 from foveate.models.policy import load_policy
 from foveate.records import Answer, Task
 from foveate.rewards.pool import Graders
-from foveate.tools.doctor import model_facts
+from foveate.tools.model_facts import model_facts
 
 OPEN, CLOSED = "<think>\n", "<think>\n\n</think>\n\n"
 

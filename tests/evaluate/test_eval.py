@@ -13,7 +13,9 @@ from fake_run import a_row, an_answer
 from serving import served
 from toy import make_data
 
+from foveate.api.of_run import options_of_run
 from foveate.cli.evaluate import _scoring
+from foveate.config.recipe import read_recipe, to_yaml
 from foveate.datasets.shapes import prepare_shapes
 from foveate.errors import ConfigError
 from foveate.evaluate.client import ClientSettings
@@ -215,6 +217,7 @@ def assert_same(served_answers, inside):
         assert [value for _, value in row.shown.logprobs] == pytest.approx(values, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_served_answers_have_the_numbers_of_those_in_process(tmp_path, monkeypatch):
     prepare_shapes(tmp_path / "data", {"test": 48}, seed=1)
     monkeypatch.delenv("FOVEATE_API_KEY", raising=False)
@@ -267,3 +270,38 @@ def test_a_folder_of_answers_or_of_a_run_is_not_overwritten(tmp_path, tiny_folde
     generate(data, tmp_path / "answers", SamplingParams(1, 4, 0.0), model=str(tiny_folder))
     with pytest.raises(ConfigError, match="is the folder of answers"):
         run_eval(EvalRequest((), (), tmp_path / "answers", generated=(tmp_path / "answers",)))
+
+
+# --------------------------------------------------------------------------------------------------- options of a run
+
+
+def saved_run(folder, recipe, *overrides):
+    (folder / "config.yaml").write_text(to_yaml(read_recipe(recipe, [f"run={folder}", *overrides])))
+    return options_of_run(folder)
+
+
+def test_an_evaluation_takes_what_the_run_says(tmp_path):
+    system, columns = "data.system=Be brief.", "data.columns={answer: label}"
+    found = saved_run(tmp_path, "shapes_gspo", "rollout.max_tokens=9", "model.max_tiles=3", system, columns)
+    assert found["models"] == (str(tmp_path / "final"),)
+    assert found["data"] == ("runs/demo-data/test.parquet",)
+    assert (found["max_tokens"], found["max_prompt_tokens"], found["max_tiles"]) == (9, 256, 3)
+    assert (found["system"], found["columns"]) == ("Be brief.", {"answer": "label"})
+    assert (found["reward"], found["settings"]["alpha"]) == ("grounding", 0.5)
+    request = EvalRequest(**found, out=tmp_path / "eval")
+    assert not request.hold_out
+
+
+def test_rows_that_a_run_kept_aside_are_what_it_is_evaluated_on(tmp_path):
+    found = saved_run(tmp_path, "shapes_gspo", "data.test=[]", "data.hold_out=0.1")
+    assert (found["data"], found["hold_out"]) == (("runs/demo-data/train.parquet",), 0.1)
+
+
+def test_a_cascade_is_evaluated_by_its_last_model_and_supervised_training_without_a_reward(tmp_path):
+    assert saved_run(tmp_path, "shapes_cascade")["models"] == (str(tmp_path / "rl/final"),)
+    assert "reward" not in saved_run(tmp_path, "shapes_coldstart")
+
+
+def test_a_folder_of_no_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"no folder of a run, as it has no config\.yaml"):
+        options_of_run(tmp_path)

@@ -197,8 +197,7 @@ def ask_slowly(url, rows, out):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_each_row_once(tmp_path, rows):
-    context = multiprocessing.get_context("forkserver")  # one import for all of them
-    context.set_forkserver_preload(["foveate.evaluate.generate", "openai"])
+    context = multiprocessing.get_context("forkserver")
     rng = random.Random(5)
     with faulty(delay=0.02) as server:
         ends = []

@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from family_cases import TEXT_MODELS, VISION_MODELS, build_family
+from family_cases import TEXT_MODELS, VISION_MODELS, build_family, plain_inputs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from foveate.algorithms.policy_losses import grpo
@@ -23,6 +25,7 @@ from foveate.encoding.encode import Encoder
 from foveate.encoding.family import budget_of
 from foveate.errors import DataError
 from foveate.models.checkpoint.convert import convert
+from foveate.models.families.qwen_vl import QwenVL
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
@@ -65,18 +68,9 @@ def alone(model, policy, packed):
     family, prompt, found = policy.family, packed.prompt, []
     for answer in (one.token_ids for one in packed.answers):
         ids = torch.tensor([[*prompt.token_ids, *answer]])
-        inputs = {}
-        if prompt.pixels is not None:
-            frames = prompt.pixels[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1)
-            grid = [[1, slot.grid[0] * 2, slot.grid[1] * 2] for slot in prompt.slots]
-            kinds = (ids == family.image_token_id).int()
-            kinds[:, len(prompt) :] = 0
-            inputs = {
-                "pixel_values": frames,
-                "image_grid_thw": torch.tensor(grid),
-                "mm_token_type_ids": kinds,
-            }
-        logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, len(prompt) - 1 : -1]
+        logits = model(input_ids=ids, use_cache=False, **plain_inputs(family, prompt, ids)).logits[
+            0, len(prompt) - 1 : -1
+        ]
         found.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None])[:, 0])
     return torch.cat(found)
 
@@ -171,16 +165,17 @@ def test_every_parameter_belongs_to_one_part(name, folders):
     names = [key for part in parts.values() for key in part]
     assert sorted(names) == sorted(key for key, _ in policy.model.named_parameters())
     assert all(parts.values())
-    if name in VISION_MODELS:
-        assert all("merger" in key for key in parts["projector"])
+    if isinstance(policy.family, QwenVL):
+        assert all("merger" in key or "downsample" in key for key in parts["projector"])
         assert not any("merger" in key for key in parts["vision"])
 
 
 def peer(folder):
-    return Qwen2VLImageProcessorPil.from_pretrained(folder)
+    kind = Glm4vImageProcessorPil if folder.name == "glm4v" else Qwen2VLImageProcessorPil
+    return kind.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 @pytest.mark.parametrize("size", [(130, 70), (56, 56), (17, 300), (640, 480), (900, 31), (28, 28), (333, 1001)])
 def test_qwen_patches_equal_transformers_processor(name, size, folders):
     family = load_policy(str(folders(name))).family
@@ -194,7 +189,7 @@ def test_qwen_patches_equal_transformers_processor(name, size, folders):
     assert shape.entries == len(got) == shape.tokens * 4
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
 def test_qwen_token_counts_from_sizes_equal_transformers_on_600_sizes(name, folders):
     family, processor = load_policy(str(folders(name))).family, peer(folders(name))
     generator = np.random.default_rng(2)
@@ -203,32 +198,44 @@ def test_qwen_token_counts_from_sizes_equal_transformers_on_600_sizes(name, fold
         if max(width, height) > 200 * min(width, height):
             continue
         budget = int(2 ** generator.uniform(13, 24))
-        patches = processor.get_number_of_image_patches(
-            height, width, {"max_pixels": budget, "min_pixels": family.min_pixels}
-        )
+        limits = {"max_pixels": budget, "min_pixels": family.min_pixels}
+        if name == "glm4v":  # of an image twice, as frames of a video
+            limits = {"size": {"shortest_edge": 2 * family.min_pixels, "longest_edge": 2 * budget}}
+        patches = processor.get_number_of_image_patches(height, width, limits)
         assert family.shape(width, height, budget).entries == patches, (width, height, budget)
 
 
 @pytest.mark.parametrize("name", ["internvl", *VISION_MODELS])
-def test_the_length_from_600_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
+def test_the_length_from_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
     name, folders, tiny_policy, make_task
 ):
     """What the headers say against what comes out of the decoded pictures."""
     policy = tiny_policy if name == "internvl" else load_policy(str(folders(name)))
     encode, generator = encoder_of(policy), np.random.default_rng(8)
     pictures = [read_image(str(path), []) for path in sorted(PHOTOS.glob("*.jpg"))]
-    for width, height in (2 ** generator.uniform(4, 9.5, (600, 2))).astype(int).tolist():
+    for width, height in (2 ** generator.uniform(4, 9.5, (150, 2))).astype(int).tolist():
         file = io.BytesIO()
         PIL.Image.new("L", (width, height)).save(file, "PNG", compress_level=1)
         pictures.append(read_image(file.getvalue(), []))
-    assert len(pictures) > 600
+    assert len(pictures) > 150
     for picture in pictures:
         task = make_task("<image>\nWhat?", picture)
         prompt = encode(task)
         entries = len(prompt.pixels)
-        tokens = entries * policy.family.tokens_per_tile if name == "internvl" else entries // policy.family.merge**2
-        text = len(prompt.engine_ids) - 1
+        if isinstance(policy.family, QwenVL):
+            tokens = entries // policy.family.merge**2
+        else:
+            tokens = entries * (policy.family.tokens_per_tile if name == "internvl" else policy.family.tokens)
+        text = len(prompt.engine_ids) - len(prompt.slots)
         assert encode.length(task) == len(prompt) == text + tokens, (picture.width, picture.height)
+
+
+@pytest.mark.parametrize("size", [(130, 70), (56, 56), (17, 300), (640, 480)])
+def test_gemma3_squares_equal_transformers_processor(size, folders):
+    family = load_policy(str(folders("gemma3"))).family
+    image = PIL.Image.fromarray(np.random.default_rng(5).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    wanted = Gemma3ImageProcessorPil.from_pretrained(folders("gemma3"))(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(family.pixels(image, 1), wanted, rtol=0, atol=1e-6)
 
 
 def test_boxes_of_qwen2_5_vl_are_pixels_of_the_resized_picture(folders):

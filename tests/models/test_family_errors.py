@@ -19,8 +19,15 @@ from foveate.tools.doctor import examine
 
 SEEING = ("internvl-chat", "internvl-hf", "internvl-hf-old", *VISION_MODELS)
 NAMES = (*SEEING, "qwen3", "qwen3_moe", "gpt_oss")
-HEADS = {"internvl-chat": "language_model.lm_head.weight", "internvl-hf-old": "language_model.lm_head.weight"}
-WORDS = {"internvl": "<IMG_CONTEXT>", "qwen": "<|image_pad|>"}
+HEADS = dict.fromkeys(("internvl-chat", "internvl-hf-old", "gemma3"), "language_model.lm_head.weight")
+WORDS = {
+    "internvl": "<IMG_CONTEXT>",
+    "qwen": "<|image_pad|>",
+    "gemma3": "<image_soft_token>",
+    "glm": "<|image|>",
+    "smol": "<image>",
+    "idefics": "<image>",
+}
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +206,7 @@ PROCESSORS = {
     "not JSON": (lambda path: path.write_text("size: 3"), "preprocessor_config.json: not valid JSON"),
     "a list": (lambda path: path.write_text("[]"), "preprocessor_config.json: holds a list"),
     "without mean": (lambda path: change(path, image_mean=None), "preprocessor_config.json: lacks image_mean"),
-    "bilinear": (lambda path: change(path, resample=2), "resample is 2; only 3 is known"),
+    "box": (lambda path: change(path, resample=4), "resample is 4; only "),
     "mean of a wrong type": (lambda path: change(path, image_mean="bright"), "image_mean is 'bright'"),
     "two channels": (lambda path: change(path, image_std=[0.5, 0.5]), "image_std is [0.5, 0.5]"),
     "no deviation": (lambda path: change(path, image_std=[0.5, 0.5, 0]), "image_std is [0.5, 0.5, 0]"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from family_cases import VISION_MODELS, build_family
+from family_cases import VISION_MODELS, build_family, plain_images
 from transformers import AutoModelForImageTextToText
 
 from foveate.encoding.encode import Encoder
@@ -60,14 +62,7 @@ def plain_logprobs(model, policy, prompt, answer):
     ids = torch.tensor([[*prompt.token_ids, *answer.token_ids]])
     pixels = torch.cat([prompt.pixels, *own])
     slots = [*prompt.slots, *(slot for segment in answer.segments for slot in segment.slots)]
-    if slots[0].grid is None:
-        inputs = {"pixel_values": pixels}
-    else:
-        inputs = {
-            "pixel_values": pixels[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1),
-            "image_grid_thw": torch.tensor([[1, slot.grid[0] * 2, slot.grid[1] * 2] for slot in slots]),
-            "mm_token_type_ids": (ids == family.image_token_id).int(),
-        }
+    inputs = plain_images(family, pixels, slots, (ids == family.image_token_id).int())
     logits = model(input_ids=ids, use_cache=False, **inputs).logits[0, len(prompt) - 1 : -1]
     logp = torch.log_softmax(logits, -1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
     trained = [segment.trained for segment in answer.segments for _ in range(len(segment))]
@@ -93,3 +88,28 @@ def test_observed_segments_with_images_are_read_and_not_trained(name, folder_of,
         if parameter.grad is not None:
             difference = (parameter.grad - plain[key].grad).norm()
             assert difference <= 1e-4 * plain[key].grad.norm() + 1e-6 * norm, key
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl"])
+def test_an_image_that_several_answers_see_is_encoded_once(name, folder_of, group_of):
+    policy = load_policy(str(folder_of(name)))
+    group = group_of(policy)
+    looking, plain = group.answers
+    apart = Answer(
+        tuple(replace(s, tiles=None if s.tiles is None else s.tiles.clone()) for s in looking.segments), "", "stop"
+    )
+    found = []
+    for other in (looking, apart):
+        batch = pack([PackedGroup(group.prompt, (looking, plain, other))])
+        logp, _ = token_logprobs(policy, batch)
+        policy.model.zero_grad()
+        (torch.linspace(-1, 2, len(logp)) * logp).sum().backward()
+        grads = [p.grad.clone() for p in policy.part("vision").parameters() if p.grad is not None]
+        found.append((len(batch.pixels), len(batch.grids), batch.feature_index is None, logp.detach(), grads))
+    once, twice = found
+    seen = sum(len(segment.tiles) for segment in looking.segments if segment.tiles is not None)
+    assert once[0] == twice[0] - seen
+    assert (once[2], twice[2]) == (False, True)
+    torch.testing.assert_close(once[3], twice[3], rtol=1e-6, atol=1e-6)
+    for own, wanted in zip(once[4], twice[4], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()) + 1e-8)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor, weight_files
 from foveate.models.policy import load_policy, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
-from foveate.tools.doctor import model_facts
+from foveate.tools.model_facts import model_facts
 
 HEAD = "lm_head.weight"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_cases import start_ranks
 from torch.distributed.tensor import DTensor
 
 from foveate.config.cluster import ClusterSettings
@@ -82,7 +82,7 @@ def on_rank(rank, folder, meeting, out):
 @pytest.fixture(scope="module")
 def results(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(on_rank, (str(tiny_folder), str(out / "meeting"), str(out)), RANKS, start_method="spawn")
+    start_ranks(on_rank, RANKS, str(tiny_folder), str(out / "meeting"), str(out))
     return out
 
 

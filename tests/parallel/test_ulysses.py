@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from family_cases import build_family
 from rank_cases import gradients, loss_of, rows, spawn
+from slow_cases import slow_but
 from torch.distributed.device_mesh import init_device_mesh
 
 from foveate.config.cluster import ClusterSettings
@@ -76,7 +77,7 @@ def require_equal(found, losses, expected, sequence):
             assert (own[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("attention", slow_but(["sdpa"], ["sdpa", "reference"]))
 def test_two_ranks_that_share_a_row_compute_what_one_computes(tmp_path, folders, attention):
     found = spawn(shared, 2, tmp_path, folders, attention, 2)
     for name, folder in folders.items():

@@ -78,7 +78,7 @@ def test_storages_are_counted_while_they_live_and_those_from_outside_never():
 @pytest.mark.parametrize("train", [ALL, ("projector", "language")])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_small_depths_carry_on_to_the_full_one(config, train, checkpointing):
-    deep = shallow(config, 9, 5)
+    deep = shallow(config, 9, vision=5)
     work = work_of(deep, trainable=train, checkpointing=checkpointing)
     whole = step_memory(deep, work.row, dtype=torch.float32, train=train, checkpointing=checkpointing)
     assert activation_memory(work).total == pytest.approx(whole.total, rel=0.01)
@@ -99,7 +99,9 @@ def test_no_scores_of_pictures_are_counted_which_no_kernel_keeps():
     """A tile of 1,025 tokens would have 16 x 1,025 of them for each, in every block."""
     config, row = published_config("1B"), RowShape(1024, 64, 4)
     one, two = (
-        step_memory(shallow(config, 2, blocks), row, dtype=torch.float32, train=ALL, checkpointing=False).activations
+        step_memory(
+            shallow(config, 2, vision=blocks), row, dtype=torch.float32, train=ALL, checkpointing=False
+        ).activations
         for blocks in (1, 2)
     )
     per_token = (two - one) / (4 * 1025) / 4
@@ -180,7 +182,7 @@ def test_qwen2_5_vl_is_planned_with_its_own_parameters_and_pieces():
     piece = piece_of(config)
     assert (piece.tokens, piece.pixels, piece.grid) == (256, (1024, 3, 14, 14), (16, 16))
     assert key_value_bytes(config, 2) == 2 * 36 * 2 * 128 * 2
-    cut = shallow(config, 2, 2)
+    cut = shallow(config, 2, vision=2)
     policy = traced_policy(cut, torch.float32, "sdpa")
     batch = _meta_batch(RowShape(1024, 64, 3), piece)
     with FlopCounterMode(display=False) as counted, StorageCounter([]), torch.no_grad():

@@ -41,7 +41,7 @@ def test_a_card_says_base_licence_data_settings_curve_and_evaluation(tmp_path):
         "| base model | acme/base, licence apache-2.0 |",
         "| trained by | online reinforcement learning |",
         "| training data | acme/rows@train, secret/mine.parquet |",
-        "| optim.lr | 0.0001 |",
+        "| optim.lr | 0.0003 |",
         "| model.lora.rank | 8 |",
         "| reward.name | grounding |",
         "| torch | 2.13.0 |",

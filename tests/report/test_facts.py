@@ -68,6 +68,9 @@ def test_the_facts_of_a_run_are_told_from_its_settings(runs):
     told = dict(run_facts(run_settings(read_run(runs["mpo"])), ()))
     assert (told["stage"], told["held out"]) == ("Preference optimisation, mpo", "5 % of them")
     assert stage_of(run_settings(read_run(runs["sft"]))) == "sft"
+    cascade = {**run_settings(run), "pairs": {}, "mpo": {"train": {"steps": 4}}, "rl": {"train": {"steps": 8}}}
+    del cascade["train"], cascade["rollout"]
+    assert dict(run_facts(cascade, run.metrics))["steps"] == "10 of 12: 4 mpo, 8 rl"
 
 
 @pytest.mark.parametrize(

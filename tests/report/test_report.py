@@ -25,8 +25,31 @@ from foveate.evaluate.predictions import (
 from foveate.report.charts import format_value
 from foveate.report.live import ReportServer
 from foveate.report.page import write_report
+from foveate.report.summary import _round_values
 
 # ------------------------------------------------------------------------------------------------------ the page
+
+
+def scored_run(folder: Path, *scores: float) -> str:
+    own = {"answer": "7", "text": "7", "width": 0, "box": None, "iou": None, "hit": None}
+    for step in (0, 10):
+        rows = [a_row(str(number), **own, score=score + step / 100) for number, score in enumerate(scores)]
+        write_evaluation(folder, step, rows)
+    return Page(write_report(folder)).text
+
+
+def test_a_reward_without_right_and_wrong_is_told_by_the_scores_that_answers_reach(tmp_path: Path) -> None:
+    text = scored_run(tmp_path, 0.1, 0.4, 0.65, 0.9)
+    assert "Share of greedy answers by score" in text
+    assert re.search(r"at least 0\.5\s+4\s+50\.0 %\s+75\.0 %", text), text
+    assert re.search(r"at least 0\.75\s+4\s+25\.0 %\s+50\.0 %", text)
+
+
+@pytest.mark.parametrize(("low", "high", "values"), [(-2.0, 6.0, 8), (-0.5, 0.0, 5), (-300.0, 900.0, 6), (0, 1, 4)])
+def test_scores_of_any_size_have_round_values_between_them(low, high, values):
+    found = _round_values(low, high)
+    assert len(found) == values
+    assert all(low < value <= high for value in found)
 
 
 def test_a_run_becomes_one_page_that_asks_for_nothing_else(tmp_path: Path) -> None:
@@ -67,7 +90,7 @@ def test_tables_and_cards_leave_out_what_all_rows_share(tmp_path: Path) -> None:
     text = Page(write_report(tmp_path)).text
     assert "kind" not in text
     assert "kind" not in rendered(tmp_path)
-    table = text[text.index("By box size") : text.index("Held-out pictures")]
+    table = text[text.index("By box size") : text.index("Held-out answers")]
     assert table.index("under 1 %") < table.index("1 to 5 %") < table.index("5 to 20 %")
     assert "0 · box size 5 to 20 %" in text
 

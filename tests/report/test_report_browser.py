@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_run import make_run
+from fake_run import a_row, make_run
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from foveate.evaluate.predictions import Evaluation, read_evaluations, write_evaluation, write_models
+from foveate.evaluate.predictions import Evaluation, read_evaluations, write_evaluation, write_gallery, write_models
 from foveate.report.live import ReportServer
 from foveate.report.page import write_report
 
@@ -106,6 +106,22 @@ def test_filters_and_steps_choose_what_is_shown(page, tmp_path):
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
+def test_answers_of_an_own_reward_are_hits_from_the_score_that_a_reader_says(page, tmp_path):
+    own = {"answer": "7", "text": "7", "width": 0, "box": None, "iou": None, "hit": None}
+    write_evaluation(tmp_path, 10, [a_row(str(number), **own, score=number / 10) for number in range(10)])
+    write_gallery(tmp_path, [str(number) for number in range(10)])
+    browser = page(tmp_path)
+    choose(browser, "outcome", "hits")
+    assert len(shown(browser)) == 5
+    least = browser.find_element(By.CSS_SELECTOR, "input[name=least]")
+    least.clear()
+    least.send_keys("0.8")
+    assert [card.find_element(By.CSS_SELECTOR, ".mark b").text for card in shown(browser)] == [
+        "score 0.800",
+        "score 0.900",
+    ]
+
+
 def test_thinking_is_folded_and_probabilities_come_when_asked_for(page, tmp_path):
     browser = page(with_thoughts(make_run(tmp_path / "run", rows=4)))
     answer = shown(browser)[0].find_element(By.CSS_SELECTOR, ".words-at:not(.off)")
@@ -147,7 +163,7 @@ def test_charts_are_drawn_from_the_pages_own_json(page, tmp_path):
     assert dots == 5
     assert label.startswith("loss: loss from 1.00e-7 at step 0 to 1.00e-7 at step 6.")
     assert read("Held-out figures")[0][:4] == ["0.4", "0.5", "0.6", "0.7"]
-    texts, paths, dots, _ = read("Reward")
+    texts, paths, dots, _ = read("Parts of the reward")
     assert (len(paths), dots) == (4, 0)
     averages = [float(pair.split(" ")[1]) for pair in paths[1][1:].split("L")][5:-5]
     assert max(averages) - min(averages) < 100

@@ -6,7 +6,7 @@ from geo3k_answers import ANSWERS
 
 from foveate.errors import DataError
 from foveate.records import Message, Task
-from foveate.rewards import math
+from foveate.rewards import math, numbers
 from foveate.rewards.latex import tidy
 from foveate.rewards.math import math_reward, same_answer
 from foveate.rewards.text import check_answer
@@ -97,8 +97,8 @@ def fractions(count):
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_the_shortcut_of_fractions_says_what_math_verify_says(count, monkeypatch):
     pairs = [(tidy(answer), tidy(truth)) for answer, truth, *_ in [*SAME, *ANSWERS, *fractions(count)]]
-    short = [math._same_fractions(answer, truth, 6) for answer, truth in pairs]
-    monkeypatch.setattr(math, "_same_fractions", lambda *_: None)
+    short = [numbers.same_fractions(answer, truth, 6) for answer, truth in pairs]
+    monkeypatch.setattr(math, "same_fractions", lambda *_: None)
     math._same_value.cache_clear()
     try:
         for said, (answer, truth) in zip(short, pairs, strict=True):

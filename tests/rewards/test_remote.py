@@ -12,6 +12,7 @@ from PIL import Image as Picture
 from foveate.records import Image, Message, Task
 from foveate.registry import ConfigError
 from foveate.rewards.build import build_reward
+from foveate.rewards.pool import Graders
 from foveate.rewards.remote import data_url
 
 
@@ -96,6 +97,13 @@ def test_a_judge_without_a_verdict_gives_no_grade_and_a_note(server):
     assert score.note == "grader failed: ValueError: the judge wrote no `score: N`: 'I cannot tell.'"
 
 
+def test_a_reply_without_content_is_asked_for_again(server):
+    server.replies = [(200, {"choices": []}), chat("score: 5")]
+    with Graders("judge", {"url": server.url, "model": "m"}) as graders:
+        assert [graders("x", asked()).value for _ in range(3)] == [None, 0.5, 0.5]
+    assert len(server.received) == 2
+
+
 def test_an_endpoint_gets_the_row_and_gives_a_number_or_a_mapping(server):
     server.replies = [(200, 0.25), (200, {"score": 1, "recall": 0.5, "why": "fine"})]
     reward = build_reward("endpoint", {"url": server.url + "/score"})
@@ -113,7 +121,7 @@ def test_an_endpoint_gets_the_row_and_gives_a_number_or_a_mapping(server):
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
     server.replies = [(503, "busy"), (429, "busy"), (200, 1.0), (400, "bad row")]
-    reward = build_reward("endpoint", {"url": server.url, "retries": 2})
+    reward = build_reward("endpoint", {"url": server.url, "retries": 2, "patience": 0.0})
     assert reward("7", asked()).value == 1.0
     refused = reward("7", asked())
     assert refused.value is None
@@ -125,7 +133,7 @@ def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
 
 @pytest.mark.usefixtures("server")
 def test_a_server_that_is_gone_gives_no_grade_and_a_note():
-    gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1})("7", asked())
+    gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1, "patience": 0.0})("7", asked())
     assert gone.value is None
     assert "http://127.0.0.1:9 does not answer" in gone.note
 
@@ -137,6 +145,7 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
         ("judge", {"url": "http://x", "model": "m", "prompt": "?"}, r"prompt must contain \{answer\}"),
         ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be greater than 0"),
         ("judge", {"url": "http://x"}, "setting 'model' is missing"),
+        ("endpoint", {"url": "http://x", "concurrency": 0}, "concurrency must be at least 1"),
     ],
 )
 def test_wrong_settings_of_a_remote_reward_are_refused(name, settings, message):

@@ -12,10 +12,11 @@ import os
 import signal
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from family_cases import build_internvl
@@ -24,7 +25,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.records import SamplingParams
+from foveate.records import SamplingParams, Segment
 from foveate.rollout.check import check_engine, logprob_differences
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
@@ -317,6 +318,44 @@ def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logp
         assert all(answer.finish in ("stop", "length") for answer in group)
     assert mixed > 0
     assert case.largest_difference() < 1e-4
+
+
+def test_answers_of_three_turns_with_images_between_them_have_the_logprobs_of_the_trainer(case, make_task, make_image):
+    """An answer ends its turn where it samples the stop token, which is made likely."""
+    head, stop_ids = case.policy.part("head").weight, case.policy.family.stop_ids
+    before = head.detach().clone()
+    likely = [c.token_ids[0] for (c,) in case.engine.generate(case.requests(), SamplingParams(temperature=0.0))]
+    with torch.no_grad():
+        head[stop_ids[0]] = head[likely[0]]
+    case.publish()
+    crops = [make_task("<image> the crop", make_image(90, 60, 6)), make_task("so <image>", make_image(56, 120, 7))]
+    shown = [observed(case.encoder(crop)) for crop in crops]
+
+    def observe(_index, _number, answer):
+        turns = sum(segment.trained for segment in answer.segments)
+        future = Future()
+        future.set_result(shown[turns - 1] if turns < 3 else None)
+        return future
+
+    sampling = SamplingParams(samples=4, max_tokens=500)
+    groups = case.engine.generate(case.requests(), sampling, observe)
+    answers = [answer for group in groups for answer in group]
+    assert sum(sum(s.trained for s in answer.segments) == 3 for answer in answers) >= 3
+    assert all(len(answer) <= 500 and answer.finish in ("stop", "length") for answer in answers)
+    for answer in answers:
+        turns = [segment for segment in answer.segments if segment.trained]
+        assert all(turn.token_ids[-1] in stop_ids for turn in turns[:-1])
+        assert answer.text == case.encoder.decode(tuple(turns[-1].token_ids.tolist()))
+    assert float(torch.cat(logprob_differences(case.policy, case.prompts, groups, 1.0)).max()) < 1e-4
+    with torch.no_grad():
+        head.copy_(before)
+    case.publish()
+
+
+def observed(prompt):
+    """The tokens and images of a prompt, as something that is read within an answer."""
+    ids, engine_ids = (np.array(own, np.int64) for own in (prompt.token_ids, prompt.engine_ids))
+    return Segment(ids, engine_ids, np.zeros(0, np.float32), False, prompt.slots, prompt.pixels)
 
 
 def test_the_parity_check_passes_and_finds_weights_that_were_not_published(case):

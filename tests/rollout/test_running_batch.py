@@ -9,7 +9,7 @@ import pytest
 from foveate.records import SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native import engine as module
-from foveate.rollout.native import rows
+from foveate.rollout.native import shelves as rows
 from foveate.rollout.native.batch import DecodeJob
 from foveate.rollout.native.engine import NativeEngine
 

@@ -9,7 +9,7 @@ import torch
 
 from foveate.models.attention.kernels import AttentionOptions, forest_mask, reference_attention
 from foveate.records import Forest
-from foveate.rollout.native import rows as module
+from foveate.rollout.native import rows, shelves
 from foveate.rollout.native.cache import BatchCache, KeysAndValues, partial_attention, plain_partial_attention
 
 HEADS, KEY_HEADS, WIDTH, STEPS = 4, 2, 8, 9
@@ -163,9 +163,9 @@ class Batch:
 @pytest.fixture
 def small(monkeypatch):
     """Answers of tens of tokens meet what those of thousands meet."""
-    monkeypatch.setattr(module, "_PLACES", 8)
-    monkeypatch.setattr(module, "SMALLEST", 4)
-    monkeypatch.setattr(module, "FIRST_ROOM", 4)
+    monkeypatch.setattr(rows, "_PLACES", 8)
+    monkeypatch.setattr(shelves, "SMALLEST", 4)
+    monkeypatch.setattr(shelves, "FIRST_ROOM", 4)
 
 
 @pytest.mark.usefixtures("small")

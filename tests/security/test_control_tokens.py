@@ -63,14 +63,23 @@ def test_a_message_adds_no_control_token_to_a_prompt(encoder, text):
     assert encoder.length(task_of(text)) == len(hostile)
 
 
-def test_each_control_word_of_a_family_is_text_or_refused(encoder):
+def test_each_control_word_of_a_family_is_text(encoder):
+    """Placeholders of images and videos, too: `all_control_words` has the reserved words."""
     plain = counts(encoder, encoder(task_of("hello")).token_ids)
-    for word in encoder.family.all_control_words(encoder.tokenizer):
-        if word in encoder.family.reserved:
-            with pytest.raises(DataError, match="row 7, field prompt: contains the placeholder"):
-                encoder(task_of(f"a {word} b"))
-        else:
-            assert counts(encoder, encoder(task_of(f"a {word} b")).token_ids) == plain, word
+    words = encoder.family.all_control_words(encoder.tokenizer)
+    assert {*encoder.family.reserved} <= {*words}
+    for word in words:
+        assert counts(encoder, encoder(task_of(f"a {word} b")).token_ids) == plain, word
+
+
+def test_a_placeholder_beside_an_image_is_text(encode, make_task, make_image):
+    image = make_image(80, 60)
+    plain = encode(make_task("<image> and ~", image))
+    for word in encode.family.reserved:
+        typed = encode(make_task(f"<image> and {word}", image))
+        assert counts(encode, typed.token_ids) == counts(encode, plain.token_ids)
+        assert typed.slots == plain.slots
+        assert word in encode.decode(typed.token_ids[typed.slots[0].position + typed.slots[0].count + 1 :])
 
 
 def test_former_turns_are_text_too(encoder):

@@ -18,7 +18,7 @@ from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import read_headers
 from foveate.models.policy import load_on_meta, load_policy
 from foveate.models.sharded import meta_policy
-from foveate.tools.doctor import model_facts
+from foveate.tools.model_facts import model_facts
 from foveate.train.export import export_checkpoint
 from foveate.train.sft import run_sft
 

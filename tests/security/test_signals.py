@@ -40,9 +40,9 @@ def shutdown(worker=None):
     return GracefulShutdown(LocalWorkers(worker or Saving()))
 
 
-def left(before, *after):
+def left(before, *after, worker=None):
     """Signals that come before and after the first step begins."""
-    with shutdown() as leaving:
+    with shutdown(worker) as leaving:
         for number in before:
             signal.raise_signal(number)
         leaving.begin()
@@ -66,6 +66,24 @@ def test_a_second_ctrl_c_leaves_at_once(monkeypatch, first):
     with pytest.raises(SystemExit) as end:
         left([], first, signal.SIGINT)
     assert end.value.code == 128 + signal.SIGINT
+
+
+class Interrupted:
+    """Saves for so long that Ctrl-C is pressed once more."""
+
+    def finish_saving(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("earlier", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
+def test_ctrl_c_during_the_clean_up_leaves_too(monkeypatch, caplog, earlier):
+    monkeypatch.setattr("foveate.train.session.Worker", Interrupted)
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        left([], *earlier, worker=Interrupted())
+    assert end.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is former
+    assert sum("leaving at once" in record.message for record in caplog.records) == 1
 
 
 def test_ctrl_c_leaves_at_once_while_there_is_nothing_to_save(monkeypatch):

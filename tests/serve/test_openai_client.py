@@ -215,6 +215,7 @@ def test_special_tokens_leave_the_text_on_request(server):
     assert skipped != plain
 
 
+@pytest.mark.slow
 def test_a_server_that_is_told_to_stop_answers_with_an_error_first(tiny_folder):
     with served(tiny_folder, "--port", 0, "--threads", 1) as (url, key, process):
         with openai.OpenAI(base_url=url, api_key=key, max_retries=0) as client:

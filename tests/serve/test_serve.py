@@ -107,7 +107,6 @@ REFUSED = {
         400,
         "the image cannot be read",
     ),
-    "a placeholder": (body(text("<IMG_CONTEXT>")), 400, "<IMG_CONTEXT>"),
     "too long": (body(text("red " * 2000)), 400, "the limit is 1024"),
 }
 

@@ -131,6 +131,12 @@ class Rewards:
     delay: float = 0.0
     graded: int = 0
 
+    def prefetch(self, pairs: Sequence[tuple[Answer, Task]]) -> None:
+        """They ask no server."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def grade_many(self, pairs: Sequence[tuple[Answer, Task]]) -> list[Score]:
         time.sleep(self.delay)
         self.graded += 1

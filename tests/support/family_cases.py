@@ -8,14 +8,24 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
     GptOssConfig,
     GptOssForCausalLM,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
@@ -28,6 +38,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 from foveate.models.checkpoint.small_files import quiet_transformers
@@ -64,12 +76,64 @@ VISION_35 = {key: value for key, value in VISION_3.items() if key != "deepstack_
 WINDOW = 12
 """The sliding window of the models that have one, shorter than prompts and answers of the tests."""
 
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+GLM = {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+VISION_GLM = {**VISION, "patch_size": 14, "image_size": 112}
+
+VISION_SMOL = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+    "patch_size": 14,
+}  # fmt: skip
+
 VISION_MODELS = {
+    "qwen2_vl": (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        {"rope_parameters": MROPE, **TEXT},
+        {"depth": 3, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+    ),
     "qwen2_5_vl": (
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         {"rope_parameters": MROPE, **TEXT},
         {**VISION, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+    ),
+    "glm4v": (Glm4vConfig, Glm4vForConditionalGeneration, {**TEXT, **GLM}, VISION_GLM),
+    "glm4v_moe": (
+        Glm4vMoeConfig,
+        Glm4vMoeForConditionalGeneration,
+        {
+            **TEXT,
+            **GLM,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+        },
+        VISION_GLM,
+    ),
+    "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, {**TEXT, "model_type": "llama"}, VISION_SMOL),
+    "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, {**TEXT, "model_type": "llama"}, VISION_SMOL),
+    "gemma3": (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        {**TEXT, **GEMMA},
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vision_use_head": False,
+            "image_size": 56,
+            "patch_size": 14,
+        },
     ),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, TEXT_3, VISION_3),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, {**TEXT_3, **EXPERTS}, VISION_3),
@@ -100,17 +164,81 @@ TEXT_MODELS = {
 }
 
 
+IMAGE_TOKENS = {
+    "qwen": {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    },
+    "glm4v": {
+        "image_token_id": "<|image|>",
+        "video_token_id": "<|video|>",
+        "image_start_token_id": "<|begin_of_image|>",
+        "image_end_token_id": "<|end_of_image|>",
+        "video_start_token_id": "<|begin_of_video|>",
+        "video_end_token_id": "<|end_of_video|>",
+    },
+    "smolvlm": {"image_token_id": "<image>", "scale_factor": 2},
+    "idefics3": {"image_token_id": "<image>", "scale_factor": 2},
+    "gemma3": {
+        "image_token_index": "<image_soft_token>",
+        "boi_token_index": "<start_of_image>",
+        "eoi_token_index": "<end_of_image>",
+        "mm_tokens_per_image": 4,
+    },
+}
+"""Settings of configurations that name tokens, or count them."""
+
+
+PARTED = ("smolvlm", "idefics3")
+PARTED_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""A template that knows contents as lists of parts alone, as those of SmolVLM."""
+
+
+def plain_inputs(family, prompt, ids):
+    """The images of a prompt as transformers' own model takes them beside the token ids (1, L) of a row."""
+    kinds = (ids == family.image_token_id).int()
+    kinds[:, len(prompt) :] = 0
+    return {} if prompt.pixels is None else plain_images(family, prompt.pixels, prompt.slots, kinds)
+
+
+def plain_images(family, pixels, slots, kinds):
+    """Images as transformers' own model takes them, with the `kinds` of tokens: 1 for those of images."""
+    if family.name in PARTED:
+        return {"pixel_values": pixels[None]}
+    if not isinstance(family, QwenVL):
+        return {"pixel_values": pixels, **({"token_type_ids": kinds} if family.bidirectional_images else {})}
+    return {
+        "pixel_values": pixels[:, :, None].repeat(1, 1, 2, 1, 1).flatten(1),
+        "image_grid_thw": torch.tensor([[1, slot.grid[0] * 2, slot.grid[1] * 2] for slot in slots]),
+        "mm_token_type_ids": kinds,
+    }
+
+
 def plain_text(model_type):
     """A text model without a line in the table."""
-    config = CONFIG_MAPPING[model_type]
-    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config], {**TEXT, "head_dim": 16}
+    config, text = CONFIG_MAPPING[model_type], {**TEXT, "head_dim": 16}
+    if model_type.startswith("qwen3_5"):
+        text |= DELTA | (EXPERTS | {"shared_expert_intermediate_size": 40} if "moe" in model_type else {})
+    return config, MODEL_FOR_CAUSAL_LM_MAPPING[config], text
 
 
 def build_family(folder, name, **changes):
     """Write a tiny model by its name in the tables, with weights that tell wrong masks and positions apart. `changes`
     are of the text configuration."""
     tokenizer = tiny_tokenizer(640)
-    tokenizer.add_special_tokens({"extra_special_tokens": list(QwenVL.reserved)}, replace_extra_special_tokens=False)
+    own = family_class(name).reserved if name in VISION_MODELS else ()
+    words = list(dict.fromkeys((*QwenVL.reserved, *own, *(["<image>"] if name in PARTED else []))))
+    if name in PARTED:
+        tokenizer.chat_template = PARTED_TEMPLATE
+    tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
     ids = tokenizer.get_vocab()
     vocabulary = {"vocab_size": 700, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     if name not in VISION_MODELS:
@@ -119,14 +247,12 @@ def build_family(folder, name, **changes):
         config = kind(**text | vocabulary | changes)
     else:
         kind, cls, text, vision = VISION_MODELS[name]
+        words = IMAGE_TOKENS.get(name.removesuffix("_moe"), IMAGE_TOKENS["qwen"])
         config = kind(
             text_config=text | vocabulary | changes,
             vision_config=vision,
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
             tie_word_embeddings=(text | changes)["tie_word_embeddings"],
+            **{key: ids.get(word, word) for key, word in words.items()},
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -139,14 +265,21 @@ def build_family(folder, name, **changes):
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.7, 1.6, generator=generator))
             elif key.endswith("A_log"):  # a state that is not forgotten at once
                 parameter.copy_(torch.empty_like(parameter).uniform_(-5, -1, generator=generator))
-            elif key.endswith(("sinks", "bias", "conv1d.weight")):
+            elif key.endswith(("sinks", "bias", "conv1d.weight", "mm_input_projection_weight")):
                 parameter.copy_(torch.empty_like(parameter).normal_(std=0.5, generator=generator))
             else:
                 parameter.mul_(scale)
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    if name in VISION_MODELS:
+    if name in PARTED:
+        edges = {"size": {"longest_edge": 168}, "max_image_size": {"longest_edge": 56}}
+        processor = {"image_processor_type": "Idefics3ImageProcessor", "resample": 1, **edges}
+        means = {"image_mean": [0.5, 0.45, 0.4], "image_std": [0.5, 0.25, 0.3]}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor | means))
+    elif name == "gemma3":
+        write_squares(folder, config.vision_config.image_size)
+    elif name in VISION_MODELS:
         write_processor(folder, config.vision_config.patch_size)
     return folder
 
@@ -167,6 +300,17 @@ def build_internvl(folder, size, *, text, vision):
     with quiet_transformers():
         model.save_pretrained(folder)
     return folder
+
+
+def write_squares(folder, side):
+    content = {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": {"height": side, "width": side},
+        "resample": 2,
+        "image_mean": [0.5, 0.45, 0.4],
+        "image_std": [0.5, 0.25, 0.3],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
 
 
 def write_processor(folder, patch, shortest_edge=3136, longest_edge=100_000):

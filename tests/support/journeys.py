@@ -20,7 +20,7 @@ PYTHON = Path(os.environ.get("FOVEATE_JOURNEY_PYTHON", sys.executable))
 """The interpreter of the environment that foveate is installed in: by default this one."""
 
 _BLOCK = re.compile(
-    r"^```(?P<language>\w+)(?: title=\"(?P<title>[\w.]+)\")?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[\w.]+)\")?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 _RUN = re.compile(r"(make_\w+|train)\.py")
 
@@ -58,8 +58,21 @@ def run_section(blocks: list[Block], folder: Path) -> str:
     return printed
 
 
+def run_in_clone(block: Block, folder: Path) -> str:
+    """Do in a folder what a block says that begins with a clone, up to `make demo`; installed is what `PYTHON` has."""
+    clone, demo, *_ = block.code.splitlines()
+    assert clone.startswith("git clone <this repository> && cd foveate"), clone
+    assert demo.startswith("make demo"), demo
+    run(["git", "clone", "--quiet", str(ROOT), "foveate"], folder)
+    installed = folder / "foveate/.venv"
+    installed.mkdir()
+    (installed / "bin").symlink_to(PYTHON.parent.absolute())
+    (installed / "ready").touch()
+    return run(["bash", "-euc", demo], folder / "foveate")
+
+
 def run_notebook(path: Path, folder: Path) -> list[dict[str, Any]]:
-    """The outputs of the cells of a notebook that is executed in a folder."""
+    """The outputs of the cells of a notebook that is executed in a folder, texts in one piece."""
     (folder / "execute.py").write_text(
         "import nbclient, nbformat, sys\n"
         "notebook = nbformat.read(sys.argv[1], as_version=4)\n"
@@ -68,7 +81,16 @@ def run_notebook(path: Path, folder: Path) -> list[dict[str, Any]]:
     )
     run([str(PYTHON), "-W", "ignore", "execute.py", str(path)], folder)
     cells = json.loads((folder / "done.ipynb").read_text())["cells"]
-    return [output for cell in cells for output in cell.get("outputs", ())]
+    return [_whole(output) for cell in cells for output in cell.get("outputs", ())]
+
+
+def _whole(value: Any) -> Any:
+    """An output as nbformat's readers give it: its file holds a text as a list of lines."""
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+        return "".join(value)
+    return value
 
 
 def run(command: list[str], folder: Path) -> str:

@@ -53,9 +53,15 @@ def rows(family, *, ranks):
     ]
 
 
+def start_ranks(function, ranks, *arguments):
+    """Run `function(rank, *arguments)` in processes of their own. They are forked from one that has the imports
+    of conftest.py, so that only the first of a session waits for these."""
+    mp.start_processes(function, arguments, ranks, start_method="forkserver")
+
+
 def spawn(function, ranks, folder, *arguments):
     """Run `function(rank, ranks, folder, *arguments)` on gloo ranks; what it returns is saved as `rank.pt`."""
-    mp.start_processes(_on_rank, (ranks, function, str(folder), arguments), ranks, start_method="spawn")
+    start_ranks(_on_rank, ranks, ranks, function, str(folder), arguments)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from foveate.errors import DataError
 from foveate.models.policy import load_on_meta, load_policy
-from foveate.tools.doctor import environment, examine, model_facts
+from foveate.tools.doctor import environment, examine
+from foveate.tools.model_facts import model_facts
 
 
 def shown(what):

@@ -42,6 +42,34 @@ def test_the_arguments_are_those_that_bash_passes(launches, script):
     assert not any(argument.unread for argument in read)
 
 
+ARRAYS = "C=(4 5 6)\ndeclare -A M=([x]=2 [y]=3 [a b]=7)\nk=x\nx=y\n"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "v=$((M[x] * 10 + M[$k])) w=$((M['y'] + M[a b] + M[no] + M[1+1]))",
+        "((M[x]++)); ((M[new] += M[y] ** 2)); let M[y]-=5; v=${M[x]}-${M[new]} w=${M[y]}",
+        "for key in x y; do ((sum += M[$key])); done; v=$sum w=$((M))",
+        "v=${C[-9]} w=$((C[-9] + 1))",
+        "((C[-9] = 3)); v=$? w=${C[*]}",
+        "unset 'C[-9]'; v=$? w=${C[*]}",
+        "((++3)); v=$? w=$((5--3 + --$((C[0]))))",
+        "v=1; C[-9]=2; v=3\nw=${C[*]}",
+        "v=${C[@]:M[x]:1} w=${C[2 - 1]:-none}",
+    ],
+)
+def test_keys_and_indices_are_those_of_bash(launches, body):
+    read, passed = launches(f'{ARRAYS}{body}\n{RUN} data.a=1 "data.v=$v" "data.w=$w"')
+    assert [(argument.text, argument.unread) for argument in read] == [(argument.text, "") for argument in passed]
+
+
+@pytest.mark.parametrize("body", ["v=${C[-9]}", "v=$((C[-9]))", "((C[-9] = 1)) || true", "unset 'C[-9]'"])
+def test_an_index_before_an_array_ends_a_script_that_ends_at_errors(launches, body):
+    with pytest.raises(DataError):
+        launches(f"set -e\n{ARRAYS}{body}\n{RUN} data.a=1")
+
+
 def test_arguments_of_the_script_are_its_positional_parameters(launches):
     read, passed = launches(BRANCHES.read_text(), "small")
     assert [argument.text for argument in read] == [argument.text for argument in passed] == ["data.n=16"]

@@ -6,9 +6,17 @@ import pytest
 
 from foveate.algorithms.table import ALGORITHMS
 from foveate.config.recipe import SHIPPED
+from foveate.environments import ENVIRONMENTS, TOOLS
 from foveate.errors import ConfigError
 from foveate.rewards import REWARDS
-from foveate.tools.listing import algorithms_list, recipes_list, rewards_list, settings_list, settings_page
+from foveate.tools.listing import (
+    algorithms_list,
+    environments_list,
+    recipes_list,
+    rewards_list,
+    settings_list,
+    settings_page,
+)
 
 PAGE = Path(__file__).parents[2] / "docs/settings.md"
 
@@ -42,6 +50,15 @@ def test_every_recipe_reward_and_algorithm_is_listed_with_a_sentence():
     assert {f"algorithm {name}" for name in ALGORITHMS} <= {*named}
     for one in (*recipes, *rewards_list()):
         assert one.text.endswith((".", ":")) or one.text, one.name
+
+
+def test_every_environment_and_tool_is_listed_with_its_settings():
+    listed = {one.name: one for one in environments_list()}
+    assert {*ENVIRONMENTS, *(f"tool {name}" for name in TOOLS)} <= {*listed}
+    assert listed["tools"].kind.startswith("tools, frame='model', max_calls=4")
+    assert listed["tool zoom"].kind == "tile=448, min_side=16"
+    assert listed["every environment"].kind.startswith("max_turns=8, ")
+    assert all(one.text for one in listed.values())
 
 
 def test_a_recipe_is_shown_as_it_stands():

@@ -147,7 +147,7 @@ MOMENTS = {
     "online stage": ("foveate.train.rl.learning_rate", 2),
     "report": ("foveate.train.cascade.write_stages", 1),
 }
-QUICK = ("answers for the pairs", "preference stage")
+QUICK = ("answers for the pairs",)
 
 
 def stop_in(patch: pytest.MonkeyPatch, moment: str, stop: Any) -> None:

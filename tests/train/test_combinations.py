@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_cases import CASES, write_chat_folder
 from family_cases import VISION_MODELS, build_family
+from slow_cases import slow_but
 
 from foveate.config.model import LoraSettings
 from foveate.encoding.encode import Encoder
@@ -67,7 +68,7 @@ def test_mixed_batches_give_each_row_the_loss_that_it_has_alone(case, folders, t
 
 
 @pytest.mark.parametrize("modules", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("case", [*CASES, *VISION_MODELS])
+@pytest.mark.parametrize("case", slow_but(["300M-qwen3", "qwen3_5"], [*CASES, *VISION_MODELS]))
 def test_gradients_are_where_they_should_be_and_nowhere_else(case, modules, folders, trees_of):
     policy = load_policy(str(folders(case)))
     freeze_except(policy, modules)

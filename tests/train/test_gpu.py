@@ -8,6 +8,7 @@ import torch
 from family_cases import TEXT_MODELS, VISION_MODELS, build_family
 from pretend_gpu import OnGpu, pretend_gpu
 from safetensors.torch import load_file
+from slow_cases import slow_but
 from toy import make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.encoding.encode import Encoder
@@ -75,7 +76,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["gspo"], VARIANTS))
 @pytest.mark.usefixtures("gpu")
 def test_a_run_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, data, name):
     changes = {"eval": {"every": 0}, "train": {"steps": 2}, **VARIANTS[name]}
@@ -103,7 +104,7 @@ def test_supervised_training_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, da
     require_same(run, alone, ("loss/total", "loss/nll", "loss/entropy", "optim/grad_norm"))
 
 
-@pytest.mark.parametrize("loss", ["mpo", "dpo", "ipo", "bco", "sft"])
+@pytest.mark.parametrize("loss", slow_but(["mpo"], ["mpo", "dpo", "ipo", "bco", "sft"]))
 @pytest.mark.usefixtures("gpu")
 def test_preference_optimisation_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, data, loss):
     pairs = make_pairs(data)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rank_cases import start_ranks
 from test_toy_runs import algorithm_of
 from toy import make_data
 
@@ -140,7 +141,7 @@ def by_ranks(cases, tiny_folder, tmp_path_factory):
     """The gradients by algorithm, summed over two processes that have half of the groups each."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(cases, folder / "cases.pt")
-    torch.multiprocessing.spawn(_rank, (folder, tiny_folder), nprocs=RANKS)
+    start_ranks(_rank, RANKS, folder, tiny_folder)
     return torch.load(folder / "gradients.pt")
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from slow_cases import slow_but
 from test_resume import assert_equal, interrupt, stop_at
 from test_rl import metrics_of
 from toy import HERE, make_data, rl_settings
@@ -71,7 +72,7 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("what", ALGORITHMS)
+@pytest.mark.parametrize("what", slow_but(["dynamic sampling"], ALGORITHMS))
 def test_an_interrupted_run_with_it_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data, what):
     algorithm, reward = ALGORITHMS[what]
 

@@ -100,7 +100,7 @@ def assert_equal(run: RunFolder, whole: RunFolder) -> None:
     assert not list(run.path.rglob("*.tmp"))
 
 
-QUICK = ("before the first step", "between gradients and update", "while it writes a checkpoint")
+QUICK = ("between gradients and update", "while it writes a checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,13 @@ def rewards_list() -> list[ListEntry]:
     return listing.rewards_list()
 
 
+def environments_list() -> list[ListEntry]:
+    """The known environments with their settings, and the tools of `tools`."""
+    from foveate.tools import listing
+
+    return listing.environments_list()
+
+
 def algorithms_list() -> list[ListEntry]:
     """The known algorithms, advantages and losses."""
     from foveate.tools import listing

@@ -23,6 +23,15 @@ class _WritesParquet(Protocol):
 
 Reward = str | Callable[..., Any] | Sequence[tuple[str | Callable[..., Any], float]]
 
+Environment = str | Callable[..., Any] | Mapping[str, Any]
+
+
+def environment_settings(environment: Environment) -> dict[str, Any]:
+    """The `environment` group of settings: of a name, of a function that returns an environment, or as it stands."""
+    if isinstance(environment, Mapping):
+        return {**environment, "name": _named(environment.get("name", ""))}
+    return {"name": _named(environment)}
+
 
 def reward_settings(reward: Reward | Mapping[str, Any]) -> dict[str, Any]:
     """The `reward` group of settings: of a function or a name, of a list of (function or name, weight), whose weighted

@@ -61,11 +61,26 @@ class Run:
         return pa.table({name: [row.get(name) for row in rows] for name in names})
 
     def plot(self, *names: str) -> Picture:
-        """The curves of some metrics over the steps, which a notebook shows; by default of the reward, and of the
-        held-out accuracy where there is one. Raises ConfigError for a metric that the run has not measured."""
+        """The curves of some metrics over the steps, which a notebook shows, those of evaluations from step 0 on; by
+        default of the reward, and of the held-out accuracy where there is one. Raises ConfigError for a metric that the
+        run has not measured."""
         from foveate.report.notebook import plot
+        from foveate.report.page import read_run, rows_with_start
 
-        return plot(self.rows, names)
+        return plot(rows_with_start(read_run(self.path)), names)
+
+    def evaluate(self, *data: str, out: str | Path | None = None, **options: Any) -> Path:
+        """Score the trained model as the run was trained: on its held-out rows or other files of rows, by its reward,
+        with its lengths, columns and system message. `options`: further fields of `EvalRequest`. Returns the path of
+        the report, in the folder `eval` of the run where `out` names none. Raises DataError for rows that are bad."""
+        from foveate.api.of_run import options_of_run
+        from foveate.evaluate.evaluate_models import EvalRequest, run_eval
+        from foveate.report.page import write_report
+
+        given = {"data": data, "hold_out": 0.0} if data else {}
+        request = EvalRequest(**{**options_of_run(self.path), **given, **options}, out=Path(out or self.path / "eval"))
+        run_eval(request)
+        return write_report(request.out)
 
     def gallery(self, count: int = 8) -> Picture:
         """Held-out images with the answers of the last evaluation, which a notebook shows. Raises DataError where

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.api.inputs import Reward, data_files, reward_settings
+from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
 from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
@@ -60,6 +60,7 @@ def train_rl(
     *,
     eval_data: Any = None,
     algorithm: str | Mapping[str, Any] = "gspo",
+    environment: Environment | None = None,
     config: str | Path | None = None,
     run_dir: str | Path | None = None,
     accept_changes: bool = False,
@@ -76,6 +77,8 @@ def train_rl(
             `(answer, ground_truth, **columns)`, or TRL's `(completions, **columns) -> list`, or `(text, task)`, and
             returns a number, a dict of parts, or a `Score`.
         algorithm: a name (`gspo`, `grpo`, `dapo`, ...), or settings, `{"name": "gspo", "correction": ...}`.
+        environment: for answers of several turns: a name, a function that returns a `foveate.environments.Environment`,
+            or settings, `{"name": "tools", "settings": {"tools": ["zoom"]}}`.
         config: a recipe whose settings these arguments change.
         run_dir: folder of the run, which the same call resumes; by default a new one, `runs/rl-1`.
         accept_changes: resume it with other data, code or settings, too; the run records that.
@@ -91,6 +94,7 @@ def train_rl(
             reward,
             eval_data=eval_data,
             algorithm=algorithm,
+            environment=environment,
             config=config,
             run_dir=run_dir,
             overrides=overrides,
@@ -105,6 +109,7 @@ def rl_settings(
     *,
     eval_data: Any,
     algorithm: str | Mapping[str, Any],
+    environment: Environment | None = None,
     config: str | Path | None,
     run_dir: str | Path | None,
     overrides: Mapping[str, Any],
@@ -112,6 +117,8 @@ def rl_settings(
     """The settings of `train_rl` with these arguments; rows are written beside the run folder."""
     rows = {"train": train_data} if eval_data is None else {"train": train_data, "test": eval_data}
     given = {"algorithm": algorithm, "reward": reward_settings(reward), **overrides}
+    if environment is not None:
+        given["environment"] = environment_settings(environment)
     return _settings("rl", model, rows, config, run_dir, given)
 
 

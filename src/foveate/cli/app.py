@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -50,6 +51,7 @@ VERBS = {
         "settings": lists.settings_command,
         "recipes": lists.recipes_command,
         "rewards": lists.rewards_command,
+        "environments": lists.environments_command,
         "algorithms": lists.algorithms_command,
     },
     "Large runs": {
@@ -108,9 +110,15 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as end:  # typer turns Ctrl-C into one
         if end.code == INTERRUPTED:
+            signal.signal(signal.SIGINT, _leave)
             continues = "the same command continues from what is saved"
             sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
         raise
+
+
+def _leave(*_: object) -> None:
+    """Ctrl-C once more, while the process cleans up after the first: no traceback, and nothing more is waited for."""
+    os._exit(INTERRUPTED)
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from foveate import api
-from foveate.cli.options import MOST_TOKENS, BadRows, Columns, ImageRoot, columns_of, finite
+from foveate.cli.options import (
+    MOST_TOKENS,
+    BadRows,
+    Columns,
+    EnvironmentOption,
+    ImageRoot,
+    columns_of,
+    environment_of,
+    finite,
+)
 from foveate.config.recipe import read_value
 from foveate.errors import ConfigError, counted
 from foveate.log import print_result
@@ -22,6 +31,39 @@ System = Annotated[
 ]
 Thinking = Annotated[
     bool, typer.Option("--thinking", help="InternVL3.5's thinking mode: its system prompt, at temperature 0.6.")
+]
+EvaluatedRun = Annotated[
+    Path | None,
+    typer.Argument(help="Folder of a run: its model, held-out rows, reward, lengths, columns and system prompt."),
+]
+EvalOut = Annotated[Path | None, typer.Option(help="Folder for predictions, summary and report; by default RUN/eval.")]
+EvalModels = Annotated[
+    list[str] | None, typer.Option(help="Model folder, or demo; several to compare them, before that of a run.")
+]
+EvalData = Annotated[list[Path] | None, typer.Option(help="Parquet or JSONL file (with --model); several times.")]
+EvalGenerated = Annotated[list[Path] | None, typer.Option(help="Folder of `foveate generate`; several times.")]
+EvalTask = Annotated[str | None, typer.Option(help="grounding (by default), refcoco, geo3k, mmpr, multiple_choice.")]
+EvalReward = Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")]
+EvalRewardSettings = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")]
+EvalBoxRule = Annotated[
+    Literal["first", "last", "vlmevalkit"] | None, typer.Option(help="Which box of an answer counts.")
+]
+EvalBoxFrame = Annotated[
+    Literal["thousandths", "pixels", "fractions", "model"] | None,
+    typer.Option(help="What the answers' coordinates are."),
+]
+EvalCritic = Annotated[str | None, typer.Option(help="A reward that best-of-N goes by, such as judge.")]
+EvalCriticSettings = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")]
+EvalMissing = Annotated[
+    Literal["error", "skip", "wrong"], typer.Option(help="Rows without an answer: stop, leave out, or wrong.")
+]
+EvalMaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens; by default the run's, or 256."),
+]
+EvalMaxPromptTokens = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt with images; by default the run's, or 8192."),
 ]
 CLIENT_KEY = "OPENAI_API_KEY"
 """Environment variable with the key that servers ask for."""
@@ -60,6 +102,7 @@ def generate_command(
         int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt (with --model).")
     ] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image (with --model).")] = None,
+    environment: EnvironmentOption = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
     from foveate.encoding.chat import THINKING_SYSTEM
@@ -84,8 +127,8 @@ def generate_command(
         "skip" if on_bad_row == "skip" else "error",
     )  # fmt: skip
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
-    limits = (max_prompt_tokens, max_tiles)
-    summary = api.generate(GenerateRequest(source, out, sampling, model, client, prompt, seed, logprobs, *limits))
+    asked = (source, out, sampling, model, client, prompt, seed, logprobs, max_prompt_tokens, max_tiles)
+    summary = api.generate(GenerateRequest(*asked, environment=environment_of(environment)))
     print_result(f"{summary['answered']:,} of {counted(summary['rows'], 'row')} answered: {out}")
 
 
@@ -97,32 +140,22 @@ def _check_sampling(heat: float, top_p: float, samples: int) -> None:
 
 
 def evaluate_command(
-    out: Annotated[Path, typer.Option(help="Folder for predictions, summary and report.")],
-    model: Annotated[list[str] | None, typer.Option(help="Model folder, or demo; several to compare them.")] = None,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Parquet or JSONL file (with --model); several times.")
-    ] = None,
-    generated: Annotated[list[Path] | None, typer.Option(help="Folder of `foveate generate`; several times.")] = None,
-    task: Annotated[str, typer.Option(help="grounding, refcoco, geo3k, mmpr, multiple_choice.")] = "grounding",
-    reward: Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")] = None,
-    reward_setting: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")] = None,
-    box_rule: Annotated[
-        Literal["first", "last", "vlmevalkit"] | None, typer.Option(help="Which box of an answer counts.")
-    ] = None,
-    box_frame: Annotated[
-        Literal["thousandths", "pixels", "fractions", "model"] | None,
-        typer.Option(help="What the answers' coordinates are."),
-    ] = None,
+    run: EvaluatedRun = None,
+    out: EvalOut = None,
+    model: EvalModels = None,
+    data: EvalData = None,
+    generated: EvalGenerated = None,
+    task: EvalTask = None,
+    reward: EvalReward = None,
+    reward_setting: EvalRewardSettings = None,
+    box_rule: EvalBoxRule = None,
+    box_frame: EvalBoxFrame = None,
     samples: Annotated[int, typer.Option(min=0, help="Answers per prompt drawn at temperature 1.")] = 0,
-    critic: Annotated[str | None, typer.Option(help="A reward that best-of-N goes by, such as judge.")] = None,
-    critic_setting: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")] = None,
-    missing: Annotated[
-        Literal["error", "skip", "wrong"], typer.Option(help="Rows without an answer: stop, leave out, or wrong.")
-    ] = "error",
-    max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 256,
-    max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt, in tokens with images.")
-    ] = 8192,
+    critic: EvalCritic = None,
+    critic_setting: EvalCriticSettings = None,
+    missing: EvalMissing = "error",
+    max_tokens: EvalMaxTokens = None,
+    max_prompt_tokens: EvalMaxPromptTokens = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     system: System = None,
     rows: FirstRows = None,
@@ -135,19 +168,34 @@ def evaluate_command(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     column: Columns = None,
     on_bad_row: BadRows = None,
+    environment: EnvironmentOption = None,
 ) -> None:
     """Score the answers of models, or those that `foveate generate` left: predictions, a summary and a report."""
+    from foveate.api.of_run import options_of_run
     from foveate.evaluate.evaluate_models import EvalRequest
 
-    if model and not data:
+    known = {} if run is None else options_of_run(run)
+    out = out or (run and run / "eval")
+    if out is None:
+        raise typer.BadParameter("give --out, the folder for predictions, summary and report, or the folder of a run")
+    if generated:
+        known["models"] = ()
+    elif model and not (data or run):
         raise ConfigError("--model needs --data: the files whose rows are asked")
-    name, settings = _scoring(task, reward, reward_setting, box_rule, box_frame)
+    own = (known["reward"], known["settings"]) if "reward" in known and not (task or reward) else None
+    name, settings = _scoring(task or "grounding", reward, reward_setting, box_rule, box_frame, own)
+    given = {
+        "data": data and tuple(map(str, data)), "hold_out": 0.0 if data else None, "max_tokens": max_tokens,
+        "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": system,
+        "image_root": image_root and str(image_root), "columns": columns_of(column), "on_bad_row": on_bad_row,
+        "models": (*(model or ()), *known.get("models", ())), "reward": name, "settings": settings,
+    }  # fmt: skip
+    options = {"data": (), **known, **{key: value for key, value in given.items() if value is not None}}
     report = api.evaluate(
         EvalRequest(
-            tuple(model or ()), tuple(map(str, data or ())), out, name, samples, max_tokens, max_prompt_tokens,
-            max_tiles, system, rows, str(image_root) if image_root else None, gallery, seed, threads,
-            on_bad_row or "error", settings, tuple(generated or ()), missing, critic, _settings(critic_setting),
-            text_files, dict(columns_of(column) or {}),
+            **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
+            generated=tuple(generated or ()), missing=missing, critic=critic,
+            critic_settings=_settings(critic_setting), text_files=text_files, environment=environment_of(environment),
         )
     )  # fmt: skip
     print_report(out, report)
@@ -183,15 +231,21 @@ def print_report(run: Path, report: Path) -> None:
 
 
 def _scoring(
-    task: str, reward: str | None, given: list[str] | None, rule: str | None, frame: str | None
+    task: str,
+    reward: str | None,
+    given: list[str] | None,
+    rule: str | None,
+    frame: str | None,
+    known: tuple[str, dict[str, Any]] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The reward of a task with its settings. The two options about boxes are settings of the rewards for boxes."""
+    """The reward of a task, or the known one of a run, with its settings. The two options about boxes are settings of
+    the rewards for boxes."""
     from foveate.evaluate.evaluate_models import TASKS
     from foveate.registry import suggestion
 
     if task not in TASKS:
         raise ConfigError(f"--task {task}: unknown{suggestion(task, TASKS)}; allowed: {', '.join(TASKS)}")
-    name, settings = (reward, {}) if reward else TASKS[task]
+    name, settings = known or ((reward, {}) if reward else TASKS[task])
     if rule is not None and name == "grounding" and reward is None:
         name, settings = "refcoco", {}
     settings = {**settings, **_settings(given)}

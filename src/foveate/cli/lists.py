@@ -1,4 +1,4 @@
-"""The verbs that say what there is to choose from: `foveate settings`, `recipes`, `rewards` and `algorithms`."""
+"""The verbs that say what there is to choose from: settings, recipes, rewards, environments and algorithms."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def recipes_command(
 def rewards_command() -> None:
     """The known rewards with their settings; your own is named path/to/file.py:function."""
     print_result(_lines(api.rewards_list()))
+
+
+def environments_command() -> None:
+    """The known environments and tools with their settings; your own is named path/to/file.py:Class."""
+    print_result(_lines(api.environments_list()))
 
 
 def algorithms_command() -> None:

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from annotated_types import Ge
+from pydantic import ValidationError
 
 from foveate import api
+from foveate.config.recipe import read_value
+from foveate.config.rollout import EnvironmentSettings
 from foveate.config.runs import RLSettings, StageName, walk
 from foveate.errors import ConfigError
 
@@ -86,7 +89,26 @@ Columns = Annotated[
     ),
 ]
 Sources = Annotated[list[Path], typer.Argument(help="Files of rows, or folders of a dataset (FOLDER@SPLIT).")]
+EnvironmentOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Answers of several turns, with this environment: a name, an import path, or {name: ..., settings: ...}.",
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+
+
+def environment_of(given: str | None) -> EnvironmentSettings | None:
+    """The option `--environment`. Raises ConfigError for what are no settings of an environment."""
+    if given is None:
+        return None
+    try:
+        return EnvironmentSettings.model_validate(read_value(given, "--environment"))
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"--environment {given}: {place and f'{place}: '}{first['msg']}") from error
 
 
 def columns_of(pairs: Sequence[str] | None) -> Mapping[str, str] | None:

@@ -282,17 +282,85 @@ def prepare_shapes_command(
 ) -> None:
     """Scenes of coloured shapes with referring expressions."""
     from foveate.datasets.shapes import KINDS, prepare_shapes
-    from foveate.log import print_result, progress
+    from foveate.log import progress
 
     chosen = tuple(kinds.split(","))
     unknown = [kind for kind in chosen if kind not in KINDS]
     if unknown:
         raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
-    rows = {split: count for split, count in (("train", train), ("test", test)) if count}
-    if not rows:
-        raise ConfigError("--train and --test are both 0; ask for at least one row")
+    rows = _asked(train=train, test=test)
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
+    _print_rows(out, rows)
+
+
+TrainRows = Annotated[int, typer.Option(min=0, help="Rows of tasks to train on.")]
+TestRows = Annotated[int, typer.Option(min=0, help="Rows of tasks that are held out; they share no picture.")]
+TraceRows = Annotated[int, typer.Option(min=0, help="Conversations to imitate, about other pictures.")]
+DrawnSide = Annotated[int, typer.Option(min=112, max=2_048, help="Side of the square pictures, in pixels.")]
+
+
+@prepare.command("zoom")
+def prepare_zoom_command(
+    out: NewFolder,
+    train: TrainRows = 4000,
+    test: TestRows = 512,
+    traces: TraceRows = 0,
+    side: DrawnSide = 448,
+    tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
+    search: Annotated[
+        float, typer.Option(min=0, max=0.7, callback=finite, help="Share of traces that find the place themselves.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+) -> None:
+    """Scenes with a digit too small to read at once, for the tool zoom."""
+    from foveate.datasets.zoom import prepare_zoom
+    from foveate.log import progress
+
+    rows = _asked(train=train, test=test, traces=traces)
+    with progress("drawing scenes", sum(rows.values())) as advance:
+        prepare_zoom(out, rows, seed=seed, side=side, tile=tile, search=search, advance=advance)
+    _print_rows(out, rows)
+
+
+@prepare.command("gui")
+def prepare_gui_command(
+    out: NewFolder,
+    train: TrainRows = 4000,
+    test: TestRows = 512,
+    traces: TraceRows = 0,
+    side: DrawnSide = 448,
+    kinds: Annotated[str, typer.Option(help="Kinds of task, with commas.")] = "toggle,slider,field,list",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the screens.")] = 0,
+) -> None:
+    """Drawn screens with a task each, for the environment gui."""
+    from foveate.datasets.gui import prepare_gui
+    from foveate.environments.screen import WIDGET_KINDS, WidgetKind
+    from foveate.log import progress
+
+    asked = kinds.split(",")
+    unknown = [kind for kind in asked if kind not in WIDGET_KINDS]
+    if unknown:
+        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(WIDGET_KINDS)}")
+    rows = _asked(train=train, test=test, traces=traces)
+    with progress("drawing screens", sum(rows.values())) as advance:
+        chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
+        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
+    _print_rows(out, rows)
+
+
+def _asked(**rows: int) -> dict[str, int]:
+    """The splits of which rows are asked for."""
+    found = {split: count for split, count in rows.items() if count}
+    if not found:
+        options = " and ".join(f"--{split}" for split in rows)
+        raise ConfigError(f"{options} are {'both' if len(rows) == 2 else 'all'} 0; ask for at least one row")
+    return found
+
+
+def _print_rows(out: Path, rows: dict[str, int]) -> None:
+    from foveate.log import print_result
+
     print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
 
 

@@ -10,7 +10,8 @@ from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.records import Answer, Prompt, SamplingParams
-from foveate.rollout.engine import Request, Weights
+from foveate.rollout.engine import Observe, Request, Weights, in_order
+from foveate.rollout.rounds import stream_in_rounds
 
 
 class ColocatedEngines:
@@ -33,21 +34,28 @@ class ColocatedEngines:
     def start(self, new_engine: Callable[..., Any], encoder: Encoder, rollout: RolloutSettings, version: int) -> None:
         """Each worker makes its engine by `new_engine` and checks that it has the weights of `version`."""
         broadcast(self._engines, RankEngine.start, new_engine, encoder, rollout, version)
-        self.version = version
+        self.version, self._stop_ids = version, encoder.family.stop_ids
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> list[tuple[Answer, ...]]:
+        if observe is not None:
+            return in_order(self.stream(requests, sampling, observe), requests)
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
         return scatter_gather(self._engines, RankEngine.generate, requests, costs, sampling)
 
     def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish, of a cluster of one rank: its engine may answer while its worker trains. Those of
-        several ranks come all at once."""
+        several ranks come all at once, turn by turn."""
         if self._engines.size > 1:
-            yield from enumerate(self.generate(requests, sampling))
+            if observe is not None:
+                yield from stream_in_rounds(self.stream, requests, sampling, observe, self._stop_ids)
+            else:
+                yield from enumerate(self.generate(requests, sampling))
             return
-        [groups] = self._engines.call(RankEngine.stream, [(requests, sampling)])
+        [groups] = self._engines.call(RankEngine.stream, [(requests, sampling, observe)])
         yield from groups
 
     def pause(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Concatenate, Protocol
 
@@ -19,8 +20,9 @@ from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.build import WeightCheck
-from foveate.rollout.engine import Engine, Request
+from foveate.rollout.engine import Engine, Observe, Request
 from foveate.rollout.native.engine import NativeEngine
+from foveate.rollout.rounds import stream_in_rounds
 from foveate.rollout.server.weights import served_weights
 
 
@@ -61,8 +63,16 @@ class RankEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
         return self._started.generate(requests, sampling) if requests else []
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-        return self._started.stream(requests, sampling)
+    def stream(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
+        """As `Engine.stream`; turn by turn where the engine does not say that it knows `observe`."""
+        engine = self._started
+        if observe is None:
+            return engine.stream(requests, sampling)
+        if "observe" in inspect.signature(engine.stream).parameters:
+            return engine.stream(requests, sampling, observe)
+        return stream_in_rounds(engine.stream, requests, sampling, observe, self._policy.family.stop_ids)
 
     def pause(self) -> None:
         self._started.pause()

@@ -25,7 +25,8 @@ from foveate.models.policy import Policy
 from foveate.parallel.balance import balance
 from foveate.records import Answer, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.check import compare_engine
-from foveate.rollout.engine import Request, Weights, in_order
+from foveate.rollout.engine import Observe, Request, Weights, in_order
+from foveate.rollout.rounds import stream_in_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -101,11 +102,15 @@ class RemoteEngines:
         if rollout.check_every:
             self._prove()
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
-        return in_order(self.stream(requests, sampling), requests)
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> list[tuple[Answer, ...]]:
+        return in_order(self.stream(requests, sampling, observe), requests)
 
-    def stream(self, requests: Sequence[Request], sampling: SamplingParams) -> Groups:
-        """Groups as they finish. Answers do not depend on who gives them."""
+    def stream(self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None) -> Groups:
+        """Groups as they finish, turn by turn. Answers do not depend on who gives them."""
+        if observe is not None:
+            return stream_in_rounds(self.stream, requests, sampling, observe, self._encoder.family.stop_ids)
         costs = [len(request.prompt) + float(sampling.samples * sampling.max_tokens) for request in requests]
         return self._answers(requests, balance(costs, self._processes.size), sampling)
 

@@ -73,6 +73,12 @@ class AlgorithmSettings(Named):
         description="Answers that reached rollout.max_tokens or rollout.time_limit count in the baseline, and are left "
         "out of loss and totals.",
     )
+    turn_discount: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Rewards of an environment count this much less with every turn.",
+    )
     critic: CriticSettings | None = Field(
         default=None, description="The value model of an algorithm that needs one (ppo); null: none."
     )

@@ -78,7 +78,8 @@ class DataSettings(Settings):
         default="none",
         description="System prompt where a row has none: default (that of the model's family), none, or a text.",
     )
-    thinking: bool = Field(
-        default=False,
-        description="The system prompt is that of InternVL3.5's thinking mode: <think> ... </think> first.",
+    thinking: bool | None = Field(
+        default=None,
+        description="Thoughts before the answer: true and false switch a chat template that asks for enable_thinking "
+        "(Qwen3, Qwen3.5); with InternVL3.5, true sets the system prompt of its thinking mode. null: as it is.",
     )

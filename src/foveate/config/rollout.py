@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from foveate.config.base import Settings
+from foveate.config.base import Named, Settings
 
 
 def _not_tiny(value: float) -> float:
@@ -56,4 +56,48 @@ class RolloutSettings(Settings):
     temperature: Temperature = Field(default=1.0, description="Sampling temperature; at least 0.01.")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Nucleus sampling: probability mass kept; 1: all.")
     top_k: int = Field(default=0, ge=0, description="Most likely tokens kept; 0: all.")
-    max_tokens: int = Field(default=256, ge=1, le=1_048_576, description="Longest answer, in tokens.")
+    max_tokens: int = Field(
+        default=256,
+        ge=1,
+        le=1_048_576,
+        description="Longest answer, in tokens: of all of its turns, with what it reads between them.",
+    )
+
+
+class EnvironmentChoice(Named):
+    """An environment, by its name and its own settings."""
+
+    name: str = Field(min_length=1, description="A known environment or an import path, such as my_world.py:World.")
+    settings: dict[str, Any] = Field(
+        default={}, description="Settings of the environment, such as {max_turns: 4}; the others keep their defaults."
+    )
+
+
+class EnvironmentSettings(EnvironmentChoice):
+    """Answers of several turns: what replies to them."""
+
+    reward: Literal["function", "environment", "both"] = Field(
+        default="function",
+        description="What scores an answer: the reward function (group reward), the environment's own rewards, or the "
+        "sum of both.",
+    )
+    credit: Literal["sum", "final"] = Field(
+        default="sum", description="Which rewards of the environment's steps count: all, or that of the last one."
+    )
+    when_full: Literal["truncate", "leave_out"] = Field(
+        default="truncate",
+        description="An answer whose next observation has no room in rollout.max_tokens is scored as it is, as "
+        "truncated, or left out of baseline and loss.",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="Processes that environments live in; 0: the run's own, without limits; null: one per core, 8 at "
+        "most.",
+    )
+    time_limit: float = Field(
+        default=10.0, gt=0, description="Seconds for one step; an answer whose environment takes longer ends ungraded."
+    )
+    memory_limit: float = Field(
+        default=8.0, gt=0, le=10_000, description="GB that a process of environments may allocate."
+    )

@@ -18,7 +18,7 @@ from foveate.config.base import Settings, refuse, refuse_any
 from foveate.config.cluster import ClusterSettings
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.rollout import RolloutSettings
+from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings, RolloutSettings
 from foveate.config.train import (
     EvalSettings,
     LogSettings,
@@ -88,11 +88,6 @@ class RunSettings(Settings):
                 "data.train; give one per file, at least one of them above 0",
             ),
             (
-                data.thinking and data.system != "none",
-                "data.thinking",
-                "is true and data.system is set, but a conversation has one system prompt; choose one",
-            ),
-            (
                 cluster.ranks > 1 and self.disk_wait >= cluster.timeout,
                 "train.disk_wait",
                 f"is {self.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given "
@@ -130,6 +125,9 @@ class RLSettings(RunSettings):
 
     train: RLTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
     rollout: RolloutSettings = RolloutSettings()
+    environment: EnvironmentSettings | None = Field(
+        default=None, description="What replies to answers of several turns; null: answers have one turn."
+    )
     algorithm: AlgorithmSettings = AlgorithmSettings()
     reward: RewardSettings = RewardSettings()
     eval: RLEvalSettings = RLEvalSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -150,6 +148,8 @@ class RLSettings(RunSettings):
     @model_validator(mode="after")
     def _rollouts_fit_together(self) -> Self:
         rollout, train, name = self.rollout, self.train, self.algorithm.name
+        environment = self.environment
+        has_steps = environment is not None and environment.reward != "function"
         divisors = [n for n in range(1, train.prompts_per_step + 1) if train.prompts_per_step % n == 0]
         refuse_any(
             (
@@ -157,6 +157,18 @@ class RLSettings(RunSettings):
                 "train.updates_per_step",
                 f"is {train.updates_per_step} but must divide train.prompts_per_step={train.prompts_per_step}; "
                 f"use one of {', '.join(map(str, divisors))}",
+            ),
+            (
+                self.algorithm.turn_discount < 1 and not has_steps,
+                "algorithm.turn_discount",
+                f"is {self.algorithm.turn_discount:g}, but no rewards of an environment count; set "
+                "environment.reward=environment (or both), or leave it out",
+            ),
+            (
+                environment is not None and environment.credit != "sum" and not has_steps,
+                "environment.credit",
+                "is final, but the rewards of the environment do not count; set environment.reward=environment (or "
+                "both), or leave it out",
             ),
             (
                 rollout.samples == 1 and name not in _WITHOUT_GROUPS and ":" not in name,
@@ -201,6 +213,9 @@ class SFTSettings(RunSettings):
 
     optim: SFTOptimSettings = SFTOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
     train: SFTTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+    environment: EnvironmentChoice | None = Field(
+        default=None, description="The environment whose tools every prompt shows, as in a run with it; null: none."
+    )
 
 
 class MPOSettings(RunSettings):
@@ -257,6 +272,7 @@ class CascadeSettings(Settings):
     rl: RLStage
     eval: RLEvalSettings = RLEvalSettings()
     cluster: ClusterSettings = ClusterSettings()
+    log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
@@ -289,7 +305,12 @@ class CascadeSettings(Settings):
     def stage(self, name: str, model: str, pairs: tuple[str, ...] = ()) -> SFTSettings | MPOSettings | RLSettings:
         """The settings of the run of a stage (`sft`, `mpo`, `rl`) that starts from the folder `model`."""
         model_settings = self.model.model_copy(update={"path": model})
-        common: dict[str, Any] = {"run": f"{self.run}/{name}", "seed": self.seed, "model": model_settings}
+        common: dict[str, Any] = {
+            "run": f"{self.run}/{name}",
+            "seed": self.seed,
+            "model": model_settings,
+            "log": self.log,
+        }
         if name == "rl":
             evaluation = self.eval.model_copy(update={"every": self.eval.every or self.rl.train.steps})
             shared = {name: value for name, value in self if name in ("data", "rollout", "reward", "cluster")}

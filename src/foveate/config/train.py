@@ -87,6 +87,10 @@ class SFTTrainSettings(TrainSettings):
     weighting: Literal["token", "sample", "square"] = Field(
         default="token", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
     )
+    trained_turns: Literal["last", "all"] = Field(
+        default="last",
+        description="Of conversations with several turns of the assistant, the last one is trained on, or all.",
+    )
 
 
 class MPOTrainSettings(TrainSettings):

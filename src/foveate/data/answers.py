@@ -26,16 +26,41 @@ _STRICT: dict[str, Any] = {"extra": "forbid", "ser_json_inf_nan": "constants"}
 
 
 @dataclass(frozen=True, slots=True)
+class ImageReference:
+    """An image of a prompt or of an answer: its path (None where its bytes stand in the row of the data; within the
+    folder of a run that of a small copy), and its size in pixels."""
+
+    path: str | None
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerTurn:
+    """One turn of an answer as it is kept: said by the policy (role "assistant", in so many `tokens`, with the reward
+    of the environment and the calls of tools), or by its environment, with images. A call is {name, error}, and where
+    it looked at an image also {image: its number, box: in thousandths}."""
+
+    role: str
+    text: str
+    tokens: int | None = None
+    reward: float | None = None
+    calls: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[ImageReference, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
     """One answer: its text, why it ended ("stop", "length", "abort", or "missing" for an answer that was never given),
     its length in tokens (None where a server does not say), and its tokens as (text, log-prob in nats) where they were
-    asked for."""
+    asked for. Of an answer with several `turns` these are what the model wrote, and `text` is its last turn."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     text: str
     finish: str
     tokens: int | None
     logprobs: tuple[tuple[str, float], ...] = ()
+    turns: tuple[AnswerTurn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +100,6 @@ class ScoredAnswer(GeneratedAnswer):
     @property
     def graded(self) -> bool:
         return self.score is not None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageReference:
-    """An image of a prompt: its path (None where its bytes stand in the row of the data), and its size in pixels."""
-
-    path: str | None
-    width: int
-    height: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,13 @@ from foveate.errors import DataError
 from foveate.records import Message
 
 IMAGE_TAG = "<image>"
-ROLES = ("system", "user", "assistant")
+IMAGE_WORD = "\ufdd0image\ufdd1"
+"""Stands in a message for the text `<image>` where that is a word of somebody's and marks no image: two characters that
+Unicode reserves for such uses."""
+ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {
     "human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant",
-    "developer": "system",
+    "developer": "system", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
 """Other names of the roles."""
 TURN_KEYS = {"role": "content", "from": "value"}
@@ -22,7 +25,7 @@ TURN_KEYS = {"role": "content", "from": "value"}
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_KEYS = ("image", "image_url", "url", "path", "bytes", "base64", "data")
-_NO_MATTER = ("name", "weight", "id")
+_READ_KEYS = frozenset((*TURN_KEYS, *TURN_KEYS.values(), "name", "weight", "id"))
 """Keys of a turn that change nothing about it."""
 
 
@@ -126,17 +129,12 @@ def _turns(value: Any) -> list[tuple[Any, Any]]:
         raise DataError(f"must be a text, or a list of messages {{role, content}}, at least one, not {shown(value)}")
     turns = []
     for position, turn in enumerate(value):
-        keys = next(
-            (
-                (key, inner)
-                for key, inner in TURN_KEYS.items()
-                if isinstance(turn, dict) and isinstance(turn.get(key), str)
-            ),
-            None,
-        )
-        if keys is None:
+        for key, inner in TURN_KEYS.items() if isinstance(turn, dict) else ():
+            if isinstance(role := turn.get(key), str):
+                turns.append((ROLE_NAMES.get(role, role), turn.get(inner)))
+                break
+        else:
             raise DataError(f"message {position} must be {{role, content}} or {{from, value}}, not {shown(turn)}")
-        turns.append((ROLE_NAMES.get(turn[keys[0]], turn[keys[0]]), turn.get(keys[1])))
     return turns
 
 
@@ -176,8 +174,9 @@ def _part(part: Any, position: int) -> tuple[str, list[Any]]:
 
 
 def _unread_keys(turn: Any) -> list[str]:
-    known = (*TURN_KEYS, *TURN_KEYS.values(), *_NO_MATTER)
-    unread = [name for name in turn if name not in known and turn[name] not in (None, [], "", {})]
+    if turn.keys() <= _READ_KEYS:
+        return []
+    unread = [name for name in turn if name not in _READ_KEYS and turn[name] not in (None, [], "", {})]
     if media := [name for name in unread if name.rstrip("s") in ("image", "video", "audio")]:
         raise DataError(f"messages have {media[0]} of their own; give images in the column images, or as parts")
     return [f"messages have {name}, which nobody reads" for name in unread]

@@ -60,7 +60,7 @@ def is_no_image(value: Any) -> bool:
     nothing but such (a null of the Image feature of `datasets`)."""
     if value is None or isinstance(value, str | bytes | list):
         return not value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return all(is_no_image(inner) for inner in value.values())
     return value != value  # NaN
 
@@ -69,7 +69,7 @@ def looks_like_image(value: Any) -> bool:
     """Whether a value is an image, or a list of some, by what it is and not by the name of its column."""
     if isinstance(value, list):
         return bool(value) and looks_like_image(value[0])
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return "bytes" in value and ("path" in value or isinstance(value["bytes"], bytes)) and not is_no_image(value)
     if isinstance(value, bytes):
         return _SIGNATURES.match(value[:16]) is not None

@@ -44,6 +44,7 @@ TARGETS = {
     "rejected": "the worse answer of a preference pair",
     "ability": "the kind of task",
 }
+_MEDIA_COLUMNS = frozenset((*COLUMNS["images"], *COLUMNS["videos"]))
 
 
 class Parser(Protocol):
@@ -204,7 +205,10 @@ class RecognisedRows(Parser):
         used: dict[str, str] = {}
         for role, columns in roles.candidates.items():
             for column in columns:
-                value = column[1:] if column.startswith(CONSTANT) else dig(raw, column.split("."))
+                if column.startswith(CONSTANT):
+                    value = column[1:]
+                else:  # mostly without a point
+                    value = dig(raw, column.split(".")) if "." in column else raw.get(column)
                 if role not in values or (is_no_image(values[role]) and not is_no_image(value)):
                     values[role], used[role] = value, column
         return values, used
@@ -230,23 +234,22 @@ class RecognisedRows(Parser):
 
 def _others(raw: Mapping[str, Any], roles: Roles, used: Mapping[str, str]) -> list[str]:
     """The columns of a row that hold no role: unknown ones, and those of a role that another column has."""
-    known = {path for paths in roles.candidates.values() for path in paths} - {*used.values()}
-    return [*roles.kept, *sorted(name for name in known if name in raw)]
+    unused = roles.paths.difference(used.values())
+    return [*roles.kept, *sorted(name for name in unused if name in raw)] if unused else [*roles.kept]
 
 
 def _schema_row(
     raw: Mapping[str, Any], roles: Roles, others: Sequence[str], values: Mapping[str, Any], place: Place
 ) -> dict[str, Any]:
     """A row of the parquet schema with the same content."""
-    media = (*COLUMNS["images"], *COLUMNS["videos"])
-    extra = {name: raw[name] for name in others if name.lower() not in media and _is_kept(raw[name])}
+    extra = {name: raw[name] for name in others if name.lower() not in _MEDIA_COLUMNS and _is_kept(raw[name])}
     extra |= {role: value for role, value in values.items() if role not in COLUMNS and value is not None}
     for name in [name for name in extra if name.lower() in OPTION_COLUMNS]:
         extra[name.lower()] = _plain_options(extra.pop(name))
     if roles.letters:
         extra["choices"] = [raw[name] for name in roles.letters if raw[name] is not None]
     info = raw.get("extra_info")
-    if isinstance(info, Mapping | None):
+    if info is None or isinstance(info, dict):
         info = {**extra, **(info or {})}
         info |= {
             role: values[role] for role in ("id", "response", "chosen", "rejected") if values.get(role) is not None
@@ -267,7 +270,7 @@ def _prompt(raw: Mapping[str, Any], values: Mapping[str, Any], extra: Mapping[st
     """The prompt of a row: an instruction with its input, a question with the options that stand beside it."""
     prompt = values["prompt"]
     turns = _listed(prompt)
-    if isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns):
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
         prompt = turns
     elif not isinstance(prompt, str):
         return prompt
@@ -323,7 +326,7 @@ def _unread(
             for inner, kind in unread_media(raw[name], list(raw[name])) if name not in media
         ]  # fmt: skip
     info = raw.get("extra_info")
-    if isinstance(info, Mapping) and is_no_image(values.get("images")):
+    if isinstance(info, dict) and is_no_image(values.get("images")):
         told += [
             Problem(str(place), f"extra_info.{name}", f"looks like {kind} and is read by nobody", warning=True)
             for name, kind in unread_media(info, list(info))

@@ -54,11 +54,12 @@ _LETTER = re.compile(r"[A-J]")
 class Roles:
     """The use of the columns of a row. candidates: for each role the columns, with the fields below them, in which it
     is looked for; letters: columns A, B, ... with the options of a question; kept: all others, which join
-    `extra_info`."""
+    `extra_info`; paths: all candidates together."""
 
     candidates: Mapping[str, tuple[str, ...]]
     letters: tuple[str, ...]
     kept: tuple[str, ...]
+    paths: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +85,8 @@ def roles_of(names: tuple[str, ...], mapping: tuple[tuple[str, str], ...] = ()) 
     letters = tuple(name for name in names if _LETTER.fullmatch(name) and name not in taken)
     letters = letters if letters[:2] == ("A", "B") else ()
     read = {path.split(".")[0] for paths in candidates.values() for path in paths} | {*CONTAINERS, *letters}
-    return Roles(candidates, letters, tuple(name for name in names if name not in read))
+    paths = frozenset(path for paths in candidates.values() for path in paths)
+    return Roles(candidates, letters, tuple(name for name in names if name not in read), paths)
 
 
 @lru_cache(maxsize=2**14)
@@ -103,7 +105,7 @@ def unread_media(row: Mapping[str, Any], names: Sequence[str]) -> Iterator[tuple
     for name in names:
         value = row.get(name)
         first = value[0] if isinstance(value, list) and value else value
-        if is_no_image(value) or isinstance(first, bool | int | float):
+        if isinstance(first, bool | int | float) or is_no_image(value):
             continue
         kinds = (kind for kind, known in _MEDIA.items() if nearest(name, known))
         kind = next(kinds, "images" if looks_like_image(value) or _NUMBERED.fullmatch(name.lower()) else None)

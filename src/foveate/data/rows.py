@@ -240,6 +240,8 @@ def with_frames(
     line. Raises DataError, without a place, for another number of marks than of images or videos, and for a video
     without frames."""
     found = [mark for message in messages for mark in _MEDIA_TAG.findall(message.content)]
+    if not videos and found == [IMAGE_TAG] * len(images):
+        return tuple(messages), [*images]
     for mark, given in ((IMAGE_TAG, images), (VIDEO_TAG, videos)):
         if found.count(mark) != len(given):
             raise DataError(f"the prompt has {found.count(mark)} {mark} marks for {len(given)}; one each is needed")

@@ -9,7 +9,7 @@ import ast
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ class Source(Protocol):
 def dig(value: Any, path: Sequence[str]) -> Any:
     """A field of a field of a value; None where there is none."""
     for name in path:
-        if not isinstance(value, Mapping):
+        if not isinstance(value, dict):
             return None
         value = value.get(name)
     return value

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,9 +22,6 @@ if TYPE_CHECKING:
     from foveate.records import Message
 
 IMAGE_MARK = "<image>"
-IMAGE_WORD = "\ufdd0image\ufdd1"
-"""Stands in a message for the text `<image>` where that is a word of somebody's and marks no image: two characters that
-Unicode reserves for such uses."""
 
 CORRECTED_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -152,18 +151,76 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     system: str | None = None,
     template: str = CORRECTED_TEMPLATE,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The prompt as text, generation prompt included. A `system` message is put in front unless there is one. The
-    `template` stands in for a tokenizer without one. Raises what the template raises, and TimeoutError where it has not
-    ended after `TEMPLATE_S`."""
+    `template` stands in for a tokenizer without one. Schemas of `tools` are shown by the template, or, where it knows
+    none, in the system message; results of calls then stand in messages of the user. Raises what the template raises,
+    and TimeoutError where it has not ended after `TEMPLATE_S`."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if system is not None and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     fallback = None if tokenizer.chat_template else template
+    shown: dict[str, Any] = {}
+    if shows_tools(tokenizer, template_of(tokenizer, template)):
+        shown = {"tools": [*tools]} if tools else {}
+    else:
+        turns = with_tools(turns, tools)
     with _time_limit(TEMPLATE_S):
-        text = tokenizer.apply_chat_template(turns, chat_template=fallback, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=fallback, tokenize=False, add_generation_prompt=True, **shown
+        )
     assert isinstance(text, str)
     return text
+
+
+_TOOL = {"type": "function", "function": {"name": "some_tool", "description": "?", "parameters": {"type": "object"}}}
+
+
+@lru_cache(maxsize=64)
+def shows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a chat template shows tools, and results of calls as messages of their own role, which is tried out."""
+    turns = [{"role": role, "content": f"{role}?"} for role in ("user", "assistant", "tool")]
+    try:
+        with _time_limit(TEMPLATE_S):
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, chat_template=template, tokenize=False, add_generation_prompt=True, tools=[_TOOL]
+                )
+            )
+    except Exception:  # a template is a program, and may raise anything
+        return False
+    return "some_tool" in text and "tool?" in text
+
+
+TOOL_RULES = (
+    "You have these functions:\n<tools>\n{schemas}\n</tools>\n\n"
+    "A call is a JSON object with the function's name and its arguments, between tags:\n"
+    '<tool_call>\n{{"name": "NAME", "arguments": {{"ARGUMENT": "VALUE"}}}}\n</tool_call>\n'
+    "The result follows in the next message."
+)
+"""What a system message says of tools where the chat template knows none, in the form of Hermes."""
+
+
+def with_tools(turns: Sequence[dict[str, str]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The conversation for a template that knows no tools: their schemas stand in the system message, and the results
+    of calls, those of one turn together, in a message of the user."""
+    turns = [turn for role, run in groupby(turns, lambda turn: turn["role"]) for turn in _of_user(role, [*run])]
+    if not tools:
+        return turns
+    rules = TOOL_RULES.format(schemas="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": rules}, *turns]
+    return [{"role": "system", "content": f"{turns[0]['content']}\n\n{rules}"}, *turns[1:]]
+
+
+def _of_user(role: str, run: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages of one role that follow each other: results of calls as one message of the user, others as they are."""
+    if role != "tool":
+        return run
+    return [
+        {"role": "user", "content": "\n".join(f"<tool_response>\n{one['content']}\n</tool_response>" for one in run)}
+    ]
 
 
 _deadlines: dict[int, float] = {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +20,9 @@ from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
 from foveate.data.table import TaskTable
 from foveate.data.validate import Check, ReadOptions
-from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family, budget_of
+from foveate.encoding.thinking import with_thinking
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 
@@ -29,12 +30,18 @@ logger = logging.getLogger(__name__)
 
 
 def build_encoder(
-    tokenizer: PreTrainedTokenizerBase, family: Family, model: ModelSettings, data: DataSettings
+    tokenizer: PreTrainedTokenizerBase,
+    family: Family,
+    model: ModelSettings,
+    data: DataSettings,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> Encoder:
-    """The encoder of a run: what the checkpoint makes of images, with the run's limits."""
+    """The encoder of a run: what the checkpoint makes of images, with the run's limits. Every prompt shows `tools`."""
     budget = budget_of(family, max_tiles=model.max_tiles, max_pixels=model.max_pixels)
-    system = THINKING_SYSTEM if data.thinking else system_message(family, data.system)
-    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system)
+    system = system_message(family, data.system)
+    if data.thinking is not None:
+        tokenizer, system = with_thinking(tokenizer, family, system, thinking=data.thinking)
+    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system, tuple(tools))
 
 
 def system_message(family: Family, system: str) -> str | None:

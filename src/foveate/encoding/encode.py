@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from foveate.data.conversations import IMAGE_WORD
 from foveate.data.images import load_image
 from foveate.data.rows import fault_of
 from foveate.encoding.chat import (
     ANSWER_WORDS,
     IMAGE_MARK,
-    IMAGE_WORD,
     continued,
     frames_in,
     opened_by,
@@ -25,7 +27,7 @@ from foveate.encoding.chat import (
 from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
 from foveate.encoding.family import Family
 from foveate.errors import DataError, one_line
-from foveate.records import ImageSlot, Message, Prompt, Task
+from foveate.records import Image, ImageSlot, Message, Prompt, Task
 from foveate.rewards.pool import with_opened
 
 
@@ -41,26 +43,21 @@ class Rendered:
 class Encoder:
     """Encodes tasks for one checkpoint. `budget` limits its images in the family's unit: tiles are shared evenly by the
     images of a prompt, at least one each, thumbnails not counted; pixels are those of each image after resizing.
-    `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none."""
+    `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none; `tools`: JSON
+    schemas of functions that every prompt shows."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
     budget: int
     max_prompt_tokens: int
     system: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __call__(self, task: Task) -> Prompt:
         """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
-        text, budgets = self._text(task)
-        engine_ids = self._prompt_ids(text, task.where)
-        slots = self._slots(task, engine_ids, budgets)
-        token_ids = self._expand(engine_ids, slots)
-        self._require_short(len(token_ids), task.where)
-        pixels = None
-        if task.images:
-            pairs = zip(task.images, budgets, strict=True)
-            pixels = torch.cat([self.family.pixels(load_image(image, task.where), budget) for image, budget in pairs])
-        return Prompt(tuple(token_ids), slots, pixels, tuple(engine_ids))
+        prompt, budgets = self.placed(self.rendered(task), task.images, task.where)
+        self._require_short(len(prompt), task.where)
+        return self.with_pixels(prompt, task.images, budgets, task.where)
 
     @property
     def opened(self) -> str:
@@ -93,9 +90,7 @@ class Encoder:
 
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
-        text, budgets = self._text(task)
-        engine_ids = self._prompt_ids(text, task.where)
-        return len(engine_ids) + sum(slot.count - 1 for slot in self._slots(task, engine_ids, budgets))
+        return len(self.placed(self.rendered(task), task.images, task.where)[0])
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
         """A demonstrated answer as token ids, with the stop token that ends it and, where it lacks it, the start that
@@ -155,37 +150,65 @@ class Encoder:
                 return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def _text(self, task: Task) -> tuple[Rendered, list[int]]:
-        """The prompt with what stands for an image in place of its mark, and the budget of each image."""
+    def rendered(self, task: Task) -> Rendered:
+        """The conversation of a task as the chat template writes it, with the marks of its images."""
         disguise, messages = self._disguised(task)
         try:
-            text = render(messages, self.tokenizer, self.system, self.family.template)
+            text = render(messages, self.tokenizer, self.system, self.family.template, self.tools)
         except Exception as error:  # a template is a program, and may raise anything
             what = f"the model's chat template refuses it: {one_line(error)[:300]}"
             raise DataError(f"{task.where}, field prompt: {what}") from error
+        return Rendered(text, disguise)
+
+    def placed(self, rendered: Rendered, images: Sequence[Image], where: str) -> tuple[Prompt, list[int]]:
+        """The tokens of a text with the places of its images, still without their pixels, and the budget of each."""
+        text = rendered.text
         marks = text.count(IMAGE_MARK)
-        if marks != len(task.images):
+        if marks != len(images):
             raise DataError(
-                f"{task.where}, field prompt: {marks} {IMAGE_MARK} marks for {len(task.images)} images; "
+                f"{where}, field prompt: {marks} {IMAGE_MARK} marks for {len(images)} images; "
                 "each image needs one mark, in order"
             )
         if marks and not self.family.sees_images:
-            raise DataError(f"{task.where}, field images: {self.family.name} is a text-only model and sees no images")
+            raise DataError(f"{where}, field images: {self.family.name} is a text-only model and sees no images")
         for word in self.family.reserved:
             if word in text:
-                raise DataError(f"{task.where}, field prompt: contains the placeholder {word}; write {IMAGE_MARK}")
+                what = f"the chat template or the system message writes the placeholder {word}; leave it out"
+                raise DataError(f"{where}, field prompt: {what}")
         frames = frames_in(text)
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
-        text = text.replace(IMAGE_MARK, self.family.image_text).replace(IMAGE_WORD, IMAGE_MARK)
-        return Rendered(text, disguise), [frame if is_frame else each for is_frame in frames]
+        budgets = [frame if is_frame else each for is_frame in frames]
+        text = self._written(text, images, budgets, where).replace(IMAGE_WORD, IMAGE_MARK)
+        engine_ids = self._prompt_ids(Rendered(text, rendered.disguise), where)
+        slots = self._slots(images, engine_ids, budgets, where)
+        return Prompt(tuple(self._expand(engine_ids, slots)), slots, None, tuple(engine_ids)), budgets
+
+    def with_pixels(self, prompt: Prompt, images: Sequence[Image], budgets: Sequence[int], where: str) -> Prompt:
+        """The prompt with the pixels of its images, which are decoded now."""
+        if not images:
+            return prompt
+        pairs = zip(images, budgets, strict=True)
+        pixels = torch.cat([self.family.pixels(load_image(image, where), budget) for image, budget in pairs])
+        return replace(prompt, pixels=pixels)
+
+    def _written(self, text: str, images: Sequence[Image], budgets: Sequence[int], where: str) -> str:
+        """The text with what stands for each image in place of its mark."""
+        first, *rest = text.split(IMAGE_MARK)
+        pieces = [first]
+        for image, budget, after in zip(images, budgets, rest, strict=True):
+            try:
+                pieces += [self.family.written(image.width, image.height, budget), after]
+            except DataError as error:
+                raise DataError(f"{where}, field images: {error}") from error
+        return "".join(pieces)
 
     def _control_words(self, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], re.Pattern[str] | None]:
         """The control words of the family without some that are allowed, and what finds them."""
         return _control_words(self.family, self.tokenizer, template_of(self.tokenizer, self.family.template), allowed)
 
     def _disguised(self, task: Task) -> tuple[Disguise | None, tuple[Message, ...]]:
-        """The messages, with stand-ins for control words where they hold any. Reserved words stay: they are refused."""
-        words, pattern = self._control_words(self.family.reserved)
+        """The messages, with stand-ins for control words where they hold any."""
+        words, pattern = self._control_words(())
         if pattern is None or not any(pattern.search(message.content) for message in task.messages):
             return None, task.messages
         try:
@@ -194,17 +217,24 @@ class Encoder:
             raise DataError(f"{task.where}, field prompt: {error}") from error
         return disguise, tuple(Message(message.role, disguise.hide(message.content)) for message in task.messages)
 
-    def _slots(self, task: Task, engine_ids: list[int], budgets: list[int]) -> tuple[ImageSlot, ...]:
-        slots = []
+    def _slots(
+        self, images: Sequence[Image], engine_ids: list[int], budgets: list[int], where: str
+    ) -> tuple[ImageSlot, ...]:
+        slots: list[ImageSlot] = []
         grown = 0
-        places = [i for i, token in enumerate(engine_ids) if token == self.family.image_token_id]
-        for place, image, budget in zip(places, task.images, budgets, strict=True):
+        places = iter([i for i, token in enumerate(engine_ids) if token == self.family.image_token_id])
+        both_ways = self.family.bidirectional_images
+        for image, budget in zip(images, budgets, strict=True):
             try:
                 shape = self.family.shape(image.width, image.height, budget)
             except DataError as error:
-                raise DataError(f"{task.where}, field images: {error}") from error
-            slots.append(ImageSlot(place + grown, shape.tokens, shape.entries, shape.grid))
-            grown += shape.tokens - 1
+                raise DataError(f"{where}, field images: {error}") from error
+            tokens, entries = shape.tokens // shape.runs, shape.entries // shape.runs
+            for _ in range(shape.runs):
+                slots.append(ImageSlot(next(places) + grown, tokens, entries, shape.grid, both_ways))
+                grown += tokens - 1
+        if next(places, None) is not None:
+            raise DataError(f"{where}, field prompt: contains the placeholder of an image; write {IMAGE_MARK}")
         return tuple(slots)
 
     def _expand(self, engine_ids: list[int], slots: tuple[ImageSlot, ...]) -> list[int]:

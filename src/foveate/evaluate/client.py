@@ -7,16 +7,19 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from foveate.config.base import is_http_address
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
+from foveate.data.conversations import IMAGE_WORD
 from foveate.data.table import TaskTable
 from foveate.encoding.chat import IMAGE_MARK
+from foveate.environments.protocol import EnvironmentPool
 from foveate.errors import ConfigError, DataError
+from foveate.evaluate.client_turns import converse
 from foveate.evaluate.shards import Failed
 from foveate.records import SamplingParams, Task
 from foveate.rewards.remote import data_url
@@ -81,7 +84,8 @@ class BadReply(Exception):
 
 @dataclass(slots=True)
 class ChatClient:
-    """Asks servers for rows of a table; `deliver` is called with every outcome, in the order in which they come."""
+    """Asks servers for rows of a table; `deliver` is called with every outcome, in the order in which they come.
+    `environments`: those of answers with several turns."""
 
     settings: ClientSettings
     sampling: SamplingParams
@@ -89,6 +93,7 @@ class ChatClient:
     deliver: Callable[[GeneratedRow | Failed], None]
     servers: list[Endpoint] = field(default_factory=list)
     lost: int = 0
+    environments: EnvironmentPool | None = None
 
     def run(self, table: TaskTable, rows: Iterable[int]) -> None:
         """Ask for `rows` of `table`. Raises ConfigError for servers that do not answer, refuse the key or lack the
@@ -154,7 +159,7 @@ class ChatClient:
             started = time.monotonic()
             server.busy += 1
             try:
-                reply = await self._request(server, task, index)
+                answers, used = await self._answers_of(server, task, index)
             except Exception as error:  # the border around a server
                 status = _status(error)
                 if status in _FATAL:
@@ -166,13 +171,12 @@ class ChatClient:
             else:
                 server.failures = 0
                 taken = time.monotonic() - started
-                used = reply.usage
                 return GeneratedRow(
                     **prompt_fields(task),
-                    answers=_answers(reply, self.sampling.samples),
+                    answers=answers,
                     index=index,
-                    prompt_tokens=used and used.prompt_tokens,
-                    answer_tokens=used and used.completion_tokens,
+                    prompt_tokens=used.get("prompt"),
+                    answer_tokens=used.get("completion"),
                     seconds=round(taken, 4),
                     tries=attempt,
                     server=server.url,
@@ -181,8 +185,26 @@ class ChatClient:
                 server.busy -= 1
         return Failed(index, task.id, "failed", reason, self.settings.retries + 1)
 
-    async def _request(self, server: Endpoint, task: Task, index: int) -> Any:
-        sampling = self.sampling
+    async def _answers_of(
+        self, server: Endpoint, task: Task, index: int
+    ) -> tuple[tuple[GeneratedAnswer, ...], Mapping[str, int]]:
+        """All answers to a row, and the tokens that the server counts."""
+        if self.environments is None:
+            reply = await self._request(server, task, index, self.sampling)
+            usage = reply.usage
+            counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens} if usage else {}
+            return _answers(reply, self.sampling.samples), counts
+        one = replace(self.sampling, samples=1)
+
+        async def ask(asked: Task, number: int, left: int) -> GeneratedAnswer:
+            reply = await self._request(server, asked, index + number, replace(one, max_tokens=left))
+            [answer] = _answers(reply, 1)
+            return answer
+
+        seed = seed_of("eval", self.seed, index)
+        return await converse(self.environments, task, seed, self.sampling, ask), {}
+
+    async def _request(self, server: Endpoint, task: Task, index: int, sampling: SamplingParams) -> Any:
         extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
         if server.verbatim:
             extra["verbatim"] = True
@@ -214,12 +236,12 @@ def messages_of(task: Task, system: str | None, *, verbatim: bool) -> Any:
         turns.append({"role": "system", "content": system})
     for message in task.messages:
         first, *rest = message.content.split(IMAGE_MARK)
-        parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first else []
+        parts: list[dict[str, Any]] = [{"type": "text", "text": first}] if first and rest else []
         for text in rest:
             parts.append({"type": "image_url", "image_url": {"url": data_url(next(images))}})
-            kept = text if verbatim else text.removeprefix("\n")
+            kept = (text if verbatim else text.removeprefix("\n")).replace(IMAGE_WORD, IMAGE_MARK)
             parts += [{"type": "text", "text": kept}] if kept else []
-        turns.append({"role": message.role, "content": parts if rest else message.content})
+        turns.append({"role": message.role, "content": parts or first.replace(IMAGE_WORD, IMAGE_MARK)})
     return turns
 
 

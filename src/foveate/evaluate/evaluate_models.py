@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from foveate.config.data import DataSettings
+from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
-from foveate.encoding.dataset import read_checked
+from foveate.encoding.dataset import keep_aside, read_checked
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST
 from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics, warn_of_lost_answers
@@ -29,6 +30,7 @@ from foveate.log import progress
 from foveate.records import Task
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders, with_opened
+from foveate.rollout.conversations import open_conversations
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,10 @@ class EvalRequest:
     critic_settings: Mapping[str, Any] = field(default_factory=dict)
     text_files: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
+    environment: EnvironmentSettings | None = None
+    max_pixels: int | None = None
+    hold_out: float = 0.0
+    """Share of the rows of `data` that a run kept aside: only these are asked."""
 
 
 def run_eval(request: EvalRequest) -> None:
@@ -94,7 +100,7 @@ def run_eval(request: EvalRequest) -> None:
             found.append(Evaluation(len(found), tuple(rows), _label(folder, found)))
             costs[found[-1].label] = cost
     if tasks is None:
-        raise ConfigError("nothing to evaluate: give --model with --data, or --generated")
+        raise ConfigError("nothing to evaluate: give the folder of a run, --model with --data, or --generated")
     write_models(request.out, found)
     summary = _summary(request, found, costs)
     atomic_write_text(request.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -129,11 +135,17 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         system=request.system or "none",
         columns=dict(request.columns),
     )
-    engine, encoder = load_engine(name, data, request.max_tiles)
-    table, left_out = read_checked(request.data, data, encoder, truth_check(request.reward, request.settings))
-    tasks = table.first(request.rows)
+    environment = request.environment
+    engine, encoder = load_engine(name, data, request.max_tiles, request.max_pixels, environment)
+    by_environment = environment is not None and environment.reward == "environment"
+    truth = None if by_environment else truth_check(request.reward, request.settings)
+    table, left_out = read_checked(request.data, data, encoder, truth)
+    tasks = (keep_aside(table, request.hold_out)[1] or table).first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
-    with progress("evaluating", len(tasks)) as advance:
+    with (
+        open_conversations(environment, lambda _: encoder) as (_, conversations),
+        progress("evaluating", len(tasks)) as advance,
+    ):
         predictions = predict(
             engine,
             tasks,
@@ -145,6 +157,8 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
             detailed=request.gallery,
             read_box=box_reader(request.reward, request.settings),
             advance=advance,
+            conversations=conversations,
+            folder=request.out,
         )
     return predictions, tasks
 

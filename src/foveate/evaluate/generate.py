@@ -8,14 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import GeneratedRow
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
+from foveate.environments.pool import Environments
 from foveate.errors import ConfigError, DataError, UserError
 from foveate.evaluate.client import ChatClient, ClientSettings
 from foveate.evaluate.shards import AnswerStore, Failed, read_generated
@@ -61,6 +64,7 @@ class GenerateRequest:
     max_prompt_tokens: int = 8192
     max_tiles: int | None = None
     shard_rows: int = 1000
+    environment: EnvironmentSettings | None = None
 
     def identity(self, table: TaskTable, left_out: Sequence[int]) -> dict[str, Any]:
         """All that decides the answers: a folder is continued only by a request that is the same in it."""
@@ -76,6 +80,7 @@ class GenerateRequest:
             "seed": self.seed,
             "logprobs": self.logprobs,
             "max_tiles": self.max_tiles,
+            **({"environment": self.environment.model_dump(mode="json")} if self.environment else {}),
         }
 
 
@@ -141,7 +146,14 @@ def _prepare(request: GenerateRequest) -> tuple[TaskTable, Produce, list[int], l
 
 def _from_servers(request: GenerateRequest, client: ClientSettings) -> Produce:
     def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
-        ChatClient(client, request.sampling, request.seed, deliver).run(table, todo)
+        client_of = partial(ChatClient, client, request.sampling, request.seed, deliver)
+        if request.environment is None:
+            client_of().run(table, todo)
+            return
+        environment = request.environment
+        limits = environment.model_dump(include={"workers", "time_limit", "memory_limit"})
+        with Environments(environment.name, environment.settings, **limits) as pool:
+            client_of(environments=pool).run(table, todo)
 
     return produce
 
@@ -151,17 +163,20 @@ def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce
     from foveate.config.data import DataSettings
     from foveate.encoding.dataset import RowCheck
     from foveate.evaluate.predict import generate_rows, load_engine  # a client needs neither models nor transformers
+    from foveate.rollout.conversations import open_conversations
 
     data = DataSettings(
         train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system or "none"
     )
-    engine, encoder = load_engine(model, data, request.max_tiles)
+    engine, encoder = load_engine(model, data, request.max_tiles, environment=request.environment)
 
     def produce(table: TaskTable, todo: Sequence[int], deliver: Deliver) -> None:
-        for row in generate_rows(
-            engine, encoder, table, todo, request.sampling, seed=request.seed, logprobs=request.logprobs
-        ):
-            deliver(row)
+        how = {"seed": request.seed, "logprobs": request.logprobs}
+        with open_conversations(request.environment, lambda _: encoder) as (_, conversations):
+            for row in generate_rows(
+                engine, encoder, table, todo, request.sampling, **how, conversations=conversations
+            ):
+                deliver(row)
 
     return RowCheck(None, encoder), produce
 

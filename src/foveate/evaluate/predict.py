@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
+from foveate.config.rollout import EnvironmentSettings
 from foveate.config.train import RLEvalSettings
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredAnswer, ScoredRow, prompt_fields, score_fields
 from foveate.data.images import load_image
@@ -25,11 +27,19 @@ from foveate.evaluate.predictions import (
     write_evaluation,
     write_gallery,
 )
+from foveate.evaluate.turns import kept_turns
 from foveate.log import progress
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
+from foveate.rollout.conversations import (
+    FUNCTION_ALONE,
+    Conversations,
+    Outcome,
+    scored,
+    tools_of_environment,
+)
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
@@ -41,10 +51,18 @@ TAGS = ("relation", "kind", "dataset")
 BATCH = 64
 
 
-def load_engine(path: str, data: DataSettings, max_tiles: int | None) -> tuple[NativeEngine, Encoder]:
-    """The native engine with the weights of a model folder, and the encoder of its prompts."""
+def load_engine(
+    path: str,
+    data: DataSettings,
+    max_tiles: int | None,
+    max_pixels: int | None = None,
+    environment: EnvironmentSettings | None = None,
+) -> tuple[NativeEngine, Encoder]:
+    """The native engine with the weights of a model folder, and the encoder of its prompts, which show the tools of the
+    environment."""
     policy = load_policy(path, **best_place())
-    encoder = build_encoder(policy.tokenizer, policy.family, ModelSettings(path=path, max_tiles=max_tiles), data)
+    model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
+    encoder = build_encoder(policy.tokenizer, policy.family, model, data, tools_of_environment(environment))
     return NativeEngine(policy, encoder.decode), encoder
 
 
@@ -57,23 +75,29 @@ def generate_rows(
     *,
     seed: int,
     logprobs: bool,
+    conversations: Conversations | None = None,
 ) -> Iterator[GeneratedRow]:
-    """The answers to `rows` of a table in order. `seconds` are those of a batch: an answer is there when all are."""
+    """The answers to `rows` of a table in order, with their environments, if there are any. `seconds` are those of a
+    batch: an answer is there when all are."""
     for begin in range(0, len(rows), BATCH):
         some = rows[begin : begin + BATCH]
-        tasks = [table[index] for index in some]
+        tasks = [encoder.for_graders(table[index]) for index in some]
         prompts = [encoder(task) for task in tasks]
         requests = [Request(p, seed_of("eval", seed, i)) for p, i in zip(prompts, some, strict=True)]
         start = time.monotonic()
-        groups = engine.generate(requests, sampling)
+        groups, outcomes = answer_all(engine, tasks, requests, sampling, conversations)
         seconds = round(time.monotonic() - start, 4)
-        for index, task, prompt, group in zip(some, tasks, prompts, groups, strict=True):
+        for index, task, prompt, group, own in zip(some, tasks, prompts, groups, outcomes, strict=True):
+            turns = own or [None] * len(group)
             yield GeneratedRow(
                 **prompt_fields(task),
-                answers=tuple(generated_answer(answer, encoder, logprobs) for answer in group),
+                answers=tuple(
+                    generated_answer(answer, encoder, logprobs, outcome)
+                    for answer, outcome in zip(group, turns, strict=True)
+                ),
                 index=index,
                 prompt_tokens=len(prompt),
-                answer_tokens=sum(len(answer.token_ids) for answer in group),
+                answer_tokens=sum(answer.trained_tokens for answer in group),
                 seconds=seconds,
                 tries=1,
                 server="in process",
@@ -93,34 +117,60 @@ def predict(
     detailed: int = 0,
     read_box: BoxReader = model_box,
     advance: Callable[[int], None],
+    conversations: Conversations | None = None,
+    folder: Path | None = None,
 ) -> list[ScoredRow]:
     """One row per task: the greedy answer, and `samples` answers drawn at temperature 1. The draws depend on `seed` and
     the index of the task alone, so that two models are asked with the same luck. The first `detailed` rows keep the
-    log-probs of their greedy answers, which the report shows."""
+    log-probs of their greedy answers, which the report shows. `conversations`: the environments of the answers;
+    `folder`: of the run, where images that they have shown in greedy answers are kept."""
     rows: list[ScoredRow] = []
     for begin in range(0, len(tasks), BATCH):
         some = [encoder.for_graders(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
         requests = [Request(encoder(task), seed_of("eval", seed, begin + i)) for i, task in enumerate(some)]
-        greedy = engine.generate(requests, SamplingParams(1, max_tokens, temperature=0.0))
-        drawn: list[tuple[Answer, ...]] = [()] * len(some)
-        if samples:
-            drawn = engine.generate(requests, SamplingParams(samples, max_tokens, temperature=1.0))
-        answers = [(*best, *others) for best, others in zip(greedy, drawn, strict=True)]
+        ways = [SamplingParams(1, max_tokens, temperature=0.0)]
+        ways += [SamplingParams(samples, max_tokens, temperature=1.0)] if samples else []
+        found = [answer_all(engine, some, requests, way, conversations) for way in ways]
+        answers = [tuple(chain(*own)) for own in zip(*(groups for groups, _ in found), strict=True)]
+        outcomes = [tuple(chain(*own)) for own in zip(*(outcomes for _, outcomes in found), strict=True)]
         asked = [(one, task) for task, own in zip(some, answers, strict=True) for one in own]
-        scores = iter(graders.grade_many(asked))
+        became = [one for own, talks in zip(answers, outcomes, strict=True) for one in talks or [None] * len(own)]
+        credit = FUNCTION_ALONE if conversations is None else conversations.credit
+        scores = iter(zip(scored(graders, asked, became, credit), became, strict=True))
         for task, own in zip(some, answers, strict=True):
             keep = len(rows) < detailed
-            scored = [(generated_answer(one, encoder, keep and one is own[0]), next(scores)) for one in own]
-            rows.append(scored_row(task, scored, greedy=True, detailed=keep, read_box=read_box))
+            graded = []
+            for one, (score, outcome) in zip(own, scores, strict=False):
+                is_shown = one is own[0]
+                made = generated_answer(one, encoder, keep and is_shown, outcome, folder if is_shown else None)
+                graded.append((made, score))
+            rows.append(scored_row(task, graded, greedy=True, detailed=keep, read_box=read_box))
         advance(len(some))
     return rows
 
 
-def generated_answer(answer: Answer, encoder: Encoder, logprobs: bool) -> GeneratedAnswer:
-    ids = answer.token_ids
+def answer_all(
+    engine: Engine,
+    tasks: Sequence[Task],
+    requests: Sequence[Request],
+    sampling: SamplingParams,
+    conversations: Conversations | None,
+) -> tuple[list[tuple[Answer, ...]], list[tuple[Outcome, ...]]]:
+    """The answers to each request, and what became of them with their environments, or nothing without these."""
+    if conversations is None:
+        return engine.generate(requests, sampling), [()] * len(requests)
+    found = conversations.generate(engine, tasks, requests, sampling)
+    return [answers for answers, _ in found], [outcomes for _, outcomes in found]
+
+
+def generated_answer(
+    answer: Answer, encoder: Encoder, logprobs: bool, outcome: Outcome | None = None, folder: Path | None = None
+) -> GeneratedAnswer:
+    ids = tuple(token for segment in answer.segments if segment.trained for token in segment.token_ids.tolist())
     values = (round(float(value), 4) for value in answer.logprobs)
     tokens = tuple(zip(encoder.pieces(ids), values, strict=True)) if logprobs else ()
-    return GeneratedAnswer(answer.text, answer.finish, len(ids), tokens)
+    turns = () if outcome is None else kept_turns(outcome.turns, folder)
+    return GeneratedAnswer(answer.text, answer.finish, len(ids), tokens, turns)
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -150,7 +200,7 @@ def scored_row(
         best = greedy and place == 0
         scored.append(
             ScoredAnswer(
-                answer.text, answer.finish, answer.tokens, own if detailed and place == 0 else (),
+                answer.text, answer.finish, answer.tokens, own if detailed and place == 0 else (), answer.turns,
                 **score_fields(score), greedy=best,
                 box=read_box(answer.text, task) if has_box else None, rank=None if best else rank,
             )
@@ -185,8 +235,10 @@ class Evaluator:
         seed: int,
         max_tokens: int,
         last_step: int,
+        conversations: Conversations | None = None,
     ) -> None:
         """`tasks` None: the run has no evaluation. `max_tokens` bounds an answer; after `last_step` one is due."""
+        self.conversations = conversations
         self.folder, self.settings, self.encoder, self.graders = folder, settings, encoder, graders
         self.tasks = None if tasks is None else tasks.first(settings.prompts)
         self.seed, self.max_tokens, self.last_step = seed, max_tokens, last_step
@@ -212,6 +264,8 @@ class Evaluator:
                 max_tokens=self.max_tokens,
                 seed=self.seed,
                 advance=advance,
+                conversations=self.conversations,
+                folder=self.folder,
             )
         warn_of_lost_answers(rows, f"evaluation of step {step}")
         summary = write_evaluation(self.folder, step, rows)

@@ -5,6 +5,7 @@
     predictions.jsonl                in the folder of `foveate eval`: the rows of every model
     gallery.json                     the ids of the rows that the report shows
     gallery/<id>.jpg                 their images, made small (see `draw.save_thumbnail`)
+    observed/<digest>.jpg            images that answers have observed, likewise
 
 Files are replaced whole, so that a reader never meets half of one.
 """
@@ -179,6 +180,11 @@ def predictions_path(run_folder: Path, step: int) -> Path:
 def thumbnail_path(run_folder: Path, row_id: str) -> Path:
     """The file of the small image of a row, named by a digest: an id may be any text of any length."""
     return run_folder / "gallery" / f"{sha256(row_id.encode('utf-8', 'replace')).hexdigest()[:32]}.jpg"
+
+
+def observed_path(run_folder: Path, name: str) -> Path:
+    """The file of the small image of something that an answer has observed, within the folder whatever the name."""
+    return run_folder / "observed" / Path(name).name
 
 
 def write_evaluation(run_folder: Path, step: int, rows: Sequence[ScoredRow]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.encoding.family import Features
 from foveate.models.attention.kernels import KeyValueCache, SequenceParallelAttention
 from foveate.models.logprobs import LOGP_ENTROPY, Term, chunked_terms
 from foveate.models.policy import Policy
@@ -28,6 +29,9 @@ def embed(
     if batch.pixels is None:
         return embeddings, {}
     seen = policy.family.features(policy.model, batch.pixels, batch.grids) if split is None else split.see(policy)
+    if batch.feature_index is not None and split is None:
+        kept = [features.index_select(0, batch.feature_index) for features in (seen.embeddings, *seen.deeper)]
+        seen = Features(kept[0], tuple(kept[1:]))
     index, dummy_image = batch.slot_index, len(seen.embeddings) - len(batch.slot_index)
     assert dummy_image == 0 or (dummy_image > 0 and batch.dummy_image), (
         f"{len(seen.embeddings)} image features for {len(index)} image tokens"

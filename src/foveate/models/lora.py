@@ -54,10 +54,12 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
     else:
         chosen = [name for name in linear if name.rpartition(".")[2] in settings.targets]
     trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    root = nn.ModuleDict({"policy": policy.model})  # of a model that it knows, peft would adapt experts as well
+    targets = [f"policy.{name}" for name in chosen]
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=chosen
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )
-    inject_adapter_in_model(config, policy.model)  # freezes all but the adapters
+    inject_adapter_in_model(config, root)  # freezes all but the adapters
     if not policy.is_meta:
         reset_adapters(policy.model)
     adapted = {linear[name] for name in chosen}

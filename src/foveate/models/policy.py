@@ -183,7 +183,11 @@ def freeze_except(policy: Policy, modules: Sequence[str]) -> None:
     parts = parameters_by_part(policy)
     unknown = [name for name in modules if name not in parts]
     if unknown:
-        raise DataError(f"cannot train {unknown[0]!r}: the parts of {policy.family.name} are {', '.join(parts)}")
+        trainable = ", ".join(part for part in parts if part != "head")
+        raise DataError(
+            f"cannot train {unknown[0]!r}: the parts of {policy.family.name} are {', '.join(parts)}; set "
+            f"model.trainable=[{trainable}], or some of them"
+        )
     trained = {*modules, *(["head"] if "language" in modules else [])}
     for part, parameters in parts.items():
         for parameter in parameters.values():

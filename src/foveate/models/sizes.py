@@ -1,4 +1,4 @@
-"""Published models as configurations, the sizes of InternVL3.5 first: for planning memory.
+"""Sizes that configurations say, and published models as configurations, those of InternVL3.5 first.
 
 Dimensions: InternVL3.5 (arXiv 2508.18265), table 1, and the configurations of Qwen3, GPT-OSS and InternViT. Every size
 has untied embeddings, unlike the small Qwen3 models that they were made from.
@@ -20,6 +20,8 @@ _VISION_6B = {
     "attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm",
 }  # fmt: skip
 
+RECURRENT = "linear_attention"
+"""How configurations call a layer with a state in place of keys and values."""
 IMAGE_TOKEN_ID = 151671
 """<IMG_CONTEXT> of the Qwen3 models of InternVL3.5; GPT-OSS has another vocabulary, and its own id."""
 
@@ -95,3 +97,30 @@ def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:
     """The modules of a model with shapes but no memory, on the meta device."""
     with torch.device("meta"):
         return InternVLForConditionalGeneration(config)
+
+
+def head_width(text: Any) -> int:
+    """Numbers of a head of attention; some configurations leave it to be divided out."""
+    return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+
+
+def recurrent_layers(text: Any) -> int:
+    """How many layers of a language model hold a state in place of keys and values."""
+    return (text.to_dict().get("layer_types") or []).count(RECURRENT)
+
+
+def key_value_numbers(text: Any) -> int:
+    """Numbers that a token has as keys and values in all layers of a language model."""
+    layers = text.num_hidden_layers - recurrent_layers(text)
+    return 2 * layers * text.num_key_value_heads * head_width(text)
+
+
+def state_numbers(text: Any) -> int:
+    """Numbers, of float32, that a sequence of any length has as states of recurrent layers and their convolutions."""
+    layers = recurrent_layers(text)
+    if not layers:
+        return 0
+    keys, values = text.linear_num_key_heads * text.linear_key_head_dim, text.linear_num_value_heads
+    channels = 2 * keys + values * text.linear_value_head_dim
+    state = values * text.linear_key_head_dim * text.linear_value_head_dim
+    return layers * (state + (text.linear_conv_kernel_dim - 1) * channels)

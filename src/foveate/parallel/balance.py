@@ -23,14 +23,15 @@ class Costs:
     @classmethod
     def of(cls, config: Any) -> Costs:
         """From transformers' configuration. A block of width D has about 12 D^2 weights, of which each takes 2 FLOPs a
-        token, and its attention takes 4 D FLOPs a pair; a tile of InternVL is as many tokens as it has patches."""
+        token, and its attention takes 4 D FLOPs a pair. Entries of towers with a `depth` are patches; others are tiles,
+        which are as many tokens as they have patches."""
         text, vision = config.get_text_config(), config.to_dict().get("vision_config")
         language = text.num_hidden_layers * text.hidden_size**2
         entry = 0.0
         if vision:
-            side = vision["image_size"][0] // vision["patch_size"][0] if "image_size" in vision else 1
-            layers = vision["num_hidden_layers"] if "num_hidden_layers" in vision else vision["depth"]
-            entry = side**2 * layers * vision["hidden_size"] ** 2 / language
+            side = 1 if "depth" in vision else _first(vision["image_size"]) // _first(vision["patch_size"])
+            layers, width = vision.get("depth") or vision["num_hidden_layers"], vision.get("embed_dim")
+            entry = side**2 * layers * (width or vision["hidden_size"]) ** 2 / language
         return cls(1 / (6 * text.hidden_size), entry)
 
     def __call__(self, group: PackedGroup) -> float:
@@ -40,6 +41,10 @@ class Costs:
         slots = [*group.prompt.slots, *(s for answer in group.answers for part in answer.segments for s in part.slots)]
         entries = sum(slot.tiles for slot in slots)
         return group.tokens + self.pair * pairs + self.entry * entries
+
+
+def _first(side: int | Sequence[int]) -> int:
+    return side if isinstance(side, int) else side[0]
 
 
 def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,79 @@ def prompt_end(prompt: Prompt) -> int:
     return int(positions(len(prompt), prompt.slots).max()) + 1
 
 
+def next_position(prompt: Prompt, answer: Answer | None) -> int:
+    """The position of the token that comes behind an answer so far, or behind the prompt."""
+    end = prompt_end(prompt)
+    if answer is None or not len(answer):
+        return end
+    return int(positions(len(answer), answer_slots(answer), end).max()) + 1
+
+
+class _Images:
+    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand."""
+
+    def __init__(self) -> None:
+        self._pixels: list[Tensor] = []
+        self._slots: list[ImageSlot] = []
+        self._first: dict[int, int] = {}
+        self._index: list[Tensor] = []
+        self._features = 0
+
+    def add(self, slots: Sequence[ImageSlot], pixels: Tensor | None) -> None:
+        """The next images, with their pixels side by side."""
+        count = sum(slot.count for slot in slots)
+        first = self._features if pixels is None else self._first.setdefault(id(pixels), self._features)
+        if first == self._features:
+            self._features += count
+            self._slots += slots
+            self._pixels += [] if pixels is None else [pixels]
+        self._index.append(torch.arange(first, first + count))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `Batch` about them."""
+        index = _cat(self._index)
+        return {
+            "pixels": torch.cat(self._pixels) if self._pixels else None,
+            "grids": tuple(slot.grid for slot in self._slots if slot.grid is not None),
+            "feature_index": None if len(index) == self._features else index,
+        }
+
+
+def pack_tails(tails: Sequence[tuple[Prompt, Answer, int]]) -> Batch:
+    """One row of the last tokens of some answers, each from a place of the answer on, with the images among them; what
+    stands before them is elsewhere."""
+    ids, position, slot_index = (list[Tensor]() for _ in range(3))
+    images = _Images()
+    start, length = list[int](), list[int]()
+    for prompt, answer, begin in tails:
+        first = start[-1] + length[-1] if start else 0
+        start.append(first)
+        length.append(len(answer) - begin)
+        ids.append(answer_ids(answer)[begin:])
+        position.append(positions(len(answer), answer_slots(answer), prompt_end(prompt))[..., begin:])
+        place = first - begin
+        for segment in answer.segments:
+            if place >= first:
+                slot_index += [torch.arange(s.count) + place + s.position for s in segment.slots]
+                images.add(segment.slots, segment.tiles)
+            place += len(segment)
+    if any(own.ndim == 2 for own in position):
+        position = [own.expand(3, -1) for own in position]
+    nothing = _cat([])
+    return Batch(
+        token_ids_T=torch.cat(ids),
+        position_T=torch.cat(position, -1),
+        forest=Forest(tuple(start), tuple(length), (-1,) * len(start)),
+        slot_index=_cat(slot_index),
+        target_M=nothing,
+        source_M=nothing,
+        sample_M=nothing,
+        samples=0,
+        **images.fields,
+    )
+
+
 def pack(groups: Sequence[PackedGroup]) -> Batch:
     """One row of all groups. A prompt and its images stand once per group; samples are numbered in the order of the
     answers.
@@ -45,52 +119,65 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
     predicted by the last token of its prompt.
     """
     token_ids: list[Tensor] = []
-    start, length, parent = list[int](), list[int](), list[int]()
+    start, length, parent, bidirectional = list[int](), list[int](), list[int](), list[bool]()
     position, slot_index, target, source, sample = (list[Tensor]() for _ in range(5))
-    pixels: list[Tensor | None] = []
-    slots: list[ImageSlot] = []
-    samples = 0
+    images, samples = _Images(), 0
 
     def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int) -> int:
-        """A segment of the forest with its images, behind `begin` positions; its first token."""
+        """A segment of the forest with its images, behind `begin` positions; its first token. Images that are seen both
+        ways are segments of their own, each below what stands before it."""
         first = start[-1] + length[-1] if start else 0
-        start.append(first)
-        length.append(len(ids))
-        parent.append(above)
+        for tokens, both_ways in _pieces(len(ids), own):
+            start.append(start[-1] + length[-1] if start else 0)
+            length.append(tokens)
+            bidirectional.append(both_ways)
+            parent.append(above)
+            above = len(start) - 1
         token_ids.append(ids)
         position.append(positions(len(ids), own, begin))
         slot_index.extend(torch.arange(first + s.position, first + s.position + s.count) for s in own)
-        slots.extend(own)
         return first
 
     for group in groups:
-        root = len(start)
         begin = grow(torch.tensor(group.prompt.token_ids), group.prompt.slots, -1, 0)
+        root = len(start) - 1
         end = int(position[-1].max()) + 1
-        pixels.append(group.prompt.pixels)
+        images.add(group.prompt.slots, group.prompt.pixels)
         last = begin + len(group.prompt) - 1
         for answer in group.answers:
-            first = grow(answer_ids(answer), _slots_of(answer), root, end)
-            pixels += [segment.tiles for segment in answer.segments]
+            first = grow(answer_ids(answer), answer_slots(answer), root, end)
+            for segment in answer.segments:
+                images.add(segment.slots, segment.tiles)
             target.append(first + trained_places(answer))
             source.append(torch.where(target[-1] == first, last, target[-1] - 1))
             sample.append(torch.full_like(target[-1], samples))
             samples += 1
     if any(own.ndim == 2 for own in position):
         position = [own.expand(3, -1) for own in position]
-    seen = [own for own in pixels if own is not None]
     return Batch(
         token_ids_T=torch.cat(token_ids),
         position_T=torch.cat(position, -1),
-        forest=Forest(tuple(start), tuple(length), tuple(parent)),
-        pixels=torch.cat(seen) if seen else None,
+        forest=Forest(tuple(start), tuple(length), tuple(parent), tuple(bidirectional)),
         slot_index=_cat(slot_index),
         target_M=_cat(target),
         source_M=_cat(source),
         sample_M=_cat(sample),
         samples=samples,
-        grids=tuple(slot.grid for slot in slots if slot.grid is not None),
+        **images.fields,
     )
+
+
+def _pieces(length: int, slots: Sequence[ImageSlot]) -> Iterator[tuple[int, bool]]:
+    """The pieces of so many tokens that attend alike: their tokens, and whether they attend both ways."""
+    first = 0
+    for slot in slots:
+        if slot.bidirectional:
+            if slot.position > first:
+                yield slot.position - first, False
+            yield slot.count, True
+            first = slot.position + slot.count
+    if length > first:
+        yield length - first, False
 
 
 def answer_ids(answer: Answer) -> Tensor:
@@ -110,7 +197,7 @@ def trained_places(answer: Answer) -> Tensor:
     return trained.repeat_interleave(lengths).nonzero()[:, 0]
 
 
-def _slots_of(answer: Answer) -> list[ImageSlot]:
+def answer_slots(answer: Answer) -> list[ImageSlot]:
     """The images of all segments, their positions counted from the answer's first token."""
     found: list[ImageSlot] = []
     before = 0

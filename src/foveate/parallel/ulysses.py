@@ -80,8 +80,8 @@ class RowShare:
     """One rank's part of a row that a group of ranks shares.
 
     batch: its own tokens with the forest of the whole row, its own tiles, and the slots of its own image tokens.
-    features: the indices of its own image tokens among all of the row; shares: how many image tokens each rank's tiles
-    give; trained: for each rank, which of the M trained tokens it predicts.
+    features: the indices of its own image tokens among the features of the row; shares: how many image tokens each
+    rank's tiles give; trained: for each rank, which of the M trained tokens it predicts.
     """
 
     batch: Batch
@@ -94,7 +94,8 @@ class RowShare:
     @classmethod
     def of(cls, batch: Batch, policy: Policy, group: ProcessGroup) -> RowShare:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        slots = len(batch.slot_index)
+        placed = batch.feature_index
+        slots = len(batch.slot_index) if placed is None else int(placed.max()) + 1
         batch = _padded(batch, ranks)
         size = batch.forest.tokens // ranks
         own = slice(rank * size, (rank + 1) * size)
@@ -110,9 +111,10 @@ class RowShare:
             grids=grids,
             dummy_image=not shares[rank],
             slot_index=batch.slot_index[mine] - own.start,
+            feature_index=None,
             source_M=batch.source_M[trained[rank]] - own.start,
         )
-        return cls(part, group, rank, mine, shares, trained)
+        return cls(part, group, rank, mine if placed is None else placed[mine], shares, trained)
 
     def see(self, policy: Policy) -> Features:
         """The features of this rank's image tokens, from tiles that all ranks have encoded; and behind them those of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
 from foveate.models.lora import train_parts
-from foveate.models.policy import Policy, parameters_by_part
+from foveate.models.policy import Policy, freeze_except, parameters_by_part
+from foveate.models.sizes import RECURRENT, key_value_numbers, recurrent_layers, state_numbers
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
 from foveate.plan.trace import RowShape, StepMemory, family_of, piece_of, step_memory, traced_policy
 from foveate.plan.workload import Workload
@@ -79,10 +81,10 @@ def parameter_counts(policy: Policy) -> dict[str, int]:
 
 
 def sizes_of(config: Any, train: tuple[str, ...], lora: LoraSettings | None = None) -> Sizes:
-    return _sizes(_ByText(config), train, lora)  # pyright: ignore[reportArgumentType]  # frozen settings have a hash
+    return _sizes(ByText(config), train, lora)  # pyright: ignore[reportArgumentType]  # frozen settings have a hash
 
 
-class _ByText:
+class ByText:
     """A configuration that equals another with the same text, so that results can be cached by it."""
 
     def __init__(self, config: Any) -> None:
@@ -90,51 +92,51 @@ class _ByText:
         self.text = config.to_json_string()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByText) and self.text == other.text
+        return isinstance(other, ByText) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)
 
 
 @lru_cache(maxsize=256)
-def _sizes(held: _ByText, train: tuple[str, ...], lora: LoraSettings | None) -> Sizes:
+def _sizes(held: ByText, train: tuple[str, ...], lora: LoraSettings | None) -> Sizes:
     policy = traced_policy(held.config, torch.float32, "auto")
     counts = parameter_counts(policy)
-    text = held.config.text_config
+    text = held.config.get_text_config()
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
+    freeze_except(policy, train)
     trained = sum(counts[part] for part in train)
     if lora is not None:
         train_parts(policy, train, lora)
         trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    return Sizes(sum(counts.values()), trained, block, root + counts["projector"])
+    return Sizes(sum(counts.values()), trained, block, root + counts.get("projector", 0))
 
 
 def optimizer_bytes(work: Workload) -> int:
     """The optimizer's state, over all ranks: its first state for the model's shapes."""
     adapters, optim = work.lora, work.optim.model_dump_json()
-    held = _ByText(work.config)
+    held = ByText(work.config)
     return _optimizer_bytes(held, work.trainable, adapters, work.dtype, optim)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=256)
 def _optimizer_bytes(
-    held: _ByText, train: tuple[str, ...], lora: LoraSettings | None, dtype: torch.dtype, optim: str
+    held: ByText, train: tuple[str, ...], lora: LoraSettings | None, dtype: torch.dtype, optim: str
 ) -> int:
     policy = traced_policy(held.config, dtype, "auto")
     train_parts(policy, train, lora)
     return state_bytes(policy.model, OptimSettings.model_validate_json(optim))
 
 
-def head_width(text: Any) -> int:
-    """Numbers of a head of attention; some configurations leave it to be divided out."""
-    return text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
-
-
 def key_value_bytes(config: Any, itemsize: int) -> int:
     """Of one token in all layers."""
-    text = config.text_config
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_width(text) * itemsize
+    return key_value_numbers(config.get_text_config()) * itemsize
+
+
+def state_bytes_of(config: Any) -> int:
+    """Of one answer in all recurrent layers, whatever its length."""
+    return 4 * state_numbers(config.get_text_config())
 
 
 def memory_of(work: Workload) -> Memory:
@@ -156,6 +158,7 @@ def memory_of(work: Workload) -> Memory:
     apart = work.generates and cluster.engines > 0
     own = spread or apart or computed != stored or work.overlaps  # the engine has weights of its own
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
+    one_answer += state_bytes_of(work.config)
     parallel = cluster.engine_tensor_parallel
     offloaded = (weights + 2 * gradients + moments if rest else 0) + _pixels(work) / cluster.ranks
     return Memory(
@@ -182,13 +185,13 @@ def _pixels(work: Workload) -> float:
 def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
-    model = _ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
+    model = ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
     return _extrapolated(*model, work.checkpointing, on_gpu)  # pyright: ignore[reportArgumentType]
 
 
 @lru_cache(maxsize=256)
 def _extrapolated(
-    held: _ByText,
+    held: ByText,
     row: RowShape,
     dtype: torch.dtype,
     train: tuple[str, ...],
@@ -196,21 +199,35 @@ def _extrapolated(
     checkpointing: bool,
     on_gpu: bool,
 ) -> StepMemory:
-    vision = held.config.vision_config.to_dict()[family_of(held.config).vision_depth]
-    language = held.config.text_config.num_hidden_layers
-    depths = ((2, 1), (4, 1), (2, 2))  # blocks of the language model, of the vision tower
+    family, text = family_of(held.config), held.config.get_text_config()
+    vision = held.config.vision_config.to_dict()[family.vision_depth] if family.sees_images else 1
     how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
-    traced = [step_memory(shallow(held.config, *depth), row, **how) for depth in depths]
-    base, deeper, higher = (memory.activations for memory in traced)
-    activations = base + (deeper - base) * (language - 2) / 2 + (higher - base) * (vision - 1)
-    return replace(traced[0], activations=int(activations))
+    counts = [text.num_hidden_layers - recurrent_layers(text), recurrent_layers(text)]
+    kinds = [kind for kind, count in enumerate(counts) if count]
+    start = [1 if count and len(kinds) > 1 else 2 * bool(count) for count in counts]
+
+    def traced(language: Sequence[int], blocks: int) -> StepMemory:
+        return step_memory(shallow(held.config, *language, vision=blocks), row, **how)
+
+    base = traced(start, 1)
+    more = (traced(start, 2).activations - base.activations) * (vision - 1) if family.sees_images else 0
+    for kind in kinds:
+        deeper = traced([blocks + 2 * (kind == other) for other, blocks in enumerate(start)], 1).activations
+        more += (deeper - base.activations) * (counts[kind] - start[kind]) / 2
+    return replace(base, activations=int(base.activations + more))
 
 
-def shallow(config: Any, language: int, vision: int) -> Any:
-    """The same model with fewer blocks."""
-    cut = copy.deepcopy(config)
-    cut.text_config.num_hidden_layers = language
-    cut.vision_config.update({family_of(config).vision_depth: vision})
-    if "layer_types" in cut.text_config.to_dict():
-        cut.text_config.layer_types = cut.text_config.layer_types[:1] * language
+def shallow(config: Any, language: int, recurrent: int = 0, *, vision: int = 1) -> Any:
+    """The same model with fewer blocks: of attention and recurrent ones in the language model, and in the tower. A
+    sliding window is left out: its kernel keeps as much, and cuts the row in pieces that need values."""
+    cut, family = copy.deepcopy(config), family_of(config)
+    text = cut.get_text_config()
+    kinds = text.to_dict().get("layer_types")
+    text.num_hidden_layers = language + recurrent
+    if kinds:
+        text.layer_types = [RECURRENT] * recurrent + ["full_attention"] * language
+    elif text.to_dict().get("sliding_window"):
+        text.sliding_window = None
+    if family.sees_images:
+        cut.vision_config.update({family.vision_depth: vision})
     return cut

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import torch
+
+from foveate.models.sizes import head_width, recurrent_layers, state_numbers
+from foveate.parallel.fsdp import blocks as blocks_of
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, HOST_BANDWIDTH, Machines
-from foveate.plan.memory import ENGINE_BYTES, Memory, head_width, key_value_bytes, optimizer_bytes, sizes_of
-from foveate.plan.trace import piece_of
+from foveate.plan.memory import (
+    ENGINE_BYTES,
+    ByText,
+    Memory,
+    key_value_bytes,
+    optimizer_bytes,
+    sizes_of,
+    state_bytes_of,
+)
+from foveate.plan.trace import piece_of, traced_policy
 from foveate.plan.workload import Workload
 
 
@@ -29,23 +42,32 @@ class Seconds:
 
 def active_parameters(config: Any) -> int:
     """Weights of the language model's blocks that one token is multiplied with; of the experts, the chosen ones."""
-    text = config.text_config
-    width, heads, kept = text.hidden_size, text.num_attention_heads * head_width(text), text.num_key_value_heads
-    attention = width * (2 * heads + 2 * kept * head_width(text))
-    if "moe" in text.model_type:
-        mlp = 3 * width * text.moe_intermediate_size * text.num_experts_per_tok + width * text.num_experts
-    else:
-        mlp = 3 * width * text.intermediate_size
-    return text.num_hidden_layers * (attention + mlp)
+    return _active(ByText(config))  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=256)
+def _active(held: ByText) -> int:
+    text = held.config.get_text_config().to_dict()
+    experts = next((text[key] for key in ("num_experts", "num_local_experts", "n_routed_experts") if text.get(key)), 1)
+    share = text.get("num_experts_per_tok", experts) / experts
+    blocks = blocks_of(traced_policy(held.config, torch.float32, "auto").part("language"))
+    return sum(
+        int(weight.numel() * (share if ".experts." in f".{name}" else 1))
+        for block in blocks
+        for name, weight in block.named_parameters()
+        if weight.ndim > 1
+    )
 
 
 def language_flops(config: Any, prompt: int, answer: int, answers: int) -> float:
     """A forward pass of one group: the prompt once, each answer after it, logits of the answers alone."""
-    text = config.text_config
+    text, tokens = config.get_text_config(), prompt + answers * answer
     pairs = prompt**2 / 2 + answers * (answer * prompt + answer**2 / 2)
-    attention = 4 * text.num_hidden_layers * text.num_attention_heads * head_width(text) * pairs
+    layers = text.num_hidden_layers - recurrent_layers(text)
+    attention = 4 * layers * text.num_attention_heads * head_width(text) * pairs
+    states = 8 * state_numbers(text) * tokens  # read, corrected, written and asked in each recurrent layer
     head = 2 * text.vocab_size * text.hidden_size * answers * answer
-    return 2 * active_parameters(config) * (prompt + answers * answer) + attention + head
+    return 2 * active_parameters(config) * tokens + attention + states + head
 
 
 def vision_flops(config: Any, tiles: int) -> float:
@@ -108,7 +130,8 @@ def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:
     beside = 0.0 if memory.apart else memory.weights + memory.optimizer
     pool = min(work.cluster.engine_memory * machines.usable, machines.usable - beside)
     token = key_value_bytes(work.config, ENGINE_BYTES) / parallel
-    return max(1, int((pool - memory.engine) / token / (work.prompt / work.answers + work.answer)))
+    answer = token * (work.prompt / work.answers + work.answer) + state_bytes_of(work.config) / parallel
+    return max(1, int((pool - memory.engine) / answer))
 
 
 def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
@@ -118,9 +141,9 @@ def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     queue = work.groups * work.answers / engines
     live = min(queue, in_flight(work, machines, memory))
     flops, speed = gpu.flops * FLOPS_SHARE * parallel, gpu.bandwidth * BANDWIDTH_SHARE * parallel
-    head = work.config.text_config.vocab_size * work.config.text_config.hidden_size
+    head = work.config.get_text_config().vocab_size * work.config.get_text_config().hidden_size
     active, weights = active_parameters(work.config) + head, sizes_of(work.config, work.trainable, work.lora).total
-    context = (work.prompt + work.answer / 2) * key_value_bytes(work.config, ENGINE_BYTES)
+    context = (work.prompt + work.answer / 2) * key_value_bytes(work.config, ENGINE_BYTES) + state_bytes_of(work.config)
     read = min(weights, active * live) * ENGINE_BYTES
     token = max((read + live * context) / speed, 2 * active * live / flops)
     alone = (active * ENGINE_BYTES + (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES)) / speed

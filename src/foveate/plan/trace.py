@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from foveate.config.model import LoraSettings
 from foveate.encoding.family import Family, ImagePiece
+from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.families import family_class
 from foveate.models.forward import token_logprobs
@@ -41,7 +42,7 @@ class StorageCounter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 1  # the value of a tensor, which transformers asks of its masks: any will do, no size hangs on it
         args, kwargs = _on_meta((args, kwargs or {}))
-        out = func(*args, **kwargs)
+        out = _grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._count(leaf.untyped_storage())
@@ -58,6 +59,16 @@ class StorageCounter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+_GROUPED = torch.ops.aten._grouped_mm.default
+
+
+def _grouped(*args: Any, **kwargs: Any) -> Tensor:
+    """The product of the rows of each expert with its matrix, which the meta device knows in bfloat16 alone."""
+    dtype = args[0].dtype
+    args = tree_map_only(Tensor, lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, args)
+    return _GROUPED(*args, **kwargs).to(dtype)
 
 
 def _on_meta(arguments: Any) -> Any:
@@ -172,11 +183,13 @@ def piece_of(config: Any) -> ImagePiece:
 def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
     """A policy on the meta device."""
     family = family_of(config)
-    kernels = {"text_config": KERNELS[kernel], "vision_config": _FUSED}
+    kernels: Any = KERNELS[kernel]
+    if family.sees_images:
+        kernels = {"text_config": kernels, "vision_config": _FUSED}
     with torch.device("meta"):
         model = family.auto_class.from_config(config, dtype=dtype, attn_implementation=kernels)
     tokenizer: Any = None
-    return Policy(model.eval(), tokenizer, family, Path(), "hf")
+    return Policy(replace_layers(model.eval()), tokenizer, family, Path(), "hf")
 
 
 def _meta_batch(row: RowShape, piece: ImagePiece) -> Batch:

@@ -16,12 +16,10 @@ from foveate.config.model import LoraSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.formats import hf_form, model_config
-from foveate.models.checkpoint.inspect import resolve_folder
-from foveate.models.checkpoint.small_files import read_tokenizer
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES
 from foveate.models.sizes import OTHER_MODELS, PUBLISHED_SIZES, published_config
-from foveate.plan.trace import RowShape, piece_of
+from foveate.plan.trace import RowShape, family_of, piece_of
 from foveate.train.algorithm import build_algorithm
 
 
@@ -83,8 +81,10 @@ def workload_of(
     13) and 100 tokens of text, or the longest prompt if that is less; an eighth of the longest answer."""
     model, data, train = settings.model, settings.data, settings.train
     config = _config_of(model.path)
-    per_tile = piece_of(config).tokens
-    tiles = min(7, data.max_prompt_tokens // per_tile) if tiles is None else tiles
+    family, per_tile = family_of(config), piece_of(config).tokens
+    if tiles and not family.sees_images:
+        raise ConfigError(f"{tiles} tiles: {family.name} is a text-only model and sees no images")
+    tiles = min(7, data.max_prompt_tokens // per_tile) * family.sees_images if tiles is None else tiles
     prompt = min(data.max_prompt_tokens, tiles * per_tile + 100) if prompt is None else prompt
     if tiles * per_tile > prompt:
         raise ConfigError(f"{tiles} tiles are {tiles * per_tile} tokens, more than a prompt of {prompt}")
@@ -115,8 +115,7 @@ def workload_of(
 def _config_of(path: str) -> Any:
     """The configuration in a model folder, or the published one where the name says the size (InternVL3_5-8B-MPO)."""
     if path == "demo" or Path(path).is_dir():
-        folder = resolve_folder(path)
-        return model_config(folder, hf_form(folder, read_tokenizer(folder)))
+        return inspect_model_folder(path).config
     name = Path(path).name
     if known := next((known for known in OTHER_MODELS if name.startswith(known)), None):
         return AutoConfig.for_model(**copy.deepcopy(OTHER_MODELS[known]))

@@ -107,6 +107,7 @@ CATALOGUE = (
     Topic("Parts of the reward", r"^reward/|^source/.*/reward$", "and its spread, and the rewards of sources"),
     Topic("Truncated answers", r"^answer/(truncated|timed_out)", "share that reached the token or time limit", "%"),
     Topic("Answer length", r"^answer/length|^source/.*/length$", "tokens per answer"),
+    Topic("Turns and tools", r"^(turns|tool)/", "turns and calls of tools per answer, and calls that went wrong"),
     Topic("Entropy", r"^loss/entropy", "nats per token: near 0 the policy stops exploring"),
     Topic("Clip fraction", r"^loss/clip", "share of the ratios outside the trust region", "%"),
     Topic("Importance ratio", r"^loss/ratio", "new over old policy, per answer or token"),

@@ -77,6 +77,10 @@ def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str
         yield "steps", f"{steps[-1]['step'] if steps else 0} of {train['steps']}"
         yield "in a step", _step(config)
         yield "learning rate", f"{config['optim']['lr']:g}"
+    elif stage == "cascade":
+        every = {name: config[name]["train"]["steps"] for name in ("sft", "mpo", "rl") if config.get(name)}
+        counts = ", ".join(f"{count} {name}" for name, count in every.items())
+        yield "steps", f"{steps[-1]['step'] if steps else 0} of {sum(every.values())}: {counts}"
     seconds = sum(row.get("time/step") or 0.0 for row in steps)
     yield "time of steps", _duration(seconds) if seconds else ""
     for name, label in (("generate", "generated"), ("update", "trained")):

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from foveate.data.answers import ScoredRow
+from foveate.data.answers import AnswerTurn, ScoredRow
 from foveate.data.images import open_picture
 from foveate.evaluate.draw import encode_jpeg
-from foveate.evaluate.predictions import Evaluation, thumbnail_path
+from foveate.evaluate.predictions import Evaluation, observed_path, thumbnail_path
 
 PICTURE_BUDGET = 2_300_000
 """Bytes of all embedded pictures together, before base64 makes four of three."""
+OBSERVED_BUDGET = 1_500_000
+"""Bytes of all pictures that answers have observed."""
 TEXT_BUDGET, PIECE_BUDGET = 700_000, 20_000
 """Characters of all questions and answers together, and tokens whose probability is shown."""
 MAX_SIDE, MIN_SIDE = 400, 96
@@ -26,9 +29,23 @@ TEXT_LIMIT, LEAST_TEXT = 6000, 120
 
 
 @dataclass(frozen=True, slots=True)
+class ShownTurn:
+    """One turn of an answer with several. `pictures` are data URIs of what was observed; `calls` are the names of
+    tools, each with whether the call went wrong."""
+
+    role: str
+    thought: str
+    said: str
+    calls: tuple[tuple[str, bool], ...]
+    reward: float | None
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GalleryFrame:
     """One row of the gallery at one step: `row` is None when that evaluation did not hold the row. `thought` is
-    what stands in `<think>` tags, `said` the rest, both shortened to the room of the page; `pieces` are [text, p]."""
+    what stands in `<think>` tags, `said` the rest, both shortened to the room of the page; `pieces` are [text, p].
+    `turns` are those of an answer with several, and `looks` the places of the first image that its calls looked at."""
 
     step: int
     thought: str
@@ -37,6 +54,8 @@ class GalleryFrame:
     row: ScoredRow | None
     outcome: str
     box: tuple[float, float, float, float] | None
+    turns: tuple[ShownTurn, ...] = ()
+    looks: tuple[tuple[float, float, float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +85,11 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
         known |= {row_id: rows[row_id] for row_id in ids if row_id in rows}
     share = PICTURE_BUDGET // max(1, len(known))
     frames_in_all = max(1, len(known) * len(shown))
-    room = min(TEXT_LIMIT, max(LEAST_TEXT, TEXT_BUDGET // frames_in_all)), PIECE_BUDGET // frames_in_all
+    room = (
+        min(TEXT_LIMIT, max(LEAST_TEXT, TEXT_BUDGET // frames_in_all)),
+        PIECE_BUDGET // frames_in_all,
+        OBSERVED_BUDGET // frames_in_all,
+    )
     telling = telling_tags(known.values())
     cards = []
     for row_id in ids:
@@ -75,7 +98,8 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
         row = known[row_id]
         picture, width, height = embed_picture(thumbnail_path(run_folder, row_id), share)
         frames = tuple(
-            _frame(evaluation, rows.get(row_id), *room) for evaluation, rows in zip(shown, by_step, strict=True)
+            _frame(run_folder, evaluation, rows.get(row_id), *room)
+            for evaluation, rows in zip(shown, by_step, strict=True)
         )
         tags = tuple((name, value) for name, value in row.tags.items() if name in telling)
         cards.append(
@@ -92,7 +116,9 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
     return tuple(cards)
 
 
-def _frame(evaluation: Evaluation, row: ScoredRow | None, text_room: int, piece_room: int) -> GalleryFrame:
+def _frame(
+    run_folder: Path, evaluation: Evaluation, row: ScoredRow | None, text_room: int, piece_room: int, byte_room: int
+) -> GalleryFrame:
     """Outcome "h" is a hit, "m" a miss, "n" neither: right and wrong are not defined, or the row was not asked."""
     if row is None:
         return GalleryFrame(evaluation.step, "", "", (), None, "n", None)
@@ -101,7 +127,37 @@ def _frame(evaluation: Evaluation, row: ScoredRow | None, text_room: int, piece_
     thought, said = split_thinking(answer.text)
     pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in answer.logprobs[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)
-    return GalleryFrame(evaluation.step, thought, said, pieces, row, outcome, rectangle(answer.box))
+    turns = _shown_turns(run_folder, answer.turns, text_room, byte_room)
+    boxes = (rectangle(call["box"]) for turn in answer.turns for call in turn.calls if _is_look(call))
+    looks = tuple(box for box in boxes if box is not None)
+    return GalleryFrame(evaluation.step, thought, said, pieces, row, outcome, rectangle(answer.box), turns, looks)
+
+
+def _shown_turns(
+    run_folder: Path, turns: Sequence[AnswerTurn], text_room: int, byte_room: int
+) -> tuple[ShownTurn, ...]:
+    """The turns of an answer in the room of the page: so many characters, and bytes of pictures, which are left out
+    where there is no room for them."""
+    images = sum(len(turn.images) for turn in turns)
+    found: list[ShownTurn] = []
+    for turn in turns:
+        thought, said = (shorten(text, text_room // len(turns)) for text in split_thinking(turn.text))
+        pictures = []
+        for image in turn.images:
+            path = observed_path(run_folder, image.path or "none")
+            uri, *_ = embed_picture(path, byte_room // images)
+            if uri and len(uri) <= 2 * byte_room // images:
+                pictures.append(uri)
+        calls = tuple((str(call.get("name", "?")), bool(call.get("error"))) for call in turn.calls)
+        found.append(ShownTurn(turn.role, thought, said, calls, turn.reward, tuple(pictures)))
+    return tuple(found)
+
+
+def _is_look(call: Mapping[str, Any]) -> bool:
+    """Whether a call looked at a place of the first image."""
+    box = call.get("box")
+    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+    return is_box and call.get("image", 1) == 1 and not call.get("error")
 
 
 def telling_tags(rows: Iterable[ScoredRow]) -> set[str]:

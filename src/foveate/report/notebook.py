@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from foveate.errors import ConfigError, DataError
@@ -16,7 +17,7 @@ from foveate.report.page import read_run, template_environment
 
 USUAL = ("reward/mean", "eval/greedy_accuracy", "loss/total", "eval/loss", "eval/accuracy")
 WIDTH, HEIGHT = 560.0, 180.0
-_POINTS = 300
+_POINTS, _SMOOTH_FROM = 300, 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,11 @@ class Picture:
 @dataclass(frozen=True, slots=True)
 class Curve:
     """A line of a plot within `WIDTH` x `HEIGHT`: `pieces` are the points of a polyline each, which a value that is
-    not finite interrupts."""
+    not finite interrupts; `average` is the moving average over a long line, "" over a short one."""
 
     label: str
     pieces: tuple[str, ...]
+    average: str
     lowest: str
     highest: str
     last: str
@@ -69,15 +71,31 @@ def _curve(series: Series) -> Curve:
     low, high = min(series.values), max(series.values)
     first, last = series.points[0][0], series.points[-1][0]
     across, up = WIDTH / max(last - first, 1), HEIGHT / ((high - low) or 1.0)
+
+    def place(step: int, value: float) -> str:
+        return f"{(step - first) * across:.1f},{HEIGHT - (value - low) * up:.1f}"
+
     pieces: list[list[str]] = [[]]
     for step, value in thin_out(series.points, _POINTS):
         if value is None:
             pieces.append([])
         else:
-            pieces[-1].append(f"{(step - first) * across:.1f},{HEIGHT - (value - low) * up:.1f}")
+            pieces[-1].append(place(step, value))
     lines = tuple(" ".join(piece) for piece in pieces if piece)
+    average = " ".join(place(step, value) for step, value in _moving_average(series))
     lowest, highest, latest = (format_value(value) for value in (low, high, series.last[1] or 0.0))
-    return Curve(series.label, lines, lowest, highest, latest, (first, last))
+    return Curve(series.label, lines, average, lowest, highest, latest, (first, last))
+
+
+def _moving_average(series: Series) -> list[tuple[int, float]]:
+    """(step, mean of the values around it), as the report smooths: over a twelfth of the line; none of a short one."""
+    points = [(step, value) for step, value in series.points if value is not None]
+    if len(points) < _SMOOTH_FROM:
+        return []
+    half = len(points) // 24
+    parts = [points[max(0, place - half) : place + half + 1] for place in range(len(points))]
+    means = [(step, fmean(value for _, value in part)) for (step, _), part in zip(points, parts, strict=True)]
+    return [(step, value) for step, value in thin_out(means, _POINTS) if value is not None]
 
 
 def _render(**values: Any) -> Picture:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from foveate.files import atomic_write_text
 from foveate.log import read_metrics
 from foveate.report.charts import Chart, Series, chart_metrics
 from foveate.report.facts import metric_sentences, metric_tiles, run_facts
-from foveate.report.gallery import gallery_cards, shorten
+from foveate.report.gallery import Card, gallery_cards, shorten
 from foveate.report.models import model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
 from foveate.report.summary import Change, Comparison, compare_evaluations, format_difference, format_figure
@@ -109,25 +110,28 @@ def render_report(run_folder: Path) -> str:
     run = read_run(run_folder)
     environment = template_environment()
     environment.filters |= {"difference": format_difference, "figure": format_figure, "shorten": shorten}
+    environment.filters["scores"] = _scores
     script = environment.get_template("report.js.j2").render()
     curves, values = chart_metrics(rows_with_start(run))
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare_evaluations(run.evaluations)
     models = model_table(run.summary)
     accuracy = accuracy_chart(run.evaluations, comparison) if comparison else None
-    heroes = [*curves[:1]] if run.metrics else []  # the reward or the loss, by the catalogue's order
+    tiles = metric_tiles(run.metrics)
+    # The reward or the loss, by the catalogue's order; without a result all curves stand together.
+    heroes = curves[:1] if run.metrics and (comparison or tiles) else []
+    curves = curves[len(heroes) :]
     beside = accuracy or (models.chart if models else None)
     if accuracy is not None and heroes:
         heroes, beside = [*heroes, accuracy], None
     if comparison is None:
         beside = None
-    curves = curves[1:]
     charts = [*heroes, *curves]
     charts += [
         chart for chart in (beside, models.chart if models else None) if chart is not None and chart not in charts
     ]
     by_model = bool(run.evaluations and run.evaluations[0].label)
-    config, tiles = run_settings(run), metric_tiles(run.metrics)
+    config = run_settings(run)
     return environment.get_template("report.html.j2").render(
         run=run,
         comparison=comparison,
@@ -148,6 +152,8 @@ def render_report(run_folder: Path) -> str:
         models=models,
         gallery_steps=[frame.step for frame in cards[0].frames] if cards else [],
         hit_iou=HIT_IOU,
+        hit_score=None if comparison is None or comparison.percent else _hit_score(cards),
+        pictured=any(card.picture for card in cards),
         has_boxes=any(card.true_box for card in cards),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -167,6 +173,18 @@ def rows_with_start(run: Run) -> list[Mapping[str, Any]]:
     names = {f"eval/{way}_{name}": found[way].get(name) for way in ("greedy", "sampled") for name in _FIGURES}
     own = {name: value for name, value in names.items() if name in measured and value is not None}
     return [{"step": 0, **own}, *rows]
+
+
+def _scores(card: Card) -> list[float | None]:
+    """The score of the shown answer at each step, which the page compares with the least score of a hit."""
+    return [None if frame.row is None else frame.row.shown.score for frame in card.frames]
+
+
+def _hit_score(cards: Sequence[Card]) -> float:
+    """The score from which an answer is a hit before a reader says another one: 0.5, or of scores beyond 0 to 1 the
+    median."""
+    scores = [score for card in cards for score in _scores(card) if score is not None]
+    return 0.5 if all(0 <= score <= 1 for score in scores) else round(statistics.median(scores), 3)
 
 
 def run_settings(run: Run) -> Mapping[str, Any]:
@@ -212,6 +230,10 @@ def terminal_summary(run_folder: Path) -> RenderableType:
     add_row = partial(_add_change, table, with_after=comparison.after_step is not None)
     for change in comparison.overall:
         add_row(change, change.label)
+    if comparison.by_score is not None:
+        table.add_section()
+        for change in comparison.by_score.greedy:
+            add_row(change, f"score: {change.label} (greedy)")
     for tags in comparison.by_tag:
         table.add_section()
         for change in tags.greedy:

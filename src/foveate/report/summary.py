@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from foveate.evaluate.predictions import BOX_SIZES, EXPRESSION_LENGTHS, Evaluation, Paired, mean, paired, summarise
 
 FIGURES = (("greedy", "accuracy"), ("greedy", "mean_iou"), ("sampled", "accuracy"), ("sampled", "mean_iou"))
-MAX_TAG_VALUES = 40
+MAX_TAG_VALUES, MOST_VALUES = 40, 8
 ORDERED = {"box size": [name for _, name in BOX_SIZES], "words": [name for _, name in EXPRESSION_LENGTHS]}
 """Values of a tag in an order of their own; others go by how many rows have them."""
 
@@ -53,6 +54,8 @@ class Comparison:
     samples: int
     overall: tuple[Change, ...]
     by_tag: tuple[TagTable, ...]
+    by_score: TagTable | None
+    """Where right and wrong are not defined: the share of the answers whose score is at least each of some values."""
     paired: Paired | None
     sentences: tuple[str, ...]
 
@@ -79,6 +82,7 @@ def compare_evaluations(evaluations: Sequence[Evaluation]) -> Comparison | None:
         samples=(last or first)["sampled"]["samples"],
         overall=overall,
         by_tag=_by_tag(first, last, percent),
+        by_score=None if percent else _by_score(before, after),
         paired=change,
         sentences=_sentences(filled, overall[0], change, percent),
     )
@@ -138,6 +142,41 @@ def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -
         greedy, sampled = (tuple(changes) for changes in columns.values())
         tables.append(TagTable(tag, greedy, sampled, len(values) - len(shown)))
     return tuple(tables)
+
+
+def _by_score(before: Evaluation, after: Evaluation | None) -> TagTable | None:
+    """None where all answers score alike. Of values that the same answers reach, the highest is shown."""
+    scores = [(_scores(one, greedy=True), _scores(one, greedy=False)) for one in (before, after) if one is not None]
+    known = [value for pair in scores for own in pair for value in own]
+    if not known or min(known) == max(known):
+        return None
+    columns: tuple[list[Change], list[Change]] = ([], [])
+    seen: set[tuple[float | None, ...]] = set()
+    for least in reversed(_round_values(min(known), max(known))):
+        shares = [tuple(mean(float(value >= least) for value in own) for own in pair) for pair in scores]
+        if (found := tuple(share for pair in shares for share in pair)) in seen:
+            continue
+        seen.add(found)
+        for way, changes in enumerate(columns):
+            last = shares[1][way] if after is not None else None
+            rows = len((after or before).predictions)
+            changes.insert(0, Change(f"at least {least:g}", rows, shares[0][way], last, percent=True))
+    return TagTable("score", *map(tuple, columns), left_out=0)
+
+
+def _scores(evaluation: Evaluation, *, greedy: bool) -> list[float]:
+    """The scores of the greedy or of the sampled answers that were graded."""
+    answers = [answer for row in evaluation.predictions for answer in row.answers if answer.greedy == greedy]
+    return [answer.score for answer in answers if answer.score is not None]
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    """Quarters of 1 for scores from 0 to 1, else at most eight multiples of a round number above the lowest score."""
+    if low >= 0 and high <= 1:
+        return [0.25, 0.5, 0.75, 1.0]
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step = next(size for size in (step / 5, step / 2, step, 2 * step) if (high - low) / size <= MOST_VALUES)
+    return [round(step * index, 12) for index in range(math.floor(low / step) + 1, math.floor(high / step) + 1)]
 
 
 def _sentences(

@@ -41,6 +41,6 @@ REWARDS: dict[str, KnownReward] = {
     "overlong": KnownReward(f"{_HERE}.text:overlong", builds=True, quick=True),
     "weighted_sum": KnownReward(f"{_HERE}.combine:weighted_sum", f"{_HERE}.combine:weighted_sum_check", builds=True),
     "by_source": KnownReward(f"{_HERE}.combine:by_source", f"{_HERE}.combine:by_source_check", builds=True),
-    "judge": KnownReward(f"{_HERE}.remote:judge", builds=True),
-    "endpoint": KnownReward(f"{_HERE}.remote:endpoint", builds=True),
+    "judge": KnownReward(f"{_HERE}.remote:judge", builds=True, quick=True),
+    "endpoint": KnownReward(f"{_HERE}.remote:endpoint", builds=True, quick=True),
 }

@@ -22,6 +22,8 @@ def entries_of(text: str) -> tuple[str, str, list[str]]:
         opening, closing, inside = closed
         entries = parts_of(inside, _COMMA)
         if len(entries) > 1 and not (opening == "(" and _EITHER_SIGN.search(inside)):
+            if opening + closing == "[]" and len(entries) > 2:  # a vector, for an interval has two ends
+                opening, closing = "(", ")"
             brackets = (opening + closing).replace("\\langle\\rangle", "()").replace("\\", "")
             return named.group().strip() if named else "", brackets, _both(entries) if brackets == "{}" else entries
     return "", "", _both(parts_of(text, _COMMA))

@@ -7,11 +7,12 @@ of its settings.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from foveate.errors import ConfigError, DataError, printable
 from foveate.records import Answer, Score, Task
 from foveate.registry import bind, resolve
 from foveate.rewards import GROUND_TRUTH, REWARDS
+from foveate.rewards.requests import Session
 from foveate.rewards.text import question
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,14 @@ class WrongResult(DataError):
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A reward of the one signature. `name` is for messages; `function` takes what `read` gives of an answer, and the
-    task; it returns what `as_score` takes. reads_text: it takes the text of an answer and not the record."""
+    task; it returns what `as_score` takes. reads_text: it takes the text of an answer and not the record. fetch: for a
+    reward that asks a server, the request, which runs beside others; `function` takes its result as a third argument.
+    """
 
     name: str
-    function: Callable[[Any, Task], Any]
+    function: Callable[..., Any]
     reads_text: bool = True
+    fetch: Callable[[Session, Any, Task], Awaitable[Any]] | None = None
 
     def read(self, answer: Answer | str) -> Answer | str:
         """The part of an answer that the reward needs, and a worker process is sent: its text, or the record.
@@ -62,16 +67,25 @@ class Reward:
             raise DataError(f"reward {self.name} takes (answer, task), but only the text of the answers is known here")
         return answer
 
-    def score(self, answer: Answer | str, task: Task) -> Score:
-        """The score of an answer. What the function raises is passed on."""
-        return as_score(self.function(self.read(answer), task), self.name)
+    def score(self, answer: Answer | str, task: Task, *fetched: Any) -> Score:
+        """The score of an answer. What the function raises is passed on. fetched: the result of `fetch`, where it has
+        run; else it runs now."""
+        read = self.read(answer)
+        if self.fetch is not None and not fetched:
+            fetched = (asyncio.run(self._fetch_alone(read, task)),)
+        return as_score(self.function(read, task, *fetched), self.name)
 
-    def __call__(self, answer: Answer | str, task: Task) -> Score:
-        """The score of an answer, also where the function fails: one that raises or gives no finite number is not
-        graded, with the reason as a note. Raises WrongResult for a result that is no score."""
+    async def _fetch_alone(self, read: Any, task: Task) -> Any:
+        assert self.fetch is not None
+        async with Session() as session:
+            return await self.fetch(session, read, task)
+
+    def __call__(self, answer: Answer | str, task: Task, *fetched: Any) -> Score:
+        """The score of an answer, as `score`, also where the function fails: one that raises or gives no finite number
+        is not graded, with the reason as a note. Raises WrongResult for a result that is no score."""
         read = self.read(answer)
         try:
-            score = self.score(read, task)
+            score = self.score(read, task, *fetched)
         except WrongResult:
             raise
         except Exception as error:

@@ -11,7 +11,7 @@ import numpy as np
 
 from foveate.data.options import option_columns, options_of
 from foveate.records import Task
-from foveate.rewards.plain_text import last_value, plain, statements, unified, unwrapped
+from foveate.rewards.plain_text import last_value, plain, stated_answer, statements, unified, unwrapped
 
 _MARKS_IN_TEXT = re.compile(
     r"(?:(?<=\s)|^|(?<=[?;,.]))(?:[(【]([A-J]|\d{1,2})[)】]\s*|([A-J]|\d{1,2})(?:[.):]\s+|[.、])\s*)", re.MULTILINE
@@ -27,7 +27,7 @@ _ARTICLE_A = (
 )
 """An article and its noun, where a letter might stand: `I choose a dog`."""
 _NAMED = re.compile(
-    rf"(?:\b(?:options?|choices?|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
+    rf"(?:\b(?:options?|choices?|only|(?:choose|select|pick)s?(?!{_ARTICLE_A}))\s*:?\s*[(\[]?|[(【]|(?:选项|选择|选)\s*[:(]?\s*)([A-J])(?![A-Za-z'])[)\]】]?"
     r"|(?<![A-Za-z'(])([A-J])(?=\s+(?:is\s+(?:the\s+|most\s+)*(?:correct|right|best|answer|likely)|it\s+is\b|(?:fits|matches|works)\s+best)|\s*项?\s*(?:正确|最))"
     r"|(?:(?:\b(?:is|be|with|so|but|thus|hence|therefore|say|guess|think|maybe|perhaps|probably|likely|surely|certainly|definitely|clearly|leav(?:es|ing))\b,?|'s|[:=]|->)\s+|[是为])(?-i:([A-J])(?=[.!?]*\s*$))",
     re.IGNORECASE,
@@ -54,6 +54,9 @@ _GUESS = re.compile(
 """A sentence that says what something may be: `I'd say oak`, `It looks like an oak, not a pine`, `Oak it is`."""
 _DENIAL = re.compile(r"n't\b|\b(?:not|never|cannot|no)\b", re.I)
 _ARTICLE = re.compile(r"^(?:an?|the)\s+")
+_BUT_NOT = re.compile(r",\s+(?:and\s+|but\s+)?not\s+(?:option\s+)?\(?[A-J]\)?(?=[.!,;]|\s*$)")
+_PLACE = re.compile(r"(?:the\s+)?(first|second|third|fourth|fifth)\s+(?:option|choice|answer|one)[.!]?", re.IGNORECASE)
+_PLACES = ("first", "second", "third", "fourth", "fifth")
 _BLANKS = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r"(?: ?\n)+ ?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
@@ -126,9 +129,11 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
-    text = re.sub(r" (?=[,.;:!)])", "", text).strip()
+    text = _BUT_NOT.sub("", re.sub(r" (?=[,.;:!)])", "", text).strip())
     by_value = {_bare(value): label for label, value in values.items()}
     for part in _parts(text):
+        if found := _PLACE.fullmatch(part.strip()):
+            return dict(enumerate(values)).get(_PLACES.index(found[1].lower()))
         label = by_value.get(_bare(part)) or _leading_label(part, values, by_value)
         if label is not None:
             return label if label in values or (label and not values) else None
@@ -224,8 +229,8 @@ def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
 
 
 def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
-    """The labels of an answer that is nothing but several letters: `A, C`, `AC`; empty for anything else."""
-    bare = unwrapped(unified(text)).strip(" $.()")
+    """The labels of an answer that is, or states, nothing but several letters: `A, C`, `故选：AC`; else empty."""
+    bare = stated_answer(unwrapped(unified(text))).strip(" $.()")
     letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
     single = frozenset(letters)
     return single if len(single) == len(letters) and (single <= set(values) or not values) else frozenset()

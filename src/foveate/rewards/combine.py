@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
 from foveate.registry import shown_name, suggestion
 from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
+from foveate.rewards.requests import Session
 
 ANY_SOURCE = "*"
 
@@ -28,8 +30,15 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
     _require("weighted_sum", "weights", weights, settings)
     rewards = {name: build_reward(name, settings.get(name, {})) for name in weights}
 
-    def total(answer: Answer | str, task: Task) -> Score:
-        scores = {name: single.score(answer, task) for name, single in rewards.items()}
+    async def fetch(session: Session, answer: Any, task: Task) -> dict[str, Any]:
+        fetches = {name: one.fetch(session, one.read(answer), task) for name, one in rewards.items() if one.fetch}
+        return dict(zip(fetches, await asyncio.gather(*fetches.values()), strict=True))
+
+    def total(answer: Answer | str, task: Task, fetched: Mapping[str, Any] = {}) -> Score:
+        scores = {
+            name: single.score(answer, task, *((fetched[name],) if name in fetched else ()))
+            for name, single in rewards.items()
+        }
         values: dict[str, float] = {}
         for name, score in scores.items():
             if score.value is None:
@@ -41,7 +50,7 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
         notes = "; ".join(f"{shown[name]}: {score.note}" for name, score in scores.items() if score.note)
         return Score(sum(weights[name] * value for name, value in values.items()), parts, notes)
 
-    return Reward("weighted_sum", total, all(reward.reads_text for reward in rewards.values()))
+    return _combined("weighted_sum", total, fetch, rewards)
 
 
 def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
@@ -62,18 +71,35 @@ def by_source(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = 
     _require("by_source", "rewards", rewards, settings)
     built = {source: build_reward(name, settings.get(source, {})) for source, name in rewards.items()}
 
-    def of_source(answer: Answer | str, task: Task) -> Score:
+    async def fetch(session: Session, answer: Any, task: Task) -> tuple[Any, ...]:
+        chosen = built.get(task.source, built.get(ANY_SOURCE))
+        if chosen is None or chosen.fetch is None:
+            return ()
+        return (await chosen.fetch(session, chosen.read(answer), task),)
+
+    def of_source(answer: Answer | str, task: Task, fetched: tuple[Any, ...] = ()) -> Score:
         chosen = built.get(task.source, built.get(ANY_SOURCE))
         if chosen is None:
             raise DataError(f"{task.where}, field data_source: {_no_reward(task.source, built)}")
-        return chosen.score(answer, task)
+        return chosen.score(answer, task, *fetched)
 
-    return Reward("by_source", of_source, all(reward.reads_text for reward in built.values()))
+    return _combined("by_source", of_source, fetch, built)
 
 
 def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
     """The faults that the reward of a task's source finds in it; a source without reward is a fault."""
     return _SourceCheck({source: truth_check(name, settings.get(source, {})) for source, name in rewards.items()})
+
+
+def _combined(
+    name: str,
+    function: Callable[..., Score],
+    fetch: Callable[[Session, Any, Task], Awaitable[Any]],
+    rewards: Mapping[str, Reward],
+) -> Reward:
+    """A reward of rewards, which reads and fetches what any of them needs."""
+    reads_text = all(reward.reads_text for reward in rewards.values())
+    return Reward(name, function, reads_text, fetch if any(reward.fetch for reward in rewards.values()) else None)
 
 
 # Checks are objects and not closures, so that they can be sent to the processes that look at rows.

@@ -6,7 +6,8 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from foveate.rewards.number_words import in_digits
+from foveate.rewards.number_words import ORDINALS, in_digits, on_the_clock
+from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
 from foveate.rewards.statements import standard
 
@@ -16,6 +17,7 @@ _SIGNS = {
     "∡": r"\angle ", "△": r"\triangle ", "∆": r"\triangle ", "≅": r"\cong ", "≌": r"\cong ", "∼": r"\sim ",
     "∽": r"\sim ", "∥": r"\parallel ", "∦": r"\nparallel ", "⊥": r"\perp ", "⟂": r"\perp ", "⊙": r"\odot ",
     "≈": r"\approx ", "√": r"\surd ", "、": r",", "<=": r"\le ", ">=": r"\ge ", "≡": r"\equiv ", "→": r"\to ",
+    "->": r"\to ", r"\rightarrow": r"\to ", r"\longrightarrow": r"\to ",
     "∛": r"\cbrt ", "ℝ": r"\mathbb{R}", "⟨": r"\langle ", "⟩": r"\rangle ", "〈": r"\langle ",
     "〉": r"\rangle ", "▱": r"\parallelogram ", "□": r"\square ",
 }  # fmt: skip
@@ -35,7 +37,13 @@ _ABOUT = re.compile(
     r"^(?:\\approx|\\simeq|\\sim(?=\s*[\d.])|exactly|about|approximately|approx\.?|roughly|around)\s*", re.IGNORECASE
 )
 _TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)")
-_PER_CENT = re.compile(r"(?<=[\d}])\s*(?:per cent(?![A-Za-z])|(‰))")
+_POWER = re.compile(r"\^\s*(-?\d{2,}|-\d)(?![\d.])")
+"""An exponent that LaTeX would cut: `10^-19`."""
+_DECIMAL_COMMA = re.compile(
+    r"(-?\s*\\?[€£]\s*-?\d+|-?\d+(?=,\d\d?\s*(?:\\?%|[€£°]|[A-Za-zµΩ]{1,3}(?![A-Za-z])))),(\d\d?)(?![\d,])"
+)
+"""Money and quantities with a comma for the point: `€12,50`, `3,5 cm`."""
+_PER_CENT = re.compile(r"(?<=[\d}])\s*(?:(?:per cent|percent(?:age)? points?)(?![A-Za-z])|个百分点|(‰))")
 _UNIT_VECTOR = re.compile(
     r"\\(?:vec|hat|overrightarrow)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\\?([ijk])(?:math)?(?![A-Za-z]))"
 )
@@ -55,6 +63,8 @@ _REPEATING = re.compile(
 )
 _ORDINAL = re.compile(r"^(\d+)\s*(?:st|nd|rd|th)\b")
 _SCALE = re.compile(r"(?<=[\d}])\s*(?:an?\s+)?(hundred|thousand|million|billion|trillion|dozen|万|亿)(?![A-Za-z])")
+_SHORT_SCALE = re.compile(r"^(\\?[$€£]\s*[\d.,]+)\s*(k|m|mn|b|bn)$", re.IGNORECASE)
+_SHORT = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion"}
 _SCALES = {
     "hundred": "100",
     "dozen": "12",
@@ -79,26 +89,31 @@ def tidy(answer: str) -> str:
         return answer
     answer = _DOLLARS.sub(r"\\$", answer.strip())
     text = _DRESS.sub(" ", unwrapped(unified(answer.strip("$").strip())))
-    text = _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",")
+    text = (
+        _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",").replace("{}", "")
+    )
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
     text = _UNIT_VECTOR.sub(lambda found: f"{found[1] or found[2]} ", _TIMES.sub(r"\\times ", text))
-    text = _PER_CENT.sub(lambda found: r" \cdot \frac{1}{10}\%" if found[1] else "%", text)
+    text = _PER_CENT.sub(lambda found: r" \cdot \frac{1}{10}\%" if found[1] else "%", _POWER.sub(r"^{\1}", text))
     text = _SHORT_FRACTION.sub(lambda found: rf"\frac{{{found[1]}}}{{{found[2]}}}" if found[1] else r"\frac", text)
     text = _REPEATING.sub(_repeating, text)
     text = _ABOUT.sub("", " ".join(text.split()).lstrip("= "))
+    if found := _DECIMAL_COMMA.match(text):
+        text = f"{found[1]}.{found[2]}{text[found.end() :]}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
-    text = _ORDINAL.sub(r"\1", text)
-    text = _INFINITY.sub(r"\\infty ", in_digits(text))
+    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), text)))
+    text = _INFINITY.sub(r"\\infty ", in_digits(on_the_clock(text)))
     text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
+    text = _SHORT_SCALE.sub(lambda found: rf"{found[1]}\cdot {_SCALES[_SHORT[found[2].lower()]]}", text)
     text = _SCALE.sub(lambda found: rf"\cdot {_SCALES[found[1]]}", text)
     if "°" in text and _TRIG.search(text):
         text = _TURN.sub(
             lambda found: rf"({found[1]}\cdot\frac{{\pi}}{{180}})" if found[1] else r")\cdot\frac{\pi}{180}", text
         )
-    return standard(text.rstrip(".").strip() if text.rstrip(". ") else text)
+    return standard(with_direction(text.rstrip(".").strip().removesuffix("的") if text.rstrip(". ") else text))
 
 
 def _repeating(found: re.Match[str]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import re
 from decimal import Decimal
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -20,11 +19,14 @@ from foveate.records import Score, Task
 from foveate.rewards.brackets import closing_bracket, entries_of, parts_of
 from foveate.rewards.choices import named_option, options
 from foveate.rewards.latex import tidy
-from foveate.rewards.names import FUNCTIONS, has_words, same_wording, with_names_as_symbols, wording
-from foveate.rewards.plain_text import last_value, plain, stated_answer, unified, unwrapped
-from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times
+from foveate.rewards.names import FUNCTIONS, has_words, same_plain, same_wording, with_names_as_symbols, wording
+from foveate.rewards.numbers import close, decimal_of, same_fractions
+from foveate.rewards.phrases import same_phrases
+from foveate.rewards.plain_text import stated_answer, unified, unwrapped
+from foveate.rewards.readings import readings
+from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times, without_additions
 from foveate.rewards.text import Extraction, question, score_final_answer
-from foveate.rewards.units import DEGREE, Quantity, in_one_currency, same_label, split_unit
+from foveate.rewards.units import DEGREE, Quantity, as_beside, same_label, split_unit
 
 try:
     import math_verify
@@ -42,17 +44,13 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 MAX_ANSWER_LENGTH = 1000
 """Characters of a final answer that are looked at; a longer one is wrong."""
 
-_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
-_FRACTION = re.compile(
-    r"(?P<sign>[-+]?)(?:\\[dt]?frac\{(?P<above>\d{1,30}(?:\.\d{1,30})?)\}\{(?P<below>\d{1,30})\}|(?P<over>\d{1,30})/(?P<under>\d{1,30})"
-    r"|(?P<whole>\d{1,30}(?:\.\d{1,30})?))"
-)
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
+_ARROW = r"\to"
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
 _SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|\w))?'*")
 _CALL = re.compile(
@@ -90,8 +88,7 @@ def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits
     """
 
     def is_right(answer: str, accepted: list[str]) -> bool:
-        readings = [answer] if extraction == "box" else dict.fromkeys((answer, last_value(answer)))
-        return any(matches(reading, one, task, digits) for one in accepted for reading in readings)
+        return any(matches(answer, one, task, digits) for one in accepted)
 
     return score_final_answer(text, task, extraction, is_right)
 
@@ -99,7 +96,11 @@ def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits
 def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
     """Whether an answer to a task is right. Of a multiple choice, letter and value stand for each other: a value is
     right if it is the value of the right letter, and a letter if its value is the right one."""
-    if plain(answer) == plain(truth):
+    return any(_reads_as(reading, truth, task, digits) for reading in dict.fromkeys(readings(answer)))
+
+
+def _reads_as(answer: str, truth: str, task: Task, digits: int) -> bool:
+    if same_plain(answer, truth):
         return True
     answer = stated_answer(unwrapped(answer))
     values, asked = options(task), question(task)
@@ -130,7 +131,7 @@ def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bo
     An answer of more than `MAX_ANSWER_LENGTH` characters, or one that cannot be read as mathematics, is right only if
     it equals the truth as text.
     """
-    if plain(answer) == plain(truth):
+    if same_plain(answer, truth):
         return True
     return len(answer) <= MAX_ANSWER_LENGTH and _same(tidy(answer), tidy(truth), digits, asked)
 
@@ -138,13 +139,14 @@ def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bo
 def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
     if _without_marks(given) == _without_marks(wanted):
         return True
+    given, wanted = without_additions(given, wanted)
     if not given or not wanted or _DOTS in given + wanted:
         return False
     if given[-1].isdigit() and wanted[-1].isdigit():  # most answers are plain numbers
-        numbers = _decimal(given), _decimal(wanted)
+        numbers = decimal_of(given), decimal_of(wanted)
         if numbers[0] is not None and numbers[1] is not None:
-            return _close(numbers[0], numbers[1], digits)
-    for compared in (_same_statements, _same_lists, _same_ratios, _same_words, _same_equations):
+            return close(numbers[0], numbers[1], digits)
+    for compared in (_same_statements, _same_phrases, _same_lists, _same_ratios, _same_words, _same_equations):
         verdict = compared(given, wanted, digits, asked)
         if verdict is not None:
             return verdict
@@ -154,7 +156,7 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
 def _without_marks(text: str) -> str:
     """Text without spaces, and without the marks of indices where no other braces are: `H_2O` is `H2O`."""
     text = _GAP.sub("", _BLACKBOARD.sub(r"\1", text))
-    return text if "\\" in text or "^" in text else re.sub("[_{}]", "", text)
+    return text if "\\" in text.replace(_ARROW, "") or "^" in text else re.sub("[_{}]", "", text)
 
 
 # ------------------------------------------------------------------------------------- lists, words and equations
@@ -171,6 +173,10 @@ def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool |
     if f"Quadrant {given}" == wanted or f"Quadrant {wanted}" == given:
         return True
     return same_times(given, wanted)
+
+
+def _same_phrases(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    return same_phrases(given, wanted, lambda one, other: _same(one, other, digits, asked))
 
 
 def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None:
@@ -261,7 +267,7 @@ def _same_label(one: str, other: str, asked: str) -> bool:
 
 
 def _same_quantities(given: Quantity, wanted: Quantity, digits: int) -> bool:
-    given, wanted = in_one_currency(given, wanted)
+    given, wanted = as_beside(given, wanted)
     one, other = (q.value if closing_bracket(q.value) else _THOUSANDS.sub("", q.value) for q in (given, wanted))
     if given.unit and wanted.unit:
         if given.unit.measure != wanted.unit.measure:
@@ -296,10 +302,10 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
         return False
     if _PERCENT.search(answer) or _PERCENT.search(truth):
         return _same_percentage(answer, truth, digits)
-    given, wanted = _decimal(answer), _decimal(truth)
+    given, wanted = decimal_of(answer), decimal_of(truth)
     if given is not None and wanted is not None:
-        return _close(given, wanted, digits)
-    shortly = _same_fractions(answer, truth, digits)
+        return close(given, wanted, digits)
+    shortly = same_fractions(answer, truth, digits)
     if shortly is not None:
         return shortly
     if _TWO_NUMBERS.search(answer) or _TWO_NUMBERS.search(truth):
@@ -316,34 +322,6 @@ def _same_value(answer: str, truth: str, digits: int) -> bool:
     return math_verify.verify(
         parsed[1], parsed[0], float_rounding=digits, timeout_seconds=None, allow_set_relation_comp=True
     )
-
-
-def _close(given: Decimal, wanted: Decimal, digits: int) -> bool:
-    """Whether two numbers agree: within 10^-digits, below 1 within half a unit of that many significant digits."""
-    size = abs(wanted)
-    allowed = Decimal(1) if size >= 1 else Decimal("0.5").scaleb(size.adjusted() + 1) if size else Decimal(0)
-    return abs(given - wanted) <= allowed.scaleb(-digits)
-
-
-def _same_fractions(answer: str, truth: str, digits: int) -> bool | None:
-    """The verdict on two fractions of whole numbers, without the parser, which takes milliseconds; None for others."""
-    given, wanted = _fraction(answer), _fraction(truth)
-    if given is None or wanted is None:
-        return None
-    return given == wanted or _close(_as_decimal(given), _as_decimal(wanted), digits)
-
-
-def _as_decimal(value: Fraction) -> Decimal:
-    return Decimal(value.numerator) / value.denominator
-
-
-def _fraction(text: str) -> Fraction | None:
-    found = _FRACTION.fullmatch(text)
-    if found is None:
-        return None
-    above, below = found["above"] or found["over"] or found["whole"], found["below"] or found["under"] or "1"
-    value = Fraction(above) / int(below) if int(below) else None
-    return -value if value is not None and found["sign"] == "-" else value
 
 
 def _same_percentage(answer: str, truth: str, digits: int) -> bool:
@@ -364,6 +342,8 @@ def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
     if listed and ordered:
         return False  # math-verify takes a list for a point
     expressions = given, wanted
+    if any(isinstance(e, sympy.Expr) and e.has(sympy.I) for e in expressions):
+        expressions = tuple(e.subs(sympy.Symbol("i"), sympy.I) for e in expressions)
     if not all(isinstance(e, sympy.Expr) and not e.is_Symbol for e in expressions):
         return None
     names = sorted({symbol.name for e in expressions for symbol in e.free_symbols})
@@ -379,12 +359,8 @@ def _compared(given: Any, wanted: Any, digits: int) -> bool | None:
     if not magnitude:  # a value that cancels out keeps a rounding error of 100 digits
         return distance < Decimal("1e-100") if not names else None
     if not names:
-        return _close(magnitude + distance, magnitude, digits) or (rounded and distance <= magnitude * _ROUNDING)
+        return close(magnitude + distance, magnitude, digits) or (rounded and distance <= magnitude * _ROUNDING)
     return False if distance > magnitude * (Decimal(10).scaleb(-digits) if rounded else _EXACT) else None
-
-
-def _decimal(text: str) -> Decimal | None:
-    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
 
 
 @lru_cache(maxsize=4096)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from foveate.rewards.plain_text import plain, unwrapped
+
 _MARKS = {
     "angle": r"m?\s*\\(?:angle|measuredangle)|m?\s*(?i:angle)",
     "triangle": r"\\(?:triangle|bigtriangleup|Delta)(?=\s*\{?[A-Z]{3})|(?i:triangle)",
@@ -30,10 +32,14 @@ _NAME = re.compile(
 )
 _COUNT = r"(?:_?\{?\d+\}?)?"
 _FORMULA = re.compile(
-    r"(?=[\d\s]*[A-Za-z()]+_?\{?\d)(?=(?:[^A-Z]*[A-Z]){2})(?:\d+\s*)?"
-    rf"(?:[A-Z][a-z]?{_COUNT}|\((?:[A-Z][a-z]?{_COUNT})+\){_COUNT})+(?:\^\{{?\d?[+-]\}}?)?"
+    r"(?:(?=[\d\s]*[A-Za-z()]+_?\{?\d)(?=(?:[^A-Z]*[A-Z]){2})|(?=.*[+-]\}?$))(?:\d+\s*)?"
+    rf"(?:[A-Z][a-z]?\s*{_COUNT}|\((?:[A-Z][a-z]?{_COUNT})+\){_COUNT})+(?:\s*\^?\{{?\d?[+-]\}}?)?"
 )
 """Capitals with digits between or behind them, such as `H_2SO_4`."""
+_SHELLS = re.compile(
+    r"sp\^?\{?\d?\}?(?:d\^?\{?\d?\}?)?|(?:\[\s*[A-Z][a-z]\s*\]\s*)?(?:\d[spdf]\s*\^?\s*\{?\d{1,2}\}?\s*){1,20}"
+)
+"""Shells of electrons, `1s^2 2s^2 2p^6`, and `sp^3`."""
 _RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
@@ -47,12 +53,21 @@ _SEGMENTS = re.compile(
 _FACTOR = re.compile(r"([A-Z])(?:\s*\^\s*\{?\s*(-?\d|T)\s*\}?)?")
 _PRODUCT = re.compile(rf"(?<![\\A-Za-z_{{^])(?:{_FACTOR.pattern}\s*){{2,9}}(?![A-Za-z_^'(])")
 _BEFORE, _BEHIND = frozenset("+-*/^=<>({_,|\\"), frozenset("+-*/^=<>(_,|!")
-_OPENING = re.compile(r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w{2})")
+_OPENING = re.compile(r"\b(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?:an?|the)\s+(?=\w[\w-])")
 _CLASS = re.compile(
-    r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|theorem|property)s?"
+    r"(?:triangle|quadrilateral|polygon|prism|pyramid|angle|number|function|equation|solution|theorem|property|postulate|criterion"
+    r"|congruence|similarity|(?:congruence|similarity)(?:theorem|postulate|criterion|rule))s?"
 )
 _TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)
 _CORRESPONDENCE = re.compile(r"congru|similar|\\(?:cong|sim)|[≅≌∼∽]|全等|相似", re.IGNORECASE)
+_ELEMENTS = frozenset(
+    re.findall(
+        "[A-Z][a-z]?",
+        "HHeLiBeBCNOFNeNaMgAlSiPSClArKCaScTiVCrMnFeCoNiCuZnGaGeAsSeBrKrRbSrYZrNbMoTcRuRhPdAgCdInSnSbTeIXeCsBaLaCePrNdPm"
+        "SmEuGdTbDyHoErTmYbLuHfTaWReOsIrPtAuHgTlPbBiPoAtRnFrRaAcThPaUNpPuAmCmBkCfEsFmMdLrRfDbSgBhHsMtDsRgCnNhFlMcLvTsOg",
+    )
+)
+_ATOMS = re.compile(r"([A-Z][a-z]?)(\d*)")
 FUNCTIONS = frozenset((
     "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log",
     "ln", "lg", "exp", "sqrt", "max", "min", "gcd", "lcm", "det", "mod", "lim", "pi", "theta", "alpha", "beta",
@@ -89,9 +104,16 @@ class Wording:
     relation: str = ""
     words: str = ""
 
+    @property
+    def spoken(self) -> str:
+        """The words, or the letters of a name without a mark."""
+        return self.words or "".join("".join(name.letters) for name in self.names if not name.mark).casefold()
+
     def same(self, other: Wording, free_triangles: bool) -> bool:
         """Whether two of them say the same. Parallel and perpendicular lines have no order; congruent and similar
         figures name their vertices in pairs."""
+        if self.relation == other.relation == "" and bool(self.words) != bool(other.words):
+            return _same_class(self.spoken, other.spoken)
         if self.relation != other.relation or len(self.names) != len(other.names):
             return False
         if self.words != other.words and not _same_class(self.words, other.words):
@@ -118,8 +140,8 @@ def wording(text: str, question: str) -> Wording | None:
     name = _name(text)
     if name is not None and (name.mark or len(name.letters) > 1):
         return Wording((name,))
-    if _FORMULA.fullmatch(text.strip()):
-        return Wording(words=re.sub(r"[\s_{}]", "", text))
+    if _FORMULA.fullmatch(text.strip()) or _SHELLS.fullmatch(text.strip()):
+        return Wording(words=re.sub(r"[\s_{}^]", "", text))
     if not _WORDS.fullmatch(text.strip()):
         return None
     runs = _RUN.findall(text)
@@ -129,9 +151,10 @@ def wording(text: str, question: str) -> Wording | None:
 
 
 def _is_product(run: str, question: str) -> bool:
-    """Whether small letters in a row are variables: nobody can say them, or the question has each as a letter apart."""
+    """Whether letters in a row are variables: nobody can say them, or the question has each as a letter apart. Capitals
+    alone are a name, and elements a formula."""
     if not run.islower():
-        return False
+        return not (run.isupper() or _SAYABLE.search(run) or set(re.findall("[A-Z][a-z]?|[a-z]", run)) <= _ELEMENTS)
     alone = set(re.findall(r"(?<![A-Za-z\\])[a-z](?![A-Za-z])", question))
     return not _VOWEL.search(run) or set(run) <= alone
 
@@ -155,6 +178,24 @@ def _name(text: str) -> Name | None:
     if not mark and " " in found["letters"].strip():
         return None
     return Name(mark, tuple(letter.replace("{", "").replace("}", "") for letter in letters))
+
+
+def same_plain(one: str, other: str) -> bool:
+    """Whether two answers are one in plain form. Letter case matters only between two formulas of elements: `CO` is
+    not `Co`, but `NACL` can only be `NaCl`."""
+    if plain(one) != plain(other):
+        return False
+    atoms = [_atoms(text) for text in (one, other)] if one != other else []
+    return not all(atoms) or atoms[:1] == atoms[1:]
+
+
+def _atoms(text: str) -> list[tuple[str, str]]:
+    """The elements of a formula with a count, or of two letters, and their counts; none for any other text."""
+    bare = re.sub(r"[\s_{}$.]", "", unwrapped(text))
+    found = _ATOMS.findall(bare)
+    short = len(bare) == 2 or any(count for _, count in found)
+    known = all(symbol in _ELEMENTS for symbol, _ in found) and "".join(map("".join, found)) == bare
+    return found if short and known else []
 
 
 def has_words(text: str) -> bool:

@@ -17,6 +17,10 @@ _SHARES = {
     "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8,
     "ninth": 9, "tenth": 10, "hundredth": 100,
 }  # fmt: skip
+ORDINALS = {"first": 1, "second": 2, "third": 3} | {
+    word: n for word, n in _SHARES.items() if n > 3 and word != "quarter"
+}
+"""Words that by themselves say a place in a row, and the number of it."""
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(reversed(_ONES))})"
 _SHARE = rf"(?P<share>{'|'.join(_SHARES)})s?(?![A-Za-z-])(?:\s+of(?=\s+an?\s))?(?:\s+an?(?=\s))?"
 _FRACTION = re.compile(rf"(?:(?P<count>{_BELOW_100}|an?|\d+)[ -](?!half[ -])|(?=half|quarter\s+of)){_SHARE}", re.I)
@@ -30,9 +34,14 @@ _CARDINAL = re.compile(
 )
 _ONE_UNIT = re.compile(r"an?(?=\s+([a-z]{3,})(?![a-z]))", re.I)
 _SIGN = re.compile(r"(?:(minus|negative)|positive|plus)\s+", re.I)
+_PAST = re.compile(
+    rf"(?:an?\s+)?(?P<part>half|quarter|(?:{_BELOW_100}|\d{{1,2}})(?:\s+minutes?)?)\s+(?P<way>past|after|to|before)\s+"
+    rf"(?P<hour>{_BELOW_100}|\d{{1,2}})(?:\s+o'clock)?(?P<behind>(?:\s+in\s+the\s+\w+|\s+at\s+night|\s*[ap]\.?\s?m\.?)?)",
+    re.I,
+)
 _HANZI = "[零〇一二两三四五六七八九十百千万亿]+"
-_HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,3}})")
-_COUNTED = frozenset("成个只条本张人次倍种组名位件")
+_HANZI_NUMBER = re.compile(rf"(?:(?P<below>{_HANZI})分之)?(?P<number>{_HANZI})(?P<behind>[^\d\s]{{0,9}})")
+_COUNTED = frozenset("成个只条本张人次倍种组名位件辆棵朵")
 
 
 def in_digits(text: str) -> str:
@@ -56,6 +65,18 @@ def in_digits(text: str) -> str:
     return f"{_count(found.group())}{text[found.end() :]}"
 
 
+def on_the_clock(text: str) -> str:
+    """`quarter past three` as 3:15; other texts as they are. `10 to 5` is a ratio without a word for minutes."""
+    found = _PAST.fullmatch(text)
+    if found is None or (found["way"] == "to" and not re.search("half|quarter|minute", found["part"], re.I)):
+        return text
+    part, hour = found["part"].lower(), _count(found["hour"])
+    minutes = {"half": 30, "quarter": 15}.get(part) or _count(part.removesuffix("s").removesuffix("minute"))
+    if found["way"].lower() in ("to", "before"):
+        hour, minutes = (hour - 2) % 12 + 1, 60 - minutes
+    return f"{hour}:{minutes:02}{found['behind']}"
+
+
 def _count(words: str | None) -> int:
     """The number that words or digits say; 1 for none."""
     total = group = 0
@@ -75,7 +96,7 @@ def _share(found: re.Match[str]) -> int:
 
 def _from_hanzi(found: re.Match[str]) -> str:
     behind = found["behind"]
-    if behind and behind not in _COUNTED and known_unit(behind) is None:
+    if behind and behind[0] not in _COUNTED and (len(behind) > 3 or known_unit(behind) is None):
         return found.group()
     number = _hanzi(found["number"])
     if behind == "成":  # tenths

@@ -10,7 +10,7 @@ from typing import Literal
 
 _OPEN, _CLOSE, _THOUGHT = "<answer>", "</answer>", "</think>"
 _WRAPPED = re.compile(
-    r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boldsymbol|bm|bold|emph|underline|operatorname\*?)"
+    r"\\(?:text\w*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|ce|boldsymbol|bm|bold|emph|underline|operatorname\*?)"
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\*\*"
 )
 _NESTED_WRAPS = 3
@@ -21,7 +21,12 @@ _CUE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。](?=\s|\*|$)|\n|。")
-_COPULA = re.compile(r"(?:\b(?:is|are|equals)\b|[:=])\s*")
+_COPULA = re.compile(
+    r"(?:(?<!so )\b(?:is|are|was|were|(?<!not )(?<!n't )be|becomes?|equals?|says|reads|shows|has|contains|represents"
+    r"|indicates|denotes|means|(?:see|count|spot)s?|(?:comes|amounts|works\s+out|simplifies)\s+to)\b|:(?!\d)"
+    r"|(?<=it's)|(?<=It's)|(?<=hat's)|(?<!不)是(?!否)|(?<![因认作成])为|(?<![没所])有|[多少高低]了|等于|达到|写着)\s*(?!\Z)"
+)
+_VARIABLE = re.compile(r"(?<![A-Za-z])([b-z])[\s$\\)]*$")
 _CONTINUED = re.compile(r"[\d}]\s*\.{3,}$")
 _FORMS = ("<super>", "<sub>", "<fraction>", "<circle>")
 _RAISED_FRACTION = re.compile(r"([⁰¹²³⁴-⁹]+)[⁄∕/]([₀-₉]+)")
@@ -126,8 +131,14 @@ def statements(text: str) -> Iterator[str]:
         yield re.sub(r",?\s+(?:and\s+)?not\s.*$", "", said.strip())
 
 
+def last_sentence(text: str) -> str:
+    """The last sentence of a text that is not blank; the text itself if all of it is."""
+    return next((one for one in reversed(_SENTENCE_END.split(text)) if one.strip()), text)
+
+
 def last_value(text: str) -> str:
-    """The value that the last sentence of a text gives something: `5 cm` of `So the side is 5 cm.`"""
-    sentences = [one for one in _SENTENCE_END.split(text) if one.strip()]
-    parts = _COPULA.split(sentences[-1]) if sentences else [text]
-    return parts[-1].strip()
+    """The value that the last sentence of a text gives something: `5 cm` of `So the side is 5 cm.`, and `y = 5` of
+    `Thus y is 5.`"""
+    *before, value = _COPULA.split(last_sentence(text))
+    variable = _VARIABLE.search(before[-1]) if before else None
+    return f"{variable[1]} = {value.strip()}" if variable and value[:1].isdigit() else value.strip()

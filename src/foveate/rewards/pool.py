@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -22,11 +21,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.errors import ConfigError, DataError
-from foveate.processes import guarded, lifeline, worker_context
+from foveate.processes import GuardedProcess, confine
 from foveate.records import Answer, Score, Task
 from foveate.registry import pickled, unpickle
 from foveate.rewards import REWARDS
 from foveate.rewards.build import FAILED, Reward, build_reward, not_graded
+from foveate.rewards.requests import RequestThread
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ _TRIES = 3
 
 MOST_WORKERS = 8
 """Worker processes unless the caller says how many."""
+
+Graded = tuple[Answer | str, Task, tuple[Any, ...]]
+"""An answer, as `Reward.read` gives it, its task, and what was fetched for it."""
 
 PRELOADED = ["foveate.rewards.pool", "math_verify", "mathruler.grader"]
 """Imported once by the fork server for all workers, where installed."""
@@ -56,7 +59,7 @@ class Graders:
         name, settings: the reward, as in `build_reward`. They are checked here, in the calling process.
         workers: how many processes; 0 grades in the calling process, without limit, and is the default for the rewards
             that `foveate.rewards.REWARDS` calls quick. For others the default is one per CPU core, `MOST_WORKERS` at
-            most. A reward that waits for a server takes as many as requests are to be under way at once.
+            most. Rewards that ask a server do that outside of them, many at once.
         time_limit: seconds that one answer may take.
         memory_limit: GB of memory that one worker may allocate; a grader that asks for more gets a MemoryError.
 
@@ -81,6 +84,7 @@ class Graders:
         self.failures: Counter[str] = Counter()
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
+        self._requests = RequestThread() if self._reward.fetch else None
         functions = pickled(name, settings)
         self._job = GraderJob(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
         usual = 0 if name in REWARDS and REWARDS[name].quick else min(os.cpu_count() or 1, MOST_WORKERS)
@@ -97,8 +101,8 @@ class Graders:
         """The scores of answers to tasks, in their order. Of an answer whose record is not known the text is enough
         for rewards that read no more. What the prompt of a task has opened for the answer counts as written. Answers to
         the same task should stand together: it is sent to a worker once for all that follow each other."""
-        asked = [(self._reward.read(_with_opened(answer, task)), task) for answer, task in answers]
-        scores = self._grade_apart(asked) if self._count else [self._reward(answer, task) for answer, task in asked]
+        asked = self._read(answers)
+        scores = self._grade_fetched(asked) if self._requests else self._grade([(*one, ()) for one in asked])
         failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if score.value is None]
         self.failures.update(_reason(score) for _, score in failed)
         if failed and self._count:
@@ -108,8 +112,56 @@ class Graders:
             )
         return scores
 
+    def prefetch(self, answers: Sequence[tuple[Answer | str, Task]]) -> None:
+        """Answers that will be graded: what the reward asks servers of them is asked now, and not waited for."""
+        if self._requests:
+            self._fetches(self._read(answers), early=True)
+
+    def metrics(self) -> dict[str, float]:
+        """Since they were asked for last: requests to servers, the share of those that need not be sent, their seconds
+        and the tokens that the servers read and wrote. Empty for a reward that asks none."""
+        if self._requests is None:
+            return {}
+        counts = self._requests.counts()
+        sent, cached = counts["requests"], max(0, counts["cached"] - counts["foreseen"])
+        return {
+            "reward/requests": sent,
+            "reward/requests_cached": cached / max(1, sent + cached),
+            "reward/request_seconds": counts["seconds"] / max(1, sent),
+            "reward/request_tokens": counts["tokens"],
+        }
+
+    def _read(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[tuple[Answer | str, Task]]:
+        return [(self._reward.read(_with_opened(answer, task)), task) for answer, task in answers]
+
+    def _fetches(self, asked: Sequence[tuple[Answer | str, Task]], *, early: bool = False) -> list[Future[Any]]:
+        fetch, requests = self._reward.fetch, self._requests
+        assert fetch is not None
+        assert requests is not None
+        return [requests.submit(fetch, answer, task, early=early) for answer, task in asked]
+
+    def _grade_fetched(self, asked: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
+        """Grade answers whose reward asks servers: those of which a request fails are not graded."""
+        scores: dict[int, Score] = {}
+        jobs: dict[int, Graded] = {}
+        for index, (one, fetch) in enumerate(zip(asked, self._fetches(asked), strict=True)):
+            try:
+                jobs[index] = (*one, (fetch.result(),))
+            except Exception as error:
+                scores[index] = not_graded(f"{type(error).__name__}: {error}", raised=True)
+        scores |= dict(zip(jobs, self._grade([*jobs.values()]), strict=True))
+        return [scores[index] for index in range(len(asked))]
+
+    def _grade(self, jobs: Sequence[Graded]) -> list[Score]:
+        if self._count:
+            return self._grade_apart(jobs)
+        return [self._reward(answer, task, *fetched) for answer, task, fetched in jobs]
+
     def close(self) -> None:
-        """End the worker processes. Grading again would start new ones."""
+        """End the worker processes and the requests that are under way. Grading again would start new processes."""
+        if self._requests:
+            self._requests.close()
+            self._requests = None
         for worker in self._workers + self._late:
             worker.kill()
         self._workers, self._late = [], []
@@ -122,10 +174,10 @@ class Graders:
     ) -> None:
         self.close()
 
-    def _grade_apart(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
+    def _grade_apart(self, answers: Sequence[Graded]) -> list[Score]:
         self._workers = self._workers or [_Worker(self._job) for _ in range(self._count)]
         scores: dict[int, Score] = {}
-        waiting = Waiting([task for _, task in answers], self._count)
+        waiting = Waiting([task for _, task, _ in answers], self._count)
         try:
             while len(scores) < len(answers):
                 self._hand_out(answers, waiting)
@@ -135,7 +187,7 @@ class Graders:
             raise
         return [scores[index] for index in range(len(answers))]
 
-    def _hand_out(self, answers: Sequence[tuple[Answer | str, Task]], waiting: Waiting) -> None:
+    def _hand_out(self, answers: Sequence[Graded], waiting: Waiting) -> None:
         """Give each idle worker the next answer. One that died while it had nothing to do is replaced."""
         for position, worker in enumerate(self._workers):
             if worker.is_idle and worker.pipe.poll():
@@ -188,26 +240,19 @@ class Waiting:
         return longest.pop() if longest else None
 
 
-class _Worker:
+class _Worker(GuardedProcess):
     """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
 
     def __init__(self, job: GraderJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
         start."""
-        processes = worker_context(PRELOADED)
-        self.pipe, theirs = processes.Pipe()
-        owner, self._lifeline = lifeline()
+        super().__init__(_grade_for_ever, job, PRELOADED)
         self.answer: int | None = None
-        self.is_alive = True
         self.tries = tries
         self._limit = job.time_limit
         self._starting = True
         self._task: Task | None = None
         self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
-        self._process = processes.Process(target=_grade_for_ever, args=(job, theirs, owner), daemon=True, name="grader")
-        self._process.start()
-        theirs.close()
-        owner.close()
 
     def successor(self, job: GraderJob) -> _Worker:
         """One in its place."""
@@ -222,13 +267,13 @@ class _Worker:
         """Whether half of its time for an answer is over."""
         return self.answer is not None and time.monotonic() >= self.halfway
 
-    def send(self, index: int, answer: Answer | str, task: Task) -> None:
+    def send(self, index: int, answer: Answer | str, task: Task, fetched: tuple[Any, ...]) -> None:
         """Have an answer graded. A worker that is gone is noticed by the `receive` that follows."""
         self.answer = index
         now = time.monotonic()
         self.halfway, self.deadline = now + self._limit / 2, now + self._limit
         try:
-            self.pipe.send((answer, None if task is self._task else task))
+            self.pipe.send((answer, None if task is self._task else task, fetched))
         except OSError:
             return
         self._task = task
@@ -238,7 +283,7 @@ class _Worker:
         try:
             said = self.pipe.recv()
         except (EOFError, OSError):
-            return self._lost(f"its process died ({self._end()})")
+            return self._lost(f"its process died ({self.end()})")
         if isinstance(said, Failure):
             raise DataError(said.message)
         index, self.answer, self._starting = self.answer, None, False
@@ -248,14 +293,6 @@ class _Worker:
         """End a worker whose time is over."""
         return self._lost(f"timed out after {self._limit:g} s")
 
-    def kill(self) -> None:
-        """End the process, even one that hangs, and what it has started."""
-        self._lifeline.close()
-        self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
-        self._process.kill()
-        self.pipe.close()
-        self.is_alive = False
-
     def _lost(self, how: str) -> dict[int, Score]:
         self.kill()
         if self._starting and self.tries:
@@ -264,11 +301,6 @@ class _Worker:
         if self._starting or self.answer is None:
             raise DataError(f"a process for the reward did not start: {how}; workers 0 grades without processes")
         return {self.answer: not_graded(how)}
-
-    def _end(self) -> str:
-        self._process.join(1.0)
-        code = self._process.exitcode or 0
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def with_opened(task: Task, opened: str) -> Task:
@@ -316,13 +348,9 @@ class Failure:
 
 
 def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None:
-    """Grade `(answer, task)` pairs, as `Reward.read` gives them, from the pipe until it closes; a task of None is the
-    one before. Sends None when it is ready, then a Score for each pair, or a `Failure` at any time."""
-    guarded(owner, pipe)
-    logging.disable()  # an error travels back as the note of a score
-    os.chdir(job.folder)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
+    """Grade answers, as `Reward.read` gives them, from the pipe until it closes; a task of None is the one before.
+    Sends None when it is ready, then a Score for each answer, or a `Failure` at any time."""
+    confine(owner, pipe, job.folder, job.memory_limit)
     try:
         unpickle(job.functions)
         reward = build_reward(job.name, job.settings)
@@ -334,20 +362,20 @@ def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None
     current: Task | None = None
     while True:
         try:
-            answer, task = pipe.recv()
+            answer, task, fetched = pipe.recv()
         except EOFError:
             return
         current = current if task is None else task
         assert current is not None
-        score = _graded(reward, answer, current)
+        score = _graded(reward, answer, current, *fetched)
         if os.getpid() != own:  # the grader forked, and this is the copy: its scores would be taken for other answers'
             os._exit(0)
         pipe.send(score)
 
 
-def _graded(reward: Reward, answer: Answer | str, task: Task) -> Score | Failure:
+def _graded(reward: Reward, answer: Answer | str, task: Task, *fetched: Any) -> Score | Failure:
     try:
-        return reward(answer, task)
+        return reward(answer, task, *fetched)
     except DataError as error:
         return Failure(str(error))
     except (Exception, KeyboardInterrupt) as error:

@@ -1,33 +1,28 @@
 """Rewards from elsewhere: a language model that judges, and a server that scores.
 
-Both are asked by openai's asynchronous client (`pip install 'foveate[client]'`), which repeats a request when the
-server is busy or gone. How long an answer may take in all is the time limit of the worker processes
-(`foveate.rewards.pool`).
+Both are asked by openai's asynchronous client (`pip install 'foveate[client]'`), `concurrency` requests at once, and
+equal requests once (`foveate.rewards.requests`). A server that is busy or gone is asked again for as long as its
+patience lasts. The time limit of the worker processes (`foveate.rewards.pool`) does not count this waiting.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from foveate.config.base import is_http_address
 from foveate.data.images import open_picture
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
 from foveate.rewards.build import Reward, WrongResult, as_score
+from foveate.rewards.requests import RemoteServer, ServerReply, Session
 from foveate.rewards.text import jsonable, question
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
-
-JudgeReply = TypeVar("JudgeReply")
-_Request = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[JudgeReply]]
-"""From a client and the headers of the request to the reply."""
 
 RUBRIC = """You grade an answer to a question.
 
@@ -58,6 +53,8 @@ def judge(
     api_key_variable: str = "OPENAI_API_KEY",
     retries: int = 3,
     timeout: float = 60.0,
+    concurrency: int = 64,
+    patience: float = 300.0,
 ) -> Reward:
     """The score that a judge model gives, divided by `scale` and held to 0..1.
 
@@ -69,8 +66,10 @@ def judge(
         max_tokens, temperature: of the judge's answer.
         images: whether the judge sees the images of the task.
         api_key_variable: the environment variable that holds the key; no key is sent if it is not set.
-        retries: how often a request is repeated when the server is busy or does not answer.
+        retries: how often a request is repeated at once when the server is busy or does not answer.
         timeout: seconds without a sign of the server until a request is given up.
+        concurrency: requests that are under way at once.
+        patience: seconds for which the server may be down before answers are not graded.
 
     An answer without a score, and a server that refuses, raise ValueError and ConnectionError: the answer is not
     graded, with the reason as its note. Raises ConfigError for a prompt without {answer} and a scale that is not
@@ -80,30 +79,43 @@ def judge(
         raise ConfigError("reward judge: prompt must contain {answer}; it may contain {question}, {truth} and {scale}")
     if scale <= 0:
         raise ConfigError(f"reward judge: scale must be greater than 0, found {scale:g}")
-    ask = _asker(url, "judge", api_key_variable, retries, timeout)
+    server = RemoteServer(url, "judge", api_key_variable, retries, timeout, concurrency, patience)
 
-    def reward(text: str, task: Task) -> Score:
+    async def fetch(session: Session, text: str, task: Task) -> str:
         values = {"{question}": question(task), "{truth}": str(jsonable(task.answer)), "{answer}": text}
         content: Any = _fill(prompt, {**values, "{scale}": f"{scale:g}"})
         if images:
             shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in task.images]
             content = [*shown, {"type": "text", "text": content}]
-        asked: Any = [{"role": "user", "content": content}]
-        reply = ask(
-            lambda client, headers: client.chat.completions.create(
-                model=model, messages=asked, max_tokens=max_tokens, temperature=temperature, extra_headers=headers
-            )
-        )
-        said = reply.choices[0].message.content or ""
-        marks = _SCORE.findall(said)
+        messages = [{"role": "user", "content": content}]
+        asked = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        return (await session.ask(server, json.dumps(asked), partial(_chat, asked))).text
+
+    def reward(_text: str, _task: Task, reply: str) -> Score:
+        marks = _SCORE.findall(reply)
         if not marks:
-            raise ValueError(f"the judge wrote no `score: N`: {said[-80:]!r}")
+            raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
         return Score(min(max(float(marks[-1]) / scale, 0.0), 1.0))
 
-    return Reward("judge", reward)
+    return Reward("judge", reward, fetch=fetch)
 
 
-def endpoint(*, url: str, api_key_variable: str = "", retries: int = 3, timeout: float = 60.0) -> Reward:
+async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
+    reply = await client.chat.completions.create(**asked, extra_headers=headers)
+    used = reply.usage
+    tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
+    return ServerReply(reply.choices[0].message.content or "", *tokens)
+
+
+def endpoint(
+    *,
+    url: str,
+    api_key_variable: str = "",
+    retries: int = 3,
+    timeout: float = 60.0,
+    concurrency: int = 64,
+    patience: float = 300.0,
+) -> Reward:
     """The score that a server of yours gives.
 
     For each answer it gets `data_source`, `question`, `solution_str`, `ground_truth` and `extra_info`, by POST as JSON.
@@ -112,11 +124,11 @@ def endpoint(*, url: str, api_key_variable: str = "", retries: int = 3, timeout:
     Args:
         url: where to post.
         api_key_variable: the environment variable that holds a bearer token; "" sends none.
-        retries, timeout: as with `judge`.
+        retries, timeout, concurrency, patience: as with `judge`.
     """
-    ask = _asker(url, "endpoint", api_key_variable, retries, timeout)
+    server = RemoteServer(url, "endpoint", api_key_variable, retries, timeout, concurrency, patience)
 
-    def reward(text: str, task: Task) -> Score:
+    async def fetch(session: Session, text: str, task: Task) -> str:
         body = {
             "data_source": task.source,
             "question": question(task),
@@ -124,48 +136,19 @@ def endpoint(*, url: str, api_key_variable: str = "", retries: int = 3, timeout:
             "ground_truth": jsonable(task.answer),
             "extra_info": jsonable(dict(task.meta)),
         }
-        reply = json.loads(
-            ask(lambda client, headers: client.post(url, body=body, cast_to=str, options={"headers": headers}))
-        )
+
+        async def request(client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
+            return ServerReply(await client.post(url, body=body, cast_to=str, options={"headers": headers}))
+
+        return (await session.ask(server, json.dumps(body), request)).text
+
+    def reward(_text: str, _task: Task, reply: str) -> Score:
         try:
-            return as_score(reply, "endpoint")
+            return as_score(json.loads(reply), "endpoint")
         except WrongResult as error:  # of this answer: the server may score the next one
             raise ValueError(str(error)) from None
 
-    return Reward("endpoint", reward)
-
-
-def _asker(
-    url: str, name: str, api_key_variable: str, retries: int, timeout: float
-) -> Callable[[_Request[JudgeReply]], JudgeReply]:
-    """A function that sends a request to a server and waits for its reply. It raises ConnectionError where the server
-    refuses, or does not answer after all tries. Raises ConfigError for an address that is none, and where openai is not
-    installed."""
-    if not is_http_address(url):
-        raise ConfigError(f"reward {name}: url must begin with http:// or https:// and a host, found {url!r}")
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"reward {name} needs openai, which is not installed; run pip install 'foveate[client]'"
-        ) from None
-
-    async def sent(request: _Request[JudgeReply]) -> JudgeReply:
-        key = os.environ.get(api_key_variable, "")
-        headers = {} if key else {"Authorization": openai.Omit()}
-        async with openai.AsyncOpenAI(
-            base_url=url, api_key=key or "none", max_retries=retries, timeout=timeout
-        ) as client:
-            try:
-                return await request(client, headers)
-            except openai.APIStatusError as error:
-                reply = error.response
-                said = f"{url} replied {reply.status_code} {reply.reason_phrase}: {reply.text[:200]}"
-                raise ConnectionError(said) from error
-            except openai.APIConnectionError as error:
-                raise ConnectionError(f"{url} does not answer: {error.__cause__ or error}") from error
-
-    return lambda request: asyncio.run(sent(request))
+    return Reward("endpoint", reward, fetch=fetch)
 
 
 def data_url(image: Image) -> str:

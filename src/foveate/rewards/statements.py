@@ -6,8 +6,10 @@ All functions read and write the form of `foveate.rewards.latex.tidy`.
 from __future__ import annotations
 
 import re
-from calendar import month_name
+from calendar import day_name, month_name
 from collections.abc import Sequence
+
+from foveate.rewards.phrases import CHANGE
 
 _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*([^|:]+)\\\}")
 _ANGLED = re.compile(r"<\s*([^<>=]+(?:,[^<>=]+)+)>")
@@ -20,6 +22,40 @@ _DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_n
 _DAY = re.compile(
     rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th|(?=,?\s+\d{{4}}\b))(?![a-z])", re.IGNORECASE
 )
+_MONTHS = {name[:3].lower(): name for name in month_name[1:]}
+_SHORT_MONTH = re.compile(
+    rf"(?<![A-Za-z])({'|'.join(_MONTHS)}|sept)(?![A-Za-z])\.?(?=\s+\d)|(?<=\d\s)({'|'.join(_MONTHS)}|sept)(?![A-Za-z])\.?",
+    re.IGNORECASE,
+)
+_HALF_DAY = re.compile(r"\s*(?:in the (?:(morning)|afternoon|evening)|at night)$", re.IGNORECASE)
+_WEEKDAYS = {name[:3].lower(): name for name in day_name}
+_WEEKDAY = re.compile(r"(mon|tues?|wed|thu(?:rs?)?|fri|sat|sun)\.?", re.IGNORECASE)
+_SHARE = re.compile(r"(\d+)\s+(?:out\s+of|in)\s+(\d+)")
+_RATE = re.compile(r"(?<=%)\s+(?:per\s+\w+|p\.a\.?)$")
+_NAMED_VALUE = re.compile(
+    r"^(?:(?!(?:not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up"
+    r"|about|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|angle|line|segment|arc|side|circle|point|ray|plane|lim|det"
+    r"|gcd|lcm)\b)[A-Za-z]{2,}\s+){1,3}(?=[\d(])"
+)
+_WEEKDAY_OF = re.compile(rf"^(?:{'|'.join(day_name)}),?\s+(?=\S)", re.IGNORECASE)
+_WHOLE = re.compile(r",?\s*(?:where\s+|for\s+|with\s+)?\(?[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\)?$")
+_O_CLOCK_HANZI = re.compile(r"(上午|早上|凌晨|下午|晚上|中午)?\s*(\d{1,2})点(?:(\d{1,2})分?|(半)|(?:钟|整))?")
+_ISO_DATE = re.compile(
+    r"(?:(?P<year>\d{4})[-/年])(?P<month>\d{1,2})[-/月](?P<day>\d{1,2})日?|(?P<m>\d{1,2})/(?P<d>\d{1,2})/(?P<y>\d{4})|(?P<mm>\d{1,2})月(?P<dd>\d{1,2})日"
+)
+_YEARS = re.compile(
+    r"(?:(?:between|from)\s+)?([12]\d{3})\s*(?:-|to|until|至|到|(?<=^between [12]\d{3} )and)\s*([12]\d{3})",
+    re.IGNORECASE,
+)
+_EXCEPT = re.compile(
+    r"all (?:the )?real(?:s| numbers)(?:\s+[a-z])?,?\s+(?:except|but|other than|excluding)(?:\s+for)?"
+    r"(?:\s+[a-z]\s*=)?\s*(\S+)",
+    re.IGNORECASE,
+)
+_ROWS = re.compile(r"\[\s*\[([^\[\]]*)\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
+_ROW = re.compile(r"\[([^\[\]]*)\]")
+_CASES = re.compile(r"(?:\\\{\s*)?\\begin\{(cases|array|aligned|gathered)\}(?:\{[lcr]+\})?([^&]*)\\end\{\1\}\s*\.?")
+_PLACE = re.compile(r"^(?:on|in|at|for|during|by)\s+(?:the\s+)?(?=\S)", re.IGNORECASE)
 _COLUMN = re.compile(r"\\begin\{[pb]matrix\}\s*([^&]*?)\s*\\end\{[pb]matrix\}")
 _ROW_END = "\\\\"
 _RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
@@ -57,6 +93,31 @@ def standard(text: str) -> str:
     `\langle 1, 2 \rangle`, `\{x \mid x > 2\}` as `x > 2`, and `c > b > a` as `a < b < c`."""
     if found := _RATIO.fullmatch(text):
         return ":".join(part for part in found.groups() if part)
+    if found := _WEEKDAY.fullmatch(text):
+        return _WEEKDAYS[found[1][:3].lower()]
+    if found := _SHARE.fullmatch(text):
+        return rf"\frac{{{found[1]}}}{{{found[2]}}}"
+    text = _HALF_DAY.sub(lambda found: " am" if found[1] else " pm", text)
+    if found := _O_CLOCK_HANZI.fullmatch(text):
+        half_day = {"上": " am", "早": " am", "凌": " am", "下": " pm", "晚": " pm"}.get((found[1] or " ")[0], "")
+        return f"{found[2]}:{int(found[3] or (30 if found[4] else 0)):02}{half_day}"
+    if found := _YEARS.fullmatch(text):
+        return f"{found[1]}:{found[2]}"
+    text = _SHORT_MONTH.sub(lambda found: _MONTHS[(found[1] or found[2])[:3].lower()], text)
+    if found := _ISO_DATE.fullmatch(text):
+        month = int(found["month"] or found["m"] or found["mm"])
+        year = found["year"] or found["y"]
+        if 1 <= month <= 12:
+            return f"{month_name[month]} {int(found['day'] or found['d'] or found['dd'])}" + (
+                f" {year}" if year else ""
+            )
+    if found := _EXCEPT.fullmatch(text):
+        return rf"(-\infty,{found[1]}) \cup ({found[1]},\infty)"
+    if _ROWS.fullmatch(text):
+        rows = r" \\ ".join(row.replace(",", " & ") for row in _ROW.findall(text[1:-1]))
+        return rf"\begin{{bmatrix}} {rows} \end{{bmatrix}}"
+    if found := _CASES.fullmatch(text):
+        return ", ".join(row.strip() for row in found[2].split(_ROW_END) if row.strip())
     if found := _O_CLOCK.fullmatch(text):
         return f"{found[1]}:00"
     if found := _POINT.match(text):
@@ -65,8 +126,9 @@ def standard(text: str) -> str:
         return f"{found[2]} {found[1]}{found[3]}"
     if found := _DAY.match(text):
         return f"{found[1]} {found[2]}{text[found.end() :].replace(',', '')}"
-    if found := _COLUMN.fullmatch(text):
-        return f"({', '.join(found[1].split(_ROW_END))})" if _ROW_END in found[1] else text
+    text = _COLUMN.sub(
+        lambda found: f"({', '.join(found[1].split(_ROW_END))})" if _ROW_END in found[1] else found[0], text
+    )
     if found := _BETWEEN.fullmatch(text):
         return f"({found[1]},{found[2]})"
     if found := _QUADRANT.fullmatch(text):
@@ -81,6 +143,18 @@ def standard(text: str) -> str:
         reversed_signs = (_MIRROR[sign] for sign in reversed(signs))
         return terms[-1] + "".join(f" {sign} {term}" for sign, term in zip(reversed_signs, terms[-2::-1], strict=True))
     return text
+
+
+def without_additions(given: str, wanted: str) -> tuple[str, str]:
+    r"""Two answers, without what only one of them says beside its value: the preposition in `in 2015` (but `on it` is
+    not `in it`), the name in `radius 3`, the time in `8% per year`, the weekday of a date, `k \in \mathbb{Z}`."""
+    for addition in (_PLACE, _WEEKDAY_OF, _WHOLE, _RATE, _NAMED_VALUE):
+        if given == wanted:
+            break
+        found = addition.search(given), addition.search(wanted)
+        if bool(found[0]) != bool(found[1]) and not (CHANGE.search(given) or CHANGE.search(wanted)):
+            given, wanted = addition.sub("", given), addition.sub("", wanted)
+    return given, wanted
 
 
 def same_times(given: str, wanted: str) -> bool | None:

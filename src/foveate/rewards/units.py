@@ -52,7 +52,7 @@ ft foot feet | 381/1250 | m |
 yd yard | 1143/1250 | m |
 mi mile | 201168/125 | m |
 mph | 1397/3125 | m s-1 |
-mmHg | 133322387415/1000000 | g m-1 s-2 |
+mmHg torr | 101325000/760 | g m-1 s-2 |
 cc | 1/1000000 | m3 |
 dB decibel | 1 | dB |
 mps | 1 | m s-1 |
@@ -108,7 +108,8 @@ _LABEL = re.compile(
     r"(?:(?:\s+of(?:\s+(?:an?|the))?)?\s+(?=[A-Za-z]*[aeiouyAEIOUY])[A-Za-z]{3,}[A-Za-z'-]*\.?)(?:\s+[A-Za-z][A-Za-z'-]*\.?){0,4}|\s*[\u4e00-\u9fff]{1,6}"
 )
 _MARKED_LETTER = re.compile(r"[A-Za-z][\^_]\{?-?[\d.]+\}?$")
-_PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+)\.?")
+_PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)\s*([A-Za-z]+|[\u4e00-\u9fff]{1,3})\.?")
+_SEVERAL_HANZI = re.compile(r"(?:\d{1,12}(?:\.\d{1,12})?\s*[\u4e00-\u9fff]{1,3}\s*){2,4}")
 _SEVERAL = re.compile(rf"{_PART.pattern}(?:(?:\s*,?\s+and)?\s+{_PART.pattern}){{1,3}}")
 _PRIME = r"(?:'|\^\s*\{?(?:\s*\\prime){1,2}\s*\}?)"
 _MINUTES = re.compile(
@@ -121,6 +122,8 @@ _DEGREES_OF = re.compile(
     r"(?:degrees?|deg|°)\s*(?:(?=celsius|centigrade|fahrenheit)|([CF])(?![A-Za-z]))", re.IGNORECASE
 )
 _CURRENCY = re.compile(r"(?:US\s*)?\\?(\$|USD|EUR|GBP|Rs|[€£¥₹])\.?\s*(?=[\d.])")
+_INSIDE = re.compile(r"\s+(?:the|an?|this|that|each|every|all|total|its?|my|our|his|her|their)\b", re.IGNORECASE)
+"""Words behind the preposition `in`, which is no inch there."""
 _PRICE = re.compile(r"^\\?([$€£¥₹])\s*([\d.,]+)\s*(?:/|per\b)\s*(?=[A-Za-z])")
 _VALUE_END = re.compile(r"[\d)}\]!π.]$|\\(?!cdot$|times$|div$|pm$)[A-Za-z]+$|(?<![\\A-Za-z])[A-Za-z]+$")
 
@@ -161,7 +164,13 @@ def _table() -> dict[str, tuple[Unit, bool]]:
 _KNOWN = _table()
 
 
-_SHARED_MONEY = {_KNOWN["pound"][0]: _KNOWN["£"][0], _KNOWN["cent"][0]: Unit(_KNOWN["€"][0].measure, Fraction(1, 100))}
+_SHARED = {
+    _KNOWN["pound"][0]: _KNOWN["£"][0],
+    _KNOWN["cent"][0]: Unit(_KNOWN["€"][0].measure, Fraction(1, 100)),
+    _KNOWN["C"][0]: _KNOWN["°C"][0],
+    _KNOWN["F"][0]: _KNOWN["°F"][0],
+}
+"""Names that mean another unit beside one of that measure."""
 
 
 @lru_cache(maxsize=4096)
@@ -191,7 +200,7 @@ def read_unit(text: str) -> tuple[Unit, str] | None:
     factor, offset, position, below, last = Fraction(1), Fraction(0), 0, False, 1
     while token := _TOKEN.match(text, position):
         unit = known_unit(token["name"])
-        if unit is None:
+        if unit is None or (token["name"] == "in" and _INSIDE.match(text, token.end("name"))):
             break
         sign = -1 if token["op"] in ("/", "per") or below else 1
         below = (below or bool(token["open"] and sign < 0)) and not token["close"]
@@ -243,10 +252,10 @@ def _sum_of_units(answer: str) -> Quantity | None:
     if found := _MINUTES.fullmatch(answer):
         degrees = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
         return Quantity(f"\\frac{{{degrees.numerator}}}{{{degrees.denominator}}}", DEGREE)
-    if not _SEVERAL.fullmatch(answer):
+    if not (_SEVERAL.fullmatch(answer) or _SEVERAL_HANZI.fullmatch(answer)):
         return None
     parts = [(Fraction(number), known_unit(name)) for number, name in _PART.findall(answer)]
-    for shared, meant in _SHARED_MONEY.items():
+    for shared, meant in _SHARED.items():
         if any(unit and unit.measure == meant.measure for _, unit in parts):
             parts = [(number, meant if unit == shared else unit) for number, unit in parts]
     units = [unit for _, unit in parts if unit]
@@ -279,14 +288,28 @@ def _is_label(rest: str) -> bool:
     return _LABEL.fullmatch(f" {words}") is not None and not _JOINERS & set(words.casefold().split())
 
 
-def in_one_currency(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
-    """Two quantities, of which words that several currencies share are of the other's: pounds beside `£` are money, and
-    cents beside `€` are its hundredths."""
-    for shared, meant in _SHARED_MONEY.items():
+def as_beside(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
+    """Two quantities, with names that units share read as the other one says: pounds beside `£` are money, cents
+    beside `€` its hundredths, `50p` beside either is pence, and `20 C` beside a temperature is one."""
+    pence = [
+        quantity.unit is not None and quantity.unit.measure == _KNOWN["£"][0].measure for quantity in (given, wanted)
+    ]
+    if pence[0] != pence[1]:
+        given, wanted = (
+            quantity if is_money else _in_pence(quantity)
+            for quantity, is_money in zip((given, wanted), pence, strict=True)
+        )
+    for shared, meant in _SHARED.items():
         units = [quantity.unit for quantity in (given, wanted)]
         if shared in units and any(unit and unit.measure == meant.measure for unit in units):
             given, wanted = (replace(q, unit=meant) if q.unit == shared else q for q in (given, wanted))
     return given, wanted
+
+
+def _in_pence(quantity: Quantity) -> Quantity:
+    """`50p`, which is 50 times p anywhere but beside pounds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*p", quantity.value)
+    return Quantity(found[1], _KNOWN["pence"][0]) if found and quantity.unit is None else quantity
 
 
 def same_label(one: str, other: str) -> bool:

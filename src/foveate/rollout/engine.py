@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from foveate.records import Answer, Prompt, SamplingParams
+from foveate.records import Answer, Prompt, SamplingParams, Segment
 
 Weights = Iterable[tuple[str, Tensor]]
+Observe = Callable[[int, int, Answer], "Future[Segment | None]"]
+"""Called where an answer has ended with a stop token: (index of the request, number of the answer, the answer so far)
+-> what it reads next, or None where it is finished. It does not wait, and may be asked for the same again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +24,8 @@ class Request:
     their kernels, which may differ with the batch.)
 
     partial_answers: those to an earlier request for the same, which `pause` interrupted, or nothing. Those with finish
-    "abort" are continued from their tokens under the present weights, with new keys and values; the others stay as they
-    are."""
+    "abort" are continued from their tokens under the present weights, with new keys and values, and where these end in
+    a stop token, from what follows it; the others stay as they are."""
 
     prompt: Prompt
     seed: int
@@ -38,16 +42,22 @@ class Engine(Protocol):
 
     version: int
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> list[tuple[Answer, ...]]:
         """`sampling.samples` answers per request, in order, each with the version of the weights that sampled it."""
         ...
 
     def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """(index of the request, its answers) as each group finishes, every index once. Closing the iterator aborts
         what is unfinished. After a `pause` it gives what it has begun, unfinished answers with finish "abort", and
-        ends: indices that are missing were not begun."""
+        ends: indices that are missing were not begun.
+
+        With `observe` answers have several turns: where one ends with a stop token, it waits for what it reads next,
+        while the others go on, and then goes on behind that. `sampling.max_tokens` bounds all of its tokens; where an
+        observation leaves no room for another token, it ends without it, with finish "length"."""
         ...
 
     def pause(self) -> None:
@@ -77,6 +87,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """End all that runs for the engine. It cannot be used afterwards; closing it again does nothing."""
         ...
+
+
+def has_turn_ended(answer: Answer, stop_ids: Sequence[int]) -> bool:
+    """Whether an answer that is to go on waits for an observation: what it has sampled last ended with a stop token."""
+    last = answer.segments[-1]
+    return answer.finish == "abort" and last.trained and len(last) > 0 and int(last.token_ids[-1]) in stop_ids
+
+
+def behind(answer: Answer, seen: Segment) -> Answer:
+    """An answer with what it has observed, to go on from there."""
+    return Answer((*answer.segments, seen), "", "abort")
 
 
 def in_order(groups: Iterable[tuple[int, tuple[Answer, ...]]], requests: Sequence[Request]) -> list[tuple[Answer, ...]]:

@@ -13,8 +13,9 @@ from urllib.parse import unquote_to_bytes
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from foveate.data.conversations import IMAGE_WORD
 from foveate.data.images import read_image
-from foveate.encoding.chat import IMAGE_MARK, IMAGE_WORD
+from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import DataError
 from foveate.records import Image, Message, SamplingParams, Task
 from foveate.serve.neutral import IGNORED, NEUTRAL, TURN_IGNORED, TURN_NEUTRAL, asks_for_nothing

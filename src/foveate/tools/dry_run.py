@@ -15,13 +15,14 @@ from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_res
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, counted
+from foveate.evaluate.predict import answer_all
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import load_policy
 from foveate.plan.hardware import GIB
 from foveate.plan.memory import memory_of, sizes_of
 from foveate.plan.workload import workload_of
 from foveate.records import Prompt, SamplingParams, Task
-from foveate.rewards.build import truth_check
+from foveate.rollout.conversations import FUNCTION_ALONE, open_conversations, scored, tools_of_environment
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
@@ -32,7 +33,7 @@ from foveate.train.checkpoint import checkpoints
 from foveate.train.export import export_checkpoint
 from foveate.train.mpo import build_preference_loss
 from foveate.train.optim import check_optimizer
-from foveate.train.rl import build_graders, new_engine
+from foveate.train.rl import build_graders, check_of_truth, new_engine
 from foveate.train.session import answer_limits, check_cluster, check_offline
 from foveate.train.worker import use_threads
 
@@ -81,7 +82,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     use_threads(settings.train.threads)
     stage, per_step, step, check, fields = _step(settings)
     model = inspect_model_folder(settings.model.path)
-    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    tools = () if isinstance(settings, MPOSettings) else tools_of_environment(settings.environment)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     limits = None if isinstance(settings, RLSettings) else answer_limits(settings, fields)
     train, test, left_out = read_data(settings, encoder, check, limits)
     [first] = build_stream(train, settings.data, settings.seed, per_step).draw(1)
@@ -117,7 +119,7 @@ def _step(settings: RunSettings) -> tuple[str, int, str, Any, tuple[str, ...]]:
             f"{count} prompts with {settings.rollout.samples} answers of up to {settings.rollout.max_tokens} tokens, "
             f"{updates} update{'s' if updates > 1 else ''} each, algorithm {settings.algorithm.name}"
         )
-        return "rl", count, words, truth_check(settings.reward.name, settings.reward.settings), ()
+        return "rl", count, words, check_of_truth(settings), ()
     check_offline(settings.cluster)
     if isinstance(settings, MPOSettings):
         build_preference_loss(settings.loss)
@@ -155,11 +157,21 @@ def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: En
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
     engine = NativeEngine(load_policy(model.path, **options), encoder.decode)
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    [[answer]] = engine.generate([Request(prompt, seed_of("eval", settings.seed))], sampling)
-    with build_graders(settings.reward) as graders:
-        [score] = graders.grade_many([(answer, task)])
+    discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("eval", settings.seed))]
+    with (
+        build_graders(settings.reward) as graders,
+        open_conversations(settings.environment, lambda _: encoder, turn_discount=discount) as (_, talks),
+    ):
+        [[answer]], [outcomes] = answer_all(engine, [task], requests, sampling, talks)
+        credit = FUNCTION_ALONE if talks is None else talks.credit
+        [score] = scored(graders, [(answer, task)], outcomes or [None], credit)
     yield f"sampled answer at temperature {rollout.temperature:g}: {len(answer)} tokens, finish {answer.finish}"
-    yield _text(answer.text)
+    for turn in outcomes[0].turns if outcomes else ():
+        images = f", {counted(len(turn.images), 'image')}" if turn.images else ""
+        yield f"{turn.role}{images}:"
+        yield _text(turn.text)
+    if not outcomes:
+        yield _text(answer.text)
     yield f"ground truth: {task.answer!r:.400}"
     parts = "".join(f", {name} {value:g}" for name, value in score.parts.items())
     value = "not graded" if score.value is None else f"{score.value:g}"

@@ -1,11 +1,11 @@
-"""Lists of what there is to choose from, told from the code: settings, recipes, rewards and algorithms."""
+"""Lists of what there is to choose from, told from the code: settings, recipes, rewards, environments, algorithms."""
 
 from __future__ import annotations
 
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -15,6 +15,9 @@ from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, PREF
 from foveate.config.base import Settings
 from foveate.config.recipe import SHIPPED, find_recipe, read_values
 from foveate.config.runs import STAGES, is_group, walk
+from foveate.environments import ENVIRONMENTS, TOOLS
+from foveate.environments.build import schema_of
+from foveate.environments.protocol import EnvironmentLimits
 from foveate.errors import ConfigError
 from foveate.registry import resolve, suggestion
 from foveate.rewards import REWARDS
@@ -91,9 +94,9 @@ def _kind(annotation: Any) -> str:
 def settings_page() -> str:
     """`docs/settings.md`: the settings of all stages, those of `rl` first and of the others what differs."""
     parts = [
-        "# Settings\n\nAll settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
-        "command line by\npath (`train.steps=100`), Python by either. `foveate settings GROUP` shows a group of them "
-        "in the terminal.\n"
+        "# Settings\n\n    foveate settings rollout     # one group, in the terminal\n\n"
+        "All settings, written by `foveate settings --markdown`. A recipe sets them by group, the "
+        "command line by\npath (`train.steps=100`), Python by either.\n"
     ]
     known: dict[str, ListEntry] = {}
     for stage in ("rl", "sft", "mpo", "cascade"):
@@ -139,6 +142,19 @@ def rewards_list() -> list[ListEntry]:
     """The known rewards: their settings, and their first sentence."""
     functions = {name: known.function for name, known in REWARDS.items()}
     return [_function(name, resolve({}, path, "reward")) for name, path in functions.items()]
+
+
+def environments_list() -> list[ListEntry]:
+    """The known environments with their settings, the limits of all, and the tools that `tools` can use."""
+    found = [_function(name, schema_of(resolve({}, path, "environment"))) for name, path in ENVIRONMENTS.items()]
+    described = [
+        replace(entry, text=_sentence(inspect.getdoc(resolve({}, ENVIRONMENTS[entry.name], "environment")) or ""))
+        for entry in found
+    ]
+    limits = ", ".join(f"{name}={value}" for name, value in asdict(EnvironmentLimits()).items())
+    every = ListEntry("every environment", limits, "", "Limits of turns, and of the text and images of a step.")
+    tools = [_function(f"tool {name}", resolve({}, path, "tool")) for name, path in TOOLS.items()]
+    return [*described, every, *tools]
 
 
 def algorithms_list() -> list[ListEntry]:

@@ -33,7 +33,7 @@ from foveate.records import Answer, Group, Score
 from foveate.rollout.engine import Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
-from foveate.train.rollouts import AnsweredGroup, Grading, PendingGroup, Scores, SyncRollouts, resample_groups
+from foveate.train.rollouts import AnsweredGroup, PendingGroup, Scores, SyncRollouts, resample_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +138,8 @@ class AsyncRollouts:
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`: how many steps old its answers' weights were, 0 for those of the step before, and the
         share of answers of several versions; how many groups were too old to be trained; and how many were waiting
-        behind it."""
-        return self._said
+        behind it. And what the sampler says."""
+        return {**self._said, **self._sampler.metrics()}
 
     def _take(self, step: int, count: int, clock: Clock) -> list[Group]:
         """The next `count` groups that are not too old for a step; older ones are dropped and counted."""
@@ -246,6 +246,7 @@ class AsyncRollouts:
             if _oldest_of(pending.request.partial_answers, self._engine.version) < oldest
         ]:
             self._open.remove(pending)
+            self._sampler.drop(pending)
             self._stream.finish(pending.place)
             self._in_work -= 1
             self._dropped += 1
@@ -256,7 +257,7 @@ class AsyncRollouts:
         sampler, version = self._sampler, self._engine.version
         pending = self._open + self._begin(fresh)
         self._since = time.monotonic()
-        with Grading(sampler.graders) as grading:
+        with sampler.grading() as grading:
             if self._partial:
                 _, self._open = sampler.round(pending, sampler.sampling, grading, partial(self._finish, version, None))
                 self._engine.resume()
@@ -280,10 +281,12 @@ class AsyncRollouts:
         self._spend("encode", clock.seconds["encode"])
         places = self._source.coming(count)
         self._source.draw(count)
-        return [
+        begun = [
             PendingGroup(place, task, Request(prompt, seed_of("ahead", sampler.seed, place)))
             for place, (task, prompt) in zip(places, taken, strict=True)
         ]
+        sampler.begin(begun, sampler.sampling)
+        return begun
 
     def _finish(self, version: int, baseline: Score | None, group: AnsweredGroup) -> None:
         """A group is answered: it is ready as soon as it is graded."""

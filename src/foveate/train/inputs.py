@@ -35,7 +35,7 @@ WHOLE_BYTES = 64 * 2**20
 BLOCKS, BLOCK_BYTES = 64, 2**16
 SAMPLED_ROWS = 256
 _MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
-_CODE = ("algorithm", "loss", "optim", "reward", "rollout")
+_CODE = ("algorithm", "environment", "loss", "optim", "reward", "rollout")
 """Groups of settings that name code."""
 
 Fingerprints = Mapping[str, Any]

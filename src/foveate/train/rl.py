@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from foveate.config.rollout import RolloutSettings
 from foveate.config.runs import RLSettings
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
+from foveate.data.validate import Check
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
@@ -34,6 +35,7 @@ from foveate.records import Group, SamplingParams
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
 from foveate.rollout.build import choose_engine, place_of_policy
+from foveate.rollout.conversations import Conversations, open_conversations
 from foveate.rollout.engine import Engine
 from foveate.rollout.seeds import seed_of
 from foveate.run_folder import RunFolder, open_run
@@ -96,9 +98,10 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
     updates, epochs = settings.train.updates_per_step, settings.train.epochs_per_step
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
-    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    make_encoder = partial(build_encoder, model.tokenizer, model.family, settings.model, settings.data)
     with (
         build_graders(settings.reward) as graders,
+        _conversations(settings, make_encoder) as (encoder, conversations),
         open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
         start_workers(settings.cluster, _worker(settings, method), again=again) as workers,
         _engines(settings, workers, again=again) as engine,
@@ -112,10 +115,10 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
         inputs = Inputs.of(settings, {"data.train": table, "data.test": held_out}, accept_changes=accept_changes)
         step = resume(run, workers, stream, metrics, inputs, others)
         engine.start(make_engine, encoder, settings.rollout, step)
-        evaluator = _evaluator(run, settings, held_out, encoder, graders)
+        evaluator = _evaluator(run, settings, held_out, encoder, graders, conversations)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
-        asking = _sampler(settings, method, table, stream, encoder, engine, graders, step)
+        asking = _sampler(settings, method, table, stream, encoder, engine, graders, conversations, step)
         with asking as sampler, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
             while step < settings.train.steps:
@@ -188,6 +191,13 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
     )
 
 
+def _conversations(
+    settings: RLSettings, make_encoder: Callable[[Sequence[Mapping[str, Any]]], Encoder]
+) -> AbstractContextManager[tuple[Encoder, Conversations | None]]:
+    """The encoder of the prompts, and the environments of the answers, where these have several turns."""
+    return open_conversations(settings.environment, make_encoder, turn_discount=settings.algorithm.turn_discount)
+
+
 @contextmanager
 def _sampler(
     settings: RLSettings,
@@ -197,6 +207,7 @@ def _sampler(
     encoder: Encoder,
     engine: Engine,
     graders: Graders,
+    conversations: Conversations | None,
     step: int,
 ) -> Iterator[SyncRollouts | AsyncRollouts]:
     """The source of each step's groups: sampled in turn with training, or, with a staleness, while it trains."""
@@ -204,7 +215,9 @@ def _sampler(
     source = copy.copy(stream) if staleness else stream  # what generates ahead also reads ahead
     with Reader(table, source, encoder, settings.data.image_workers) as reader:
         sampling, limit = _sampling(settings.rollout), settings.rollout.time_limit
-        sampler = SyncRollouts(reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit)
+        sampler = SyncRollouts(
+            reader, engine, graders, sampling, settings.seed, method.needs_baseline, limit, conversations
+        )
         if not staleness:
             yield sampler
             return
@@ -254,16 +267,28 @@ def build_graders(reward: RewardSettings) -> Graders:
     )
 
 
+def check_of_truth(settings: RLSettings) -> Check | None:
+    """The check of the ground truth of rows; None where nothing of the reward function counts."""
+    if settings.environment is not None and settings.environment.reward == "environment":
+        return None
+    return truth_check(settings.reward.name, settings.reward.settings)
+
+
 def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[TaskTable, TaskTable | None]:
     """The tasks to learn from and those held out, every row checked; what is left out is listed in the folder."""
-    truth = truth_check(settings.reward.name, settings.reward.settings)
+    truth = check_of_truth(settings)
     table, held_out, left_out = read_data(settings, encoder, truth)
     write_skipped(run.path, [str(problem) for problem in left_out])
     return table, held_out
 
 
 def _evaluator(
-    run: RunFolder, settings: RLSettings, held_out: TaskTable | None, encoder: Encoder, graders: Graders
+    run: RunFolder,
+    settings: RLSettings,
+    held_out: TaskTable | None,
+    encoder: Encoder,
+    graders: Graders,
+    conversations: Conversations | None,
 ) -> Evaluator:
     return Evaluator(
         run.path,
@@ -274,4 +299,5 @@ def _evaluator(
         seed=settings.seed,
         max_tokens=settings.rollout.max_tokens,
         last_step=settings.train.steps,
+        conversations=conversations,
     )

@@ -9,19 +9,23 @@ from pathlib import Path
 import torch
 
 from foveate.data.answers import ScoredAnswer, ScoredRow, prompt_fields, score_fields, write_answers
+from foveate.evaluate.turns import kept_turns, turn_metrics
 from foveate.files import with_room
 from foveate.records import Group
 
+_SHOWN = 4
+"""Prompts of a step with the images that their answers have observed."""
+
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the answers of a step: reward and its parts, over those that were graded (one at least); length; how
-    many were truncated or not graded; with several sources of tasks also the reward, length and number of answers of
-    each."""
+    """Means over the answers of a step: reward and its parts, over those that were graded (one at least); length, in
+    sampled tokens; how many were truncated or not graded; of answers with environments their turns and calls; with
+    several sources of tasks also the reward, length and number of answers of each."""
     every = [score for group in groups for score in group.scores]
     scores = [score for score in every if score.value is not None]
     answers = [answer for group in groups for answer in group.answers]
     values = torch.tensor(_rewards(groups), dtype=torch.float64)
-    lengths = torch.tensor([len(answer) for answer in answers], dtype=torch.float64)
+    lengths = torch.tensor([answer.trained_tokens for answer in answers], dtype=torch.float64)
     names = sorted({name for score in scores for name in score.parts})
     parts = {f"reward/{name}": _mean([score.parts[name] for score in scores if name in score.parts]) for name in names}
     return {
@@ -35,6 +39,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/groups": float(len(groups)),
         "answer/truncated": _mean([float(answer.finish == "length") for answer in answers]),
         "answer/timed_out": _mean([float(answer.finish == "abort") for answer in answers]),
+        **turn_metrics([turns for group in groups for turns in group.turns]),
         **_by_source(groups),
     }
 
@@ -44,7 +49,7 @@ def _by_source(groups: Sequence[Group]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for source in sources if len(sources) > 1 else ():
         members = [group for group in groups if group.task.source == source]
-        lengths = [float(len(answer)) for group in members for answer in group.answers]
+        lengths = [float(answer.trained_tokens) for group in members for answer in group.answers]
         if rewards := _rewards(members):
             metrics[f"source/{source}/reward"] = _mean(rewards)
         metrics[f"source/{source}/length"] = _mean(lengths)
@@ -65,21 +70,24 @@ def write_rollouts(
     folder: Path, step: int, groups: Sequence[Group], advantages: Sequence[Sequence[float | None]] | None = None
 ) -> None:
     """`step_000001.jsonl` in the folder: a `ScoredRow` per prompt. `advantages`: of the answers of each group, None for
-    one that was not trained on."""
+    one that was not trained on. What the first answers have observed is kept in the run's folder, made small."""
     rows = []
     for number, group in enumerate(groups):
         own = [None] * len(group.answers) if advantages is None else advantages[number]
+        every = group.turns or [()] * len(group.answers)
+        kept = folder.parent if number < _SHOWN else None
         answers = tuple(
             ScoredAnswer(
                 answer.text,
                 answer.finish,
-                len(answer),
+                answer.trained_tokens,
+                turns=kept_turns(turns, kept),
                 **score_fields(score),
                 version=answer.version,
                 versions=answer.versions,
                 advantage=advantage,
             )
-            for answer, score, advantage in zip(group.answers, group.scores, own, strict=True)
+            for answer, score, advantage, turns in zip(group.answers, group.scores, own, every, strict=True)
         )
         rows.append(ScoredRow(**prompt_fields(group.task), answers=answers))
     with_room(partial(write_answers, folder / f"step_{step:06d}.jsonl", rows))

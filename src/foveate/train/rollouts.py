@@ -7,14 +7,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Timer
 from typing import Self
 
 from foveate.encoding.reader import Reader
+from foveate.environments.turns import Turn
 from foveate.errors import DataError
 from foveate.records import Answer, Group, Prompt, SamplingParams, Score, Task
 from foveate.rewards.pool import Graders
+from foveate.rollout.conversations import FUNCTION_ALONE, AnswerCredit, Conversations, Outcome, places_to_grade, scored
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
@@ -26,12 +29,23 @@ Scores = tuple[Score, ...]
 @dataclass(slots=True)
 class PendingGroup:
     """A task that is being answered. `place`: its number in the stream; `request`: with what a pause left of its
-    answers; `seconds`: for which the engine has worked on it."""
+    answers; `seconds`: for which the engine has worked on it; `kind`: "greedy" for its baseline; `asked`: the task as
+    its environment began it, and else itself."""
 
     place: int
     task: Task
     request: Request
     seconds: float = 0.0
+    kind: str = ""
+    asked: Task = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = self.task
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The name of its environments."""
+        return self.kind, self.place
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +57,20 @@ class AnsweredGroup:
     prompt: Prompt
     answers: Answers
     scores: Future[Scores]
+    turns: tuple[tuple[Turn, ...], ...] = ()
 
     def scored(self, baseline: Score | None) -> Group:
         """The group, as soon as its scores are there. `baseline`: the score of its greedy answer."""
-        return Group(self.task, self.prompt, self.answers, self.scores.result(), baseline)
+        return Group(self.task, self.prompt, self.answers, self.scores.result(), baseline, self.turns)
 
 
 class Grading:
-    """Grades groups beside what goes on, in a thread that takes all that wait at once. Leaving waits for the rest."""
+    """Grades groups beside what goes on, in a thread that takes all that wait at once. Leaving waits for the rest.
+    credit: how environments count, of answers that have one."""
 
-    def __init__(self, graders: Graders) -> None:
-        self._graders = graders
-        self._waiting: deque[tuple[Task, Answers, Future[Scores]]] = deque()
+    def __init__(self, graders: Graders, credit: AnswerCredit = FUNCTION_ALONE) -> None:
+        self._graders, self._credit = graders, credit
+        self._waiting: deque[tuple[Task, Answers, Sequence[Outcome], Future[Scores]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grading")
 
     def __enter__(self) -> Self:
@@ -63,9 +79,12 @@ class Grading:
     def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown(cancel_futures=kind is not None)
 
-    def submit(self, task: Task, answers: Answers) -> Future[Scores]:
+    def submit(self, task: Task, answers: Answers, outcomes: Sequence[Outcome] = ()) -> Future[Scores]:
+        """`outcomes`: what became of answers with environments."""
         future: Future[Scores] = Future()
-        self._waiting.append((task, answers, future))
+        wanted = places_to_grade(outcomes or [None] * len(answers), self._credit)
+        self._graders.prefetch([(answers[place], task) for place in wanted])
+        self._waiting.append((task, answers, outcomes, future))
         self._pool.submit(self._grade)
         return future
 
@@ -75,9 +94,14 @@ class Grading:
             return
         try:
             scores = iter(
-                self._graders.grade_many([(answer, task) for task, answers, _ in batch for answer in answers])
+                scored(
+                    self._graders,
+                    [(answer, task) for task, answers, *_ in batch for answer in answers],
+                    [one for _, answers, outcomes, _ in batch for one in outcomes or [None] * len(answers)],
+                    self._credit,
+                )
             )
-            found = [tuple(next(scores) for _ in answers) for _, answers, _ in batch]
+            found = [tuple(next(scores) for _ in answers) for _, answers, *_ in batch]
         except BaseException as error:
             for *_, future in batch:
                 future.set_exception(error)
@@ -99,6 +123,7 @@ class SyncRollouts:
     seed: int
     greedy_baseline: bool
     time_limit: float | None = None
+    conversations: Conversations | None = None
 
     def draw(self, step: int, count: int, resample_rounds: int, clock: Clock) -> tuple[list[Group], list[Group]]:
         """The `count` groups that a step learns from, and all that were drawn for it (see `resample_groups`)."""
@@ -110,8 +135,8 @@ class SyncRollouts:
         yield
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beside what the groups themselves say."""
-        return {}
+        """Of what the rewards ask of servers; and how often environments failed so far, and were begun anew."""
+        return self.graders.metrics() | ({} if self.conversations is None else self.conversations.metrics())
 
     def _draw(self, step: int, first: int, count: int, clock: Clock) -> list[Group]:
         """The groups of the next `count` tasks, which are number `first` and so on of the step. The answers depend on
@@ -121,7 +146,9 @@ class SyncRollouts:
         numbers = range(first, first + count)
         requests = [Request(p, seed_of("train", self.seed, step, i)) for p, i in zip(prompts, numbers, strict=True)]
         pending = [*map(PendingGroup, numbers, tasks, requests)]
-        with Grading(self.graders) as grading:
+        with clock.phase("environment"):
+            self.begin(pending, self.sampling)
+        with self.grading() as grading:
             with clock.phase("generate"):
                 answered = self.answer(pending, self.sampling, grading)
                 _require_version(answered, step - 1)
@@ -129,6 +156,24 @@ class SyncRollouts:
             with clock.phase("reward"):
                 baselines = [one.scores.result()[0] for one in greedy] or [None] * count
                 return [one.scored(baseline) for one, baseline in zip(answered, baselines, strict=True)]
+
+    def begin(self, pending: Sequence[PendingGroup], sampling: SamplingParams) -> None:
+        """Open the environments of all answers, where they have any, whose prompts are what these begin with."""
+        if self.conversations is None:
+            return
+        keys, tasks, requests = zip(*((one.key, one.task, one.request) for one in pending), strict=True)
+        begun = self.conversations.begin(keys, tasks, requests, sampling.samples)
+        for one, (task, request) in zip(pending, begun, strict=True):
+            one.asked, one.request = task, request
+
+    def drop(self, pending: PendingGroup) -> None:
+        """A group is given up: its environments end."""
+        if self.conversations is not None:
+            self.conversations.drop(pending.key, self.sampling.samples)
+
+    def grading(self) -> Grading:
+        """Graders for the answers of a round."""
+        return Grading(self.graders, FUNCTION_ALONE if self.conversations is None else self.conversations.credit)
 
     def answer(
         self,
@@ -153,8 +198,11 @@ class SyncRollouts:
         """The same with their greedy answers, where the algorithm asks for these."""
         if not self.greedy_baseline:
             return []
-        ones = [PendingGroup(one.place, one.task, replace(one.request, partial_answers=())) for one in pending]
-        return self.answer(ones, replace(self.sampling, samples=1, temperature=0.0), grading, closing)
+        sampling = replace(self.sampling, samples=1, temperature=0.0)
+        requests = [replace(one.request, partial_answers=()) for one in pending]
+        ones = [PendingGroup(p.place, p.task, r, kind="greedy") for p, r in zip(pending, requests, strict=True)]
+        self.begin(ones, sampling)
+        return self.answer(ones, sampling, grading, closing)
 
     def round(
         self,
@@ -167,16 +215,25 @@ class SyncRollouts:
         are left then, with what there is of their answers. Each that is finished goes to be graded at once; `finished`
         is told."""
         done: dict[int, AnsweredGroup] = {}
+        talks = self.conversations
 
-        def finish(number: int, answers: Answers) -> None:
-            one = pending[number]
-            scores = grading.submit(one.task, answers)
-            done[number] = AnsweredGroup(one.place, one.task, one.request.prompt, answers, scores)
+        def finish(number: int, answers: Answers, *, is_late: bool = False) -> None:
+            one, outcomes = pending[number], tuple[Outcome, ...]()
+            if talks is not None:
+                anew = None if is_late else talks.restart(one.key, answers)
+                if anew is not None:
+                    one.request = replace(one.request, partial_answers=anew)
+                    return
+                answers, outcomes = talks.finish(one.key, answers)
+            scores = grading.submit(one.asked, answers, outcomes)
+            turns = tuple(outcome.turns for outcome in outcomes)
+            done[number] = AnsweredGroup(one.place, one.asked, one.request.prompt, answers, scores, turns)
             finished(done[number])
 
         begin = time.monotonic()
+        observing = () if talks is None else (partial(talks.observe, [one.key for one in pending]),)
         with _limited(self.engine, self.time_limit, pending):
-            stream = self.engine.stream([one.request for one in pending], sampling)
+            stream = self.engine.stream([one.request for one in pending], sampling, *observing)
             try:
                 for number, answers in stream:
                     if any(answer.finish == "abort" for answer in answers):
@@ -191,7 +248,7 @@ class SyncRollouts:
             if number not in done and begun:
                 one.seconds += spent
                 if self._is_late(one) and all(len(answer) for answer in begun):
-                    finish(number, begun)
+                    finish(number, begun, is_late=True)
                 elif self._is_late(one):  # an answer that is still empty cannot be trained
                     one.seconds = 0.0
         return [*done.values()], [one for number, one in enumerate(pending) if number not in done]

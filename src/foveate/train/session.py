@@ -72,6 +72,8 @@ class GracefulShutdown:
             if kind in (None, SystemExit):
                 raise
             logger.warning("the last checkpoint was not written: %s", error)  # and the first error is passed on
+        except KeyboardInterrupt:  # a third Ctrl-C, which waits for no checkpoint
+            raise SystemExit(128 + signal.SIGINT) from None
         finally:
             for number, former in self._former.items():
                 signal.signal(number, former)
@@ -82,7 +84,8 @@ class GracefulShutdown:
 
     def _ask(self, number: int, _: object) -> None:
         if number == signal.SIGINT and (self.is_asked or not self._has_begun):
-            logger.warning("Ctrl-C: leaving at once, with what was saved before")
+            if not self._is_left:
+                logger.warning("Ctrl-C: leaving at once, with what was saved before")
             self._is_left = True
             raise KeyboardInterrupt
         if number == signal.SIGHUP and console.is_terminal:  # it is gone, and writing to it would end the run

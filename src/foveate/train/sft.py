@@ -13,11 +13,13 @@ from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
+from foveate.encoding.turns import Turns, encode_trace
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.records import Demo, PackedGroup, Prompt, Task
+from foveate.rollout.conversations import tools_of_environment
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.held_out import HeldOutLoss
@@ -48,7 +50,8 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
     use_threads(settings.train.threads)
     model = inspect_model_folder(settings.model.path)
     costs = Costs.of(model.config)
-    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    tools = tools_of_environment(settings.environment)
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     budget = settings.train.tokens_per_micro_batch
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
     build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
@@ -68,6 +71,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
         if step == 0 and held_out.is_due(step):
             metrics.write(step, held_out.measure(step))
 
+        group_of = partial(_group, encoder, Turns(encoder) if settings.train.trained_turns == "all" else None)
         reader = Reader(table, stream, encoder, settings.data.image_workers)
         with reader, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
@@ -75,7 +79,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                 step += 1
                 clock = Clock()
                 with clock.phase("encode"):
-                    groups = [_group(encoder, demo_of(task), prompt) for task, prompt in reader.take()]
+                    groups = [group_of(demo_of(task), prompt) for task, prompt in reader.take()]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting = settings.train.weighting
@@ -100,13 +104,19 @@ def _held_out(
 ) -> HeldOutLoss:
     """`eval/loss`: the training loss, with its weighting, on the held-out rows."""
 
+    turns = Turns(encoder) if settings.train.trained_turns == "all" else None
+
     def metrics_of(tasks: Sequence[Task]) -> Metrics:
-        groups = [_group(encoder, demo_of(task), encoder(task)) for task in tasks]
+        groups = [_group(encoder, turns, demo_of(task), encoder(task)) for task in tasks]
         logps = scatter_gather(workers, Worker.logprobs, groups, [*map(costs, groups)])
         return {"eval/loss": sft_loss(groups, logps, settings.train.weighting)}
 
     return HeldOutLoss(settings.eval, test, settings.train.steps, settings.train.samples_per_step, metrics_of)
 
 
-def _group(encoder: Encoder, demo: Demo, prompt: Prompt) -> PackedGroup:
+def _group(encoder: Encoder, turns: Turns | None, demo: Demo, prompt: Prompt) -> PackedGroup:
+    """A demonstration to imitate in its last turn, or, with `turns`, in all of them."""
+    if turns is not None and any(message.role == "assistant" for message in demo.task.messages):
+        whole, answer = encode_trace(turns, demo.task, demo.response)
+        return PackedGroup(whole, (answer,))
     return PackedGroup.of_tokens(prompt, (encoder.answer_ids(demo.response),))

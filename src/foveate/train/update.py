@@ -18,7 +18,7 @@ from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import engine_logprobs
-from foveate.records import Group, PackedGroup, Score, Totals
+from foveate.records import Answer, Group, PackedGroup, Score, Totals
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.graded import ComparedGroup, compared_groups, is_truncated
 from foveate.train.targets import PolicyRow, Row, ValueRow
@@ -218,7 +218,7 @@ def _advantages(
         return (), None, {}
     length_S = torch.tensor([length for group in packed for length in group.lengths])
     sample_M = torch.arange(len(length_S)).repeat_interleave(length_S)
-    reward_M, metrics = _token_rewards(groups, algorithm, passes, length_S, sample_M)
+    reward_M, metrics = _token_rewards(groups, algorithm, passes, length_S)
     available = {
         "rewards_S": sum_by_sample(reward_M, sample_M, len(length_S)),
         "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.answers]),
@@ -243,11 +243,13 @@ def _advantages(
 
 
 def _token_rewards(
-    groups: Sequence[Group], algorithm: ResolvedAlgorithm, passes: Passes, length_S: Tensor, sample_M: Tensor
+    groups: Sequence[Group], algorithm: ResolvedAlgorithm, passes: Passes, length_S: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """The reward of each token: the score on the last one of its answer, less the KL to the reference of each."""
-    reward_M = torch.zeros(len(sample_M))
-    reward_M[length_S.cumsum(0) - 1] = torch.tensor([_reward(score) for group in groups for score in group.scores])
+    """The reward of each token: the score on the last one of its answer, but what the environment gave for a turn on
+    the last one of the turn where the advantage is one of tokens; less the KL to the reference of each."""
+    answers = [pair for group in groups for pair in zip(group.answers, group.scores, strict=True)]
+    by_turn = "reward_M" in algorithm.inputs
+    reward_M = torch.cat([_turn_rewards(answer, _reward(score), by_turn=by_turn) for answer, score in answers])
     penalty = algorithm.reward_kl
     if penalty is None or passes.old is None or passes.ref is None:
         return reward_M, {}
@@ -257,6 +259,17 @@ def _token_rewards(
     metrics = {"reward/kl": divergence, "reward/kl_coefficient": penalty.coefficient}
     penalty.observe(divergence, len(length_S))
     return reward_M, metrics
+
+
+def _turn_rewards(answer: Answer, reward: float, *, by_turn: bool) -> Tensor:
+    """The reward of an answer over its trained tokens."""
+    turns = [segment for segment in answer.segments if segment.trained]
+    ends = torch.tensor([len(turn) for turn in turns]).cumsum(0) - 1
+    reward_M = torch.zeros(answer.trained_tokens)
+    own = [(by_turn and turn.reward) or 0.0 for turn in turns]
+    reward_M[ends] = torch.tensor(own)
+    reward_M[-1] += reward - sum(own)
+    return reward_M
 
 
 def _reward(score: Score | None) -> float:

@@ -7,6 +7,7 @@ Checkpoints, adapters and sharding see no difference.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -78,7 +79,8 @@ class ForestGatedDeltaNet(nn.Module):
         beta = self.in_proj_b(rows).float().sigmoid()
         decay = -self.A_log.float().exp() * functional.softplus(self.in_proj_a(rows).float() + self.dt_bias.float())
         weight = self.conv1d.weight[:, 0].float()
-        with torch.autocast(rows.device.type, enabled=False):  # states add up over a whole path
+        # states add up over a whole path; plans are traced on the meta device, which knows no autocast
+        with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
             if forest is None:
                 assert cache is not None, "the language model was called without forest="
                 out = cache.recur(self.layer_idx, (), (mixed, partial(self._step, weight, decay, beta)))
@@ -111,11 +113,18 @@ class ForestGatedDeltaNet(nn.Module):
         return query, key, value.unflatten(-1, (-1, self.value_width))
 
     def _step(
-        self, weight: Tensor, decay: Tensor, beta: Tensor, windows: Tensor, state: Tensor
+        self,
+        weight: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        windows: Tensor,
+        state: Tensor,
+        tokens: Tensor | slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """One token of each of B answers: `windows` (B, size, channels), the last rows of their paths, and their states
-        before it; the output (B, heads, value_width) and the states behind it."""
-        return delta_step(*self._heads(window_convolution(windows.float(), weight)), decay, beta, state)
+        before it; the output (B, heads, value_width) and the states behind it. `tokens`: which of the row they are."""
+        heads = self._heads(window_convolution(windows.float(), weight))
+        return delta_step(*heads, decay[tokens], beta[tokens], state)
 
     def _split(
         self,

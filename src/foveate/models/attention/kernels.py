@@ -63,9 +63,9 @@ class KeyValueCache(Protocol):
     def recur(self, layer: int, kept: Sequence[Any], given: Sequence[Any]) -> Any:
         """The same of a recurrent layer (`foveate.models.attention.gated_delta_net`). In the prefill `kept` says where
         the K segments end in the row (K,), and holds the last rows of the convolution (K, size - 1, channels) and the
-        states (K, H, d_k, d_v) there. Later, rows (B, channels) of one token of each answer are `given`, and the
-        function from windows (B, size, channels) and states (B, H, d_k, d_v) to the output, which is returned, and the
-        next states."""
+        states (K, H, d_k, d_v) there. Later, rows (T, channels) are `given`, of one token of each answer or of what
+        answers have observed, and the function from windows (B, size, channels), states (B, H, d_k, d_v) and the places
+        of their tokens in the row (B,), unless these are all, to the output, which is returned, and the next states."""
         ...
 
 

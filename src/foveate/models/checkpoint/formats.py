@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
@@ -26,8 +26,10 @@ from foveate.models.checkpoint.small_files import (
     require_words,
     unreadable,
 )
-from foveate.models.families import FAMILIES, family_class
+from foveate.models.families import FAMILIES, family_class, is_known
 from foveate.models.sizes import meta_model
+
+Mapped = TypeVar("Mapped")
 
 IMAGE_WORDS = ("<img>", "<IMG_CONTEXT>", "</img>")
 
@@ -56,10 +58,12 @@ def read_config(folder: Path) -> Json:
         )
     config = read_json(path)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not is_known(kind):
         known = ", ".join(_with_format(name) for name in FAMILIES)
         why = ", a model that exists only as code of its checkpoint, which is never run" if "auto_map" in config else ""
-        raise DataError(f"{path}: model_type is {kind!r}{why}; known are: {known}")
+        raise DataError(
+            f"{path}: model_type is {kind!r}{why}; known are: {known}, and causal text models of transformers"
+        )
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if quantised := part.get("quantization_config"):
             how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -130,7 +134,7 @@ def hf_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Json:
     return mapped(folder, chat_to_hf, config, tokenizer.get_vocab()["<IMG_CONTEXT>"])
 
 
-def mapped(folder: Path, mapping: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def mapped(folder: Path, mapping: Callable[..., Mapped], *arguments: Any) -> Mapped:
     """A mapping of the configuration of a folder, whose refusals then say which file they are about."""
     try:
         return mapping(*arguments)

@@ -16,12 +16,9 @@ from foveate.encoding.family import Family, budget_of
 from foveate.errors import DataError, one_line
 from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.small_files import WEIGHTS, bounded, read_tokenizer, refuse_links
+from foveate.models.checkpoint.small_files import TEMPLATE_BYTES, WEIGHTS, bounded, read_tokenizer, refuse_links
 from foveate.models.families import family_class
 from foveate.records import Message
-
-TEMPLATE_BYTES = 2**30
-"""Memory for a chat template that says one word."""
 
 
 @dataclass(frozen=True, slots=True)

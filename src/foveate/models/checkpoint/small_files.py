@@ -16,13 +16,26 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from foveate.encoding.chat import render
 from foveate.errors import DataError, one_line
+from foveate.records import Message
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".msgpack", ".h5")
 """Suffixes of files that are not small."""
+TEMPLATE_BYTES = 2**30
+"""Memory for a chat template that says a few words."""
+_IN_PARTS = (
+    "{%- set all = namespace(messages=[], parts=[]) -%}{%- for message in messages -%}{%- set all.parts = [] -%}"
+    "{%- for text in message['content'].split('<image>') -%}"
+    "{%- if not loop.first -%}{%- set all.parts = all.parts + [{'type': 'image'}] -%}{%- endif -%}"
+    "{%- if text -%}{%- set all.parts = all.parts + [{'type': 'text', 'text': text}] -%}{%- endif -%}{%- endfor -%}"
+    "{%- set all.messages = all.messages + [{'role': message['role'], 'content': all.parts}] -%}{%- endfor -%}"
+    "{%- set messages = all.messages -%}"
+)
+"""Stands before a chat template that knows contents as lists of parts alone (SmolVLM, Idefics3): it makes them."""
 MOST_JSON_BYTES, MOST_TILES = 200_000_000, 1024
-_ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
-"""Settings of the image processor that have one value: bicubic resize, pixels in 0..1, normalised."""
+_ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+"""Settings of the image processor that have one value: pixels resized, in 0..1, normalised."""
 
 
 @contextmanager
@@ -120,7 +133,23 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     older = folder / "chat_template.json"  # where processors kept it, which tokenizers do not look for
     if not tokenizer.chat_template and older.is_file():
         tokenizer.chat_template = read_json(older).get("chat_template")
+    if isinstance(tokenizer.chat_template, str) and not _says(tokenizer) and _says(tokenizer, _IN_PARTS):
+        tokenizer.chat_template = _IN_PARTS + tokenizer.chat_template
     return tokenizer
+
+
+def _says(tokenizer: PreTrainedTokenizerBase, before: str = "") -> bool:
+    """Whether the chat template, with something before it, writes what a message of text says."""
+    said = "It is so."
+    template: Any = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = before + template
+        with bounded(TEMPLATE_BYTES):
+            return said in render((Message("user", said),), tokenizer)
+    except Exception:  # a template is a program, and may raise anything; it is told elsewhere
+        return False
+    finally:
+        tokenizer.chat_template = template
 
 
 def require_words(folder: Path, tokenizer: PreTrainedTokenizerBase, words: Collection[str], model: str) -> None:
@@ -149,19 +178,45 @@ def check_vocabulary(folder: Path, rows: int, tokenizer: PreTrainedTokenizerBase
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """<|im_end|> (GPT-OSS: <|return|>) ends a turn; the tokenizer's own end token, where it is another one, ends it
-    too. Raises DataError where there is none."""
+    """The tokens that end an answer, the one that ends a turn first: <|im_end|> (GPT-OSS: <|return|>), else what the
+    chat template writes behind an answer; the tokenizer's own end token, and those of generation_config.json. Raises
+    DataError where there is none."""
     vocabulary = tokenizer.get_vocab()
-    words = ("<|im_end|>", "<|return|>", tokenizer.eos_token)
-    ids = tuple(dict.fromkeys(vocabulary[word] for word in words if word in vocabulary))
+    words = ("<|im_end|>", "<|return|>", _turn_end(tokenizer), tokenizer.eos_token)
+    ids = dict.fromkeys(vocabulary[word] for word in words if word in vocabulary)
+    ids |= dict.fromkeys(_generation_ends(folder, len(tokenizer)))
     if not ids:
         raise DataError(f"{folder}: the tokenizer has no end token; name one in tokenizer_config.json as eos_token")
-    return ids
+    return tuple(ids)
 
 
-def read_preprocessor(folder: Path, needed: Sequence[str]) -> dict[str, Any]:
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The special token that the chat template writes right behind an answer; "" where there is none, or where it takes
+    no such conversation. Whether it can be used at all is found elsewhere."""
+    said = "It is so."
+    try:
+        with bounded(TEMPLATE_BYTES):
+            text = render((Message("user", "?"), Message("assistant", said), Message("user", "?")), tokenizer)
+    except Exception:  # a template is a program, and may raise anything
+        return ""
+    after = text.rpartition(said)[2].lstrip(" ")
+    found = [token.content for token in tokenizer.added_tokens_decoder.values() if after.startswith(token.content)]
+    return max(found, key=len, default="")
+
+
+def _generation_ends(folder: Path, tokens: int) -> list[int]:
+    """The end tokens of generation_config.json, which other programs stop at."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if any(not isinstance(end, int) or isinstance(end, bool) for end in ends):
+        raise DataError(f"{path}: eos_token_id is {found!r:.60}; it must be a token id, or a list of them")
+    return [end for end in ends if 0 <= end < tokens]
+
+
+def read_preprocessor(folder: Path, needed: Sequence[str], *, resample: int = 3) -> dict[str, Any]:
     """The settings of transformers' image processor, refused where they lack something or ask for what is not built:
-    another resize than the bicubic one, or pixels that are not in 0..1 and normalised."""
+    another resize than that of PIL's number `resample` (3: bicubic), or pixels that are not in 0..1 and normalised."""
     path, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
     content = read_json(path) if path.is_file() else {}
     if not content and joint.is_file():
@@ -171,7 +226,7 @@ def read_preprocessor(folder: Path, needed: Sequence[str]) -> dict[str, Any]:
     absent = [key for key in (*needed, "image_mean", "image_std") if key not in content]
     if absent:
         raise DataError(f"{path}: lacks {', '.join(absent)}; images cannot be prepared as the model expects")
-    for key, only in _ONLY.items():
+    for key, only in {**_ONLY, "resample": resample}.items():
         if content.get(key, only) != only:
             raise DataError(f"{path}: {key} is {content[key]}; only {only} is known")
     for key, above in (("image_mean", -math.inf), ("image_std", 0.0)):

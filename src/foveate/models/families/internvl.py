@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
-from foveate.encoding.chat import DEFAULT_SYSTEM
+from foveate.encoding.chat import DEFAULT_SYSTEM, THINKING_SYSTEM
 from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
 from foveate.encoding.tiles import cut_tiles, tile_budget, tile_count
 from foveate.errors import DataError
@@ -62,6 +62,7 @@ class InternVL(Family):
     reserved = ("<IMG_CONTEXT>", "<img>", "</img>")
     control_words = (*Family.control_words, *_BANNED, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                      "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+    thinking_system = THINKING_SYSTEM
     unit = "tiles"
     auto_class = AutoModelForImageTextToText
     github_type = "internvl_chat"

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: images in their own shape, as patches with 3-D positions.
+"""Qwen2-VL and its successors: images in their own shape, as patches with 3-D positions.
 
 Sources: transformers, `image_processing_pil_qwen2_vl.py` (resizing, order of the patches) and the models' own code;
 Qwen2-VL (arXiv 2409.12191), section 2.1.
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.family import PER_MILLE, DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
-from foveate.errors import DataError
+from foveate.errors import ConfigError, DataError
 from foveate.models.checkpoint.formats import read_hf_config
 from foveate.models.checkpoint.small_files import (
     check_image_token,
@@ -46,7 +46,8 @@ _VLLM = ServedAs(
 class QwenVL(Family):
     """An image is resized to whole blocks of `merge` x `merge` patches of `patch` pixels, one token a block, with an
     area between `min_pixels` and the budget. Each patch is given `repeats` times, as frames of a video.
-    `relative_boxes`: boxes are thousandths of the sides, else pixels of the resized image."""
+    `relative_boxes`: boxes are thousandths of the sides, else pixels of the resized image. `mlp_matrices`: of a block
+    of the vision tower. `counts_frames`: the limits of the image processor are of all repeats of an image."""
 
     patch: int
     merge: int
@@ -56,6 +57,9 @@ class QwenVL(Family):
     std: tuple[float, ...]
 
     relative_boxes: ClassVar[bool] = True
+    mlp_matrices: ClassVar[int] = 2
+    image_word: ClassVar[str] = "<|image_pad|>"
+    counts_frames: ClassVar[bool] = False
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "vision": ("model.visual",),
         "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
@@ -73,7 +77,7 @@ class QwenVL(Family):
     def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Self]:
         config, vocabulary = read_hf_config(folder, cls.towers), tokenizer.get_vocab()
         require_words(folder, tokenizer, cls.reserved, "the model")
-        check_image_token(folder, config.image_token_id, tokenizer, "<|image_pad|>")
+        check_image_token(folder, config.image_token_id, tokenizer, cls.image_word)
         check_vocabulary(folder, config.text_config.vocab_size, tokenizer)
         vision, processor = config.vision_config, read_preprocessor(folder, [])
         sizes = {
@@ -87,6 +91,7 @@ class QwenVL(Family):
                     f"{folder}: {key} of the image processor is {processor[key]}, the vision tower's is {value}"
                 )
         least, most = _pixel_limits(folder, processor)
+        frames = vision.temporal_patch_size if cls.counts_frames else 1
         return config, cls(
             name=config.model_type,
             image_token_id=config.image_token_id,
@@ -95,25 +100,46 @@ class QwenVL(Family):
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             repeats=vision.temporal_patch_size,
-            min_pixels=least,
-            budget=most,
+            min_pixels=-(-least // frames),
+            budget=most // frames,
             mean=tuple(processor["image_mean"]),
             std=tuple(processor["image_std"]),
         )
 
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        vision = config.vision_config
+        return cls(
+            name=config.model_type, stop_ids=(), patch=vision.patch_size, merge=vision.spatial_merge_size,
+            repeats=vision.temporal_patch_size, min_pixels=0, mean=(), std=(),
+        )  # fmt: skip
+
     def piece(self, config: Any) -> ImagePiece:
         """A square of 16 x 16 tokens: 448 pixels wide in Qwen2.5-VL, a tile of InternVL."""
-        vision, text, side = config.vision_config, config.text_config, 16
-        width, tokens, inner = vision.hidden_size, side**2, vision.hidden_size * self.merge**2
+        vision, side = config.vision_config, 16
+        tokens, (width, ffn) = side**2, self._widths(vision)
         patches = tokens * self.merge**2
-        window = min(patches, (vision.window_size // self.patch) ** 2)
-        whole = sum(index < vision.depth for index in vision.fullatt_block_indexes)
-        pairs = patches * (whole * patches + (vision.depth - whole) * window)
-        blocks = 2 * patches * vision.depth * (4 * width**2 + 3 * width * vision.intermediate_size) + 4 * width * pairs
+        pairs = patches * self._keys(vision, patches)
+        mlp = self.mlp_matrices * width * ffn
+        blocks = 2 * patches * vision.depth * (4 * width**2 + mlp) + 4 * width * pairs
         stem = 2 * patches * width * 3 * self.repeats * self.patch**2
-        merger = 2 * tokens * (inner**2 + inner * text.hidden_size)
+        merger = self._merger_flops(config, tokens)
         pixels = (patches, 3, self.patch, self.patch)
         return ImagePiece(tokens, pixels, (side, side), blocks + stem + merger)
+
+    def _merger_flops(self, config: Any, tokens: int) -> float:
+        vision = config.vision_config
+        inner = self._widths(vision)[0] * self.merge**2
+        mergers = 1 + len(vision.to_dict().get("deepstack_visual_indexes") or ())
+        return 2.0 * tokens * (inner**2 + inner * config.text_config.hidden_size) * mergers
+
+    def _widths(self, vision: Any) -> tuple[int, int]:
+        """Of the vision tower, and of the MLP in its blocks."""
+        return vision.hidden_size, vision.intermediate_size
+
+    def _keys(self, vision: Any, patches: int) -> int:
+        """The patches that a patch of so many attends to, in all blocks."""
+        return vision.depth * patches
 
     @property
     def dummy_image(self) -> DummyImage:
@@ -176,19 +202,24 @@ class QwenVL(Family):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen2VL(QwenVL):
+    towers = ("qwen2_vl_text",)
+
+    def _widths(self, vision: Any) -> tuple[int, int]:
+        return vision.embed_dim, vision.embed_dim * vision.mlp_ratio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen25VL(QwenVL):
     relative_boxes = False
-
-    @classmethod
-    def planned(cls, config: Any) -> Self:
-        vision = config.vision_config
-        return cls(
-            name=config.model_type, stop_ids=(), patch=vision.patch_size, merge=vision.spatial_merge_size,
-            repeats=vision.temporal_patch_size, min_pixels=0, mean=(), std=(),
-        )  # fmt: skip
-
+    mlp_matrices = 3
     towers = ("qwen2_5_vl_text",)
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+
+    def _keys(self, vision: Any, patches: int) -> int:
+        window = min(patches, (vision.window_size // self.patch) ** 2)
+        whole = sum(index < vision.depth for index in vision.fullatt_block_indexes)
+        return whole * patches + (vision.depth - whole) * window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,10 +227,15 @@ class Qwen3VL(QwenVL):
     towers = ("qwen3_vl_text",)
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
 
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        raise ConfigError(f"{config.model_type} is not planned: where DeepStack adds features is found by values")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen3VLMoe(QwenVL):
+class Qwen3VLMoe(Qwen3VL):
     towers = ("qwen3_vl_moe_text",)
+    servers: ClassVar[Mapping[str, ServedAs]] = {}
     transposed_experts = True
 
 

@@ -9,20 +9,30 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from foveate.encoding.family import Family, ServedAs
-from foveate.models.checkpoint.formats import read_hf_config
+from foveate.encoding.family import Family, ImagePiece, ServedAs
+from foveate.models.checkpoint.formats import mapped, read_hf_config
 from foveate.models.checkpoint.small_files import check_vocabulary, stop_ids
+from foveate.models.families.proof import forest_difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOnly(Family):
-    """A model that sees text alone: it refuses every image."""
+    """A model that sees text alone: it refuses every image. The proof says whether its attention is known."""
 
     @classmethod
     def read(cls, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Self]:
         config = read_hf_config(folder, cls.towers)
         check_vocabulary(folder, config.vocab_size, tokenizer)
-        return config, cls(name=config.model_type, stop_ids=stop_ids(folder, tokenizer))
+        proof = mapped(folder, forest_difference, config)
+        return config, cls(name=config.model_type, stop_ids=stop_ids(folder, tokenizer), proof=proof)
+
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        return cls(name=config.model_type, stop_ids=())
+
+    def piece(self, config: Any) -> ImagePiece:  # noqa: ARG002
+        """Nothing: plans count no pieces of a model without images."""
+        return ImagePiece(1, (0,), None, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +40,10 @@ class ServedText(TextOnly):
     """One that vLLM and SGLang take as it is."""
 
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs(), "sglang": ServedAs()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen35Text(TextOnly):
+    """The language model of Qwen3.5 by itself. Checkpoints hold layers for multi-token prediction."""
+
+    untrained = ("mtp.",)

@@ -1,8 +1,13 @@
-"""The answers of the native engine while they are sampled: requests that wait, and rows that a step extends."""
+"""The answers of the native engine while they are sampled: requests that wait, and rows that a step extends.
+
+An answer of several turns leaves its row where a turn ends, and waits for what it observes. It has its keys and values
+meanwhile (`kept`), unless its request is put back for others; then it joins again from its tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foveate.parallel.packing import prompt_end
-from foveate.records import Answer, PackedGroup, SamplingParams
-from foveate.rollout.engine import Request
+from foveate.parallel.packing import next_position
+from foveate.records import Answer, PackedGroup, SamplingParams, Segment
+from foveate.rollout.engine import Observe, Request, behind, has_turn_ended
 from foveate.rollout.native.cache import BatchCache
 from foveate.rollout.native.graphs import Step
 from foveate.rollout.native.sampling import uniforms
+from foveate.rollout.native.shelves import Kept
 
 Watch = Callable[[int, int, float], str]
 """Called with every token: (number of the answer, token, log-prob) -> the finish of an answer that is to end with this
@@ -27,26 +33,42 @@ Draw = Callable[[Tensor, Tensor, SamplingParams], tuple[Tensor, Tensor]]
 @dataclass(slots=True, eq=False)
 class DecodeJob:
     """A request on its way. `answers` are those that are there, with finish "abort" where they are to go on; None are
-    not begun. `open`: how many have rows, since the step `joined`. Tokens of
-    one `kind` are drawn alike."""
+    not begun. `rows`: which of them have rows, the first since the step `joined`; `asked`: which wait for an
+    observation, and `kept` what the cache has of these. Tokens of one `kind` are drawn alike."""
 
     key: Any
     request: Request
     sampling: SamplingParams
     watch: Watch | None = None
+    observe: Observe | None = None
     answers: list[Answer | None] = field(default_factory=list)
-    open: int = 0
+    rows: set[int] = field(default_factory=set)
+    asked: set[int] = field(default_factory=set)
+    kept: dict[int, Kept] = field(default_factory=dict)
     joined: int = 0
     kind: SamplingParams = field(init=False)
 
     def __post_init__(self) -> None:
         self.kind = replace(self.sampling, samples=1, max_tokens=1)
-        self.answers = [*self.request.partial_answers] or [None] * self.sampling.samples
+        begun = (one if len(one) or one.finish != "abort" else None for one in self.request.partial_answers)
+        self.answers = [*begun] or [None] * self.sampling.samples
 
     @property
     def unfinished(self) -> list[int]:
-        """The numbers of the answers that are to be sampled."""
-        return [i for i, one in enumerate(self.answers) if one is None or one.finish == "abort"]
+        """The numbers of the answers that are to be sampled and have no rows, those first that were begun."""
+        busy = self.rows | self.asked
+        free = [(one, i) for i, one in enumerate(self.answers) if i not in busy]
+        begun = [i for one, i in free if one is not None and one.finish == "abort"]
+        return begun + [i for one, i in free if one is None]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the cache has any of it."""
+        return bool(self.rows or self.kept)
+
+    @property
+    def is_done(self) -> bool:
+        return not (self.rows or self.asked or self.unfinished)
 
     @property
     def group(self) -> tuple[Answer, ...]:
@@ -59,7 +81,7 @@ class DecodeJob:
 
     @property
     def begun(self) -> tuple[Answer, ...]:
-        return tuple(one for one in self.answers if one is not None and one.finish == "abort")
+        return tuple(one for number in self.unfinished if (one := self.answers[number]) is not None)
 
     @property
     def limit(self) -> int:
@@ -108,6 +130,7 @@ class DecodeBatch:
         self.running: list[DecodeJob] = []
         self.live: list[_Live | None] = []
         self.failed: list[DecodeJob] = []
+        self.asked: dict[Future[Segment | None], tuple[DecodeJob, int]] = {}
         self._kinds: list[tuple[SamplingParams, Tensor | None]] = []
         self._decode, self._device, self._slack = decode, device, slack
         self._seats: list[int] = []
@@ -121,7 +144,13 @@ class DecodeBatch:
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.asked)
+
+    @property
+    def left(self) -> list[DecodeJob]:
+        """The jobs that are begun and have no rows, when a pause has ended the steps."""
+        found = [job for job in self.waiting if job.was_begun]
+        return found + [job for job in dict.fromkeys(job for job, _ in self.asked.values()) if job not in found]
 
     @property
     def ahead(self) -> int:
@@ -140,18 +169,27 @@ class DecodeBatch:
         """The answers that were announced to the cache have rows now: these rows, and their numbers among those that
         were announced."""
         newcomers: list[_Live] = []
-        ends: list[int] = []
         for job in jobs:
-            numbers = job.unfinished
-            job.open, job.joined = len(numbers), self.cache.rows.step
-            ends += [prompt_end(job.request.prompt)] * len(numbers)
-            for number in numbers:
-                before = job.answers[number]
-                begun = 0 if before is None else len(before)
-                seat = self._take_seat(job, number)
-                last = self.cache.rows.step + job.sampling.max_tokens - begun - 1
-                newcomers.append(_Live(job, number, begun, seat, last, version))
-        self.running += jobs
+            job.joined = self.cache.rows.step
+            newcomers += [self._seated(job, number, version) for number in job.unfinished]
+        self.running += [job for job in jobs if job not in self.running]
+        return self._become_rows(newcomers)
+
+    def come_back(self, returning: Sequence[tuple[DecodeJob, int]], version: int) -> tuple[list[int], list[int]]:
+        """The same for answers whose return was announced to the cache."""
+        for job, number in returning:
+            del job.kept[number]
+        return self._become_rows([self._seated(job, number, version) for job, number in returning])
+
+    def _seated(self, job: DecodeJob, number: int, version: int) -> _Live:
+        before = job.answers[number]
+        begun = 0 if before is None else len(before)
+        job.rows.add(number)
+        last = self.cache.rows.step + job.sampling.max_tokens - begun - 1
+        return _Live(job, number, begun, self._take_seat(job, number), last, version)
+
+    def _become_rows(self, newcomers: list[_Live]) -> tuple[list[int], list[int]]:
+        ends = [next_position(one.job.request.prompt, one.job.answers[one.number]) - one.begun for one in newcomers]
         former = len(self.live)
         self.live += newcomers
         self._seat_B = torch.cat([self._seat_B, self._on_device([one.seat for one in newcomers])])
@@ -240,39 +278,108 @@ class DecodeBatch:
             end = "length" if step >= one.last else "abort" if paused else ""
             if finish := "stop" if is_stop else said or end:
                 ended.append((row, finish))
-        return self._leave(ended)
+        return self._leave(ended, paused)
 
-    def _leave(self, ended: Sequence[tuple[int, str]]) -> list[DecodeJob]:
+    def _leave(self, ended: Sequence[tuple[int, str]], paused: bool = False) -> list[DecodeJob]:
         done: list[DecodeJob] = []
+        park: list[int] = []
         for row, finish in ended:
             one = self.live[row]
             assert one is not None
-            job, self.live[row] = one.job, None
-            job.answers[one.number] = self._answer(one, finish)
+            job, number, self.live[row] = one.job, one.number, None
+            job.answers[number] = answer = self._answer(one, finish)
             self._seats.append(one.seat)
-            job.open -= 1
-            if not job.open:
+            job.rows.discard(number)
+            if finish == "stop" and job.observe is not None:
+                job.kept[number] = self.cache.rows.kept[row]
+                self.ask(job, number, answer)
+                park.append(row)
+            if not job.is_held:
                 self.running.remove(job)
+            if not job.rows and not job.asked and (paused or job.observe is None or job.is_done):
                 done.append(job)
         if ended:
             self._next_end = min((one.last for one in self.live if one is not None), default=0)
             missing = sum(one is None for one in self.live)
-            if missing == len(self.live) or missing > self._slack * len(self.live):
-                self.tidy()
+            if park or missing == len(self.live) or missing > self._slack * len(self.live):
+                self.tidy(park)
         return done
 
-    def tidy(self) -> None:
-        """Answers that are complete leave their rows."""
+    def tidy(self, park: Sequence[int] = (), gone: Sequence[Kept] = ()) -> None:
+        """Answers that are complete leave their rows, and those in the rows `park` keep their memory; what is kept of
+        `gone` is dropped."""
         stay = [row for row, one in enumerate(self.live) if one is not None]
-        if len(stay) < len(self.live):
-            self.reorder(self.cache.drop(stay))
+        if len(stay) < len(self.live) or gone:
+            self.reorder(self.cache.drop(stay, park, gone))
 
     def put_back(self, job: DecodeJob, place: int) -> None:
         """Its answers leave their rows and wait at a place of the queue, to go on from the tokens that they have."""
+        gone = [*job.kept.values()]
+        job.kept.clear()
         rows = [(row, "abort") for row, one in enumerate(self.live) if one is not None and one.job is job]
         self._leave(rows)
-        self.tidy()
-        self.waiting.insert(place, job)
+        self.tidy(gone=gone)
+        if job in self.running:
+            self.running.remove(job)
+        if job.unfinished and job not in self.waiting:
+            self.waiting.insert(place, job)
+
+    # ----------------------------------------------------------------------------------------------- the observations
+
+    def add(self, job: DecodeJob, stop_ids: Sequence[int]) -> None:
+        """A job waits for its rows, and answers of it that were interrupted behind a turn for their observations."""
+        for number in job.unfinished if job.observe is not None else ():
+            answer = job.answers[number]
+            if answer is not None and has_turn_ended(answer, stop_ids):
+                self.ask(job, number, answer)
+        if job.unfinished:
+            self.waiting.append(job)
+
+    def ask(self, job: DecodeJob, number: int, answer: Answer) -> None:
+        """Ask what an answer reads next."""
+        assert job.observe is not None
+        job.answers[number] = replace(answer, finish="abort")
+        job.asked.add(number)
+        with torch.inference_mode(False):  # the caller may make tensors that are trained on
+            self.asked[job.observe(job.key, number, replace(answer, finish="stop"))] = job, number
+
+    def wait(self, seconds: float) -> None:
+        """Until an observation is there, and so long at most."""
+        wait(self.asked, seconds, FIRST_COMPLETED)
+
+    def collect(self) -> tuple[list[tuple[DecodeJob, int]], list[DecodeJob]]:
+        """Take the observations that are there: the answers that go on from what the cache keeps of them, and the jobs
+        that are complete with what has come. Answers of which it keeps nothing wait with their jobs."""
+        returning: list[tuple[DecodeJob, int]] = []
+        done: list[DecodeJob] = []
+        gone: list[Kept] = []
+        for future in [one for one in self.asked if one.done()]:
+            job, number = self.asked.pop(future)
+            seen, answer = future.result(), job.answers[number]
+            assert answer is not None
+            job.asked.discard(number)
+            if seen is not None and len(answer) + len(seen) < job.sampling.max_tokens:
+                job.answers[number] = behind(answer, seen)
+                if number in job.kept and any(slot.bidirectional for slot in seen.slots):
+                    gone.append(job.kept.pop(number))  # what stands before such an image goes through with it
+                if number in job.kept:
+                    job.asked.add(number)  # until it has its row
+                    returning.append((job, number))
+                elif job not in self.waiting:
+                    self.waiting.insert(0, job)
+                if job in self.running and not job.is_held:
+                    self.running.remove(job)
+                continue
+            job.answers[number] = replace(answer, finish="stop" if seen is None else "length")
+            if number in job.kept:
+                gone.append(job.kept.pop(number))
+            if job in self.running and not job.is_held:
+                self.running.remove(job)
+            if job.is_done:
+                done.append(job)
+        if gone:
+            self.tidy(gone=gone)
+        return returning, done
 
     def _answer(self, one: _Live, finish: str) -> Answer:
         """The answer of a row, with what was there before."""
@@ -280,7 +387,8 @@ class DecodeBatch:
         before = one.job.answers[one.number]
         new = slice(one.begun, end)
         ids, logprobs = (table[one.seat, new].tolist() for table in (self._token_ids, self._logprobs))
-        text = self._decode(tuple(ids) if before is None else (*before.token_ids, *ids))
+        turn = [] if before is None or not before.segments[-1].trained else before.segments[-1].token_ids.tolist()
+        text = self._decode((*turn, *ids))
         more = Answer.sampled(ids, logprobs, text, finish, one.version)
         return more if before is None else before.continued_by(more, text)
 

@@ -23,16 +23,18 @@ rows as they were), append it to its rows in `fork`, and in both `fork` and `dro
 recurrence needs no more, `state = torch.cat([state, new])[moves.source]` with `new` the states at `Rows.last_B`. A kind
 that keeps something per token also follows `Moves.copies` and `Moves.arrivals`, as `KeysAndValues` does. It has a door
 like `BatchCache.attend` by which transformers' modules reach it. An answer that was begun elsewhere, that was put back
-for others, or that continues behind an observation, joins with its prompt: its tokens are a segment below it in the
-packed row, whatever they are and with the images among them. (To keep the keys of an answer over an observation, its
-slot would move to a shelf outside `Rows.own` while the environment works; the observation would be a packed row whose
-segments attend to both slots of their answer, as `_attend_prompt` and `_attend_own` do for one token.)
+for others, joins with its prompt: its tokens are a segment below it in the packed row, whatever they are and with the
+images among them.
+
+An answer that waits for an observation leaves its row and keeps its memory: its slot moves to a shelf that no step
+meets. The observation is a packed row of its own, whose tokens meet the prompt, the answer so far, and those before
+them; with it the answer becomes a row again. A turn costs its new tokens, whatever came before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -40,9 +42,11 @@ from torch.nn.functional import pad
 
 from foveate.models.attention.kernels import PLAIN, AttentionOptions
 from foveate.models.policy import Policy
+from foveate.models.sizes import key_value_numbers
 from foveate.records import Forest
 from foveate.rollout.native.recurrent import Recurrence
-from foveate.rollout.native.rows import Copy, Moves, Own, Rows, Shared, Shelf
+from foveate.rollout.native.rows import Own, Rows, Shared
+from foveate.rollout.native.shelves import Copy, Kept, Moves, Shelf
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _MANY = 64
@@ -51,8 +55,8 @@ _MANY = 64
 
 def cached_numbers(policy: Policy) -> int:
     """Numbers that a token has as keys and values in all layers of the language model."""
-    parameters = policy.part("language").named_parameters()
-    return 2 * sum(len(weight) for name, weight in parameters if name.endswith("k_proj.weight"))
+    config: Any = policy.model.config
+    return key_value_numbers(config.get_text_config())
 
 
 class SequenceState(Protocol):
@@ -74,7 +78,12 @@ class SequenceState(Protocol):
         ...
 
     def drop(self, moves: Moves) -> None:
-        """Rows have left or moved. `Rows` is already that of the others."""
+        """Rows have left or moved, and some wait from now on. `Rows` is already that of the others."""
+        ...
+
+    def observe(self, *inputs: Any, **named: Any) -> Tensor:
+        """Take in the packed row of the answers in `Rows.returns`, and keep what `fork` will add to their memory; the
+        layer's output for it."""
         ...
 
 
@@ -100,14 +109,16 @@ class KeysAndValues:
         for arrival in moves.arrivals:
             length = arrival.index.shape[1]
             slots = _as_slice(arrival.target)
+            span = slice(arrival.begin, arrival.begin + length)
             for kept, new in zip(self._room(arrival.shelf), self._new, strict=True):
-                kept[slots, :, :length] = new[:, arrival.index].transpose(0, 1)
+                kept[slots, :, span] = new[:, arrival.index].transpose(0, 1)
         self._new = ()
 
     def drop(self, moves: Moves) -> None:
         for copy in moves.copies:
             self._copy(copy)
-        present = {view.shelf for view in (*self._rows.own, *self._rows.shared)}
+        rows = self._rows
+        present = {*rows.answers.values(), *rows.prompts.values(), *rows.waiting.values()}
         for shelf in [*self.shelves]:
             if shelf not in present:
                 del self.shelves[shelf]
@@ -147,6 +158,22 @@ class KeysAndValues:
             out *= torch.sigmoid(lse - options.sinks.float().view(lse.shape[1:]))[..., None]
         return out.to(value.dtype).reshape(rows, heads, width).transpose(0, 1)
 
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions) -> Tensor:
+        """Query (H, T, d), key and value (H_kv, T, d) of the packed row; returns (H, T, d)."""
+        out = torch.empty_like(query, dtype=value.dtype)
+        for back in self._rows.returns:
+            new = slice(back.start, back.start + back.tokens)
+            own, prompt = ([memory[slot] for memory in self.shelves[shelf]] for shelf, slot in (back.own, back.prompt))
+            assert back.one.prompt is not None
+            before = back.one.prompt.length, back.one.length
+            path = [
+                torch.cat([first[:, : before[0]], then[:, : before[1]], last[:, new]], 1)
+                for first, then, last in zip(prompt, own, (key, value), strict=True)
+            ]
+            out[:, new] = _attend_path(query[:, new].to(value.dtype), path[0], path[1], scale, options)
+        self._new = key, value
+        return out
+
     def _attend_prompts(self, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         """Query (B, H_kv, H / H_kv, d) against the prompts."""
         shelves = self._rows.shared
@@ -183,6 +210,24 @@ class KeysAndValues:
         return partial_attention(query[span], key, value, scale, rows.own_bias(own, window))
 
 
+def _attend_path(query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions) -> Tensor:
+    """Query (H, t, d) of the last t tokens of a path, against all L of them, (H_kv, L, d)."""
+    heads, tokens, width = query.shape
+    kv_heads, length = key.shape[:2]
+    places = torch.arange(length, device=key.device)
+    own = places[-tokens:, None]
+    hidden = places > own
+    if options.window is not None:
+        hidden |= own - places >= options.window
+    bias = torch.zeros(hidden.shape, device=key.device).masked_fill(hidden, float("-inf"))
+    bias = bias.repeat(heads // kv_heads, 1)[None, None]
+    out, lse = partial_attention(query.reshape(1, kv_heads, -1, width), key[None], value[None], scale, bias)
+    out, lse = out.reshape(heads, tokens, width), lse.reshape(heads, tokens)
+    if options.sinks is not None:
+        out = out.float() * torch.sigmoid(lse.float() - options.sinks.float()[:, None])[..., None]
+    return out.to(value.dtype)
+
+
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return parts[0] if len(parts) == 1 else (torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts]))
 
@@ -195,40 +240,46 @@ def _as_slice(slots: Sequence[int]) -> slice:
 class BatchCache:
     """The states of all layers of a running batch.
 
-    Between `announce` and `join` the language model is given the packed row of newcomers, otherwise one token of each
-    of B live answers, in the order of `rows`. `extend` ends a step; `drop` lets finished answers leave. The changes of
-    the rows that are returned are those of `Moves.source`.
+    Between `announce` and `join` the language model is given the packed row of newcomers, between `announce_return` and
+    `join` that of answers which have waited, otherwise one token of each of B live answers, in the order of `rows`.
+    `extend` ends a step; `drop` lets finished answers leave. The changes of the rows that are returned are those of
+    `Moves.source`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rows = Rows(device)
         self.states: dict[int, SequenceState] = {}
-        self._joining = False
+        self._joining: Literal["", "new", "back"] = ""
 
     def announce(self, forest: Forest, lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> None:
         """As `Rows.announce`. The packed row comes next; should it fail, nothing has happened."""
         self.rows.announce(forest, lengths, limits)
-        self._joining = True
+        self._joining = "new"
+
+    def announce_return(self, ones: Sequence[Kept], tokens: Sequence[int]) -> None:
+        """As `Rows.announce_return`, and else as `announce`."""
+        self.rows.announce_return(ones, tokens)
+        self._joining = "back"
 
     def join(self) -> Tensor:
-        """The newcomers become rows."""
-        self._joining = False
-        moves = self.rows.join()
+        """Those who were announced become rows."""
+        moves = self.rows.join() if self._joining == "new" else self.rows.come_back()
+        self._joining = ""
         for state in self.states.values():
             state.fork(moves)
         return moves.source
 
     def abandon(self) -> None:
         """The packed row has failed: those who were announced do not come."""
-        self._joining = False
+        self._joining = ""
 
     def extend(self) -> None:
         """The row that went through all layers is now part of the answers."""
         self.rows.advance()
 
-    def drop(self, live: Sequence[int]) -> Tensor:
-        """Only the answers in the rows `live` are left."""
-        return self._move(self.rows.drop(live))
+    def drop(self, live: Sequence[int], park: Sequence[int] = (), gone: Sequence[Kept] = ()) -> Tensor:
+        """As `Rows.drop`."""
+        return self._move(self.rows.drop(live, park, gone))
 
     def promote(self) -> Tensor | None:
         """Answers that have filled their slots get larger ones. Comes before each step that is not fixed."""
@@ -244,7 +295,10 @@ class BatchCache:
         self, layer: int, kind: Callable[[Rows], SequenceState], kept: Sequence[Any], given: Sequence[Any]
     ) -> Any:
         """One call of a layer with a state of this kind. While newcomers are computed the state keeps `kept` and the
-        answer is None; in steps it is the state's output for what is `given`. Layers come in order."""
+        answer is None; in steps, and for answers that have waited, it is the state's output for what is `given`. Layers
+        come in order."""
+        if self._joining == "back":
+            return self.states[layer].observe(*given)
         if self._joining:
             if layer not in self.states:
                 self.states[layer] = kind(self.rows)
@@ -257,7 +311,7 @@ class BatchCache:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions = PLAIN
     ) -> Tensor | None:
         """The door of `foveate.models.attention.kernels.KeyValueCache`: query (H, T, d), key and value (H_kv, T, d).
-        Returns None while newcomers are computed, else the output (H, B, d)."""
+        Returns None while newcomers are computed, else the output in the shape of `query`."""
         key = key.to(value.dtype)
         return self.call_layer(layer, KeysAndValues, (key, value), (query, key, value, scale, options))
 

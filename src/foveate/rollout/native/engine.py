@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import DataError
-from foveate.models.forward import evaluating, hidden_states
+from foveate.models.forward import embed, evaluating, hidden_states
 from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
+from foveate.models.sizes import state_numbers
 from foveate.parallel.fsdp import full_tensor
-from foveate.parallel.packing import pack
+from foveate.parallel.packing import pack, pack_tails
 from foveate.records import Answer, Prompt, SamplingParams
-from foveate.rollout.engine import Request, in_order
+from foveate.rollout.engine import Observe, Request, in_order
 from foveate.rollout.native.batch import DecodeBatch, DecodeJob
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
-from foveate.rollout.native.rows import Use
+from foveate.rollout.native.room import Use
 from foveate.rollout.native.sampling import draw
+from foveate.rollout.native.shelves import FIRST_ROOM
 
 _TOKENS = 32_768
 _LOGITS = 1 << 24
@@ -31,6 +33,8 @@ _LOGITS = 1 << 24
 _SLACK, _WORTH = 0.25, 16
 """Where steps are recorded: which share of the rows may be done before the rest is recorded anew, and how many steps
 must be ahead to record one."""
+_LOOK = 0.05
+"""Seconds after which a pause is noticed at the latest where all answers wait for observations."""
 _PREFILL = 4096
 """Tokens of newcomers that go through the model between two steps of those that are there; one prompt may be longer."""
 
@@ -39,12 +43,16 @@ _PREFILL = 4096
 class Stats:
     """Counts of the engine's work since it was made. `prefills` and `prefill_tokens` count prompts and their tokens,
     those of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the
-    answer tokens that went through them (the last token of an answer is never fed back)."""
+    answer tokens that went through them (the last token of an answer is never fed back). `turns` counts answers that
+    went on behind an observation from what was kept of them, `turn_tokens` what went through the model for it: the
+    observation, and the token before it."""
 
     prefills: int = 0
     prefill_tokens: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
+    turns: int = 0
+    turn_tokens: int = 0
 
 
 class NativeEngine:
@@ -106,27 +114,30 @@ class NativeEngine:
         own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
         return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> list[tuple[Answer, ...]]:
         """`sampling.samples` answers per request, in the order of the requests. An answer ends with a stop token, which
         it includes (finish "stop"), or after `sampling.max_tokens` tokens (finish "length")."""
-        return in_order(self.stream(requests, sampling), requests)
+        observing = () if observe is None else (observe,)  # subclasses may know one turn alone
+        return in_order(self.stream(requests, sampling, *observing), requests)
 
     def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         """Groups as they finish, computed as the caller asks for them."""
         batch = self.open()
         for index, request in enumerate(requests):
-            job = DecodeJob(index, request, sampling)
+            job = DecodeJob(index, request, sampling, observe=observe)
             if job.unfinished:
-                batch.waiting.append(job)
+                batch.add(job, self.policy.family.stop_ids)
             else:
                 yield index, request.partial_answers
         while batch.busy:
             for job in self._advance(batch):
                 yield job.key, job.group
-            if self._paused.is_set() and not batch.running:
-                yield from ((job.key, job.group) for job in batch.waiting if job.was_begun)
+            if self._paused.is_set() and not batch.live:
+                yield from ((job.key, job.group) for job in batch.left)
                 return
 
     def open(self, token_budget: int | None = None, turn: int | None = None) -> DecodeBatch:
@@ -180,19 +191,24 @@ class NativeEngine:
         where autograd is off and the model in evaluation mode."""
         finished: list[DecodeJob] = []
         with torch.inference_mode(), evaluating(self.policy.model):
-            while batch.busy and not finished and (batch.running or not self._paused.is_set()):
+            while batch.busy and not finished and (batch.live or not self._paused.is_set()):
                 finished = self._step(batch)
+                if batch.asked and not (finished or batch.live):
+                    batch.wait(_LOOK)
         return finished
 
     def _step(self, batch: DecodeBatch) -> list[DecodeJob]:
         rows, finished = batch.cache.rows, list[DecodeJob]()
+        if batch.asked and not self._paused.is_set():
+            returning, finished = batch.collect()
+            finished += self._go_on(batch, returning)
         if not rows.is_fixed or (batch.turn is not None and batch.waiting):
             batch.tidy()
             if not self._paused.is_set():
-                finished = self._let_join(batch)
+                finished += self._let_join(batch)
             while len(batch.running) > 1 and Use(rows).places > batch.token_budget:
                 batch.put_back(batch.running[-1], 0)
-        if batch.running:
+        if batch.live:
             hidden = self._decode_step(batch)
             found = batch.sample(hidden, self._draw)
             finished += batch.finish(*found, self._stop, self._paused.is_set())
@@ -217,11 +233,39 @@ class NativeEngine:
         found = batch.sample(last[order], self._draw, newcomers)
         return batch.finish(*found, self._stop, self._paused.is_set(), newcomers)
 
+    def _go_on(self, batch: DecodeBatch, returning: Sequence[tuple[DecodeJob, int]]) -> list[DecodeJob]:
+        """Let answers go on behind what they have observed: their observations go through the model as one row, which
+        meets what the cache keeps of them. The jobs that their first tokens complete."""
+        if not returning:
+            return []
+        tails = []
+        for job, number in returning:
+            answer = job.answers[number]
+            assert answer is not None
+            job.asked.discard(number)
+            tails.append((job.request.prompt, answer, job.kept[number].length))
+        packed = pack_tails(tails).to(self.policy.device)
+        kept = [job.kept[number] for job, number in returning]
+        batch.cache.announce_return(kept, packed.forest.length)
+        embeddings, more = embed(self.policy, packed)
+        language: Any = self.policy.part("language")
+        position = packed.position_T[..., None, :]
+        out = language(
+            inputs_embeds=embeddings[None], position_ids=position, cache=batch.cache, use_cache=False, **more
+        )
+        last = out.last_hidden_state[0][batch.cache.rows.last_B]
+        self.stats.turns += len(returning)
+        self.stats.turn_tokens += packed.forest.tokens
+        newcomers, order = batch.come_back(returning, self.version)
+        found = batch.sample(last[order], self._draw, newcomers)
+        return batch.finish(*found, self._stop, self._paused.is_set(), newcomers)
+
     def _choose(self, batch: DecodeBatch) -> list[DecodeJob]:
         """The first of those that wait, as many as have room, and as do not keep those waiting who have rows."""
         use, tokens = Use(batch.cache.rows), 0
         for number, job in enumerate(batch.waiting):
-            lengths = [len(one) for one in job.begun] or [0] * len(job.unfinished)
+            lengths = [len(one) for one in job.begun]
+            lengths += [0] * (len(job.unfinished) - len(lengths))
             places = use.with_more(len(job.request.prompt), lengths, job.limit)
             tokens += job.tokens
             is_first = number == 0 and not batch.running
@@ -286,14 +330,19 @@ class NativeEngine:
 
 def cache_tokens(policy: Policy) -> int:
     """How many tokens a decode batch may hold by default: 32,768, or what half of a GPU's free memory has room for,
-    each with its keys and values in all layers, and with 16 hidden states while it is first computed."""
+    each with its keys and values in all layers, and with 16 hidden states while it is first computed. States of
+    recurrent layers count as those of the tokens that an answer begins with room for."""
     if policy.device.type != "cuda":
         return _TOKENS
     head = policy.part("head").weight
     assert isinstance(head, Tensor)
-    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size()
+    config: Any = policy.model.config
+    states = state_numbers(config.get_text_config()) * 4 // FIRST_ROOM
+    size = (cached_numbers(policy) + 16 * head.shape[1]) * head.element_size() + states
     held = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
-    return max(_TOKENS, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size))
+    return max(
+        _TOKENS if not states else FIRST_ROOM, int((torch.cuda.mem_get_info(policy.device)[0] + held) / 2 / size)
+    )
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Where the sequences of a running batch lie: rows, prompts and the shelves that hold them."""
+"""Where the sequences of a running batch lie: which rows and prompts, on which shelves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -10,93 +10,12 @@ import torch
 from torch import Tensor
 
 from foveate.records import Forest
+from foveate.rollout.native.shelves import Arrival, Copy, Kept, Moves, Return, Shelf, first_room, slot_size
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
 _PLACES = 256
 """A step that is recorded meets so many places of each answer, or a multiple."""
-SMALLEST, FIRST_ROOM = 32, 256
-"""Places of the smallest slots, and of those in which an answer begins that may become longer."""
-
-
-def slot_size(tokens: int) -> int:
-    """The places of the slot for so many tokens: a power of two."""
-    return max(SMALLEST, 1 << (tokens - 1).bit_length())
-
-
-def first_room(begun: int, limit: int) -> int:
-    """The places of the slot in which an answer begins, of which `begun` of at most `limit` tokens are there."""
-    return min(slot_size(max(begun + 1, min(limit, FIRST_ROOM))), max(limit, 1))
-
-
-@dataclass(slots=True, eq=False)
-class Kept:
-    """A prompt or an answer in memory. `length`: its tokens when it came; `limit`: at most. `start`: its first token in
-    the packed row that it came with. Of an answer, `prompt` is its prompt, `born` the step at which it would have begun
-    here, and `row` its row."""
-
-    start: int
-    length: int
-    limit: int
-    prompt: Kept | None = None
-    born: int = 0
-    row: int = -1
-
-
-@dataclass(slots=True, eq=False)
-class Shelf:
-    """Slots of one size for prompts, or for answers: slot i holds `members[i]`. `places` of a slot are in use."""
-
-    size: int
-    members: list[Kept] = field(default_factory=list)
-    places: int = 0
-
-    def add(self, one: Kept) -> int:
-        self.members.append(one)
-        self.places = max(self.places, min(self.size, max(one.limit, 1)))
-        return len(self.members) - 1
-
-    def remove(self, leaves: Callable[[Kept], bool]) -> tuple[list[int], list[int]]:
-        """Members from the end fill the slots of those that leave: these slots, and those that they came from."""
-        stay = [slot for slot, one in enumerate(self.members) if not leaves(one)]
-        count = len(stay)
-        gaps = sorted(set(range(count)).difference(stay))
-        movers = stay[count - len(gaps) :]
-        for gap, mover in zip(gaps, movers, strict=True):
-            self.members[gap] = self.members[mover]
-        del self.members[count:]
-        if not count:
-            self.places = 0
-        return gaps, movers
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Slots `source` of a shelf are copied to slots `target` of another or the same."""
-
-    origin: Shelf
-    source: list[int]
-    shelf: Shelf
-    target: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """Places `index` (n, L) of the packed row come to slots `target` of a shelf."""
-
-    shelf: Shelf
-    target: list[int]
-    index: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """How the rows change. `source` (B,): for each row its former row; newcomers are numbered behind all former rows,
-    in the order of `Rows.last_B`. `copies` and `arrivals`, in this order, are the same for what lies in slots."""
-
-    source: Tensor
-    copies: list[Copy]
-    arrivals: list[Arrival]
 
 
 @dataclass(slots=True, eq=False)
@@ -129,10 +48,11 @@ class Shared:
 class Rows:
     """Which sequences the rows of a running batch are, and in which slots they lie.
 
-    Row r is an answer; `length_B` counts its tokens in memory. Rows stand in the order of their shelves, so that those
-    of a shelf are neighbours (`own`); `shared` are the shelves of prompts. `place_B` finds each row among the places of
-    all grids. `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row of the token
-    that each continues.
+    Row r is the answer `kept[r]`; `length_B` counts its tokens in memory. Rows stand in the order of their shelves, so
+    that those of a shelf are neighbours (`own`); `shared` are the shelves of prompts. `place_B` finds each row among
+    the places of all grids. `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row
+    of the token that each continues. `waiting` are the shelves of answers without rows, which wait for an observation;
+    `returns` those of them that are coming back.
 
     After `fix` a step does the same on tensors of the same shapes as the one before, so that it can be recorded: it
     meets places of the answers that are still to be filled, too, behind a bias.
@@ -143,6 +63,9 @@ class Rows:
         self.step = 0
         self.answers: dict[int, Shelf] = {}
         self.prompts: dict[int, Shelf] = {}
+        self.waiting: dict[int, Shelf] = {}
+        self.returns: list[Return] = []
+        self.kept: list[Kept] = []
         self.own: list[Own] = []
         self.shared: list[Shared] = []
         self.places: dict[int, int] | None = None
@@ -159,7 +82,11 @@ class Rows:
     @property
     def held(self) -> int:
         """Places in use, of prompts and answers."""
-        return sum(len(s.members) * s.places for kind in (self.answers, self.prompts) for s in kind.values())
+        return sum(len(shelf.members) * shelf.places for shelf in self._shelves())
+
+    def _shelves(self) -> Iterator[Shelf]:
+        for kind in (self.answers, self.prompts, self.waiting):
+            yield from kind.values()
 
     def full(self, own: Own) -> list[Kept]:
         """The answers of a shelf that have filled their slots and may become longer."""
@@ -173,8 +100,8 @@ class Rows:
 
     def announce(self, forest: Forest, lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> None:
         """Who joins: `forest` is that of the packed row. A root with the segments that continue it is a prompt, as far
-        as its length says; what follows are the answers that were begun. Answer i to prompt g takes in at most
-        `limits[g][i]` tokens, those that were begun included."""
+        as its length says; what follows are the answers that were begun, and others come behind these. Answer i to
+        prompt g takes in at most `limits[g][i]` tokens, those that were begun included."""
         starts = [start for start, above in zip(forest.start, forest.parent, strict=True) if above < 0]
         stops = [*starts[1:], forest.tokens]
         group_at = {start + length: g for g, (start, length) in enumerate(zip(starts, lengths, strict=True))}
@@ -187,7 +114,8 @@ class Rows:
         for begin, length, own, stop, most in zip(starts, lengths, firsts, stops, limits, strict=True):
             prompt = Kept(begin, length, length)
             begun = [(first, after - first) for first, after in pairwise([*own, stop])]
-            for (first, tokens), limit in zip(begun or [(begin + length - 1, 0)] * len(most), most, strict=True):
+            fresh = [(begin + length - 1, 0)] * (len(most) - len(begun))
+            for (first, tokens), limit in zip([*begun, *fresh], most, strict=True):
                 self._newcomers.append(Kept(first, tokens, limit, prompt, self.step - tokens))
                 last.append(first + max(tokens - 1, 0))
         self.last_B = torch.tensor(last, device=self.device)
@@ -215,15 +143,56 @@ class Rows:
         offset = torch.arange(int(length.max())).minimum((length[:, None] - 1).clamp(min=0))
         return Arrival(shelf, slots, (start[:, None] + offset).to(self.device))
 
-    def drop(self, live: Sequence[int]) -> Moves:
-        """Only the answers in the rows `live` are left, and their prompts."""
+    def drop(self, live: Sequence[int], park: Sequence[int] = (), gone: Sequence[Kept] = ()) -> Moves:
+        """Only the answers in the rows `live` are left, and their prompts. Those in the rows `park` wait without rows
+        from now on; those of them that are `gone` wait no longer."""
         stay, copies = set(live), list[Copy]()
+        parked = tuple((self.kept[row], row) for row in park)
+        waits = {one for one, _ in parked}
         for shelf in self.answers.values():
+            slots = [slot for slot, one in enumerate(shelf.members) if one in waits]
+            if slots:
+                aside = self.waiting.setdefault(shelf.size, Shelf(shelf.size))
+                copies.append(Copy(shelf, slots, aside, [aside.add(shelf.members[slot]) for slot in slots]))
             self._remove(shelf, lambda one: one.row not in stay, copies)
-        read = {one.prompt for shelf in self.answers.values() for one in shelf.members}
+        for one, _ in parked:
+            one.length = self.step - one.born
+        for shelf in self.waiting.values():
+            self._remove(shelf, set(gone).__contains__, copies)
+        held = (*self.answers.values(), *self.waiting.values())
+        read = {one.prompt for shelf in held for one in shelf.members}
         for shelf in self.prompts.values():
             self._remove(shelf, lambda one: one not in read, copies)
-        return self._moves(copies, [])
+        return self._moves(copies, [], parked)
+
+    def announce_return(self, ones: Sequence[Kept], tokens: Sequence[int]) -> None:
+        """Which answers come back from waiting, each with so many tokens of the packed row, in order."""
+        self.returns, start = [], 0
+        for one, more in zip(ones, tokens, strict=True):
+            assert one.prompt is not None
+            self.returns.append(Return(one, start, more, _find(self.waiting, one), _find(self.prompts, one.prompt)))
+            start += more
+        last = [back.start + back.tokens - 1 for back in self.returns]
+        self.last_B = torch.tensor(last, device=self.device)
+
+    def come_back(self) -> Moves:
+        """Those whose return was announced are rows again."""
+        copies, arrivals = list[Copy](), list[Arrival]()
+        for number, back in enumerate(self.returns):
+            one, before = back.one, back.one.length
+            one.length += back.tokens
+            one.born, one.row = self.step - one.length, self.count + number
+            size = slot_size(first_room(one.length, one.limit))
+            shelf = self.answers.setdefault(size, Shelf(size))
+            slot = shelf.add(one)
+            copies.append(Copy(back.own[0], [back.own[1]], shelf, [slot]))
+            index = torch.arange(back.start, back.start + back.tokens, device=self.device)
+            arrivals.append(Arrival(shelf, [slot], index[None], before))
+        back_again = {back.one for back in self.returns}
+        for shelf in self.waiting.values():
+            self._remove(shelf, back_again.__contains__, copies)
+        self.returns = []
+        return self._moves(copies, arrivals)
 
     def promote(self) -> Moves | None:
         """Answers that have filled their slots move to larger ones, if there are any."""
@@ -242,13 +211,13 @@ class Rows:
         if gaps:
             copies.append(Copy(shelf, movers, shelf, gaps))
 
-    def _moves(self, copies: list[Copy], arrivals: list[Arrival]) -> Moves:
+    def _moves(self, copies: list[Copy], arrivals: list[Arrival], parked: tuple[tuple[Kept, int], ...] = ()) -> Moves:
         """Number the rows anew, and arrange what a step needs."""
-        for kind in (self.answers, self.prompts):
+        for kind in (self.answers, self.prompts, self.waiting):
             for size in [size for size, shelf in kind.items() if not shelf.members]:
                 del kind[size]
         self.loosen()
-        ordered = [one for size in sorted(self.answers) for one in self.answers[size].members]
+        self.kept = ordered = [one for size in sorted(self.answers) for one in self.answers[size].members]
         source = torch.tensor([one.row for one in ordered], dtype=torch.int64, device=self.device)
         for row, one in enumerate(ordered):
             one.row = row
@@ -256,7 +225,7 @@ class Rows:
         self.length_B = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         self._arrange_answers()
         self._arrange_prompts(ordered)
-        return Moves(source, copies, arrivals)
+        return Moves(source, copies, arrivals, parked)
 
     def _arrange_answers(self) -> None:
         self.own, begin = [], 0
@@ -275,8 +244,10 @@ class Rows:
             readers.setdefault(one.prompt, []).append(one.row)
         for size in sorted(self.prompts):
             shelf = self.prompts[size]
-            filled = [readers[one] for one in shelf.members]
+            filled = [readers.get(one, []) for one in shelf.members]
             width = max(map(len, filled))
+            if not width:  # all of their answers wait for observations
+                continue
             for group, rows in enumerate(filled):
                 for place, row in enumerate(rows):
                     places[row] = first + group * width + place
@@ -361,35 +332,8 @@ class Rows:
         return shared.biases[window]
 
 
-class Use:
-    """The places that the next step takes, with larger slots for answers that have filled theirs."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._answers, self._prompts = (
-            {size: (len(shelf.members), shelf.places) for size, shelf in kind.items()}
-            for kind in (rows.answers, rows.prompts)
-        )
-        for own in rows.own:
-            for one in rows.full(own):
-                _put(self._answers, own.shelf.size, 0, -1)
-                _put(self._answers, 2 * own.shelf.size, min(2 * own.shelf.size, one.limit))
-
-    @property
-    def places(self) -> int:
-        return sum(count * places for kind in (self._answers, self._prompts) for count, places in kind.values())
-
-    def with_more(self, prompt: int, begun: Sequence[int], limit: int) -> int:
-        """All places, if a prompt of so many tokens came too, and its answers with those that were begun."""
-        _put(self._prompts, slot_size(prompt), prompt)
-        for tokens in begun:
-            size = slot_size(first_room(tokens, limit))
-            _put(self._answers, size, min(size, max(limit, 1)))
-        return self.places
-
-
-def _put(shelves: dict[int, tuple[int, int]], size: int, places: int, more: int = 1) -> None:
-    count, before = shelves.get(size, (0, 0))
-    shelves[size] = count + more, max(before, places)
+def _find(shelves: Mapping[int, Shelf], one: Kept) -> tuple[Shelf, int]:
+    return next((shelf, shelf.members.index(one)) for shelf in shelves.values() if one in shelf.members)
 
 
 def _bias(hidden: Tensor, value: float) -> Tensor:

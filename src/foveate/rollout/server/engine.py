@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from foveate.errors import EngineError
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
-from foveate.rollout.engine import Request, in_order
-from foveate.rollout.seeds import seed_of
+from foveate.rollout.engine import Observe, Request, in_order
 from foveate.rollout.server.launch import require_place, sent_from, visible_devices
 from foveate.rollout.server.process import HOST, Server, ServerLostError
 from foveate.rollout.server.routes import routes
+from foveate.rollout.server.turns import GroupTurns, StreamEnd, unbegun
 from foveate.rollout.server.weights import Sender, WeightsFile
 
 logger = logging.getLogger(__name__)
@@ -141,20 +142,32 @@ class ServedEngine(ABC):
 
     # -------------------------------------------------------------------------------------------------- the engine seam
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingParams) -> list[tuple[Answer, ...]]:
-        return in_order(self.stream(requests, sampling), requests)
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
+    ) -> list[tuple[Answer, ...]]:
+        return in_order(self.stream(requests, sampling, observe), requests)
 
     def stream(
-        self, requests: Sequence[Request], sampling: SamplingParams
+        self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
     ) -> Generator[tuple[int, tuple[Answer, ...]]]:
         self._require_awake()
         pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]] = {}
         progress = [(time.monotonic(), -1.0)] * len(self.servers)
         look = time.monotonic() + self._stall_s / 4
+        ended, begun = StreamEnd(self._paused), dict[int, list[Answer]]()
 
         def submit(index: int, number: int) -> None:
-            server = self.servers[number]
-            future = self._pool.submit(self._answer, server, requests[index], sampling)
+            server, request = self.servers[number], requests[index]
+            if not request.partial_answers and observe is None:
+                future = self._pool.submit(self.ask, server, request, sampling)
+            else:
+                own = [*request.partial_answers] or unbegun(self.version, sampling.samples)
+                turns = GroupTurns(
+                    index, request, begun.setdefault(index, own), partial(self._ask_one, server), self._decode,
+                    () if observe is None else self._policy.family.stop_ids, observe, ended,
+                    lambda: progress.__setitem__(number, (time.monotonic(), progress[number][1])),
+                )  # fmt: skip
+                future = self._pool.submit(turns.finish, sampling)
             pending[future] = index, number, server.starts
 
         try:
@@ -163,7 +176,7 @@ class ServedEngine(ABC):
                     submit(index, number)
             while pending:
                 if self._paused.is_set():
-                    yield from self._interrupt(pending)
+                    yield from self._interrupt(pending, begun)
                     return
                 done, _ = wait(pending, timeout=min(self._stall_s / 4, _LOOK), return_when=FIRST_COMPLETED)
                 if time.monotonic() > look:
@@ -184,6 +197,7 @@ class ServedEngine(ABC):
                     self.counts.tokens += sum(len(answer) for answer in group)
                     yield index, group
         finally:
+            ended.close()
             self._drop(pending)
 
     def pause(self) -> None:
@@ -197,30 +211,15 @@ class ServedEngine(ABC):
         """How answers may end now."""
         return ("stop", "length", "abort") if self._paused.is_set() else ("stop", "length")
 
-    def _answer(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
-        """All answers to one request; those that were begun are continued side by side, each by its own request."""
-        unfinished = [i for i, before in enumerate(request.partial_answers) if before.finish == "abort"]
-        if not request.partial_answers:
-            return self.ask(server, request, sampling)
-        with ThreadPoolExecutor(max(1, len(unfinished))) as pool:
-            more = pool.map(lambda i: self._continue(server, request, i, sampling), unfinished)
-            found = dict(zip(unfinished, more, strict=True))
-        return tuple(found.get(i, before) for i, before in enumerate(request.partial_answers))
-
-    def _continue(self, server: Server, request: Request, number: int, sampling: SamplingParams) -> Answer:
-        """The answer of this number, continued: its tokens so far are part of the prompt now."""
-        before, prompt = request.partial_answers[number], request.prompt
-        ids = before.token_ids
-        longer = replace(prompt, token_ids=prompt.token_ids + ids, engine_ids=prompt.engine_ids + ids)
-        seed = seed_of("go on", request.seed, number, len(ids))
-        rest = replace(sampling, samples=1, max_tokens=sampling.max_tokens - len(ids))
-        [more] = self.ask(server, Request(longer, seed), rest)
-        return before.continued_by(more, self._decode(ids + more.token_ids))
+    def _ask_one(self, server: Server, request: Request, sampling: SamplingParams) -> Answer:
+        [answer] = self.ask(server, request, sampling)
+        return answer
 
     def _interrupt(
-        self, pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]]
+        self, pending: dict[Future[tuple[Answer, ...]], tuple[int, int, int]], begun: Mapping[int, Sequence[Answer]]
     ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
-        """End what is under way; the groups of which there is something."""
+        """End what is under way; the groups of which there is something, as far as they were `begun` where a server is
+        lost."""
         self._drop(pending)
         while pending:
             future, (index, number, starts) = pending.popitem()
@@ -231,7 +230,7 @@ class ServedEngine(ABC):
             except ServerLostError as error:
                 self._revive(number, starts, error)
                 self.counts.regenerated += 1
-                continue
+                group = tuple(begun.get(index, ()))
             if any(len(answer) for answer in group):
                 yield index, group
 

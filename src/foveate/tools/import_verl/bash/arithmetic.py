@@ -28,10 +28,12 @@ class UnreadOperand(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """How an expression sees variables: the text of one ("" where it is unset), and how to assign it."""
+    """How an expression sees variables: the text of one ("" where it is unset), how to assign it, and whether it is an
+    array with keys, between whose brackets stands a text."""
 
     get: Callable[[str, str | None], str]
     set: Callable[[str, str | None, str], None]
+    is_keyed: Callable[[str], bool]
 
 
 def evaluate_arithmetic(text: str, scope: Scope, depth: int = 0) -> int:
@@ -51,6 +53,16 @@ def _wrap(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
+def _bracketed(text: str, place: int) -> str:
+    """The text between the bracket at a place and the one that closes it."""
+    depth = 0
+    for end in range(place, len(text)):
+        depth += {"[": 1, "]": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[place + 1 : end]
+    raise ArithmeticFault("no ]")
+
+
 class _Reader:
     def __init__(self, text: str, scope: Scope, depth: int) -> None:
         self.tokens, self.at, self.scope, self.depth = list[tuple[str, str]](), 0, scope, depth
@@ -61,9 +73,22 @@ class _Reader:
             match = _TOKEN.match(text, place)
             if match is None:
                 raise ArithmeticFault(f"cannot read {text[place : place + 10]!r}")
-            self.tokens.append((match.lastgroup or "", match[match.lastgroup or 0]))
+            kind, found = match.lastgroup or "", match[match.lastgroup or 0]
             place = match.end()
+            if found in ("++", "--") and self._signs(text[place:].lstrip()[:1]):
+                found, place = found[0], place - 1
+            self.tokens.append((kind, found))
+            if match["name"] and text[place : place + 1] == "[" and scope.is_keyed(match["name"]):
+                key = _bracketed(text, place)
+                self.tokens.append(("key", re.sub("[\"']", "", key)))
+                place += len(key) + 2
         self.tokens.append(("", ""))
+
+    def _signs(self, follows: str) -> bool:
+        """Whether `++` or `--` are two signs: behind no variable, and before none."""
+        before = self.tokens[-1] if self.tokens else ("", "")
+        is_variable = before[0] in ("name", "key") or before[1] == "]"
+        return not is_variable and not (follows.isalpha() or follows == "_")
 
     def _next(self, *operators: str) -> str:
         """The operator here if it is one of these, which is then taken."""
@@ -150,7 +175,10 @@ class _Reader:
             raise ArithmeticFault(f"unexpected {name!r}")
         self.at += 1
         index = None
-        if self._next("["):
+        if self.tokens[self.at][0] == "key":
+            index = self.tokens[self.at][1]
+            self.at += 1
+        elif self._next("["):
             index = str(self.comma())
             self._need("]")
         return name, index

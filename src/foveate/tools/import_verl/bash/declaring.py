@@ -111,8 +111,11 @@ def _unset_element(shell: Interpreter, name: str, index: str, line: int) -> int:
         return 1
     index = index if found.keyed else shell.expander.arithmetic(index, line)
     if shell.expander.marks.unread_in(index):
-        variables[name] = shell.expander.marks.make(f"line {line}: the element of {name} that unset takes")
+        reason = f"line {line}: the element of {name} that unset takes"
+        variables[name] = shell.expander.marks.make(reason, several=True)
         return 0
     key = index if found.keyed else found.position(index)
+    if isinstance(key, int) and key < 0:  # before the first element
+        return 1
     variables[name] = Array({one: value for one, value in found.elements.items() if one != key}, found.keyed)
     return 0

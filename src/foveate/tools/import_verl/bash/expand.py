@@ -175,6 +175,9 @@ class Expander(Variables):
         found = self.state.variables.get(part.name)
         if not several or (part.operator == ":" and isinstance(found, str)):  # ${text[@]:1} is a part of the text
             value = self.lookup(part.name, None if several else index, part.line)
+            if value is None and not part.operator and not several and self.is_outside(part.name, index):
+                self.refuse_unset(part.name, part.line)
+                value = ""
             return [self._operated(part, value)]
         values = self.elements(part.name)
         joined = part.quoted and "*" in (part.name, index)
@@ -213,7 +216,10 @@ class Expander(Variables):
 
     def _slice(self, values: list[str], part: Parameter) -> list[str]:
         first, _, length = self.text(part.arguments[0]).partition(":")
-        bounds = self.number(first, part.line, unset=True), self.number(length, part.line, unset=True)
+        try:
+            bounds = self.number(first, part.line, unset=True), self.number(length, part.line, unset=True)
+        except UnreadOperand as operand:
+            return [self.marks.split(self.marks.derived(operand.args[0]))]
         if length and bounds[1] < 0:
             raise LineEnds(part.line, f"a negative length of a part of ${{{part.name}[@]}}")
         found = self.state.variables.get(part.name)

@@ -215,7 +215,8 @@ class Shell:
                 key = self.expander.text(index)
                 position = key if keyed else self.expander.arithmetic(key, assignment.line)
                 if not keyed and not position.isdigit():
-                    variables[name] = self.expander.marks.make(f"line {assignment.line}: an index of {name}")
+                    reason = f"line {assignment.line}: an index of {name}"
+                    variables[name] = self.expander.marks.make(reason, several=True)
                     return
                 elements[position if keyed else int(position)] = self.expander.text(word)
             elif keyed:

@@ -46,9 +46,15 @@ class Variables:
         if found is None and name in OF_A_PROCESS:
             return self.marks.make(f"line {line}: ${name} of a running shell")
         if not isinstance(found, Array):
-            return found if index in (None, "0") else None
+            uncounted = self.marks.uncounted([found]) if found else ""  # an array of which no element is known
+            return uncounted or (found if index in (None, "0") else None)
+        if index is not None and self.marks.known(index) is None:
+            return self.marks.derived(index)
+        if self.is_outside(name, index):
+            self._refuse_outside(name, index, line)
+            return None
         if found.keyed:
-            return found.elements.get(index or "0")
+            return found.elements.get("0" if index is None else index)
         place = found.position(index or "0")
         before = (
             found.values
@@ -98,11 +104,19 @@ class Variables:
                 self.refuse_unset(name, line)
             return read(self.marks.make(f"needs ${name}", unset=True) if value is None else value)
 
+        def put(name: str, index: str | None, value: str) -> None:
+            if self.is_outside(name, index):
+                self._refuse_outside(name, index, line)  # else bash goes on with the value
+            else:
+                self.assign(name, index, value)
+
         try:
-            return evaluate_arithmetic(read(text), Scope(get, self.assign), 0)
+            return evaluate_arithmetic(read(text), Scope(get, put, self.is_keyed), 0)
         except UnreadOperand as operand:
             for match in _ASSIGNED.finditer(text):
-                self.state.variables[match[1] or match[2] or match[3]] = self.marks.derived(operand.args[0])
+                name, value = match[1] or match[2] or match[3], self.marks.derived(operand.args[0])
+                is_element = "[" in match[0] or isinstance(self.state.variables.get(name), Array)
+                self.state.variables[name] = self.marks.split(value) if is_element else value
             raise
         except ArithmeticFault as fault:
             raise LineEnds(line, f"arithmetic on {text.strip()[:40]!r}: {fault}") from None
@@ -115,6 +129,25 @@ class Variables:
         value = self.arithmetic(value, self.line) if "i" in letters else value
         changes: dict[str, Callable[[str], str]] = {"u": str.upper, "l": str.lower, "c": str.capitalize}
         return next((change(value) for letter, change in changes.items() if letter in letters), value)
+
+    def is_keyed(self, name: str) -> bool:
+        """Whether a variable is an array with keys."""
+        found = self.state.variables.get(name)
+        return isinstance(found, Array) and found.keyed
+
+    def is_outside(self, name: str, index: str | None) -> bool:
+        """Whether an index is none of the array: before its first element, or an empty key."""
+        found = self.state.variables.get(name)
+        if index is None:
+            return False
+        if not isinstance(found, Array):
+            found = Array({} if found is None else {0: found})
+        return self.marks.known(index) == "" if found.keyed else found.position(index) < 0
+
+    def _refuse_outside(self, name: str, index: str | None, line: int) -> None:
+        """An index that is none of an array ends the script under `set -e`, be it tested or not."""
+        if "e" in self.state.options:
+            raise ScriptEnds(line, f"{name}[{index}] is no element, and `set -e` ends the script there")
 
     def is_readonly(self, name: str) -> bool:
         return "r" in self.state.attributes.get(name, "")
@@ -131,13 +164,17 @@ class Variables:
             index = "0"
         found = self.state.variables.get(name)
         if isinstance(found, str):
+            if self.marks.uncounted([found]):
+                return
             found = Array({0: found})
         found = found or Array({})
-        key: int | str = index
-        if not found.keyed:
-            key = found.position(index)
-            if key < 0:
-                raise LineEnds(self.line, f"{name}[{index}] is before the first element")
+        if self.marks.known(index) is None:  # any of its elements may have changed
+            self.state.variables[name] = self.marks.split(self.marks.derived(index))
+            return
+        if self.is_outside(name, index):
+            self._refuse_outside(name, index, self.line)
+            raise LineEnds(self.line, f"{name}[{index}] is no element")
+        key: int | str = index if found.keyed else found.position(index)
         self.state.variables[name] = Array({**found.elements, key: self.bound(value)}, found.keyed)
 
     def separators(self) -> str | None:

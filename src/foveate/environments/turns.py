@@ -1,0 +1,34 @@
+"""The turns of an answer, for whoever looks at it later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from foveate.environments.protocol import Observation, Step
+from foveate.records import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn: said by the policy (role "assistant", so many `tokens`, with the reward of the step that
+    ended here and the calls that it made), or by its environment."""
+
+    role: str
+    text: str
+    images: tuple[Image, ...] = ()
+    tokens: int | None = None
+    reward: float | None = None
+    calls: tuple[Mapping[str, Any], ...] = ()
+
+    def stepped(self, step: Step, reward: float | None) -> Turn:
+        """A turn of the policy with what its environment made of it."""
+        calls = step.info.get("calls", ())
+        is_list = isinstance(calls, list | tuple)
+        return replace(self, reward=reward, calls=tuple(c for c in calls if isinstance(c, Mapping)) if is_list else ())
+
+
+def observed_turns(messages: Sequence[Observation]) -> list[Turn]:
+    """The messages of an environment as turns."""
+    return [Turn(one.role, one.content, one.images) for one in messages]

@@ -1,0 +1,72 @@
+"""Answers of several turns from servers that speak OpenAI's chat completions: each turn is a request.
+
+Tools stand in the system message and calls in the text, in the form of Hermes, so that any server will do; results of
+calls are messages of the user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from foveate.data.answers import GeneratedAnswer
+from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
+from foveate.encoding.chat import with_tools
+from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, with_opening
+from foveate.environments.turns import Turn, observed_turns
+from foveate.errors import DataError
+from foveate.evaluate.turns import kept_turns
+from foveate.records import Message, SamplingParams, Task
+
+Ask = Callable[[Task, int, int], Awaitable[GeneratedAnswer]]
+"""(A conversation so far, the number of the answer, the tokens that are left for it) -> its next turn."""
+_ENDS = ("stop", "tool_calls")
+"""How servers say that a turn is complete."""
+
+
+async def converse(
+    pool: EnvironmentPool, task: Task, seed: int, sampling: SamplingParams, ask: Ask
+) -> tuple[GeneratedAnswer, ...]:
+    """All answers to a row, side by side, each with an environment of its own. Raises DataError for an answer
+    whose environment failed."""
+    found = [_converse(pool, task, seed, number, sampling, ask) for number in range(sampling.samples)]
+    return tuple(await asyncio.gather(*found))
+
+
+async def _converse(
+    pool: EnvironmentPool, task: Task, seed: int, number: int, sampling: SamplingParams, ask: Ask
+) -> GeneratedAnswer:
+    key = object()  # a row that is asked again has others
+    try:
+        opened = await asyncio.wrap_future(pool.open(task, seed, key))
+        if isinstance(opened, EnvironmentFailure):
+            raise DataError(f"environment: {opened.note}")
+        talk, turns, left = with_opening(task, [opened]), list[Turn](), sampling.max_tokens
+        while True:
+            answer = await ask(_shown(talk, pool.tools), number, left)
+            left -= answer.tokens or 0
+            turns.append(Turn("assistant", answer.text, tokens=answer.tokens))
+            if answer.finish not in _ENDS:
+                break
+            step = await asyncio.wrap_future(pool.step(key, answer.text))
+            if isinstance(step, EnvironmentFailure):
+                raise DataError(f"environment: {step.note}")
+            turns[-1] = turns[-1].stepped(step, step.reward)
+            if step.done or left <= 0:
+                break
+            turns += observed_turns(step.messages)
+            said = Message("assistant", answer.text.replace(IMAGE_TAG, IMAGE_WORD))
+            read = tuple(Message(one.role, one.content) for one in step.messages)
+            images = tuple(image for one in step.messages for image in one.images)
+            talk = replace(talk, messages=(*talk.messages, said, *read), images=talk.images + images)
+    finally:
+        pool.close(key)
+    return replace(answer, tokens=sampling.max_tokens - left, turns=kept_turns(turns, None))
+
+
+def _shown(talk: Task, tools: Sequence[Mapping[str, Any]]) -> Task:
+    """The conversation with its tools in the form of texts."""
+    turns = with_tools([{"role": one.role, "content": one.content} for one in talk.messages], tools)
+    return replace(talk, messages=tuple(Message(turn["role"], turn["content"]) for turn in turns))

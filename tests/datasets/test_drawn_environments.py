@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from foveate.data.images import load_image
+from foveate.datasets.gui import gui_rows, gui_scenes, prepare_gui
+from foveate.datasets.zoom import (
+    draw_plates,
+    make_plates,
+    plate_scenes,
+    prepare_zoom,
+    zoom_rows,
+    zoom_traces,
+)
+from foveate.environments.calls import ToolCall, parse_calls
+from foveate.environments.gui import Gui
+from foveate.environments.observe import encoded
+from foveate.errors import ConfigError
+from foveate.records import Message, Task
+
+
+def test_a_scene_belongs_to_one_split_whatever_the_seed():
+    seen = {split: {scene.signature for seed in (0, 1) for scene in plate_scenes(seed, split, 30, 112)}
+            for split in ("train", "test", "traces")}  # fmt: skip
+    assert sum(map(len, seen.values())) == len(set.union(*seen.values()))
+    screens = {split: {*gui_scenes(0, split, 12)} for split in ("train", "test", "traces")}
+    assert not screens["train"] & screens["test"]
+
+
+def test_the_digit_stands_on_the_plate_that_is_asked_for():
+    for row, scene in zip(zoom_rows(3, "train", 8), plate_scenes(3, "train", 8, 448), strict=True):
+        assert scene.asked.colour in row["prompt"][0]["content"]
+        assert row["reward_model"]["ground_truth"] == str(scene.asked.digit)
+        assert len({plate.colour for plate in scene.plates}) == len(scene.plates) == 4
+        part = draw_plates(scene).crop(scene.asked.box)
+        assert len(part.getcolors()) == 2  # the plate and its digit, whole
+        assert all(other.box == scene.asked.box or _apart(other.box, scene.asked.box) for other in scene.plates)
+        assert scene.glyph * 4 < 112 // 2  # less than 3 pixels in a tile of 112
+
+
+def _apart(a, b):
+    return a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_every_trace_looks_at_the_right_plate_and_reads_it():
+    kinds = set()
+    for row in zoom_traces(0, 24, side=448, tile=112):
+        kind, turns = row["extra_info"]["kind"], row["prompt"]
+        kinds.add(kind)
+        assert row["extra_info"]["response"] == row["reward_model"]["ground_truth"]
+        assert sum(turn["content"].count("<image>") for turn in turns) == len(row["images"])
+        if kind == "read":
+            assert [turn["role"] for turn in turns] == ["user"]
+            continue
+        assert [turn["role"] for turn in turns] == ["user", "assistant", "tool"]
+        box = row["extra_info"]["box"]
+        assert parse_calls(turns[1]["content"]) == [ToolCall("zoom", {"image": 1, "box": box})]
+        assert (str(box) in turns[0]["content"]) == (kind == "place")
+        assert turns[2]["content"] == "<image>\nImage 2"
+    assert kinds == {"read", "place", "search"}
+
+
+def test_a_large_plate_is_readable_in_one_tile():
+    scene = make_plates(np.random.default_rng(0), 448, plates=1)
+    assert scene.glyph >= 448 // 6
+    assert load_image(encoded(draw_plates(scene))).size == (448, 448)
+
+
+def test_a_trace_of_gui_replays_to_the_reward():
+    for row in gui_rows(1, "traces", 8, side=112):
+        info = row["extra_info"]
+        meta = {"scene": info["scene"], "kind": info["kind"]}
+        environment = Gui(side=112)
+        (shown,) = environment.reset(Task("", "", (Message("user", "?"),), (), None, meta), 9)
+        assert shown.content == row["prompt"][0]["content"]
+        assert shown.images[0].data == row["images"][0]["bytes"]
+        said = [turn["content"] for turn in row["prompt"] if turn["role"] == "assistant"]
+        steps = [environment.step(answer) for answer in [*said, info["response"]]]
+        assert [step.reward for step in steps] == [0.0] * len(said) + [1.0]
+        pictures = [image.data for step in steps[:-1] for message in step.messages for image in message.images]
+        assert [image["bytes"] for image in row["images"][1:]] == pictures
+        assert json.loads(row["reward_model"]["ground_truth"]) == environment._screen.values()
+
+
+def test_the_same_arguments_give_the_same_files(tmp_path):
+    rows = {"train": 3, "test": 2, "traces": 4}
+    for name in ("a", "b"):
+        prepare_zoom(tmp_path / name / "zoom", rows, seed=2, side=112, tile=112)
+        prepare_gui(tmp_path / name / "gui", rows, seed=2, side=112)
+    for data in ("zoom", "gui"):
+        manifests = [(tmp_path / name / data / "manifest.json").read_text() for name in ("a", "b")]
+        assert manifests[0] == manifests[1]
+        for split, count in rows.items():
+            assert pq.read_table(tmp_path / "a" / data / f"{split}.parquet").num_rows == count
+
+
+def test_the_commands_write_the_asked_splits_and_refuse_none(tmp_path, capsys):
+    from foveate.cli.prepare import prepare_gui_command, prepare_zoom_command
+
+    prepare_zoom_command(tmp_path / "zoom", train=2, test=0, traces=1, side=112, tile=112)
+    prepare_gui_command(tmp_path / "gui", train=1, test=1, traces=0, side=112, kinds="slider,list")
+    assert {path.name for path in (tmp_path / "zoom").iterdir()} == {"manifest.json", "traces.parquet", "train.parquet"}
+    assert "2 train rows, 1 traces rows" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="are all 0"):
+        prepare_zoom_command(tmp_path, train=0, test=0, traces=0)
+    with pytest.raises(ConfigError, match="unknown kind 'knob'; allowed: toggle, slider, field, list"):
+        prepare_gui_command(tmp_path, kinds="knob")

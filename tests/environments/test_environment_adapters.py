@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from foveate.environments import ENVIRONMENTS
+from foveate.environments.build import build_environment, schema_of
+from foveate.environments.calls import hermes_call
+from foveate.environments.observe import encoded
+from foveate.environments.pool import Environments
+from foveate.environments.protocol import Environment, EnvironmentFailure, Opened, Step
+from foveate.errors import ConfigError
+from foveate.records import Message, Task
+from foveate.registry import resolve
+
+TRL = '''
+from PIL import Image
+
+class Doors:
+    """Three doors, as a class for TRL's environment_factory."""
+
+    def reset(self, answer=None, **row):
+        self.right, self.opened, self.row = int(answer), None, row
+        return f"Row {row['width']}."
+
+    def open_door(self, number: int) -> list:
+        """Opens a door.
+
+        Args:
+            number: Which one.
+        """
+        self.opened = number
+        return [{"type": "image", "image": Image.new("RGB", (8, 8))}, {"type": "text", "text": f"door {number}"}]
+
+    async def wait(self) -> str:
+        """Waits."""
+        return "waited"
+
+    def _private(self):
+        return 1
+
+    async def get_reward(self):
+        return float(self.opened == self.right)
+
+class Silent:
+    def reset(self):
+        pass
+
+class NoReset:
+    pass
+'''
+
+GYM = """
+import numpy as np
+
+class Walk:
+    def __init__(self, goal=2):
+        self.goal = goal
+
+    def reset(self, seed=None):
+        self.place = 0
+        return np.zeros((6, 5, 3), np.uint8), {}
+
+    def step(self, action):
+        if action == "text":
+            return "some text", 0.0, False, False, {}
+        self.place += action
+        shown = {"place": np.int64(self.place), "<image>": 1}
+        return shown, float(self.place), self.place >= self.goal, False, {}
+
+    def render(self):
+        return np.full((4, 4, 3), 255, np.uint8)
+
+    def close(self):
+        pass
+
+def words(text):
+    return len(text.split())
+"""
+
+TASK = Task("t", "doors", (Message("user", "Find it."),), (), "2", {"width": 7}, "x.parquet, row 1")
+
+
+def step_of(pool, key, answer):
+    step = pool.step(key, answer).result(60)
+    assert isinstance(step, Step), step
+    return step
+
+
+def begun(name, settings, task=TASK):
+    pool = Environments(name, settings, workers=0)
+    opened = pool.open(task, 5, "a").result(60)
+    assert isinstance(opened, Opened), opened
+    return pool, opened
+
+
+# ----------------------------------------------------------------------------------------------------------------- TRL
+
+
+@pytest.fixture
+def doors(tmp_path):
+    (tmp_path / "doors.py").write_text(TRL)
+    return str(tmp_path / "doors.py")
+
+
+def test_a_class_of_trl_is_an_environment(doors):
+    pool, opened = begun("trl", {"factory": f"{doors}:Doors", "tools": ["calculator"]})
+    assert [tool["function"]["name"] for tool in pool.tools] == ["calculator", "open_door", "wait"]
+    assert opened.messages[0].content == "Find it.\nRow 7."
+    step = step_of(pool, "a", hermes_call("open_door", {"number": 2}))
+    assert step.messages[0].content == "<image>\nImage 1\ndoor 2"
+    assert step_of(pool, "a", hermes_call("wait", {})).messages[0].content == "waited"
+    last = step_of(pool, "a", "It is door 2.")
+    assert (last.done, last.reward) == (True, 1.0)
+
+
+def test_a_class_of_trl_without_a_reward_leaves_it_to_the_run(doors):
+    pool, opened = begun("trl", {"factory": f"{doors}:Silent"})
+    assert opened.messages[0].content == "Find it."
+    assert step_of(pool, "a", "done").reward is None
+    with pytest.raises(ConfigError, match="has no method reset"):
+        Environments("trl", {"factory": f"{doors}:NoReset"}, workers=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- gymnasium
+
+
+@pytest.fixture
+def walk(tmp_path):
+    (tmp_path / "walk.py").write_text(GYM)
+    return str(tmp_path / "walk.py")
+
+
+def test_an_environment_of_gymnasium_is_walked_by_actions(walk):
+    pool, opened = begun("gymnasium", {"make": f"{walk}:Walk", "action": "integer", "settings": {"goal": 3}})
+    assert opened.messages[0].content == "Find it.\n<image>"
+    assert (opened.messages[0].images[0].width, opened.messages[0].images[0].height) == (5, 6)
+    step = step_of(pool, "a", "<think>9</think>I go 1.")
+    assert (step.reward, step.done) == (1.0, False)
+    assert json.loads(step.messages[0].content.replace("\ufdd0image\ufdd1", "mark")) == {"place": 1, "mark": 1}
+    wrong = step_of(pool, "a", "nowhere")
+    assert "no whole number" in wrong.messages[0].content
+    assert wrong.info["calls"] == [{"name": "action", "error": True}]
+    last = step_of(pool, "a", "2")
+    assert (last.reward, last.done, last.messages) == (3.0, True, ())
+
+
+@pytest.mark.parametrize(
+    ("action", "answer", "content"),
+    [("text", " text ", "some text"), ("json", "so:\n1", '{"place": 1'), ("words", "a b", "")],
+)
+def test_an_answer_becomes_an_action_as_the_settings_say(walk, action, answer, content):
+    form = f"{walk}:{action}" if action == "words" else action
+    pool, _ = begun("gymnasium", {"make": f"{walk}:Walk", "action": form, "render": True})
+    step = step_of(pool, "a", answer)
+    if content:
+        assert content in step.messages[0].content
+        assert step.messages[0].images[0].width == 4
+    else:
+        assert step.done
+
+
+def test_an_id_needs_gymnasium(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ConfigError, match="run pip install gymnasium"):
+        Environments("gymnasium", {"make": "CartPole-v1"}, workers=0)
+    monkeypatch.setitem(sys.modules, "gymnasium", SimpleNamespace(make=lambda _id, **_: 1 / 0))
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match="'CartPole-v1' cannot be made"):
+        Environments("gymnasium", {"make": "CartPole-v1"}, workers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- HTTP
+
+
+class _Server(BaseHTTPRequestHandler):
+    replies: dict = {}  # noqa: RUF012 - set by each test
+    asked: list = []  # noqa: RUF012
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        reply = self.replies.get(body["op"], {})
+        status, text = reply if isinstance(reply, tuple) else (200, json.dumps(reply))
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "http://127.0.0.1:1/")
+        data = text.encode()
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    running = HTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+    _Server.replies, _Server.asked = {}, []
+    yield f"http://127.0.0.1:{running.server_port}/env"
+    running.shutdown()
+    running.server_close()
+
+
+PICTURE = base64.b64encode(encoded(Image.new("RGB", (6, 4))).data or b"").decode()
+
+
+def test_a_server_is_an_environment(server):
+    _Server.replies = {
+        "reset": {"session": 9, "messages": [{"role": "user", "content": "Look.", "images": [PICTURE]}]},
+        "step": {"messages": [{"role": "user", "content": "no <image>"}], "reward": 0.5, "info": {"seen": 1}},
+    }
+    pool, opened = begun("http", {"url": server})
+    assert opened.messages[0].content == "<image>\nLook."
+    assert opened.messages[0].images[0].width == 6
+    step = step_of(pool, "a", "left")
+    assert (step.messages[0].content, step.reward, step.done) == ("no \ufdd0image\ufdd1", 0.5, False)
+    assert step.info == {"seen": 1}
+    pool.close("a")
+    assert [body["op"] for body in _Server.asked] == ["reset", "step", "close"]
+    assert _Server.asked[0]["task"]["ground_truth"] == "2"
+    assert _Server.asked[1] == {"op": "step", "session": 9, "answer": "left"}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind", "note"),
+    [
+        ((500, "broken"), "raised", "replied 500: broken"),
+        ((302, ""), "raised", "replied 302"),
+        ((200, "[1]"), "invalid", "it must be a JSON object"),
+        ((200, "no json"), "invalid", "it must be a JSON object"),
+        ({"messages": [{"role": "user", "content": "", "images": ["file:///x"]}]}, "invalid", "no valid base64"),
+        ({"messages": [{"role": "user", "content": "", "images": ["AAAA"]}]}, "invalid", "not an image"),
+        ({"messages": [{"role": "boss", "content": ""}]}, "invalid", "has the role 'boss'"),
+        ({"messages": "hello"}, "invalid", "must be a list of"),
+        ({"reward": "much"}, "invalid", "the reward of a step is 'much'"),
+        ({"done": "yes"}, "invalid", "done or info of another type"),
+    ],
+)  # fmt: skip
+def test_a_bad_reply_costs_one_answer(server, reply, kind, note):
+    _Server.replies = {"reset": {"messages": [{"role": "user", "content": "?"}]}, "step": reply}
+    pool, _ = begun("http", {"url": server})
+    failure = pool.step("a", "x").result(60)
+    assert isinstance(failure, EnvironmentFailure)
+    assert failure.kind == kind
+    assert note in failure.note
+
+
+def test_a_server_that_does_not_answer_costs_one_answer():
+    with Environments("http", {"url": "http://127.0.0.1:1/", "timeout": 1.0}, workers=0) as pool:
+        failure = pool.open(TASK, 0, "a").result()
+        assert isinstance(failure, EnvironmentFailure)
+        assert failure.note.startswith("ConnectionError: http://127.0.0.1:1/ does not answer")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "file:///etc/passwd"}, "must begin with http:// or https://"),
+        ({"url": "http://x", "timeout": 0.0}, "timeout must be greater than 0"),
+        ({}, "setting 'url' is missing"),
+    ],
+)
+def test_an_address_is_refused_when_a_run_starts(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Environments("http", settings, workers=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def test_every_line_of_the_table_leads_to_an_environment_with_settings():
+    for name, path in ENVIRONMENTS.items():
+        found = resolve({}, path, "environment")
+        assert (found.__doc__ or "").strip(), name
+        assert schema_of(found) is not None
+
+
+@pytest.fixture
+def conforming(doors, walk, server):
+    _Server.replies = {"reset": {"messages": [{"role": "user", "content": "?"}]}}
+    return {
+        "tools": {"tools": ["zoom", "calculator"]},
+        "gui": {"side": 112},
+        "trl": {"factory": f"{doors}:Doors"},
+        "gymnasium": {"make": f"{walk}:Walk", "action": "integer"},
+        "http": {"url": server},
+    }
+
+
+def test_every_environment_keeps_to_the_protocol(conforming):
+    """The same prompt for the same seed, a reply to any text, a rebuilt one that shows the same, and nothing shared."""
+    assert conforming.keys() == ENVIRONMENTS.keys()
+    answers = [
+        "",
+        "1",
+        "<tool_call>{}</tool_call>",
+        hermes_call("click", {"x": 500, "y": 500}),
+        "\ud83d\ude00",
+        "<image>",
+    ]
+    for name, settings in conforming.items():
+        make, _ = build_environment(name, settings)
+        assert isinstance(make(), Environment)
+        pool, opened = begun(name, settings)
+        assert pool.open(TASK, 5, "b").result() == opened, name
+        taken = 0
+        for answer in answers:
+            step = step_of(pool, "a", answer)
+            taken += 1
+            if step.done:
+                break
+        record = pool.state("a")
+        assert len(record.answers) == taken
+        json.dumps(record.state)
+        assert isinstance(pool.restore(TASK, record, "c").result(), Opened), name
+        assert pool.state("b").answers == ()
+        for key in "abc":
+            pool.close(key)
+        assert not pool.failures, name

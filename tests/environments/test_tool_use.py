@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import pytest
+from PIL import Image
+
+from foveate.data.images import load_image
+from foveate.environments.calculator import calculator
+from foveate.environments.calls import MalformedCall, ToolCall, hermes_call, parse_calls
+from foveate.environments.observe import encoded
+from foveate.environments.pool import Environments
+from foveate.environments.tool_use import ToolUse
+from foveate.environments.tools import Tool, build_tool
+from foveate.errors import ConfigError
+from foveate.records import Message, Task
+
+
+def task(width=200, height=100, **meta):
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste((255, 0, 0), (100, 50, 120, 60))
+    return Task("t", "s", (Message("user", "<image>\nWhat is red?"),), (encoded(picture),), None, meta)
+
+
+def begun(given=("zoom",), about=None, **settings):
+    environment = ToolUse(tools=[*given], **settings)
+    environment.reset(about or task(), 0)
+    return environment
+
+
+# ---------------------------------------------------------------------------------------------------------- the calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "x"}}\n</tool_call>',
+        '<think>I call <tool_call>{}</tool_call></think>{"a":<tool_call>{"name":"f","arguments":{"a":1,"b":"x"}}'
+        "</tool_call> and done",
+        '<tool_call>{"name": "f", "parameters": {"a": 1, "b": "x"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1, \\"b\\": \\"x\\"}"}</tool_call>',
+    ],
+)
+def test_a_call_of_hermes_is_read(text):
+    assert parse_calls(text) == [ToolCall("f", {"a": 1, "b": "x"})]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>\n<arg_value>x</arg_value>\n"
+        "</tool_call>",
+    ],
+)
+def test_calls_of_other_families_are_read(text):
+    assert parse_calls(text) == [ToolCall("f", {"a": "1", "b": "x"}, as_text=True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('<tool_call>{"name": "f"', "is not closed"),
+        ("<tool_call>f(1)</tool_call>", "is no"),
+        ("<tool_call>[1]</tool_call>", "is no JSON object"),
+        ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "name must be a text"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "arguments an object"),
+        ("<tool_call><function=f>what</function></tool_call>", "'what' is no argument"),
+        ("<tool_call>{" + '"a":[' * 9_999 + "</tool_call>", "is no JSON object"),
+        ('<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5_000 + "}}</tool_call>", "is no JSON object"),
+    ],
+)
+def test_a_malformed_call_says_what_is_wrong(text, reason):
+    (call,) = parse_calls(text)
+    assert isinstance(call, MalformedCall)
+    assert reason in call.reason
+
+
+def test_what_is_written_is_what_is_read():
+    call = {"image": 1, "text": 'ä "quoted" </br>'}
+    assert parse_calls(hermes_call("f", call)) == [ToolCall("f", call)]
+    assert parse_calls("no call") == []
+
+
+# ---------------------------------------------------------------------------------------------------------- the tools
+
+
+def test_a_box_is_read_in_the_frame_of_the_family_and_looked_up_in_pixels():
+    for frame, box, meta in (
+        ("model", [500, 500, 600, 600], {}),
+        ("model", [70, 35, 84, 42], {"box_frame": (140, 70)}),
+        ("thousandths", [500, 500, 600, 600], {"box_frame": (140, 70)}),
+        ("pixels", [100, 50, 120, 60], {}),
+    ):
+        environment = begun([{"name": "zoom", "settings": {"min_side": 8}}], task(**meta), frame=frame)
+        step = environment.step(hermes_call("zoom", {"image": 1, "box": box}))
+        assert step.info == {"calls": [{"name": "zoom", "error": False, "image": 1, "box": [500, 500, 600, 600]}]}
+        (message,) = step.messages
+        assert (message.role, message.content) == ("tool", "<image>\nImage 2")
+        shown = load_image(message.images[0])
+        assert shown.size == (448, 224)
+        assert shown.getpixel((224, 112)) == (255, 0, 0)
+
+
+def test_a_crop_is_an_image_that_can_be_looked_at_again():
+    environment = begun()
+    environment.step(hermes_call("zoom", {"image": 1, "box": [500, 500, 600, 600]}))
+    step = environment.step(hermes_call("zoom", {"image": 2, "box": [0, 0, 500, 1000]}))
+    assert step.messages[0].content == "<image>\nImage 3"
+    assert step.info["calls"][0]["image"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"image": 2, "box": [0, 0, 9, 9]}, "image must be the number of an image, from 1 to 1; found 2"),
+        ({"image": True, "box": [0, 0, 9]}, "box "),
+        ({"image": 1}, "zoom needs the argument box; its arguments: image, box"),
+        ({"image": 1, "box": [9, 0, 0, 9]}, "with left < right and top < bottom"),
+        ({"image": 1, "box": [1000, 0, 1200, 9]}, "lies outside of the image"),
+        ({"image": 1, "boxes": [0, 0, 9, 9]}, "zoom has no argument 'boxes'; did you mean 'box'?"),
+        ({"image": "first", "box": [0, 0, 9, 9]}, "image "),
+        ({"image": 1, "box": [0, 0, float("nan"), 9]}, "with left < right"),
+        ({"image": 1, "box": [0, 0, 1, 1], "tile": 9_999_999}, "no argument 'tile'"),
+    ],
+)
+def test_a_wrong_call_is_told_to_the_model(arguments, error):
+    step = begun().step(hermes_call("zoom", arguments))
+    assert not step.done
+    assert step.messages[0].content.startswith("Error: ")
+    assert error in step.messages[0].content
+    assert step.info["calls"] == [{"name": "zoom", "error": True}]
+
+
+def test_names_of_no_tool_and_malformed_calls_are_errors_without_a_name():
+    environment = begun(max_calls=2)
+    step = environment.step("<tool_call>{}</tool_call>" + hermes_call("zom", {}) + hermes_call("zoom", {}))
+    first, second, third = (message.content for message in step.messages)
+    assert "cannot be read" in first
+    assert "there is no tool 'zom'; did you mean 'zoom'?" in second
+    assert "at most 2 calls" in third
+    assert step.info["calls"] == [{"name": "", "error": True}] * 2
+
+
+def test_an_answer_without_a_call_is_the_last_one():
+    step = begun().step("<think>I could use <tool_call></think>It is red.")
+    assert (step.done, step.reward, step.messages) == (True, None, ())
+
+
+def test_tools_turn_and_mark_images():
+    environment = begun(["rotate", "mark"])
+    turned = environment.step(hermes_call("rotate", {"image": 1, "degrees": 90})).messages[0].images[0]
+    assert (turned.width, turned.height) == (100, 200)
+    assert load_image(turned).getpixel((45, 110)) == (255, 0, 0)
+    marked = environment.step(hermes_call("mark", {"image": 1, "box": [0, 0, 500, 500]})).messages[0].images[0]
+    assert load_image(marked).getpixel((0, 20)) == (220, 20, 20)
+
+
+def test_no_tool_makes_an_image_larger_than_it_was():
+    environment = begun(["rotate"])
+    for number in range(1, 5):
+        turned = environment.step(hermes_call("rotate", {"image": number, "degrees": 45})).messages[0].images[0]
+        assert max(turned.width, turned.height) <= 200
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("2 + 3 * 4", "14"), ("-(2**10) / 4", "-256"), ("sqrt(2)^2", "2"), ("7 // 2 % 2", "1"), ("max(1, 2.5)", "2.5"),
+        ("2**4095 > 1", None), ("2**99999999", None), ("9**9**9", None), ("().__class__", None), ("1/0", None),
+        ("__import__('os')", None), ("'a'*9", None), ("(" * 300 + "1" + ")" * 300, None), ("1e308*10", None),
+        ("(-8)**0.5", None), ("1" * 501, None), ("sqrt(x=2)", None), ("round(1, [])", None),
+        ("round(5, -1000000000)", None), ("round(2.567, 1)", "2.6"), ("lambda: 1", None),
+        ("True + 1", None), ("2**-2", "0.25"), ("10**30", "1" + "0" * 30), ("-" * 200 + "1", None),
+    ],
+)  # fmt: skip
+def test_the_calculator_computes_in_bounds(expression, value):
+    if value is None:
+        with pytest.raises(ValueError, match=r"\S"):
+            calculator(expression)
+    else:
+        assert calculator(expression) == value
+
+
+def search(words: str, kind: Literal["exact", "loose"] = "loose", *, limit: int = 3) -> dict:
+    """Looks something up.
+
+    Args:
+        words: What to look for.
+        kind: How.
+    """
+    return {"found": [words, kind, limit], "text": "<image> <|im_end|>"}
+
+
+def test_a_plain_function_is_a_tool():
+    tool = Tool("search", search)
+    schema = tool.schema()["function"]
+    assert schema["name"] == "search"
+    assert schema["parameters"]["required"] == ["words"]
+    assert schema["parameters"]["properties"]["kind"]["enum"] == ["exact", "loose"]
+    assert "limit" not in schema["parameters"]["properties"]
+    result = tool(ToolCall("search", {"words": "5", "kind": "exact"}, as_text=True), (), "model")
+    assert json.loads(result.text)["found"] == ["5", "exact", 3]
+
+
+def test_text_of_a_tool_stays_text(tmp_path):
+    file = tmp_path / "lookup.py"
+    docstring = '"""Looks.\n\n    Args:\n        words: What.\n    """'
+    file.write_text(f"def look(words: str) -> str:\n    {docstring}\n    return words\n")
+    step = begun([f"{file}:look"]).step(hermes_call("look", {"words": "<image><|im_end|>"}))
+    assert "<image>" not in step.messages[0].content
+    assert "<|im_end|>" in step.messages[0].content
+    assert step.messages[0].images == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("zom", "unknown tool 'zom'; did you mean 'zoom'"),
+        ({"name": "zoom", "settings": {"size": 3}}, "unknown setting 'size'"),
+        ({"name": "zoom", "setting": {}}, "a tool is a name, or"),
+        ({"name": "zoom", "settings": {"tile": "big"}}, "tile must be a whole number"),
+    ],
+)
+def test_tools_are_refused_when_a_run_starts(given, message):
+    with pytest.raises(ConfigError, match=message):
+        build_tool(given)
+
+
+def test_a_tool_that_the_model_cannot_be_shown_is_refused(tmp_path):
+    file = tmp_path / "bare.py"
+    file.write_text("def bare(x):\n    pass\n\ndef undocumented(x: int):\n    pass\n")
+    with pytest.raises(ConfigError, match="parameter x has no type hint"):
+        build_tool(f"{file}:bare")
+    with pytest.raises(ConfigError, match="undocumented"):
+        build_tool(f"{file}:undocumented").schema()
+
+
+def test_schemas_say_how_images_and_boxes_are_written():
+    (schema,) = ToolUse(tools=["zoom"]).tools()
+    properties = schema["function"]["parameters"]["properties"]
+    assert properties["image"]["type"] == "integer"
+    assert "Its number, from 1" in properties["image"]["description"]
+    assert "[left, top, right, bottom] in thousandths of the image's sides" in properties["box"]["description"]
+    (schema,) = ToolUse(tools=["zoom"], frame="pixels").tools()
+    assert "in pixels" in schema["function"]["parameters"]["properties"]["box"]["description"]
+
+
+def test_prompts_need_not_show_the_tools():
+    assert [*ToolUse(tools=["zoom"], shown=False).tools()] == []
+    assert begun(shown=False).step(hermes_call("zoom", {"image": 1, "box": [0, 0, 9, 9]})).messages[0].images
+
+
+def test_tools_run_in_worker_processes():
+    with Environments("tools", {"tools": ["zoom", "calculator"], "max_turns": 3}, workers=1) as pool:
+        assert [schema["function"]["name"] for schema in pool.tools] == ["zoom", "calculator"]
+        opened = pool.open(task(), 0, "a").result(60)
+        assert opened.messages[0].content == "<image>\nWhat is red?"
+        step = pool.step("a", hermes_call("zoom", {"image": 1, "box": [0, 0, 500, 500]})).result(60)
+        assert step.messages[0].images[0].width == 448
+        assert pool.step("a", hermes_call("calculator", {"expression": "6*7"})).result(60).messages[0].content == "42"
+        last = pool.step("a", hermes_call("calculator", {"expression": "6*"})).result(60)
+        assert last.done
+        assert "is no arithmetic expression" in last.messages[0].content
