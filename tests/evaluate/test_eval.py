@@ -292,6 +292,12 @@ def test_an_evaluation_takes_what_the_run_says(tmp_path):
     assert not request.hold_out
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_thoughts_are_switched_as_in_the_run(tmp_path, thinking):
+    found = saved_run(tmp_path, "shapes_gspo", f"data.thinking={str(thinking).lower()}")
+    assert (found["system"], found["thinking"]) == ("none", thinking)
+
+
 def test_rows_that_a_run_kept_aside_are_what_it_is_evaluated_on(tmp_path):
     found = saved_run(tmp_path, "shapes_gspo", "data.test=[]", "data.hold_out=0.1")
     assert (found["data"], found["hold_out"]) == (("runs/demo-data/train.parquet",), 0.1)

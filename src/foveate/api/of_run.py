@@ -7,14 +7,14 @@ from typing import Any
 
 from foveate.config.recipe import read_recipe
 from foveate.config.runs import CascadeSettings, RLSettings
-from foveate.encoding.chat import THINKING_SYSTEM
 from foveate.errors import ConfigError
 from foveate.run_folder import RunFolder
 
 
-def options_of_run(run: str | Path) -> dict[str, Any]:
+def options_of_run(run: str | Path, system: str | None = None) -> dict[str, Any]:
     """The fields of an `EvalRequest` by the settings of a run: `models` is its trained model, `data` its held-out rows
     (data.test, or those that data.hold_out kept aside). Only a run with a reward says one, and the length of answers.
+    system: a message in place of the run's, which may have switched thoughts by its own.
 
     Raises ConfigError for a folder that is none of a run.
     """
@@ -32,7 +32,8 @@ def options_of_run(run: str | Path) -> dict[str, Any]:
         "max_prompt_tokens": data.max_prompt_tokens,
         "max_tiles": settings.model.max_tiles,
         "max_pixels": settings.model.max_pixels,
-        "system": THINKING_SYSTEM if data.thinking else data.system,
+        "system": system or data.system,
+        "thinking": None if system else data.thinking,
         "columns": data.columns,
         "image_root": data.image_root,
         "on_bad_row": data.on_bad_row,

@@ -78,7 +78,8 @@ class Run:
         from foveate.report.page import write_report
 
         given = {"data": data, "hold_out": 0.0} if data else {}
-        request = EvalRequest(**{**options_of_run(self.path), **given, **options}, out=Path(out or self.path / "eval"))
+        known = options_of_run(self.path, options.get("system"))
+        request = EvalRequest(**{**known, **given, **options}, out=Path(out or self.path / "eval"))
         run_eval(request)
         return write_report(request.out)
 

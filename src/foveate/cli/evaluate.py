@@ -174,7 +174,7 @@ def evaluate_command(
     from foveate.api.of_run import options_of_run
     from foveate.evaluate.evaluate_models import EvalRequest
 
-    known = {} if run is None else options_of_run(run)
+    known = {} if run is None else options_of_run(run, system)
     out = out or (run and run / "eval")
     if out is None:
         raise typer.BadParameter("give --out, the folder for predictions, summary and report, or the folder of a run")

@@ -74,6 +74,8 @@ class EvalRequest:
     columns: Mapping[str, str] = field(default_factory=dict)
     environment: EnvironmentSettings | None = None
     max_pixels: int | None = None
+    thinking: bool | None = None
+    """As `data.thinking` of a run."""
     hold_out: float = 0.0
     """Share of the rows of `data` that a run kept aside: only these are asked."""
 
@@ -133,6 +135,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
         on_bad_row=request.on_bad_row,
         max_prompt_tokens=request.max_prompt_tokens,
         system=request.system or "none",
+        thinking=request.thinking,
         columns=dict(request.columns),
     )
     environment = request.environment
