@@ -13,18 +13,22 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
-from foveate.errors import printable
+from foveate.errors import ConfigError, printable
+from foveate.registry import pickled
 
 OUTPUT_BYTES, OUTPUT_S = 20_000, 60.0
 """Bytes that a process of `guarded` may print in so many seconds, with all that it starts. More is dropped."""
+MOST_WORKERS = 8
+"""Worker processes unless the caller says how many."""
 _LEFT_TO_OWNER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -64,13 +68,46 @@ def _without_main() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerJob:
+    """The work of a `GuardedProcess`: an object by name with its settings, the folder that relative paths start from,
+    the time limit of a piece of work in seconds, the memory limit in bytes, and the functions among the settings that
+    Python code has passed (`foveate.registry.pickled`)."""
+
+    name: str
+    settings: Mapping[str, Any]
+    folder: str
+    time_limit: float
+    memory_limit: int
+    functions: bytes
+
+    @classmethod
+    def here(cls, name: str, settings: Mapping[str, Any], time_limit: float, memory_limit: float) -> Self:
+        """In the present folder; the memory limit is in GB."""
+        functions = pickled(name, settings)
+        return cls(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
+
+
+def worker_count(
+    kind: str, workers: int | None, time_limit: float, memory_limit: float, *, usual: int | None = None
+) -> int:
+    """How many processes: `workers`, or where it is None `usual`, by default one per CPU core and `MOST_WORKERS` at
+    most. Raises ConfigError for limits that are none."""
+    if time_limit <= 0 or memory_limit <= 0 or (workers or 0) < 0:
+        raise ConfigError(f"{kind}: time_limit and memory_limit must be greater than 0, and workers at least 0")
+    if workers is not None:
+        return workers
+    return min(os.cpu_count() or 1, MOST_WORKERS) if usual is None else usual
+
+
 class GuardedProcess:
     """A worker process that runs the code of others, as its owner sees it: a pipe to it, and its end.
 
-    `target` is called in it as target(job, pipe, owner) and calls `confine` first. Both it and the job must be known by
-    import."""
+    `target` is called in it as target(job, pipe, owner) and calls `confine` first. It must be known by import."""
 
-    def __init__(self, target: Callable[[Any, Connection, Connection], None], job: Any, preload: Sequence[str]) -> None:
+    def __init__(
+        self, target: Callable[[WorkerJob, Connection, Connection], None], job: WorkerJob, preload: Sequence[str]
+    ) -> None:
         processes = worker_context(preload)
         self.pipe, theirs = processes.Pipe()
         owner, self._lifeline = lifeline()
@@ -95,14 +132,14 @@ class GuardedProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def confine(owner: Connection, pipe: Connection, folder: str, memory_limit: int) -> None:
+def confine(job: WorkerJob, pipe: Connection, owner: Connection) -> None:
     """In a `GuardedProcess`, before it runs the code of others: `guarded`, silent, in the folder that relative paths
-    start from, and with no more than so many bytes of memory."""
+    start from, and with no more memory than its job allows."""
     guarded(owner, pipe)
     logging.disable()  # an error travels back as a note
-    os.chdir(folder)
+    os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
 
 
 def lifeline() -> tuple[Connection, Connection]:

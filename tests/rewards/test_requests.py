@@ -85,8 +85,8 @@ def test_as_many_requests_are_under_way_as_concurrency_says():
 
 def test_equal_requests_are_sent_once_and_counted():
     with scoring() as server, Graders("endpoint", {"url": server.url}) as graders:
-        graders.prefetch(answers(3))
-        assert [score.value for score in graders.grade_many(answers(3) * 2)] == [1.0, 2.0, 3.0] * 2
+        fetches = graders.prefetch(answers(3) * 2)
+        assert [score.value for score in graders.grade_many(answers(3) * 2, fetches)] == [1.0, 2.0, 3.0] * 2
         metrics, later = graders.metrics(), graders.metrics()
     assert len(server.bodies) == 3
     assert (metrics["reward/requests"], metrics["reward/requests_cached"]) == (3, 3 / 6)
@@ -117,9 +117,9 @@ def test_patience_with_one_request_ends_whatever_others_get(monkeypatch):
     with scoring(never="xxx") as server:
         settings = {"url": server.url, "retries": 0, "patience": 0.3, "concurrency": 2}
         with Graders("endpoint", settings) as graders:
-            graders.prefetch(answers(3)[2:])
+            fetches = graders.prefetch(answers(3)[2:])
             others = [graders.grade_many([("y" * (4 + number), TASK)])[0].value for number in range(20)]
-            [score] = graders.grade_many(answers(3)[2:])
+            [score] = graders.grade_many(answers(3)[2:], fetches)
     assert None not in others
     assert score.value is None
 

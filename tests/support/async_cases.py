@@ -131,13 +131,14 @@ class Rewards:
     delay: float = 0.0
     graded: int = 0
 
-    def prefetch(self, pairs: Sequence[tuple[Answer, Task]]) -> None:
+    def prefetch(self, _pairs: Sequence[tuple[Answer, Task]]) -> list[Any]:
         """They ask no server."""
+        return []
 
     def metrics(self) -> dict[str, float]:
         return {}
 
-    def grade_many(self, pairs: Sequence[tuple[Answer, Task]]) -> list[Score]:
+    def grade_many(self, pairs: Sequence[tuple[Answer, Task]], _fetches: Sequence[Any] = ()) -> list[Score]:
         time.sleep(self.delay)
         self.graded += 1
         return [Score(0.0 if task.answer in self.equal else float(i)) for i, (_, task) in enumerate(pairs)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -20,26 +19,12 @@ from foveate.environments.observe import (
 )
 from foveate.environments.protocol import Environment, EnvironmentFailure, EnvironmentLimits, Opened, Step
 from foveate.errors import DataError, one_line, printable
-from foveate.processes import confine
+from foveate.processes import WorkerJob, confine
 from foveate.records import Task
 from foveate.registry import unpickle
 from foveate.rewards.build import TRACE_FRAMES
 
 LONGEST_NOTE = 500
-
-
-@dataclass(frozen=True, slots=True)
-class EnvironmentJob:
-    """The work of a worker process: an environment by name with its settings, the folder that relative paths start
-    from, the time limit of a command in seconds, the memory limit in bytes, and the functions among the settings that
-    Python code has passed (`foveate.registry.pickled`)."""
-
-    name: str
-    settings: Mapping[str, Any]
-    folder: str
-    time_limit: float
-    memory_limit: int
-    functions: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +119,10 @@ def _state(environment: Environment) -> Any:
     return None if state is None else plain_json(state, "the state", MOST_STATE)
 
 
-def host_for_ever(job: EnvironmentJob, pipe: Connection, owner: Connection) -> None:
+def host_for_ever(job: WorkerJob, pipe: Connection, owner: Connection) -> None:
     """In a worker process: carry out commands from the pipe until it closes. Sends None when it is ready, then a reply
     or an `EnvironmentFailure` for each, or `CannotBuild` and nothing more."""
-    confine(owner, pipe, job.folder, job.memory_limit)
+    confine(job, pipe, owner)
     try:
         unpickle(job.functions)
         host = EnvironmentHost(*build_environment(job.name, job.settings))

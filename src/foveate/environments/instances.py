@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from foveate.environments.host import EnvironmentCommand, EnvironmentJob, host_for_ever
+from foveate.environments.host import EnvironmentCommand, WorkerJob, host_for_ever
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, Opened
 from foveate.errors import DataError
 from foveate.processes import GuardedProcess
@@ -84,7 +84,7 @@ class EnvironmentWorker(GuardedProcess):
     """One worker process as its owner sees it: starting, idle, or busy with a `job` of its `current` environment.
     `queue` holds, in order, the environments that have commands."""
 
-    def __init__(self, job: EnvironmentJob, tries: int = 0) -> None:
+    def __init__(self, job: WorkerJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready."""
         super().__init__(host_for_ever, job, HOST_MODULES)
         self.tries, self.is_starting = tries, True

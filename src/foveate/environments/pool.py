@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.environments.build import build_environment, tools_of
-from foveate.environments.host import CannotBuild, EnvironmentCommand, EnvironmentHost, EnvironmentJob, EnvironmentReply
+from foveate.environments.host import CannotBuild, EnvironmentCommand, EnvironmentHost, EnvironmentReply
 from foveate.environments.instances import (
     TRIES,
     EnvironmentInstance,
@@ -35,10 +35,9 @@ from foveate.environments.instances import (
     resolve_future,
 )
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, FailureKind, Opened, Step
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
+from foveate.processes import WorkerJob, worker_count
 from foveate.records import Task
-from foveate.registry import pickled
-from foveate.rewards.pool import MOST_WORKERS
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +70,12 @@ class Environments:
         time_limit: float = 10.0,
         memory_limit: float = 8.0,
     ) -> None:
-        if time_limit <= 0 or memory_limit <= 0 or (workers or 0) < 0:
-            raise ConfigError("environment: time_limit and memory_limit must be greater than 0, and workers at least 0")
+        self._count = worker_count("environment", workers, time_limit, memory_limit)
         make, limits = build_environment(name, settings)
         self.tools, self.max_turns = tools_of(name, make), limits.max_turns
         self.failures: Counter[FailureKind] = Counter()
         self.rebuilt = 0
-        functions = pickled(name, settings)
-        self._job = EnvironmentJob(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
-        self._count = min(os.cpu_count() or 1, MOST_WORKERS) if workers is None else workers
+        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
         self._host = None if self._count else EnvironmentHost(make, limits)
         self._instances: dict[Hashable, EnvironmentInstance] = {}
         self._numbers = iter(range(2**62))

@@ -20,10 +20,10 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.errors import ConfigError, DataError
-from foveate.processes import GuardedProcess, confine
+from foveate.errors import DataError
+from foveate.processes import GuardedProcess, WorkerJob, confine, worker_count
 from foveate.records import Answer, Score, Task
-from foveate.registry import pickled, unpickle
+from foveate.registry import unpickle
 from foveate.rewards import REWARDS
 from foveate.rewards.build import FAILED, Reward, build_reward, not_graded
 from foveate.rewards.requests import RequestThread
@@ -37,9 +37,6 @@ STARTING_LIMIT = 300.0
 """Seconds that a worker process may take to import the reward before the run gives up."""
 _TRIES = 3
 """Starts of a process in the place of one that was lost, until the reward itself must be at fault."""
-
-MOST_WORKERS = 8
-"""Worker processes unless the caller says how many."""
 
 Graded = tuple[Answer | str, Task, tuple[Any, ...]]
 """An answer, as `Reward.read` gives it, its task, and what was fetched for it."""
@@ -79,16 +76,13 @@ class Graders:
         time_limit: float = 10.0,
         memory_limit: float = 8.0,
     ) -> None:
-        if time_limit <= 0 or memory_limit <= 0 or (workers or 0) < 0:
-            raise ConfigError("reward: time_limit and memory_limit must be greater than 0, and workers at least 0")
+        usual = 0 if name in REWARDS and REWARDS[name].quick else None
+        self._count = worker_count("reward", workers, time_limit, memory_limit, usual=usual)
         self.failures: Counter[str] = Counter()
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
         self._requests = RequestThread() if self._reward.fetch else None
-        functions = pickled(name, settings)
-        self._job = GraderJob(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
-        usual = 0 if name in REWARDS and REWARDS[name].quick else min(os.cpu_count() or 1, MOST_WORKERS)
-        self._count = usual if workers is None else workers
+        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
         self._workers = [_Worker(self._job) for _ in range(self._count)]
         self._late: list[_Worker] = []
         """Workers beyond half of their limit, whose places successors have taken."""
@@ -97,12 +91,18 @@ class Graders:
         """The score of one answer."""
         return self.grade_many([(answer, task)])[0]
 
-    def grade_many(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
+    def grade_many(
+        self, answers: Sequence[tuple[Answer | str, Task]], fetches: Sequence[Future[Any]] = ()
+    ) -> list[Score]:
         """The scores of answers to tasks, in their order. Of an answer whose record is not known the text is enough
         for rewards that read no more. What the prompt of a task has opened for the answer counts as written. Answers to
-        the same task should stand together: it is sent to a worker once for all that follow each other."""
+        the same task should stand together: it is sent to a worker once for all that follow each other.
+        fetches: what `prefetch` has given for these answers, where it was called."""
         asked = self._read(answers)
-        scores = self._grade_fetched(asked) if self._requests else self._grade([(*one, ()) for one in asked])
+        if self._requests is None:
+            scores = self._grade([(*one, ()) for one in asked])
+        else:
+            scores = self._grade_fetched(asked, fetches or self._fetches(asked))
         failed = [(task, score) for (_, task), score in zip(answers, scores, strict=True) if score.value is None]
         self.failures.update(_reason(score) for _, score in failed)
         if failed and self._count:
@@ -112,10 +112,10 @@ class Graders:
             )
         return scores
 
-    def prefetch(self, answers: Sequence[tuple[Answer | str, Task]]) -> None:
-        """Answers that will be graded: what the reward asks servers of them is asked now, and not waited for."""
-        if self._requests:
-            self._fetches(self._read(answers), early=True)
+    def prefetch(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[Future[Any]]:
+        """Ask servers, without waiting, what the reward asks them of answers that will be graded: a future for each,
+        for `grade_many`; none for a reward that asks no server."""
+        return self._fetches(self._read(answers)) if self._requests else []
 
     def metrics(self) -> dict[str, float]:
         """Since they were asked for last: requests to servers, the share of those that need not be sent, their seconds
@@ -123,7 +123,7 @@ class Graders:
         if self._requests is None:
             return {}
         counts = self._requests.counts()
-        sent, cached = counts["requests"], max(0, counts["cached"] - counts["foreseen"])
+        sent, cached = counts["requests"], counts["cached"]
         return {
             "reward/requests": sent,
             "reward/requests_cached": cached / max(1, sent + cached),
@@ -134,17 +134,17 @@ class Graders:
     def _read(self, answers: Sequence[tuple[Answer | str, Task]]) -> list[tuple[Answer | str, Task]]:
         return [(self._reward.read(_with_opened(answer, task)), task) for answer, task in answers]
 
-    def _fetches(self, asked: Sequence[tuple[Answer | str, Task]], *, early: bool = False) -> list[Future[Any]]:
+    def _fetches(self, asked: Sequence[tuple[Answer | str, Task]]) -> list[Future[Any]]:
         fetch, requests = self._reward.fetch, self._requests
         assert fetch is not None
         assert requests is not None
-        return [requests.submit(fetch, answer, task, early=early) for answer, task in asked]
+        return [requests.submit(fetch, answer, task) for answer, task in asked]
 
-    def _grade_fetched(self, asked: Sequence[tuple[Answer | str, Task]]) -> list[Score]:
+    def _grade_fetched(self, asked: Sequence[tuple[Answer | str, Task]], fetches: Sequence[Future[Any]]) -> list[Score]:
         """Grade answers whose reward asks servers: those of which a request fails are not graded."""
         scores: dict[int, Score] = {}
         jobs: dict[int, Graded] = {}
-        for index, (one, fetch) in enumerate(zip(asked, self._fetches(asked), strict=True)):
+        for index, (one, fetch) in enumerate(zip(asked, fetches, strict=True)):
             try:
                 jobs[index] = (*one, (fetch.result(),))
             except Exception as error:
@@ -243,7 +243,7 @@ class Waiting:
 class _Worker(GuardedProcess):
     """One worker process as its owner sees it: starting, idle, or busy with the answer of index `answer`."""
 
-    def __init__(self, job: GraderJob, tries: int = 0) -> None:
+    def __init__(self, job: WorkerJob, tries: int = 0) -> None:
         """`tries`: how many more may take its place where it dies before it is ready; the first ones of a run must
         start."""
         super().__init__(_grade_for_ever, job, PRELOADED)
@@ -254,7 +254,7 @@ class _Worker(GuardedProcess):
         self._task: Task | None = None
         self.deadline = self.halfway = time.monotonic() + STARTING_LIMIT
 
-    def successor(self, job: GraderJob) -> _Worker:
+    def successor(self, job: WorkerJob) -> _Worker:
         """One in its place."""
         return _Worker(job, self.tries - 1 if self._starting else _TRIES)
 
@@ -327,30 +327,16 @@ def _reason(score: Score) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class GraderJob:
-    """The work of a worker process: a reward by name with its settings, the folder that relative paths start from, the
-    time limit of an answer in seconds, the memory limit in bytes, and the functions among them that Python code has
-    passed (`foveate.registry.pickled`)."""
-
-    name: str
-    settings: Mapping[str, Any]
-    folder: str
-    time_limit: float
-    memory_limit: int
-    functions: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """A worker's last word: the reward itself is wrong, not an answer."""
 
     message: str
 
 
-def _grade_for_ever(job: GraderJob, pipe: Connection, owner: Connection) -> None:
+def _grade_for_ever(job: WorkerJob, pipe: Connection, owner: Connection) -> None:
     """Grade answers, as `Reward.read` gives them, from the pipe until it closes; a task of None is the one before.
     Sends None when it is ready, then a Score for each answer, or a `Failure` at any time."""
-    confine(owner, pipe, job.folder, job.memory_limit)
+    confine(job, pipe, owner)
     try:
         unpickle(job.functions)
         reward = build_reward(job.name, job.settings)

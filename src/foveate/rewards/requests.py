@@ -81,9 +81,8 @@ ServerRequest = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[ServerReply]
 class Session:
     """The connections of an event loop, replies by the content of their requests, and counts.
 
-    counts: "requests" that were sent, "cached" ones that were not, "foreseen" ones that will be asked for again,
-    "seconds" for which those that were sent took, from first to last try, and "tokens" that servers say they read and
-    wrote.
+    counts: "requests" that were sent, "cached" ones that were not, "seconds" for which those that were sent took, from
+    first to last try, and "tokens" that servers say they read and wrote.
     """
 
     def __init__(self) -> None:
@@ -180,17 +179,6 @@ def _omitted() -> Any:
     return openai.Omit()
 
 
-class EarlySession:
-    """A session for what will be asked for again: its replies are there then."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    async def ask(self, server: RemoteServer, content: str, request: ServerRequest) -> ServerReply:
-        self._session.counts["foreseen"] += 1
-        return await self._session.ask(server, content, request)
-
-
 class RequestThread:
     """A thread with an event loop and a session, in which fetches run. `close` ends those that are under way."""
 
@@ -200,12 +188,11 @@ class RequestThread:
         self._thread.start()
         self._session = Session()
 
-    def submit(self, fetch: Callable[..., Awaitable[Any]], *arguments: Any, early: bool = False) -> Future[Any]:
-        """Run a fetch with the session and these arguments; the future has what it returns or raises. early: it will be
-        run once more, when its result is needed."""
+    def submit(self, fetch: Callable[..., Awaitable[Any]], *arguments: Any) -> Future[Any]:
+        """Run a fetch with the session and these arguments; the future has what it returns or raises."""
 
         async def run() -> Any:
-            return await fetch(EarlySession(self._session) if early else self._session, *arguments)
+            return await fetch(self._session, *arguments)
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 

@@ -98,10 +98,13 @@ def scored(
     answers: Sequence[tuple[Answer, Task]],
     outcomes: Sequence[Outcome | None],
     credit: AnswerCredit = FUNCTION_ALONE,
+    fetches: Sequence[Future[Any]] = (),
 ) -> list[Score]:
-    """The score of each answer; with what became of it with its environment, if it had one."""
+    """The score of each answer; with what became of it with its environment, if it had one. fetches: of the answers
+    that the reward function grades, where it was foreseen (`Graders.prefetch`)."""
     asked = places_to_grade(outcomes, credit)
-    graded = dict(zip(asked, graders.grade_many([_without_tiles(*answers[place]) for place in asked]), strict=True))
+    found = graders.grade_many([_without_tiles(*answers[place]) for place in asked], fetches)
+    graded = dict(zip(asked, found, strict=True))
     return [
         graded[place] if one is None else credit.score(one, graded.get(place, Score(None)))
         for place, one in enumerate(outcomes)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Timer
-from typing import Self
+from typing import Any, Self
 
 from foveate.encoding.reader import Reader
 from foveate.environments.turns import Turn
@@ -24,6 +24,8 @@ from foveate.train.clock import Clock
 
 Answers = tuple[Answer, ...]
 Scores = tuple[Score, ...]
+_Waiting = tuple[Task, Answers, Sequence[Outcome | None], list[Future[Any]], Future[Scores]]
+"""Answers to be graded, what became of those with environments, what was asked of servers, and where scores go."""
 
 
 @dataclass(slots=True)
@@ -70,7 +72,9 @@ class Grading:
 
     def __init__(self, graders: Graders, credit: AnswerCredit = FUNCTION_ALONE) -> None:
         self._graders, self._credit = graders, credit
-        self._waiting: deque[tuple[Task, Answers, Sequence[Outcome], Future[Scores]]] = deque()
+        self._waiting: deque[tuple[Task, Answers, Sequence[Outcome | None], list[Future[Any]], Future[Scores]]] = (
+            deque()
+        )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grading")
 
     def __enter__(self) -> Self:
@@ -82,9 +86,9 @@ class Grading:
     def submit(self, task: Task, answers: Answers, outcomes: Sequence[Outcome] = ()) -> Future[Scores]:
         """`outcomes`: what became of answers with environments."""
         future: Future[Scores] = Future()
-        wanted = places_to_grade(outcomes or [None] * len(answers), self._credit)
-        self._graders.prefetch([(answers[place], task) for place in wanted])
-        self._waiting.append((task, answers, outcomes, future))
+        known = outcomes or [None] * len(answers)
+        fetches = self._graders.prefetch([(answers[place], task) for place in places_to_grade(known, self._credit)])
+        self._waiting.append((task, answers, known, fetches, future))
         self._pool.submit(self._grade)
         return future
 
@@ -97,8 +101,9 @@ class Grading:
                 scored(
                     self._graders,
                     [(answer, task) for task, answers, *_ in batch for answer in answers],
-                    [one for _, answers, outcomes, _ in batch for one in outcomes or [None] * len(answers)],
+                    [one for _, _, outcomes, *_ in batch for one in outcomes],
                     self._credit,
+                    [fetch for *_, fetches, _ in batch for fetch in fetches],
                 )
             )
             found = [tuple(next(scores) for _ in answers) for _, answers, *_ in batch]
