@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pages import Page, rendered
 from pydantic import ValidationError
+from slow_cases import slow_but
 from test_resume import interrupt
 from toy import HERE, cascade_settings
 
@@ -165,9 +166,7 @@ def stop_in(patch: pytest.MonkeyPatch, moment: str, stop: Any) -> None:
     patch.setattr(owner, name, stopping)
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(moment, marks=[] if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
-)
+@pytest.mark.parametrize("moment", slow_but(QUICK, MOMENTS))
 def test_an_interrupted_cascade_ends_as_the_uninterrupted_one(tmp_path, data, whole, moment):
     settings = cascade_settings(tmp_path / "run", data)
     with pytest.MonkeyPatch.context() as patch:

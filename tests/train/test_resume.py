@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import toy
 from family_cases import build_family
+from slow_cases import slow_but
 from toy import make_data, rl_settings, sft_settings
 
 import foveate.train.checkpoint
@@ -103,9 +104,7 @@ def assert_equal(run: RunFolder, whole: RunFolder) -> None:
 QUICK = ("between gradients and update", "while it writes a checkpoint")
 
 
-@pytest.mark.parametrize(
-    "moment", [pytest.param(moment, marks=[] if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
-)
+@pytest.mark.parametrize("moment", slow_but(QUICK, MOMENTS))
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder, data, whole, moment):
     settings = settings_in(tmp_path / "run", tiny_folder, data)
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -284,10 +285,7 @@ def prepare_shapes_command(
     from foveate.datasets.shapes import KINDS, prepare_shapes
     from foveate.log import progress
 
-    chosen = tuple(kinds.split(","))
-    unknown = [kind for kind in chosen if kind not in KINDS]
-    if unknown:
-        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(KINDS)}")
+    chosen = _known_kinds(kinds, KINDS)
     rows = _asked(train=train, test=test)
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
@@ -338,15 +336,21 @@ def prepare_gui_command(
     from foveate.environments.screen import WIDGET_KINDS, WidgetKind
     from foveate.log import progress
 
-    asked = kinds.split(",")
-    unknown = [kind for kind in asked if kind not in WIDGET_KINDS]
-    if unknown:
-        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(WIDGET_KINDS)}")
+    asked = _known_kinds(kinds, WIDGET_KINDS)
     rows = _asked(train=train, test=test, traces=traces)
     with progress("drawing screens", sum(rows.values())) as advance:
         chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
         prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
     _print_rows(out, rows)
+
+
+def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The kinds that --kinds names. Raises ConfigError for an unknown kind."""
+    chosen = tuple(kinds.split(","))
+    unknown = [kind for kind in chosen if kind not in known]
+    if unknown:
+        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(known)}")
+    return chosen
 
 
 def _asked(**rows: int) -> dict[str, int]:

@@ -162,10 +162,11 @@ def render(
         turns.insert(0, {"role": "system", "content": system})
     fallback = None if tokenizer.chat_template else template
     shown: dict[str, Any] = {}
-    if shows_tools(tokenizer, template_of(tokenizer, template)):
-        shown = {"tools": [*tools]} if tools else {}
-    else:
-        turns = with_tools(turns, tools)
+    if tools or any(turn["role"] == "tool" for turn in turns):
+        if not shows_tools(tokenizer, template_of(tokenizer, template)):
+            turns = with_tools(turns, tools)
+        elif tools:
+            shown = {"tools": [*tools]}
     with _time_limit(TEMPLATE_S):
         text = tokenizer.apply_chat_template(
             turns, chat_template=fallback, tokenize=False, add_generation_prompt=True, **shown

@@ -90,7 +90,8 @@ class Encoder:
 
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
-        return len(self.placed(self.rendered(task), task.images, task.where)[0])
+        engine_ids, slots, _ = self._laid_out(self.rendered(task), task.images, task.where)
+        return len(engine_ids) + sum(slot.count - 1 for slot in slots)
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
         """A demonstrated answer as token ids, with the stop token that ends it and, where it lacks it, the start that
@@ -162,6 +163,13 @@ class Encoder:
 
     def placed(self, rendered: Rendered, images: Sequence[Image], where: str) -> tuple[Prompt, list[int]]:
         """The tokens of a text with the places of its images, still without their pixels, and the budget of each."""
+        engine_ids, slots, budgets = self._laid_out(rendered, images, where)
+        return Prompt(tuple(self._expand(engine_ids, slots)), slots, None, tuple(engine_ids)), budgets
+
+    def _laid_out(
+        self, rendered: Rendered, images: Sequence[Image], where: str
+    ) -> tuple[list[int], tuple[ImageSlot, ...], list[int]]:
+        """The same with one placeholder for each run of an image's tokens: ids, places, budgets."""
         text = rendered.text
         marks = text.count(IMAGE_MARK)
         if marks != len(images):
@@ -180,8 +188,7 @@ class Encoder:
         budgets = [frame if is_frame else each for is_frame in frames]
         text = self._written(text, images, budgets, where).replace(IMAGE_WORD, IMAGE_MARK)
         engine_ids = self._prompt_ids(Rendered(text, rendered.disguise), where)
-        slots = self._slots(images, engine_ids, budgets, where)
-        return Prompt(tuple(self._expand(engine_ids, slots)), slots, None, tuple(engine_ids)), budgets
+        return engine_ids, self._slots(images, engine_ids, budgets, where), budgets
 
     def with_pixels(self, prompt: Prompt, images: Sequence[Image], budgets: Sequence[int], where: str) -> Prompt:
         """The prompt with the pixels of its images, which are decoded now."""
