@@ -48,6 +48,7 @@ class Chart:
     unit: str = ""
     smooth: bool = True
     dots: bool = False
+    by_step: bool = True
 
     @property
     def digits(self) -> int:
@@ -58,8 +59,10 @@ class Chart:
 
     @property
     def legend(self) -> list[tuple[str, str]]:
-        """(label, last value) of each line."""
-        return [(one.label, format_value(one.last[1] or 0.0, self.unit, self.digits)) for one in self.series]
+        """(label, last value) of each line; without the value where the axis is not the training step."""
+        shown = [format_value(one.last[1] or 0.0, self.unit, self.digits) for one in self.series]
+        values = shown if self.by_step else [""] * len(shown)
+        return [(one.label, value) for one, value in zip(self.series, values, strict=True)]
 
     @property
     def places(self) -> list[int]:

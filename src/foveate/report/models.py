@@ -32,7 +32,7 @@ def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
         if "accuracy_at" in one
     )
     title, hint = "Accuracy by threshold", "IoU in percent"
-    chart = Chart(title, hint, series, "%", smooth=False, dots=True) if series else None
+    chart = Chart(title, hint, series, "%", smooth=False, dots=True, by_step=False) if series else None
     return ModelTable(tuple(models), lines, chart)
 
 
