@@ -15,8 +15,10 @@ import argparse
 import http.client
 import json
 import os
+import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -37,8 +39,6 @@ FOVEATE = ["-m", "foveate", "serve"]
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -149,8 +149,6 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 def main() -> None:
-    import sys
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of short requests, idle and beside streams each")
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
