@@ -138,7 +138,7 @@ def test_a_server_that_never_answers_ends_the_work_with_what_is_done(tmp_path, a
         faulty(lambda n: None if n < 10 else "500") as server,
         pytest.raises(ConfigError, match="rows in a row failed"),
     ):
-        ask(server, concurrency=2, retries=1, first_rest=0.001)
+        ask(server, concurrency=2, retries=1, first_rest=1e-5)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["answered"] == 10
     assert summary["failed"] >= 20

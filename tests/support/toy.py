@@ -156,19 +156,6 @@ class StaleEngine(NativeEngine):
         pass
 
 
-def short_is_right(text: str, _: Task) -> Score:
-    """A reward that calls an answer a hit or a miss, without any box."""
-    right = float(len(text) % 2)
-    return Score(right, {"hit": right})
-
-
-def sleeps_for_ever(text: str, task: Task) -> Score:
-    """Hangs on every answer to the first task."""
-    if task.where.endswith(" row 1"):
-        time.sleep(1e6)
-    return text_length(text, task)
-
-
 def vowels(text: str, _: Task) -> Score:
     """The share of vowels among the characters: what a small model can learn in seconds."""
     return Score(sum(letter in "aeiou" for letter in text) / max(len(text), 1))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from light_rewards import PLACE
 from toy import HERE, make_data, rl_settings
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -208,7 +209,7 @@ def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data
 
 
 def test_a_grader_that_hangs_costs_its_limit_and_its_answers_are_not_graded(tmp_path, tiny_folder, data):
-    limits = {"name": f"{HERE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
+    limits = {"name": f"{PLACE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
     changes = {"train": {"steps": 1, "prompts_per_step": 16}, "eval": {"every": 0}}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=limits, **changes))
     record = metrics_of(run)[0]
