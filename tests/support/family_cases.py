@@ -91,6 +91,8 @@ VISION_SMOL = {
     "patch_size": 14,
 }  # fmt: skip
 
+QUICK = ("internvl-chat", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", "gpt_oss")
+"""One of each kind, where a test of all families is slow."""
 VISION_MODELS = {
     "qwen2_vl": (
         Qwen2VLConfig,

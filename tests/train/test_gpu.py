@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import TEXT_MODELS, VISION_MODELS, build_family
+from family_cases import QUICK, TEXT_MODELS, VISION_MODELS, build_family
 from pretend_gpu import OnGpu, pretend_gpu
 from safetensors.torch import load_file
 from slow_cases import slow_but
@@ -113,7 +113,7 @@ def test_preference_optimisation_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder
     require_same(run, alone, ("loss/total", "optim/grad_norm", "loss/entropy"))
 
 
-@pytest.mark.parametrize("name", [*VISION_MODELS, *TEXT_MODELS])
+@pytest.mark.parametrize("name", slow_but(QUICK, [*VISION_MODELS, *TEXT_MODELS]))
 @pytest.mark.usefixtures("gpu")
 def test_every_family_computes_and_samples_on_a_gpu(tmp_path, name, make_image, make_task):
     folder = build_family(tmp_path / "model", name)
