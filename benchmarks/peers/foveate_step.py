@@ -51,7 +51,7 @@ def _group(policy: Policy, work: PendingGroup, vocabulary: int, generator: torch
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
 
-    family = policy.family
+    family: Any = policy.family
     ids: list[int] = words(8)
     for tiles in work.images:
         ids += [*[family.image_token_id] * (tiles * family.tokens_per_tile), *words(2)]
