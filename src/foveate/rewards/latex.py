@@ -9,7 +9,7 @@ from functools import lru_cache
 from foveate.rewards.number_words import ORDINALS, in_digits, on_the_clock
 from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
-from foveate.rewards.statements import standard
+from foveate.rewards.statements import numbered, standard
 
 _SIGNS = {
     "×": r"\times ", "·": r"\cdot ", "÷": r"/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
@@ -24,6 +24,7 @@ _SIGNS = {
 _SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
 _GREEK = re.compile(r"[α-ωΑ-Ωϑϕϵ]")
 _ROOT = re.compile(r"\\(surd|cbrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
+_NATURAL = re.compile(r"\\?(?<![A-Za-z])log\s*_\s*(?:\{\s*e\s*\}|e(?![A-Za-z]))\s*")
 _DRESS = re.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\\q?quad(?![A-Za-z])"
     r"|(?<!\\)(?:\$|\\[,;:! ()])"
@@ -93,6 +94,7 @@ def tidy(answer: str) -> str:
         _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",").replace("{}", "")
     )
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
+    text = _NATURAL.sub(r"\\ln ", text)
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
@@ -104,7 +106,7 @@ def tidy(answer: str) -> str:
     if found := _DECIMAL_COMMA.match(text):
         text = f"{found[1]}.{found[2]}{text[found.end() :]}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
-    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), text)))
+    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), numbered(text))))
     text = _INFINITY.sub(r"\\infty ", in_digits(on_the_clock(text)))
     text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
     text = _SHORT_SCALE.sub(lambda found: rf"{found[1]}\cdot {_SCALES[_SHORT[found[2].lower()]]}", text)

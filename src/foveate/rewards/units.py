@@ -312,6 +312,18 @@ def _in_pence(quantity: Quantity) -> Quantity:
     return Quantity(found[1], _KNOWN["pence"][0]) if found and quantity.unit is None else quantity
 
 
+def same_quantity(one: Quantity, other: Quantity) -> bool:
+    """Whether two numbers with units of one measure are the same, to a hundredth, as rounding leaves them."""
+    one, other = as_beside(one, other)
+    if one.unit is None or other.unit is None or one.unit.measure != other.unit.measure or one.unit == other.unit:
+        return False
+    try:
+        first, second = (Fraction(q.value) * u.factor + u.offset for q, u in ((one, one.unit), (other, other.unit)))
+    except ValueError:
+        return False
+    return abs(first - second) * 100 <= abs(second)
+
+
 def same_label(one: str, other: str) -> bool:
     """Whether two labels say the same; one may be missing, and the plural is no other label."""
     return not one or not other or one.rstrip("s") == other.rstrip("s")
