@@ -39,6 +39,13 @@ INTEGRAL = r"Find \int 6x dx."
         (r"Find \int kx dx.", r"\frac{kx^2}{2} + k", r"\frac{kx^2}{2} + C", False),
         ("Which polynomial is it?", "3x^2 + K", "3x^2 + C", False),
         ("Which lines are parallel?", r"m \parallel l", "l and m", True),
+        ("In which quadrant is it?", "third", "III", True),
+        ("In which quadrant is it?", "second", "III", False),
+        (HOW_MANY, "infinite", "infinitely many solutions", True),
+        (HOW_MANY, "many", "infinitely many", False),
+        ("Compare: 3 ___ 2", "3 > 2", ">", True),
+        ("Compare: 3 ___ 2", "less than", ">", False),
+        ("Which is true?", "3 > 2", ">", False),
         ("Which lines are parallel?", r"m \perp l", "l and m", False),
         ("Which lines are perpendicular?", r"m \parallel l", "l and m", False),
     ],
@@ -62,8 +69,24 @@ def test_a_question_lets_an_answer_take_another_form(asked, answer, truth, same)
         ("shorter leg 4, longer leg 9", "longer leg 9, shorter leg 4", True),
         ("shorter leg 9, longer leg 4", "longer leg 9, shorter leg 4", False),
         ("mean 4, median 9", "median 9, mean 4", True),
+        ("y = 9, x = 4", "x = 9", False),
         ("mean 9, median 4", "median 9, mean 4", False),
     ],
 )
 def test_parts_are_compared_by_their_labels(answer, truth, same):
+    assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "same"),
+    [
+        ("x = 9, y = 4", "4", False),
+        ("x = 9", "x = 9, y = 4", False),
+        ("4", "x = 9, y = 4", False),
+        ("x = 4, x = 9", "9, 4", True),
+        ("x_1 = 4, x_2 = 9", "9, 4", True),
+        ("y = 4 and x = 9", "x = 9, y = 4", True),
+    ],
+)
+def test_several_values_are_not_one_of_them(answer, truth, same):
     assert same_answer(answer, truth) is same

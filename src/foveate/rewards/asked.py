@@ -42,9 +42,25 @@ _RELATIONS = {
 }
 
 
+_MANY = re.compile(r"infinite(?:ly\s+many)?|an\s+infinite\s+number|\\infty|无数个?|无穷多个?", re.IGNORECASE)
+_BLANK = re.compile(r"_{2,}|\\underline|○|□|比较大小|\bcompare\b", re.IGNORECASE)
+_SIGNS = {
+    **dict.fromkeys((">", "\\gt", "greater than", "is greater than", "more than", "大于"), ">"),
+    **dict.fromkeys(("<", "\\lt", "less than", "is less than", "fewer than", "小于"), "<"),
+    **dict.fromkeys(("=", "equal", "equal to", "equals", "等于"), "="),
+}
+_COMPARISON = re.compile(r"[^<>=]+?\s*(<|>|=|\\gt|\\lt|(?:is\s+)?(?:greater|less)\s+than|大于|小于|等于)\s*[^<>=]+")
+_QUADRANT = re.compile(r"quadrant|象限", re.IGNORECASE)
+_QUADRANTS = {"1": "I", "2": "II", "3": "III", "4": "IV"}
+
+
 def same_as_asked(given: str, wanted: str, asked: str, same: Same) -> bool | None:
     """True where the question makes two answers one, by the forms that the head of this file names; else None."""
-    if _same_verdicts(given, wanted, asked):
+    if _same_verdicts(given, wanted, asked) or _same_signs(given, wanted, asked):
+        return True
+    if _QUADRANT.search(asked) and _QUADRANTS.get(given, given) == _QUADRANTS.get(wanted, wanted):
+        return True
+    if _HOW_MANY.search(asked) and all(_is_countless(text, asked) for text in (given, wanted)):
         return True
     for one, other in ((given, wanted), (wanted, given)):
         if other == "0" and _is_none(one, asked):
@@ -83,6 +99,22 @@ def _is_none(text: str, asked: str) -> bool:
         return False
     counted = {_stem(word) for word in re.findall("[a-z'-]+", asked.casefold())} | _EMPHASIS
     return all(_stem(word) in counted for word in (found["of"] or "").casefold().split())
+
+
+def _is_countless(text: str, asked: str) -> bool:
+    """Whether a text says that there are infinitely many of what the question counts."""
+    found = _MANY.match(text)
+    behind = text[found.end() :].casefold().split() if found else []
+    return found is not None and all(_stem(word) in asked.casefold() for word in behind)
+
+
+def _same_signs(given: str, wanted: str, asked: str) -> bool:
+    """Whether two answers are one sign of comparison, in signs or words; `3 > 2` is `>` where a blank is to fill."""
+    signs = []
+    for text in (given, wanted):
+        found = _COMPARISON.fullmatch(text) if _BLANK.search(asked) else None
+        signs.append(_SIGNS.get(" ".join((found[1] if found else text).casefold().split())))
+    return signs[0] is not None and signs[0] == signs[1]
 
 
 def _stem(word: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from foveate.rewards.brackets import parts_of
+from foveate.rewards.brackets import SEPARATOR, parts_of
 from foveate.rewards.names import same_wording, wording
 from foveate.rewards.phrases import Same
 
@@ -17,6 +17,8 @@ _CALL = re.compile(
     r"[A-Za-z](?:'|\^\{?-1\}?)?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}"
 )
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
+_OPERATION = re.compile(r"\\(?:int|lim|sum|prod)(?![A-Za-z])|\\frac\s*\{d[^{}]*\}\s*\{d[a-z]\}")
+"""What begins a side that asks for a value: `\\int 6x dx = 3x^2 + C`."""
 _LENGTH = re.compile(r"[A-Z]{2}")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 
@@ -26,8 +28,11 @@ def same_equations(given: str, wanted: str, asked: str, same: Same) -> bool | No
     answer, truth = sides(given), sides(wanted)
     if len(answer) == len(truth) == 1:
         return None
+    if _has_several(given) != _has_several(wanted):
+        return False
     if len(truth) == 1:
-        return not (_TERM.search(answer[0]) and not _is_label(answer[0])) and same(answer[-1], wanted)
+        labelled = not _TERM.search(answer[0]) or _is_label(answer[0]) or _OPERATION.match(answer[0])
+        return bool(labelled or same(answer[0], answer[-1])) and same(answer[-1], wanted)
     if len(answer) == 1:
         return _is_label(truth[0]) and same(given, truth[-1])
     if not (_is_label(answer[0]) and _is_label(truth[0])):
@@ -39,6 +44,13 @@ def same_equations(given: str, wanted: str, asked: str, same: Same) -> bool | No
     if _same_label(answer[0], truth[0], asked) and same(answer[-1], truth[-1]):
         return True
     return None if _VARIABLE.search(answer[-1] + truth[-1]) else False
+
+
+def _has_several(text: str) -> bool:
+    """Whether a text is a list of equations for values of different names."""
+    parts = parts_of(text, SEPARATOR)
+    names = [parts_of(part, _EQUALS)[0] for part in parts if _EQUALS.search(part)] if len(parts) > 1 else []
+    return len(names) == len(parts) and all(map(_SYMBOL.fullmatch, names)) and len({*names}) > 1
 
 
 def sides(text: str) -> list[str]:

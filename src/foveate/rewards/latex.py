@@ -9,6 +9,7 @@ from functools import lru_cache
 from foveate.rewards.number_words import ORDINALS, in_digits, on_the_clock
 from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
+from foveate.rewards.spoken import in_signs
 from foveate.rewards.statements import numbered, standard
 
 _SIGNS = {
@@ -24,7 +25,6 @@ _SIGNS = {
 _SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
 _GREEK = re.compile(r"[α-ωΑ-Ωϑϕϵ]")
 _ROOT = re.compile(r"\\(surd|cbrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|[A-Za-z]))")
-_NATURAL = re.compile(r"\\?(?<![A-Za-z])log\s*_\s*(?:\{\s*e\s*\}|e(?![A-Za-z]))\s*")
 _DRESS = re.compile(
     r"\\(?:displaystyle|textstyle|limits|left|right|big|Big|bigg|Bigg)(?![A-Za-z])|~|\\q?quad(?![A-Za-z])"
     r"|(?<!\\)(?:\$|\\[,;:! ()])"
@@ -53,7 +53,8 @@ _SAID_SETS = {
         r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set|无解|空集", re.I
     ),
     r"(-\infty,\infty)": re.compile(r"all (?:the )?real(?:s| numbers)|全体实数", re.I),
-    "does not exist": re.compile(r"DNE|doesn't exist", re.I),
+    "does not exist": re.compile(r"DNE|doesn't exist|不存在", re.I),
+    "undefined": re.compile(r"(?:is )?(?:undefined|not defined)|无定义|没有定义", re.I),
 }
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -94,7 +95,7 @@ def tidy(answer: str) -> str:
         _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",").replace("{}", "")
     )
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
-    text = _NATURAL.sub(r"\\ln ", text)
+    text = in_signs(text.strip())
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )

@@ -51,6 +51,8 @@ MAX_ANSWER_LENGTH = 1000
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
+_SPACED = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?){2,}")
+"""A list whose entries stand apart only."""
 _GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
@@ -189,6 +191,8 @@ def _same_phrases(given: str, wanted: str, digits: int, asked: str) -> bool | No
 def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None:
     """The verdict on two lists, sets, points or intervals; None unless both have several entries."""
     (name, one, entries), (other_name, other, expected) = entries_of(given), entries_of(wanted)
+    if len(entries) == 1 and len(expected) > 2 and _SPACED.fullmatch(given):
+        entries = given.split()
     if len(entries) < 2 or len(expected) < 2:
         return None
     if len(entries) != len(expected) or (name and other_name and name != other_name):

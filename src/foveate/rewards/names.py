@@ -66,6 +66,11 @@ _SPELLINGS = {
     "centre": "center", "colour": "color", "grey": "gray", "metre": "meter", "litre": "liter", "theatre": "theater",
     "rightangled": "right", "aluminium": "aluminum", "sulphur": "sulfur", "neighbour": "neighbor", "harbour": "harbor",
 }  # fmt: skip
+_STATES = {
+    "us": "unitedstates", "usa": "unitedstates", "unitedstatesofamerica": "unitedstates", "uk": "unitedkingdom",
+    "uae": "unitedarabemirates",
+}  # fmt: skip
+_INITIALS = re.compile(r"(?:[A-Z]\.\s?)+[A-Z]\.?")
 _SPELLING = re.compile("|".join(_SPELLINGS))
 """British spellings, as `_squeezed` leaves them, and the American ones."""
 _NO_PLURALS = frozenset(("news", "means", "goods", "glasses", "seconds", "always", "besides", "afterwards"))
@@ -137,20 +142,23 @@ class Wording:
     @property
     def spoken(self) -> str:
         """The words, or the letters of a name without a mark."""
-        return self.words or "".join("".join(name.letters) for name in self.names if not name.mark).casefold()
+        letters = "".join("".join(name.letters) for name in self.names if not name.mark).casefold()
+        return self.words or _STATES.get(letters, letters)
 
     def same(self, other: Wording, free_triangles: bool) -> bool:
         """Whether two of them say the same. Parallel and perpendicular lines have no order; congruent and similar
         figures name their vertices in pairs."""
         if self.relation == other.relation == "" and bool(self.words) != bool(other.words):
-            return _same_class(self.spoken, other.spoken)
+            states = {self.spoken, other.spoken}
+            return (len(states) == 1 and states <= {*_STATES.values()}) or _same_class(self.spoken, other.spoken)
         if self.relation != other.relation or len(self.names) != len(other.names):
             return False
         if self.words != other.words and not _same_class(self.words, other.words):
             return False
         if self.relation in ("cong", "sim", "simeq") and all(len(one.letters) > 2 for one in self.names):
             pairs = [set(zip(*(name.letters for name in side.names), strict=False)) for side in (self, other)]
-            return pairs[0] == pairs[1] and [n.mark for n in self.names] == [n.mark for n in other.names]
+            marks = [{one.mark, another.mark} - {""} for one, another in zip(self.names, other.names, strict=True)]
+            return pairs[0] == pairs[1] and all(len(both) < 2 for both in marks)
         orders = [other.names] if self.relation not in ("parallel", "perp") else [other.names, other.names[::-1]]
         return any(
             all(a.same(b, free_triangles, bool(self.relation)) for a, b in zip(self.names, order, strict=True))
@@ -172,6 +180,8 @@ def wording(text: str, question: str) -> Wording | None:
         return Wording((name,))
     if _FORMULA.fullmatch(text.strip()) or _SHELLS.fullmatch(text.strip()):
         return Wording(words=re.sub(r"[\s_{}^]", "", text))
+    if _INITIALS.fullmatch(text):
+        return Wording(words=_squeezed(text))
     if not _WORDS.fullmatch(text.strip()):
         return None
     runs = _RUN.findall(text)
@@ -197,7 +207,7 @@ def _same_class(one: str, other: str) -> bool:
 
 def _squeezed(text: str) -> str:
     squeezed = re.sub(r"[\s'.-]+", "", _OPENING.sub("", text.casefold()))
-    return _SPELLING.sub(lambda found: _SPELLINGS[found.group()], squeezed)
+    return _STATES.get(squeezed) or _SPELLING.sub(lambda found: _SPELLINGS[found.group()], squeezed)
 
 
 def _name(text: str) -> Name | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from foveate.rewards.names import FUNCTIONS
 from foveate.rewards.phrases import CHANGE
-from foveate.rewards.plain_text import last_sentence, last_value, stated_answer, unified, unwrapped
+from foveate.rewards.plain_text import last_sentence, last_value, stated_answer, unified, unwrapped, with_powers
 from foveate.rewards.units import read_unit, same_quantity, split_unit
 
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
@@ -20,7 +20,7 @@ _VERDICT = re.compile(
     r"(yes|no|true|false|correct|incorrect|是|否|对|错|正确|错误)(?:的$|的?\s*[,;:.!。，；—-]+\s*\S)", re.IGNORECASE
 )
 _DENIAL = re.compile(
-    r"n't\b|\b(?:not|never|cannot|no|nor|neither|than|least|most|over|under|nearly|almost|if|unless|per|every|each|[b-hj-z])\b"
+    r"n't\b|\b(?:not|never|cannot|no|nor|neither|than|least|most|over|under|nearly|almost|if|unless|per|every|each|[b-hj-z](?!-[a-z]{3}))\b"
     r"|[不没非]|超过|至少|最多",
     re.I,
 )
@@ -31,7 +31,6 @@ _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _TAIL = re.compile(
     r",?\s+(?:which|because|since|so that|as (?:shown|seen|indicated)|according to|based on|from the|for a total)\b.*$"
     r"|\s+(?:in|during|by|since)\s+(?:the\s+year\s+)?[12]\d{3}(?!\d).*$"
-    r"|,?\s+where\s+\$?\\?[A-Za-z]\w*\$?\s+(?:is|are|denotes|represents)\s.*$"
     r"|,\s+(?:making|indicating|as|so|and)\b[^\d]*$|[,，][^,，\d]*[\u4e00-\u9fff].*$",
     re.DOTALL,
 )
@@ -40,6 +39,23 @@ _CONNECTIVE = re.compile(
     r"|so\s+that|that)(?:,\s*|\s+)|(?:因此|所以|故|得|可得|解得|于是|则)[,:，：]?\s*)+",
     re.IGNORECASE,
 )
+_WHERE = re.compile(r",?\s+where\s+\$?\\?[A-Za-z]\w*\$?\s+(?:is|are|denotes|represents)\s(?!.*\d).*$", re.DOTALL)
+_AGAIN = re.compile(
+    r"(.{1,60}?\w),?\s*(?:\bor|i\.e\.,?|that\s+is,?|which\s+(?:is|equals)|=|\\approx)\s+(.{1,60}?)(?:,.*|\s+(?:long|in\s+total))?[.]?"
+)
+"""A quantity that is said again in another unit: `5 km, or 5000 m, long`."""
+_IS = re.compile(
+    r"(?P<who>[^,;:]{1,80}?)\s+(?:is|are|was|were|has|have|had|shows?|belongs?\s+to)\s+(?P<what>.+)", re.IGNORECASE
+)
+_WHICH = re.compile(r"\b(?:which|who|what)\b|哪|谁", re.IGNORECASE)
+_VALUE_FIRST = re.compile(
+    r"(?P<value>\$[^$]+\$|[-+\d\\][^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*){0,6}?)\s+(?P<what>[a-z].+)", re.IGNORECASE
+)
+_NEGATED = re.compile(r"n't\b|\b(?:not|no|never|except|other|without|neither|nor)\b", re.IGNORECASE)
+_SMALL_WORDS = frozenset((
+    "a", "an", "the", "of", "in", "on", "at", "to", "is", "are", "was", "were", "has", "have", "had", "it", "that",
+    "this",
+))  # fmt: skip
 _DOING = re.compile(r"^[a-z]{2,}ing\s+")
 _VERB = re.compile(r"(?:it|they|he|she|this|that|the\s+[a-z]+)\s+([a-z]{3,})", re.IGNORECASE)
 """A subject and what it does: `It decreases`."""
@@ -47,6 +63,8 @@ _REMARK = re.compile(r"(?P<said>.*?[\w%}°$])\s+\((?P<remark>[^()]*)\)", re.DOTA
 _MORE = re.compile(
     r"(?:or|i\.e\.,?|about|approximately|approx\.?|\\approx|=|roughly|also|that is,?)\s*(?=[\d$\\A-Za-z-])", re.I
 )
+_LINES = re.compile(r"(?:\s*\$?[A-Za-z](?:_\w)?\s*=\s*[^=\n]{1,80}(?:\n|$)){2,5}")
+"""Equations in lines of their own."""
 _CLAUSE = re.compile(
     r"[,;]\s+(?:and\s+)?(?:so|thus|therefore|hence|giving|which\s+(?:gives|means|is))(?:\s+that)?,?\s+|[,，]\s*(?:所以|因此|故|则|即|得)",
     re.IGNORECASE,
@@ -89,7 +107,7 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
     yield answer
     if len(answer) < 2:
         return
-    text = unified(answer)
+    text = with_powers(unified(answer))
     bold = _BOLD.findall(last_sentence(text)[:_LONGEST])
     if len(bold) == 1:
         yield bold[0]
@@ -99,6 +117,8 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
         yield found[1]
     if found := _CONNECTIVE.match(sentence):
         yield sentence[found.end() :]
+    if "\n" in text and (lines := _LINES.fullmatch(text)):
+        yield ", ".join(lines.group().split("\n"))
     if len(sentence) <= _LONGEST:
         if _follows_prose(text, sentence):
             yield sentence
@@ -141,6 +161,12 @@ def _concluded(sentence: str, asked: str) -> Iterator[str]:
     if clause != sentence:
         yield clause
         yield last_value(clause)
+    if found := _WHERE.search(sentence):
+        yield sentence[: found.start()]
+        yield last_value(sentence[: found.start()])
+    yield from _of_the_question(clause, asked)
+    if (found := _AGAIN.fullmatch(last_value(clause))) and same_quantity(split_unit(found[1]), split_unit(found[2])):
+        yield found[1]
     if found := _CHINESE_VERDICT.fullmatch(clause):
         yield found[1]
     *before, said = _YIELDS.split(clause)
@@ -158,6 +184,26 @@ def _concluded(sentence: str, asked: str) -> Iterator[str]:
         _OF.match(behind) and set(behind.casefold().split()) <= set(re.findall(r"\w+", asked.casefold()))
     ):
         yield formulas[0].group()
+
+
+def _of_the_question(clause: str, asked: str) -> Iterator[str]:
+    """The answer of a sentence that otherwise says the question again: `Peru has the lowest bar`, `5 birds are in the
+    tree`. Every word of the rest stands in the question, and both deny or neither does."""
+    found = _CONNECTIVE.match(clause)
+    bare = clause[found.end() if found else 0 :].strip(" .!")
+    for found, group in ((_IS.fullmatch(bare), "who"), (_VALUE_FIRST.fullmatch(bare), "value")):
+        if found is None or (group == "who" and not _WHICH.search(asked)):
+            continue
+        said = {_stem(word) for word in re.findall(r"[a-z']+", found["what"].casefold())} - _SMALL_WORDS
+        known = {_stem(word) for word in re.findall(r"[a-z']+", asked.casefold())}
+        if not said or not said <= known or re.search(r"\d", found["what"]):
+            continue
+        if bool(_NEGATED.search(bare)) == bool(_NEGATED.search(asked)):
+            yield found[group]
+
+
+def _stem(word: str) -> str:
+    return word.removesuffix("s")
 
 
 def _remarked(text: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from calendar import day_name, month_name
 from collections.abc import Sequence
 
 from foveate.rewards.conditions import MIRROR, chain, union_without
+from foveate.rewards.names import FUNCTIONS
 from foveate.rewards.phrases import CHANGE
 
 _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*([^|:]+)\\\}")
@@ -19,7 +20,9 @@ _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.I
 _O_CLOCK = re.compile(r"(\d{1,2})\s*o'clock", re.IGNORECASE)
 _POINT = re.compile(r"(?:the\s+)?points?\s+(?=\()", re.IGNORECASE)
 _HALF_DAYS = {"noon": "12 pm", "midnight": "12 am"}
-_DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
+_DATE = re.compile(
+    rf"(?:the\s+)?(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE
+)
 _DAY = re.compile(
     rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th|(?=,?\s+\d{{4}}\b))(?![a-z])", re.IGNORECASE
 )
@@ -31,14 +34,16 @@ _SHORT_MONTH = re.compile(
 _HALF_DAY = re.compile(r"\s*(?:in the (?:(morning)|afternoon|evening)|at night)$", re.IGNORECASE)
 _WEEKDAYS = {name[:3].lower(): name for name in day_name}
 _WEEKDAY = re.compile(r"(mon|tues?|wed|thu(?:rs?)?|fri|sat|sun)\.?", re.IGNORECASE)
-_SHARE = re.compile(r"(\d+)\s+(?:out\s+of|in)\s+(\d+)")
+_SHARE = re.compile(r"(?:an?\s+)?(\d+)\s+(?:out\s+of|in|of)\s+(\d+)(?:\s+chance)?")
 _RATE = re.compile(r"(?<=%)\s+(?:per\s+\w+|p\.a\.?)$")
-_NAMED_VALUE = re.compile(
-    r"^(?:(?!(?:not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up"
-    r"|about|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|angle|line|segment|arc|side|circle|point|ray|plane|lim|det"
-    r"|gcd|lcm|left|right|before|after|near|multiple|divisor|twice|double|triple|half|below|beyond|outside)\b)[A-Za-z]{2,}\s+){1,3}(?=[\d(])"
+_NO_NAMES = (
+    "not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up|about|angle"
+    "|line|segment|arc|side|circle|point|ray|plane|left|right|before|after|near|multiple|divisor|twice|double|triple|half"
+    f"|beyond|outside|{'|'.join((*FUNCTIONS, *month_name[1:]))}"
 )
+_NAMED_VALUE = re.compile(rf"^(?:(?!(?:{_NO_NAMES})\b)[A-Za-z]{{2,}}\s+){{1,3}}(?=[\d(])")
 _WEEKDAY_OF = re.compile(rf"^(?:{'|'.join(day_name)}),?\s+(?=\S)", re.IGNORECASE)
+_ONLY = re.compile(r"^(?:only|both|statements)\s+(?=\S)|\s+only$", re.IGNORECASE)
 _WHOLE = re.compile(r",?\s*(?:where\s+|for\s+|with\s+)?\(?[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\)?$")
 _O_CLOCK_HANZI = re.compile(r"(上午|早上|凌晨|下午|晚上|中午)?\s*(\d{1,2})点(?:(\d{1,2})分?|(半)|(?:钟|整))?")
 _ISO_DATE = re.compile(
@@ -78,8 +83,8 @@ _NUMBERED = (
     "|floor|trial|period|term|statement|term"
 )
 _NTH = re.compile(
-    rf"(?:the\s+)?(?P<place>{'|'.join(_PLACES)}|\d{{1,2}}(?:st|nd|rd|th))\s+(?P<noun>{_NUMBERED})"
-    rf"|(?P<name>{_NUMBERED})\s+(?:number\s+|no\.?\s*|#\s*)?(?P<number>\d{{1,2}}|{'|'.join(_ROMAN)}|one|two|three|four|five)",
+    rf"(?:the\s+)?(?:(?P<place>{'|'.join(_PLACES)}|\d{{1,2}}(?:st|nd|rd|th))\s+(?P<noun>{_NUMBERED})"
+    rf"|(?P<name>{_NUMBERED})\s+(?:number\s+|no\.?\s*|#\s*)?(?P<number>\d{{1,2}}|{'|'.join(_ROMAN)}|one|two|three|four|five))",
     re.IGNORECASE,
 )
 _COUNTING = ("one", "two", "three", "four", "five")
@@ -177,7 +182,7 @@ def numbered(text: str) -> str:
 def without_additions(given: str, wanted: str) -> tuple[str, str]:
     r"""Two answers, without what only one of them says beside its value: the preposition in `in 2015` (but `on it` is
     not `in it`), the name in `radius 3`, the time in `8% per year`, the weekday of a date, `k \in \mathbb{Z}`."""
-    for addition in (_PLACE, _WEEKDAY_OF, _WHOLE, _RATE, _NAMED_VALUE):
+    for addition in (_ONLY, _PLACE, _WEEKDAY_OF, _WHOLE, _RATE, _NAMED_VALUE):
         if given == wanted:
             break
         found = addition.search(given), addition.search(wanted)

@@ -224,7 +224,7 @@ def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") ->
         return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
     accepted, values = truths(task), options(task, numbered=True)
     named = named_option(answer, values)
-    several = several_options(answer, values)
+    several = several_options(answer, values) if any(several_options(truth, values) for truth in accepted) else set()
     right = any(plain(answer) == plain(truth) for truth in accepted)
     for truth in _entries(task.answer):
         wanted = right_option(truth, values)

@@ -299,6 +299,9 @@ def as_beside(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
             quantity if is_money else _in_pence(quantity)
             for quantity, is_money in zip((given, wanted), pence, strict=True)
         )
+    warm = [unit for unit in (given.unit, wanted.unit) if unit and unit.measure == _KNOWN["°C"][0].measure]
+    if len(warm) == 1 and DEGREE in (given.unit, wanted.unit):
+        return replace(given, unit=warm[0]), replace(wanted, unit=warm[0])
     for shared, meant in _SHARED.items():
         units = [quantity.unit for quantity in (given, wanted)]
         if shared in units and any(unit and unit.measure == meant.measure for unit in units):
