@@ -128,6 +128,10 @@ def test_a_truth_of_several_letters_wants_them_all():
     task = choice("A, C", choices=["oak", "pine", "elm"])
     assert multiple_choice("\\boxed{C and A}", task).value == 1.0
     assert multiple_choice("\\boxed{A} and \\boxed{C}", task).value == 1.0
+    for said in ("(A) and (C)", "Both A and C are correct.", "Options A and C are correct.", "AC", "A、C"):
+        assert multiple_choice(said, task, extraction="text").value == 1.0
+    for said in ("A, B and C", "Options A and C are wrong.", "A or C"):
+        assert multiple_choice(said, task, extraction="text").value == 0.0
     assert multiple_choice("\\boxed{A}", task).value == 0.0
     assert check_choice(task) == []
 

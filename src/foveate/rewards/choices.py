@@ -18,7 +18,7 @@ _MARKS_IN_TEXT = re.compile(
 )
 _LEADING = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=_是为]?\s*)?"
-    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+[\u4e00-\u9fff]|\s+(?:is|as|because|since|for|which)\b))"
+    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+[\u4e00-\u9fff]|\s+(?:only|is|as|because|since|for|which)\b))"
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -44,6 +44,13 @@ _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?!
 _NEAR = 40  # characters before an option in which a denial of it may stand
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
+_MARKED = re.compile(r"[(\[【]\s*([A-J])\s*[)\]】]")
+_AROUND_SEVERAL = re.compile(
+    r"^(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:options?|choices?|answers?|letters?|statements?)\s+(?:are\s+)?|both\s+|only\s+|选项?)+"
+    r"|\s*(?:\bare\b|都|均)?\s*(?:\b(?:all|both)\s+)?(?:\bthe\s+)?(?:\b(?:correct|right|true)\b|正确|对)(?:\s+(?:options|answers|ones))?$"
+    r"|\s+only$",
+    re.IGNORECASE,
+)
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:go|going)\s+with|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
     r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
@@ -230,7 +237,8 @@ def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
 
 def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
     """The labels of an answer that is, or states, nothing but several letters: `A, C`, `故选：AC`; else empty."""
-    bare = stated_answer(unwrapped(unified(text))).strip(" $.()")
+    bare = _MARKED.sub(r"\1", stated_answer(unwrapped(unified(text)))).strip(" $.()")
+    bare = _AROUND_SEVERAL.sub("", bare).strip()
     letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
     single = frozenset(letters)
     return single if len(single) == len(letters) and (single <= set(values) or not values) else frozenset()

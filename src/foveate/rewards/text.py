@@ -19,7 +19,7 @@ from foveate.errors import ConfigError, DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
-from foveate.rewards.plain_text import behind_thoughts, plain, tagged_answer
+from foveate.rewards.plain_text import behind_thoughts, plain, statements, tagged_answer
 
 NO_ANSWER = "no final answer in the text"
 NO_OPTION = "no option in the answer"
@@ -35,6 +35,10 @@ _JOINT = re.compile(
 )
 _JOINT_DRESS = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{([^{}]*)\}|[$~*]")
 _LONGEST_JOINT = 40
+_CORRECTED = re.compile(
+    r"\b(?:correction|mistake|misread|miscount\w*|miscalculat\w*|I\s+was\s+wrong|on\s+second\s+thought)\b|更正|纠正|[弄算看]错",
+    re.IGNORECASE,
+)
 _NAMED = re.compile(r"([A-Za-z](?:_?\w|_\{\w\})?)\s*=[\s$({\\]*$")
 
 
@@ -105,14 +109,18 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
     r"""The answer that a text arrives at, or None. If anything stands behind the last `</think>`, it is looked for only
     there.
 
-    "box" accepts the last box only, see `boxed_answer`. "text" takes, without a box, the last `<answer>...</answer>`,
-    and without that all that stands behind `</think>`.
+    "box" accepts the last box only, see `boxed_answer`, as published graders do. "text" takes, without a box, the last
+    `<answer>...</answer>`, and without that all that stands behind `</think>`; and a box that is corrected
+    behind it gives way to the correction.
     """
     said = behind_thoughts(text)
     tail = said if said.strip() else text
     box = boxed_answer(tail)
-    if box is not None or extraction == "box":
+    if extraction == "box":
         return box
+    if box is not None:
+        behind = tail[_boxes(tail)[-1].end :]
+        return behind.strip() if _CORRECTED.search(behind) and any(statements(behind)) else box
     tagged = tagged_answer(tail)
     return (said if tagged is None else tagged).strip() or None
 
@@ -216,7 +224,7 @@ def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") ->
         return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
     accepted, values = truths(task), options(task, numbered=True)
     named = named_option(answer, values)
-    several = several_options(answer, values)
+    several = several_options(answer, values) if any(several_options(truth, values) for truth in accepted) else set()
     right = any(plain(answer) == plain(truth) for truth in accepted)
     for truth in _entries(task.answer):
         wanted = right_option(truth, values)
