@@ -82,9 +82,9 @@ class WorkerJob:
     functions: bytes
 
     @classmethod
-    def here(cls, name: str, settings: Mapping[str, Any], time_limit: float, memory_limit: float) -> Self:
-        """In the present folder; the memory limit is in GB."""
-        functions = pickled(name, settings)
+    def here(cls, group: str, name: str, settings: Mapping[str, Any], time_limit: float, memory_limit: float) -> Self:
+        """In the present folder; the memory limit is in GB. group: of the run's settings, for messages."""
+        functions = pickled(name, settings, group)
         return cls(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
 
 

@@ -102,9 +102,9 @@ def _passed_function(name: str, kind: str) -> Callable[..., Any]:
     return _passed[name]
 
 
-def pickled(name: str, settings: Mapping[str, Any]) -> bytes:
+def pickled(name: str, settings: Mapping[str, Any], group: str) -> bytes:
     """The passed functions that are named here, by value, for `unpickle` in another process. Raises ConfigError for one
-    that cannot be sent."""
+    that cannot be sent; `group` of the settings says how many processes there are ("reward", "environment")."""
     text = f"{name} {settings}"
     named = {key: function for key, function in _passed.items() if key in text}
     if not named:
@@ -115,8 +115,8 @@ def pickled(name: str, settings: Mapping[str, Any]) -> bytes:
         return cloudpickle.dumps(named)
     except Exception as error:
         raise ConfigError(
-            f"{', '.join(named)}: cannot be sent to the processes that grade ({type(error).__name__}: {error}); set "
-            "reward.workers=0 to grade in this process"
+            f"{', '.join(map(shown_name, named))}: cannot be sent to worker processes ({type(error).__name__}: "
+            f"{error}); set {group}.workers=0 to run it here"
         ) from None
 
 

@@ -12,8 +12,10 @@ import pytest
 from fake_run import a_row, an_answer
 from serving import served
 from toy import make_data
+from typer.testing import CliRunner
 
 from foveate.api.of_run import options_of_run
+from foveate.cli.app import app as command_line
 from foveate.cli.evaluate import _scoring
 from foveate.config.recipe import read_recipe, to_yaml
 from foveate.datasets.shapes import prepare_shapes
@@ -290,6 +292,23 @@ def test_an_evaluation_takes_what_the_run_says(tmp_path):
     assert (found["reward"], found["settings"]["alpha"]) == ("grounding", 0.5)
     request = EvalRequest(**found, out=tmp_path / "eval")
     assert not request.hold_out
+
+
+def test_an_evaluation_takes_the_environment_of_the_run_unless_another_is_given(tmp_path, monkeypatch):
+    recipe = "grounding_zoom_internvl3_5_1b"
+    found = saved_run(tmp_path, recipe, "environment.reward=both", "algorithm.turn_discount=0.5")
+    assert (found["environment"].name, found["turn_discount"]) == ("tools", 0.5)
+    assert saved_run(tmp_path, "shapes_gspo")["environment"] is None
+    saved_run(tmp_path, recipe)
+    asked = []
+    monkeypatch.setattr("foveate.api.evaluate", lambda request: asked.append(request) or tmp_path)
+    monkeypatch.setattr("foveate.cli.evaluate.print_report", lambda *_: None)
+    for options in ([], ["--environment", "{name: gui, reward: environment}"]):
+        result = CliRunner().invoke(command_line, ["eval", str(tmp_path), *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert [request.environment.name for request in asked] == ["tools", "gui"]
+    assert asked[0].environment.settings["max_turns"] == 4
+    assert asked[0].reward == "grounding"
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -13,7 +13,8 @@ from foveate.run_folder import RunFolder
 
 def options_of_run(run: str | Path, system: str | None = None) -> dict[str, Any]:
     """The fields of an `EvalRequest` by the settings of a run: `models` is its trained model, `data` its held-out rows
-    (data.test, or those that data.hold_out kept aside). Only a run with a reward says one, and the length of answers.
+    (data.test, or those that data.hold_out kept aside). Only a run with a reward says one, and the length of answers,
+    and one with an environment that.
     system: a message in place of the run's, which may have switched thoughts by its own.
 
     Raises ConfigError for a folder that is none of a run.
@@ -38,6 +39,8 @@ def options_of_run(run: str | Path, system: str | None = None) -> dict[str, Any]
         "image_root": data.image_root,
         "on_bad_row": data.on_bad_row,
     }
+    if isinstance(settings, RLSettings):
+        found |= {"environment": settings.environment, "turn_discount": settings.algorithm.turn_discount}
     if isinstance(settings, RLSettings | CascadeSettings):
         reward = {"reward": settings.reward.name, "settings": settings.reward.settings}
         found |= {**reward, "max_tokens": settings.rollout.max_tokens}

@@ -34,7 +34,7 @@ Thinking = Annotated[
 ]
 EvaluatedRun = Annotated[
     Path | None,
-    typer.Argument(help="Folder of a run: its model, held-out rows, reward, lengths, columns and system prompt."),
+    typer.Argument(help="Folder of a run: its model, held-out rows, reward, environment, lengths and system prompt."),
 ]
 EvalOut = Annotated[Path | None, typer.Option(help="Folder for predictions, summary and report; by default RUN/eval.")]
 EvalModels = Annotated[
@@ -189,13 +189,13 @@ def evaluate_command(
         "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": system,
         "image_root": image_root and str(image_root), "columns": columns_of(column), "on_bad_row": on_bad_row,
         "models": (*(model or ()), *known.get("models", ())), "reward": name, "settings": settings,
+        "environment": environment_of(environment), "text_files": text_files,
     }  # fmt: skip
     options = {"data": (), **known, **{key: value for key, value in given.items() if value is not None}}
     report = api.evaluate(
         EvalRequest(
             **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
-            generated=tuple(generated or ()), missing=missing, critic=critic,
-            critic_settings=_settings(critic_setting), text_files=text_files, environment=environment_of(environment),
+            generated=tuple(generated or ()), missing=missing, critic=critic, critic_settings=_settings(critic_setting),
         )
     )  # fmt: skip
     print_report(out, report)

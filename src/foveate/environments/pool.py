@@ -75,7 +75,7 @@ class Environments:
         self.tools, self.max_turns = tools_of(name, make), limits.max_turns
         self.failures: Counter[FailureKind] = Counter()
         self.rebuilt = 0
-        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
+        self._job = WorkerJob.here("environment", name, settings, time_limit, memory_limit)
         self._host = None if self._count else EnvironmentHost(make, limits)
         self._instances: dict[Hashable, EnvironmentInstance] = {}
         self._numbers = iter(range(2**62))

@@ -73,6 +73,7 @@ class EvalRequest:
     text_files: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     environment: EnvironmentSettings | None = None
+    turn_discount: float = 1.0
     max_pixels: int | None = None
     thinking: bool | None = None
     """As `data.thinking` of a run."""
@@ -146,7 +147,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
     tasks = (keep_aside(table, request.hold_out)[1] or table).first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
     with (
-        open_conversations(environment, lambda _: encoder) as (_, conversations),
+        open_conversations(environment, lambda _: encoder, turn_discount=request.turn_discount) as (_, conversations),
         progress("evaluating", len(tasks)) as advance,
     ):
         predictions = predict(

@@ -82,7 +82,7 @@ class Graders:
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
         self._requests = RequestThread() if self._reward.fetch else None
-        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
+        self._job = WorkerJob.here("reward", name, settings, time_limit, memory_limit)
         self._workers = [_Worker(self._job) for _ in range(self._count)]
         self._late: list[_Worker] = []
         """Workers beyond half of their limit, whose places successors have taken."""
