@@ -49,6 +49,12 @@ class SourcePattern:
         source = int(self._source_P[rest])
         return source, cycle * self.counts[source] + int(self._before_P[rest])
 
+    def taken(self, place: int) -> list[int]:
+        """How many places before this one belong to each source."""
+        cycles, rest = divmod(place, self.length)
+        last = np.bincount(self._source_P[:rest], minlength=len(self.counts))
+        return [cycles * count + int(more) for count, more in zip(self.counts, last, strict=True)]
+
 
 def _simple(share: float) -> Fraction:
     """A share as the fraction that was meant: 0.16666666666666666 is a sixth."""
@@ -125,9 +131,7 @@ class StratifiedStream(Stream):
 
     def taken(self) -> list[int]:
         """How many rows each source has given so far."""
-        cycles, rest = divmod(self.position, self.pattern.length)
-        last = [self.pattern(place)[0] for place in range(rest)]
-        return [cycles * count + last.count(i) for i, count in enumerate(self.pattern.counts)]
+        return self.pattern.taken(self.position)
 
     def metrics(self) -> dict[str, float]:
         """The epochs taken so far, over all rows, and of each source."""
