@@ -46,7 +46,9 @@ DOMAINS = (
 
 
 def differing(name: str) -> set[str]:
-    one, other = (flatten(load_recipe(path, [], RLSettings).model_dump()) for path in (name, TWINS / f"tiny_{name}.yaml"))
+    one, other = (
+        flatten(load_recipe(path, [], RLSettings).model_dump()) for path in (name, TWINS / f"tiny_{name}.yaml")
+    )
     return {path for path in one.keys() | other.keys() if one.get(path) != other.get(path)}
 
 

@@ -1,7 +1,7 @@
-"""Choosing prompts while training: curriculum sampling (RLCS) of GLM-4.1V-Thinking (arXiv 2507.01006).
+"""Choosing prompts while training: curriculum sampling (RLCS), as of GLM-4.1V-Thinking (arXiv 2507.01006).
 
-Prompts that the policy nearly always or nearly never solves teach little: a group's advantages vanish at success 0 and
-1, and the variance of a success is p (1 - p), greatest at one half.
+The paper does not give its weights; here they follow the variance of a success, p (1 - p), which is greatest at one
+half. Prompts that the policy nearly always or nearly never solves teach little: a group's advantages vanish at 0 and 1.
 """
 
 from __future__ import annotations
