@@ -47,6 +47,7 @@ def test_every_algorithm_runs_with_its_own_settings(name):
     available = {
         "rewards_S": double([0, 1, 0.5, 0.25]),
         "group_S": torch.tensor([0, 0, 1, 1]),
+        "source_S": torch.tensor([0, 0, 0, 1]),
         "length_S": torch.tensor([2, 3, 1, 4]),
         "baseline_S": double([0.5, 0.5, 0.1, 0.1]),
         "reward_M": double([0, 1, 0.5, 0.25]),

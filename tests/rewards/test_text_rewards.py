@@ -8,6 +8,7 @@ from tokenizers.pre_tokenizers import CharDelimiterSplit
 from foveate.records import Message, Task
 from foveate.registry import ConfigError
 from foveate.rewards.build import build_reward
+from foveate.rewards.shaping import overlong_penalty
 from foveate.rewards.text import (
     exact,
     final_answer,
@@ -15,7 +16,6 @@ from foveate.rewards.text import (
     last_box,
     multiple_choice,
     options,
-    overlong_penalty,
     repetition,
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.errors import require
 from foveate.records import Batch, Forest, LossOut, PairTargets, PolicyTargets, Totals
 
-ADVANTAGE_INPUTS = ("rewards_S", "group_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
+ADVANTAGE_INPUTS = ("rewards_S", "group_S", "source_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
 """reward_M, value_M and sample_M are per token, as in `values.gae`, whose result is per token too."""
 
 

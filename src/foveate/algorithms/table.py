@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ADVANTAGES: dict[str, str] = {
+    "g2rpo": "foveate.algorithms.advantages:g2rpo",
     "gae": "foveate.algorithms.values:gae",
     "grpo": "foveate.algorithms.advantages:grpo",
     "grpo_passk": "foveate.algorithms.advantages:grpo_passk",
     "gpg": "foveate.algorithms.advantages:gpg",
+    "lite_ppo": "foveate.algorithms.advantages:lite_ppo",
     "opo": "foveate.algorithms.advantages:opo",
     "reinforce_plus_plus": "foveate.algorithms.advantages:reinforce_plus_plus",
     "reinforce_plus_plus_baseline": "foveate.algorithms.advantages:reinforce_plus_plus_baseline",
@@ -119,6 +121,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "kl_cov": _ours("grpo", "kl_cov", "2505.22617", "token-mean", {"share": 2e-4, "penalty": 1.0}, token_mask="kl_cov"),
     "ppo": _ours("gae", "grpo", "1707.06347", "token-mean", _PPO, advantage_settings={"gamma": 1.0, "lam": 0.95}),
     "grpo_passk": _ours("grpo_passk", "grpo", "2503.19595", "seq-mean-token-mean", _PPO),
+    "lite_ppo": _ours("lite_ppo", "grpo", "2508.08221", "token-mean", _PPO),
+    "g2rpo": _ours("g2rpo", "grpo", "2604.08539", "token-mean", {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}),
     "rloo": _ours("rloo", "reinforce", "2402.14740", "seq-mean-token-sum"),
     "remax": _ours("remax", "reinforce", "2310.10505", "seq-mean-token-sum"),
     "opo": _ours("opo", "reinforce", "2505.23585", "token-mean"),

@@ -13,7 +13,7 @@ import foveate
 from foveate.cli import evaluate, lists, models, plan, serve, train
 from foveate.cli.cluster import cluster, submit
 from foveate.cli.data import data
-from foveate.cli.prepare import prepare
+from foveate.cli.prepare_reasoner import prepare
 from foveate.cli.vlmevalkit import vlmevalkit
 from foveate.errors import UserError, printable
 from foveate.log import print_result

@@ -85,3 +85,35 @@ def check_command(
         raise DataError(f"{counted(len(found.problems), 'problem')} in {bad:,} of {counted(len(table), 'row')}")
     warnings = f", {counted(len(found.warnings), 'warning')}" if found.warnings else ""
     print_result(f"{counted(len(table), 'row')}, no problem{warnings}")
+
+
+@data.command("overlap")
+def overlap_command(
+    sources: Sources,
+    against: Annotated[list[Path], typer.Option(help="File or folder of an evaluation set; several times.")],
+    column: Columns = None,
+    image_root: ImageRoot = None,
+) -> None:
+    """List the rows whose image or question stands in an evaluation set, too, by the content of both. The exit code is
+    1 if there is one."""
+    from foveate.data.overlap import EvaluationSet, overlaps
+    from foveate.data.table import open_tasks
+    from foveate.log import print_result, progress
+
+    columns = columns_of(column)
+    train = open_tasks(sources, image_root=image_root, columns=columns)
+    held_out = open_tasks(against, image_root=image_root, columns=columns)
+    with progress("reading the evaluation sets", len(held_out)) as advance:
+        known = EvaluationSet.of(held_out, advance)
+    with progress("comparing rows", len(train)) as advance:
+        found = overlaps(train, known, advance)
+    for one in found:
+        print_result(f"{one.where}: shares its {one.shared}")
+    both = sum(one.image and one.question for one in found)
+    if found:
+        raise DataError(
+            f"{len(found):,} of {counted(len(train), 'row')} stand in {held_out.names}, too: "
+            f"{sum(one.image for one in found):,} by image, {sum(one.question for one in found):,} by question, "
+            f"{both:,} by both"
+        )
+    print_result(f"{counted(len(train), 'row')}, none of them in {held_out.names}")

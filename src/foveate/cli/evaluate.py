@@ -42,7 +42,13 @@ EvalModels = Annotated[
 ]
 EvalData = Annotated[list[Path] | None, typer.Option(help="Parquet or JSONL file (with --model); several times.")]
 EvalGenerated = Annotated[list[Path] | None, typer.Option(help="Folder of `foveate generate`; several times.")]
-EvalTask = Annotated[str | None, typer.Option(help="grounding (by default), refcoco, geo3k, mmpr, multiple_choice.")]
+EvalTask = Annotated[
+    str | None,
+    typer.Option(
+        help="grounding (by default), refcoco, geo3k, mmpr, multiple_choice; mathvista, mathverse, mmmu, chartqa, "
+        "ocrbench, countbench, screenspot."
+    ),
+]
 EvalReward = Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")]
 EvalRewardSettings = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")]
 EvalBoxRule = Annotated[

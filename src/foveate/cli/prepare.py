@@ -96,7 +96,7 @@ def prepare_grounding_command(
             sources, out, prompt_form=prompt_form, box_field=box, box_unit=box_unit, hard=hard,
             test_fraction=test_fraction, split_by=split_by, copy_images=copy_images, seed=seed or 0, reading=reading,
         )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 @prepare.command("geo3k")
@@ -109,7 +109,7 @@ def prepare_geo3k_command(
     """Geometry3K (hiyouga/geometry3k) for the geo3k reward."""
     from foveate.datasets.geo3k import prepare_geo3k
 
-    _tell(prepare_geo3k(source, out, reading=reading_of(None, on_bad_row, workers)))
+    tell(prepare_geo3k(source, out, reading=reading_of(None, on_bad_row, workers)))
 
 
 @prepare.command("mmpr-tiny")
@@ -127,7 +127,7 @@ def prepare_mmpr_tiny_command(
     from foveate.datasets.mmpr import prepare_mmpr_tiny
 
     reading = reading_of(image_root, on_bad_row, workers)
-    _tell(prepare_mmpr_tiny(parquet, out, source=source, test_fraction=test_fraction, seed=seed, reading=reading))
+    tell(prepare_mmpr_tiny(parquet, out, source=source, test_fraction=test_fraction, seed=seed, reading=reading))
 
 
 @prepare.command("mmpr")
@@ -142,7 +142,7 @@ def prepare_mmpr_command(
     """MMPR's preference pairs for MPO."""
     from foveate.datasets.mmpr import prepare_mmpr
 
-    _tell(prepare_mmpr(meta, out, root=root, seed=seed, reading=reading_of(None, on_bad_row, workers)))
+    tell(prepare_mmpr(meta, out, root=root, seed=seed, reading=reading_of(None, on_bad_row, workers)))
 
 
 @prepare.command("rows")
@@ -160,7 +160,7 @@ def prepare_rows_command(
     from foveate.datasets.prepared import prepare_rows
 
     reading = reading_of(image_root, on_bad_row, workers, column)
-    _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
+    tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
 
 
 @prepare.command("filter")
@@ -171,6 +171,9 @@ def prepare_filter_command(
     accuracy: Annotated[
         str | None,
         typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
+    ] = None,
+    gap: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Pass@N less pass@1 of rows that stay: 0.3:1.")
     ] = None,
     min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
     part: PartName = None,
@@ -198,11 +201,12 @@ def prepare_filter_command(
 
         length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
     made = prepare_filter(
-        sources, out, Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side), name=name,
+        sources, out,
+        Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side, _range(gap, "--gap")), name=name,
         rollouts=rollouts or (), correctness_rule=CorrectnessRule(part, threshold), length=length,
         reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 @prepare.command("pairs")
@@ -229,7 +233,7 @@ def prepare_pairs_command(
         sources, out, rollouts=rollouts, max_per_prompt=max_per_prompt, seed=seed,
         correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 def _buckets(text: str) -> Buckets:
@@ -244,17 +248,18 @@ def _buckets(text: str) -> Buckets:
     return Buckets((*edges, final), shares)
 
 
-def _range(text: str | None) -> tuple[float, float] | None:
+def _range(text: str | None, option: str = "--accuracy") -> tuple[float, float] | None:
     if text is None:
         return None
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise ConfigError(f"--accuracy {text}: must be LOW:HIGH, such as 0.2:0.8") from None
+        raise ConfigError(f"{option} {text}: must be LOW:HIGH, such as 0.2:0.8") from None
     return low, high
 
 
-def _tell(made: Prepared) -> None:
+def tell(made: Prepared) -> None:
+    """Print what was left out, and the summary."""
     from foveate.log import print_result
 
     for problem in made.problems:

@@ -9,6 +9,7 @@ from pydantic import Field
 from foveate.config.base import Settings, Strings
 
 FileWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
+Shares = dict[str, Annotated[float, Field(ge=0)]]
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is read unless `data.max_image_pixels` says otherwise: Pillow's own limit."""
 MOST_PIXELS = 2 * MAX_PIXELS
@@ -23,6 +24,18 @@ class CurriculumSettings(Settings):
     epochs: int = Field(default=1, ge=1, description="Epochs in this order; those that follow are in random order.")
     mixing: float = Field(
         default=0.2, ge=0, description="How far a row may move at random, as a share of the epoch; 0: strictly sorted."
+    )
+
+
+class RLCSSettings(Settings):
+    smoothing: float = Field(
+        default=0.5, gt=0, le=1, description="How much the newest success of a prompt counts in its recent success."
+    )
+    floor: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Least probability that a prompt is taken when its turn comes, however easy or hard it is.",
     )
 
 
@@ -61,6 +74,14 @@ class DataSettings(Settings):
     weights: FileWeights = Field(
         default=(),
         description="How often the rows of each file in data.train come in an epoch, such as [1, 0.5, 3]; empty: once.",
+    )
+    shares: Shares = Field(
+        default={},
+        description="Share of each data_source in every batch, such as {count: 1, read: 2}; empty: as rows come.",
+    )
+    rlcs: RLCSSettings | None = Field(
+        default=None,
+        description="Online choice of prompts: those whose recent success is near one half come more often; null: all.",
     )
     curriculum: CurriculumSettings | None = Field(
         default=None, description="From easy to hard in the first epochs; null: in random order from the start."

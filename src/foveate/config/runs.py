@@ -88,6 +88,11 @@ class RunSettings(Settings):
                 "data.train; give one per file, at least one of them above 0",
             ),
             (
+                bool(data.shares) and not sum(data.shares.values()),
+                "data.shares",
+                "are all 0, which leaves no row; give at least one data_source a share above 0",
+            ),
+            (
                 cluster.ranks > 1 and self.disk_wait >= cluster.timeout,
                 "train.disk_wait",
                 f"is {self.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given "
@@ -207,8 +212,35 @@ class RLSettings(RunSettings):
         )
         return self
 
+    @model_validator(mode="after")
+    def _choice_fits_the_sampling(self) -> Self:
+        refuse_any(
+            (
+                self.data.rlcs is not None and self.rollout.staleness > 0,
+                "data.rlcs",
+                "chooses prompts by what the step before scored, but rollout.staleness="
+                f"{self.rollout.staleness} samples ahead of it; set rollout.staleness=0, or data.rlcs=null",
+            ),
+        )
+        return self
 
-class SFTSettings(RunSettings):
+
+class OfflineSettings(RunSettings):
+    """A run that generates nothing."""
+
+    @model_validator(mode="after")
+    def _scores_nothing(self) -> Self:
+        refuse_any(
+            (
+                self.data.rlcs is not None,
+                "data.rlcs",
+                "chooses prompts by what their answers score, but this run generates none; leave it out",
+            )
+        )
+        return self
+
+
+class SFTSettings(OfflineSettings):
     """A run of supervised fine-tuning."""
 
     optim: SFTOptimSettings = SFTOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -218,7 +250,7 @@ class SFTSettings(RunSettings):
     )
 
 
-class MPOSettings(RunSettings):
+class MPOSettings(OfflineSettings):
     """A run of preference optimisation."""
 
     optim: MPOOptimSettings = MPOOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -200,6 +200,12 @@ class TaskTable:
         paths = np.array([file.path for file in self._files], dtype=np.int64)
         return paths[np.searchsorted(self._ends, self._kept, side="right")]
 
+    def source_names(self) -> list[str]:
+        """The `data_source` of every row."""
+        if self.statistics is None:
+            return [task.source for task in self]
+        return [self.statistics.sources[number] for number in self.statistics.rows_R5[:, 0].tolist()]
+
     def described(self) -> list[str]:
         """The form of the rows, and what is read from where: a line for each file, and one for files that are alike."""
         lines: dict[str, list[str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -37,6 +38,7 @@ class Reader:
         self.encoder = encoder
         self._table, self._stream = table, stream
         self._pool: ProcessPoolExecutor | None = None
+        self._first: int | None = None  # the place of the first task that was taken since the last `observe`
         self._ahead: deque[tuple[int, Future[Encoded]]] = deque()
         if workers:
             owner, self._lifeline = lifeline()
@@ -52,10 +54,11 @@ class Reader:
     def take(self, count: int | None = None) -> list[tuple[Task, Prompt]]:
         """The next `count` tasks of the stream (one batch by default). Raises DataError naming the row for one that
         cannot be encoded, and if a process was killed."""
-        if self._pool is None:
-            tasks = [self._table[index] for index in self._stream.draw(count)]
-            return [(self.encoder.for_graders(task), self.encoder(task)) for task in tasks]
         wanted = self._stream.batch if count is None else count
+        self._first = self._stream.position if self._first is None else self._first
+        if self._pool is None:
+            tasks = [self._table[index] for index in self._stream.draw(wanted)]
+            return [(self.encoder.for_graders(task), self.encoder(task)) for task in tasks]
         self._submit(wanted)
         self._stream.draw(wanted)
         now = [self._ahead.popleft() for _ in range(wanted)]
@@ -67,6 +70,14 @@ class Reader:
             raise DataError(
                 "a process that encodes images was killed (out of memory?); use fewer with data.image_workers"
             ) from error
+
+    def observe(self, scores: Sequence[float | None]) -> None:
+        """Tell the stream what the tasks scored that were taken since the last call, in their order; None for one that
+        was not graded."""
+        for place, score in enumerate(scores, start=self._first or 0):
+            if score is not None:
+                self._stream.observe(place, score)
+        self._first = None
 
     def _submit(self, count: int) -> None:
         """Have the next `count` tasks from the stream's position on in work, and keep what already is."""

@@ -40,6 +40,13 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "geo3k": ("geo3k", {}),
     "mmpr": ("math", {"extraction": "text"}),
     "multiple_choice": ("multiple_choice", {"extraction": "text"}),
+    "mathvista": ("mathvista", {}),
+    "mathverse": ("math", {"extraction": "text"}),
+    "mmmu": ("mmmu", {}),
+    "chartqa": ("chartqa", {"rule": "published"}),
+    "ocrbench": ("ocrbench", {}),
+    "countbench": ("counting", {}),
+    "screenspot": ("click", {}),
 }
 """The reward of a `--task` with its settings."""
 Missing = Literal["error", "skip", "wrong"]

@@ -9,13 +9,11 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
@@ -253,31 +251,7 @@ def format_tags(text: str, task: Task, *, tags: list[str] = ["think", "answer"],
     return Score(held, {"format": held})
 
 
-# --------------------------------------------------------------------------------------------- length, repetition
-
-
-def overlong_penalty(length: float, limit: int, buffer: int) -> float:
-    """The soft overlong punishment of DAPO (Yu et al. 2025, equation 13), in -1..0: 0 up to `limit` - `buffer`, then
-    falling in a line to -1 at `limit`, and -1 from there on."""
-    return max(min((limit - buffer - length) / buffer, 0.0), -1.0)
-
-
-def overlong(*, limit: int, buffer: int, tokenizer: str = "") -> Callable[[str, Task], Score]:
-    """The reward `overlong_penalty` of an answer's length: in tokens of `tokenizer`, a model folder that holds a
-    `tokenizer.json`, or without one in words. Stop tokens are not in the text and do not count. A term of a weighted
-    sum. Parts: length. Raises ConfigError for a buffer outside 1..limit and for a folder without tokenizer."""
-    if not 0 < buffer <= limit:
-        raise ConfigError(f"reward overlong: buffer must be in 1..limit, found buffer {buffer} and limit {limit}")
-    file = Path(tokenizer) / "tokenizer.json"
-    if tokenizer and not file.is_file():
-        raise ConfigError(f"reward overlong: no {file}; `tokenizer` is a model folder that holds a tokenizer.json")
-    tokens = Tokenizer.from_file(str(file)) if tokenizer else None
-
-    def reward(text: str, task: Task) -> Score:  # noqa: ARG001
-        length = len(tokens.encode(text, add_special_tokens=False).ids) if tokens else len(text.split())
-        return Score(overlong_penalty(length, limit, buffer), {"length": float(length)})
-
-    return reward
+# ------------------------------------------------------------------------------------------------------ repetition
 
 
 def repetition(text: str, task: Task, *, size: int = 4) -> Score:  # noqa: ARG001

@@ -139,9 +139,15 @@ def _comment(text: str) -> str:
 
 
 def rewards_list() -> list[ListEntry]:
-    """The known rewards: their settings, and their first sentence."""
-    functions = {name: known.function for name, known in REWARDS.items()}
-    return [_function(name, resolve({}, path, "reward")) for name, path in functions.items()]
+    """The known rewards: their settings, and their first sentence; of one whose library is missing, what it needs."""
+    return [_reward(name, known.function) for name, known in REWARDS.items()]
+
+
+def _reward(name: str, path: str) -> ListEntry:
+    try:
+        return _function(name, resolve({}, path, "reward"))
+    except ConfigError as error:
+        return ListEntry(name, "", "", str(error))
 
 
 def environments_list() -> list[ListEntry]:

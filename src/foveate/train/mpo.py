@@ -106,7 +106,7 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
                     learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
-                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
+                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, **stream.metrics()}
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))

@@ -137,7 +137,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     paces = clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
-                    record |= {**paces, "data/epoch": stream.epoch}
+                    record |= {**paces, **stream.metrics()}
                     write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)

@@ -85,7 +85,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                     weighting = settings.train.weighting
                     rest = weighting, sft_total(groups, weighting), rate
                     learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
-                record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch}
+                record = {**learned, "optim/lr": rate, **stream.metrics()}
                 if held_out.is_due(step):
                     with clock.phase("evaluate"):
                         record |= held_out.measure(step)

@@ -222,6 +222,7 @@ def _advantages(
     available = {
         "rewards_S": sum_by_sample(reward_M, sample_M, len(length_S)),
         "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.answers]),
+        "source_S": _sources(groups),
         "length_S": length_S,
         "reward_M": reward_M,
         "sample_M": sample_M,
@@ -240,6 +241,12 @@ def _advantages(
     if algorithm.advantage_clip is not None:
         advantage_M = advantage_M.clamp(-algorithm.advantage_clip, algorithm.advantage_clip)
     return advantage_M.split(sizes), returns, metrics
+
+
+def _sources(groups: Sequence[Group]) -> Tensor:
+    """The source of each answer's task, by number: int64 (S,)."""
+    numbers = {name: number for number, name in enumerate(sorted({group.task.source for group in groups}))}
+    return torch.tensor([numbers[group.task.source] for group in groups for _ in group.answers])
 
 
 def _token_rewards(
