@@ -33,7 +33,7 @@ from foveate.config.train import (
 )
 
 # The algorithms whose baseline is not the mean of the other answers to the same prompt.
-_WITHOUT_GROUPS = ("ppo", "reinforce_plus_plus", "remax")
+_WITHOUT_GROUPS = ("distill", "ppo", "reinforce_plus_plus", "remax")
 
 
 class RunSettings(Settings):

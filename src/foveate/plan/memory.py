@@ -145,6 +145,7 @@ def memory_of(work: Workload) -> Memory:
     stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
     shards, spread = cluster.shards, cluster.ranks > 1
     weights = sizes.total * stored / shards * (2 if work.reference else 1)
+    weights += sum(sizes_of(one, ("language",)).total for one in work.teachers) * work.teacher_dtype.itemsize / shards
     gradients, moments = sizes.trained * stored / shards, optimizer_bytes(work) / shards
     gathered = 0.0
     if not spread and computed < stored:  # copies that autocast keeps: of a block alone where it is computed again

@@ -30,6 +30,7 @@ class Workload:
     A step has `groups` prompts with `answers` each, trained on in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
     update: old and reference log-probs. `overlaps`: the next answers are generated while these are trained on.
+    `teachers`: the configurations of frozen models that read every answer once, or once in every epoch.
     """
 
     config: Any
@@ -53,6 +54,8 @@ class Workload:
     epochs: int = 1
     overlaps: bool = False
     lora: LoraSettings | None = None
+    teachers: tuple[Any, ...] = ()
+    teacher_dtype: torch.dtype = torch.float32
 
     @property
     def engines(self) -> int:
@@ -103,11 +106,16 @@ def workload_of(
             longest=longest, generates=False, forwards=0, reference=False,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
-    needs_reference = build_algorithm(settings.algorithm, longest).needs_reference
+    algorithm = build_algorithm(settings.algorithm, longest)
+    needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
+    if teacher is not None:
+        common["teachers"] = tuple(map(_config_of, teacher.paths))
+        common["teacher_dtype"] = DTYPES[teacher.dtype or model.dtype]
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
         epochs=settings.train.epochs_per_step, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
-        answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + needs_reference,
+        answer=answer or longest // 8 or 1, longest=longest, generates=True,
+        forwards=(updates > 1 or algorithm.needs_old) + needs_reference,
         reference=needs_reference and model.lora is None,  # else the model with its adapters off
     )  # fmt: skip
 

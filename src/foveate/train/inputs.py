@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.config.runs import RunSettings
+from foveate.config.runs import RLSettings, RunSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
 from foveate.files import add_json_line
@@ -57,10 +57,10 @@ class Inputs:
                 found |= _data(name, table)
         for name, file in sorted(_code(settings)):
             found[f"code {name}: {file.name}"] = content_of(file)
-        folder = resolve_folder(settings.model.path)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in _MODEL_FILES and file.is_file() and not file.name.startswith("."):
-                found[f"model {file.name}"] = content_of(file)
+        found |= _model("model", settings.model.path)
+        teacher = settings.algorithm.teacher if isinstance(settings, RLSettings) else None
+        for number, path in enumerate(teacher.paths if teacher is not None else (), start=1):
+            found |= _model(f"teacher {number}", path)
         return cls(json.loads(json.dumps(found)), accept_changes)
 
     def check(self, run: RunFolder, step: int, before: Any) -> bool:
@@ -127,6 +127,12 @@ def content_of(file: Path) -> str:
                 stream.seek(int(start))
                 digest.update(stream.read(BLOCK_BYTES))
     return f"{size:,} bytes, {digest.hexdigest()[:16]}"
+
+
+def _model(name: str, path: str) -> dict[str, Any]:
+    """The files of a model folder."""
+    files = [file for file in sorted(resolve_folder(path).iterdir()) if file.suffix in _MODEL_FILES and file.is_file()]
+    return {f"{name} {file.name}": content_of(file) for file in files if not file.name.startswith(".")}
 
 
 def _data(name: str, table: TaskTable) -> dict[str, Any]:

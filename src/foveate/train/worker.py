@@ -18,12 +18,13 @@ from torch import Tensor
 from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
 from foveate.cluster.rank_engine import RankEngine
-from foveate.config.algorithm import CriticSettings
+from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.forward import evaluating
+from foveate.models.logprobs import LOGP_ENTROPY
 from foveate.models.lora import adapters_off, merged_state, reset_adapters, train_parts, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
@@ -38,6 +39,7 @@ from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer, optimizer_spec
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
+from foveate.train.teacher import Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Worker:
         temperature: float = 1.0,
         reference: bool = False,
         critic: CriticSettings | None = None,
+        teacher: TeacherSettings | None = None,
         cluster: ClusterSettings | None = None,
         seed: int = 0,
         threads: int | None = None,
@@ -83,6 +86,10 @@ class Worker:
         if self.reference is not None:
             is_own = self.reference is self.policy
             self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
+        self.teachers = None
+        if teacher is not None:
+            read = partial(load, attention=model.attention, dtype=teacher.dtype or model.dtype)
+            self.teachers = Teachers(teacher, read, self._ready, len(self.policy.part("head").weight))
         self.optimizer = build_optimizer(self.policy.model, optim)
         self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
@@ -126,6 +133,19 @@ class Worker:
         return found
 
     @torch.no_grad()
+    def teacher_logprobs(self, asked: Sequence[tuple[PackedGroup, str]]) -> list[Tensor]:
+        """Log-probs of all trained tokens of groups under the teacher that stands with each, one vector per group."""
+        assert self.teachers is not None
+        found: dict[int, Tensor] = {}
+        for name in self.teachers.names:
+            own = [i for i, (_, teacher) in enumerate(asked) if teacher == name]
+            for batch, members in self._batches([asked[i][0] for i in own]):
+                logp_M = self.teachers.logprobs(name, batch, self.temperature).cpu()
+                sizes = [asked[own[i]][0].trained_tokens for i in members]
+                found |= zip((own[i] for i in members), logp_M.split(sizes), strict=True)
+        return [found[i] for i in range(len(asked))]
+
+    @torch.no_grad()
     def values(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
         """The values that the critic expects before each trained token, one vector per group."""
         assert self.critic is not None
@@ -147,11 +167,14 @@ class Worker:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
         parts = [part for row in rows for part in split_group(row, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members, logp_M, entropy_M in self._computed([part.group for part in parts], self.temperature):
-            targets = policy_targets([parts[i] for i in members], logp_M)
-            out = loss(logp_M, entropy_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
+        for teacher in self.teachers.in_loss if self.teachers is not None else (None,):
+            own = [part for part in parts if part.teacher == teacher]
+            computed = self._computed([part.group for part in own], self.temperature, teacher)
+            for batch, members, (logp_M, entropy_M, *divergence) in computed:
+                targets = policy_targets([own[i] for i in members], logp_M, *divergence)
+                out = loss(logp_M, entropy_M, batch, targets, totals)
+                self._backward(out.loss)
+                losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
@@ -184,7 +207,7 @@ class Worker:
         """One optimizer step of supervised training on the answers of `groups`; `total` is the sum of the weights
         (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, logp_M, entropy_M in self._computed(groups):
+        for batch, _, (logp_M, entropy_M) in self._computed(groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
             self._backward(loss)
@@ -202,7 +225,7 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, logp_M, entropy_M in self._computed([pair.group for pair in pairs]):
+        for batch, members, (logp_M, entropy_M) in self._computed([pair.group for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
             self._backward(out.loss)
@@ -236,17 +259,20 @@ class Worker:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
     def _computed(
-        self, groups: Sequence[PackedGroup], temperature: float = 1.0
-    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
-        """Packed rows, the indices of their groups, and log-probs and entropies to train on. Rows that only keep this
-        rank in step with the others end here."""
+        self, groups: Sequence[PackedGroup], temperature: float = 1.0, teacher: str | None = None
+    ) -> Iterator[tuple[Batch, list[int], tuple[Tensor, ...]]]:
+        """Packed rows, the indices of their groups, and what is trained on: log-probs, entropies and, with a `teacher`,
+        the divergence to it. Rows that only keep this rank in step with the others end here."""
         self._seed_dropout(self.optimizer)
         for batch, members in self._batches(groups):
-            logp_M, entropy_M = self._logprobs(batch, temperature)
+            terms = LOGP_ENTROPY
+            if teacher is not None and self.teachers is not None:
+                terms = (*terms, self.teachers.divergence(teacher, batch, temperature))
+            found = self._logprobs(batch, temperature, terms)
             if members:
-                yield batch, members, logp_M, entropy_M
+                yield batch, members, found
             else:
-                (logp_M.sum() + entropy_M.sum()).backward()
+                torch.stack([term.sum() for term in found]).sum().backward()
 
     def _seed_dropout(self, optimizer: torch.optim.Optimizer) -> None:
         """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
