@@ -69,7 +69,7 @@ class Values(_OfPolicy):
 
 
 class TeacherOutput(_OfPolicy):
-    """What a frozen teacher says of the trained tokens of a batch, to compare a policy with
+    """The output of a frozen teacher at the trained tokens of a batch, to compare a policy with
     (`foveate.models.logprobs.Divergence`)."""
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -101,10 +101,11 @@ def _require_images(path: str, family: Family, own: Family) -> None:
             f"algorithm.teacher: {path} is of the family {family.name} and the model of {own.name}; a teacher reads "
             "the prompts of the model, so take one of its family"
         )
-    for field in fields(own):
-        theirs, ours = getattr(family, field.name), getattr(own, field.name)
-        if field.name not in _OWN and theirs != ours:
+    theirs, ours = asdict(family), asdict(own)
+    for name in ours.keys() - _OWN:
+        if theirs[name] != ours[name]:
             raise ConfigError(
-                f"algorithm.teacher: {path} sees images otherwise than the model: {field.name} is {theirs} and {ours}; "
+                f"algorithm.teacher: {path} sees images otherwise than the model: {name} is {theirs[name]} and "
+                f"{ours[name]}; "
                 "a teacher reads the images of the model's prompts, so take one with its preprocessing"
             )
