@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from foveate.encoding.family import Family
 from foveate.errors import ConfigError
-from foveate.models.parts import part_of
 
 Quantization = Literal["nf4", "int8"]
 QUANTIZED_PARTS = ("vision", "language")
@@ -86,7 +85,7 @@ def linear_layers(model: nn.Module, family: Family) -> list[tuple[str, nn.Linear
     return [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and part_of(family, name) in QUANTIZED_PARTS
+        if isinstance(module, nn.Linear) and family.part_of(name) in QUANTIZED_PARTS
     ]
 
 
@@ -115,7 +114,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return isinstance(module, Int8Linear) or type(module).__name__ == "Linear4bit" and isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) and type(module).__name__ in ("Int8Linear", "Linear4bit")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What fits on one GPU: for every published model and every way to train it, the smallest memory that does."""
+"""The smallest GPU for every published model and every way to train it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ENGINES = {"": "native", ", vLLM": "vllm"}
 
 
 def fits_table(models: Sequence[str] = ()) -> str:
-    """The table as Markdown, of all published models unless some are named. A cell holds the GB of the smallest GPU, and
-    in brackets the GiB that the step needs; a dash where none is large enough."""
+    """The table as Markdown, of all published models unless some are named. A cell holds the GB of the smallest GPU,
+    and in brackets the GiB that the step needs; a dash where none is large enough."""
     names = models or [*(f"InternVL3_5-{size}" for size in PUBLISHED_SIZES), *OTHER_MODELS]
     head = ["model", "parameters", *(f"{way}{server}" for server in ENGINES for way in WAYS)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

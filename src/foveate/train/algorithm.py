@@ -149,6 +149,11 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
             f"rollout.partial is true, but algorithm {method.name} compares answers with a greedy one, which has to be "
             "of the same weights: set rollout.partial=false, or choose another algorithm"
         )
+    if method.critic is not None and settings.model.lora is not None and settings.model.lora.adapter is not None:
+        raise ConfigError(
+            "model.lora.adapter is set, but algorithm.critic begins as a copy of the model without adapters; leave one "
+            "of them out"
+        )
     if method.critic is not None and method.critic.warmup_steps >= settings.train.steps:
         raise ConfigError(
             f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"

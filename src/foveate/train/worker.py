@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,12 +20,13 @@ from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
 from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
-from foveate.config.model import ModelSettings
+from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
+from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
-from foveate.models.lora import adapters_off, merged_state, reset_adapters, train_parts, trains_adapters_only
+from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
@@ -70,16 +71,17 @@ class Worker:
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
-        self._compiles = model.compile
+        self._compiles, self._lora = model.compile, model.lora
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
-        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
+        again = partial(load, model.path, **model.model_dump(include={"attention", "dtype", "quantization"}))
+        self.policy = again()
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
         self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
-        self.reference = _frozen_copy(self.policy) if reference else None
+        self.reference = _frozen_copy(self.policy, again, model.lora) if reference else None
         self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
         self._logprobs = self._ready(LogProbs, self.policy)
         self._reference_logprobs = None
@@ -112,7 +114,7 @@ class Worker:
         root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
         allocate(policy, root, "cpu" if cluster.offload else cluster.kind, cluster.kind)
         load_sharded(policy, without=policy.tensors("head") if kind is Values else ())
-        reset_adapters(policy.model)
+        begin_adapters(policy, self._lora if policy is self.policy else None)
         return root
 
     # ------------------------------------------------------------------------------------------------- log-probs
@@ -317,20 +319,24 @@ class Worker:
         return {"": (self.policy.model, self.optimizer), **critic}
 
     def export(self, folder: Path) -> None:
-        """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes."""
+        """The trained model in the format that it came in, its adapter, or both (`model.lora.save`); whole or not at
+        all. Several ranks call it together; the first one gathers the weights, tensor by tensor, and writes."""
         self.finish_saving()
-        is_first = self.ranks is None or self.ranks.is_first
-        state: dict[str, Tensor] = {}
-        for name, tensor in merged_state(self.policy.model).items():
-            gathered = full_tensor(tensor)
-            if is_first:
-                state[name] = gathered.cpu()
-        if is_first:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-            with_room(partial(_export, self.policy, folder, state), size)
+        lora, model = self._lora, self.policy.model
+        state = self._gathered({} if lora is not None and lora.save == "adapter" else merged_state(model))
+        adapter = self._gathered({} if lora is None or lora.save == "merged" else trained_tensors(self.policy))
+        if self.ranks is None or self.ranks.is_first:
+            size = sum(tensor.nbytes for tensor in (*state.values(), *adapter.values()))
+            with_room(partial(_export, self.policy, folder, state, lora, adapter), size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+    @torch.no_grad()
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in host memory, none on ranks other than the first."""
+        keeps = self.ranks is None or self.ranks.is_first
+        found = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.detach().cpu() for name, tensor in found if keeps}
 
 
 def use_threads(threads: int | None) -> None:
@@ -339,19 +345,25 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+def _export(
+    policy: Policy, folder: Path, state: dict[str, Tensor], lora: LoraSettings | None, adapter: dict[str, Tensor]
+) -> None:
     if not folder.parent.is_dir():
         raise gone(folder.parent)
     with atomic_path(folder) as temporary:
-        save_policy(policy, temporary, state)
+        if state:
+            save_policy(policy, temporary, state)
+        if lora is not None and adapter:
+            write_adapter(policy, lora, temporary / "adapter" if state else temporary, adapter)
 
 
-def _frozen_copy(policy: Policy) -> Policy:
-    """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
+def _frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings | None) -> Policy:
+    """The model before training, without adapters: the policy itself, to be asked with its adapters off, where nothing
+    but these learns; else a copy, read `again` where they are not new."""
     if trains_adapters_only(policy.model):
         return policy
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return replace(policy, model=model)
+    is_start = lora is None or lora.adapter is None
+    return replace(policy, model=(copy.deepcopy(policy.model) if is_start else again().model).requires_grad_(False))
 
 
 def _forget_dummy_images(policy: Policy) -> None:
