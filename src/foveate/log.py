@@ -270,6 +270,8 @@ _TOLD = (
     ("turns/mean", "turns {:.1f}"),
     ("answer/truncated", "truncated {:.0%}"),
     ("loss/kl_ref", "KL {:.4f}"),
+    ("loss/divergence", "from the teacher {:.4f}"),
+    ("reward/teacher_kl", "from the teacher {:.4f}"),
     ("loss/entropy", "entropy {:.3f}"),
     ("time/generate_tokens_per_second", "{:,.0f} tokens/s"),
     ("time/update_tokens_per_second", "{:,.0f} tokens/s trained"),

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels read from the header.
-
-    The size is that of the picture as it is shown: after the EXIF rotation, which every reader of pixels applies.
-    """
+    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels from the header, as it is
+    shown: after the EXIF rotation, which every reader of pixels applies."""
 
     path: Path | None
     data: bytes | None
@@ -358,7 +356,8 @@ class PolicyTargets:
 
     old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
     frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
-    masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None.
+    masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None; divergence_M: how far the policy is
+    from a teacher, differentiable (`models.logprobs.Divergence`), or None.
     """
 
     old_M: Tensor
@@ -366,6 +365,7 @@ class PolicyTargets:
     advantage_M: Tensor
     ref_M: Tensor | None = None
     masked_M: Tensor | None = None
+    divergence_M: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

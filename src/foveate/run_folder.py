@@ -49,7 +49,8 @@ order in which floats are summed. cluster.* is free although ranks add up floats
 the machines that there are. train.steps has a rule of its own."""
 
 NEVER = (
-    "model.lora", "model.trainable", "model.dtype", "optim.name", "optim.settings", "algorithm.critic",
+    "model.lora", "model.quantization", "model.trainable", "model.dtype", "optim.name", "optim.settings",
+    "algorithm.critic",
 )  # fmt: skip
 """Settings without which a checkpoint cannot be restored. All others may differ where the user accepts it."""
 

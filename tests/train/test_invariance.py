@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_cases import start_ranks
-from test_toy_runs import algorithm_of
+from test_toy_runs import ALGORITHMS, algorithm_of
 from toy import make_data
 
-from foveate.algorithms.table import ALGORITHMS
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.config.model import ModelSettings

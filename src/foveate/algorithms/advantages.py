@@ -59,6 +59,11 @@ def _group(rewards_S: Tensor, group_S: Tensor) -> _Groups:
     return _Groups(rewards_S, index_S, count_G, (low_G == high_G)[index_S])
 
 
+def none(rewards_S: Tensor) -> Tensor:
+    """0 whatever the reward: what is learned comes from elsewhere, such as a teacher."""
+    return torch.zeros_like(rewards_S)
+
+
 def grpo(rewards_S: Tensor, group_S: Tensor, *, normalise: Literal["std", "none"] = "std", eps: float = 1e-6) -> Tensor:
     """(r - mean) / (std + eps) over the group, std with divisor n - 1; without the division for `normalise="none"`.
 

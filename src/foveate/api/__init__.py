@@ -164,6 +164,14 @@ def plan_report(plan: Plan) -> str:
     return plan_text(plan)
 
 
+def plan_table() -> str:
+    """The smallest GPU on which each published model trains, whole, with adapters and with adapters over 4 bits, with a
+    server on the same GPU and without, as Markdown. Takes a minute or two."""
+    from foveate.plan.table import fits_table
+
+    return fits_table()
+
+
 def settings_list(stage: StageName = "rl", group: str | None = None) -> list[ListEntry]:
     """The settings of a stage, or of one group of it, as `foveate settings` shows them."""
     from foveate.tools import listing

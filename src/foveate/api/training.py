@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
+from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, RLStage, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
@@ -209,14 +209,23 @@ def _run_folder(given: str | Path | None, stage: str) -> Path:
 
 
 def prepared(settings: SettingsT) -> SettingsT:
-    """Settings just before a run: where `model.path` names a checkpoint of another run, with the model folder that is
-    made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
+    """Settings just before a run: where `model.path`, or that of a teacher, names a checkpoint of another run, with the
+    model folder that is made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
     if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
         setup_logging()
     from foveate.train.export import start_of
 
-    path = start_of(settings.model.path)
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
+    changed: dict[str, Any] = {"model": settings.model.model_copy(update={"path": start_of(settings.model.path)})}
+    page = settings.rl if isinstance(settings, CascadeSettings) else settings
+    if isinstance(page, RLSettings | RLStage) and (teacher := page.algorithm.teacher) is not None:
+        sources = {source: start_of(path) for source, path in teacher.sources.items()}
+        teacher = teacher.model_copy(update={"path": start_of(teacher.path), "sources": sources})
+        algorithm = page.algorithm.model_copy(update={"teacher": teacher})
+        if isinstance(page, RLStage):
+            changed["rl"] = page.model_copy(update={"algorithm": algorithm})
+        else:
+            changed["algorithm"] = algorithm
+    return settings.model_copy(update=changed)
 
 
 def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -382,15 +383,20 @@ def prepare_tiny_command(
         str | None, typer.Option("--from", help="Take the weights of this tiny model (demo: the shipped one).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="A quarter of the parameters, with random weights.")] = False,
 ) -> None:
     """A small InternVL with random weights, or with those of another one: the real architecture."""
     from foveate.log import print_result
-    from foveate.models.tiny import TinySize, build_tiny, retile
+    from foveate.models.tiny import SMALL, TinySize, build_tiny, retile
 
     if tile % 28:
         raise ConfigError(f"--tile {tile}: must be a multiple of 28 (patches of 14 pixels, joined two by two)")
+    if small and start is not None:
+        raise ConfigError(
+            f"--small has random weights, and those of --from {start} have another size; give one of them"
+        )
     if start is None:
-        build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
+        build_tiny(out, replace(SMALL if small else TinySize(), tile=tile, max_tiles=max_tiles), seed=seed)
     else:
         retile(start, out, tile, max_tiles)
     print_result(f"{out}: a tiny InternVL with {tile}-pixel tiles")

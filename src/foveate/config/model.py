@@ -20,6 +20,15 @@ class LoraSettings(Settings):
         description="Linear layers that get adapters, such as [q_proj, v_proj], of the parts in model.trainable; "
         "null: all of the language model and of the vision tower.",
     )
+    adapter: str | None = Field(
+        default=None,
+        description="Folder of an adapter in peft's layout, or its name on the Hub, to begin from; null: a new one.",
+    )
+    save: Literal["merged", "adapter", "both"] = Field(
+        default="merged",
+        description="What final/ holds: the model with its adapters merged, the adapter alone in peft's layout, or "
+        "both, the adapter in final/adapter.",
+    )
 
 
 class ModelSettings(Settings):
@@ -40,6 +49,11 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = Field(
         default=None,
         description="Low-rank adapters in the parts of model.trainable: only these are trained there; null: none.",
+    )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Frozen linear layers of the language model and of the vision tower in 4 bits (nf4, by "
+        "bitsandbytes) or 8 (int8), under model.lora (QLoRA); null: none.",
     )
     max_tiles: int | None = Field(
         default=None,

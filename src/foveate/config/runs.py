@@ -33,7 +33,7 @@ from foveate.config.train import (
 )
 
 # The algorithms whose baseline is not the mean of the other answers to the same prompt.
-_WITHOUT_GROUPS = ("ppo", "reinforce_plus_plus", "remax")
+_WITHOUT_GROUPS = ("distill", "ppo", "reinforce_plus_plus", "remax")
 
 
 class RunSettings(Settings):
@@ -110,8 +110,34 @@ class RunSettings(Settings):
                 "keep rows of data.train aside, or set eval.every=0 for a run without evaluation",
             ),
         )
+        self._check_quantization()
         self._check_budget()
         return self
+
+    def _check_quantization(self) -> None:
+        model, cluster = self.model, self.cluster
+        frozen = [part for part in model.trainable if part != "projector"]
+        path, start = "model.quantization", f"is {model.quantization}, "
+        if model.quantization is not None:
+            refuse_any(
+                (
+                    model.lora is None and bool(frozen),
+                    path,
+                    f"{start}so that {', '.join(frozen)} cannot train; set model.lora, or model.trainable=[projector]",
+                ),
+                (
+                    cluster.ranks > 1,
+                    path,
+                    f"{start}but the weights are sharded over {cluster.ranks} ranks, which have them in full; leave it "
+                    "out, or use one rank",
+                ),
+                (
+                    cluster.dtype is not None,
+                    path,
+                    f"{start}but cluster.dtype={cluster.dtype} would compute in another type than that of the weights; "
+                    "leave that out, and set model.dtype",
+                ),
+            )
 
     def _check_budget(self) -> None:
         data, train = self.data, self.train
@@ -308,6 +334,7 @@ class CascadeSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        lora = self.model.lora
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens + 1  # the pairs are sampled answers, ended
         budget = self.mpo.train.tokens_per_micro_batch * self.cluster.sequence_parallel
         refuse_any(
@@ -315,6 +342,16 @@ class CascadeSettings(Settings):
                 not self.data.test and not self.data.hold_out,
                 "data.test",
                 "is empty; name held-out files, on which the stages are compared, or set data.hold_out=0.05",
+            ),
+            (
+                lora is not None and lora.save == "adapter",
+                "model.lora.save",
+                "is adapter, but each stage begins from the whole model of the one before; use merged or both",
+            ),
+            (
+                lora is not None and lora.adapter is not None,
+                "model.lora.adapter",
+                "begins one run, and each stage here merges its own; merge it first, or leave it out",
             ),
             (
                 budget < longest,

@@ -157,6 +157,12 @@ class Family:
         """The piece of an image that plans count in."""
         raise NotImplementedError(f"{self.name} is planned and does not say in which pieces of an image")
 
+    def part_of(self, name: str) -> str:
+        """The part that a parameter or a submodule belongs to, by its name."""
+        places = {place: part for part, modules in self.parts.items() for place in modules}
+        inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
+        return places[max(inside, key=len)]
+
     @property
     def sees_images(self) -> bool:
         return bool(self.image_text)

@@ -78,6 +78,11 @@ def token_terms(policy: Policy, batch: Batch, terms: Sequence[Term], temperature
     return chunked_terms(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature, terms)
 
 
+def trained_states(policy: Policy, batch: Batch) -> Tensor:
+    """Final hidden states (M, D) before each trained token."""
+    return hidden_states(policy, batch)[batch.source_M]
+
+
 def token_values(policy: Policy, batch: Batch) -> Tensor:
     """The output of a head of one number before each trained token: (M,)."""
     return policy.part("head")(hidden_states(policy, batch)[batch.source_M])[:, 0]

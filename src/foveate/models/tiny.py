@@ -57,6 +57,10 @@ class TinySize:
     max_tiles: int = 12
 
 
+SMALL = TinySize(vision_width=56, vision_ffn=112, width=64, layers=3, head_dim=16, ffn=120)
+"""A quarter of the parameters: the student of `shapes_distill`."""
+
+
 def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of about `vocabulary` tokens, trained on the language of the shapes; it can spell any text."""
     tokenizer = Tokenizer(models.BPE())

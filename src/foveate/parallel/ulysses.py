@@ -60,6 +60,11 @@ def token_terms_split(
     return _of_trained(policy, batch, group, head).unbind(-1)
 
 
+def trained_states_split(policy: Policy, batch: Batch, group: ProcessGroup) -> Tensor:
+    """`trained_states` of one row, on all ranks of `group`, which call it together with the same batch."""
+    return _of_trained(policy, batch, group, lambda hidden, _: hidden)
+
+
 def token_values_split(policy: Policy, batch: Batch, group: ProcessGroup) -> Tensor:
     """`token_values` of one row on all ranks of `group`, which call it together with the same batch."""
     return _of_trained(policy, batch, group, lambda hidden, _: policy.part("head")(hidden))[:, 0]

@@ -155,7 +155,7 @@ def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: En
     """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine."""
     rollout, cluster, model = settings.rollout, settings.cluster, settings.model
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
-    engine = NativeEngine(load_policy(model.path, **options), encoder.decode)
+    engine = NativeEngine(load_policy(model.path, **options, quantization=model.quantization), encoder.decode)
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("eval", settings.seed))]
     with (

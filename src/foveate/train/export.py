@@ -31,8 +31,9 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
         raise ConfigError(f"{target} is there already; choose another folder")
     checkpoint = _checkpoint_of(checkpoint)
     settings = _model_of(checkpoint)
-    policy = load_policy(settings.path, dtype=settings.dtype)
-    train_parts(policy, settings.trainable, settings.lora)
+    policy = load_policy(settings.path, dtype=settings.dtype, quantization=settings.quantization)
+    lora = settings.lora and settings.lora.model_copy(update={"adapter": None})  # of which nothing is left
+    train_parts(policy, settings.trainable, lora)
     step = load_weights(checkpoint, policy.model)
     write = partial(save_policy, policy, state=dict(merged_state(policy.model)))
     if to in (None, policy.format):

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from foveate.config.runs import RunSettings
+from foveate.config.runs import RLSettings, RunSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
 from foveate.files import add_json_line
 from foveate.log import read_metrics
+from foveate.models.adapters import adapter_folder
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.records import Task
 from foveate.run_folder import RunFolder, change_in_words, lasting_settings, settings_changes
@@ -57,10 +58,12 @@ class Inputs:
                 found |= _data(name, table)
         for name, file in sorted(_code(settings)):
             found[f"code {name}: {file.name}"] = content_of(file)
-        folder = resolve_folder(settings.model.path)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in _MODEL_FILES and file.is_file() and not file.name.startswith("."):
-                found[f"model {file.name}"] = content_of(file)
+        found |= _folder("model", resolve_folder(settings.model.path))
+        if settings.model.lora is not None and settings.model.lora.adapter is not None:
+            found |= _folder("adapter", adapter_folder(settings.model.lora.adapter))
+        teacher = settings.algorithm.teacher if isinstance(settings, RLSettings) else None
+        for number, path in enumerate(teacher.paths if teacher is not None else (), start=1):
+            found |= _folder(f"teacher {number}", resolve_folder(path))
         return cls(json.loads(json.dumps(found)), accept_changes)
 
     def check(self, run: RunFolder, step: int, before: Any) -> bool:
@@ -127,6 +130,12 @@ def content_of(file: Path) -> str:
                 stream.seek(int(start))
                 digest.update(stream.read(BLOCK_BYTES))
     return f"{size:,} bytes, {digest.hexdigest()[:16]}"
+
+
+def _folder(name: str, folder: Path) -> dict[str, Any]:
+    """The files of a model folder."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES and file.is_file()]
+    return {f"{name} {file.name}": content_of(file) for file in files if not file.name.startswith(".")}
 
 
 def _data(name: str, table: TaskTable) -> dict[str, Any]:

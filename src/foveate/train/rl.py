@@ -54,6 +54,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
+from foveate.train.teacher import check_sources
 from foveate.train.trackers import Trackers
 from foveate.train.update import compute_advantages, update
 from foveate.train.waste import WasteWatch
@@ -240,6 +241,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         temperature=settings.rollout.temperature,
         reference=method.needs_reference,
         critic=method.critic,
+        teacher=method.teacher,
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
@@ -279,6 +281,8 @@ def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[
     truth = check_of_truth(settings)
     table, held_out, left_out = read_data(settings, encoder, truth)
     write_skipped(run.path, [str(problem) for problem in left_out])
+    if settings.algorithm.teacher is not None and settings.algorithm.teacher.sources:
+        check_sources(settings.algorithm.teacher, table.values("data_source"))
     return table, held_out
 
 
