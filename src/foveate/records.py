@@ -76,10 +76,12 @@ class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
 
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
+    `grid` (rows, columns): how they lie, for 3-D positions; `layout`: of families with `image_layouts`;
+    `bidirectional`: they see each other."""
 
     position: int
     count: int
+    layout: tuple[int, ...] | None = None
     tiles: int
     grid: tuple[int, int] | None = None
     bidirectional: bool = False
@@ -323,8 +325,8 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     feature_index: which feature each of them receives, None where they are in order: images that stand in several
-    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
-    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, or its layout, in order, for
+    families that need them; dummy_image: whether the last image has no slots (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """
@@ -338,7 +340,7 @@ class Batch:
     source_M: Tensor
     sample_M: Tensor
     samples: int
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
     dummy_image: bool = False
     feature_index: Tensor | None = None
 

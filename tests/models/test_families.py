@@ -205,7 +205,7 @@ def test_qwen_token_counts_from_sizes_equal_transformers_on_600_sizes(name, fold
         assert family.shape(width, height, budget).entries == patches, (width, height, budget)
 
 
-@pytest.mark.parametrize("name", ["internvl", *VISION_MODELS])
+@pytest.mark.parametrize("name", ["internvl", *(name for name in VISION_MODELS if name != "llava_onevision")])
 def test_the_length_from_random_sizes_and_of_photographs_is_the_length_of_the_prompt(
     name, folders, tiny_policy, make_task
 ):

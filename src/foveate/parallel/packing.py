@@ -72,7 +72,7 @@ class _Images:
         index = _cat(self._index)
         return {
             "pixels": torch.cat(self._pixels) if self._pixels else None,
-            "grids": tuple(slot.grid for slot in self._slots if slot.grid is not None),
+            "grids": tuple(known for slot in self._slots if (known := slot.layout or slot.grid) is not None),
             "feature_index": None if len(index) == self._features else index,
         }
 

@@ -254,7 +254,9 @@ class Conversations:
         encoded once."""
         if segment.tiles is None:
             return segment
-        shapes = repr((segment.tiles.shape, [(slot.count, slot.tiles, slot.grid) for slot in segment.slots])).encode()
+        shapes = repr(
+            (segment.tiles.shape, [(slot.count, slot.tiles, slot.grid, slot.layout) for slot in segment.slots])
+        ).encode()
         content = blake2b(shapes, digest_size=16)
         content.update(segment.tiles.contiguous().numpy().data)
         return replace(segment, tiles=self._tiles.setdefault(content.digest(), segment.tiles))

@@ -168,7 +168,7 @@ class QwenVL(Family):
         patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, self.patch, self.patch)
         return torch.from_numpy(patches)
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
         pixels = pixels.to(next(model.parameters()).dtype)
         patches = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
         grid = torch.tensor(patches, device="cpu" if pixels.is_meta else pixels.device)  # a plan needs its values
