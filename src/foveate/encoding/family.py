@@ -162,6 +162,15 @@ class Family:
         """The piece of an image that plans count in."""
         raise NotImplementedError(f"{self.name} is planned and does not say in which pieces of an image")
 
+    def shallow_tower(self, config: Any, blocks: int) -> dict[str, Any]:  # noqa: ARG002
+        """The settings of a vision tower with fewer blocks, for plans."""
+        return {self.vision_depth: blocks}
+
+    def uneven_blocks(self, config: Any) -> int:  # noqa: ARG002
+        """How many blocks at the beginning of the vision tower and of the language model do more than the others
+        (DeepStack), in a model with a shallow tower."""
+        return 0
+
     @property
     def sees_images(self) -> bool:
         return bool(self.image_text)
