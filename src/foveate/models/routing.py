@@ -83,7 +83,7 @@ class Routing:
     _sums: dict[int, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
 
     def route(self, layer: int, weigh: Callable[[Tensor, Tensor], Tensor], out: Any) -> Any:
-        """What a router returns: the experts and weights to compute with."""
+        """The output of a router with the experts and weights to compute with."""
         logits, weights, experts = out
         self.reached += 1
         if self.balances:  # the same operations also where a layer is computed again

@@ -107,6 +107,7 @@ class RowShare:
             batch,
             token_ids_T=batch.token_ids_T[own],
             position_T=batch.position_T[..., own],
+            routed_experts=None if batch.routed_experts is None else batch.routed_experts[own],
             pixels=pixels,
             grids=grids,
             dummy_image=not shares[rank],
@@ -165,8 +166,10 @@ def _padded(batch: Batch, ranks: int) -> Batch:
     forest, more = batch.forest, -batch.forest.tokens % ranks
     if not more:
         return batch
+    experts = batch.routed_experts
     return replace(
         batch,
+        routed_experts=None if experts is None else torch.cat([experts, experts[:1].expand(more, -1, -1)]),
         token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
         position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
         forest=Forest(

@@ -22,10 +22,12 @@ from foveate.config.algorithm import CriticSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
+from foveate.errors import ConfigError
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.forward import evaluating
 from foveate.models.lora import adapters_off, merged_state, reset_adapters, train_parts, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
+from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
 from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
@@ -59,9 +61,11 @@ class Worker:
         seed: int = 0,
         threads: int | None = None,
         disk_wait: float = 0.0,
+        router_replay: bool = False,
     ) -> None:
         """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice;
-        `disk_wait`: seconds that this process waits for room on a full disk."""
+        `disk_wait`: seconds that this process waits for room on a full disk; `router_replay`: the policy computes with
+        the experts that the sampler chose."""
         use_threads(threads)
         set_disk_wait(disk_wait)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
@@ -70,6 +74,8 @@ class Worker:
         self._compiles = model.compile
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
+        self._balance = model.router_aux_loss_coef
+        _follow_routers(self.policy, self._balance, cluster, router_replay=router_replay)
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -120,7 +126,7 @@ class Worker:
         as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
-            for batch, members in self._batches(groups):
+            for batch, members in self._batches(groups, replays=not reference):
                 (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
@@ -147,11 +153,13 @@ class Worker:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
         parts = [part for row in rows for part in split_group(row, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members, logp_M, entropy_M in self._computed([part.group for part in parts], self.temperature):
+        for batch, members, logp_M, entropy_M, routing in self._computed(
+            [part.group for part in parts], self.temperature
+        ):
             targets = policy_targets([parts[i] for i in members], logp_M)
             out = loss(logp_M, entropy_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
+            balanced = self._backward(out.loss, routing, len(logp_M) / totals.tokens)
+            losses.append(to_metrics({**out.metrics, **mismatch(targets), **balanced}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
@@ -184,12 +192,12 @@ class Worker:
         """One optimizer step of supervised training on the answers of `groups`; `total` is the sum of the weights
         (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, logp_M, entropy_M in self._computed(groups):
+        for batch, _, logp_M, entropy_M, routing in self._computed(groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
-            self._backward(loss)
             tokens, weight = float(len(logp_M)), weight_M.sum().item() / total
             found = {
+                **self._backward(loss, routing, weight),
                 "loss/total": (loss, weight),
                 "loss/nll": (-logp_M.sum(), tokens),
                 "loss/entropy": (entropy_M.sum(), tokens),
@@ -202,11 +210,12 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, logp_M, entropy_M in self._computed([pair.group for pair in pairs]):
+        for batch, members, logp_M, entropy_M, routing in self._computed([pair.group for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}))
+            balanced = self._backward(out.loss, routing, batch.samples / totals.samples)
+            found = {**out.metrics, **balanced, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}
+            losses.append(to_metrics(found))
         return self._step(self.policy, self.optimizer, losses, lr, [pair.group for pair in pairs])
 
     def _step(
@@ -232,19 +241,28 @@ class Worker:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "optim/grad_norm": norm, "optim/update_skipped": float(not taken)}
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, routing: Routing | None = None, share: float = 1.0) -> Metrics:
+        """Add up the gradient of a row's loss, and of the load-balancing loss of its routers, which counts by the
+        row's share of the step; the metrics of the latter."""
+        found: Metrics = {}
+        if routing is not None:
+            balance = routing.load_balancing_loss()
+            loss = loss + self._balance * share * balance
+            found = {"loss/router_aux": (share * balance.item(), share)}
         (loss if self.scale is None else loss * self.scale.value).backward()
+        return found
 
     def _computed(
         self, groups: Sequence[PackedGroup], temperature: float = 1.0
-    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
-        """Packed rows, the indices of their groups, and log-probs and entropies to train on. Rows that only keep this
-        rank in step with the others end here."""
+    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor, Routing | None]]:
+        """Packed rows, the indices of their groups, log-probs and entropies to train on, and what routers did where
+        their load is balanced. Rows that only keep this rank in step with the others end here."""
         self._seed_dropout(self.optimizer)
-        for batch, members in self._batches(groups):
-            logp_M, entropy_M = self._logprobs(batch, temperature)
+        for batch, members in self._batches(groups, replays=True):
+            routing = Routing(batch.routed_experts, balances=True) if self._balance else None
+            logp_M, entropy_M = self._logprobs(batch, temperature, routing=routing)
             if members:
-                yield batch, members, logp_M, entropy_M
+                yield batch, members, logp_M, entropy_M, routing
             else:
                 (logp_M.sum() + entropy_M.sum()).backward()
 
@@ -254,14 +272,15 @@ class Worker:
             taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
-        """Packed rows with the indices of their groups. Every rank has as many as the one with most: the last rows of
-        others are empty."""
+    def _batches(self, groups: Sequence[PackedGroup], *, replays: bool = False) -> Iterator[tuple[Batch, list[int]]]:
+        """Packed rows with the indices of their groups; with the experts that the sampler chose where the model
+        `replays` them. Every rank has as many as the one with most: the last rows of others are empty."""
         rows = micro_batches(groups, self.token_budget)
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
             batch = pack([groups[i] for i in members]) if members else empty(self._dummy_image)
+            batch = batch if replays else replace(batch, routed_experts=None)
             yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -305,6 +324,17 @@ class Worker:
             with_room(partial(_export, self.policy, folder, state), size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+
+def _follow_routers(policy: Policy, balance: float, cluster: ClusterSettings | None, *, router_replay: bool) -> None:
+    """Make ready for what is asked of the routers. Raises ConfigError where that cannot be."""
+    asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": balance}
+    follow_routers(policy.model, next((name for name, value in asked.items() if value), ""))
+    if balance and cluster is not None and cluster.sequence_parallel > 1:
+        raise ConfigError(
+            f"model.router_aux_loss_coef={balance:g} balances whole rows, of which ranks see parts with "
+            f"cluster.sequence_parallel={cluster.sequence_parallel}; leave one of them out"
+        )
 
 
 def use_threads(threads: int | None) -> None:
