@@ -11,7 +11,6 @@ Replay of the sampler's experts in training: Rollout Routing Replay (R3), arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,21 +65,18 @@ ROUTERS: dict[str, Weigh] = {
 """How the classes of transformers weigh the experts that they have chosen."""
 
 
-@dataclass(slots=True, eq=False)
 class Routing:
-    """The choices of all routers in one pass over T tokens; layers are those with a router, in order.
+    """The choices of all routers in one pass over T tokens; layers are those with a router, in order. No dataclass:
+    FSDP would give each layer a copy. `reached`: how many routers it has come to."""
 
-    replay: integers (T, layers, k), the experts to compute with; -1 where the router chooses. The router still weighs
-    them, and learns by that. records, balances: whether `experts` and `load_balancing_loss` are asked for behind it.
-    reached: how many routers it has come to.
-    """
-
-    replay: Tensor | None = None
-    records: bool = False
-    balances: bool = False
-    reached: int = 0
-    _chosen: dict[int, Tensor] = field(default_factory=dict)
-    _sums: dict[int, tuple[Tensor, Tensor, int]] = field(default_factory=dict)
+    def __init__(self, replay: Tensor | None = None, *, records: bool = False, balances: bool = False) -> None:
+        """replay: integers (T, layers, k), the experts to compute with; -1 where the router chooses. The router still
+        weighs them, and learns by that. records, balances: whether `experts` and `load_balancing_loss` are asked for
+        behind the pass."""
+        self.replay, self.records, self.balances = replay, records, balances
+        self.reached = 0
+        self._chosen: dict[int, Tensor] = {}
+        self._sums: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def route(self, layer: int, weigh: Callable[[Tensor, Tensor], Tensor], out: Any) -> Any:
         """The output of a router with the experts and weights to compute with."""
