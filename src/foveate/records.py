@@ -72,15 +72,16 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
-
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
+    `grid` (rows, columns): how they lie, for 3-D positions; `layout`: of families with `image_layouts`;
+    `bidirectional`: they see each other."""
 
     position: int
     count: int
     tiles: int
     grid: tuple[int, int] | None = None
     bidirectional: bool = False
+    layout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ class Segment:
     temperature) over the whole vocabulary (temperature 1 where greedy), whatever top-k, top-p and bans did to the draw;
     (0,) for tokens that no engine sampled. slots: positions of images, counted from the segment's first token; tiles:
     their pixels, as in `Prompt`. versions: (version of the weights, tokens that it sampled) in order. reward: of an
-    environment's step that ended here. routed_experts: int16 (L, layers, experts per token), where an engine tells."""
+    environment's step that ended here. routed_experts: int16 (L, layers with a router, experts per token), where an
+    engine tells; -1 for tokens that it has not computed, such as the last one."""
 
     token_ids: np.ndarray
     engine_ids: np.ndarray
@@ -156,8 +158,10 @@ class Segment:
     def continued_by(self, more: Segment) -> Segment:
         """Both as one, where both are sampled text."""
         ids = np.concatenate([self.token_ids, more.token_ids])
-        logprobs = np.concatenate([self.logprobs, more.logprobs])
-        return Segment(ids, ids, logprobs, True, versions=_joined((*self.versions, *more.versions)))
+        logprobs, versions = np.concatenate([self.logprobs, more.logprobs]), _joined((*self.versions, *more.versions))
+        experts = [one.routed_experts for one in (self, more) if one.routed_experts is not None]
+        routed = np.concatenate(experts) if sum(map(len, experts)) == len(ids) and experts else None
+        return Segment(ids, ids, logprobs, True, versions=versions, routed_experts=routed)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -173,11 +177,13 @@ def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 class Answer:
     """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is what it wrote in
     its last turn, without the stop token. `finish` is "stop" or "length", or "abort" where it was interrupted, by a
-    pause or by `rollout.time_limit`: within a turn or behind it, before its observation."""
+    pause or by `rollout.time_limit`: within a turn or behind it, before its observation. `prompt_experts`: int16
+    (P, layers, experts per token), as `Segment.routed_experts`, of its prompt."""
 
     segments: tuple[Segment, ...]
     text: str
     finish: str
+    prompt_experts: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
     def sampled(
@@ -223,9 +229,9 @@ class Answer:
     def continued_by(self, more: Answer, text: str) -> Answer:
         """This answer, interrupted, and what was sampled after it; `text` is that of the last turn."""
         (*before, last), (first, *rest) = self.segments, more.segments
-        if last.trained:
-            return Answer((*before, last.continued_by(first), *rest), text, more.finish)
-        return Answer((*self.segments, *[first] * bool(len(first)), *rest), text, more.finish)
+        joined = [last.continued_by(first)] if last.trained else [last, *[first] * bool(len(first))]
+        experts = more.prompt_experts if self.prompt_experts is None else self.prompt_experts
+        return Answer((*before, *joined, *rest), text, more.finish, experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,12 +264,10 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Forest:
     """A forest of token segments packed into one row of T tokens.
-
     Segment k covers tokens `start[k] : start[k] + length[k]`; `parent[k]` is the segment it continues, or -1 for a
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
-
     Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
     those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
@@ -321,10 +325,11 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     feature_index: which feature each of them receives, None where they are in order: images that stand in several
-    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
-    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, or its layout, in order, for
+    families that need them; dummy_image: whether the last image has no slots (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
+    routed_experts: int16 (T, layers, experts per token), the experts to compute with, -1 where the router chooses.
     """
 
     token_ids_T: Tensor
@@ -336,17 +341,19 @@ class Batch:
     source_M: Tensor
     sample_M: Tensor
     samples: int
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
     dummy_image: bool = False
     feature_index: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
-        pixels, features = (None if one is None else one.to(device) for one in (self.pixels, self.feature_index))
+        optional = (self.pixels, self.feature_index, self.routed_experts)
+        pixels, features, experts = (None if one is None else one.to(device) for one in optional)
         return replace(
             self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
             slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
-            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device),
+            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device), routed_experts=experts,
         )  # fmt: skip
 
 
@@ -357,8 +364,7 @@ class PolicyTargets:
     old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
     frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
     masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None; divergence_M: how far the policy is
-    from a teacher, differentiable (`models.logprobs.Divergence`), or None.
-    """
+    from a teacher, differentiable (`models.logprobs.Divergence`), or None."""
 
     old_M: Tensor
     engine_M: Tensor
@@ -372,10 +378,8 @@ class PolicyTargets:
 class PairTargets:
     """The inputs of a preference loss besides the current log-probs. The samples of its batch are pairs: chosen,
     rejected, chosen, rejected, ...
-
     ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
-    loss that needs none; shift: BCO's reward shift.
-    """
+    loss that needs none; shift: BCO's reward shift."""
 
     ref_S: Tensor | None
     shift: float = 0.0

@@ -95,7 +95,7 @@ def test_images_have_the_tokens_and_entries_that_their_sizes_say(policy, make_im
     assert family.image_summary() != TextOnly.image_summary(family), "image_summary"
     encode = Encoder(policy.tokenizer, family, family.budget, 4096)
     prompt = encode(make_task("<image> and <image>", make_image(130, 70, 1), make_image(90, 200, 2)))
-    grids = [slot.grid for slot in prompt.slots if slot.grid]
+    grids = pack([PackedGroup(prompt, ())]).grids
     assert len(prompt.pixels) == sum(slot.tiles for slot in prompt.slots), "shape: entries"
     with torch.no_grad():
         seen = family.features(policy.model, prompt.pixels, grids)

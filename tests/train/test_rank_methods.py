@@ -14,6 +14,7 @@ from test_ranks import COSTS, LOSS, Calls, groups_of, require_same
 
 from foveate.algorithms.distillation import distilled_loss
 from foveate.algorithms.preference_losses import RewardShift
+from foveate.algorithms.supervised import sft_total
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import CriticSettings, PreferenceSettings, TeacherSettings
@@ -25,7 +26,7 @@ from foveate.records import Totals
 from foveate.train.mpo import _logprobs, _move, _totals, build_preference_loss
 from foveate.train.reference import TrainPair
 from foveate.train.targets import ValueRow
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker
 
 ADAPTED = {"trainable": ("language",), "lora": LoraSettings(rank=4, targets=("q_proj", "v_proj"))}
 CASES = {

@@ -137,6 +137,11 @@ class AlgorithmSettings(Named):
         description="Answers that reached rollout.max_tokens or rollout.time_limit count in the baseline, and are left "
         "out of loss and totals.",
     )
+    router_replay: bool = Field(
+        default=False,
+        description="A mixture of experts computes the old log-probs and the updates with the experts that the sampler "
+        "chose (R3); needs the native engine.",
+    )
     turn_discount: float = Field(
         default=1.0,
         gt=0,

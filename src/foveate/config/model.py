@@ -66,6 +66,12 @@ class ModelSettings(Settings):
         ge=1,
         description="Qwen-VL: most pixels of an image after resizing; null: what the model's folder says.",
     )
+    router_aux_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the load-balancing loss of a mixture of experts, in every stage; what config.json says "
+        "is not read. 0: none.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and activations.")
     compile: bool = Field(
         default=False,

@@ -238,7 +238,7 @@ class Encoder:
                 raise DataError(f"{where}, field images: {error}") from error
             tokens, entries = shape.tokens // shape.runs, shape.entries // shape.runs
             for _ in range(shape.runs):
-                slots.append(ImageSlot(next(places) + grown, tokens, entries, shape.grid, both_ways))
+                slots.append(ImageSlot(next(places) + grown, tokens, entries, shape.grid, both_ways, shape.layout))
                 grown += tokens - 1
         if next(places, None) is not None:
             raise DataError(f"{where}, field prompt: contains the placeholder of an image; write {IMAGE_MARK}")

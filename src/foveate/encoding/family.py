@@ -24,12 +24,14 @@ PER_MILLE = (1000, 1000)
 class ImageShape:
     """The size of an image in a prompt: `tokens` placeholder tokens and `entries` of the pixel tensor (tiles or
     patches). `grid` (rows, columns) is how the tokens lie in the image where positions are 3-D, else None. `runs`: the
-    runs of placeholder tokens, equally long, that stand apart."""
+    runs of placeholder tokens, equally long, that stand apart. `layout`: entries, tokens, and what else a family with
+    `image_layouts` must know of an image to make its features."""
 
     tokens: int
     entries: int
     grid: tuple[int, int] | None = None
     runs: int = 1
+    layout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,20 @@ class DummyImage:
     """Pixels and grids, as in `Batch`, of an image that nothing depends on."""
 
     pixels: Tensor
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePiece:
     """The piece of an image that plans count in: a tile, or a square that gives as many tokens where images keep their
     own shape. `pixels` is the shape of its part of `Batch.pixels`; `flops` is the arithmetic of a forward pass of it
-    through vision tower and projector."""
+    through vision tower and projector; `grid` and `layout` as in `ImageShape`."""
 
     tokens: int
     pixels: tuple[int, ...]
     grid: tuple[int, int] | None
     flops: float
+    layout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Family:
         content_words: words with tokens of their own that everybody may write.
         unit: the size of an image is limited in `tiles` or `pixels`, or "" for no images.
         bidirectional_images: whether the tokens of an image attend to each other both ways.
+        image_layouts: whether `features` is given the layout of each image in place of its grid.
         template, template_name, template_token: the chat template for a checkpoint without one, its name in sentences,
             and a token that it needs.
         thinking_system: the system message of its thinking mode, where that is switched by one.
@@ -129,6 +133,7 @@ class Family:
     content_words: ClassVar[tuple[str, ...]] = CONTENT_WORDS
     unit: ClassVar[Literal["tiles", "pixels", ""]] = ""
     bidirectional_images: ClassVar[bool] = False
+    image_layouts: ClassVar[bool] = False
     template: ClassVar[str] = CORRECTED_TEMPLATE
     template_name: ClassVar[str] = "the corrected InternVL template"
     template_token: ClassVar[str] = "<|im_start|>"
@@ -162,6 +167,15 @@ class Family:
         places = {place: part for part, modules in self.parts.items() for place in modules}
         inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
         return places[max(inside, key=len)]
+
+    def shallow_tower(self, config: Any, blocks: int) -> dict[str, Any]:  # noqa: ARG002
+        """The settings of a vision tower with fewer blocks, for plans."""
+        return {self.vision_depth: blocks}
+
+    def uneven_blocks(self, config: Any) -> int:  # noqa: ARG002
+        """How many blocks at the beginning of the vision tower and of the language model do more than the others
+        (DeepStack), in a model with a shallow tower."""
+        return 0
 
     @property
     def sees_images(self) -> bool:
@@ -218,7 +232,7 @@ class Family:
         """The tiles or patches of an RGB image, float32 (N, 3, H, W)."""
         raise self._text_only()
 
-    def features(self, model: nn.Module, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: nn.Module, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         """Features of all images in the order of their placeholder tokens. `grids` as in `Batch`."""
         raise self._text_only()
 

@@ -65,6 +65,8 @@ class GenerateRequest:
     max_tiles: int | None = None
     shard_rows: int = 1000
     environment: EnvironmentSettings | None = None
+    thinking: bool | None = None
+    """As `data.thinking` of a run; only with `model`."""
 
     def identity(self, table: TaskTable, left_out: Sequence[int]) -> dict[str, Any]:
         """All that decides the answers: a folder is continued only by a request that is the same in it."""
@@ -76,6 +78,7 @@ class GenerateRequest:
             "columns": self.source.columns,
             "model": self.model or (self.client.model if self.client else None),
             "system": self.system,
+            "thinking": self.thinking,
             "sampling": asdict(self.sampling),
             "seed": self.seed,
             "logprobs": self.logprobs,
@@ -166,7 +169,10 @@ def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce
     from foveate.rollout.conversations import open_conversations
 
     data = DataSettings(
-        train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system or "none"
+        train=request.source.data,
+        max_prompt_tokens=request.max_prompt_tokens,
+        system=request.system or "none",
+        thinking=request.thinking,
     )
     engine, encoder = load_engine(model, data, request.max_tiles, environment=request.environment)
 

@@ -25,6 +25,7 @@ from foveate.models.attention.kernels import keep_from_compiler
 from foveate.models.forward import token_terms, token_values, trained_states
 from foveate.models.logprobs import LOGP_ENTROPY, TeacherStates, TeacherTopK, Term, chunked_top_k
 from foveate.models.policy import DTYPES, Policy
+from foveate.models.routing import Routing
 from foveate.parallel.ulysses import token_terms_split, token_values_split, trained_states_split
 from foveate.records import Batch
 
@@ -48,13 +49,18 @@ class LogProbs(_OfPolicy):
     those that belong to no block (the head, whose logits are never whole, and the embedding)."""
 
     def forward(
-        self, batch: Batch, temperature: float = 1.0, terms: Sequence[Term] = LOGP_ENTROPY
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        terms: Sequence[Term] = LOGP_ENTROPY,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch."""
+        """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch. `routing`, of
+        a rank with rows of its own: what routers do, by default with the experts of the batch."""
         if self.sequence is not None:
             return token_terms_split(self.policy, batch, terms, temperature, self.sequence)
         with _computing_in(self.autocast, self.policy):
-            return token_terms(self.policy, batch, terms, temperature)
+            return token_terms(self.policy, batch, terms, temperature, routing)
 
 
 class Values(_OfPolicy):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ class _Images:
         index = _cat(self._index)
         return {
             "pixels": torch.cat(self._pixels) if self._pixels else None,
-            "grids": tuple(slot.grid for slot in self._slots if slot.grid is not None),
+            "grids": tuple(known for slot in self._slots if (known := slot.layout or slot.grid) is not None),
             "feature_index": None if len(index) == self._features else index,
         }
 
@@ -163,8 +164,24 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         source_M=_cat(source),
         sample_M=_cat(sample),
         samples=samples,
+        routed_experts=_routed_experts(groups),
         **images.fields,
     )
+
+
+def _routed_experts(groups: Sequence[PackedGroup]) -> Tensor | None:
+    """As `Batch` holds them; None where no answer says which experts it was computed with. A prompt has those of the
+    first of its answers that knows them."""
+    runs = list[tuple[int, np.ndarray | None]]()
+    for group in groups:
+        prompts = (answer.prompt_experts for answer in group.answers)
+        runs.append((len(group.prompt), next((experts for experts in prompts if experts is not None), None)))
+        runs += [(len(segment), segment.routed_experts) for answer in group.answers for segment in answer.segments]
+    shape = next((experts.shape[1:] for _, experts in runs if experts is not None), None)
+    if shape is None:
+        return None
+    unknown = np.full((max(tokens for tokens, _ in runs), *shape), -1, np.int16)
+    return torch.from_numpy(np.concatenate([unknown[:n] if own is None else own for n, own in runs]))
 
 
 def _pieces(length: int, slots: Sequence[ImageSlot]) -> Iterator[tuple[int, bool]]:

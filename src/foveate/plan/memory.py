@@ -228,15 +228,17 @@ def _extrapolated(
     how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
     counts = [text.num_hidden_layers - recurrent_layers(text), recurrent_layers(text)]
     kinds = [kind for kind, count in enumerate(counts) if count]
+    uneven = family.uneven_blocks(held.config)
     start = [1 if count and len(kinds) > 1 else 2 * bool(count) for count in counts]
+    start[0], seen = max(start[0], uneven), max(1, uneven)
 
     def traced(language: Sequence[int], blocks: int) -> StepMemory:
         return step_memory(shallow(held.config, *language, vision=blocks), row, **how)
 
-    base = traced(start, 1)
-    more = (traced(start, 2).activations - base.activations) * (vision - 1) if family.sees_images else 0
+    base = traced(start, seen)
+    more = (traced(start, seen + 1).activations - base.activations) * (vision - seen) if family.sees_images else 0
     for kind in kinds:
-        deeper = traced([blocks + 2 * (kind == other) for other, blocks in enumerate(start)], 1).activations
+        deeper = traced([blocks + 2 * (kind == other) for other, blocks in enumerate(start)], seen).activations
         more += (deeper - base.activations) * (counts[kind] - start[kind]) / 2
     return replace(base, activations=int(base.activations + more))
 
@@ -253,5 +255,5 @@ def shallow(config: Any, language: int, recurrent: int = 0, *, vision: int = 1) 
     elif text.to_dict().get("sliding_window"):
         text.sliding_window = None
     if family.sees_images:
-        cut.vision_config.update({family.vision_depth: vision})
+        cut.vision_config.update(family.shallow_tower(config, vision))
     return cut

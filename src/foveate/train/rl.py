@@ -161,16 +161,17 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
 
 def new_engine(settings: RLSettings) -> Callable[..., Any]:
     """A function that makes an engine. An engine in its own process reads its own policy, which is not trained."""
-    rollout, cluster = settings.rollout, settings.cluster
+    rollout, cluster, longest = settings.rollout, settings.cluster, settings.data.max_prompt_tokens
+    given: dict[str, Any] = {"record_experts": True} if settings.algorithm.router_replay else {}
     if not cluster.engines:
         dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
-        return choose_engine(rollout, settings.data.max_prompt_tokens, asynchronous=rollout.staleness > 0, dtype=dtype)
-    given = {
+        return choose_engine(rollout, longest, asynchronous=rollout.staleness > 0, dtype=dtype, given=given)
+    given |= {
         "device": cluster.kind,
         "tensor_parallel": cluster.engine_tensor_parallel,
         "memory_fraction": cluster.engine_memory,
     }
-    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
+    return choose_engine(rollout, longest, given=given)
 
 
 def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
@@ -246,6 +247,7 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         seed=settings.seed,
         threads=settings.train.threads,
         disk_wait=settings.disk_wait,
+        router_replay=settings.algorithm.router_replay,
     )
 
 

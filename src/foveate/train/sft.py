@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from foveate.algorithms.metrics import Metrics
+from foveate.algorithms.supervised import sft_loss, sft_total
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.runs import SFTSettings
 from foveate.data.demos import RESPONSE, check_response, demo_of
@@ -35,7 +36,7 @@ from foveate.train.session import (
     save_is_due,
 )
 from foveate.train.trackers import Trackers
-from foveate.train.worker import Worker, sft_loss, sft_total, use_threads
+from foveate.train.worker import Worker, use_threads
 
 
 def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -15,19 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
+from foveate.algorithms.supervised import sft_weights
 from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
+from foveate.errors import ConfigError
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
 from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
+from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
 from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
@@ -63,9 +64,11 @@ class Worker:
         seed: int = 0,
         threads: int | None = None,
         disk_wait: float = 0.0,
+        router_replay: bool = False,
     ) -> None:
         """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice;
-        `disk_wait`: seconds that this process waits for room on a full disk."""
+        `disk_wait`: seconds that this process waits for room on a full disk; `router_replay`: the policy computes with
+        the experts that the sampler chose."""
         use_threads(threads)
         set_disk_wait(disk_wait)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
@@ -75,6 +78,8 @@ class Worker:
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         again = partial(load, model.path, **model.model_dump(include={"attention", "dtype", "quantization"}))
         self.policy = again()
+        self._balance = model.router_aux_loss_coef
+        _follow_routers(self.policy, self._balance, cluster, router_replay=router_replay)
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -129,7 +134,7 @@ class Worker:
         as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
-            for batch, members in self._batches(groups):
+            for batch, members in self._batches(groups, replays=not reference):
                 (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
@@ -172,11 +177,11 @@ class Worker:
         for teacher in self.teachers.in_loss if self.teachers is not None else (None,):
             own = [part for part in parts if part.teacher == teacher]
             computed = self._computed([part.group for part in own], self.temperature, teacher)
-            for batch, members, (logp_M, entropy_M, *divergence) in computed:
+            for batch, members, (logp_M, entropy_M, *divergence), routing in computed:
                 targets = policy_targets([own[i] for i in members], logp_M, *divergence)
                 out = loss(logp_M, entropy_M, batch, targets, totals)
-                self._backward(out.loss)
-                losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
+                balanced = self._backward(out.loss, routing, len(logp_M) / totals.tokens)
+                losses.append(to_metrics({**out.metrics, **mismatch(targets), **balanced}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
@@ -209,12 +214,12 @@ class Worker:
         """One optimizer step of supervised training on the answers of `groups`; `total` is the sum of the weights
         (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, (logp_M, entropy_M) in self._computed(groups):
+        for batch, _, (logp_M, entropy_M), routing in self._computed(groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
-            self._backward(loss)
             tokens, weight = float(len(logp_M)), weight_M.sum().item() / total
             found = {
+                **self._backward(loss, routing, weight),
                 "loss/total": (loss, weight),
                 "loss/nll": (-logp_M.sum(), tokens),
                 "loss/entropy": (entropy_M.sum(), tokens),
@@ -227,11 +232,12 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, (logp_M, entropy_M) in self._computed([pair.group for pair in pairs]):
+        for batch, members, (logp_M, entropy_M), routing in self._computed([pair.group for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}))
+            balanced = self._backward(out.loss, routing, batch.samples / totals.samples)
+            found = {**out.metrics, **balanced, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}
+            losses.append(to_metrics(found))
         return self._step(self.policy, self.optimizer, losses, lr, [pair.group for pair in pairs])
 
     def _step(
@@ -257,22 +263,33 @@ class Worker:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "optim/grad_norm": norm, "optim/update_skipped": float(not taken)}
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, routing: Routing | None = None, share: float = 1.0) -> Metrics:
+        """Add up the gradient of a row's loss, and of the load-balancing loss of its routers, which counts by the
+        row's share of the step; the metrics of the latter."""
+        found: Metrics = {}
+        if routing is not None:
+            balance = routing.load_balancing_loss()
+            loss = loss + self._balance * share * balance
+            found = {"loss/router_aux": (share * balance.item(), share)}
         (loss if self.scale is None else loss * self.scale.value).backward()
+        return found
 
     def _computed(
         self, groups: Sequence[PackedGroup], temperature: float = 1.0, teacher: str | None = None
-    ) -> Iterator[tuple[Batch, list[int], tuple[Tensor, ...]]]:
-        """Packed rows, the indices of their groups, and what is trained on: log-probs, entropies and, with a `teacher`,
-        the divergence to it. Rows that only keep this rank in step with the others end here."""
+    ) -> Iterator[tuple[Batch, list[int], tuple[Tensor, ...], Routing | None]]:
+        """Packed rows, the indices of their groups, what is trained on (log-probs, entropies and, with a `teacher`, the
+        divergence to it), and what routers did where their load is balanced. Rows that only keep this rank in step with
+        the others end here."""
         self._seed_dropout(self.optimizer)
-        for batch, members in self._batches(groups):
+        for batch, members in self._batches(groups, replays=True):
             terms = LOGP_ENTROPY
             if teacher is not None and self.teachers is not None:
-                terms = (*terms, self.teachers.divergence(teacher, batch, temperature))
-            found = self._logprobs(batch, temperature, terms)
+                asked = replace(batch, routed_experts=None)  # these are of the model itself
+                terms = (*terms, self.teachers.divergence(teacher, asked, temperature))
+            routing = Routing(batch.routed_experts, balances=True) if self._balance else None
+            found = self._logprobs(batch, temperature, terms, routing=routing)
             if members:
-                yield batch, members, found
+                yield batch, members, found, routing
             else:
                 torch.stack([term.sum() for term in found]).sum().backward()
 
@@ -282,14 +299,15 @@ class Worker:
             taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
-        """Packed rows with the indices of their groups. Every rank has as many as the one with most: the last rows of
-        others are empty."""
+    def _batches(self, groups: Sequence[PackedGroup], *, replays: bool = False) -> Iterator[tuple[Batch, list[int]]]:
+        """Packed rows with the indices of their groups; with the experts that the sampler chose where the model
+        `replays` them. Every rank has as many as the one with most: the last rows of others are empty."""
         rows = micro_batches(groups, self.token_budget)
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
             batch = pack([groups[i] for i in members]) if members else empty(self._dummy_image)
+            batch = batch if replays else replace(batch, routed_experts=None)
             yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -339,6 +357,17 @@ class Worker:
         return {name: tensor.detach().cpu() for name, tensor in found if keeps}
 
 
+def _follow_routers(policy: Policy, balance: float, cluster: ClusterSettings | None, *, router_replay: bool) -> None:
+    """Make ready for what is asked of the routers. Raises ConfigError where that cannot be."""
+    asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": balance}
+    follow_routers(policy.model, next((name for name, value in asked.items() if value), ""))
+    if balance and cluster is not None and cluster.sequence_parallel > 1:
+        raise ConfigError(
+            f"model.router_aux_loss_coef={balance:g} balances whole rows, of which ranks see parts with "
+            f"cluster.sequence_parallel={cluster.sequence_parallel}; leave one of them out"
+        )
+
+
 def use_threads(threads: int | None) -> None:
     """Bound the CPU threads of torch; None leaves its own choice."""
     if threads is not None:
@@ -373,28 +402,3 @@ def _forget_dummy_images(policy: Policy) -> None:
     for part in parts.keys() - {"language", "head"}:
         for parameter in parts[part].values():
             parameter.grad = None
-
-
-_SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
-
-
-def sft_total(groups: Sequence[PackedGroup], weighting: str) -> float:
-    """The sum of `sft_weights` over all trained tokens."""
-    return math.fsum(n ** (1 - _SFT_EXPONENT[weighting]) for group in groups for n in group.lengths)
-
-
-def sft_loss(groups: Sequence[PackedGroup], logps: Sequence[Tensor], weighting: str) -> tuple[float, float]:
-    """The sum of the loss over all trained tokens, and of their weights, from the log-probs of each group."""
-    exponent, loss = _SFT_EXPONENT[weighting], 0.0
-    for group, logp_M in zip(groups, logps, strict=True):
-        for n, own in zip(group.lengths, logp_M.double().split(group.lengths), strict=True):
-            loss -= own.sum().item() * n**-exponent
-    return loss, sft_total(groups, weighting)
-
-
-def sft_weights(batch: Batch, weighting: str) -> Tensor:
-    """Weight of each trained token in an answer of n tokens: 1 (token), 1/n (sample) or 1/n**0.5 (square averaging,
-    InternVL3.5, arXiv 2508.18265, section 2)."""
-    ones = torch.ones(len(batch.sample_M), device=batch.sample_M.device)
-    lengths = sum_by_sample(ones, batch.sample_M, batch.samples)
-    return lengths[batch.sample_M] ** -_SFT_EXPONENT[weighting]

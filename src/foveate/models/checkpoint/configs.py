@@ -27,6 +27,8 @@ TEXT_ARCHITECTURES = {
 }
 """`llm_config.architectures` of the chat form, and `text_config.model_type` of the Hugging Face form."""
 
+_INTERNLM2 = "InternLM2ForCausalLM"
+
 TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}
 """The name of the conversation template by language model; every other one has internvl2_5."""
 
@@ -120,6 +122,11 @@ def _text_to_hf(config: Mapping[str, Any]) -> Json:
         why = ""
         if "auto_map" in chat:
             why = ", which exists only as code that comes with the checkpoint (foveate never runs such code)"
+        if architecture == _INTERNLM2:
+            why += (
+                "; take the same model in transformers' format, where it is a llama: the folder whose name ends in -hf "
+                "(OpenGVLab/InternVL3-9B-hf), or transformers' convert_internvl_weights_to_hf.py"
+            )
         raise DataError(f"llm_config.architectures is {architecture}{why}; known are: {known}")
     kept = {key: value for key, value in chat.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")}
     return {"tie_word_embeddings": False, **kept, "model_type": TEXT_ARCHITECTURES[architecture]}

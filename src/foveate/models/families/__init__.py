@@ -24,6 +24,7 @@ FAMILIES = {
     "smolvlm": "foveate.models.families.smolvlm:SmolVLM",
     "idefics3": "foveate.models.families.smolvlm:SmolVLM",
     "gemma3": "foveate.models.families.gemma3:Gemma3",
+    "llava_onevision": "foveate.models.families.llava:LlavaOneVision",
     "qwen2": "foveate.models.families.text:ServedText",
     "qwen3": "foveate.models.families.text:ServedText",
     "qwen3_moe": "foveate.models.families.text:TextOnly",

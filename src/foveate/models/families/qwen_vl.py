@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.family import PER_MILLE, DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
 from foveate.models.checkpoint.formats import read_hf_config
 from foveate.models.checkpoint.small_files import (
     check_image_token,
@@ -168,7 +168,7 @@ class QwenVL(Family):
         patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, self.patch, self.patch)
         return torch.from_numpy(patches)
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
         pixels = pixels.to(next(model.parameters()).dtype)
         patches = [[1, rows * self.merge, columns * self.merge] for rows, columns in grids]
         grid = torch.tensor(patches, device="cpu" if pixels.is_meta else pixels.device)  # a plan needs its values
@@ -227,9 +227,12 @@ class Qwen3VL(QwenVL):
     towers = ("qwen3_vl_text",)
     servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
 
-    @classmethod
-    def planned(cls, config: Any) -> Self:
-        raise ConfigError(f"{config.model_type} is not planned: where DeepStack adds features is found by values")
+    def shallow_tower(self, config: Any, blocks: int) -> dict[str, Any]:
+        return {"depth": blocks, "deepstack_visual_indexes": [*range(min(blocks, self.uneven_blocks(config)))]}
+
+    def uneven_blocks(self, config: Any) -> int:
+        """Features of as many blocks of the tower enter behind as many of the language model (DeepStack)."""
+        return len(config.vision_config.deepstack_visual_indexes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

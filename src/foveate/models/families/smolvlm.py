@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.chat import IMAGE_MARK
-from foveate.encoding.family import DummyImage, Family, Features, ImageShape
+from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import mapped, read_hf_config
 from foveate.models.checkpoint.small_files import (
@@ -89,6 +89,22 @@ class SmolVLM(Family):
             std=tuple(processor["image_std"]),
         )
 
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        vision = config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+        return cls(name=config.model_type, stop_ids=(), tile=vision.image_size, tokens=tokens, mean=(), std=())
+
+    def piece(self, config: Any) -> ImagePiece:
+        """A tile."""
+        vision, text, shuffled = config.vision_config, config.text_config, config.scale_factor**2
+        width, patches = vision.hidden_size, self.tokens * shuffled
+        block = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * patches**2
+        stem = 2 * patches * width * 3 * vision.patch_size**2
+        connector = 2 * self.tokens * shuffled * width * text.hidden_size
+        flops = vision.num_hidden_layers * block + stem + connector
+        return ImagePiece(self.tokens, (1, 3, self.tile, self.tile), None, flops)
+
     def all_control_words(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Without the placeholder of an image, which is also the mark of one in a row."""
         return tuple(word for word in Family.all_control_words(self, tokenizer) if word != IMAGE_MARK)
@@ -132,7 +148,7 @@ class SmolVLM(Family):
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         """By the parts of `get_image_features`, which leaves out what is all 0."""
         side = self.tile // model.config.vision_config.patch_size
         whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
