@@ -31,6 +31,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.algorithms.policy_losses import grpo
+from foveate.algorithms.targets import Totals
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
@@ -39,7 +40,7 @@ from foveate.models.sizes import PUBLISHED_SIZES
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
-from foveate.records import ImageSlot, PackedGroup, Prompt, SamplingParams, Totals
+from foveate.records import ImageSlot, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.targets import PolicyRow

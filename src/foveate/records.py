@@ -72,6 +72,7 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
+
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
     `grid` (rows, columns): how they lie, for 3-D positions; `layout`: of families with `image_layouts`;
     `bidirectional`: they see each other."""
@@ -264,10 +265,12 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Forest:
     """A forest of token segments packed into one row of T tokens.
+
     Segment k covers tokens `start[k] : start[k] + length[k]`; `parent[k]` is the segment it continues, or -1 for a
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
+
     Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
     those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
@@ -355,49 +358,3 @@ class Batch:
             slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
             source_M=self.source_M.to(device), sample_M=self.sample_M.to(device), routed_experts=experts,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyTargets:
-    """The inputs of a policy loss besides the current log-probs: float tensors over the M trained tokens.
-
-    old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
-    frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
-    masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None; divergence_M: how far the policy is
-    from a teacher, differentiable (`models.logprobs.Divergence`), or None."""
-
-    old_M: Tensor
-    engine_M: Tensor
-    advantage_M: Tensor
-    ref_M: Tensor | None = None
-    masked_M: Tensor | None = None
-    divergence_M: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PairTargets:
-    """The inputs of a preference loss besides the current log-probs. The samples of its batch are pairs: chosen,
-    rejected, chosen, rejected, ...
-    ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
-    loss that needs none; shift: BCO's reward shift."""
-
-    ref_S: Tensor | None
-    shift: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """The denominators of a loss: counts over the whole optimizer step, over all micro-batches and ranks."""
-
-    tokens: int
-    samples: int
-    groups: int
-
-
-@dataclass(frozen=True, slots=True)
-class LossOut:
-    """A scalar to differentiate, and sums for the metrics: name -> (scalar tensor or float, weight). Whoever asked
-    fetches them from the device, all at once."""
-
-    loss: Tensor
-    metrics: Mapping[str, tuple[Tensor | float, float]]

@@ -17,11 +17,11 @@ from foveate.algorithms.kl import KLPenalty
 from foveate.algorithms.metrics import reduce_metrics, to_metrics
 from foveate.algorithms.policy_losses import grpo, gspo, reinforce
 from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_MASKS, Algorithm
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
 from foveate.algorithms.terms import Surrogate, policy_loss
 from foveate.algorithms.values import gae, value_loss
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.errors import ConfigError, DataError
-from foveate.records import LossOut, PolicyTargets, Totals
 from foveate.registry import bind
 from foveate.train.algorithm import build_algorithm
 

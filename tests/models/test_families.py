@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from foveate.algorithms.policy_losses import grpo
 from foveate.algorithms.supervised import sft_total
+from foveate.algorithms.targets import Totals
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.data.images import read_image
@@ -30,7 +31,7 @@ from foveate.models.families.qwen_vl import QwenVL
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
-from foveate.records import PackedGroup, SamplingParams, Totals
+from foveate.records import PackedGroup, SamplingParams
 from foveate.rewards.boxes import grounding_reward
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine

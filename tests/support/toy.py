@@ -12,11 +12,12 @@ from torch import Tensor
 
 from foveate.algorithms.policy_losses import gspo
 from foveate.algorithms.table import Algorithm
+from foveate.algorithms.targets import LossOut, Totals
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.data.table import open_tasks, write_rows
 from foveate.datasets.prepared import infer_schema, task_row
 from foveate.datasets.shapes import prepare_shapes
-from foveate.records import LossOut, Score, Task, Totals
+from foveate.records import Score, Task
 from foveate.rollout.native.engine import NativeEngine
 
 HERE = str(Path(__file__))

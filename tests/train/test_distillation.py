@@ -14,6 +14,7 @@ from test_resume import assert_equal, interrupt, stop_at
 from test_rl import metrics_of
 from toy import make_data, rl_settings
 
+from foveate.algorithms.targets import Totals
 from foveate.api.training import prepared
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import AlgorithmSettings, TeacherSettings
@@ -26,7 +27,7 @@ from foveate.models.forward import hidden_states
 from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import pack
-from foveate.records import Answer, Group, PackedGroup, Score, Totals
+from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.rl import run_rl
 from foveate.train.update import compute_advantages

@@ -14,6 +14,7 @@ from toy import make_data, make_pairs, mpo_settings
 from transformers import AutoModelForImageTextToText
 
 import foveate.train.mpo
+from foveate.algorithms.targets import Totals
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.data.demos import pair_of
@@ -22,7 +23,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.records import PackedGroup, Totals
+from foveate.records import PackedGroup
 from foveate.run_folder import RunFolder
 from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.reference import Reference, TrainPair, reference_key

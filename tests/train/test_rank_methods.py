@@ -15,6 +15,7 @@ from test_ranks import COSTS, LOSS, Calls, groups_of, require_same
 from foveate.algorithms.distillation import distilled_loss
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.algorithms.supervised import sft_total
+from foveate.algorithms.targets import Totals
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import CriticSettings, PreferenceSettings, TeacherSettings
@@ -22,7 +23,6 @@ from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import load_policy
-from foveate.records import Totals
 from foveate.train.mpo import _logprobs, _move, _totals, build_preference_loss
 from foveate.train.reference import TrainPair
 from foveate.train.targets import ValueRow

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from family_cases import build_family
+from pydantic import ValidationError
 from rank_cases import spawn
 from test_ranks import Calls
 from toy import make_data, rl_settings
@@ -20,7 +21,6 @@ from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.log import read_metrics
 from foveate.models.forward import hidden_states
-from foveate.models.policy import load_policy
 from foveate.models.routing import ROUTERS
 from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack
@@ -28,7 +28,7 @@ from foveate.records import PackedGroup, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.rl import run_rl
-from foveate.train.worker import Worker, _follow_routers
+from foveate.train.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,10 @@ def test_settings_of_mixtures_are_refused_where_they_cannot_act(tiny_folder, mix
     )
     with pytest.raises(ConfigError, match="engine vllm does not tell which experts it chose; use native"):
         run_rl(settings)
-    split = ClusterSettings(device="cpu", gpus_per_node=2, sequence_parallel=2)
-    with pytest.raises(ConfigError, match="balances whole rows, of which ranks see parts"):
-        _follow_routers(load_policy(str(mixture)), 0.1, split, router_replay=False)
+    split = {"cluster": {"device": "cpu", "gpus_per_node": 2, "sequence_parallel": 2}}
+    balanced = {"path": str(mixture), "router_aux_loss_coef": 0.1}
+    with pytest.raises(ValidationError, match="balances whole rows, of which ranks see parts"):
+        rl_settings(tmp_path / "split", mixture, data, model=balanced, **split)
 
 
 def balanced(rank, ranks, _, folder):

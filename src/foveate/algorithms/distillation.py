@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from foveate.algorithms.aggregate import Aggregate, token_weights
-from foveate.records import Batch, LossOut, PolicyTargets, Totals
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
+from foveate.records import Batch
 
 
 def distilled_loss(

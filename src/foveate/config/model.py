@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from foveate.config.base import Settings, Strings
+from foveate.config.base import Settings, Strings, refuse_any
+from foveate.config.cluster import ClusterSettings
 
 Modules = Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(strict=False, min_length=1)]
 
@@ -81,4 +82,36 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward pass: less memory, about a third more time.",
+    )
+
+
+def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
+    """Refuse settings of a model that do not fit together, or not this cluster."""
+    frozen = [part for part in model.trainable if part != "projector"]
+    path, start = "model.quantization", f"is {model.quantization}, "
+    quantized, balance = model.quantization is not None, model.router_aux_loss_coef
+    refuse_any(
+        (
+            quantized and model.lora is None and bool(frozen),
+            path,
+            f"{start}so that {', '.join(frozen)} cannot train; set model.lora, or model.trainable=[projector]",
+        ),
+        (
+            quantized and cluster.ranks > 1,
+            path,
+            f"{start}but the weights are sharded over {cluster.ranks} ranks, which have them in full; leave it out, or "
+            "use one rank",
+        ),
+        (
+            quantized and cluster.dtype is not None,
+            path,
+            f"{start}but cluster.dtype={cluster.dtype} would compute in another type than that of the weights; leave "
+            "that out, and set model.dtype",
+        ),
+        (
+            balance > 0 and cluster.sequence_parallel > 1,
+            "model.router_aux_loss_coef",
+            f"is {balance:g} and balances whole rows, of which ranks see parts with cluster.sequence_parallel="
+            f"{cluster.sequence_parallel}; leave one of them out",
+        ),
     )

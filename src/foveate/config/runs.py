@@ -17,7 +17,7 @@ from foveate.config.algorithm import AlgorithmSettings, PreferenceSettings, Rewa
 from foveate.config.base import Settings, refuse, refuse_any
 from foveate.config.cluster import ClusterSettings
 from foveate.config.data import DataSettings
-from foveate.config.model import ModelSettings
+from foveate.config.model import ModelSettings, check_model
 from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings, RolloutSettings
 from foveate.config.train import (
     EvalSettings,
@@ -110,34 +110,9 @@ class RunSettings(Settings):
                 "keep rows of data.train aside, or set eval.every=0 for a run without evaluation",
             ),
         )
-        self._check_quantization()
+        check_model(model, cluster)
         self._check_budget()
         return self
-
-    def _check_quantization(self) -> None:
-        model, cluster = self.model, self.cluster
-        frozen = [part for part in model.trainable if part != "projector"]
-        path, start = "model.quantization", f"is {model.quantization}, "
-        if model.quantization is not None:
-            refuse_any(
-                (
-                    model.lora is None and bool(frozen),
-                    path,
-                    f"{start}so that {', '.join(frozen)} cannot train; set model.lora, or model.trainable=[projector]",
-                ),
-                (
-                    cluster.ranks > 1,
-                    path,
-                    f"{start}but the weights are sharded over {cluster.ranks} ranks, which have them in full; leave it "
-                    "out, or use one rank",
-                ),
-                (
-                    cluster.dtype is not None,
-                    path,
-                    f"{start}but cluster.dtype={cluster.dtype} would compute in another type than that of the weights; "
-                    "leave that out, and set model.dtype",
-                ),
-            )
 
     def _check_budget(self) -> None:
         data, train = self.data, self.train

@@ -18,6 +18,7 @@ from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.metrics import Metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.algorithms.table import PREFERENCE_LOSSES
+from foveate.algorithms.targets import Totals
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
@@ -31,7 +32,7 @@ from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import pack
-from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
+from foveate.records import PackedGroup, Pair, Prompt, Task
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock

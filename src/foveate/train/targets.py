@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.kl import kl
+from foveate.algorithms.targets import LossOut, PolicyTargets
 from foveate.parallel.packing import split_answers
-from foveate.records import LossOut, PackedGroup, PolicyTargets
+from foveate.records import PackedGroup
 
 PolicyLoss = Callable[..., LossOut]
 

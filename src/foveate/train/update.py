@@ -14,12 +14,13 @@ from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.distillation import distilled_advantage
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
+from foveate.algorithms.targets import Totals
 from foveate.algorithms.values import gae
 from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import engine_logprobs
-from foveate.records import Answer, Group, PackedGroup, Score, Totals
+from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.graded import ComparedGroup, compared_groups, is_truncated
 from foveate.train.targets import PolicyRow, Row, ValueRow

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
 from foveate.algorithms.supervised import sft_weights
+from foveate.algorithms.targets import Totals
 from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
-from foveate.errors import ConfigError
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
@@ -34,7 +34,7 @@ from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_t
 from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
-from foveate.records import Batch, PackedGroup, Totals
+from foveate.records import Batch, PackedGroup
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
@@ -79,7 +79,8 @@ class Worker:
         again = partial(load, model.path, **model.model_dump(include={"attention", "dtype", "quantization"}))
         self.policy = again()
         self._balance = model.router_aux_loss_coef
-        _follow_routers(self.policy, self._balance, cluster, router_replay=router_replay)
+        asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": self._balance}
+        follow_routers(self.policy.model, next((name for name, value in asked.items() if value), ""))
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -355,17 +356,6 @@ class Worker:
         keeps = self.ranks is None or self.ranks.is_first
         found = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
         return {name: tensor.detach().cpu() for name, tensor in found if keeps}
-
-
-def _follow_routers(policy: Policy, balance: float, cluster: ClusterSettings | None, *, router_replay: bool) -> None:
-    """Make ready for what is asked of the routers. Raises ConfigError where that cannot be."""
-    asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": balance}
-    follow_routers(policy.model, next((name for name, value in asked.items() if value), ""))
-    if balance and cluster is not None and cluster.sequence_parallel > 1:
-        raise ConfigError(
-            f"model.router_aux_loss_coef={balance:g} balances whole rows, of which ranks see parts with "
-            f"cluster.sequence_parallel={cluster.sequence_parallel}; leave one of them out"
-        )
 
 
 def use_threads(threads: int | None) -> None:
