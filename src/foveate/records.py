@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels read from the header.
-
-    The size is that of the picture as it is shown: after the EXIF rotation, which every reader of pixels applies.
-    """
+    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels read from the header: as
+    it is shown, after the EXIF rotation, which every reader of pixels applies."""
 
     path: Path | None
     data: bytes | None
@@ -34,8 +32,16 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class Video(Image):
+    """A video file, with the size, the number and the constant rate, a second, of its frames."""
+
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `<image>` in the content marks where the next image of the task stands."""
+    """One turn of a conversation. In the content `<image>` marks the task's next image, `<video>` its next video."""
 
     role: str
     content: str
@@ -52,6 +58,7 @@ class Task:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    videos: tuple[Video, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +81,17 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
-
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
+    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other.
+    `times`: of a video with 3-D positions, those of its grids, of `frames` frames each."""
 
     position: int
     count: int
     tiles: int
     grid: tuple[int, int] | None = None
     bidirectional: bool = False
+    times: tuple[int, ...] = ()
+    frames: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +172,6 @@ class Segment:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Neighbours of one version as one span, and none of 0 tokens beside others."""
     found: list[tuple[int, int]] = []
     for version, tokens in spans:
         before = found.pop()[1] if found and (found[-1][0] == version or not found[-1][1]) else 0
@@ -194,12 +202,10 @@ class Answer:
         return cls((Segment.written(token_ids),), "", "stop")
 
     def __len__(self) -> int:
-        """Tokens of all segments."""
         return sum(map(len, self.segments))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens of all segments."""
         return tuple(token for segment in self.segments for token in segment.token_ids.tolist())
 
     @property
@@ -209,7 +215,6 @@ class Answer:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the policy sampled, or imitates."""
         return sum(len(segment) for segment in self.segments if segment.trained)
 
     @property
@@ -265,7 +270,6 @@ class Forest:
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
-
     Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
     those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
@@ -286,8 +290,7 @@ class Forest:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedGroup:
-    """A prompt with the answers that share it: one root of a forest and its children. Every answer has at least one
-    token."""
+    """A prompt with the answers, each of a token or more, that share it: one root of a forest and its children."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
@@ -308,7 +311,6 @@ class PackedGroup:
 
     @property
     def lengths(self) -> list[int]:
-        """The trained tokens of each answer."""
         return [answer.trained_tokens for answer in self.answers]
 
     @property
@@ -323,8 +325,8 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     feature_index: which feature each of them receives, None where they are in order: images that stand in several
-    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
-    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, and of a piece of a video the
+    number of its frames; dummy_image: whether the last image has no slots and is there for its own sake.
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     """
@@ -338,12 +340,11 @@ class Batch:
     source_M: Tensor
     sample_M: Tensor
     samples: int
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
     dummy_image: bool = False
     feature_index: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
         pixels, features = (None if one is None else one.to(device) for one in (self.pixels, self.feature_index))
         return replace(
             self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
@@ -372,7 +373,6 @@ class PolicyTargets:
 class PairTargets:
     """The inputs of a preference loss besides the current log-probs. The samples of its batch are pairs: chosen,
     rejected, chosen, rejected, ...
-
     ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
     loss that needs none; shift: BCO's reward shift.
     """
@@ -383,7 +383,7 @@ class PairTargets:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The denominators of a loss: counts over the whole optimizer step, over all micro-batches and ranks."""
+    """The denominators of a loss: counts over all micro-batches and ranks of an optimizer step."""
 
     tokens: int
     samples: int
@@ -392,8 +392,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class LossOut:
-    """A scalar to differentiate, and sums for the metrics: name -> (scalar tensor or float, weight). Whoever asked
-    fetches them from the device, all at once."""
+    """A scalar to differentiate, and sums for the metrics: name -> (scalar tensor or float, weight)."""
 
     loss: Tensor
     metrics: Mapping[str, tuple[Tensor | float, float]]

@@ -289,14 +289,15 @@ def test_odd_answers_get_a_finite_score(count):
     image = Image(Path("a.png"), None, 640, 480)
     asked = Message("user", "<image>?\nA. 5\nB. [1, 2]")
     boxed = Task("id", "grounding", (asked,), (image,), [1.0, 2.0, 300.0, 400.0], where="row 0")
-    worded = dataclasses.replace(boxed, answer="B")
+    worded, timed = (dataclasses.replace(boxed, answer=answer) for answer in ("B", [3.5, 12.0]))
+    boxes = ("grounding", "boxes", "refcoco")
     needed = {"overlong": {"limit": 100, "buffer": 50}}
     quick = sorted(name for name, known in REWARDS.items() if known.quick and name not in ("judge", "endpoint"))
     rewards = [(name, build_reward(name, needed.get(name, {}))) for name in quick]
     for text in odd_answers(rng, count):
         for name, reward in rewards:
             begin = time.process_time()
-            score = reward(text, boxed if name in ("grounding", "boxes", "refcoco") else worded)
+            score = reward(text, {"temporal_iou": timed}.get(name, boxed if name in boxes else worded))
             assert math.isfinite(score.value)
             assert not score.note.startswith(FAILED), (name, text[:80], score.note)
             assert time.process_time() - begin < LONGEST

@@ -180,7 +180,7 @@ def _padded(batch: Batch, ranks: int) -> Batch:
 
 def _shared_images(
     batch: Batch, slots: int, policy: Policy, rank: int, ranks: int
-) -> tuple[Tensor | None, tuple[tuple[int, int], ...], list[int]]:
+) -> tuple[Tensor | None, tuple[tuple[int, ...], ...], list[int]]:
     """The pixels and grids of this rank, and how many image tokens the pixels of each rank give. Tiles, or whole
     images, go in runs of about equal tokens; a rank that gets none encodes a dummy image, so that all make the same
     calls.
@@ -191,10 +191,10 @@ def _shared_images(
     pixels = batch.pixels
     if pixels is None or batch.dummy_image:
         return dummy_image.pixels.to(batch.token_ids_T.device), dummy_image.grids, [0] * ranks
-    image_tokens = [rows * columns for rows, columns in batch.grids]
+    image_tokens = [rows * columns for rows, columns, *_ in batch.grids]
     if image_tokens:
-        entries = len(pixels) // sum(image_tokens)
-        tokens, units = image_tokens, [count * entries for count in image_tokens]
+        seen = [math.prod(grid) for grid in batch.grids]  # each frame of a piece of a video has entries of its own
+        tokens, units = image_tokens, [count * (len(pixels) // sum(seen)) for count in seen]
     else:
         tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
     middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]

@@ -152,7 +152,7 @@ class InternVL(Family):
     def pixels(self, image: Image.Image, budget: int) -> Tensor:
         return cut_tiles(image, budget, self.tile, self.mean, self.std)
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         pixels = pixels.to(next(model.parameters()).dtype)
         return Features(model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1))
 

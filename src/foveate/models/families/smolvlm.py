@@ -132,7 +132,7 @@ class SmolVLM(Family):
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         """By the parts of `get_image_features`, which leaves out what is all 0."""
         side = self.tile // model.config.vision_config.patch_size
         whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
