@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import PIL.Image
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -63,12 +64,13 @@ class Encoder:
     tools: tuple[Mapping[str, Any], ...] = ()
     video: VideoSettings = field(default_factory=VideoSettings)
 
-    def __call__(self, task: Task) -> Prompt:
-        """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
+    def __call__(self, task: Task, degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None) -> Prompt:
+        """Decode, tile and tokenise; `degrade` changes images, but not frames of videos, and keeps their sizes. Raises
+        DataError naming the row where that fails."""
         task, media = self._unrolled(task)
         prompt, budgets = self.placed(self.rendered(task), media, task.where)
         self._require_short(len(prompt), task.where)
-        return self.with_pixels(prompt, media, budgets, task.where)
+        return self.with_pixels(prompt, media, budgets, task.where, degrade)
 
     @property
     def opened(self) -> str:
@@ -230,7 +232,14 @@ class Encoder:
         engine_ids = self._prompt_ids(Rendered(text, rendered.disguise), where)
         return engine_ids, self._slots(images, engine_ids, budgets, where), budgets
 
-    def with_pixels(self, prompt: Prompt, images: Sequence[Medium], budgets: Sequence[int], where: str) -> Prompt:
+    def with_pixels(
+        self,
+        prompt: Prompt,
+        images: Sequence[Medium],
+        budgets: Sequence[int],
+        where: str,
+        degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+    ) -> Prompt:
         """The prompt with the pixels of its images and frames, which are decoded now."""
         if not images:
             return prompt
@@ -238,7 +247,10 @@ class Encoder:
         pairs = [*zip(images, budgets, strict=True)]
         for video, run in groupby(pairs, lambda pair: pair[0].video if isinstance(pair[0], Clip) else None):
             if video is None:
-                pieces += [self.family.pixels(load_image(one, where), n) for one, n in run if isinstance(one, Image)]
+                for one, n in run:
+                    assert isinstance(one, Image)
+                    image = load_image(one, where)
+                    pieces.append(self.family.pixels(image if degrade is None else degrade(image), n))
             else:
                 pieces += self._clip_pixels([(one, n) for one, n in run if isinstance(one, Clip)], where)
         return replace(prompt, pixels=torch.cat(pieces))
