@@ -83,7 +83,8 @@ class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
     `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other.
-    `times`: of a video with 3-D positions, those of its grids, of `frames` frames each."""
+    `times`: of a video with 3-D positions, those of its grids, of `frames` frames each. `sides`: tokens along a side of
+    each tile, of a model that compresses some."""
 
     position: int
     count: int
@@ -92,6 +93,7 @@ class ImageSlot:
     bidirectional: bool = False
     times: tuple[int, ...] = ()
     frames: int = 1
+    sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

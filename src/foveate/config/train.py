@@ -122,6 +122,17 @@ class SFTTrainSettings(TrainSettings):
         return self
 
 
+class VicoTrainSettings(SFTTrainSettings):
+    weighting: Literal["token", "sample", "square"] = Field(
+        default="sample", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
+    )
+    compressed: Literal["tiles", "prompts"] = Field(
+        default="tiles",
+        description="Compressed at random in what the policy sees: each tile by itself, at a share that is drawn for "
+        "the prompt, or all tiles of half of the prompts.",
+    )
+
+
 class MPOTrainSettings(TrainSettings):
     pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
     max_answer_tokens: MaxAnswerTokens = None

@@ -205,6 +205,11 @@ class Family:
         """The smallest image, for ranks that have none while others have; None for a family without images."""
         return None
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Tokens along a side of a tile, and of one that is compressed; None: it compresses none."""
+        return None
+
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002
         """The part of a budget for each of several images of a prompt: a function of nothing else."""
         return budget

@@ -49,10 +49,10 @@ def next_position(prompt: Prompt, answer: Answer | None) -> int:
 
 
 def grids_of(slot: ImageSlot) -> tuple[tuple[int, ...], ...]:
-    """The grids that are encoded for an image, as in `Batch.grids`: one for each of the times of a video, and none
-    where positions are not 3-D."""
+    """The grids that are encoded for an image, as in `Batch.grids`: one for each of the times of a video, and for each
+    tile where some may be compressed; none where positions are not 3-D otherwise."""
     if slot.grid is None:
-        return ()
+        return tuple((side, side) for side in slot.sides)
     return ((*slot.grid, slot.frames),) * len(slot.times) if slot.times else (slot.grid,)
 
 

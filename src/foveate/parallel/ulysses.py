@@ -194,7 +194,8 @@ def _shared_images(
     image_tokens = [rows * columns for rows, columns, *_ in batch.grids]
     if image_tokens:
         seen = [math.prod(grid) for grid in batch.grids]  # each frame of a piece of a video has entries of its own
-        tokens, units = image_tokens, [count * (len(pixels) // sum(seen)) for count in seen]
+        are_tiles = len(batch.grids) == len(pixels)
+        tokens, units = image_tokens, [1 if are_tiles else count * (len(pixels) // sum(seen)) for count in seen]
     else:
         tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
     middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]
