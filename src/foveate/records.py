@@ -32,8 +32,16 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class Video(Image):
+    """A video file, with the size, the number and the constant rate, a second, of its frames."""
+
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `<image>` in the content marks where the next image of the task stands."""
+    """One turn of a conversation. In the content `<image>` marks the task's next image, `<video>` its next video."""
 
     role: str
     content: str
@@ -50,6 +58,7 @@ class Task:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    videos: tuple[Video, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +81,10 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
-
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
     `grid` (rows, columns): how they lie, for 3-D positions; `layout`: of families with `image_layouts`;
-    `bidirectional`: they see each other."""
+    `bidirectional`: they see each other. `times`: of a video with 3-D positions, those of its grids, of `frames` frames
+    each. `sides`: tokens along a side of each tile, of a model that compresses some."""
 
     position: int
     count: int
@@ -83,6 +92,9 @@ class ImageSlot:
     grid: tuple[int, int] | None = None
     bidirectional: bool = False
     layout: tuple[int, ...] | None = None
+    times: tuple[int, ...] = ()
+    frames: int = 1
+    sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +178,6 @@ class Segment:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Neighbours of one version as one span, and none of 0 tokens beside others."""
     found: list[tuple[int, int]] = []
     for version, tokens in spans:
         before = found.pop()[1] if found and (found[-1][0] == version or not found[-1][1]) else 0
@@ -199,12 +210,10 @@ class Answer:
         return cls((Segment.written(token_ids),), "", "stop")
 
     def __len__(self) -> int:
-        """Tokens of all segments."""
         return sum(map(len, self.segments))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens of all segments."""
         return tuple(token for segment in self.segments for token in segment.token_ids.tolist())
 
     @property
@@ -214,7 +223,6 @@ class Answer:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the policy sampled, or imitates."""
         return sum(len(segment) for segment in self.segments if segment.trained)
 
     @property
@@ -270,7 +278,6 @@ class Forest:
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
-
     Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
     those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
@@ -291,8 +298,7 @@ class Forest:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedGroup:
-    """A prompt with the answers that share it: one root of a forest and its children. Every answer has at least one
-    token."""
+    """A prompt with the answers, each of a token or more, that share it: one root of a forest and its children."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
@@ -313,7 +319,6 @@ class PackedGroup:
 
     @property
     def lengths(self) -> list[int]:
-        """The trained tokens of each answer."""
         return [answer.trained_tokens for answer in self.answers]
 
     @property
@@ -328,8 +333,8 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     feature_index: which feature each of them receives, None where they are in order: images that stand in several
-    places are encoded once; grids: rows and columns of the tokens of each encoded image, or its layout, in order, for
-    families that need them; dummy_image: whether the last image has no slots (`Family.dummy_image`).
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, and of a piece of a video the
+    number of its frames, or its layout; dummy_image: whether the last image has no slots (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     routed_experts: int16 (T, layers, experts per token), the experts to compute with, -1 where the router chooses.

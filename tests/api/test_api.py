@@ -12,7 +12,7 @@ import foveate
 from foveate import api
 from foveate.cli.app import VERBS
 from foveate.config.recipe import SHIPPED, read_recipe
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings
 from foveate.errors import ConfigError
 
 
@@ -48,7 +48,13 @@ def test_the_package_can_be_run_as_a_module():
 @pytest.mark.parametrize("recipe", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_tells_its_stage(recipe):
     settings = api.from_recipe(recipe.stem).settings
-    expected = {"coldstart": SFTSettings, "mpo": MPOSettings, "gspo": RLSettings, "cascade": CascadeSettings}
+    expected = {
+        "coldstart": SFTSettings,
+        "mpo": MPOSettings,
+        "gspo": RLSettings,
+        "cascade": CascadeSettings,
+        "vico": VicoSettings,
+    }
     assert isinstance(settings, next((cls for word, cls in expected.items() if word in recipe.stem), RLSettings))
 
 

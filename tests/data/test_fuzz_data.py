@@ -299,6 +299,7 @@ def test_odd_answers_get_a_finite_score(count):
         "number_list": [5, 1],
         "string_list": ["B", "5"],
         "web_action": {"MARK": 5},
+        "temporal_iou": [3.5, 12.0],
     }
     in_boxes = ("grounding", "boxes", "refcoco", "click")
     needed = {"overlong": {"limit": 100, "buffer": 50}, "length_band": {"start": 0, "low": 1, "high": 9, "end": 20}}

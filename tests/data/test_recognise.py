@@ -240,10 +240,10 @@ def test_a_row_without_a_prompt_says_what_is_nearly_one(folder):
 
 
 @pytest.mark.parametrize("video", ["v.mp4", ["v.mp4"], {"path": "clip.webm"}])
-def test_a_video_file_is_refused_by_what_it_is(folder, video):
+def test_a_video_file_that_is_missing_is_told(folder, video):
     [problem, *_] = problems_of(folder, {"video": video, "question": "<video>\nWhat?", "answer": "x"})
     assert problem.field == "videos (column video)"
-    assert "is a video file, which is not decoded; give its frames" in problem.what
+    assert "no such file" in problem.what
 
 
 def test_a_mark_without_its_video_is_refused(folder):

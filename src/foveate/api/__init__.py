@@ -18,6 +18,7 @@ from foveate.api.training import from_recipe as from_recipe
 from foveate.api.training import train_mpo as train_mpo
 from foveate.api.training import train_rl as train_rl
 from foveate.api.training import train_sft as train_sft
+from foveate.api.training import train_vico as train_vico
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.files import atomic_write_text
@@ -120,6 +121,13 @@ def doctor(model: str | None = None) -> RenderableType:
     from foveate.tools.doctor import examine
 
     return examine(model)
+
+
+def write_flash(source: str | Path, target: str | Path, *, seed: int = 0) -> None:
+    """Write an InternVL as a Flash model, whose second projector and router are new, for `train_vico`."""
+    from foveate.models.checkpoint.flash_folder import write_flash
+
+    write_flash(str(source), Path(target), seed=seed)
 
 
 def convert(

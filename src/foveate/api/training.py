@@ -13,14 +13,23 @@ from typing import Any, TypeVar
 from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, RLStage, SFTSettings, StageName
+from foveate.config.runs import (
+    STAGES,
+    CascadeSettings,
+    MPOSettings,
+    RLSettings,
+    RLStage,
+    SFTSettings,
+    StageName,
+    VicoSettings,
+)
 from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
-SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings)
+AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings | VicoSettings
+SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings, VicoSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +160,21 @@ def train_mpo(
     return _offline("mpo", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+def train_vico(
+    model: str | Path,
+    train_data: Any,
+    *,
+    eval_data: Any = None,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    accept_changes: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Visual consistency learning of a Flash model on demonstrations; arguments as those of `train_rl`. Of `eval_data`
+    the divergence is taken, at the routes of training and with every tile compressed."""
+    return _offline("vico", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
+
+
 def _offline(
     stage: StageName,
     model: str | Path,
@@ -233,6 +257,10 @@ def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
         logger.info(
             "no evaluation, since there are no held-out rows: name them in data.test, or set data.hold_out=0.05"
         )
+    if isinstance(settings, VicoSettings):
+        from foveate.train.vico import run_vico
+
+        return run_vico(settings, accept_changes=accept_changes)
     if isinstance(settings, SFTSettings):
         from foveate.train.sft import run_sft
 

@@ -31,12 +31,14 @@ VERBS = {
         "mpo": train.mpo_command,
         "rl": train.rl_command,
         "cascade": train.cascade_command,
+        "vico": train.vico_command,
     },
     "Data and models": {
         "prepare": prepare,
         "data": data,
         "doctor": models.doctor_command,
         "convert": models.convert_command,
+        "flash": models.flash_command,
         "export": models.export_command,
     },
     "Answer and evaluate": {
@@ -88,7 +90,7 @@ for panel, verbs in VERBS.items():
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
-CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
+CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft", "vico")
 """Verbs that resume where they were when they are started again."""
 
 

@@ -39,6 +39,26 @@ class RLCSSettings(Settings):
     )
 
 
+class VideoSettings(Settings):
+    fps: float | None = Field(
+        default=None,
+        gt=0,
+        description="Frames that are taken a second; null: as the model's family does (Qwen-VL: 2), or a fixed number.",
+    )
+    frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="Frames that are taken of a video, or with data.video.fps the most of them; null: as the model's "
+        "family does (InternVL: 32; Qwen-VL: at most 768).",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Qwen-VL: most pixels of all frames of a video together, after resizing; null: what the model's "
+        "folder says.",
+    )
+
+
 class DataSettings(Settings):
     train: Strings = Field(
         min_length=1,
@@ -94,6 +114,7 @@ class DataSettings(Settings):
         ge=0,
         description="Processes that decode and tile images ahead of the step; 0: images are prepared in the step.",
     )
+    video: VideoSettings = Field(default=VideoSettings(), description="The frames of videos.")
     max_prompt_tokens: int = Field(default=8192, ge=1, description="Longest prompt, in tokens, image tokens included.")
     system: str = Field(
         default="none",

@@ -30,6 +30,7 @@ from foveate.config.train import (
     SFTOptimSettings,
     SFTTrainSettings,
     TrainSettings,
+    VicoTrainSettings,
 )
 
 # The algorithms whose baseline is not the mean of the other answers to the same prompt.
@@ -251,6 +252,30 @@ class SFTSettings(OfflineSettings):
     )
 
 
+class VicoSettings(SFTSettings):
+    """A run of visual consistency learning."""
+
+    train: VicoTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _on_one_rank(self) -> Self:
+        refuse_any(
+            (
+                self.cluster.ranks > 1,
+                "cluster.gpus_per_node",
+                f"gives {self.cluster.ranks} ranks, but the two passes of vico run on one; leave it out",
+            ),
+            (self.model.lora is not None, "model.lora", "is set, but vico trains whole weights; leave it out"),
+            (self.environment is not None, "environment", "is set, but vico reads no tools; leave it out"),
+            (
+                self.train.trained_turns != "last",
+                "train.trained_turns",
+                "is all, but vico compares the last turn alone; leave it out",
+            ),
+        )
+        return self
+
+
 class MPOSettings(OfflineSettings):
     """A run of preference optimisation."""
 
@@ -370,9 +395,11 @@ class CascadeSettings(Settings):
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)
 
 
-STAGES = {"sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings}
+STAGES = {
+    "sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings, "vico": VicoSettings,
+}  # fmt: skip
 """The settings of each command that trains."""
-StageName = Literal["sft", "mpo", "rl", "cascade"]
+StageName = Literal["sft", "mpo", "rl", "cascade", "vico"]
 
 
 def walk(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -28,7 +28,6 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 _SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
-_VIDEO_SUFFIX = re.compile(r"\.(?:mp4|webm|mkv|avi|mov|m4v|mpe?g|flv|wmv)$", re.IGNORECASE)
 _SHOWN = 120
 
 
@@ -76,11 +75,6 @@ def looks_like_image(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     return value[:11].lower() == "data:image/" or _is_base64(value) or _SUFFIX.search(value[-6:]) is not None
-
-
-def is_video(path: str) -> bool:
-    """Whether a path is that of a video, by its suffix."""
-    return _VIDEO_SUFFIX.search(path[-6:]) is not None
 
 
 def decoded_base64(text: str) -> bytes:

@@ -34,7 +34,7 @@ from foveate.registry import suggestion
 TARGETS = {
     "prompt": "the question as text, or messages [{role, content}] or [{from, value}]",
     "images": "an image or a list of images: paths, bytes, base64, or mappings with one of them",
-    "videos": "the frames of a video, or a list of such lists: images as above",
+    "videos": "a video file or a list of them: paths, bytes, or mappings with one of them; or lists of frames",
     "answer": "the ground truth of the reward",
     "source": "the name of the dataset; without it the name of the file",
     "id": "a name of the row",
@@ -258,7 +258,7 @@ def _schema_row(
         "data_source": values.get("source", place.name),
         "prompt": _prompt(raw, values, extra),
         "images": _listed(values.get("images")),
-        "videos": values.get("videos"),
+        "videos": _listed(values.get("videos")),
         "reward_model": {"ground_truth": values.get("answer")},
         "extra_info": info,
         "ability": values.get("ability"),

@@ -19,6 +19,7 @@ from foveate.data.rows import Problem
 from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
+from foveate.data.videos import refuse_videos
 from foveate.errors import DataError, one_line, require
 from foveate.files import atomic_write_text, sha256
 from foveate.log import progress
@@ -130,6 +131,7 @@ def _earlier(out: Path) -> list[str]:
 def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]:
     """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
     `images` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
+    refuse_videos(task, "a prepared dataset")
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from foveate.records import Message
 
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 
 CORRECTED_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"

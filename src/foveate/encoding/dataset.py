@@ -43,7 +43,7 @@ def build_encoder(
     system = system_message(family, data.system)
     if data.thinking is not None:
         tokenizer, system = with_thinking(tokenizer, family, system, thinking=data.thinking)
-    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system, tuple(tools))
+    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system, tuple(tools), data.video)
 
 
 def system_message(family: Family, system: str) -> str | None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from foveate.config.data import VideoSettings
 from foveate.encoding.chat import ANSWER_STARTS, CONTENT_WORDS, CORRECTED_TEMPLATE, TURN_WORDS, template_of
 from foveate.errors import ConfigError, DataError
-from foveate.records import ImageSlot
+from foveate.records import ImageSlot, Video
 
 PER_MILLE = (1000, 1000)
 """The frame of boxes in thousandths of the image's sides."""
@@ -25,13 +27,27 @@ class ImageShape:
     """The size of an image in a prompt: `tokens` placeholder tokens and `entries` of the pixel tensor (tiles or
     patches). `grid` (rows, columns) is how the tokens lie in the image where positions are 3-D, else None. `runs`: the
     runs of placeholder tokens, equally long, that stand apart. `layout`: entries, tokens, and what else a family with
-    `image_layouts` must know of an image to make its features."""
+    `image_layouts` must know of an image to make its features. `times`, `frames`: as in `ImageSlot`."""
 
     tokens: int
     entries: int
     grid: tuple[int, int] | None = None
     runs: int = 1
     layout: tuple[int, ...] | None = None
+    times: tuple[int, ...] = ()
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Frames of a video that enter a prompt together, like an image, behind `text`. size: width and height after
+    resizing, None for one frame that is seen as an image of its own; times: the place of each grid in time."""
+
+    video: Video
+    frames: tuple[int, ...]
+    text: str = ""
+    size: tuple[int, int] | None = None
+    times: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,8 @@ class Family:
     """A family of models, with the facts of one checkpoint. The defaults are those of a model without images.
 
     Facts: `name`; `stop_ids` end an answer, the first ends demonstrations; `image_token_id` is the token that image
-    features replace, -1 for none; `placeholder_ids` may never be sampled; `budget` is the tiles (without the thumbnail)
+    features replace, -1 for none, and `video_token_id` that of clips with a size;
+    `placeholder_ids` may never be sampled; `budget` is the tiles (without the thumbnail)
     or pixels of one image that the checkpoint was made for; `proof` is the largest difference to transformers, in nats,
     that was found at load, None where tests alone hold it.
 
@@ -95,7 +112,9 @@ class Family:
         parts: `vision`, `projector`, `language`, `head` -> names of submodules, the first of them the main one. A
             submodule inside another part belongs to the inner part alone.
         towers: `model_type` of the language models that it may stand on; empty where the model is its own.
-        image_text: stands for one image in the text, before it grows to its number of tokens; empty for no images.
+        image_text, video_text: stand for one image, and for one clip with a size, in the text, before it grows to its
+            number of tokens; empty for none.
+        video_frames: the frames of a video, by default, of a family that sees them as images.
         reserved: placeholders of images and videos, which only the encoder writes; in a row or a request they are text.
         control_words: words that are text, and not tokens, where a row or a request holds them: of turns, images,
             videos, ends and padding (`all_control_words` adds what the tokenizer says of itself).
@@ -121,6 +140,7 @@ class Family:
     name: str
     stop_ids: tuple[int, ...]
     image_token_id: int = -1
+    video_token_id: int = -1
     placeholder_ids: tuple[int, ...] = ()
     budget: int = 0
     proof: float | None = None
@@ -128,6 +148,8 @@ class Family:
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("model",), "head": ("lm_head",)}
     towers: ClassVar[tuple[str, ...]] = ()
     image_text: ClassVar[str] = ""
+    video_text: ClassVar[str] = ""
+    video_frames: ClassVar[int] = 32
     reserved: ClassVar[tuple[str, ...]] = ()
     control_words: ClassVar[tuple[str, ...]] = TURN_WORDS
     content_words: ClassVar[tuple[str, ...]] = CONTENT_WORDS
@@ -203,6 +225,11 @@ class Family:
         """The smallest image, for ranks that have none while others have; None for a family without images."""
         return None
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Tokens along a side of a tile, and of one that is compressed; None: it compresses none."""
+        return None
+
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002
         """The part of a budget for each of several images of a prompt: a function of nothing else."""
         return budget
@@ -210,6 +237,25 @@ class Family:
     def frame_budget(self, budget: int) -> int:
         """The budget of a frame of a video, however many there are."""
         return budget
+
+    def clips(self, video: Video, options: VideoSettings) -> tuple[Clip, ...]:
+        """The clips of a video, in order: by default single frames from the middles of equal parts, a line each,
+        `Frame1: `. Raises DataError, without a place, for options that the family does not have."""
+        if options.max_pixels is not None:
+            raise DataError(f"data.video.max_pixels is {options.max_pixels}, but {self.name} sees frames as images")
+        frames = middle_frames(video, options, self.video_frames)
+        return tuple(
+            Clip(video, (frame,), f"{chr(10) * (number > 1)}Frame{number}: ")
+            for number, frame in enumerate(frames, start=1)
+        )
+
+    def clip_shape(self, clip: Clip) -> ImageShape:
+        """The size in a prompt of a clip with a size."""
+        raise NotImplementedError(f"{self.name} has clips with a size and does not say how they are seen")
+
+    def clip_pixels(self, frame: Image.Image, clip: Clip) -> Tensor:
+        """The patches of one frame, an RGB image, of a clip with a size: float32 (N, 3, H, W)."""
+        raise NotImplementedError(f"{self.name} has clips with a size and does not say how they are seen")
 
     def box_frame(self, width: int, height: int, budget: int) -> tuple[int, int]:  # noqa: ARG002
         """The largest x and y of boxes as the family writes them: `PER_MILLE`, or the size of the resized image."""
@@ -243,6 +289,23 @@ class Family:
 
     def _text_only(self) -> DataError:
         return DataError(f"{self.name} is a text-only model and sees no images")
+
+
+def middle_frames(video: Video, options: VideoSettings, default: int) -> list[int]:
+    """Indices of frames in the middles of equal parts of a video.
+
+    By number, as in `load_video` of InternVL's model cards: of parts of (frames - 1) / number; a number above that of
+    the frames repeats some. By rate, as in InternVL's training (`get_frame_indices`, `fps`): in the middle of each
+    1 / fps seconds; by number where that gives more than `options.frames`, or none."""
+    if options.fps is not None:
+        step = 1 / options.fps
+        seconds = np.arange(step / 2, video.frames / video.fps + step / 2, step)
+        found = [index for index in np.around(seconds * video.fps).astype(int).tolist() if index < video.frames]
+        if found and len(found) <= (options.frames or len(found)):
+            return found
+    number = options.frames or default
+    part = (video.frames - 1) / number
+    return [int(part / 2 + round(part * index)) for index in range(number)]
 
 
 def budget_of(family: Family, *, max_tiles: int | None, max_pixels: int | None) -> int:

@@ -16,6 +16,7 @@ from foveate.config.base import is_http_address
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.conversations import IMAGE_WORD
 from foveate.data.table import TaskTable
+from foveate.data.videos import refuse_videos
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.environments.protocol import EnvironmentPool
 from foveate.errors import ConfigError, DataError
@@ -230,6 +231,7 @@ class ChatClient:
 def messages_of(task: Task, system: str | None, *, verbatim: bool) -> Any:
     """A task as OpenAI's messages, images as data: URLs. Servers put a line break behind each image, so the one
     that stands in the text leaves, unless texts are taken `verbatim`."""
+    refuse_videos(task, "a served model")
     images = iter(task.images)
     turns: list[dict[str, Any]] = []
     if system is not None and task.messages[0].role != "system":

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from foveate.config.base import has_gpu
 from foveate.encoding.family import Family
@@ -30,6 +30,7 @@ from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
+from foveate.models.flash import internvl_class
 from foveate.models.quantize import Quantization, quantize_layers
 from foveate.models.sizes import meta_model
 
@@ -152,7 +153,7 @@ def _read_mapped(found: ModelFolder, options: dict[str, Any]) -> Any:
     """A model whose layouts foveate maps itself, which are those of InternVL."""
     hf_tensors(found.folder, found.format, found.config)
     in_memory = found.format == "chat"
-    return InternVLForConditionalGeneration.from_pretrained(
+    return internvl_class(found.config).from_pretrained(
         None if in_memory else found.folder,
         state_dict=hf_state_dict(found.folder, found.format) if in_memory else None,
         **options,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from foveate.models.flash import internvl_class
+
 _VISION_300M = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
     "attention_bias": True, "use_qk_norm": False, "norm_type": "layer_norm",
@@ -122,7 +124,7 @@ def published_config(size: str) -> InternVLConfig:
 def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:
     """The modules of a model with shapes but no memory, on the meta device."""
     with torch.device("meta"):
-        return InternVLForConditionalGeneration(config)
+        return internvl_class(config)(config)
 
 
 def head_width(text: Any) -> int:

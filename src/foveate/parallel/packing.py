@@ -16,8 +16,8 @@ from foveate.records import Answer, Batch, Forest, ImageSlot, PackedGroup, Promp
 
 def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor:
     """The position of each of `length` tokens behind `begin` others, int64 (length,); (3, length) for time, row and
-    column where an image has a `grid`: its tokens share the time at which it begins, and what follows stands behind its
-    longer side (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+    column where an image has a `grid`: its tokens share the time at which it begins, those of a video the `times`
+    behind it. What follows stands behind the largest of them (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1)."""
     if all(slot.grid is None for slot in slots):
         return torch.arange(begin, begin + length)
     pieces: list[Tensor] = []
@@ -27,9 +27,11 @@ def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor
         rows, columns = slot.grid
         pieces.append((torch.arange(slot.position - first) + place).expand(3, -1))
         place += slot.position - first
+        times = slot.times or (0,)
+        time = torch.tensor(times).repeat_interleave(rows * columns)
         row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-        pieces.append(torch.stack([torch.zeros_like(row), row, column]) + place)
-        first, place = slot.position + slot.count, place + max(rows, columns)
+        pieces.append(torch.stack([time, row.repeat(len(times)), column.repeat(len(times))]) + place)
+        first, place = slot.position + slot.count, place + max(rows, columns, times[-1] + 1)
     pieces.append((torch.arange(length - first) + place).expand(3, -1))
     return torch.cat(pieces, 1)
 
@@ -45,6 +47,16 @@ def next_position(prompt: Prompt, answer: Answer | None) -> int:
     if answer is None or not len(answer):
         return end
     return int(positions(len(answer), answer_slots(answer), end).max()) + 1
+
+
+def grids_of(slot: ImageSlot) -> tuple[tuple[int, ...], ...]:
+    """The grids that are encoded for an image, as in `Batch.grids`: one for each of the times of a video, and for each
+    tile where some may be compressed, or its layout; none where positions are not 3-D otherwise."""
+    if slot.layout is not None:
+        return (slot.layout,)
+    if slot.grid is None:
+        return tuple((side, side) for side in slot.sides)
+    return ((*slot.grid, slot.frames),) * len(slot.times) if slot.times else (slot.grid,)
 
 
 class _Images:
@@ -73,7 +85,7 @@ class _Images:
         index = _cat(self._index)
         return {
             "pixels": torch.cat(self._pixels) if self._pixels else None,
-            "grids": tuple(known for slot in self._slots if (known := slot.layout or slot.grid) is not None),
+            "grids": tuple(grid for slot in self._slots for grid in grids_of(slot)),
             "feature_index": None if len(index) == self._features else index,
         }
 

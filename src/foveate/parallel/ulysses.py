@@ -202,8 +202,10 @@ def _shared_images(
     if policy.family.image_layouts:
         tokens, units = [layout[1] for layout in batch.grids], [layout[0] for layout in batch.grids]
     elif batch.grids:
-        tokens = [math.prod(grid) for grid in batch.grids]
-        units = [count * len(pixels) // sum(tokens) for count in tokens]
+        tokens = [rows * columns for rows, columns, *_ in batch.grids]
+        seen = [math.prod(grid) for grid in batch.grids]  # each frame of a piece of a video has entries of its own
+        are_tiles = len(batch.grids) == len(pixels)
+        units = [1 if are_tiles else count * (len(pixels) // sum(seen)) for count in seen]
     else:
         tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
     middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]

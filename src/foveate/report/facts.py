@@ -31,6 +31,7 @@ STAGE_NAMES = {
     "sft": "Supervised fine-tuning",
     "mpo": "Preference optimisation",
     "cascade": "Cascade",
+    "vico": "Visual consistency",
 }
 
 
@@ -47,6 +48,8 @@ class Tile:
 
 def stage_of(config: Mapping[str, Any]) -> str:
     """The stage of a run by the groups of its settings; "" without settings."""
+    if "compressed" in (config.get("train") or {}):
+        return "vico"
     groups = {"cascade": "pairs", "rl": "rollout", "mpo": "loss", "sft": "train"}
     return next((stage for stage, group in groups.items() if group in config), "")
 

@@ -32,6 +32,7 @@ REWARDS: dict[str, KnownReward] = {
     "grounding": KnownReward(f"{_HERE}.boxes:grounding_reward", f"{_HERE}.boxes:check_box", quick=True),
     "boxes": KnownReward(f"{_HERE}.matching:boxes_reward", f"{_HERE}.matching:check_boxes", quick=True),
     "refcoco": KnownReward(f"{_HERE}.refcoco:refcoco", f"{_HERE}.boxes:check_box", quick=True),
+    "temporal_iou": KnownReward(f"{_HERE}.temporal:temporal_iou", f"{_HERE}.temporal:check_span", quick=True),
     "math": KnownReward(f"{_HERE}.math:math_reward", f"{_HERE}.text:check_letter"),
     "geo3k": KnownReward(f"{_HERE}.geo3k:geo3k", _ANSWER),
     "multiple_choice": KnownReward(f"{_HERE}.text:multiple_choice", f"{_HERE}.text:check_choice", quick=True),

@@ -17,6 +17,7 @@ from typing import Any
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import validate
+from foveate.data.videos import refuse_videos
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
@@ -137,6 +138,7 @@ def _table(source: RowsRequest) -> TaskTable:
 
 def _cells(task: Task) -> tuple[str, str, str]:
     """Question, answer and image of a row; several images are a list, as VLMEvalKit reads them."""
+    refuse_videos(task, "VLMEvalKit's table")
     answer = jsonable(task.answer)
     pictures = [
         base64.b64encode(image.path.read_bytes() if image.path else image.data or b"").decode() for image in task.images

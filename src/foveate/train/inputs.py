@@ -152,7 +152,7 @@ def _row(task: Task) -> bytes:
     messages = [(message.role, message.content) for message in task.messages]
     images = [
         content_of(image.path) if image.path is not None else hashlib.sha256(image.data or b"").hexdigest()
-        for image in task.images
+        for image in (*task.images, *task.videos)
     ]
     return repr((task.id, task.source, messages, images, task.answer, task.meta)).encode("utf-8", "backslashreplace")
 

@@ -9,6 +9,7 @@ from foveate.algorithms.metrics import Metrics
 from foveate.algorithms.supervised import sft_loss, sft_total
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.runs import SFTSettings
+from foveate.data.augment import Augment
 from foveate.data.demos import RESPONSE, check_response, demo_of
 from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
@@ -73,7 +74,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
             metrics.write(step, held_out.measure(step))
 
         group_of = partial(_group, encoder, Turns(encoder) if settings.train.trained_turns == "all" else None)
-        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
         with reader, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
             while step < settings.train.steps:
@@ -98,6 +99,12 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run
+
+
+def augmentation(settings: SFTSettings) -> Augment | None:
+    """The change of the images of the rows that are trained on; None where they stay as they are."""
+    chosen = settings.train.augment
+    return Augment(settings.seed, chosen.jpeg, chosen.resize) if chosen.jpeg or chosen.resize else None
 
 
 def _held_out(

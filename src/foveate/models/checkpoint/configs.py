@@ -16,6 +16,7 @@ from typing import Any
 from transformers import GenerationConfig, InternVLVisionConfig
 
 from foveate.errors import DataError
+from foveate.models.flash import FLASH_KEYS, is_flash
 
 Json = dict[str, Any]
 
@@ -95,9 +96,15 @@ def chat_to_hf(config: Mapping[str, Any], image_token_id: int) -> Json:
         "vision_config": vision,
         "vision_feature_layer": config.get("select_layer", -1),
         "vision_feature_select_strategy": "default",
+        **_flash(config),
     }
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {**hf, "torch_dtype": dtype} if dtype else hf
+
+
+def _flash(config: Mapping[str, Any]) -> Json:
+    """The settings of a Flash model, which both forms call the same; none of any other."""
+    return {key: config[key] for key in FLASH_KEYS if key in config} if is_flash(config) else {}
 
 
 def _vision_to_hf(config: Mapping[str, Any]) -> tuple[Json, int]:
@@ -159,6 +166,7 @@ def hf_to_chat(config: Mapping[str, Any], max_tiles: int) -> Json:
         "use_llm_lora": 0,
         "use_thumbnail": True,
         "vision_config": vision,
+        **_flash(config),
     }
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {**chat, "torch_dtype": dtype} if dtype else chat

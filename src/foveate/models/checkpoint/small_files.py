@@ -237,6 +237,13 @@ def read_preprocessor(folder: Path, needed: Sequence[str], *, resample: int = 3)
     return content
 
 
+def read_video_preprocessor(folder: Path) -> dict[str, Any]:
+    """The settings of transformers' video processor; empty where a folder has none."""
+    path, joint = folder / "video_preprocessor_config.json", folder / "processor_config.json"
+    inside = read_json(joint).get("video_processor") if joint.is_file() else None
+    return inside if isinstance(inside, dict) else read_json(path) if path.is_file() else {}
+
+
 def is_count(value: Any) -> bool:
     """Whether a value of a JSON file is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

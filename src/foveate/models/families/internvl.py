@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from foveate.models.checkpoint.small_files import (
     require_words,
     stop_ids,
 )
+from foveate.models.flash import FlashForConditionalGeneration, is_flash, patches_of, projected
 from foveate.records import ImageSlot
 
 _BANNED = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
@@ -98,7 +100,8 @@ class InternVL(Family):
         budget = require_tiles(f"{folder}: max_patches of the image processor", processor.get("max_patches", 12))
         if processor.get("min_patches", 1) != 1:
             raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
-        return config, cls(
+        kind = FlashInternVL if is_flash(form) else cls
+        return config, kind(
             image_token_id=config.image_token_id,
             placeholder_ids=tuple(sorted(vocabulary[word] for word in _BANNED if word in vocabulary)),
             stop_ids=stop_ids(folder, tokenizer),
@@ -162,6 +165,41 @@ class InternVL(Family):
             "image_num_patches": (torch.tensor(len(pixels)), "batched"),
             "image_token_id": (torch.tensor(self.image_token_id), "shared"),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlashInternVL(InternVL):
+    """InternVL3.5-Flash: a tile may be compressed to a fourth of its tokens (`foveate.models.flash`). Batches whose
+    slots say nothing of it have all tokens."""
+
+    name: str = "internvl_flash"
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **InternVL.parts,
+        "projector": ("model.multi_modal_projector", "model.mlp2"),
+        "router": ("model.pooling_before_gating", "model.gating"),
+    }
+    auto_class = FlashForConditionalGeneration
+    servers: ClassVar[Mapping[str, ServedAs]] = {}
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Tokens along a side of a tile, and of one that is compressed."""
+        side = math.isqrt(self.tokens_per_tile)
+        return side, side // 2
+
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        if not grids:
+            return InternVL.features(self, model, pixels, grids)
+        assert len(grids) == len(pixels), f"{len(grids)} grids for {len(pixels)} tiles: some prompts have no route"
+        patches = patches_of(model, pixels.to(next(model.parameters()).dtype))
+        index = torch.tensor([grid[0] == self.sides[1] for grid in grids], device=pixels.device)
+        tiles: list[Tensor] = [patches.new_empty(0)] * len(grids)
+        for compressed in (False, True):
+            chosen = (index == compressed).nonzero()[:, 0]
+            seen = projected(model, patches[chosen], compressed=compressed) if len(chosen) else ()
+            for place, tile in zip(chosen.tolist(), seen, strict=True):
+                tiles[place] = tile
+        return Features(torch.cat(tiles))
 
 
 def _tile_settings(folder: Path, tile: int) -> dict[str, Any]:
