@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -310,20 +310,26 @@ def prepare_zoom_command(
     train: TrainRows = 4000,
     test: TestRows = 512,
     traces: TraceRows = 0,
+    oracle: Annotated[int, typer.Option(min=0, help="Rows of test with the right look in their prompts.")] = 0,
     side: DrawnSide = 448,
+    cells: Annotated[int, typer.Option(min=2, max=8, help="Cells of a picture along each side; four have plates.")] = 4,
     tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
     search: Annotated[
-        float, typer.Option(min=0, max=0.7, callback=finite, help="Share of traces that find the place themselves.")
+        float, typer.Option(min=0, max=0.6, callback=finite, help="Share of traces that find the place themselves.")
     ] = 0.2,
+    direct: Annotated[
+        float, typer.Option(min=0, max=0.6, callback=finite, help="Share of traces that answer small digits at once.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:
     """Scenes with a digit too small to read at once, for the tool zoom."""
     from foveate.datasets.zoom import prepare_zoom
     from foveate.log import progress
 
-    rows = _asked(train=train, test=test, traces=traces)
+    rows = _asked(train=train, test=test, traces=traces, oracle=oracle)
+    how: dict[str, Any] = {"side": side, "cells": cells, "tile": tile, "search": search, "direct": direct}
     with progress("drawing scenes", sum(rows.values())) as advance:
-        prepare_zoom(out, rows, seed=seed, side=side, tile=tile, search=search, advance=advance)
+        prepare_zoom(out, rows, seed=seed, **how, advance=advance)
     _print_rows(out, rows)
 
 

@@ -103,6 +103,7 @@ CATALOGUE = (
     Topic(
         "Accuracy of pairs", r"^(reward/preferred|eval/accuracy)$", "share in which the chosen answer gained more", "%"
     ),
+    Topic("Held-out turns and looks", r"^eval/(turns|tool)/", "turns and calls of tools per answer, and their overlap"),
     Topic("Held-out figures", r"^eval/", "as logged at each evaluation"),
     Topic("Accuracy while training", r"^reward/(accuracy|hit|parsed)$", "share of the sampled answers", "%"),
     Topic("Answers not graded", r"^reward/failed$", "the grader raised an error"),
@@ -110,7 +111,7 @@ CATALOGUE = (
     Topic("Parts of the reward", r"^reward/|^source/.*/reward$", "and its spread, and the rewards of sources"),
     Topic("Truncated answers", r"^answer/(truncated|timed_out)", "share that reached the token or time limit", "%"),
     Topic("Answer length", r"^answer/length|^source/.*/length$", "tokens per answer"),
-    Topic("Turns and tools", r"^(turns|tool)/", "turns and calls of tools per answer, and calls that went wrong"),
+    Topic("Turns and tools", r"^(turns|tool)/", "per answer; and the overlap of looks with their place"),
     Topic("Entropy", r"^loss/entropy", "nats per token: near 0 the policy stops exploring"),
     Topic("Clip fraction", r"^loss/clip", "share of the ratios outside the trust region", "%"),
     Topic("Importance ratio", r"^loss/ratio", "new over old policy, per answer or token"),

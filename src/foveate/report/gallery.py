@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from foveate.data.answers import AnswerTurn, ScoredRow
 from foveate.data.images import open_picture
 from foveate.evaluate.draw import encode_jpeg
 from foveate.evaluate.predictions import Evaluation, observed_path, thumbnail_path
+from foveate.evaluate.turns import looks_of
 
 PICTURE_BUDGET = 2_300_000
 """Bytes of all embedded pictures together, before base64 makes four of three."""
@@ -60,8 +60,8 @@ class GalleryFrame:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths;
-    `tags` are those by which the rows differ."""
+    """One row of the gallery. `picture` is a data URI or empty; `true_box` is the ground truth, or the part to look at,
+    as x, y, width, height in thousandths; `tags` are those by which the rows differ."""
 
     row: ScoredRow
     picture: str
@@ -108,7 +108,7 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
                 picture,
                 width,
                 height,
-                rectangle(None if row.shown.iou is None else row.ground_truth),
+                rectangle(row.look_box if row.shown.iou is None else row.ground_truth),
                 frames,
                 tags,
             )
@@ -128,8 +128,7 @@ def _frame(
     pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in answer.logprobs[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)
     turns = _shown_turns(run_folder, answer.turns, text_room, byte_room)
-    boxes = (rectangle(call["box"]) for turn in answer.turns for call in turn.calls if _is_look(call))
-    looks = tuple(box for box in boxes if box is not None)
+    looks = tuple(shape for box in looks_of(answer.turns) if (shape := rectangle(box)) is not None)
     return GalleryFrame(evaluation.step, thought, said, pieces, row, outcome, rectangle(answer.box), turns, looks)
 
 
@@ -151,13 +150,6 @@ def _shown_turns(
         calls = tuple((str(call.get("name", "?")), bool(call.get("error"))) for call in turn.calls)
         found.append(ShownTurn(turn.role, thought, said, calls, turn.reward, tuple(pictures)))
     return tuple(found)
-
-
-def _is_look(call: Mapping[str, Any]) -> bool:
-    """Whether a call looked at a place of the first image."""
-    box = call.get("box")
-    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    return is_box and call.get("image", 1) == 1 and not call.get("error")
 
 
 def telling_tags(rows: Iterable[ScoredRow]) -> set[str]:
