@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from foveate.config.algorithm import TeacherSettings
 from foveate.datasets.shapes import KINDS, shape_rows
+from foveate.models import tiny
 from foveate.models.policy import load_policy
 from foveate.models.tiny import SPECIALS, TinySize, build_tiny, tiny_config, tiny_tokenizer
+from foveate.train.teacher import check_teachers
 
 SMALL = TinySize(tile=56, vision_width=32, vision_layers=1, vision_ffn=64, width=64, layers=2, head_dim=16, ffn=96)
 
@@ -27,6 +30,13 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+def test_the_student_has_a_quarter_of_the_parameters_of_the_demo_and_its_tokens(tmp_path):
+    student, teacher = load_policy(str(build_tiny(tmp_path, tiny.SMALL))), load_policy("demo")
+    sizes = [sum(parameter.numel() for parameter in policy.model.parameters()) for policy in (student, teacher)]
+    assert sizes[0] == pytest.approx(sizes[1] / 4, rel=0.01)
+    check_teachers(TeacherSettings(path="demo"), str(tmp_path))
 
 
 def test_building_leaves_the_global_generator_alone_and_prints_nothing(tmp_path, capfd):
