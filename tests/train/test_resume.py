@@ -136,7 +136,7 @@ def test_shares_and_rlcs_together_resume_as_the_uninterrupted_run(tmp_path, tiny
     def settings(name: str, steps: int) -> RLSettings:
         chosen = {"train": [str(rows)], "shares": {"few": 1, "many": 2}, "rlcs": {}, "image_workers": workers}
         train = {"steps": steps, "prompts_per_step": 6, "save_every": 1}
-        return rl_settings(tmp_path / name, tiny_folder, data, data=chosen, train=train)
+        return rl_settings(tmp_path / name, tiny_folder, data, data=chosen, train=train, eval={"every": 1})
 
     for steps in (1, 3, 4):
         run = run_rl(settings("resumed", steps))
