@@ -329,3 +329,18 @@ def test_expressions_with_variables_are_told_apart_below_the_digits_of_decimals(
 )
 def test_marks_behind_a_number_and_words_before_it_are_read(answer, truth, same):
     assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("The excluded value is x = 9", True),
+        ("probability of failure = 9", True),
+        ("This contradicts x = 9", False),
+        ("we exclude x = 9", False),
+        ("if x = 9", False),
+        ("x is not = 9", False),
+    ],
+)
+def test_an_equation_that_is_denied_says_nothing(answer, same):
+    assert same_answer(answer, "9") is same

@@ -61,6 +61,7 @@ def test_what_is_said_in_words_is_its_value_and_no_other(answer, truth, other):
         ("Which country has the lowest bar?", "Peru has the lowest bar.", "Peru", True),
         ("Which country has the lowest bar?", "Peru has the highest bar.", "Peru", False),
         ("Which country has the lowest bar?", "Peru does not have the lowest bar.", "Peru", False),
+        ("Which has more, red or blue?", "Red has more or blue has more.", "Red", False),
         ("Which bar is not blue?", "Peru is blue.", "Peru", False),
         ("How many birds are in the tree?", "6 birds are in the tree.", "6", True),
         ("How many birds are not in the tree?", "6 birds are in the tree.", "6", False),

@@ -178,7 +178,7 @@ def test_repetition_is_the_share_of_words_said_before():
     [
         ("Correction: I misread it, so my final answer is 12.", "text", "12"),
         ("Correction: I misread it, so my final answer is 12.", "box", "7"),
-        ("A common mistake is to add.", "text", "7"),
+        ("A common mistake is to think that the answer is 12.", "text", "7"),
         ("The final answer is 7.", "text", "7"),
     ],
 )

@@ -17,6 +17,13 @@ _CALL = re.compile(
     r"[A-Za-z](?:'|\^\{?-1\}?)?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}"
 )
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
+REJECTED = re.compile(
+    r"n't\b|\b(?:not|never|instead|unlike|contradicts?)\b|^\W*(?:if|unless|initially|otherwise|assum(?:e|ing)|suppose)\b"
+    r"|\b(?:we|I|must|should|can|to)\s+(?:then\s+|also\s+)?"
+    r"(?:avoid|discard|eliminate|exclude|ignore|neglect|reject|rule\s+out)\b",
+    re.IGNORECASE,
+)
+"""Words with which a sentence names a value that it does not give."""
 _OPERATION = re.compile(r"\\(?:int|lim|sum|prod)(?![A-Za-z])|\\frac\s*\{d[^{}]*\}\s*\{d[a-z]\}")
 """What begins a side that asks for a value: `\\int 6x dx = 3x^2 + C`."""
 _LENGTH = re.compile(r"[A-Z]{2}")
@@ -29,6 +36,8 @@ def same_equations(given: str, wanted: str, asked: str, same: Same) -> bool | No
     if len(answer) == len(truth) == 1:
         return None
     if _has_several(given) != _has_several(wanted):
+        return False
+    if any(REJECTED.search(side) for side in (answer[0], truth[0])):
         return False
     if len(truth) == 1:
         labelled = not _TERM.search(answer[0]) or _is_label(answer[0]) or _OPERATION.match(answer[0])

@@ -39,7 +39,7 @@ _REMAINDER = re.compile(
 _BASES = {"two": "2", "eight": "8", "ten": "10", "sixteen": "16"}
 _NAME_OF_BASE = rf"(\d+|{'|'.join(_BASES)})"
 _BASE = re.compile(
-    rf"\(?([0-9A-F]+)\)?\s*(?:_\s*\{{?\s*{_NAME_OF_BASE}\s*\}}?|\(?\s*(?:in\s+)?base\s+{_NAME_OF_BASE}\s*\)?)"
+    rf"\(?([0-9][0-9A-F]*)\)?\s*(?:_\s*\{{?\s*{_NAME_OF_BASE}\s*\}}?|\(?\s*(?:in\s+)?base\s+{_NAME_OF_BASE}\s*\)?)"
 )
 _MIXED = re.compile(r"(\d+)\s+and\s+(\d{1,2})\s*/\s*(\d{1,2})")
 _COMPASS = {"n": "north", "s": "south", "e": "east", "w": "west", "ne": "northeast", "nw": "northwest",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from foveate.rewards.equations import REJECTED
 from foveate.rewards.names import FUNCTIONS
 from foveate.rewards.phrases import CHANGE
 from foveate.rewards.plain_text import last_sentence, last_value, stated_answer, unified, unwrapped, with_powers
@@ -51,6 +52,7 @@ _WHICH = re.compile(r"\b(?:which|who|what)\b|哪|谁", re.IGNORECASE)
 _VALUE_FIRST = re.compile(
     r"(?P<value>\$[^$]+\$|[-+\d\\][^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*){0,6}?)\s+(?P<what>[a-z].+)", re.IGNORECASE
 )
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|either|possibly)\b", re.IGNORECASE)
 _NEGATED = re.compile(r"n't\b|\b(?:not|no|never|except|other|without|neither|nor)\b", re.IGNORECASE)
 _SMALL_WORDS = frozenset((
     "a", "an", "the", "of", "in", "on", "at", "to", "is", "are", "was", "were", "has", "have", "had", "it", "that",
@@ -74,7 +76,7 @@ _YIELDS = re.compile(
     re.IGNORECASE,
 )
 _LEAD = re.compile(
-    r"(?!(?:if|when|unless|for|suppose|assuming|let|given|not|without|except|either|neither)\b)[A-Z][a-z]+(?:\s[^,=]{0,80})?,\s+"
+    r"(?!(?:if|when|unless|for|initially|first|at\s+first|originally|otherwise|alternatively|say|suppose|assuming|let|given|not|without|except|either|neither)\b)[A-Z][a-z]+(?:\s[^,=]{0,80})?,\s+"
     r"(?=\$|[A-Za-z](?:_\w|_\{\w+\})?\s*=|[A-Z]{2}\s*=|\\|-?\d)",
     re.IGNORECASE,
 )
@@ -150,7 +152,7 @@ def _said(text: str, sentence: str) -> Iterator[str]:
     if (
         found
         and len(_NUMBER.findall(sentence)) == 1
-        and not any(denying.search(words) for denying in (_DENIAL, _AWAY, CHANGE))
+        and not any(denying.search(words) for denying in (_DENIAL, _AWAY, REJECTED, CHANGE))
     ):
         yield found["value"]
 
@@ -158,6 +160,8 @@ def _said(text: str, sentence: str) -> Iterator[str]:
 def _concluded(sentence: str, asked: str) -> Iterator[str]:
     """The readings of what a sentence comes to: its conclusion, what its calculation yields, its only formula."""
     clause = _CLAUSE.split(sentence)[-1]
+    if REJECTED.search(clause):
+        return
     if clause != sentence:
         yield clause
         yield last_value(clause)
@@ -196,7 +200,7 @@ def _of_the_question(clause: str, asked: str) -> Iterator[str]:
             continue
         said = {_stem(word) for word in re.findall(r"[a-z']+", found["what"].casefold())} - _SMALL_WORDS
         known = {_stem(word) for word in re.findall(r"[a-z']+", asked.casefold())}
-        if not said or not said <= known or re.search(r"\d", found["what"]):
+        if not said or not said <= known or re.search(r"\d", found["what"]) or _HEDGE.search(bare):
             continue
         if bool(_NEGATED.search(bare)) == bool(_NEGATED.search(asked)):
             yield found[group]

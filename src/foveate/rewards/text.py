@@ -34,7 +34,8 @@ _JOINT = re.compile(
 _JOINT_DRESS = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{([^{}]*)\}|[$~*]")
 _LONGEST_JOINT = 40
 _CORRECTED = re.compile(
-    r"\b(?:correction|mistake|misread|miscount\w*|miscalculat\w*|I\s+was\s+wrong|on\s+second\s+thought)\b|更正|纠正|[弄算看]错",
+    r"\bcorrection\s*:|\bmy\s+mistake\b|\bon\s+second\s+thought\b"
+    r"|\bI\s+(?:have\s+|had\s+)?(?:misread|miscounted|miscalculated|was\s+wrong|made\s+an?\s+(?:mistake|error))\b|更正|我[弄算看]错",
     re.IGNORECASE,
 )
 _NAMED = re.compile(r"([A-Za-z](?:_?\w|_\{\w\})?)\s*=[\s$({\\]*$")
