@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Sources, Workers, finite, reading_of
-from foveate.cli.prepare import NewFolder, PartName, Rollouts, TestRows, Threshold, TrainRows, prepare, tell
+from foveate.cli.prepare import NewFolder, PartName, Rollouts, Threshold, prepare, tell
+from foveate.cli.prepare_drawn import TestRows, TrainRows
 from foveate.errors import ConfigError
 
 

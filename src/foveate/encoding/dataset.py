@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.runs import RunSettings
+from foveate.config.run_base import RunSettings
 from foveate.data.rlcs import LeaningStream
 from foveate.data.rows import Problem, fault_of
 from foveate.data.shares import StratifiedStream

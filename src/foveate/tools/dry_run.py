@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, RunSettings, SFTSettings
+from foveate.config.run_base import RunSettings
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_response
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from foveate.config.runs import RLSettings, RunSettings
+from foveate.config.run_base import RunSettings
+from foveate.config.runs import RLSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
 from foveate.files import add_json_line
