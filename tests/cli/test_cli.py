@@ -398,7 +398,8 @@ def test_preparing_nothing_and_unknown_kinds_are_refused(tmp_path, foveate):
     refused(foveate("prepare", "shapes", tmp_path / "x", "--kinds", "pears"), "unknown kind 'pears'; allowed: ")
     refused(foveate("prepare", "tiny", tmp_path / "x", "--tile", 100), "--tile 100: must be a multiple of 28")
     refused(
-        foveate("prepare", "tiny", tmp_path / "x", "--small", "--from", "demo"), "--small has random weights, and those of --from demo"
+        foveate("prepare", "tiny", tmp_path / "x", "--small", "--from", "demo"),
+        "--small has random weights, and those of --from demo",
     )
     assert not (tmp_path / "x").exists()
 

@@ -38,7 +38,7 @@ class Degrade:
         jpeg, resize = self._augment.jpeg, self._augment.resize
         if resize is not None:
             share, size = self._draw.uniform(*resize), image.size
-            small = tuple(max(1, round(side * share)) for side in size)
+            small = max(1, round(image.width * share)), max(1, round(image.height * share))
             if small != size:
                 image = image.resize(small, PIL.Image.Resampling.BICUBIC)
                 image = image.resize(size, PIL.Image.Resampling.BICUBIC)

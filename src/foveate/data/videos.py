@@ -204,7 +204,7 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
                 yield container
     except DataError:
         raise
-    except (OSError, av.error.FFmpegError, ValueError) as error:
+    except (OSError, av.FFmpegError, ValueError) as error:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)[:200]})") from error
 
 

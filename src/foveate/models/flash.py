@@ -26,7 +26,8 @@ class FlashForConditionalGeneration(InternVLForConditionalGeneration):
 
     def __init__(self, config: InternVLConfig) -> None:
         super().__init__(config)
-        vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
+        parts: tuple[Any, Any] = config.vision_config, config.text_config
+        vision, text = (part.hidden_size for part in parts)
         if vision % HEADS:
             raise DataError(f"a router has {HEADS} heads, which do not divide the {vision} of the vision tower")
         wide = vision * int(1 / config.downsample_ratio) ** 4
@@ -105,7 +106,7 @@ def begin_as_mean(model: Any) -> None:
 
 # transformers renames tensors of its own classes alone, unless one says that it is like another
 register_checkpoint_conversion_mapping(
-    "FlashForConditionalGeneration", get_checkpoint_conversion_mapping("internvl"), overwrite=True
+    "FlashForConditionalGeneration", get_checkpoint_conversion_mapping("internvl") or [], overwrite=True
 )
 
 

@@ -79,7 +79,7 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def best_place() -> dict[str, str]:
+def best_place() -> dict[str, Any]:
     """Device and dtype by default for a model that only answers: arguments of `load_policy`."""
     return {"device": "cuda", "dtype": "bfloat16"} if has_gpu() else {"device": "cpu", "dtype": "float32"}
 

@@ -119,16 +119,14 @@ class _Hooks:
     def before_layer(self, _: nn.Module, _given: Any, named: dict[str, Any]) -> None:
         self.routing = named.get("routing")
 
-    def __call__(self, router: nn.Module, _: Any, out: Any) -> Any:
+    def __call__(self, router: Any, _: Any, out: Any) -> Any:
         routing, self.routing = self.routing, None
-        return out if routing is None else _route(routing, self.layer, self.weigh, router, out)
+        if routing is None:
+            return out
+        return routing.route(self.layer, lambda logits, experts: self.weigh(router, logits, experts), out)
 
 
 @torch.compiler.disable
-def _route(routing: Routing, layer: int, weigh: Weigh, router: nn.Module, out: Any) -> Any:
-    return routing.route(layer, lambda logits, experts: weigh(router, logits, experts), out)
-
-
 def follow_routers(model: nn.Module, asked: str = "") -> int:
     """Let the language model of `model` take `routing=`: how many layers have a router. A model without any stays as
     it is. `asked`: the setting that needs routers; then ConfigError is raised where there are none, or unknown ones."""

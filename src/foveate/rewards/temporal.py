@@ -101,9 +101,10 @@ def _spans_of(value: Any) -> list[TimeSpan] | None:
         value = [value.get("start"), value.get("end")]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         return None
-    spans = [value] if not isinstance(value[0], Sequence | Mapping | np.ndarray) else value
+    pair: Any = value
+    spans: Any = [value] if not isinstance(value[0], Sequence | Mapping | np.ndarray) else value
     if spans is not value:
-        return [(float(value[0]), float(value[1]))] if _is_span(value) else None
+        return [(float(pair[0]), float(pair[1]))] if _is_span(pair) else None
     inner = [_spans_of(span) if not isinstance(span, str) else None for span in spans]
     return [span for found in inner for span in found or ()] if all(inner) else None
 

@@ -62,7 +62,7 @@ def serve_native(request: ServeRequest, ready: Callable[[str], None]) -> None:
     with listener:
         if request.threads is not None:
             torch.set_num_threads(request.threads)
-        asked = {"dtype": request.dtype, "device": request.device}
+        asked: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
         policy = load_policy(request.model, **best_place() | {name: value for name, value in asked.items() if value})
         model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
         data = DataSettings(train=(request.model,), max_prompt_tokens=request.max_prompt_tokens)

@@ -40,7 +40,7 @@ class PolicyRow:
         """The row of some of the answers, whose trained tokens are `tokens`."""
         vectors = (self.engine, self.advantage, self.old, self.ref, self.masked)
         own: Any = [None if one is None else one[tokens] for one in vectors]
-        return PolicyRow(_part(self.group, answers), *own, self.teacher)
+        return PolicyRow(_part(self.group, answers), *own, teacher=self.teacher)
 
 
 @dataclass(frozen=True, slots=True)

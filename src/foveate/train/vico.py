@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from foveate.algorithms.metrics import Metrics
+from foveate.algorithms.supervised import sft_total
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.runs import VicoSettings
 from foveate.data.demos import RESPONSE, check_response, demo_of
@@ -45,7 +46,7 @@ from foveate.train.session import (
 )
 from foveate.train.sft import augmentation
 from foveate.train.trackers import Trackers
-from foveate.train.worker import sft_total, use_threads
+from foveate.train.worker import use_threads
 
 
 def run_vico(settings: VicoSettings, *, accept_changes: bool = False) -> RunFolder:

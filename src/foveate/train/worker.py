@@ -97,7 +97,8 @@ class Worker:
         self.teachers = None
         if teacher is not None:
             read = partial(load, attention=model.attention, dtype=teacher.dtype or model.dtype)
-            self.teachers = Teachers(teacher, read, self._ready, len(self.policy.part("head").weight))
+            head: Any = self.policy.part("head")
+            self.teachers = Teachers(teacher, read, self._ready, len(head.weight))
         self.optimizer = build_optimizer(self.policy.model, optim)
         self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,11 +33,11 @@ def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
     policy = load_policy(source)
     if policy.family.github_type is None or is_flash(policy.model.config):
         raise DataError(f"{source}: {policy.family.name} is no InternVL without a second projector")
-    config = copy.deepcopy(policy.model.config)
+    config: Any = copy.deepcopy(policy.model.config)
     config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = FlashForConditionalGeneration(config)
+        model: Any = FlashForConditionalGeneration(config)
     dtype = next(policy.model.parameters()).dtype
     model.load_state_dict(policy.model.state_dict(), strict=False)
     begin_as_mean(model)

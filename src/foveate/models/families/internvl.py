@@ -100,7 +100,7 @@ class InternVL(Family):
         budget = require_tiles(f"{folder}: max_patches of the image processor", processor.get("max_patches", 12))
         if processor.get("min_patches", 1) != 1:
             raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
-        kind = FlashInternVL if is_flash(form) else cls
+        kind: Any = FlashInternVL if is_flash(form) else cls
         return config, kind(
             image_token_id=config.image_token_id,
             placeholder_ids=tuple(sorted(vocabulary[word] for word in _BANNED if word in vocabulary)),

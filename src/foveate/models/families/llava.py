@@ -112,7 +112,7 @@ class LlavaOneVision(Family):
         )
 
     @classmethod
-    def _sizes(cls, config: Any) -> dict[str, int]:
+    def _sizes(cls, config: Any) -> dict[str, Any]:
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         return {"tile": vision.image_size, "side": side, "layer": config.vision_feature_layer}
