@@ -8,9 +8,10 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from foveate.config.algorithm import TeacherSettings
 from foveate.datasets.shapes import KINDS, shape_rows
+from foveate.environments.calls import hermes_call
 from foveate.models import tiny
 from foveate.models.policy import load_policy
-from foveate.models.tiny import SPECIALS, TinySize, build_tiny, tiny_config, tiny_tokenizer
+from foveate.models.tiny import CALL_WORDS, SPECIALS, TinySize, add_call_words, build_tiny, tiny_config, tiny_tokenizer
 from foveate.train.teacher import check_teachers
 
 SMALL = TinySize(tile=56, vision_width=32, vision_layers=1, vision_ffn=64, width=64, layers=2, head_dim=16, ffn=96)
@@ -60,6 +61,32 @@ def test_the_folder_is_an_ordinary_one_of_the_family(tmp_path):
     content = json.loads((folder / "config.json").read_text())
     assert content["tie_word_embeddings"] is False
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer(640).get_vocab()
+
+
+def test_words_for_calls_leave_the_others_what_they_were(tmp_path):
+    before = load_policy(str(build_tiny(tmp_path / "before", SMALL)))
+    add_call_words(build_tiny(tmp_path / "after", SMALL))
+    after = load_policy(str(tmp_path / "after"))
+    call = hermes_call("zoom", {"image": 1, "box": [100, 200, 345, 999]})
+    ids = after.tokenizer.encode(call)
+    assert len(ids) == 2 + 3 + 12 < len(before.tokenizer.encode(call)) / 3
+    assert {*after.tokenizer.convert_tokens_to_ids([*CALL_WORDS[2:]])} <= {*ids}
+    other = hermes_call("mark", {"box": [1, 2]})
+    assert after.tokenizer.decode(after.tokenizer.encode(other), skip_special_tokens=True) == other
+    assert after.tokenizer.decode(ids, skip_special_tokens=True) == call
+    assert after.family.stop_ids == (after.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    prompt = "<|im_start|>user\nLocate <ref>the left red circle</ref><|im_end|>\n<|im_start|>assistant\n[[1,2"
+    old, new = (torch.tensor([policy.tokenizer.encode(prompt)]) for policy in (before, after))
+    known = before.tokenizer.get_vocab()
+    assert before.tokenizer.convert_ids_to_tokens(old[0]) == after.tokenizer.convert_ids_to_tokens(new[0])
+    with torch.no_grad():
+        first, second = (
+            AutoModelForImageTextToText.from_pretrained(tmp_path / name)(input_ids=ids).logits
+            for name, ids in (("before", old), ("after", new))
+        )
+    kept = {word: number for word, number in after.tokenizer.get_vocab().items() if word in known}
+    assert len(kept) > 0.95 * len(known)
+    torch.testing.assert_close(second[..., [*kept.values()]], first[..., [known[word] for word in kept]])
 
 
 def test_a_padded_vocabulary_widens_embedding_and_head(tmp_path):

@@ -275,12 +275,13 @@ def prepare_tiny_command(
     start: Annotated[
         str | None, typer.Option("--from", help="Take the weights of this tiny model (demo: the shipped one).")
     ] = None,
+    calls: Annotated[bool, typer.Option("--calls", help="Tokens for calls of tools, which are spelled else.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
     small: Annotated[bool, typer.Option("--small", help="A quarter of the parameters, with random weights.")] = False,
 ) -> None:
     """A small InternVL with random weights, or with those of another one: the real architecture."""
     from foveate.log import print_result
-    from foveate.models.tiny import SMALL, TinySize, build_tiny, retile
+    from foveate.models.tiny import SMALL, TinySize, add_call_words, build_tiny, retile
 
     if tile % 28:
         raise ConfigError(f"--tile {tile}: must be a multiple of 28 (patches of 14 pixels, joined two by two)")
@@ -292,4 +293,6 @@ def prepare_tiny_command(
         build_tiny(out, replace(SMALL if small else TinySize(), tile=tile, max_tiles=max_tiles), seed=seed)
     else:
         retile(start, out, tile, max_tiles)
+    if calls:
+        add_call_words(out)
     print_result(f"{out}: a tiny InternVL with {tile}-pixel tiles")
