@@ -63,7 +63,7 @@ def test_a_teacher_and_a_server_on_the_same_gpu_are_counted(config):
 def test_the_table_says_the_smallest_gpu_of_each_way(monkeypatch):
     monkeypatch.setattr(memory, "activation_memory", lambda _: StepMemory(2 * 2**30, 2**28, 2**30))
     monkeypatch.setattr("foveate.train.optim.find_spec", lambda _: True)
-    head, _, row = fits_table(["InternVL3_5-8B"]).splitlines()
+    head, _, row = fits_table(["InternVL3_5-8B"])
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     needed = {name: float(cell.partition("(")[2].rstrip("|) ")) for name, cell in cells.items() if "(" in cell}
     assert needed["QLoRA"] < needed["LoRA"] < needed["whole, 8-bit AdamW"] < needed["whole"]

@@ -7,7 +7,7 @@ called, and raises `foveate.errors.UserError` for anything that a user can mend.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +172,9 @@ def plan_report(plan: Plan) -> str:
     return plan_text(plan)
 
 
-def plan_table() -> str:
+def plan_table() -> Iterator[str]:
     """The smallest GPU on which each published model trains, whole, with adapters and with adapters over 4 bits, with a
-    server on the same GPU and without, as Markdown. Takes a minute or two."""
+    server on the same GPU and without: the lines of a table in Markdown, as they are found in a few minutes."""
     from foveate.plan.table import fits_table
 
     return fits_table()

@@ -29,7 +29,8 @@ def plan_command(
     if table:
         if recipe is not None or gpus is not None:
             raise ConfigError("--table is of all published models and of single GPUs; leave out the recipe and --gpus")
-        print_result(api.plan_table())
+        for line in api.plan_table():
+            print_result(line)
         return
     if recipe is None or gpus is None:
         raise ConfigError("a recipe and --gpus are needed, as in foveate plan internvl3_5_8b_gspo --gpus 2x8xH100-80")

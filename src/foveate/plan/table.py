@@ -20,24 +20,24 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {"model": _ADAPTERS},
     "QLoRA": {"model": {**_ADAPTERS, "quantization": "nf4"}},
 }
-SERVERS = {"": "native", ", vLLM": "vllm"}
+_ENGINES = {"": "native", ", vLLM": "vllm"}
 """Where answers come from: the weights that are trained, or a server on the same GPU, which holds its own."""
 
 
-def fits_table(models: Sequence[str] = ()) -> str:
-    """The table as Markdown, of all published models unless some are named. A cell holds the GB of the smallest GPU,
-    and in brackets the GiB that the step needs; a dash where none is large enough."""
+def fits_table(models: Sequence[str] = ()) -> Iterator[str]:
+    """The lines of the table in Markdown as they are found, of all published models unless some are named. A cell holds
+    the GB of the smallest GPU, and in brackets the GiB that the step needs; a dash where none is large enough."""
     names = models or [*(f"InternVL3_5-{size}" for size in PUBLISHED_SIZES), *OTHER_MODELS]
-    head = ["model", "parameters", *(f"{way}{server}" for server in SERVERS for way in WAYS)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(_row(name))} |" for name in names)])
+    head = ["model", "parameters", *(f"{way}{server}" for server in _ENGINES for way in WAYS)]
+    yield from ("| " + " | ".join(head) + " |", "|---" * len(head) + "|")
+    yield from (f"| {' | '.join(_row(name))} |" for name in names)
 
 
 def _row(name: str) -> Iterator[str]:
     work = workload_of(fits_settings(name, "whole", "native"), None, None, None)
     yield f"`{name}`"
     yield f"{sizes_of(work.config, work.trainable, work.lora).total / 1e9:.1f} B"
-    for engine in SERVERS.values():
+    for engine in _ENGINES.values():
         for way in WAYS:
             needed = needed_bytes(name, way, engine)
             fitting = next((memory for memory in MEMORIES if needed <= _of(memory).usable), None)
