@@ -34,6 +34,7 @@ from foveate.train.optim import OPTIMIZERS
 
 ONE_GPU = sorted(path.stem for path in SHIPPED.glob("geo3k_*.yaml"))
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in ONE_GPU)
+LARGE.append("openmmreasoner_7b")
 ALL = ("vision", "projector", "language")
 QWEN = "geo3k_qwen2_5_vl_3b_lora"
 
@@ -179,6 +180,8 @@ def test_published_sizes_have_the_papers_parameters():
 def test_qwen2_5_vl_is_planned_with_its_own_parameters_and_pieces():
     config = workload_of(read_recipe(QWEN, []), None, None, None).config
     assert sizes_of(config, ALL).total == 3_754_622_976  # counted by hand from its published shapes
+    larger = workload_of(read_recipe("openmmreasoner_7b", []), None, None, None).config
+    assert sizes_of(larger, ALL).total == 8_292_166_656  # as its checkpoint says
     piece = piece_of(config)
     assert (piece.tokens, piece.pixels, piece.grid) == (256, (1024, 3, 14, 14), (16, 16))
     assert key_value_bytes(config, 2) == 2 * 36 * 2 * 128 * 2
