@@ -30,6 +30,7 @@ from foveate.evaluate.predictions import (
 from foveate.evaluate.turns import kept_turns
 from foveate.log import progress
 from foveate.models.policy import best_place, load_policy
+from foveate.models.routing import with_router
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
@@ -63,7 +64,7 @@ def load_engine(
     policy = load_policy(path, **best_place())
     model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
     encoder = build_encoder(policy.tokenizer, policy.family, model, data, tools_of_environment(environment))
-    return NativeEngine(policy, encoder.decode), encoder
+    return NativeEngine(policy, encoder.decode), with_router(encoder, policy)
 
 
 def generate_rows(
