@@ -11,9 +11,9 @@ PUBLIC = {
     **{
         name: f"foveate.api:{name}"
         for name in (
-            "from_recipe", "train_sft", "train_mpo", "train_rl", "train_vico", "Recipe", "Run", "demo", "generate",
-            "evaluate", "report", "compare_runs", "prepare_upload", "summary", "plan", "plan_report", "plan_table",
-            "doctor", "convert", "write_flash", "export", "import_verl",
+            "from_recipe", "train_sft", "train_mpo", "train_rl", "train_vico", "train_vir", "Recipe", "Run", "demo",
+            "generate", "evaluate", "report", "compare_runs", "prepare_upload", "summary", "plan", "plan_report",
+            "plan_table", "doctor", "convert", "write_flash", "export", "import_verl",
             "settings_list", "settings_page", "recipes_list", "rewards_list", "environments_list",
             "algorithms_list", "serve", "view",
         )

@@ -12,7 +12,7 @@ import foveate
 from foveate import api
 from foveate.cli.app import VERBS
 from foveate.config.recipe import SHIPPED, read_recipe
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings
+from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.errors import ConfigError
 
 
@@ -54,6 +54,7 @@ def test_a_recipe_tells_its_stage(recipe):
         "gspo": RLSettings,
         "cascade": CascadeSettings,
         "vico": VicoSettings,
+        "_vir": VirSettings,
     }
     assert isinstance(settings, next((cls for word, cls in expected.items() if word in recipe.stem), RLSettings))
 

@@ -41,7 +41,7 @@ def test_a_row_names_a_frozen_class_that_says_how_it_is_read(model_type):
     assert "__slots__" in vars(kind), f"{kind.__name__} lacks slots=True"
     assert "read" in {name for base in kind.__mro__[:-2] for name in vars(base)}, f"{kind.__name__} forgot read"
     assert not {field.name for field in fields(kind)} & {*Family.__annotations__} - {
-        "name", "stop_ids", "image_token_id", "placeholder_ids", "budget", "proof",
+        "name", "stop_ids", "image_token_id", "video_token_id", "placeholder_ids", "budget", "proof",
     }, f"{kind.__name__}: declarations are ClassVar, not fields"  # fmt: skip
 
 

@@ -1,23 +1,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TINY
 from safetensors import safe_open
 
+from foveate.config.data import DataSettings
 from foveate.encoding.encode import Encoder
 from foveate.encoding.routes import routed
 from foveate.errors import DataError
+from foveate.evaluate.predict import load_engine
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.flash import begin_as_mean, compressible, patches_of, projected
+from foveate.models.flash_routes import with_router
 from foveate.models.forward import embed, token_logprobs
 from foveate.models.policy import load_on_meta, load_policy, part_of, save_policy
 from foveate.parallel.packing import pack, positions
-from foveate.records import PackedGroup
+from foveate.records import PackedGroup, SamplingParams
+from foveate.rollout.engine import Request
+from foveate.rollout.native.engine import NativeEngine
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +154,119 @@ def test_only_an_internvl_becomes_a_flash_model_and_only_once(folder, tmp_path):
     with pytest.raises(DataError, match="exists; choose another folder"):
         write_flash("demo", folder)
     inspect_model_folder(str(folder))
+
+
+# ------------------------------------------------------------------------------------- the released code, stated anew
+
+
+def released_prompt(tensors, config, model, ids, pixels, image_id):
+    """`generate_flash` of the modelling code that comes with InternVL3_5-*-Flash, for one prompt, up to the language
+    model: embeddings (L, D), the tokens that are kept (bool), and the gate of each tile. By the tensors of the
+    checkpoint's own names."""
+
+    def linear(x, name):
+        return torch.nn.functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def attend(query, keys, name):
+        module = torch.nn.MultiheadAttention(keys.shape[-1], 16, batch_first=True)
+        own = {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
+        module.load_state_dict(own)
+        return module(query, keys, keys)[0]
+
+    def shuffled(x, scale):
+        n, w, h, c = x.shape
+        x = x.reshape(n, w, int(h * scale), int(c / scale)).permute(0, 2, 1, 3)
+        x = x.reshape(n, int(h * scale), int(w * scale), int(c / scale**2)).permute(0, 2, 1, 3)
+        return x.flatten(1, 2)
+
+    gelu = torch.nn.functional.gelu
+    seen = model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+    side = int(seen.shape[1] ** 0.5)
+    square = seen.unflatten(1, (side, side))
+    pooled = tensors["pooling_before_gating.query_token"].expand(len(seen), 1, -1)
+    for name in ("1", "2", "2", "2"):
+        pooled = norm(attend(pooled, seen, f"pooling_before_gating.attn{name}"), f"pooling_before_gating.norm{name}")
+    gate = pooled[:, 0]
+    for block in (1, 2, 3, 4):
+        inner = linear(gelu(linear(gate, f"gating.block{block}.0")), f"gating.block{block}.3")
+        gate = gate + norm(inner, f"gating.block{block}.5")
+    gate = linear(norm(gate, "gating.gate.0"), "gating.gate.1").softmax(-1)[:, 0]
+    small = norm(shuffled(square, 0.25), "mlp2.0")
+    small = linear(gelu(linear(gelu(linear(small, "mlp2.1")), "mlp2.4")), "mlp2.7")
+    large = linear(gelu(linear(norm(shuffled(square, 0.5), "mlp1.0"), "mlp1.1")), "mlp1.3")
+    bound = torch.quantile(gate, config["flash_relative_threshold"])
+    compressed = (gate > bound) & (gate >= config["flash_absolute_threshold"])
+    each, few = large.shape[1], small.shape[1]
+    kept = torch.ones(len(ids), dtype=torch.bool)
+    places = (ids == image_id).nonzero()[:, 0].reshape(-1, each)  # of one tile after the other
+    for own, is_compressed in zip(places, compressed.tolist(), strict=True):
+        if is_compressed:
+            kept[own[few:]] = False
+    features = torch.cat([small[i] if flag else large[i] for i, flag in enumerate(compressed.tolist())])
+    embeddings = tensors["language_model.model.embed_tokens.weight"][ids[kept]]
+    embeddings[ids[kept] == image_id] = features
+    return embeddings, kept, compressed
+
+
+def test_a_routed_prompt_is_that_of_the_released_code(folder, tmp_path, make_task, make_image):
+    """A random Flash model whose gates differ: equal embeddings, masks and next-token log-probs, of one call each."""
+    policy = load_policy(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in policy.model.named_parameters():
+        if "mlp2" in name or "gating" in name:  # the released names of both parts of the router hold it
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + ("norm" in name)
+    save_policy(policy, tmp_path / "random")
+    policy = load_policy(str(tmp_path / "random"))
+    tensors = {}
+    for file in (tmp_path / "random").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    config = json.loads((tmp_path / "random" / "config.json").read_text())
+    plain = Encoder(policy.tokenizer, policy.family, 12, 2048)
+    encode = with_router(plain, policy)
+    alone, mixed = load_policy(str(tmp_path / "random")).model, 0
+    alone.set_attn_implementation("eager")
+    for seed in range(4):
+        task = make_task("<image> or <image>?", make_image(250, 70 + 30 * seed, seed), make_image(50, 60, seed + 9))
+        whole, got = plain(task), encode(task)
+        ids = torch.tensor(whole.token_ids)
+        with torch.no_grad():
+            embeddings, kept, compressed = released_prompt(
+                tensors, config, policy.model, ids, whole.pixels, policy.family.image_token_id
+            )
+            assert got.token_ids == tuple(ids[kept].tolist())
+            assert [side == 1 for slot in got.slots for side in slot.sides] == compressed.tolist()
+            batch = pack([PackedGroup.of_tokens(got, [(5,), (9,)])])
+            ours, _ = embed(policy, batch)
+            torch.testing.assert_close(ours[: len(got)], embeddings, rtol=1e-4, atol=1e-4)
+            logits = alone(inputs_embeds=embeddings[None], use_cache=False).logits[0, -1].log_softmax(-1)
+            found, _ = token_logprobs(policy, batch)
+        torch.testing.assert_close(found, logits[[5, 9]], rtol=1e-4, atol=1e-4)
+        assert plain.length(task) == len(whole) >= len(got)
+        mixed += len(set(compressed.tolist())) == 2
+    assert mixed >= 2
+    engine = NativeEngine(policy, plain.decode)
+    [[answer]] = engine.generate([Request(got, 3)], SamplingParams(max_tokens=5))
+    again, _ = token_logprobs(policy, pack([PackedGroup(got, (answer,))]))
+    torch.testing.assert_close(again.detach(), torch.from_numpy(answer.logprobs), rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_that_are_none_are_told_by_the_file(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text()) | {"flash_relative_threshold": 2}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"config\.json: flash_relative_threshold is 2 .* numbers from 0 to 1"):
+        inspect_model_folder(str(tmp_path / "odd"))
+
+
+def test_models_that_answer_are_routed_and_others_are_not(folder, tiny_folder, make_task, make_image):
+    data = DataSettings(train=("x",), max_prompt_tokens=2048)
+    engine, encode = load_engine(str(folder), data, 6)
+    prompt = encode(make_task("<image>?", make_image(200, 60, 1)))
+    assert {*prompt.slots[0].sides} <= {1, 2}
+    assert engine.generate([Request(prompt, 1)], SamplingParams(max_tokens=2))
+    assert encode(make_task("no image")).slots == ()
+    assert load_engine(str(tiny_folder), data, 6)[1].route is None

@@ -166,9 +166,9 @@ def test_a_run_lowers_the_divergence_and_resumes_bit_for_bit(folder, data, tmp_p
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cluster": {"device": "cpu", "gpus_per_node": 2}}, "the two passes of vico run on one"),
-        ({"model": {"path": "m", "lora": {"rank": 2}}}, "vico trains whole weights"),
-        ({"train": {"steps": 1, "trained_turns": "all"}}, "compares the last turn alone"),
+        ({"cluster": {"device": "cpu", "gpus_per_node": 2}}, "the passes of Flash models run on one"),
+        ({"model": {"path": "m", "lora": {"rank": 2}}}, "whole weights are trained here"),
+        ({"train": {"steps": 1, "trained_turns": "all"}}, "the last turn alone is compared"),
     ],
 )
 def test_settings_that_would_not_act_are_refused(changes, said):

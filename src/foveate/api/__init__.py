@@ -19,6 +19,7 @@ from foveate.api.training import train_mpo as train_mpo
 from foveate.api.training import train_rl as train_rl
 from foveate.api.training import train_sft as train_sft
 from foveate.api.training import train_vico as train_vico
+from foveate.api.training import train_vir as train_vir
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.files import atomic_write_text

@@ -22,14 +22,15 @@ from foveate.config.runs import (
     SFTSettings,
     StageName,
     VicoSettings,
+    VirSettings,
 )
 from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings | VicoSettings
-SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings, VicoSettings)
+AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings | VicoSettings | VirSettings
+SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings, VicoSettings, VirSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,21 @@ def train_vico(
     return _offline("vico", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+def train_vir(
+    model: str | Path,
+    train_data: Any,
+    *,
+    eval_data: Any = None,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    accept_changes: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Training of the router of a Flash model that `train_vico` has made from `train.reference`; arguments as those of
+    `train_rl`. Of `eval_data` it is taken how often the router is right."""
+    return _offline("vir", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
+
+
 def _offline(
     stage: StageName,
     model: str | Path,
@@ -261,6 +277,10 @@ def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
         from foveate.train.vico import run_vico
 
         return run_vico(settings, accept_changes=accept_changes)
+    if isinstance(settings, VirSettings):
+        from foveate.train.vir import run_vir
+
+        return run_vir(settings, accept_changes=accept_changes)
     if isinstance(settings, SFTSettings):
         from foveate.train.sft import run_sft
 

@@ -32,6 +32,7 @@ VERBS = {
         "rl": train.rl_command,
         "cascade": train.cascade_command,
         "vico": train.vico_command,
+        "vir": train.vir_command,
     },
     "Data and models": {
         "prepare": prepare,
@@ -90,7 +91,7 @@ for panel, verbs in VERBS.items():
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
-CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft", "vico")
+CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft", "vico", "vir")
 """Verbs that resume where they were when they are started again."""
 
 

@@ -63,6 +63,16 @@ def vico_command(
     _train(recipe_of("vico", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
+def vir_command(
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+) -> None:  # fmt: skip
+    """Train the router of a Flash model, and nothing else, on rows with extra_info.response. The same run folder again
+    continues it."""
+    _train(recipe_of("vir", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
+
+
 def rl_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,

@@ -30,6 +30,7 @@ from foveate.config.train import (
     SFTOptimSettings,
     SFTTrainSettings,
     VicoTrainSettings,
+    VirTrainSettings,
 )
 
 # The algorithms whose baseline is not the mean of the other answers to the same prompt.
@@ -146,10 +147,8 @@ class SFTSettings(OfflineSettings):
     )
 
 
-class VicoSettings(SFTSettings):
-    """A run of visual consistency learning."""
-
-    train: VicoTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+class _FlashSettings(SFTSettings):
+    """Runs of Flash models."""
 
     @model_validator(mode="after")
     def _on_one_rank(self) -> Self:
@@ -157,15 +156,39 @@ class VicoSettings(SFTSettings):
             (
                 self.cluster.ranks > 1,
                 "cluster.gpus_per_node",
-                f"gives {self.cluster.ranks} ranks, but the two passes of vico run on one; leave it out",
+                f"gives {self.cluster.ranks} ranks, but the passes of Flash models run on one; leave it out",
             ),
-            (self.model.lora is not None, "model.lora", "is set, but vico trains whole weights; leave it out"),
-            (self.environment is not None, "environment", "is set, but vico reads no tools; leave it out"),
+            (self.model.lora is not None, "model.lora", "is set, but whole weights are trained here; leave it out"),
+            (self.environment is not None, "environment", "is set, but no tools are shown here; leave it out"),
             (
                 self.train.trained_turns != "last",
                 "train.trained_turns",
-                "is all, but vico compares the last turn alone; leave it out",
+                "is all, but the last turn alone is compared here; leave it out",
             ),
+        )
+        return self
+
+
+class VicoSettings(_FlashSettings):
+    """A run of visual consistency learning."""
+
+    train: VicoTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class VirSettings(_FlashSettings):
+    """A run that trains the router of a Flash model."""
+
+    train: VirTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _trains_the_router(self) -> Self:
+        every = ModelSettings.model_fields["trainable"].default
+        refuse_any(
+            (
+                self.model.trainable != every,
+                "model.trainable",
+                "is set, but vir trains the router alone; leave it out",
+            )
         )
         return self
 
@@ -291,9 +314,10 @@ class CascadeSettings(Settings):
 
 STAGES = {
     "sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings, "vico": VicoSettings,
+    "vir": VirSettings,
 }  # fmt: skip
 """The settings of each command that trains."""
-StageName = Literal["sft", "mpo", "rl", "cascade", "vico"]
+StageName = Literal["sft", "mpo", "rl", "cascade", "vico", "vir"]
 
 
 def walk(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

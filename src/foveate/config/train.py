@@ -133,6 +133,19 @@ class VicoTrainSettings(SFTTrainSettings):
     )
 
 
+class VirTrainSettings(SFTTrainSettings):
+    reference: str = Field(
+        min_length=1, description="Folder of the model that visual consistency learning began from: its frozen start."
+    )
+    quantile: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of the rows, by how little they lose, that is taught as compressible.",
+    )
+    window: int = Field(default=1024, ge=2, description="Latest rows over which that share is taken.")
+
+
 class MPOTrainSettings(TrainSettings):
     pairs_per_step: int = Field(default=32, ge=1, description="Preference pairs in one optimizer update.")
     max_answer_tokens: MaxAnswerTokens = None

@@ -54,7 +54,8 @@ class Encoder:
     """Encodes tasks for one checkpoint. `budget` limits its images in the family's unit: tiles are shared evenly by the
     images of a prompt, at least one each, thumbnails not counted; pixels are those of each image after resizing.
     `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none; `tools`: JSON
-    schemas of functions that every prompt shows; `video`: which frames of videos are shown."""
+    schemas of functions that every prompt shows; `video`: which frames of videos are shown; `route`: what compresses
+    tiles of a prompt with its pixels, of a model that does (`length` is a bound then)."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
@@ -63,6 +64,7 @@ class Encoder:
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     video: VideoSettings = field(default_factory=VideoSettings)
+    route: Callable[[Prompt], Prompt] | None = None
 
     def __call__(self, task: Task, degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None) -> Prompt:
         """Decode, tile and tokenise; `degrade` changes images, but not frames of videos, and keeps their sizes. Raises
@@ -70,7 +72,8 @@ class Encoder:
         task, media = self._unrolled(task)
         prompt, budgets = self.placed(self.rendered(task), media, task.where)
         self._require_short(len(prompt), task.where)
-        return self.with_pixels(prompt, media, budgets, task.where, degrade)
+        prompt = self.with_pixels(prompt, media, budgets, task.where, degrade)
+        return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
 
     @property
     def opened(self) -> str:
@@ -318,8 +321,9 @@ class Encoder:
             tokens, entries = shape.tokens // shape.runs, shape.entries // shape.runs
             for _ in range(shape.runs):
                 place, grid = next(places) + grown, shape.grid
-                place_in_time = shape.layout, shape.times, shape.frames
-                slots.append(ImageSlot(place, tokens, entries, grid, both_ways, *place_in_time))
+                sides = (self.family.sides[0],) * entries if self.family.sides is not None else ()
+                more = shape.layout, shape.times, shape.frames, sides
+                slots.append(ImageSlot(place, tokens, entries, grid, both_ways, *more))
                 grown += tokens - 1
         if next(places, None) is not None:
             raise DataError(f"{where}, field prompt: contains the placeholder of an image; write {IMAGE_MARK}")

@@ -230,6 +230,11 @@ class Family:
         """Tokens along a side of a tile, and of one that is compressed; None: it compresses none."""
         return None
 
+    @property
+    def router_thresholds(self) -> tuple[float, float] | None:
+        """The relative and the absolute threshold of its router; None: it has none."""
+        return None
+
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002
         """The part of a budget for each of several images of a prompt: a function of nothing else."""
         return budget

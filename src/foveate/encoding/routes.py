@@ -17,7 +17,7 @@ def routed(prompt: Prompt, routes: Sequence[Sequence[bool]], sides: tuple[int, i
     begin = 0
     for slot, route in zip(prompt.slots, routes, strict=True):
         assert len(route) == slot.tiles, f"{len(route)} routes for {slot.tiles} tiles"
-        assert not slot.sides, "the prompt is routed already"
+        assert slot.sides == (sides[0],) * slot.tiles, "the prompt is routed already"
         ids += prompt.token_ids[begin : slot.position]
         chosen = tuple(sides[bool(is_compressed)] for is_compressed in route)
         count = sum(side**2 for side in chosen)

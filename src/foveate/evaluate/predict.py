@@ -29,6 +29,7 @@ from foveate.evaluate.predictions import (
 )
 from foveate.evaluate.turns import kept_turns, place_to_look, turn_metrics
 from foveate.log import progress
+from foveate.models.flash_routes import with_router
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
@@ -63,7 +64,7 @@ def load_engine(
     policy = load_policy(path, **best_place())
     model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
     encoder = build_encoder(policy.tokenizer, policy.family, model, data, tools_of_environment(environment))
-    return NativeEngine(policy, encoder.decode), encoder
+    return NativeEngine(policy, encoder.decode), with_router(encoder, policy)
 
 
 def generate_rows(

@@ -139,3 +139,14 @@ def projected(model: Any, patches: Tensor, *, compressed: bool) -> Tensor:
 def compressible(model: Any, patches: Tensor) -> Tensor:
     """The router's probability (N,) that a tile loses nothing by 64 tokens."""
     return model.model.gating(model.model.pooling_before_gating(patches.flatten(1, 2)))[:, 0]
+
+
+@torch.no_grad()
+def route_of(model: Any, pixels: Tensor, thresholds: tuple[float, float]) -> list[bool]:
+    """Which tiles of a prompt are compressed, as the released `generate_flash` decides it for one call: those that the
+    router finds compressible by at least the second threshold, and by more than the quantile, of the first, over all
+    tiles. So the route of a tile depends on those beside it, and belongs to the whole prompt."""
+    pixels = pixels.to(next(model.parameters()))
+    found = compressible(model, patches_of(model, pixels)).float()
+    relative, absolute = thresholds
+    return ((found > torch.quantile(found, relative)) & (found >= absolute)).tolist()

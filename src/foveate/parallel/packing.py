@@ -60,19 +60,21 @@ def grids_of(slot: ImageSlot) -> tuple[tuple[int, ...], ...]:
 
 
 class _Images:
-    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand."""
+    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand, unless
+    other tiles of them are compressed."""
 
     def __init__(self) -> None:
         self._pixels: list[Tensor] = []
         self._slots: list[ImageSlot] = []
-        self._first: dict[int, int] = {}
+        self._first: dict[tuple[Any, ...], int] = {}
         self._index: list[Tensor] = []
         self._features = 0
 
     def add(self, slots: Sequence[ImageSlot], pixels: Tensor | None) -> None:
         """The next images, with their pixels side by side."""
         count = sum(slot.count for slot in slots)
-        first = self._features if pixels is None else self._first.setdefault(id(pixels), self._features)
+        key = id(pixels), *(slot.sides for slot in slots)
+        first = self._features if pixels is None else self._first.setdefault(key, self._features)
         if first == self._features:
             self._features += count
             self._slots += slots

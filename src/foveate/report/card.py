@@ -29,6 +29,7 @@ _STAGES = {
     "mpo": "preference optimisation",
     "sft": "supervised fine-tuning",
     "vico": "visual consistency learning (ViCO)",
+    "vir": "training of its resolution router (ViR)",
 }
 NOTABLE = (
     "optim.name", "optim.lr", "optim.schedule", "train.steps", "train.prompts_per_step", "train.samples_per_step",
@@ -52,7 +53,8 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
     """The text of the card. settings: those of the run; former: licence and base of the model that it began from."""
     model, data = settings["model"]["path"], settings["data"]
     keys = {"cascade": "mpo", "rl": "rollout", "mpo": "loss"}
-    offline = "vico" if "compressed" in (settings.get("train") or {}) else "sft"
+    train = settings.get("train") or {}
+    offline = "vico" if "compressed" in train else "vir" if "quantile" in train else "sft"
     stage = next((name for name, key in keys.items() if key in settings), offline)
     base = str(model).partition("@")[0] if _on_hub(model) else former.get("base_model", "")
     sources = [*data["train"], *(data.get("test") or ())]

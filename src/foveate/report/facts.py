@@ -32,6 +32,7 @@ STAGE_NAMES = {
     "mpo": "Preference optimisation",
     "cascade": "Cascade",
     "vico": "Visual consistency",
+    "vir": "Resolution router",
 }
 
 
@@ -48,8 +49,9 @@ class Tile:
 
 def stage_of(config: Mapping[str, Any]) -> str:
     """The stage of a run by the groups of its settings; "" without settings."""
-    if "compressed" in (config.get("train") or {}):
-        return "vico"
+    train = config.get("train") or {}
+    if "compressed" in train or "quantile" in train:
+        return "vico" if "compressed" in train else "vir"
     groups = {"cascade": "pairs", "rl": "rollout", "mpo": "loss", "sft": "train"}
     return next((stage for stage, group in groups.items() if group in config), "")
 

@@ -38,18 +38,18 @@ def temporal_iou(text: str, task: Task, *, alpha: float = 0.0, threshold: float 
     and a span inside `<answer>...</answer>` goes before all outside. The last span counts; where the ground truth has
     several, all do, and the IoU is that of their unions: a span too many costs as much as one that is missing.
 
-    Parts: iou; hit, 1 from IoU 0.5 whatever the threshold; parsed, 1 if a span was found. Raises DataError for a ground
-    truth that is no span."""
+    Parts: time_iou; hit, 1 from IoU 0.5 whatever the threshold; parsed, 1 if a span was found. Raises DataError for a
+    ground truth that is no span."""
     truth = _spans_of(task.answer)
     if truth is None:
         raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_span(task.answer)}")
     said = behind_thoughts(text)
     given = _spans_in(tagged_answer(said) or "") or _spans_in(said)
     if not given:
-        return Score(0.0, {"iou": 0.0, "hit": 0.0, "parsed": 0.0}, note="no span of time in the answer")
+        return Score(0.0, {"time_iou": 0.0, "hit": 0.0, "parsed": 0.0}, note="no span of time in the answer")
     overlap = span_iou(given[-_MOST:] if len(truth) > 1 else given[-1:], truth)
     value = alpha * (overlap >= threshold) + (1 - alpha) * overlap
-    return Score(value, {"iou": overlap, "hit": float(overlap >= _HIT), "parsed": 1.0})
+    return Score(value, {"time_iou": overlap, "hit": float(overlap >= _HIT), "parsed": 1.0})
 
 
 def check_span(task: Task) -> list[tuple[str, str]]:

@@ -99,7 +99,7 @@ def settings_page() -> str:
         "command line by\npath (`train.steps=100`), Python by either.\n"
     ]
     known: dict[str, ListEntry] = {}
-    for stage in ("rl", "sft", "mpo", "cascade", "vico"):
+    for stage in ("rl", "sft", "mpo", "cascade", "vico", "vir"):
         own = [one for one in settings_list(stage) if known.get(one.name) != one]
         known |= {one.name: one for one in own}
         parts.append(f"\n## foveate {stage}\n")

@@ -94,7 +94,7 @@ def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder
                 with clock.phase("encode"):
                     draw = np.random.default_rng(seed_of("vico", settings.seed, step))
                     asked = [(task, prompt, _route(prompt, settings, draw)) for task, prompt in reader.take()]
-                    rows = [_row(encoder, model.family, *one) for one in asked]
+                    rows = [consistency_row(encoder, model.family, *one) for one in asked]
                 with clock.phase("update"):
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     weighting, groups = settings.train.weighting, [row.policy for row in rows]
@@ -131,7 +131,7 @@ def _held_out(
         asked = [
             (task, one, [[True] * slot.tiles for slot in one.slots]) for task, one in zip(tasks, prompts, strict=True)
         ]
-        rows = [_row(encoder, family, *one) for one in asked]
+        rows = [consistency_row(encoder, family, *one) for one in asked]
         found = scatter_gather(workers, ConsistencyWorker.divergences, rows, [costs(row.policy) for row in rows])
         return {"eval/kl": (sum(kl_M.double().sum().item() for kl_M in found), float(sum(map(len, found))))}
 
@@ -145,10 +145,11 @@ def _route(prompt: Prompt, settings: VicoSettings, draw: np.random.Generator) ->
     return [(draw.uniform(size=slot.tiles) < share).tolist() for slot in prompt.slots]
 
 
-def _row(
+def consistency_row(
     encoder: Encoder, family: Family, task: Task, prompt: Prompt, routes: Sequence[Sequence[bool]]
 ) -> ConsistencyRow:
     answer = (encoder.answer_ids(demo_of(task).response),)
+    """A row whose policy sees the tiles of its images compressed by `routes`, and whose reference sees them whole."""
     assert family.sides is not None
     whole = [[False] * slot.tiles for slot in prompt.slots]
     seen, full = (routed(prompt, one, family.sides) for one in (routes, whole))

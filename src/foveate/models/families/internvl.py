@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -100,7 +101,9 @@ class InternVL(Family):
         budget = require_tiles(f"{folder}: max_patches of the image processor", processor.get("max_patches", 12))
         if processor.get("min_patches", 1) != 1:
             raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
-        kind: Any = FlashInternVL if is_flash(form) else cls
+        kind: Any = cls
+        if is_flash(form):
+            kind = partial(FlashInternVL, thresholds=_thresholds(folder, form))
         return config, kind(
             image_token_id=config.image_token_id,
             placeholder_ids=tuple(sorted(vocabulary[word] for word in _BANNED if word in vocabulary)),
@@ -170,9 +173,11 @@ class InternVL(Family):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashInternVL(InternVL):
     """InternVL3.5-Flash: a tile may be compressed to a fourth of its tokens (`foveate.models.flash`). Batches whose
-    slots say nothing of it have all tokens."""
+    slots say nothing of it have all tokens. `thresholds`: the relative and the absolute one of its router."""
 
     name: str = "internvl_flash"
+    thresholds: tuple[float, float] = (0.0, 0.5)
+
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **InternVL.parts,
         "projector": ("model.multi_modal_projector", "model.mlp2"),
@@ -180,6 +185,10 @@ class FlashInternVL(InternVL):
     }
     auto_class = FlashForConditionalGeneration
     servers: ClassVar[Mapping[str, ServedAs]] = {}
+
+    @property
+    def router_thresholds(self) -> tuple[float, float]:
+        return self.thresholds
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -200,6 +209,17 @@ class FlashInternVL(InternVL):
             for place, tile in zip(chosen.tolist(), seen, strict=True):
                 tiles[place] = tile
         return Features(torch.cat(tiles))
+
+
+def _thresholds(folder: Path, form: Mapping[str, Any]) -> tuple[float, float]:
+    relative, absolute = (form.get(f"flash_{name}_threshold") for name in ("relative", "absolute"))
+    for value in (relative, absolute):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise DataError(
+                f"{folder / 'config.json'}: flash_relative_threshold is {relative!r} and flash_absolute_threshold "
+                f"{absolute!r}; both must be numbers from 0 to 1"
+            )
+    return float(relative), float(absolute)
 
 
 def _tile_settings(folder: Path, tile: int) -> dict[str, Any]:
