@@ -329,7 +329,8 @@ class Worker:
 def _follow_routers(policy: Policy, balance: float, cluster: ClusterSettings | None, *, router_replay: bool) -> None:
     """Make ready for what is asked of the routers. Raises ConfigError where that cannot be."""
     asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": balance}
-    follow_routers(policy.model, next((name for name, value in asked.items() if value), ""))
+    for name in (name for name, value in asked.items() if value):
+        follow_routers(policy.model, name)
     if balance and cluster is not None and cluster.sequence_parallel > 1:
         raise ConfigError(
             f"model.router_aux_loss_coef={balance:g} balances whole rows, of which ranks see parts with "
