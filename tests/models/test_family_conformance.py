@@ -116,7 +116,7 @@ def test_a_server_is_handed_what_the_family_declares(policy, make_image, make_ta
         assert settings["kept"] == 1
     if "vllm" in family.servers and family.sees_images:
         prompt = Encoder(policy.tokenizer, family, family.budget, 4096)(make_task("<image>", make_image(130, 70, 1)))
-        values = family.vllm_fields(prompt.pixels, prompt.slots[0])
+        values = family.vllm_fields(prompt.pixels[: prompt.slots[0].tiles], prompt.slots[0])
         assert {how for _, how in values.values()} <= {"flat", "batched", "shared"}
         assert len(values["pixel_values"][0]) == prompt.slots[0].tiles
 

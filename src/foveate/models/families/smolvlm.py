@@ -6,6 +6,7 @@ Sources: Idefics3 (arXiv 2408.12637), section 2.2, SmolVLM (arXiv 2504.05299), a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.chat import IMAGE_MARK
-from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape
+from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import mapped, read_hf_config
 from foveate.models.checkpoint.small_files import (
@@ -31,6 +32,7 @@ from foveate.models.checkpoint.small_files import (
     stop_ids,
 )
 from foveate.models.families.proof import forest_difference
+from foveate.records import ImageSlot
 
 _SIDE = 6
 """The most rows and columns of tiles that tokenizers have words for."""
@@ -156,6 +158,14 @@ class SmolVLM(Family):
         seen = model.model.vision_model(pixel_values=pixels, patch_attention_mask=whole).last_hidden_state
         return Features(model.model.connector(seen).flatten(0, 1))
 
+    def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:  # noqa: ARG002
+        mask = torch.ones(len(pixels), *pixels.shape[2:], dtype=torch.bool)
+        return {
+            "pixel_values": (pixels, "flat"),
+            "pixel_attention_mask": (mask, "flat"),
+            "num_patches": (torch.tensor(len(pixels)), "batched"),
+        }
+
     def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
         """Width and height after the first of two resizes: the longer side as the budget has it, the other one even."""
         edge, ratio = math.isqrt(budget) * self.tile, width / height
@@ -177,6 +187,13 @@ class SmolVLM(Family):
             return max(1, math.ceil(int(columns * self.tile / ratio) / self.tile)), columns
         rows = math.ceil(high / self.tile)
         return rows, max(1, math.ceil(int(rows * self.tile * ratio) / self.tile))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idefics3(SmolVLM):
+    servers: ClassVar[Mapping[str, ServedAs]] = {  # each tile is an image there
+        "vllm": ServedAs(options=("--limit-mm-per-prompt", json.dumps({"image": 16 * (_SIDE**2 + 1)})))
+    }
 
 
 def _is_edge(value: Any) -> bool:

@@ -121,8 +121,9 @@ class NativeEngine:
             parameters = policy.model.parameters()
             copies = {id(p): nn.Parameter(p.detach().to(DTYPES[dtype], copy=True)) for p in parameters}
         own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
-        given = {"token_budget": token_budget, "record_experts": record_experts}
-        return cls(own, decode, version=version, own_weights=True, **given)
+        return cls(
+            own, decode, version=version, token_budget=token_budget, own_weights=True, record_experts=record_experts
+        )
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
