@@ -141,7 +141,8 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
 def _asked_for(sentence: str, asked: str) -> str:
     """The one of the clauses of a sentence whose subject the question has, where each gives another thing its value:
     of `The perimeter is 20 and the area is 25.` the second where it asks for the area; else the sentence."""
-    clauses = [_GIVES.match(clause) for clause in _BETWEEN_CLAUSES.split(sentence)]
+    short = sentence if len(sentence) <= _LONGEST else ""
+    clauses = [_GIVES.match(clause) for clause in _BETWEEN_CLAUSES.split(short)]
     if len(clauses) < 2 or None in clauses:
         return sentence
     known = set(re.findall(r"[a-z]{3,}", asked.casefold())) - _SMALL_WORDS
