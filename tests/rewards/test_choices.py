@@ -7,7 +7,7 @@ import pytest
 
 from foveate.data.table import open_tasks
 from foveate.records import Message, Task
-from foveate.rewards.choices import named_option, options
+from foveate.rewards.choices import named_option, options, several_options
 from foveate.rewards.text import check_choice, check_letter, multiple_choice
 
 VALUES = {"A": "oak", "B": "pine", "C": "birch", "D": "an old elm"}
@@ -83,6 +83,7 @@ def test_white_space_of_any_length_is_one_gap(gap):
     """Many times over it took minutes."""
     for text in (f"Option A{gap * 20_000}x", f"A{gap * 20_000}x", f"A,{gap * 20_000}B"):
         assert named_option(text, VALUES) in ("A", None)
+        assert not several_options(text + "C, D are", VALUES)
 
 
 def test_options_of_a_verl_row_may_stand_in_extra_info_alone(tmp_path):

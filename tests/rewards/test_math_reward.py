@@ -250,7 +250,9 @@ def test_a_ground_truth_that_is_no_answer_is_a_fault(truth):
         math_reward("\\boxed{7}", exercise(truth))
 
 
-@pytest.mark.parametrize("noise", ["\\boxed{", "{", "}", "\\boxed{}", "<answer>", "$", "\\", "9", "(", "1 "])
+@pytest.mark.parametrize(
+    "noise", ["\\boxed{", "{", "}", "a , ", "x" + " " * 30_000, "\\boxed{}", "<answer>", "$", "\\", "9", "(", "1 "]
+)
 def test_a_degenerate_answer_of_a_hundred_thousand_characters_is_graded(noise):
     text = noise * (100_000 // len(noise))
     assert math_reward(text, exercise("7")).value == 0.0

@@ -85,3 +85,30 @@ def test_two_stars_are_a_power_or_bold(text, bare):
 def test_a_label_is_no_month():
     assert not same_answer("6", "July 6")
     assert same_answer("6", "length 6")
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "truth", "same"),
+    [
+        ("Find the area.", "The perimeter is 16 and the area is 12.", "12", True),
+        ("Find the area.", "The perimeter is 16 and the area is 12.", "16", False),
+        ("Find the area.", "The area is 12, while the perimeter is 16.", "12", True),
+        ("Find the area.", "The area is 12, while the perimeter is 16.", "16", False),
+        ("Find it.", "It was 16 in 2010 and 12 in 2011.", "16", False),
+        ("Find it.", "Could it be 16?", "16", False),
+        ("Find it.", "It cannot be 16.", "16", False),
+        ("Find it.", "12 = 16", "16", False),
+        ("Find it.", "none of the 16", "16", False),
+        ("Find it.", "x is equal to 16", "16", True),
+        ("Find it.", "x is not equal to 16", "16", False),
+        ("Find it.", "x isn't equal to 16", "16", False),
+        ("Find it.", "It is close to 16.", "16", False),
+        ("Find it.", "We reject 16.", "16", False),
+        ("Find it.", "4 squared", "16", True),
+        ("Find it.", "16 squared", "16", False),
+        ("Find it.", "16 below zero", "16", False),
+    ],
+)
+def test_of_several_values_of_a_sentence_that_which_is_asked_for_counts(asked, answer, truth, same):
+    task = Task("t", "s", (Message("user", asked),), (), truth, {}, "row 0")
+    assert bool(math_reward(answer, task, extraction="text").value) is same

@@ -44,6 +44,8 @@ _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?!
 _NEAR = 40  # characters before an option in which a denial of it may stand
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
+_LONGEST_LIST = 120
+"""Characters of a text that may be nothing but several letters."""
 _MARKED = re.compile(r"[(\[【]\s*([A-J])\s*[)\]】]")
 _AROUND_SEVERAL = re.compile(
     r"^(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:options?|choices?|answers?|letters?|statements?)\s+(?:are\s+)?|both\s+|only\s+|选项?)+"
@@ -237,7 +239,10 @@ def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
 
 def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
     """The labels of an answer that is, or states, nothing but several letters: `A, C`, `故选：AC`; else empty."""
-    bare = _MARKED.sub(r"\1", stated_answer(unwrapped(unified(text)))).strip(" $.()")
+    said = " ".join(stated_answer(unwrapped(unified(text))).split())
+    if len(said) > _LONGEST_LIST:
+        return frozenset()
+    bare = _MARKED.sub(r"\1", said).strip(" $.()")
     bare = _AROUND_SEVERAL.sub("", bare).strip()
     letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
     single = frozenset(letters)

@@ -9,6 +9,7 @@ import re
 
 from foveate.rewards.brackets import SEPARATOR, parts_of
 from foveate.rewards.names import same_wording, wording
+from foveate.rewards.numbers import decimal_of
 from foveate.rewards.phrases import Same
 
 _TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
@@ -18,7 +19,7 @@ _CALL = re.compile(
 )
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
 REJECTED = re.compile(
-    r"n't\b|\b(?:not|never|instead|unlike|contradicts?)\b|^\W*(?:if|unless|initially|otherwise|assum(?:e|ing)|suppose)\b"
+    r"n't\b|\b(?:not|never|instead|unlike|contradicts?|fails?\s+(?:for|at|if))\b|^\W*(?:if|unless|initially|otherwise|assum(?:e|ing)|suppose|let)\b"
     r"|\b(?:we|I|must|should|can|to)\s+(?:then\s+|also\s+)?"
     r"(?:avoid|discard|eliminate|exclude|ignore|neglect|reject|rule\s+out)\b",
     re.IGNORECASE,
@@ -38,6 +39,9 @@ def same_equations(given: str, wanted: str, asked: str, same: Same) -> bool | No
     if _has_several(given) != _has_several(wanted):
         return False
     if any(REJECTED.search(side) for side in (answer[0], truth[0])):
+        return False
+    ends = decimal_of(answer[0]), decimal_of(answer[-1])
+    if len(answer) > 1 and None not in ends and ends[0] != ends[1]:
         return False
     if len(truth) == 1:
         labelled = not _TERM.search(answer[0]) or _is_label(answer[0]) or _OPERATION.match(answer[0])

@@ -24,7 +24,8 @@ _CUE = re.compile(
 )
 _SENTENCE_END = re.compile(r"(?<!i\.e)(?<!e\.g)[.!?。](?=\s|\*|$)|\n|。")
 _COPULA = re.compile(
-    r"(?:(?<!so )\b(?:is|are|was|were|(?<!not )(?<!n't )be|becomes?|equals?|says|reads|shows|has|contains|represents"
+    r"(?:(?<!so )\b(?:(?:is|are)\s+equal\s+to"
+    r"|is|are|was|were|(?<!not )(?<!n't )be|becomes?|equals?|says|reads|shows|has|contains|represents"
     r"|indicates|denotes|means|(?:see|count|spot)s?|(?:comes|amounts|works\s+out|simplifies)\s+to)\b|:(?!\d)"
     r"|(?<=it's)|(?<=It's)|(?<=hat's)|(?<!不)是(?!否)|(?<![因认作成])为|(?<![没所])有|[多少高低]了|等于|达到|写着)\s*(?!\Z)"
 )

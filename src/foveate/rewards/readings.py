@@ -31,7 +31,7 @@ _COUNTED = re.compile(
 _NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
 _TAIL = re.compile(
     r",?\s+(?:which|because|since|so that|as (?:shown|seen|indicated)|according to|based on|from the|for a total)\b.*$"
-    r"|\s+(?:in|during|by|since)\s+(?:the\s+year\s+)?[12]\d{3}(?!\d).*$"
+    r"|\s+(?:in|during|by|since)\s+(?:the\s+year\s+)?[12]\d{3}(?!\d)\D*$"
     r"|,\s+(?:making|indicating|as|so|and)\b[^\d]*$|[,，][^,，\d]*[\u4e00-\u9fff].*$",
     re.DOTALL,
 )
@@ -51,6 +51,13 @@ _IS = re.compile(
 _WHICH = re.compile(r"\b(?:which|who|what)\b|哪|谁", re.IGNORECASE)
 _VALUE_FIRST = re.compile(
     r"(?P<value>\$[^$]+\$|[-+\d\\][^A-Za-z]*(?:\\[a-z]+[^A-Za-z]*){0,6}?)\s+(?P<what>[a-z].+)", re.IGNORECASE
+)
+_BETWEEN_CLAUSES = re.compile(
+    r"\s*[,;]\s+(?:(?:and|while|whereas|but|so|which\s+makes|therefore|hence|thus)\s+)?(?=\S)|\s+(?:and|while|whereas|but)\s+",
+    re.IGNORECASE,
+)
+_GIVES = re.compile(
+    r"(?P<subject>[^\d=$]{3,60}?)\s+(?:(?:is|are|was|were|of|equals)\s+)?(?=[-$\\]?\d|\\frac|\\sqrt)", re.IGNORECASE
 )
 _HEDGE = re.compile(r"\b(?:or|maybe|perhaps|either|possibly)\b", re.IGNORECASE)
 _NEGATED = re.compile(r"n't\b|\b(?:not|no|never|except|other|without|neither|nor)\b", re.IGNORECASE)
@@ -72,7 +79,8 @@ _CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _YIELDS = re.compile(
-    r"\b(?:gives?|yields?|get|obtain|results?\s+in|find(?:\s+that)?|we\s+have|lies|lie)\s+(?:us\s+)?(?=\S)|得到|解得|可得|算得",
+    r"\b(?:gives?|yields?|get|obtain|results?\s+in|find(?:\s+that)?|we\s+have|lies|lie|(?:meet|intersect|occur|located)s?\s+at|(?:cross|touch)(?:es)?\s+at)"
+    r"\s+(?:us\s+)?(?=\S)|得到|解得|可得|算得",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
@@ -90,7 +98,7 @@ _LEANING = re.compile(
 )
 """Words with which what follows is no answer."""
 _AWAY = re.compile(
-    r"\b(?:left|right|below|above|near|between|beyond|before|after|multiple|half|twice|double)\s+(?:of\s+)?$",
+    r"\b(?:left|right|below|above|near|between|beyond|before|after|multiple|half|twice|double|close)\s+(?:(?:of|to)\s+)?$",
     re.IGNORECASE,
 )
 _OF = re.compile(r"of\s+(?:the|all|a|an|its|these|those)\s", re.IGNORECASE)
@@ -114,7 +122,9 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
     if len(bold) == 1:
         yield bold[0]
     text = unwrapped(text).strip()
-    sentence = last_sentence(text).strip()
+    sentence = _asked_for(last_sentence(text).strip(), asked)
+    if text.endswith("?") and " " in sentence:
+        return
     if (found := _VERDICT.match(text)) and stated_answer(text) == text:
         yield found[1]
     if found := _CONNECTIVE.match(sentence):
@@ -126,6 +136,18 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
             yield sentence
         yield from _said(text, sentence)
         yield from _concluded(sentence, asked)
+
+
+def _asked_for(sentence: str, asked: str) -> str:
+    """The one of the clauses of a sentence whose subject the question has, where each gives another thing its value:
+    of `The perimeter is 20 and the area is 25.` the second where it asks for the area; else the sentence."""
+    short = sentence if len(sentence) <= _LONGEST else ""
+    clauses = [_GIVES.match(clause) for clause in _BETWEEN_CLAUSES.split(short)]
+    if len(clauses) < 2 or None in clauses:
+        return sentence
+    known = set(re.findall(r"[a-z]{3,}", asked.casefold())) - _SMALL_WORDS
+    named = [one for one in clauses if one and set(re.findall(r"[a-z]{3,}", one["subject"].casefold())) & known]
+    return named[0].string if len(named) == 1 else sentence
 
 
 def _follows_prose(text: str, sentence: str) -> bool:

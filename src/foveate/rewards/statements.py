@@ -39,9 +39,10 @@ _RATE = re.compile(r"(?<=%)\s+(?:per\s+\w+|p\.a\.?)$")
 _NO_NAMES = (
     "not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up|about|angle"
     "|line|segment|arc|side|circle|point|ray|plane|left|right|before|after|near|multiple|divisor|twice|double|triple|half"
-    f"|beyond|outside|{'|'.join((*FUNCTIONS, *month_name[1:]))}"
+    "|beyond|outside|can|cannot|could|would|should|may|might|it|we|you|they|is|are|was|be|to|for|if|let|see|none|close|fails?"
+    f"|{'|'.join((*FUNCTIONS, *month_name[1:]))}"
 )
-_NAMED_VALUE = re.compile(rf"^(?:(?!(?:{_NO_NAMES})\b)[A-Za-z]{{2,}}\s+){{1,3}}(?=[\d(])")
+_NAMED_VALUE = re.compile(rf"^(?:(?!(?i:{_NO_NAMES})\b)[A-Za-z]{{2,}}\s+){{1,3}}(?=[\d(])")
 _WEEKDAY_OF = re.compile(rf"^(?:{'|'.join(day_name)}),?\s+(?=\S)", re.IGNORECASE)
 _ONLY = re.compile(r"^(?:only|both|statements)\s+(?=\S)|\s+only$", re.IGNORECASE)
 _WHOLE = re.compile(r",?\s*(?:where\s+|for\s+|with\s+)?\(?[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\)?$")
