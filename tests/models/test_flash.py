@@ -19,7 +19,7 @@ from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.flash import begin_as_mean, compressible, patches_of, projected
 from foveate.models.flash_routes import with_router
 from foveate.models.forward import embed, token_logprobs
-from foveate.models.policy import load_on_meta, load_policy, part_of, save_policy
+from foveate.models.policy import load_on_meta, load_policy, save_policy
 from foveate.parallel.packing import pack, positions
 from foveate.records import PackedGroup, SamplingParams
 from foveate.rollout.engine import Request
@@ -78,9 +78,9 @@ def test_a_flash_model_is_the_same_after_every_way_to_disk_and_back(policy, fold
 
 
 def test_every_parameter_has_its_part_and_no_stage_trains_the_router(policy):
-    parts = {part_of(policy.family, name) for name, _ in policy.model.named_parameters()}
+    parts = {policy.family.part_of(name) for name, _ in policy.model.named_parameters()}
     assert parts == {"vision", "projector", "router", "language", "head"}
-    assert part_of(policy.family, "model.mlp2.1.weight") == "projector"
+    assert policy.family.part_of("model.mlp2.1.weight") == "projector"
 
 
 def test_a_route_takes_tokens_away_and_is_recorded(policy, prompt):
