@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from foveate.api.training import Recipe
 from foveate.config.model import ModelSettings
 from foveate.config.runs import VicoSettings
 from foveate.config.train import OptimSettings
@@ -21,6 +22,7 @@ from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.forward import hidden_states
 from foveate.models.policy import load_policy
 from foveate.parallel.packing import pack
+from foveate.plan.workload import workload_of
 from foveate.records import PackedGroup
 from foveate.train.consistency import ConsistencyRow, ConsistencyWorker
 from foveate.train.vico import _route, run_vico
@@ -181,3 +183,12 @@ def test_a_model_that_cannot_compress_is_refused_with_the_command_that_makes_one
         ConfigError, match="internvl cannot compress tiles; foveate flash FOLDER OUT makes a Flash model"
     ):
         run_vico(settings_of(tmp_path / "a", tiny_folder, [data]))
+
+
+def test_a_dry_run_and_a_plan_know_the_stage(folder, tiny_folder, data, tmp_path):
+    settings = settings_of(tmp_path / "a", folder, [data])
+    assert "vico: 6 steps of 4 demonstrations, by sample" in Recipe(settings).dry_run()
+    with pytest.raises(ConfigError, match="cannot compress tiles"):
+        Recipe(settings_of(tmp_path / "a", tiny_folder, [data])).dry_run()
+    planned = workload_of(settings, 100, 20, 2)
+    assert (planned.reference, planned.forwards, planned.generates) == (True, 1, False)

@@ -118,5 +118,5 @@ def test_parts_that_would_not_be_trained_are_refused():
 
 
 def test_a_model_without_a_router_is_refused(tiny_folder, data, tmp_path):
-    with pytest.raises(ConfigError, match="internvl has no router; take a Flash model"):
+    with pytest.raises(ConfigError, match="internvl cannot compress tiles; foveate flash"):
         run_vir(settings_of(tmp_path / "a", tiny_folder, data, tiny_folder))

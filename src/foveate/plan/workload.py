@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings
-from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.inspect import inspect_model_folder
@@ -103,11 +103,14 @@ def workload_of(
     }  # fmt: skip
     if not isinstance(settings, RLSettings):
         longest = max(2, data.max_prompt_tokens - prompt)
+        if isinstance(settings, VirSettings):
+            raise ConfigError("vir is not planned: it trains a few layers alone, and takes two passes of two models")
+        frozen = isinstance(settings, VicoSettings)  # the start, which has a pass beside the policy's
         pairs = isinstance(settings, MPOSettings)  # their reference log-probs are computed once, before the steps
         groups = settings.train.pairs_per_step if pairs else settings.train.samples_per_step
         return Workload(
             **common, groups=groups, answers=2 if pairs else 1, updates=1, answer=answer or longest // 8 or 1,
-            longest=longest, generates=False, forwards=0, reference=False,
+            longest=longest, generates=False, forwards=int(frozen), reference=frozen,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
     algorithm = build_algorithm(settings.algorithm, longest)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.config.run_base import RunSettings
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_response
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
@@ -36,6 +36,7 @@ from foveate.train.mpo import build_preference_loss
 from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, check_of_truth, new_engine
 from foveate.train.session import answer_limits, check_cluster, check_offline
+from foveate.train.vico import require_flash
 from foveate.train.worker import use_threads
 
 MOST_TOKENS, MOST_CHARACTERS = 120, 4000
@@ -83,6 +84,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     use_threads(settings.train.threads)
     stage, per_step, step, check, fields = _step(settings)
     model = inspect_model_folder(settings.model.path)
+    if stage in ("vico", "vir"):
+        require_flash(settings.model.path, model.family)
     tools = () if isinstance(settings, MPOSettings) else tools_of_environment(settings.environment)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     limits = None if isinstance(settings, RLSettings) else answer_limits(settings, fields)
@@ -94,7 +97,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     yield f"folder: {settings.run}{_resumes(settings)}"
     yield f"rows: {len(train):,}, {settings.train.steps * per_step / len(train):.1f} epochs; evaluation: {evaluation}"
     yield from (f"left out: {problem}" for problem in left_out[:3])
-    yield f"memory of a device: {_memory(settings, prompt)}"
+    if not isinstance(settings, VirSettings):  # which trains a few layers alone
+        yield f"memory of a device: {_memory(settings, prompt)}"
     yield f"first prompt, {task.where}: {len(prompt)} tokens, {counted(len(task.images), 'image')} among them"
     yield f"  tokens: {_tokens(prompt.token_ids)}"
     yield _text(str(encoder.tokenizer.decode(list(prompt.engine_ids))))
@@ -128,7 +132,8 @@ def _step(settings: RunSettings) -> tuple[str, int, str, Any, tuple[str, ...]]:
         return "mpo", count, f"{count} pairs, loss {settings.loss.name}", check_pair, (CHOSEN, REJECTED)
     assert isinstance(settings, SFTSettings)
     count = settings.train.samples_per_step
-    return "sft", count, f"{count} demonstrations, by {settings.train.weighting}", check_response, (RESPONSE,)
+    name = "vico" if isinstance(settings, VicoSettings) else "vir" if isinstance(settings, VirSettings) else "sft"
+    return name, count, f"{count} demonstrations, by {settings.train.weighting}", check_response, (RESPONSE,)
 
 
 def _resumes(settings: RunSettings) -> str:

@@ -60,11 +60,7 @@ def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder
     check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
     model = inspect_model_folder(settings.model.path)
-    if model.family.sides is None:
-        raise ConfigError(
-            f"model.path {settings.model.path}: {model.family.name} cannot compress tiles; foveate flash FOLDER OUT "
-            "makes a Flash model of an InternVL"
-        )
+    require_flash(settings.model.path, model.family)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     budget = settings.train.tokens_per_micro_batch
@@ -113,6 +109,15 @@ def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder
                 leaving.check()
         broadcast(workers, ConsistencyWorker.export, run.final)
     return run
+
+
+def require_flash(path: str, family: Family) -> None:
+    """Raise ConfigError for a model that compresses no tiles."""
+    if family.sides is None:
+        raise ConfigError(
+            f"model.path {path}: {family.name} cannot compress tiles; foveate flash FOLDER OUT makes a Flash model of "
+            "an InternVL"
+        )
 
 
 def _held_out(

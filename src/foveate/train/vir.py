@@ -23,7 +23,6 @@ from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family
 from foveate.encoding.reader import Reader
-from foveate.errors import ConfigError
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
@@ -46,7 +45,7 @@ from foveate.train.session import (
 )
 from foveate.train.sft import augmentation
 from foveate.train.trackers import Trackers
-from foveate.train.vico import consistency_row
+from foveate.train.vico import consistency_row, require_flash
 from foveate.train.worker import use_threads
 
 LEAST = 1e-4
@@ -88,8 +87,7 @@ def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
     check_optimizer(settings.optim, settings.cluster)
     use_threads(settings.train.threads)
     model = inspect_model_folder(settings.model.path)
-    if model.family.router_thresholds is None:
-        raise ConfigError(f"model.path {settings.model.path}: {model.family.name} has no router; take a Flash model")
+    require_flash(settings.model.path, model.family)
     costs, train = Costs.of(model.config), settings.train
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     more = {"cluster": settings.cluster, "seed": settings.seed, "threads": train.threads}
