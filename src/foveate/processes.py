@@ -139,7 +139,8 @@ def confine(job: WorkerJob, pipe: Connection, owner: Connection) -> None:
     logging.disable()  # an error travels back as a note
     os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
+    limit = job.memory_limit if hard == resource.RLIM_INFINITY else min(job.memory_limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def lifeline() -> tuple[Connection, Connection]:
