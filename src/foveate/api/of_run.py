@@ -20,7 +20,7 @@ def options_of_run(run: str | Path, system: str | None = None) -> dict[str, Any]
     Raises ConfigError for a folder that is none of a run.
     """
     folder = RunFolder(Path(run))
-    if not folder.config.exists():
+    if not folder.config.is_file():
         raise ConfigError(f"{run}: no folder of a run, as it has no {folder.config.name}; give one, or --model")
     settings = read_recipe(folder.config, ())
     data, final = settings.data, folder.final

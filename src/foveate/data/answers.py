@@ -216,6 +216,8 @@ def write_answers(path: Path, rows: Iterable[PromptRow]) -> None:
 def read_answers(path: Path, kind: type[AnswerRow], *, appending: bool = False) -> Iterator[AnswerRow]:
     """The rows of a file in order. `appending`: a last line without its line break is still being written, or torn by
     a kill, and is left out. Raises DataError that names file, row and field for a line that is no such row."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a regular file; name one of rows")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if appending and not line.endswith(b"\n"):

@@ -30,7 +30,7 @@ from foveate.encoding.chat import (
     some_prompt,
     template_of,
 )
-from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
+from foveate.encoding.control import Disguise, encode_text, pattern_of, without_panics, word_id
 from foveate.encoding.family import Clip, Family, ImageShape
 from foveate.errors import DataError, one_line
 from foveate.records import Image, ImageSlot, Message, Prompt, Task
@@ -149,7 +149,13 @@ class Encoder:
     def _prompt_ids(self, rendered: Rendered, where: str) -> list[int]:
         """The tokens of a rendered prompt."""
         if rendered.disguise is None:
-            return self._ids(rendered.text)
+            try:
+                with without_panics():
+                    return self._ids(rendered.text)
+            except Exception as error:  # tokenizers raises bare exceptions
+                raise DataError(
+                    f"{where}, field prompt: the model's tokenizer refuses it: {one_line(error)[:300]}"
+                ) from error
         ids: list[int] = []
         try:
             for is_control, part in rendered.disguise.parts(rendered.text):

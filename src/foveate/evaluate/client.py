@@ -24,6 +24,7 @@ from foveate.evaluate.client_turns import converse
 from foveate.evaluate.shards import Failed
 from foveate.records import SamplingParams, Task
 from foveate.rewards.remote import data_url
+from foveate.rewards.requests import bounded_http
 from foveate.rollout.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _REFUSED = frozenset({400, 413, 415, 422})
 _FATAL = frozenset({401, 403, 404})
 _BROKEN_OFF = frozenset({"abort", "error"})
 """How vLLM and SGLang mark an answer that they did not finish."""
-_KEY = "no-key"
+_KEY, MOST_REPLY_BYTES = "no-key", 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ class ChatClient:
         openai = _openai()
         client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get(self.settings.key_variable) or _KEY, max_retries=0,
-            timeout=self.settings.timeout,
+            timeout=self.settings.timeout, **bounded_http(MOST_REPLY_BYTES),
         )  # fmt: skip
         await stack.enter_async_context(client)
         try:

@@ -22,7 +22,7 @@ from foveate.environments.pool import Environments
 from foveate.errors import ConfigError, DataError, UserError
 from foveate.evaluate.client import ChatClient, ClientSettings
 from foveate.evaluate.shards import AnswerStore, Failed, read_generated
-from foveate.files import LOCK_FILES, atomic_write_text, held
+from foveate.files import LOCK_FILES, atomic_write_text, held, read_inside, strict_json
 from foveate.log import progress
 from foveate.records import SamplingParams
 
@@ -194,7 +194,9 @@ def _claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:
         raise ConfigError(f"--out {folder} holds answers and no {REQUEST} that says to what; choose another folder")
     if begun:
         try:
-            former = json.loads(path.read_text(encoding="utf-8"))
+            former = strict_json(read_inside(path, folder))
+            if not isinstance(former, dict):
+                raise ValueError("it holds no JSON object")
         except ValueError as error:
             raise DataError(f"{path}: not JSON ({error}); choose another --out") from error
         wanted = json.loads(json.dumps(identity))

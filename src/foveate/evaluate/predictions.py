@@ -24,10 +24,10 @@ import numpy as np
 
 from foveate.data.answers import ScoredAnswer, ScoredRow, read_answers, write_answers
 from foveate.errors import DataError
-from foveate.files import atomic_write_text
+from foveate.files import MOST_ROWS, atomic_write_text, inside
 
 MODELS = "predictions.jsonl"
-RESAMPLES = 1000
+RESAMPLES, MOST_DIGITS = 1000, 15
 _CHUNK = 100
 BOX_SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (math.inf, "over 20 %"))
 """Shares of the image below which the true box lies."""
@@ -206,17 +206,18 @@ def read_evaluations(run_folder: Path) -> tuple[Evaluation, ...]:
     DataError that names file, row and field."""
     if (run_folder / MODELS).exists():
         models: dict[str, list[ScoredRow]] = {}
-        for row in read_answers(run_folder / MODELS, ScoredRow):
+        for row in read_answers(inside(run_folder / MODELS, run_folder, MOST_ROWS), ScoredRow):
             models.setdefault(row.model, []).append(replace(row, model=""))
         return tuple(Evaluation(place, tuple(rows), label) for place, (label, rows) in enumerate(models.items()))
     found = []
     for path in (run_folder / "evals").glob("step_*.jsonl"):
         digits = path.stem.removeprefix("step_")
-        if not digits.isdecimal():
+        if not digits.isdecimal() or len(digits) > MOST_DIGITS:
             raise DataError(
                 f"{path}: the name does not end in a step; allowed is step_<number>.jsonl; rename or move it"
             )
-        found.append(Evaluation(int(digits), tuple(read_answers(path, ScoredRow))))
+        rows = tuple(read_answers(inside(path, run_folder, MOST_ROWS), ScoredRow))
+        found.append(Evaluation(int(digits), rows))
     return tuple(sorted(found, key=lambda evaluation: evaluation.step))
 
 

@@ -60,7 +60,7 @@ def run_facts(config: Mapping[str, Any], metrics: _Rows) -> list[tuple[str, str]
     """(name, value) of what a reader asks first: stage, model, data, steps, time and speed."""
     try:
         return [(name, value) for name, value in _facts(config, metrics) if value]
-    except (LookupError, TypeError, ValueError, AttributeError):  # not the config.yaml of a run
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # not the config.yaml of a run
         return []
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from foveate.data.answers import AnswerTurn, ScoredRow
 from foveate.data.images import open_picture
+from foveate.errors import DataError, one_line
 from foveate.evaluate.draw import encode_jpeg
 from foveate.evaluate.predictions import Evaluation, observed_path, thumbnail_path
 from foveate.evaluate.turns import looks_of
+from foveate.files import read_inside
 
 PICTURE_BUDGET = 2_300_000
 """Bytes of all embedded pictures together, before base64 makes four of three."""
@@ -185,11 +187,19 @@ def rectangle(box: Sequence[float] | None) -> tuple[float, float, float, float] 
 
 def embed_picture(path: Path, limit: int) -> tuple[str, int, int]:
     """A thumbnail as data URI, with its width and height: no longer than `MAX_SIDE` pixels, and made smaller until it
-    takes at most `limit` bytes or would be shorter than `MIN_SIDE`. Without a file: an empty URI and a square."""
+    takes at most `limit` bytes or would be shorter than `MIN_SIDE`. Without a file: an empty URI and a square. The file
+    lies in a folder of the run; raises DataError for one that does not, or that is no picture."""
     if not path.exists():
         return "", 1, 1
-    data = path.read_bytes()
-    with open_picture(path) as (image, _):
+    data = read_inside(path, path.parent.parent)
+    try:
+        return _embedded(data, limit)
+    except (OSError, ValueError, SyntaxError) as error:  # of Pillow, and of a picture that is refused
+        raise DataError(f"{path}: {one_line(error)}; delete the file, or let the run write it again") from error
+
+
+def _embedded(data: bytes, limit: int) -> tuple[str, int, int]:
+    with open_picture(data) as (image, _):
         width, height = image.size
         side = max(image.size)
         if side > MAX_SIDE:

@@ -13,7 +13,8 @@ import logging
 import math
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,12 +52,14 @@ class Reward:
     """A reward of the one signature. `name` is for messages; `function` takes what `read` gives of an answer, and the
     task; it returns what `as_score` takes. reads_text: it takes the text of an answer and not the record. fetch: for a
     reward that asks a server, the request, which runs beside others; `function` takes its result as a third argument.
+    copies: the function gets a task of its own for each answer, so that what it changes in it reaches no other answer.
     """
 
     name: str
     function: Callable[..., Any]
     reads_text: bool = True
     fetch: Callable[[Session, Any, Task], Awaitable[Any]] | None = None
+    copies: bool = False
 
     def read(self, answer: Answer | str) -> Answer | str:
         """The part of an answer that the reward needs, and a worker process is sent: its text, or the record.
@@ -73,6 +76,8 @@ class Reward:
         read = self.read(answer)
         if self.fetch is not None and not fetched:
             fetched = (asyncio.run(self._fetch_alone(read, task)),)
+        if self.copies:
+            task = replace(task, answer=deepcopy(task.answer), meta=deepcopy(dict(task.meta)))
         return as_score(self.function(read, task, *fetched), self.name)
 
     async def _fetch_alone(self, read: Any, task: Task) -> Any:
@@ -273,7 +278,8 @@ def build_reward(name: str, settings: Mapping[str, Any]) -> Reward:
     if name in REWARDS and REWARDS[name].builds:
         built = bind(function, settings, f"reward {name}")()
         return built if isinstance(built, Reward) else adapt(name, built, {})
-    return adapt(name, function, settings)
+    reward = adapt(name, function, settings)
+    return reward if name in REWARDS else replace(reward, copies=True)
 
 
 def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCheck | None:
