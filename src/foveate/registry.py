@@ -97,7 +97,7 @@ def _passed_function(name: str, kind: str) -> Callable[..., Any]:
     if name not in _passed:
         raise ConfigError(
             f"{kind} {name!r}: the function {shown_name(name)} was passed by Python code; pass it again, unchanged, or "
-            "name code in a file, path/to/file.py:object"
+            f"name code in a file, path/to/file.py:object (foveate eval: --{kind} path/to/file.py:object)"
         )
     return _passed[name]
 

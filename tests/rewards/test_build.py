@@ -62,6 +62,10 @@ def strict(data_source, solution_str, ground_truth, extra_info, *, weight: float
     return weight * ground_truth.sum()
 
 
+def easyr1(text, task):
+    return {"overall": 0.55, "accuracy": 0.5, "format": 1.0}
+
+
 def wordy(text, task):
     return {"acc": 1.0, "why": "fine"}
 
@@ -99,6 +103,7 @@ FORMS = {
     "truth": ({"scale": 0.5}, Score(2.5, {"right": 0.5, "level": 2.0})),
     "any_column": ({}, Score(1.0)),
     "trl": ({}, Score(3.0)),
+    "easyr1": ({}, Score(0.55, {"accuracy": 0.5, "format": 1.0})),
     "trl_settings": ({"level": 5}, Score(5.0)),
     "trl_prompts": ({}, Score(7.0)),
     "trl_messages": ({}, Score(1.0)),

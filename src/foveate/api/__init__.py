@@ -64,8 +64,11 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     return run_generate(request)
 
 
-def evaluate(request: EvalRequest) -> Path:
-    """Score the answers of models, or those that `generate` left. Returns the path of the report."""
+def evaluate(request: EvalRequest | Run | str | Path) -> Path:
+    """Score the answers of models, or those that `generate` left; a run, or its folder: as `Run.evaluate`. Returns the
+    path of the report."""
+    if isinstance(request, Run | str | Path):
+        return Run(request).evaluate()
     from foveate.evaluate.evaluate_models import run_eval
 
     run_eval(request)

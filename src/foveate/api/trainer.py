@@ -51,8 +51,8 @@ class RLTrainer:
 
     @property
     def run(self) -> Run:
-        """The run, also while it goes on."""
-        return Run(Path(self.settings.run))
+        """The run, also while it is under way."""
+        return Run(self.settings.run)
 
     def __iter__(self) -> Iterator[Step]:
         from foveate.train.rl import rl_steps

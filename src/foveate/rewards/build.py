@@ -42,6 +42,10 @@ TRACE_FRAMES = 8
 """The last frames of a traceback that are kept."""
 
 
+WHOLE = ("score", "overall")
+"""The entries of a dict that are the score itself, in verl and in EasyR1."""
+
+
 class WrongResult(DataError):
     """A reward returned what is no score: it is wrong for every answer."""
 
@@ -104,8 +108,8 @@ def not_graded(reason: str, *, raised: bool = False) -> Score:
 
 def as_score(result: Any, name: str) -> Score:
     """The result of a reward as a Score: a number, a Score, or a dict of parts. The value of a dict is its entry
-    "score", and its other numbers are the parts; without "score" it is the sum of the entries. Raises WrongResult for
-    anything else."""
+    "score" (verl) or "overall" (EasyR1), and its other numbers are the parts; without them it is the sum of the
+    entries. Raises WrongResult for anything else."""
     if isinstance(result, Score):
         parts = {printable(str(part)[:100]): float(value) for part, value in result.parts.items()}
         if result.value is None:
@@ -115,13 +119,13 @@ def as_score(result: Any, name: str) -> Score:
         return Score(float(result))
     if isinstance(result, Mapping):
         parts = {printable(str(part)[:100]): float(value) for part, value in result.items() if _is_number(value)}
-        if "score" in parts:
-            return Score(parts.pop("score"), parts)
+        if whole := next((name for name in WHOLE if name in parts), ""):
+            return Score(parts.pop(whole), parts)
         if parts and len(parts) == len(result):
             return Score(sum(parts.values()), parts)
     raise WrongResult(
         f"reward {name} returned {type(result).__name__} {result!r:.60}; it must return a number, a dict of numbers "
-        '(or one with a number under "score"), or a foveate.records.Score'
+        '(with "score" or "overall" the score itself), or a foveate.records.Score'
     )
 
 
