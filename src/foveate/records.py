@@ -50,6 +50,8 @@ class Task:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    conversational: bool = False
+    """The row has its prompt as TRL's messages, so that TRL's rewards get messages."""
 
 
 @dataclass(frozen=True, slots=True)

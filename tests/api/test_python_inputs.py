@@ -14,8 +14,10 @@ from foveate.api.training import rl_settings
 from foveate.config.recipe import flatten, load_recipe, settings_of
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
 from foveate.errors import ConfigError, DataError
+from foveate.records import Task
 from foveate.registry import name_of
 from foveate.rewards.build import build_reward
+from foveate.rewards.pool import Graders
 from foveate.run_folder import change_in_words, settings_changes
 
 ROWS = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
@@ -99,15 +101,49 @@ def test_a_reward_is_a_name_a_function_a_weighted_list_or_settings():
     assert combined == {"name": "weighted_sum", "settings": {"weights": {name_of(right): 1.0, "exact": 0.5}}}
 
 
-@pytest.mark.parametrize("bad", [[right], [], [(right, 1, 2)], [("exact", 1.0), right]])
+@pytest.mark.parametrize("bad", [[], [(right, 1, 2)], [("exact", 1.0), 3], 7])
 def test_a_list_of_rewards_has_pairs(bad):
-    with pytest.raises(ConfigError, match="a list of \\(function or name, weight\\)"):
+    with pytest.raises(ConfigError, match="or of \\(function or name, weight\\)"):
         reward_settings(bad)
 
 
-def test_what_is_no_function_is_refused():
-    with pytest.raises(ConfigError, match="must be a plain function, or a name"):
-        reward_settings(functools.partial(right, columns=1))
+def test_rewards_in_a_list_without_weights_count_once_each():
+    weights = {"exact": 1.0, name_of(right): 1.0, "repetition": 0.5}
+    assert reward_settings(["exact", right, ("repetition", 0.5)])["settings"] == {"weights": weights}
+    with pytest.raises(ConfigError, match="exact is given twice"):
+        reward_settings(["exact", ("exact", 2.0)])
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, completions, solution):
+        return [self.by * (c == s) for c, s in zip(completions, solution, strict=True)]
+
+
+def scaled(answer, ground_truth, *, by=1.0):
+    return by * (answer == ground_truth)
+
+
+@pytest.mark.parametrize("make", [Scaled, lambda by: functools.partial(scaled, by=by), lambda by: Scaled(by).__call__])
+def test_what_can_be_called_is_a_reward_whose_name_changes_with_what_it_holds(make):
+    one, again, other = (reward_settings(make(by))["name"] for by in (2.0, 2.0, 3.0))
+    assert one == again != other
+    task = Task("0", "s", (), (), "yes")
+    assert [build_reward(name, {})(text, task).value for name in (one, other) for text in ("yes", "no")] == [2, 0, 3, 0]
+    with Graders(one, {}, workers=1) as graders:
+        assert graders.grade_many([("yes", task)])[0].value == 2.0
+
+
+def test_async_code_and_what_cannot_be_called_are_refused():
+    async def later(completions):
+        return completions
+
+    with pytest.raises(ConfigError, match="later is async"):
+        reward_settings(later)
+    with pytest.raises(ConfigError, match="a function, or an object that can be called, found 7"):
+        reward_settings({"name": 7})
 
 
 def test_a_function_that_was_not_passed_again_is_asked_for():

@@ -21,7 +21,7 @@ class _WritesParquet(Protocol):
     def to_parquet(self, path_or_buf: Any) -> Any: ...
 
 
-Reward = str | Callable[..., Any] | Sequence[tuple[str | Callable[..., Any], float]]
+Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any] | tuple[str | Callable[..., Any], float]]
 
 Environment = str | Callable[..., Any] | Mapping[str, Any]
 
@@ -34,26 +34,41 @@ def environment_settings(environment: Environment) -> dict[str, Any]:
 
 
 def reward_settings(reward: Reward | Mapping[str, Any]) -> dict[str, Any]:
-    """The `reward` group of settings: of a function or a name, of a list of (function or name, weight), whose weighted
-    sum it is, or as it stands."""
+    """The `reward` group of settings: of a function or a name, of a list of them or of (function or name, weight),
+    whose weighted sum it is (without a weight it counts once, as in TRL), or as it stands."""
     if isinstance(reward, Mapping):
-        return {**reward, "name": _named(reward.get("name", "grounding"))}
+        return {**reward, "name": _reward_name(reward.get("name", "grounding"))}
     if isinstance(reward, str) or callable(reward):
-        return {"name": _named(reward)}
-    pairs = [pair for pair in reward if isinstance(pair, tuple | list) and len(pair) == 2]
-    if not pairs or len(pairs) != len(reward):
+        return {"name": _reward_name(reward)}
+    given = reward if isinstance(reward, Sequence) else ()
+    pairs = [(one, 1.0) if isinstance(one, str) or callable(one) else one for one in given]
+    if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise ConfigError(
-            "reward: must be a function, a name, or a list of (function or name, weight), such as "
+            "reward: must be a function, a name, or a list of them or of (function or name, weight), such as "
             "[(right, 1.0), (short, 0.2)]"
         )
+    weights: dict[str, float] = {}
     for one, weight in pairs:
+        name = _reward_name(one)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward: the weight of {_named(one)} must be a finite number, found {weight!r:.60}")
-    return {"name": "weighted_sum", "settings": {"weights": {_named(one): float(weight) for one, weight in pairs}}}
+            raise ConfigError(f"reward: the weight of {name} must be a finite number, found {weight!r:.60}")
+        if name in weights:
+            raise ConfigError(f"reward: {name} is given twice; give each once, with its weight")
+        weights[name] = float(weight)
+    return {"name": "weighted_sum", "settings": {"weights": weights}}
 
 
-def _named(reward: str | Callable[..., Any]) -> str:
-    return reward if isinstance(reward, str) else name_of(reward)
+def _reward_name(reward: str | Callable[..., Any]) -> str:
+    """The name of a reward: of anything that can be called, by a function that calls it."""
+    if isinstance(reward, str):
+        return reward
+    from foveate.rewards.callables import as_function
+
+    return name_of(as_function(reward, "reward"))
+
+
+def _named(environment: str | Callable[..., Any]) -> str:
+    return environment if isinstance(environment, str) else name_of(environment)
 
 
 def data_files(data: Any, file: Path) -> list[str]:

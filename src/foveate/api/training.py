@@ -36,12 +36,12 @@ class Recipe:
         `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
         return finished(_stage(prepared(self.settings), accept_changes))
 
-    def dry_run(self) -> str:
+    def dry_run(self, *, accept_changes: bool = False) -> str:
         """The beginning of the run in words: its size, its first prompt as tokens and text, what is trained of it, or a
         sampled answer with its reward. Raises what `train` would refuse; nothing is written."""
         from foveate.tools.dry_run import describe_run
 
-        return describe_run(self.settings)
+        return describe_run(self.settings, accept_changes=accept_changes)
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
