@@ -196,25 +196,25 @@ def recipes_list(name: str | None = None) -> list[ListEntry] | str:
     return listing.recipes_list(name)
 
 
-def rewards_list() -> list[ListEntry]:
-    """The known rewards with their settings."""
+def rewards_list(name: str | None = None) -> list[ListEntry]:
+    """The known rewards with their settings, or one of them with all that it says."""
     from foveate.tools import listing
 
-    return listing.rewards_list()
+    return listing.rewards_list(name)
 
 
-def environments_list() -> list[ListEntry]:
-    """The known environments with their settings, and the tools of `tools`."""
+def environments_list(name: str | None = None) -> list[ListEntry]:
+    """The known environments with their settings, and the tools of `tools`; or one of them."""
     from foveate.tools import listing
 
-    return listing.environments_list()
+    return listing.environments_list(name)
 
 
-def algorithms_list() -> list[ListEntry]:
-    """The known algorithms, advantages and losses."""
+def algorithms_list(name: str | None = None) -> list[ListEntry]:
+    """The known algorithms, advantages and losses, or those of one name."""
     from foveate.tools import listing
 
-    return listing.algorithms_list()
+    return listing.algorithms_list(name)
 
 
 def import_verl(

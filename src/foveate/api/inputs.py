@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from foveate.errors import ConfigError, DataError, one_line
 from foveate.files import atomic_write_bytes
@@ -24,6 +26,40 @@ class _WritesParquet(Protocol):
 Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any] | tuple[str | Callable[..., Any], float]]
 
 Environment = str | Callable[..., Any] | Mapping[str, Any]
+
+
+ARGUMENTS = {
+    "reward_funcs": "reward", "train_dataset": "train_data", "eval_dataset": "eval_data", "reward_function": "reward",
+    "environment_factory": "environment", "tools": "environment",
+}  # fmt: skip
+"""Arguments of TRL's trainers, and what they are called here."""
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def checked_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with a line about a call that Python itself would refuse without saying what to do: an argument of
+    another trainer's name, one that is given twice, one that is missing. Raises ConfigError."""
+    parameters = inspect.signature(function).parameters
+    names = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    shown = ", ".join(name for name in names if name != "self")
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for other, own in ARGUMENTS.items():
+            if other in kwargs and own in parameters:
+                raise ConfigError(f"argument {other}: it is called {own} here")
+        for name in names[: len(args)]:
+            if name in kwargs:
+                raise ConfigError(
+                    f"argument {name}: is given twice; settings of a group are named one by one, by their own name or "
+                    f"by path: lora={{'rank': 16}}, or **{{'model.lora': {{'rank': 16}}}}, not {name}={{...}}"
+                )
+        for name in names[len(args) :]:
+            if name not in kwargs:
+                raise ConfigError(f"argument {name} is missing; call it with ({shown}, steps=100)")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def environment_settings(environment: Environment) -> dict[str, Any]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
+from foveate.api.inputs import (
+    Environment,
+    Reward,
+    checked_call,
+    data_files,
+    environment_settings,
+    reward_settings,
+)
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
 from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, RLStage, SFTSettings, StageName
@@ -53,6 +61,7 @@ def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = Non
     return Recipe(read_recipe(name, overrides, stage))
 
 
+@checked_call
 def train_rl(
     model: str | Path,
     train_data: Any,
@@ -122,6 +131,7 @@ def rl_settings(
     return _settings("rl", model, rows, config, run_dir, given)
 
 
+@checked_call
 def train_sft(
     model: str | Path,
     train_data: Any,
@@ -136,6 +146,7 @@ def train_sft(
     return _offline("sft", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+@checked_call
 def train_mpo(
     model: str | Path,
     train_data: Any,
@@ -174,6 +185,11 @@ def _settings(
     given: Mapping[str, Any],
 ) -> Any:
     """The settings of a stage with what was `given`. Rows that were passed are written beside the run folder."""
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"argument model: must be a model folder or a name, found {type(model).__name__}; write a model in memory "
+            "with save_pretrained, together with its processor, and give that folder"
+        )
     with _run_of(stage, run_dir, given) as run:
         folder = run.with_name(run.name + "-data")
         files = {f"data.{part}": data_files(data, folder / f"{part}.parquet") for part, data in rows.items()}
