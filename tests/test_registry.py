@@ -158,3 +158,12 @@ def test_a_function_that_cannot_be_sent_is_told_with_the_setting_that_keeps_it_h
     ):
         pickled("by_source", {"rewards": {"a": name}}, group)
     assert pickled("by_source", {}, group) == b""
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    monkeypatch.delitem(sys.modules, "foveate.rollout.server.weights", raising=False)
+    for name in [name for name in sys.modules if name.startswith("foveate.rollout.vllm")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"needs msgspec, which is not installed: pip install 'foveate\[engines\]'"):
+        resolve({"vllm": "foveate.rollout.vllm.engine:VLLMEngine"}, "VLLM", "engine")

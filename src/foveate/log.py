@@ -269,6 +269,7 @@ _TOLD = (
     ("reward/accuracy", "accuracy {:.1%}"),
     ("reward/hit", "hits {:.1%}"),
     ("eval/greedy_accuracy", "held-out accuracy {:.1%}"),
+    ("eval/greedy_score", "held-out score {:.3f}"),
     ("loss/total", "loss {:.4f}"),
     ("eval/loss", "held-out loss {:.4f}"),
     ("eval/accuracy", "held-out accuracy {:.1%}"),
@@ -287,6 +288,8 @@ _TOLD = (
 
 def _told(metrics: Mapping[str, Metric]) -> list[str]:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    if "eval/greedy_accuracy" in numbers:
+        numbers.pop("eval/greedy_score", None)
     return [form.format(numbers[name]) for name, form in _TOLD if name in numbers] or [""]
 
 

@@ -59,6 +59,8 @@ class Task:
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
     videos: tuple[Video, ...] = ()
+    conversational: bool = False
+    """The row has its prompt as TRL's messages, so that TRL's rewards get messages."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,12 @@ from foveate.errors import ConfigError
 PASSED = "passed:"
 """Prefix of the names of functions that Python code has passed in a call; only this process knows them."""
 _passed: dict[str, Callable[..., Any]] = {}
+EXTRAS = {
+    "bitsandbytes": "bnb", "if_verifiable": "ifeval", "langdetect": "ifeval", "nltk": "ifeval", "math_verify": "math",
+    "mathruler": "math", "msgspec": "engines", "openai": "client", "peft": "lora", "pylatexenc": "math", "ray": "ray",
+    "starlette": "serve", "uvicorn": "serve",
+}  # fmt: skip
+"""Packages that are not always installed, and the extra of foveate that each comes with."""
 FILE_MODULES = "foveate_file_"
 """Prefix of the names of modules that were loaded from a file; only this process knows them."""
 
@@ -44,7 +50,7 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
     Raises:
         ConfigError: the name is not known, or nothing can be imported from its path.
     """
-    path = table.get(name, name)
+    path = table.get(name, table.get(name.lower(), name) if ":" not in name else name)
     if not isinstance(path, str):
         return path
     if path.startswith(PASSED):
@@ -97,7 +103,7 @@ def _passed_function(name: str, kind: str) -> Callable[..., Any]:
     if name not in _passed:
         raise ConfigError(
             f"{kind} {name!r}: the function {shown_name(name)} was passed by Python code; pass it again, unchanged, or "
-            "name code in a file, path/to/file.py:object"
+            f"name code in a file, path/to/file.py:object (foveate eval: --{kind} path/to/file.py:object)"
         )
     return _passed[name]
 
@@ -219,6 +225,11 @@ def _import_module(name: str, path: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if name.startswith("foveate.") and missing in EXTRAS:
+            raise ConfigError(
+                f"{kind} {path!r} needs {missing}, which is not installed: pip install 'foveate[{EXTRAS[missing]}]'"
+            ) from error
         raise ConfigError(
             f"{kind} {path!r}: cannot import {name} ({error}); code outside an installed package is named by its file, "
             "path/to/file.py:object"

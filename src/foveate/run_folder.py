@@ -162,6 +162,15 @@ def open_run(
             set_disk_wait(former)
 
 
+def check_folder(path: str | Path, settings: Settings, *, frozen: bool = False, accept_changes: bool = False) -> None:
+    """Raise what `open_run` would raise about what lies in the folder, and write nothing."""
+    run, values = RunFolder(Path(path)), _values_of(settings)
+    _refuse_foreign(run)
+    if run.config.is_file() and _has_begun(run):
+        _last_versions(run)
+        _refuse_other_settings(run, values, frozen, accept_changes)
+
+
 # ------------------------------------------------------------------------------------------------ whose folder it is
 
 

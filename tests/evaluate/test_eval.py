@@ -324,9 +324,19 @@ def test_rows_that_a_run_kept_aside_are_what_it_is_evaluated_on(tmp_path):
 
 def test_a_cascade_is_evaluated_by_its_last_model_and_supervised_training_without_a_reward(tmp_path):
     assert saved_run(tmp_path, "shapes_cascade")["models"] == (str(tmp_path / "rl/final"),)
-    assert "reward" not in saved_run(tmp_path, "shapes_coldstart")
+    assert "reward" not in saved_run(tmp_path, "shapes_coldstart", "data.hold_out=0.1")
 
 
 def test_a_folder_of_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no folder of a run, as it has no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.yaml"):
         options_of_run(tmp_path)
+
+
+def test_a_run_without_held_out_rows_is_evaluated_on_rows_that_are_named(tmp_path, caplog):
+    with pytest.raises(ConfigError, match=r"has no held-out rows .*--data FILE"):
+        saved_run(tmp_path, "shapes_gspo", "data.test=[]", "eval.every=0", "eval.prompts=null")
+    assert options_of_run(tmp_path, data=["other.jsonl"])["data"] == ("other.jsonl",)
+    assert not caplog.records
+    found = options_of_run(tmp_path, data=["runs/demo-data/train.parquet"])
+    assert (found["data"], found["hold_out"]) == (("runs/demo-data/train.parquet",), 0.0)
+    assert "rows that the run was trained on" in caplog.text

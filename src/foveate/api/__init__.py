@@ -66,8 +66,11 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     return run_generate(request)
 
 
-def evaluate(request: EvalRequest) -> Path:
-    """Score the answers of models, or those that `generate` left. Returns the path of the report."""
+def evaluate(request: EvalRequest | Run | str | Path) -> Path:
+    """Score the answers of models, or those that `generate` left; a run, or its folder: as `Run.evaluate`. Returns the
+    path of the report."""
+    if isinstance(request, Run | str | Path):
+        return Run(request).evaluate()
     from foveate.evaluate.evaluate_models import run_eval
 
     run_eval(request)
@@ -202,25 +205,25 @@ def recipes_list(name: str | None = None) -> list[ListEntry] | str:
     return listing.recipes_list(name)
 
 
-def rewards_list() -> list[ListEntry]:
-    """The known rewards with their settings."""
+def rewards_list(name: str | None = None) -> list[ListEntry]:
+    """The known rewards with their settings, or one of them with all that it says."""
     from foveate.tools import listing
 
-    return listing.rewards_list()
+    return listing.rewards_list(name)
 
 
-def environments_list() -> list[ListEntry]:
-    """The known environments with their settings, and the tools of `tools`."""
+def environments_list(name: str | None = None) -> list[ListEntry]:
+    """The known environments with their settings, and the tools of `tools`; or one of them."""
     from foveate.tools import listing
 
-    return listing.environments_list()
+    return listing.environments_list(name)
 
 
-def algorithms_list() -> list[ListEntry]:
-    """The known algorithms, advantages and losses."""
+def algorithms_list(name: str | None = None) -> list[ListEntry]:
+    """The known algorithms, advantages and losses, or those of one name."""
     from foveate.tools import listing
 
-    return listing.algorithms_list()
+    return listing.algorithms_list(name)
 
 
 def import_verl(

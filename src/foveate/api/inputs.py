@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from foveate.errors import ConfigError, DataError, one_line
 from foveate.files import atomic_write_bytes
@@ -21,9 +23,43 @@ class _WritesParquet(Protocol):
     def to_parquet(self, path_or_buf: Any) -> Any: ...
 
 
-Reward = str | Callable[..., Any] | Sequence[tuple[str | Callable[..., Any], float]]
+Reward = str | Callable[..., Any] | Sequence[str | Callable[..., Any] | tuple[str | Callable[..., Any], float]]
 
 Environment = str | Callable[..., Any] | Mapping[str, Any]
+
+
+ARGUMENTS = {
+    "reward_funcs": "reward", "train_dataset": "train_data", "eval_dataset": "eval_data", "reward_function": "reward",
+    "environment_factory": "environment", "tools": "environment",
+}  # fmt: skip
+"""Arguments of TRL's trainers, and what they are called here."""
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def checked_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, with a line about a call that Python itself would refuse without saying what to do: an argument of
+    another trainer's name, one that is given twice, one that is missing. Raises ConfigError."""
+    parameters = inspect.signature(function).parameters
+    names = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    shown = ", ".join(name for name in names if name != "self")
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for other, own in ARGUMENTS.items():
+            if other in kwargs and own in parameters:
+                raise ConfigError(f"argument {other}: it is called {own} here")
+        for name in names[: len(args)]:
+            if name in kwargs:
+                raise ConfigError(
+                    f"argument {name}: is given twice; settings of a group are named one by one, by their own name or "
+                    f"by path: lora={{'rank': 16}}, or **{{'model.lora': {{'rank': 16}}}}, not {name}={{...}}"
+                )
+        for name in names[len(args) :]:
+            if name not in kwargs:
+                raise ConfigError(f"argument {name} is missing; call it with ({shown}, steps=100)")
+        return function(*args, **kwargs)
+
+    return call
 
 
 def environment_settings(environment: Environment) -> dict[str, Any]:
@@ -34,26 +70,41 @@ def environment_settings(environment: Environment) -> dict[str, Any]:
 
 
 def reward_settings(reward: Reward | Mapping[str, Any]) -> dict[str, Any]:
-    """The `reward` group of settings: of a function or a name, of a list of (function or name, weight), whose weighted
-    sum it is, or as it stands."""
+    """The `reward` group of settings: of a function or a name, of a list of them or of (function or name, weight),
+    whose weighted sum it is (without a weight it counts once, as in TRL), or as it stands."""
     if isinstance(reward, Mapping):
-        return {**reward, "name": _named(reward.get("name", "grounding"))}
+        return {**reward, "name": _reward_name(reward.get("name", "grounding"))}
     if isinstance(reward, str) or callable(reward):
-        return {"name": _named(reward)}
-    pairs = [pair for pair in reward if isinstance(pair, tuple | list) and len(pair) == 2]
-    if not pairs or len(pairs) != len(reward):
+        return {"name": _reward_name(reward)}
+    given = reward if isinstance(reward, Sequence) else ()
+    pairs = [(one, 1.0) if isinstance(one, str) or callable(one) else one for one in given]
+    if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise ConfigError(
-            "reward: must be a function, a name, or a list of (function or name, weight), such as "
+            "reward: must be a function, a name, or a list of them or of (function or name, weight), such as "
             "[(right, 1.0), (short, 0.2)]"
         )
+    weights: dict[str, float] = {}
     for one, weight in pairs:
+        name = _reward_name(one)
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward: the weight of {_named(one)} must be a finite number, found {weight!r:.60}")
-    return {"name": "weighted_sum", "settings": {"weights": {_named(one): float(weight) for one, weight in pairs}}}
+            raise ConfigError(f"reward: the weight of {name} must be a finite number, found {weight!r:.60}")
+        if name in weights:
+            raise ConfigError(f"reward: {name} is given twice; give each once, with its weight")
+        weights[name] = float(weight)
+    return {"name": "weighted_sum", "settings": {"weights": weights}}
 
 
-def _named(reward: str | Callable[..., Any]) -> str:
-    return reward if isinstance(reward, str) else name_of(reward)
+def _reward_name(reward: str | Callable[..., Any]) -> str:
+    """The name of a reward: of anything that can be called, by a function that calls it."""
+    if isinstance(reward, str):
+        return reward
+    from foveate.rewards.callables import as_function
+
+    return name_of(as_function(reward, "reward"))
+
+
+def _named(environment: str | Callable[..., Any]) -> str:
+    return environment if isinstance(environment, str) else name_of(environment)
 
 
 def data_files(data: Any, file: Path) -> list[str]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
+from foveate.api.inputs import (
+    Environment,
+    Reward,
+    checked_call,
+    data_files,
+    environment_settings,
+    reward_settings,
+)
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
 from foveate.config.runs import (
@@ -46,12 +54,12 @@ class Recipe:
         `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
         return finished(_stage(prepared(self.settings), accept_changes))
 
-    def dry_run(self) -> str:
+    def dry_run(self, *, accept_changes: bool = False) -> str:
         """The beginning of the run in words: its size, its first prompt as tokens and text, what is trained of it, or a
         sampled answer with its reward. Raises what `train` would refuse; nothing is written."""
         from foveate.tools.dry_run import describe_run
 
-        return describe_run(self.settings)
+        return describe_run(self.settings, accept_changes=accept_changes)
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
@@ -63,6 +71,7 @@ def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = Non
     return Recipe(read_recipe(name, overrides, stage))
 
 
+@checked_call
 def train_rl(
     model: str | Path,
     train_data: Any,
@@ -132,6 +141,7 @@ def rl_settings(
     return _settings("rl", model, rows, config, run_dir, given)
 
 
+@checked_call
 def train_sft(
     model: str | Path,
     train_data: Any,
@@ -146,6 +156,7 @@ def train_sft(
     return _offline("sft", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+@checked_call
 def train_mpo(
     model: str | Path,
     train_data: Any,
@@ -214,6 +225,11 @@ def _settings(
     given: Mapping[str, Any],
 ) -> Any:
     """The settings of a stage with what was `given`. Rows that were passed are written beside the run folder."""
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"argument model: must be a model folder or a name, found {type(model).__name__}; write a model in memory "
+            "with save_pretrained, together with its processor, and give that folder"
+        )
     with _run_of(stage, run_dir, given) as run:
         folder = run.with_name(run.name + "-data")
         files = {f"data.{part}": data_files(data, folder / f"{part}.parquet") for part, data in rows.items()}

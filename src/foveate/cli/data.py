@@ -55,6 +55,7 @@ def check_command(
 ) -> None:
     """List every problem of every row, by file, row and field, and the rows in numbers. The exit code is 1 if there is
     a problem. Of several sources it is told which rows and images they share."""
+    from foveate.data.demos import check_answered
     from foveate.data.statistics import shared_lines
     from foveate.data.table import open_tasks
     from foveate.data.validate import RowInspection, inspect_rows
@@ -63,7 +64,7 @@ def check_command(
     from foveate.rewards.build import truth_check
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
-    check = truth_check(reward) if reward else None
+    check = truth_check(reward) if reward else check_answered
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column), max_image_pixels=max_image_pixels)
     for line in table.described():
         print_result(line)

@@ -94,7 +94,7 @@ def cascade_command(
 
 def _train(recipe: api.Recipe, accept_changes: bool, dry_run: bool, push_to_hub: str | None) -> None:
     if dry_run:
-        print_result(recipe.dry_run())
+        print_result(recipe.dry_run(accept_changes=accept_changes))
         return
     if push_to_hub is not None:
         api.prepare_upload(push_to_hub)

@@ -93,9 +93,16 @@ class ScoredAnswer(GeneratedAnswer):
         return bool(self.parts["hit"]) if "hit" in self.parts else None
 
     @property
+    def right(self) -> float | None:
+        """The part of the score that says how right the answer is, hit or accuracy; None where it has neither."""
+        if self.hit is not None:
+            return float(self.hit)
+        return self.parts.get("accuracy")
+
+    @property
     def correctness(self) -> float:
-        """1 for a hit, 0 for a miss, the score where neither is defined; 0 for an answer that is not graded."""
-        return self.score or 0.0 if self.hit is None else float(self.hit)
+        """How right the answer is, the score where that is not defined; 0 for an answer that is not graded."""
+        return self.score or 0.0 if self.right is None else self.right
 
     @property
     def graded(self) -> bool:

@@ -42,8 +42,10 @@ def image_source(value: Any) -> tuple[Path | bytes, tuple[str, ...]]:
         return _plain(value), ()
     for key in (*BYTES_KEYS, *PATH_KEYS):
         inner = value.get(key)
-        if isinstance(inner, Mapping) and key == "image_url":  # OpenAI's {image_url: {url}}
-            inner = inner.get("url")
+        if isinstance(inner, Mapping) and not any(isinstance(one, Mapping) for one in inner.values()):
+            if is_no_image(dict(inner)):
+                continue
+            return image_source(inner)  # OpenAI's {image_url: {url}}, or an image of its own: {image: {bytes}}
         if inner is None or (isinstance(inner, str | bytes) and not inner):
             continue
         found = decoded_base64(inner) if key in BYTES_KEYS and isinstance(inner, str) else _plain(inner)

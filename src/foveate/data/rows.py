@@ -5,6 +5,7 @@ Nothing here raises for bad data: faults are collected, so that a whole dataset 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,6 @@ Field = TypeVar("Field")
 
 VIDEO_TAG = "<video>"
 MAX_PROBLEM_LENGTH = 500  # characters of what is told about a problem: values are quoted, and they may be anything
-IMITATED = ("response", "chosen")  # fields of extra_info that stand in for a ground truth
 
 Parsed = tuple["Task | None", "list[Problem]"]
 """The task of a row and what is told of it, or None and its problems."""
@@ -139,8 +139,8 @@ def parse_row(row: Mapping[str, Any], place: Place, *, marks_in_front: bool = Fa
 
     The answer is `reward_model.ground_truth` as stored, of messages their text. `extra_info`, without its nulls,
     becomes `meta`, and `ability` joins it. A last turn of the assistant is never part of the prompt: it becomes
-    `meta["response"]`. A response is the answer, too, where no other one is given; a pair needs no answer. The id is
-    `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
+    `meta["response"]`. A response is the answer, too, where no other one is given; without any, and of NaN, it
+    is None. The id is `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
 
     marks_in_front: a prompt without any `<image>` mark gets one per image in front of its first question, as data
     have it whose images stand in a column alone; and so for `<video>`, where no video is a list of frames.
@@ -213,9 +213,7 @@ def _ground_truth(faults: Faults, row: Mapping[str, Any], meta: dict[str, Any], 
         return meta["response"]
     if talk is not None and are_messages(truth):
         return faults.attempt("reward_model.ground_truth", answer_text, truth, talk.messages)
-    if truth is None and not any(meta.get(name) for name in IMITATED):
-        faults.add("reward_model.ground_truth", "is missing; the row has no answer to be scored against")
-    return truth
+    return None if isinstance(truth, float) and math.isnan(truth) else truth
 
 
 def _meta(extra_info: Any, ability: Any) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def _missing_column(table: TaskTable, problems: Sequence[Problem], mapping: str)
     for role in ("answer", "response", "chosen", "rejected"):
         field = SCHEMA_FIELDS[role]
         if rows[field] >= len(table) and not any(value is not None for value in table.values(field)):
-            need = next(problem for problem in problems if problem.field == field).what.partition("; ")[2]
+            what = next(problem for problem in problems if problem.field == field).what
+            need = what.partition("; ")[2] or what
             column = mapping.partition("=")[2] if mapping.startswith(f"{role}=") else "COLUMN"
             return (
                 f"{table.names}: no column holds the {role} ({need}); the columns are {', '.join(table.columns)}; name "

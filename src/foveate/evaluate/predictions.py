@@ -113,23 +113,35 @@ def paired(before: Sequence[ScoredRow], after: Sequence[ScoredRow], seed: int = 
 def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     """The means of one evaluation, as `evals/step_*.summary.json` holds them.
 
-    Accuracy is the mean of the answers' `correctness`; `mean_iou` is over the rows that have a true box, and None
-    without any. An answer that is not graded counts as wrong in the accuracy and is left out of the score; where there
-    are such answers, `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
+    Accuracy is the mean of the answers' `correctness`, and None where right and wrong are not defined (`is_decided`):
+    then the score alone counts. `mean_iou` is over the rows that have a true box, and None without any. An answer that
+    is not graded counts as wrong in the accuracy and is left out of the score; where there are such answers,
+    `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
     sampled for the row (an estimate of the accuracy at that temperature), and None when nothing was sampled.
     """
     tags = sorted({name for row in rows for name in row.tags})
+    figures = {**_FIGURES, "accuracy": _FIGURES["accuracy"] if is_decided(rows) else lambda _: None}
     return {
         "step": step,
         "rows": len(rows),
         **lost_grades(rows),
-        "greedy": {name: mean(map(_greedy(value), rows)) for name, value in _FIGURES.items()},
+        "greedy": {name: mean(map(_greedy(value), rows)) for name, value in figures.items()},
         "sampled": {
             "samples": max((len(row.sampled) for row in rows), default=0),
-            **{name: mean(map(_sampled(value), rows)) for name, value in _FIGURES.items()},
+            **{name: mean(map(_sampled(value), rows)) for name, value in figures.items()},
         },
         "by_tag": {name: _by_value(rows, name) for name in tags},
     }
+
+
+def is_decided(rows: Sequence[ScoredRow]) -> bool:
+    """Whether answers are right or wrong, by a part `hit` or `accuracy` of the scores; else there are scores alone."""
+    return any(row.shown.right is not None for row in rows)
+
+
+def measure_of(rows: Sequence[ScoredRow]) -> str:
+    """The figure by which evaluations of such rows are compared: accuracy, or score."""
+    return "accuracy" if is_decided(rows) else "score"
 
 
 def lost_grades(rows: Sequence[ScoredRow]) -> dict[str, int]:
@@ -159,12 +171,13 @@ def _by_value(rows: Sequence[ScoredRow], tag: str) -> dict[str, dict[str, Any]]:
     for row in rows:
         if tag in row.tags:
             groups.setdefault(row.tags[tag], []).append(row)
-    accuracy = _FIGURES["accuracy"]
+    measure = measure_of(rows)
+    figure = _FIGURES[measure]
     return {
         value: {
             "rows": len(group),
-            "greedy_accuracy": mean(map(_greedy(accuracy), group)),
-            "sampled_accuracy": mean(map(_sampled(accuracy), group)),
+            f"greedy_{measure}": mean(map(_greedy(figure), group)),
+            f"sampled_{measure}": mean(map(_sampled(figure), group)),
         }
         for value, group in sorted(groups.items())
     }

@@ -209,9 +209,9 @@ def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) ->
     if comparison.after_step is None or evaluations[0].label:
         return None
     summaries = [summarise(one.predictions, one.step) for one in evaluations if one.predictions]
-    series = []
+    series, name = [], "accuracy" if comparison.percent else "score"
     for way in ("greedy", "sampled"):
-        points = tuple((one["step"], one[way]["accuracy"]) for one in summaries if one[way]["accuracy"] is not None)
+        points = tuple((one["step"], one[way][name]) for one in summaries if one[way][name] is not None)
         if points:
             series.append(Series(way, points))
     unit = "%" if comparison.percent else ""

@@ -27,11 +27,11 @@ from foveate.rollout.conversations import FUNCTION_ALONE, open_conversations, sc
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
-from foveate.run_folder import RunFolder
+from foveate.run_folder import RunFolder, check_folder
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.cascade import check_cascade
 from foveate.train.checkpoint import checkpoints
-from foveate.train.export import export_checkpoint
+from foveate.train.export import export_checkpoint, model_folder_of
 from foveate.train.mpo import build_preference_loss
 from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, check_of_truth, new_engine
@@ -43,13 +43,23 @@ MOST_TOKENS, MOST_CHARACTERS = 120, 4000
 """Token ids and characters that are shown of a text; the middle of longer ones is left out."""
 
 
-def describe_run(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> str:
-    """All that a run refuses before its first step is refused here: settings, rows, the reward's own settings. Then the
-    run in words, the memory that `foveate plan` expects where it knows the model, the first prompt as tokens and as
-    text, and what is trained of it, or for RL a sampled answer with its score."""
+def describe_run(
+    settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings, *, accept_changes: bool = False
+) -> str:
+    """All that a run refuses before its first step is refused here: its folder, settings, rows, the reward's own
+    settings. Then the run in words, the memory that `foveate plan` expects where it knows the model, the first prompt
+    as tokens and as text, and what is trained of it, or for RL a sampled answer with its score."""
     with _model_folder(settings.model.path) as path:
+        _check_folder(settings, accept_changes)
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
         return "\n".join(["dry run: nothing is written", *_stages(settings)])
+
+
+def _check_folder(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings, accept_changes: bool) -> None:
+    """Raise what the run says about its folder; where it begins from a checkpoint, with the model folder of that."""
+    path = settings.model.path
+    begun = settings.model_copy(update={"model": settings.model.model_copy(update={"path": model_folder_of(path)})})
+    check_folder(settings.run, begun, frozen=isinstance(settings, CascadeSettings), accept_changes=accept_changes)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
+from foveate.data.demos import check_answered
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import validate
 from foveate.data.videos import refuse_videos
@@ -132,7 +133,7 @@ def _predicted(path: Path, rows: int) -> Iterator[tuple[int, str]]:
 def _table(source: RowsRequest) -> TaskTable:
     root = Path(source.image_root) if source.image_root else None
     table = open_tasks(source.data, image_root=root, columns=source.columns)
-    kept, _ = validate(table, on_bad_row=source.on_bad_row)
+    kept, _ = validate(table, on_bad_row=source.on_bad_row, check=check_answered)
     return table.select(kept)
 
 

@@ -17,6 +17,7 @@ from foveate.algorithms.kl import KLPenalty
 from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_FORMS, TOKEN_MASKS, Algorithm
 from foveate.config.algorithm import AlgorithmSettings, CriticSettings, TeacherSettings
 from foveate.config.runs import RLSettings
+from foveate.environments.trl import gives_reward
 from foveate.errors import ConfigError
 from foveate.registry import bind, resolve
 from foveate.train.targets import PolicyLoss
@@ -158,6 +159,20 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
         raise ConfigError(
             f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"
             " the policy would never learn; a few percent of the steps are usual"
+        )
+    _check_reward_of_environment(settings)
+
+
+def _check_reward_of_environment(settings: RLSettings) -> None:
+    """A class with `get_reward` and a reward function: which of them counts is said, and not the default's to say."""
+    environment = settings.environment
+    if environment is None or environment.name != "trl" or "reward" in environment.model_fields_set:
+        return
+    factory = environment.settings.get("factory")
+    if isinstance(factory, str) and gives_reward(factory):
+        raise ConfigError(
+            f"environment trl: {factory} has get_reward(), which does not count beside the reward function "
+            f"{settings.reward.name} unless you say so: set environment.reward=environment, both, or function"
         )
 
 

@@ -50,13 +50,18 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
 
 def start_of(path: str) -> str:
     """The model folder to begin a run from: a checkpoint of a run is exported first, to `exports/` beside it."""
+    target = model_folder_of(path)
+    if target != path and not Path(target).exists():
+        export_checkpoint(_checkpoint_of(Path(path)), Path(target))
+    return target
+
+
+def model_folder_of(path: str) -> str:
+    """The folder that `start_of` returns, whether or not it is there yet."""
     if not (Path(path) / "state.json").is_file():
         return path
     checkpoint = _checkpoint_of(Path(path))
-    target = checkpoint.parent.parent / "exports" / checkpoint.name
-    if not target.exists():
-        export_checkpoint(checkpoint, target)
-    return str(target)
+    return str(checkpoint.parent.parent / "exports" / checkpoint.name)
 
 
 def _checkpoint_of(path: Path) -> Path:
