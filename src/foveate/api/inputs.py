@@ -33,7 +33,8 @@ ARGUMENTS = {
     "environment_factory": "environment", "tools": "environment",
 }  # fmt: skip
 """Arguments of TRL's trainers, and what they are called here."""
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def checked_call(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -184,6 +184,7 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
     """A container of PyAV. Every refusal of FFmpeg is a DataError."""
     try:
         import av
+        import av.error
     except ImportError as error:
         raise DataError("videos are decoded by PyAV, which is missing; pip install 'foveate[video]'") from error
     name = _name(source)
@@ -204,7 +205,7 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
                 yield container
     except DataError:
         raise
-    except (OSError, av.FFmpegError, ValueError) as error:
+    except (OSError, av.error.FFmpegError, ValueError) as error:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)[:200]})") from error
 
 

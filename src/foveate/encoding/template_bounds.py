@@ -123,7 +123,8 @@ def _bounded_call(name: str, arguments: tuple[Any, ...], named: Mapping[str, Any
     if name in _FILLS and any(abs(number) > MOST_WIDTH for number in numbers):
         raise TooLarge(f"something of the width {max(numbers, key=abs)}")
     if name in _FILLS and numbers and texts:
-        spaces = len(texts[0]) if name == "expandtabs" else texts[0].count("\n" if isinstance(texts[0], str) else b"\n")
+        first: Any = texts[0]
+        spaces = len(first) if name == "expandtabs" else first.count("\n" if isinstance(first, str) else b"\n")
         _require_text((spaces + 1) * max(map(abs, numbers)))
     if name == "format" and texts:
         _bound_format(texts[0], every[1:])
@@ -219,6 +220,7 @@ def bound_templates() -> None:
     """Have transformers render chat templates in a `BoundedEnvironment`, in this process, from now on."""
     from transformers.utils import chat_template_utils
 
-    if chat_template_utils.ImmutableSandboxedEnvironment is not BoundedEnvironment:
-        chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment  # pyright: ignore
-        chat_template_utils._compile_jinja_template.cache_clear()  # pyright: ignore
+    templates: Any = chat_template_utils
+    if templates.ImmutableSandboxedEnvironment is not BoundedEnvironment:
+        templates.ImmutableSandboxedEnvironment = BoundedEnvironment
+        templates._compile_jinja_template.cache_clear()

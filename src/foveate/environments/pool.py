@@ -309,7 +309,7 @@ class Environments:
             self._lose(worker, EnvironmentFailure("died", "its process died (it sent no reply)"))
             return
         instance, job = worker.received()
-        if instance is None or job is None:
+        if instance is None or job is None or said is None:
             return
         self._finish(instance, job, said)
         if instance.closed and not instance.has_work:

@@ -123,10 +123,14 @@ class _Hooks:
         routing, self.routing = self.routing, None
         if routing is None:
             return out
-        return routing.route(self.layer, lambda logits, experts: self.weigh(router, logits, experts), out)
+        return _route(routing, self.layer, self.weigh, router, out)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable
+def _route(routing: Routing, layer: int, weigh: Weigh, router: nn.Module, out: Any) -> Any:
+    return routing.route(layer, lambda logits, experts: weigh(router, logits, experts), out)
+
+
 def follow_routers(model: nn.Module, asked: str = "") -> int:
     """Let the language model of `model` take `routing=`: how many layers have a router. A model without any stays as
     it is. `asked`: the setting that needs routers; then ConfigError is raised where there are none, or unknown ones."""

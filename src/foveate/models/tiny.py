@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +203,7 @@ def add_call_words(folder: Path) -> None:
     new token, and its row of the head, is the mean of those of the tokens that spelled it before."""
     with quiet_transformers():
         old, model = AutoTokenizer.from_pretrained(folder), InternVLForConditionalGeneration.from_pretrained(folder)
-        own = model.config.text_config
+        own: Any = model.config.text_config
         tokenizer = tiny_tokenizer(TinySize().vocabulary, calls=True)
         known = old.get_vocab()
         spelled = [

@@ -294,7 +294,7 @@ class _Worker(GuardedProcess):
         if not isinstance(said, Score | None) or (said is None) != self._starting:
             return self._lost("its process died (it sent no score)")
         index, self.answer, self._starting = self.answer, None, False
-        return {} if index is None else {index: said}
+        return {} if index is None or said is None else {index: said}
 
     def give_up(self) -> dict[int, Score]:
         """End a worker whose time is over."""

@@ -230,7 +230,7 @@ def _imported(file: Path) -> Iterator[tuple[Path, list[str]]]:
     while (root / "__init__.py").is_file():
         root = root.parent
     own = file.relative_to(root).parts[0]
-    if own == __package__.partition(".")[0]:  # its version is written down elsewhere
+    if own == __name__.partition(".")[0]:  # its version is written down elsewhere
         return
     is_alone = file.parent == root and root.name not in _INSTALLED
     for node in nodes:

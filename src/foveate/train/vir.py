@@ -192,7 +192,8 @@ def _held_out(
 
     def metrics_of(tasks: Sequence[Task]) -> Metrics:
         asked = [(task, prompt) for task in tasks if (prompt := encoder(task)).pixels is not None]
-        rows = _labelled(*rows_of(asked), quantile.value)
+        prompts, ratios = rows_of(asked)
+        rows = _labelled(prompts, ratios, quantile.value)
         found = scatter_gather(workers, RouterWorker.routed_right, rows, [1.0] * len(rows))
         tiles = float(sum(tiles for _, _, tiles in found))
         return {

@@ -211,7 +211,7 @@ class FlashInternVL(InternVL):
         return Features(torch.cat(tiles))
 
 
-def _thresholds(folder: Path, form: Mapping[str, Any]) -> tuple[float, float]:
+def _thresholds(folder: Path, form: Any) -> tuple[float, float]:
     relative, absolute = (form.get(f"flash_{name}_threshold") for name in ("relative", "absolute"))
     for value in (relative, absolute):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:

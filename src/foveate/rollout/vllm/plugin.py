@@ -172,7 +172,8 @@ def _prepare_experts(model: torch.nn.Module) -> None:
         if isinstance(layer, RoutedExperts):
             layer.is_fused_checkpoint_transposed = False
             if current_platform.is_cpu():
-                layer.quant_method.moe_kernel = None
+                method: Any = layer.quant_method
+                method.moe_kernel = None
 
 
 def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
