@@ -121,6 +121,12 @@ def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_i
     page = write_report(tmp_path).read_text()
     assert page.count('class="talk"') == 1
     assert '<rect class="look"' in page
+    assert "place to look at" not in page  # the row has a true box of its own
+    read = [replace(row, answers=(replace(row.shown, parts={"accuracy": 1.0}),)) for row in rows]
+    write_evaluation(tmp_path, 0, read)
+    [good, bad] = gallery_cards(tmp_path, ["a", "b"], read_evaluations(tmp_path))
+    assert (good.true_box, bad.true_box) == ((0, 0, 250, 500), None)
+    assert "place to look at" in write_report(tmp_path).read_text()
 
 
 def test_looks_are_compared_with_the_place_that_the_task_names(make_task):
