@@ -54,6 +54,8 @@ def serve_command(
     from foveate.serve.engines import EngineRequest, default_name, serve_engine
     from foveate.serve.hosts import LOCAL_HOSTS
 
+    if not no_key and os.environ.get(SERVER_KEY, "-").strip() == "":
+        raise ConfigError(f"{SERVER_KEY} is set and empty; set a key, unset it for a new one, or say --no-key")
     key = None if no_key else os.environ.get(SERVER_KEY) or secrets.token_urlsafe(24)
     if key is None and host not in LOCAL_HOSTS:
         raise ConfigError(f"--no-key with --host {host} would let everybody in; leave one of them out")

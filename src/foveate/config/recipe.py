@@ -96,7 +96,11 @@ def _python_entry(value: Any, where: str) -> Entry:
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
-    return Path(name) if Path(name).is_file() else _find_shipped(Path(name), shipped)
+    try:
+        is_file = Path(name).is_file()
+    except OSError:  # a name too long for one
+        is_file = False
+    return Path(name) if is_file else _find_shipped(Path(str(name)[:300]), shipped)
 
 
 def _find_shipped(name: Path, shipped: Path) -> Path:
