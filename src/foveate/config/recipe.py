@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,11 +97,7 @@ def _python_entry(value: Any, where: str) -> Entry:
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
-    try:
-        is_file = Path(name).is_file()
-    except OSError:  # a name too long for one
-        is_file = False
-    return Path(name) if is_file else _find_shipped(Path(str(name)[:300]), shipped)
+    return Path(name) if os.path.isfile(name) else _find_shipped(Path(str(name)[:300]), shipped)
 
 
 def _find_shipped(name: Path, shipped: Path) -> Path:
