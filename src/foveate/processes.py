@@ -107,7 +107,7 @@ def worker_count(
 
 
 class BadMessage(EOFError):
-    """What has come from a process is no message: its code has written to the pipe."""
+    """Something that is no message has come from a process: its code has written to the pipe."""
 
 
 class _Incoming:

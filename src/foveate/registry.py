@@ -223,6 +223,8 @@ def _type_hints(function: Callable[..., Any], names: Iterable[str]) -> dict[str,
 
 def _import_module(name: str, path: str, kind: str) -> ModuleType:
     try:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ImportError("it is no name of a module")
         return importlib.import_module(name)
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
@@ -238,12 +240,16 @@ def _import_module(name: str, path: str, kind: str) -> ModuleType:
 
 def _load_file(file: str, path: str, kind: str) -> ModuleType:
     """The module of a Python file, run once per process however often it is named."""
-    location = Path(file).resolve()
+    try:
+        location = Path(file).resolve()
+        is_file = location.is_file()
+    except (OSError, ValueError):  # a name too long for one, or with a zero in it
+        location, is_file = Path(), False
     name = f"{FILE_MODULES}{location.stem}_{hashlib.sha256(bytes(location)).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, location)
-    if not location.is_file() or spec is None or spec.loader is None:
+    if not is_file or spec is None or spec.loader is None:
         raise ConfigError(f"{kind} {path!r}: no such file {file} (relative to {Path.cwd()})")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

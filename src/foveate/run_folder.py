@@ -135,6 +135,8 @@ def open_run(
             foveate, or is in use by a process.
         DiskError: the folder cannot be written.
     """
+    if any(ord(character) < 32 for character in str(path)):
+        raise ConfigError(f"run={str(path)[:100]!r}: holds control characters; choose another name")
     run, values = RunFolder(Path(path)), _values_of(settings)
     _refuse_foreign(run)
     _make_folders(run)

@@ -112,6 +112,7 @@ def test_numbers_that_no_norm_has_are_refused(tmp_path, tiny_folder, value):
 
 
 REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000}
+EMPTY = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "x"}
 LONG_MAP = base64.b64encode(bytes(4) + b"a" * 9000).decode()
 TOKENIZERS = {
     "normalizers that multiply": (
@@ -120,6 +121,7 @@ TOKENIZERS = {
     ),
     "one long text for a letter": ({"normalizer": {**REPLACE, "content": "b" * 100_000}}, "100,000 times as long"),
     "a pattern that finds nothing": ({"normalizer": {**REPLACE, "pattern": {"Regex": ""}}}, "2,001 times as long"),
+    "many that find nothing": ({"normalizer": {"type": "Sequence", "normalizers": [EMPTY] * 7}}, "128 times as long"),
     "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "b" * 10**6}}, "times as long"),
     "a decoder": ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 2}}, "its decoder makes"),
     "very many": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}}, "inf times"),
@@ -150,6 +152,16 @@ def test_a_tokenizer_that_makes_much_of_little_or_panics_is_refused_in_one_line(
         inspect_model_folder(str(folder))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_replaces_letters_by_letters_is_read(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, *[spaces] * 20]}
+    path.write_text(json.dumps(content))
+    assert inspect_model_folder(str(folder)).tokenizer.encode("a  b")
 
 
 def test_a_tokenizer_that_panics_on_a_row_is_told_by_the_row(encode, make_task, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def _python_entry(value: Any, where: str) -> Entry:
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
-    return Path(name) if Path(name).is_file() else _find_shipped(Path(name), shipped)
+    return Path(name) if os.path.isfile(name) else _find_shipped(Path(str(name)[:300]), shipped)
 
 
 def _find_shipped(name: Path, shipped: Path) -> Path:

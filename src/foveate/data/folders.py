@@ -38,8 +38,9 @@ def expand(path: Path) -> list[Path]:
     Raises DataError where there is nothing that can be read, and for a folder of several splits without a word which:
     test rows are never read along with training rows.
     """
-    if not path.exists() and "@" in path.name and (folder := path.with_name(path.name.rpartition("@")[0])).is_dir():
-        return _one_split(folder, path.name.rpartition("@")[2])
+    name, at, split = path.name.rpartition("@")
+    if not path.exists() and at and name and (folder := path.with_name(name)).is_dir():
+        return _one_split(folder, split)
     if not path.exists():
         hint = f"give a file ({', '.join(SUFFIXES)}) or a folder of a dataset"
         if path.parent.name == DEMO_DATA:

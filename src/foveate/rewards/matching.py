@@ -162,7 +162,7 @@ def _boxes(value: Any) -> list[Box] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(value, np.ndarray):
         value = value.tolist()

@@ -221,7 +221,7 @@ def _with_imports(source: Path) -> dict[str, Path]:
 
 
 def _imported(file: Path) -> Iterator[tuple[Path, list[str]]]:
-    """What a file may import: a folder, and the names of a module below it. None of what is not Python 3."""
+    """The modules that a file may import: a folder, and names below it. None of a file that is not Python 3."""
     try:
         nodes = [*ast.walk(ast.parse(file.read_bytes()))]
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -179,12 +179,23 @@ def _growth(spec: Any) -> float:
     kind, pattern, content = (spec.get(name) for name in ("type", "pattern", "content"))
     if kind == "Replace" and isinstance(content, str):
         found = pattern.get("String") if isinstance(pattern, dict) else None
-        times *= max(1.0, len(content) / len(found)) if isinstance(found, str) and found else len(content) + 1.0
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        found = found if isinstance(found, str) else ""
+        finds_nothing = not found and _finds_nothing(regex)  # and so the content stands between any two letters
+        times *= max(1.0, len(content) / len(found or "x")) + float(finds_nothing)
     if kind == "Prepend" and isinstance(spec.get("prepend"), str):
         times *= len(spec["prepend"]) + 1.0
     if kind == "Precompiled" and isinstance(charsmap := spec.get("precompiled_charsmap"), str):
         times *= _longest_replacement(charsmap)
     return times
+
+
+def _finds_nothing(regex: Any) -> bool:
+    """Whether a regular expression can match no text, as far as it is one of Python's, too."""
+    try:
+        return re.compile(regex).match("") is not None
+    except (re.error, TypeError, ValueError, RecursionError):
+        return True
 
 
 def _longest_replacement(charsmap: str) -> float:
