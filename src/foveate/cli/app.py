@@ -93,7 +93,7 @@ CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
 
 
 def main() -> None:
-    """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
+    """Entry point of the `foveate` command. What a user can fix is one line and exit code 1; Ctrl-C is code 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
     from foveate.log import setup_logging
 
