@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
@@ -65,13 +66,57 @@ def test_images_among_the_rows_travel_as_png(tmp_path):
         ([], "there are no rows"),
         ([1, 2], "row 0: must be a dict, found int"),
         ([{"a": 1}, {"a": "b"}], "the rows do not make a table"),
-        (7, "rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found int"),
+        (7, "rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found int$"),
+        (iter(ROWS), r"found list_iterator; give list\(\.\.\.\) of it"),
     ],
 )
 def test_what_is_no_rows_is_refused(tmp_path, data, said):
     with pytest.raises(DataError, match=said):
         data_files(data, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
+
+
+class Frame:
+    """As pandas has it."""
+
+    def __init__(self, **columns):
+        self.columns, self._columns = [*columns], columns
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self._columns.values(), strict=True)]
+
+    def iterrows(self):
+        raise NotImplementedError
+
+    def to_parquet(self, path_or_buf):
+        raise AssertionError(f"arrow takes no such objects: {path_or_buf}")
+
+
+def test_images_of_pil_and_of_numpy_travel_in_a_data_frame_and_in_dicts(tmp_path):
+    red = PIL.Image.new("RGB", (3, 2), (255, 0, 0))
+    for images in ([red, red], [np.asarray(red)] * 2):
+        for data in (
+            Frame(image=images, answer=["a", float("nan")]),
+            [{"image": images[0], "answer": "a"}, {"answer": None}],
+        ):
+            [file] = data_files(data, tmp_path / "rows.parquet")
+            rows = pq.read_table(file).to_pylist()
+            assert rows[0]["image"]["bytes"].startswith(b"\x89PNG")
+            assert [row["answer"] for row in rows] == ["a", None]
+    [file] = data_files([{"box": np.array([1.0, 2.0]), "level": np.int64(3)}], tmp_path / "rows.parquet")
+    assert pq.read_table(file).to_pylist() == [{"box": [1.0, 2.0], "level": 3}]
+
+
+def test_of_several_splits_one_is_asked_for(tmp_path):
+    splits = {"test": Frame(answer=["a"]), "train": Frame(answer=["a"])}
+    with pytest.raises(
+        DataError, match=r"found dict with the splits test, train; give one of them: dataset\['train'\]"
+    ):
+        data_files(splits, tmp_path / "rows.parquet")
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards

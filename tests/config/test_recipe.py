@@ -305,3 +305,11 @@ def test_a_bare_model_or_file_stands_for_its_path(tmp_path):
     found = load_recipe(path, ["model.trainable=language", "data.hold_out=0.1"], RLSettings)
     assert (found.model.path, found.model.trainable) == ("demo", ("language",))
     assert (found.data.train, found.data.hold_out) == (("a.jsonl", "b.jsonl"), 0.1)
+
+
+def test_a_file_of_rows_is_no_recipe_and_its_content_is_not_shown(tmp_path):
+    path = write(tmp_path, '[{"question": "q", "answer": "secret"}]', "rows.json")
+    said = problem(path)
+    assert (
+        said == f"{path} holds rows, and a recipe is wanted, a YAML file: give one, and the rows as data.train={path}"
+    )

@@ -214,7 +214,7 @@ def test_a_whole_jpeg_with_bytes_behind_its_end_is_taken(tmp_path):
 
 def test_a_missing_image_is_refused_by_row(tmp_path):
     write_rows(tmp_path / "t.parquet", [row(), row(images=[str(tmp_path / "gone.png")])], SCHEMA)
-    with pytest.raises(DataError, match=r"t\.parquet, row 1, field images: no such file: \S*gone\.png; mend"):
+    with pytest.raises(DataError, match=r"t\.parquet, row 1, field images: no such file: \S*gone\.png; fix"):
         read_tasks(tmp_path / "t.parquet")
 
 

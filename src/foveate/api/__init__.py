@@ -1,7 +1,7 @@
 """The product's door for Python: one call for each command of the command line.
 
 `import foveate` offers these functions too (`foveate.train_rl`). Each imports its part of the package when it is
-called, and raises `foveate.errors.UserError` for anything that a user can mend.
+called, and raises `foveate.errors.UserError` for anything that a user can fix.
 """
 
 from __future__ import annotations

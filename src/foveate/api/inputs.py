@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -16,6 +16,17 @@ from foveate.registry import name_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+@runtime_checkable
+class _IsDataFrame(Protocol):
+    columns: Any
+
+    def to_dict(self, orient: Any) -> Any: ...
+
+    def iterrows(self) -> Any: ...
+
+    def __getitem__(self, key: Any) -> Any: ...
 
 
 @runtime_checkable
@@ -132,6 +143,8 @@ def _parquet(data: Any) -> bytes:
     buffer = io.BytesIO()
     if isinstance(data, list | tuple):
         pq.write_table(_table(data), buffer)
+    elif isinstance(data, _IsDataFrame) and _has_objects(data):
+        pq.write_table(_table(data.to_dict("records")), buffer)
     elif isinstance(data, _WritesParquet):  # datasets.Dataset, which embeds its images, and pandas.DataFrame
         data.to_parquet(buffer)
     elif isinstance(data, pa.Table):
@@ -139,8 +152,35 @@ def _parquet(data: Any) -> bytes:
     else:
         raise DataError(
             f"rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found {type(data).__name__}"
+            f"{_remedy(data)}"
         )
     return buffer.getvalue()
+
+
+def _remedy(data: Any) -> str:
+    """What to write in place of something that holds rows, or gives them one by one."""
+    if isinstance(data, Mapping) and data and all(isinstance(one, _WritesParquet) for one in data.values()):
+        splits = [str(name) for name in data]
+        split = "train" if "train" in splits else splits[0]
+        return f" with the splits {', '.join(splits)}; give one of them: dataset[{split!r}]"
+    return (
+        "; give list(...) of it" if isinstance(data, Iterable) and not isinstance(data, Mapping | str | bytes) else ""
+    )
+
+
+def _has_objects(frame: _IsDataFrame) -> bool:
+    """Whether a column of a DataFrame holds images of PIL or arrays of NumPy, which arrow takes in no column or in few
+    forms."""
+    import numpy as np
+    from PIL import Image
+
+    kinds = (Image.Image, np.ndarray)
+    for name in frame.columns:
+        first = next((value for value in frame[name] if value is not None), None)
+        first = first[0] if isinstance(first, list | tuple) and first else first
+        if isinstance(first, kinds):
+            return True
+    return False
 
 
 def _table(rows: Sequence[Any]) -> pa.Table:
@@ -158,9 +198,13 @@ def _table(rows: Sequence[Any]) -> pa.Table:
 
 
 def picture_bytes(value: Any) -> Any:
-    """A PIL image as the bytes of a PNG file; anything else as it is."""
+    """A PIL image, or a picture as an array of NumPy (height, width, 3 or 4; uint8), as the bytes of a PNG file;
+    anything else as it is."""
+    import numpy as np
     from PIL import Image
 
+    if isinstance(value, np.ndarray) and _is_picture(value):
+        value = Image.fromarray(value)
     if not isinstance(value, Image.Image):
         return value
     file = io.BytesIO()
@@ -168,11 +212,21 @@ def picture_bytes(value: Any) -> Any:
     return file.getvalue()
 
 
+def _is_picture(array: Any) -> bool:
+    return array.dtype == "uint8" and array.ndim == 3 and array.shape[2] in (3, 4)
+
+
 def _plain(value: Any) -> Any:
-    """Images as the bytes of a PNG file, paths as text."""
+    """Images as the bytes of a PNG file, other arrays and scalars of NumPy as lists and numbers, paths as text, and NaN
+    as nothing."""
+    import numpy as np
     from PIL import Image
 
-    if isinstance(value, Image.Image):
+    if isinstance(value, np.ndarray | np.generic) and not _is_picture(value):
+        return _plain(value.tolist())
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Image.Image | np.ndarray):
         return {"bytes": picture_bytes(value), "path": None}
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}

@@ -104,7 +104,7 @@ def train_rl(
         overrides: settings by group (`optim={"lr": 1e-5}`), by path (`**{"optim.lr": 1e-5}`) or, where only one group
             has it, by name (`lr=1e-5`).
 
-    Raises UserError for anything that the caller can mend, before the run begins.
+    Raises UserError for anything that the caller can fix, before the run begins.
     """
     return Recipe(
         rl_settings(

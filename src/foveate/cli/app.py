@@ -97,7 +97,7 @@ CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft", "vico", "vir")
 
 
 def main() -> None:
-    """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
+    """Entry point of the `foveate` command. What a user can fix is one line and exit code 1; Ctrl-C is code 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
     columns = os.environ.pop("COLUMNS", "")
     if columns.isdecimal() and int(columns[:6]) >= _LEAST_COLUMNS:  # in fewer nothing would be shown

@@ -49,16 +49,20 @@ def check_command(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
+    every: Annotated[
+        bool, typer.Option("--every", help="A line for each row, also where rows have the same problem.")
+    ] = False,
     column: Columns = None,
     image_root: ImageRoot = None,
     workers: Workers = None,
 ) -> None:
-    """List every problem of every row, by file, row and field, and the rows in numbers. The exit code is 1 if there is
+    """List the problems of the rows, by file, row and field, each with the number of rows that have it, and the rows in
+    numbers. The exit code is 1 if there is
     a problem. Of several sources it is told which rows and images they share."""
     from foveate.data.demos import check_answered
     from foveate.data.statistics import shared_lines
     from foveate.data.table import open_tasks
-    from foveate.data.validate import RowInspection, inspect_rows
+    from foveate.data.validate import RowInspection, grouped, inspect_rows
     from foveate.log import print_result, progress
     from foveate.models.checkpoint.inspect import load_encoder
     from foveate.rewards.build import truth_check
@@ -71,8 +75,8 @@ def check_command(
     inspection = RowInspection(check, length=encoder.checked_length if encoder is not None else None)
     with progress("checking rows", len(table)) as advance:
         found = inspect_rows(table, inspection, workers=workers, progress=lambda *_: advance(1))
-    for problem in found.problems:
-        print_result(str(problem))
+    for line in map(str, found.problems) if every else grouped(found.problems):
+        print_result(line)
     for line in [*(f"warning: {one}" for one in found.warning_lines()), *found.lines()]:
         print_result(line)
     path_of = table.select(found.kept).path_of

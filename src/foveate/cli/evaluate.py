@@ -24,7 +24,7 @@ from foveate.log import print_result
 
 FirstRows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
 Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
-RunPath = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]
+RunPath = Annotated[Path, typer.Argument(help="Folder of a run, also while it is under way, or of an evaluation.")]
 System = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +88,7 @@ THINKING_TEMPERATURE = 0.6
 
 def generate_command(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again resumes.")],
     endpoint: Annotated[list[str] | None, typer.Option(help="Address of a server, with /v1; several times.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder, or demo: answers in this process.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoints.")] = None,
@@ -230,7 +230,9 @@ def evaluate_command(
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of a run, finished or not, or of an evaluation; several.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folder of a run, also while it is under way, or of an evaluation; several.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="File of the page of several runs; by default comparison.html.")
     ] = None,

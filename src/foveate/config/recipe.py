@@ -102,7 +102,15 @@ def _python_entry(value: Any, where: str) -> Entry:
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
+    _refuse_data(Path(name))
     return Path(name) if os.path.isfile(name) else _find_shipped(Path(str(name)[:300]), shipped)
+
+
+def _refuse_data(name: Path) -> None:
+    if name.suffix in (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow", ".gz") and os.path.exists(name):
+        raise ConfigError(
+            f"{name} holds rows, and a recipe is wanted, a YAML file: give one, and the rows as data.train={name}"
+        )
 
 
 def _find_shipped(name: Path, shipped: Path) -> Path:
@@ -214,7 +222,7 @@ def _read_file(path: Path) -> Entry:
     if entry.value is None:
         return Entry({}, str(path))
     if not isinstance(entry.value, dict):
-        raise ConfigError(f"{entry.where}: a recipe is a mapping of settings (name: value), found {entry.value!r}")
+        raise ConfigError(f"{entry.where}: a recipe is a mapping of settings (name: value), found {entry.value!r:.60}")
     return entry
 
 

@@ -100,7 +100,7 @@ def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
         if stat.S_ISREG(about.st_mode):
             return place, about
     looked = "" if path.is_absolute() else f" (looked in {', '.join(str(place.parent) for place in places)})"
-    raise DataError(f"no such file: {shorten_source(path)}{looked}; mend the path or give the folder of the images")
+    raise DataError(f"no such file: {shorten_source(path)}{looked}; fix the path or give the folder of the images")
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ class ChatClient:
             raise self._fatal(url, error) from error
         except Exception as error:  # the border around a server
             raise ConfigError(
-                f"{url} does not answer ({_reason(error)}); start the server, or mend --endpoint (its address ends "
+                f"{url} does not answer ({_reason(error)}); start the server, or fix --endpoint (its address ends "
                 "in /v1 as a rule)"
             ) from error
         wanted = self.settings.model or (listed[0][0] if listed else None)

@@ -266,8 +266,10 @@ def _add_change(table: Table, change: Change, label: str, with_after: bool) -> N
 def read_run(run_folder: Path) -> Run:
     """Everything that the run has written so far. Raises DataError for a folder without any of it, or a broken file."""
     if not any((run_folder / name).exists() for name in INPUTS):
-        state = "holds none of the files of a run" if run_folder.is_dir() else "is no folder"
-        raise DataError(f"{run_folder}: {state} ({', '.join(INPUTS)}); name the folder that `foveate rl` wrote")
+        state = "it holds none of the files of a run" if run_folder.is_dir() else "there is no such folder"
+        raise DataError(
+            f"{run_folder} is not a run folder: {state} ({', '.join(INPUTS)}); name the folder that `foveate rl` wrote"
+        )
     return Run(
         folder=run_folder,
         config=_text(run_folder / "config.yaml", run_folder),

@@ -22,7 +22,7 @@ import numpy as np
 
 from foveate.errors import ConfigError, DataError, printable
 from foveate.records import Answer, Score, Task
-from foveate.registry import bind, resolve
+from foveate.registry import bind, resolve, shown_name
 from foveate.rewards import GROUND_TRUTH, REWARDS
 from foveate.rewards.callables import as_function
 from foveate.rewards.requests import Session
@@ -129,8 +129,8 @@ def as_score(result: Any, name: str) -> Score:
         if parts and len(parts) == len(result):
             return Score(sum(parts.values()), parts)
     raise WrongResult(
-        f"reward {name} returned {type(result).__name__} {result!r:.60}; it must return a number, a dict of numbers "
-        '(with "score" or "overall" the score itself), or a foveate.records.Score'
+        f"reward {shown_name(name)} returned {type(result).__name__} {result!r:.60}; it must return a number, a dict "
+        'of numbers (with "score" or "overall" the score itself), or a foveate.records.Score'
     )
 
 
@@ -141,7 +141,7 @@ def _is_number(value: Any) -> bool:
 def adapt(name: str, function: Any, settings: Mapping[str, Any]) -> Reward:
     """A function of any form as a Reward, with its settings filled in. Raises ConfigError for what cannot be
     called, a signature of no form, and settings that the function does not take, misses or has of another type."""
-    where = f"reward {name}"
+    where = f"reward {shown_name(name)}"
     function = as_function(function, where)
     form = form_of(where, function)
     parameters = inspect.signature(function).parameters
@@ -177,8 +177,8 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
     Raises ConfigError for an unknown name, and for a missing setting of a reward that is made of others."""
     known, given = REWARDS.get(name), settings or {}
     if known is None:
-        function = as_function(_resolve(name), f"reward {name}")
-        return _needs(form_of(f"reward {name}", function), inspect.signature(function).parameters)
+        function = as_function(_resolve(name), f"reward {shown_name(name)}")
+        return _needs(form_of(f"reward {shown_name(name)}", function), inspect.signature(function).parameters)
     if not known.check:  # of those, a judge alone is shown the ground truth
         return NeedsColumns((), truth=True) if name == "judge" and "{truth}" in given.get("prompt", "{truth}") else None
     check = resolve({}, known.check, "check")

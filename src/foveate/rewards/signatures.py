@@ -14,6 +14,7 @@ from typing import Any
 
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
+from foveate.registry import shown_name
 from foveate.rewards.text import question
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def _verl(_name: str, function: _Function, _: _Parameters) -> _Adapted:
 def _only(result: Any, name: str, of: str) -> Any:
     """The score of the only answer of a batch."""
     if not isinstance(result, list | tuple) or len(result) != 1:
-        raise WrongResult(f"reward {name} returned {result!r:.60} for one {of}; it must return [score]")
+        raise WrongResult(f"reward {shown_name(name)} returned {result!r:.60} for one {of}; it must return [score]")
     return result[0]
 
 
