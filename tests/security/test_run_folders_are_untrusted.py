@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import PIL.Image
@@ -16,6 +17,7 @@ import foveate.report
 from foveate.errors import UserError
 from foveate.evaluate.predictions import read_evaluations
 from foveate.evaluate.shards import read_generated
+from foveate.files import read_inside
 from foveate.log import read_metrics
 from foveate.report.page import render_report, write_report
 
@@ -121,6 +123,14 @@ def test_a_file_larger_than_any_of_a_run_is_refused(run):
     with (run / "notes.txt").open("wb") as file:
         file.truncate(2**30)
     assert "1,073,741,824 bytes" in refusal(run)
+
+
+def test_a_small_file_takes_little_memory_whatever_the_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"text")
+    tracemalloc.start()
+    assert read_inside(tmp_path / "a", tmp_path, 2**32) == b"text"
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
 
 
 def test_answers_of_an_evaluation_and_shards_stay_in_their_folder(run, tmp_path):
