@@ -59,8 +59,7 @@ class Task:
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
     videos: tuple[Video, ...] = ()
-    conversational: bool = False
-    """The row has its prompt as TRL's messages, so that TRL's rewards get messages."""
+    conversational: bool = False  # the prompt came as TRL's messages, which TRL's rewards get
 
 
 @dataclass(frozen=True, slots=True)

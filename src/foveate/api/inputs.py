@@ -158,7 +158,7 @@ def _parquet(data: Any) -> bytes:
 
 
 def _remedy(data: Any) -> str:
-    """What to write in place of something that holds rows, or gives them one by one."""
+    """The advice about something that holds rows, or gives them one by one."""
     if isinstance(data, Mapping) and data and all(isinstance(one, _WritesParquet) for one in data.values()):
         splits = [str(name) for name in data]
         split = "train" if "train" in splits else splits[0]

@@ -15,9 +15,9 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-LISTED = BeforeValidator(_listed)
+ONE_OR_MORE = BeforeValidator(_listed)
 """One string alone need not stand in a list."""
-Strings = Annotated[tuple[str, ...], LISTED, Field(strict=False)]
+Strings = Annotated[tuple[str, ...], ONE_OR_MORE, Field(strict=False)]
 """Several strings; one alone need not stand in a list."""
 
 

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from foveate.config.base import LISTED, Settings, Strings, refuse_any
+from foveate.config.base import ONE_OR_MORE, Settings, Strings, refuse_any
 from foveate.config.cluster import ClusterSettings
 
-Modules = Annotated[tuple[Literal["vision", "projector", "language"], ...], LISTED, Field(strict=False, min_length=1)]
+Modules = Annotated[
+    tuple[Literal["vision", "projector", "language"], ...], ONE_OR_MORE, Field(strict=False, min_length=1)
+]
 
 
 class LoraSettings(Settings):

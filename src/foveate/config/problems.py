@@ -1,10 +1,11 @@
-"""What is wrong with settings, in one line: where it stands, what it is, and what was meant."""
+"""The faults of settings, in one line: where each stands, what it is, and what was meant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,13 +14,18 @@ from foveate.config.elsewhere import ELSEWHERE, IN_WORDS
 from foveate.config.runs import STAGES, is_group, walk
 from foveate.registry import explain
 
-if TYPE_CHECKING:
-    from foveate.config.recipe import Entry
-
 PYTHON = "settings"
 """The place of what a call from Python does not give."""
 MOST_UNKNOWN = 8
 """Unknown settings that one message names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A value and where it was written; `value` is a dict of entries for a mapping, else a plain scalar or list."""
+
+    value: Any
+    where: str
 
 
 def first_problem(error: ValidationError, entry: Entry, cls: type[Settings]) -> str:

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ import yaml.composer
 from pydantic import ValidationError
 
 from foveate.config.base import Named, Settings
-from foveate.config.problems import PYTHON, first_problem
+from foveate.config.problems import PYTHON, Entry, first_problem
 from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError, one_line
 from foveate.registry import suggestion
@@ -39,14 +38,6 @@ BARE = {"model": "path", "data": "train"}
 """The groups that a bare value may stand for, and its setting in them."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A value and where it was written; `value` is a dict of entries for a mapping, else a plain scalar or list."""
-
-    value: Any
-    where: str
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]) -> SettingsT:

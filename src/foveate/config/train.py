@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from foveate.config.base import LISTED, Settings, refuse
+from foveate.config.base import ONE_OR_MORE, Settings, refuse
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
@@ -172,13 +172,13 @@ class RLEvalSettings(EvalSettings):
     gallery: int = Field(default=16, ge=0, description="Held-out images that the report shows for each evaluation.")
 
 
-Trackers = Annotated[
-    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], LISTED, Field(strict=False)
+TrackerNames = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], ONE_OR_MORE, Field(strict=False)
 ]
 
 
 class LogSettings(Settings):
-    to: Trackers = Field(
+    to: TrackerNames = Field(
         default=(),
         description="Trackers that get settings, metrics and some answers with images; each must be installed.",
     )

@@ -44,7 +44,7 @@ def trl(
 def gives_reward(factory: str) -> bool:
     """Whether the objects of a factory have TRL's `get_reward`. Raises ConfigError for an unknown one."""
     made = resolve({}, factory, "TRL environment")
-    return hasattr(made if inspect.isclass(made) or not callable(made) else made(), "get_reward")
+    return "get_reward" in dir(made if inspect.isclass(made) or not callable(made) else made())
 
 
 def _public_methods(instance: Any) -> dict[str, Callable[..., Any]]:

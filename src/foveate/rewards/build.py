@@ -31,9 +31,9 @@ from foveate.rewards.signatures import (
     ROW_COLUMNS,
     Form,
     WrongResult,
-    form_of,
     ground_truth_of,
     positional,
+    reward_form,
 )
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def adapt(name: str, function: Any, settings: Mapping[str, Any]) -> Reward:
     called, a signature of no form, and settings that the function does not take, misses or has of another type."""
     where = f"reward {shown_name(name)}"
     function = as_function(function, where)
-    form = form_of(where, function)
+    form = reward_form(where, function)
     parameters = inspect.signature(function).parameters
     keywords = {key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
     arguments = {key: value for key, value in settings.items() if form.arguments and key not in keywords}
@@ -178,7 +178,7 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
     known, given = REWARDS.get(name), settings or {}
     if known is None:
         function = as_function(_resolve(name), f"reward {shown_name(name)}")
-        return _needs(form_of(f"reward {shown_name(name)}", function), inspect.signature(function).parameters)
+        return _needs(reward_form(f"reward {shown_name(name)}", function), inspect.signature(function).parameters)
     if not known.check:  # of those, a judge alone is shown the ground truth
         return NeedsColumns((), truth=True) if name == "judge" and "{truth}" in given.get("prompt", "{truth}") else None
     check = resolve({}, known.check, "check")

@@ -1,4 +1,4 @@
-"""What can be called as a reward, made a plain function: callable objects, classes of such, partials and methods."""
+"""Callable objects, classes of such, partials and methods as plain functions, which rewards are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from foveate.errors import ConfigError
@@ -27,7 +28,7 @@ def as_function(found: Any, where: str) -> Callable[..., Any]:
     target = _target(found)
     if inspect.iscoroutinefunction(target):
         raise ConfigError(
-            f"{where}: {getattr(target, '__qualname__', target)} is async, and rewards are called one by one; write it "
+            f"{where}: {_name(found)} is async, and rewards are called one by one; write it "
             "with def (the rewards judge and endpoint ask servers side by side)"
         )
     if inspect.isfunction(found):
@@ -40,24 +41,30 @@ def as_function(found: Any, where: str) -> Callable[..., Any]:
 
     reward.__name__ = reward.__qualname__ = _name(found)
     reward.__module__ = target.__module__
-    reward.__annotations__ = dict(getattr(target, "__annotations__", {}))
+    reward.__annotations__ = dict(inspect.get_annotations(target))
     reward.__signature__ = inspect.signature(found)  # pyright: ignore[reportFunctionMemberAccess]
     return reward
 
 
 def _target(found: Any) -> Any:
     """The function whose code runs."""
+    found = _whole(found)
+    if inspect.isfunction(found):
+        return found
+    method = found if inspect.ismethod(found) else type(found).__call__
+    return method.__func__ if inspect.ismethod(method) else method
+
+
+def _whole(found: Any) -> Any:
+    """Without the arguments that are filled in."""
     while isinstance(found, functools.partial):
         found = found.func
-    if not inspect.isfunction(found) and not inspect.ismethod(found):
-        found = type(found).__call__
-    return getattr(found, "__func__", found)
+    return found
 
 
 def _name(found: Any) -> str:
-    while isinstance(found, functools.partial):
-        found = found.func
-    return getattr(found, "__name__", type(found).__name__)
+    found = _whole(found)
+    return found.__name__ if inspect.isfunction(found) or inspect.ismethod(found) else type(found).__name__
 
 
 def _identity(found: Any) -> str:
@@ -67,9 +74,9 @@ def _identity(found: Any) -> str:
         parts += [repr(one) for one in found.args if isinstance(one, _PLAIN)]
         parts += [f"{name}={one!r}" for name, one in found.keywords.items() if isinstance(one, _PLAIN)]
         found = found.func
-    owner = getattr(found, "__self__", None if inspect.isfunction(found) else found)
-    held = getattr(owner, "__dict__", {})
-    parts += [f"{name}={one!r}" for name, one in held.items() if isinstance(one, _PLAIN)]
+    owner = found.__self__ if inspect.ismethod(found) else found
+    with suppress(TypeError):  # an object with slots
+        parts += [f"{name}={one!r}" for name, one in vars(owner).items() if isinstance(one, _PLAIN)]
     code = found if inspect.isfunction(found) else type(owner)
     try:
         parts.append(textwrap.dedent(inspect.getsource(code)))

@@ -182,7 +182,7 @@ NOT_PASSED = {
 """Parameters that other trainers pass and foveate does not, and what to do instead."""
 
 
-def form_of(where: str, function: Any) -> Form:
+def reward_form(where: str, function: Any) -> Form:
     """The form of a function. Raises ConfigError for a signature of none, and for parameters that are not passed."""
     names = list(positional(inspect.signature(function).parameters))
     for form in FORMS:
