@@ -1,4 +1,4 @@
-"""What the end of an answer says: verdicts, lists, sequences, abbreviations, segments; each with what stays wrong."""
+"""The end of an answer: verdicts, lists, sequences, abbreviations, segments; each with what stays wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands at the end of an answer: a verdict that says the claim again, and lines that each give one value.
+"""The end of an answer: a verdict that says the claim again, and lines that each give one value.
 
 All functions read the form of `foveate.rewards.plain_text.unified`.
 """
