@@ -57,6 +57,10 @@ _GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
 _ARROW = r"\to"
+_NEXT = re.compile(
+    r"\s*(?:-*\\to|\\(?:Long)?[Rr]ightarrow|⇒|⟶|➡|=+>)(?![A-Za-z])\s*|,?\s+(?:and\s+)?(?:then|followed\s+by)\s+"
+)
+"""What says that the next entry of a sequence follows."""
 _COLON = re.compile(r"\s*:\s*")
 _ORDERED = (sympy.Interval, sympy.Tuple)
 _TWO_NUMBERS = re.compile(r"(?<![_^\d.])[\d.]+\s+[\d.]")
@@ -212,6 +216,19 @@ def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None
     return one == other and all(_same(a, b, digits, asked) for a, b in zip(entries, expected, strict=True))
 
 
+def _same_sequences(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    """The verdict on a sequence joined by arrows, or by `then`, and a list, in their order; None for anything else. Two
+    entries are one only where the question asks for an order: `A \\to B` may be a mapping."""
+    chains = [parts_of(text, _NEXT) for text in (given, wanted)]
+    if (len(chains[0]) > 1) == (len(chains[1]) > 1):
+        return None
+    chain, text = (chains[0], wanted) if len(chains[0]) > 1 else (chains[1], given)
+    _, brackets, entries = entries_of(text)
+    if brackets or len(entries) < (2 if asks_for_order(asked) else 3):
+        return None
+    return len(chain) == len(entries) and all(_same(a, b, digits, asked) for a, b in zip(chain, entries, strict=True))
+
+
 def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
     """The verdict on two ratios of three numbers or more."""
     one, other = parts_of(given, _COLON), parts_of(wanted, _COLON)
@@ -234,7 +251,7 @@ def _same_equations(given: str, wanted: str, digits: int, asked: str) -> bool | 
 
 
 _COMPARISONS = (
-    _same_as_asked, _same_statements, _same_phrases, _same_lists, _same_ratios, _same_words,
+    _same_as_asked, _same_statements, _same_phrases, _same_sequences, _same_lists, _same_ratios, _same_words,
     _same_equations,
 )  # fmt: skip
 """The comparisons of anything but quantities, in the order in which they are asked for a verdict."""

@@ -70,6 +70,9 @@ _STATES = {
     "us": "unitedstates", "usa": "unitedstates", "unitedstatesofamerica": "unitedstates", "uk": "unitedkingdom",
     "uae": "unitedarabemirates",
 }  # fmt: skip
+_CRITERIA = frozenset(("sss", "sas", "asa", "aas", "saa", "ssa", "aaa", "aa", "hl", "ll", "la", "ha"))
+"""Criteria of congruence and similarity, by the initials of side, angle, hypotenuse and leg."""
+_PARTS = re.compile(r"^(?:side|angle|hypotenuse|leg){2,3}")
 _INITIALS = re.compile(r"(?:[A-Z]\.\s?)+[A-Z]\.?")
 _SPELLING = re.compile("|".join(_SPELLINGS))
 """British spellings, as `_squeezed` leaves them, and the American ones."""
@@ -94,6 +97,24 @@ _CLASS = re.compile(
     r"|congruence|similarity|(?:congruence|similarity)(?:theorem|postulate|criterion|rule))s?"
 )
 _TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)
+_SENTENCES = re.compile(r"[.?!](?=\s|$)|[。？！\n]")
+_REQUEST = re.compile(
+    r"(?:(?<!\bin )(?<!\bof )(?<!\bat )(?<!\bto )(?<!\bfor )(?<!\bfrom )"
+    r"\b(?:which|what|name|identify|find|give|state|write|list|order|arrange|rank|determine)\b.*|\A.*(?:哪|写出|找出|指出).*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_FIGURE = re.compile(
+    r"(?P<segment>(?<![A-Za-z])(?:(?:mid)?segments?|sides?|chords?|diameters?|hypotenuses?|radi(?:us|i)|edges?|diagonals?|legs?"
+    r"|medians?)(?![A-Za-z])|线段|边(?!形)|弦|直径|半径|棱(?![锥柱台]))"
+    r"|(?<![A-Za-z])(?:angle|triangle|polygon|quadrilateral|ray|vector|arc|line(?!\s+segment)|plane|point|figure|shape"
+    r"|rectangle|parallelogram|square|circle|vert(?:ex|ice))s?(?![A-Za-z])(?!['’]s|\s+(?:sides?|edges?|segments?)\b)"
+    r"|[角弧点]|边形|射线|直线|向量",
+    re.IGNORECASE,
+)
+"""The figures that a question may ask for: segments, and others."""
+_DIRECTED = re.compile(
+    r"\b(?:rays?|vectors?|arrows?|direct(?:ed|ions?)|displacements?|paths?|polygons?)\b|射线|向量|方向", re.IGNORECASE
+)
 _CORRESPONDENCE = re.compile(r"congru|similar|\\(?:cong|sim)|[≅≌∼∽]|全等|相似", re.IGNORECASE)
 _ELEMENTS = frozenset(
     re.findall(
@@ -150,7 +171,8 @@ class Wording:
         figures name their vertices in pairs."""
         if self.relation == other.relation == "" and bool(self.words) != bool(other.words):
             states = {self.spoken, other.spoken}
-            return (len(states) == 1 and states <= {*_STATES.values()}) or _same_class(self.spoken, other.spoken)
+            known = _CRITERIA.union(_STATES.values())
+            return (len(states) == 1 and states <= known) or _same_class(self.spoken, other.spoken)
         if self.relation != other.relation or len(self.names) != len(other.names):
             return False
         if self.words != other.words and not _same_class(self.words, other.words):
@@ -207,7 +229,19 @@ def _same_class(one: str, other: str) -> bool:
 
 def _squeezed(text: str) -> str:
     squeezed = re.sub(r"[\s'.-]+", "", _OPENING.sub("", text.casefold()))
+    squeezed = _PARTS.sub(_initials, squeezed)
     return _STATES.get(squeezed) or _SPELLING.sub(lambda found: _SPELLINGS[found.group()], squeezed)
+
+
+def _initials(found: re.Match[str]) -> str:
+    initials = "".join(word[0] for word in re.findall("side|angle|hypotenuse|leg", found.group()))
+    return initials if initials in _CRITERIA else found.group()
+
+
+def criterion(text: str) -> str:
+    """The initials of a criterion of congruence or similarity, `sas` for `SAS` and for `Side-Angle-Side`; else ""."""
+    said = _squeezed(text)
+    return said if said in _CRITERIA else ""
 
 
 def _name(text: str) -> Name | None:
@@ -242,6 +276,14 @@ def _atoms(text: str) -> list[tuple[str, str]]:
     short = len(bare) == 2 or any(count for _, count in found)
     known = all(symbol in _ELEMENTS for symbol, _ in found) and "".join(map("".join, found)) == bare
     return found if short and known else []
+
+
+def asks_for_segment(question: str) -> bool:
+    """Whether a question asks for a segment, which is named by its ends in either order: the figure that its last
+    request names first is a side, a chord, ..., and nothing in the request has a direction."""
+    requests = [found.group() for sentence in _SENTENCES.split(question) if (found := _REQUEST.search(sentence))]
+    figure = _FIGURE.search(requests[-1]) if requests else None
+    return figure is not None and figure["segment"] is not None and not _DIRECTED.search(requests[-1])
 
 
 def has_words(text: str) -> bool:
@@ -296,7 +338,7 @@ def same_wording(given: str, wanted: str, question: str) -> bool | None:
     names = [_name(text) for text in (given, wanted)]
     free = bool(_TRIANGLE.search(question)) and not _CORRESPONDENCE.search(question)
     if names[0] and names[1]:
-        return names[0].same(names[1], free)
+        return names[0].same(names[1], free, asks_for_segment(question))
     if one is None or other is None:
         return False
     if one.same(other, free):

@@ -2,7 +2,8 @@ r"""Readings of a final answer: the answer itself, and its value where it is a s
 
 A sentence says what stands behind its verb (`The pH is 7.4`), what it sets in bold, the only number in it (`I count 7
 birds`), the only formula in it (`the vertex $V(1;4)$`), or `yes` and `no` at its start; of a sentence with a conclusion
-(`..., so the side is 5`), this. Nothing is read from a sentence that denies or compares.
+(`..., so the side is 5`), this. Nothing is read from a sentence that denies or compares. Lines that each give a name
+its value, at the end of a text, are a list; see `foveate.rewards.closing` for these and for verdicts at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from foveate.rewards.closing import closing_list, closing_verdict
 from foveate.rewards.equations import REJECTED
-from foveate.rewards.names import FUNCTIONS
+from foveate.rewards.names import FUNCTIONS, criterion
 from foveate.rewards.phrases import CHANGE
 from foveate.rewards.plain_text import last_sentence, last_value, stated_answer, unified, unwrapped, with_powers
 from foveate.rewards.units import read_unit, same_quantity, split_unit
@@ -107,6 +109,16 @@ _CHINESE_VERDICT = re.compile(
 )
 _ASIDE = re.compile(r"(?:an?|the|which|since|because|as|by)\s.*", re.IGNORECASE | re.DOTALL)
 _WORDY = re.compile(r"[A-Za-z]{3,}$")
+_REASONED = re.compile(
+    r"\s+(?:(?:congruence|similarity)\s+)?(?:postulate|theorem|criterion|rule|condition|property)$", re.IGNORECASE
+)
+_REASON = re.compile(r"\b(?:by|using|from)\s+(?:the\s+)?([^,;.]{1,60})[.!]?$", re.IGNORECASE)
+_REASONS = re.compile(
+    r"\b(?:which|what|name|state|give|by)\b.*\b(?:postulate|theorem|criterion|rule|property|condition|reason|law|method)"
+    r"|\b(?:how|why)\b.*\b(?:congruent|similar)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Questions for the reason of something, which a sentence may name at its end: `They are congruent by SAS.`"""
 _LONGEST = 1000
 """Characters of a sentence that is read."""
 _APPROXIMATION = re.compile(r"\s*\\approx\s*|\s*≈\s*")
@@ -121,6 +133,9 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
     bold = _BOLD.findall(last_sentence(text)[:_LONGEST])
     if len(bold) == 1:
         yield bold[0]
+        yield from _remarked(unwrapped(bold[0]).strip())
+    if said := closing_verdict(text, asked):
+        yield said
     text = unwrapped(text).strip()
     sentence = _asked_for(last_sentence(text).strip(), asked)
     if text.endswith("?") and " " in sentence:
@@ -131,6 +146,8 @@ def readings(answer: str, asked: str = "") -> Iterator[str]:
         yield sentence[found.end() :]
     if "\n" in text and (lines := _LINES.fullmatch(text)):
         yield ", ".join(lines.group().split("\n"))
+    if listed := closing_list(text):
+        yield listed
     if len(sentence) <= _LONGEST:
         if _follows_prose(text, sentence):
             yield sentence
@@ -200,6 +217,9 @@ def _concluded(sentence: str, asked: str) -> Iterator[str]:
         yield said
     if found := _LEAD.match(clause):
         yield clause[found.end() :]
+    if (found := _REASON.search(clause)) and _REASONS.search(asked) and not _DENIAL.search(clause[: found.start()]):
+        yield _REASONED.sub("", found[1])
+        yield from _remarked(found[1])
     formulas = [*_FORMULAS.finditer(clause)]
     if len(formulas) != 1:
         return
@@ -235,10 +255,16 @@ def _stem(word: str) -> str:
 def _remarked(text: str) -> Iterator[str]:
     """The parts of `sodium chloride (NaCl)`, `0.5 (or 1/2)`, `12 (cm)` and `72 km/h (20 m/s)`: what is said, what is
     said again. An aside such as `(a square)` says nothing more."""
-    found = _REMARK.fullmatch(text.rstrip(" ."))
+    found = _REMARK.fullmatch(_REASONED.sub("", text.rstrip(" .")))
     if found is None:
         return
     said, remark = found["said"].strip(), found["remark"].strip()
+    meant = criterion(said.rpartition(" ")[2]), criterion(remark)
+    if all(meant):
+        if meant[0] == meant[1]:  # else the words are those of another abbreviation
+            yield said
+            yield remark
+        return
     value = last_value(said)
     if same_quantity(split_unit(value), split_unit(remark)):
         yield value

@@ -101,8 +101,9 @@ _BACKWARDS = re.compile(r"-\s*\\(?:overrightarrow|vec)\s*\{\s*([A-Z])([A-Z])\s*\
 _RELATIONS = {"parallel": "parallel", "perpendicular": "perp", "congruent": "cong", "similar": "sim"}
 _COORDINATE = re.compile(r"([a-z])\s*=\s*([^=]+)")
 _ORDER = re.compile(
-    r"\b(?:arrange|rank|sort)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
-    r"|\bfrom (?:the )?\w+(?:est|st) to\b|排列|排序|排成",
+    r"\b(?:arrange|rank|sort)\b|\border\s+(?:the(?:se)?|them|from)\b|\b(?:in|into)\s+(?:the\s+)?(?:\w+\s+)?order\b(?!\s+(?:to|that|for)\b)"
+    r"|\b(?:what|which|correct|right|proper|chronological)\s+(?:order|sequence)\b(?!\s+(?:pair|triple))|\bsequence\s+of\s+(?:the\s+)?(?:steps|events|stages)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
+    r"|\bfrom (?:the )?\w+(?:est|st) to\b|排列|排序|排成|顺序|次序",
     re.IGNORECASE,
 )
 
