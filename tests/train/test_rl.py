@@ -125,7 +125,7 @@ def test_a_run_is_evaluated_before_every_second_and_after_the_last_step(whole):
     evaluations = read_evaluations(whole.path)
     assert [one.step for one in evaluations] == [0, 2, 3]
     assert all(len(row.sampled) == 2 for one in evaluations for row in one.predictions)
-    assert [record["step"] for record in metrics_of(whole) if "eval/greedy_accuracy" in record] == [2, 3]
+    assert [record["step"] for record in metrics_of(whole) if "eval/greedy_score" in record] == [2, 3]
 
 
 def test_a_run_leaves_a_report_with_curves_and_pictures(whole):
