@@ -130,7 +130,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
 
 
 def test_the_commands_write_the_asked_splits_and_refuse_none(tmp_path, capsys):
-    from foveate.cli.prepare import prepare_gui_command, prepare_zoom_command
+    from foveate.cli.prepare_drawn import prepare_gui_command, prepare_zoom_command
 
     prepare_zoom_command(tmp_path / "zoom", train=2, test=0, traces=1, side=112, tile=112)
     prepare_gui_command(tmp_path / "gui", train=1, test=1, traces=0, side=112, kinds="slider,list")

@@ -33,7 +33,8 @@ from foveate.train.muon import MUON
 from foveate.train.optim import OPTIMIZERS
 
 ONE_GPU = sorted(path.stem for path in SHIPPED.glob("geo3k_*.yaml"))
-LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in ONE_GPU)
+FLASH = ("internvl3_5_1b_vico", "internvl3_5_1b_vir")  # on one rank
+LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in (*ONE_GPU, *FLASH))
 LARGE.append("openmmreasoner_7b")
 ALL = ("vision", "projector", "language")
 QWEN = "geo3k_qwen2_5_vl_3b_lora"

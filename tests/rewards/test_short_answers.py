@@ -144,7 +144,7 @@ def test_constructed_answers_get_the_values_of_their_rule(name):
     [
         ("string_match", {"a": 1}, {}, "is no answer"),
         ("string_list", "red", {}, "no list of texts"),
-        ("search", None, {}, "is no answer"),
+        ("search", None, {}, "is missing; the reward search"),
         ("counting", "-2", {}, "no count"),
         ("counting", "several", {}, "no count"),
         ("numeric", "Asia", {}, "is no number; write it in digits, or choose the reward math or chartqa"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from foveate.algorithms.supervised import sft_total
 from foveate.api.training import Recipe
 from foveate.config.model import ModelSettings
 from foveate.config.runs import VicoSettings
@@ -26,7 +27,6 @@ from foveate.plan.workload import workload_of
 from foveate.records import PackedGroup
 from foveate.train.consistency import ConsistencyRow, ConsistencyWorker
 from foveate.train.vico import _route, run_vico
-from foveate.train.worker import sft_total
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from io import BytesIO
 import numpy as np
 import PIL.Image
 
+from foveate.data.images import open_picture
+
 
 @dataclass(frozen=True, slots=True)
 class Augment:
@@ -45,5 +47,6 @@ class Degrade:
         if jpeg is not None:
             packed = BytesIO()
             image.save(packed, "JPEG", quality=int(self._draw.integers(jpeg[0], jpeg[1] + 1)))
-            image = PIL.Image.open(packed).convert("RGB")
+            with open_picture(packed.getvalue()) as (opened, _):
+                image = opened.convert("RGB")
         return image
