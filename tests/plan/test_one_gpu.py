@@ -39,6 +39,7 @@ def test_a_quantised_model_takes_the_planned_bytes(tiny_folder, kind):
     assert planned < memory_of(work_of(policy.model.config, lora=lora)).weights
 
 
+@pytest.mark.slow
 def test_four_bits_take_at_most_29_percent_of_bfloat16():
     work = {"lora": LoraSettings(), "dtype": torch.bfloat16}
     for size in ("1B", "8B"):

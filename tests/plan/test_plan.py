@@ -110,6 +110,7 @@ def test_no_scores_of_pictures_are_counted_which_no_kernel_keeps():
     assert 12 * 1024 < per_token < 24 * 1024  # numbers; the block is 1,024 wide
 
 
+@pytest.mark.slow
 def test_one_rank_that_computes_in_bfloat16_keeps_copies_of_its_weights(config):
     def memory(dtype="bfloat16", **changes):
         return memory_of(work_of(config, cluster=ClusterSettings(dtype=dtype), **changes))
@@ -337,6 +338,7 @@ def test_weights_and_moments_are_cut_over_the_shards(shard_over):
     assert offloaded.host > whole.state / 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap")
 def test_engines_apart_have_gpus_of_their_own(monkeypatch):
     monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
