@@ -149,3 +149,18 @@ def test_a_letter_that_is_no_option_is_a_fault_of_mathematical_rows_too():
     assert (field, fault) == ("reward_model.ground_truth", "'E' is none of the options A, B")
     for sound in (choice("B", choices=["5", "7"]), choice("\\frac{14}{2}", choices=["5", "7"]), choice("E")):
         assert check_letter(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        (r"130^\circ", "C"), (r"130^{\circ}", "C"), ("130 °", "C"), ("130", "C"), (r"140^\circ", "D"),
+        (r"13^\circ", None),
+        (r"2 \sqrt{3}", "A"), ("2√3", "A"), (r"2\sqrt{2}", None), (r"\dfrac{1}{2}", "B"), ("½", "B"), ("1/3", None),
+        (r"50\%", "E"), (r"3\pi", "F"), (r"\left(2, 5\right)", None),
+    ],
+)  # fmt: skip
+def test_a_value_is_the_same_option_in_latex_and_as_typed(answer, label):
+    values = {"A": r"$2\sqrt{3}$", "B": r"$\frac{1}{2}$", "C": "130°", "D": "140°", "E": "50%", "F": "3π"}
+    assert named_option(answer, values) == label
+    assert named_option(rf"So it is ${answer}$.", values) == label

@@ -69,6 +69,19 @@ _PLACES = ("first", "second", "third", "fourth", "fifth")
 _BLANKS = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r"(?: ?\n)+ ?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
+_TYPED = [
+    (re.compile(pattern), typed)
+    for pattern, typed in (
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:!]|\\(?:quad|qquad)(?![A-Za-z])", " "),
+        (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\degrees?(?![A-Za-z])|°)", "°"),
+        (r" ?\\?%", "%"),
+        (r"\\[dt]?frac ?\{([^{}]{1,40})\} ?\{([^{}]{1,40})\}", r"\1/\2"),
+        (r" ?(?:\\sqrt ?\{(\w{1,20})\}|√ ?(\w{1,20}))", r"√\1\2"),
+        (r" ?(?:\\pi(?![A-Za-z])|π)", "π"),
+        (r" ?(?:\\(?:times|cdot)(?![A-Za-z])|[×·]) ?", "×"),
+    )
+]
+"""LaTeX of a short value, and what one types for it: `130^\\circ` is `130°`."""
 
 
 # -------------------------------------------------------------------------------------------------------- options
@@ -135,11 +148,12 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     None for an answer that names none, several at once, a label with the value of another option, or a label that is
     none of `values`; without values, letters from A to J are labels.
     """
-    text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
+    text = re.sub(r"['‘]([A-J])['’]", r" \1 ", _typed(unwrapped(unified(answer))))
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
     text = _BUT_NOT.sub("", re.sub(r" (?=[,.;:!)])", "", text).strip())
     by_value = {_bare(value): label for label, value in values.items()}
+    by_value = {value.removesuffix("°"): label for value, label in by_value.items()} | by_value
     for part in _parts(text):
         if found := _PLACE.fullmatch(part.strip()):
             return dict(enumerate(values)).get(_PLACES.index(found[1].lower()))
@@ -171,7 +185,13 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _bare(text: str) -> str:
-    return _ARTICLE.sub("", plain(text))
+    return _ARTICLE.sub("", _typed(plain(text)))
+
+
+def _typed(text: str) -> str:
+    for pattern, typed in _TYPED:
+        text = pattern.sub(typed, text)
+    return text
 
 
 def _leading_label(text: str, values: Mapping[str, str], by_value: Mapping[str, str]) -> str | None:
