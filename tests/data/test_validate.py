@@ -43,6 +43,7 @@ def die(task: Task) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path, encode):
     path = rows_of_text(
         tmp_path / "x.jsonl",

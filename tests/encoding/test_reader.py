@@ -42,6 +42,7 @@ def assert_same(got, wanted):
         assert torch.equal(one.pixels, other.pixels)
 
 
+@pytest.mark.slow
 def test_processes_give_what_this_process_gives_in_the_same_order_and_go_on_from_any_place(table, encode):
     wanted, end = taken(table, encode, 0, [3, 2, 5, 1, 4])
     got, there = taken(table, encode, 2, [3, 2, 5, 1, 4])

@@ -10,8 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from family_cases import TEXT_MODELS, VISION_MODELS, build_family, plain_inputs
+from family_cases import QUICK, TEXT_MODELS, VISION_MODELS, build_family, plain_inputs
 from safetensors.torch import load_file, save_file
+from slow_cases import slow_but
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
@@ -291,7 +292,7 @@ def _train_group(packed, advantage_G):
     return PolicyRow(packed, torch.zeros(packed.trained_tokens), advantage, None, None, None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(QUICK, NAMES))
 def test_supervised_and_rl_steps_change_the_parts_that_train_and_no_others(name, folders, trees_for):
     whole = [
         part for part in ("vision", "projector", "language") if part in load_policy(str(folders(name))).family.parts

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from slow_cases import slow_but
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -253,7 +254,7 @@ def cheap(monkeypatch):
 
 
 @pytest.mark.usefixtures("cheap")
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", slow_but(LARGE[::3], LARGE))
 def test_every_recipe_of_a_published_size_is_planned_and_fits_where_it_says(name, monkeypatch):
     monkeypatch.setattr(advice, "built_share", lambda _: 1.0)
     settings = read_recipe(name, [])

@@ -340,6 +340,7 @@ def test_closing_ends_the_servers_and_may_be_done_twice(engine_of):
     assert not engine.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_leaves_no_server_behind():
     code = f"""
 import sys, time

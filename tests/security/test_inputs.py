@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from slow_cases import slow_but
 from toy import make_data, rl_settings, sft_settings
 
 from foveate.api.training import Recipe
@@ -61,7 +62,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", slow_but([*CHANGES][:3], CHANGES))
 def test_other_content_under_the_same_name_is_refused_or_accepted_and_kept(made, kind):
     act, said = CHANGES[kind]
     run = run_sft(supervised(made, train={"steps": 2}))

@@ -95,7 +95,7 @@ def test_adapters_learn_on_a_gpu_and_go_on_from_a_checkpoint(tmp_path, tiny_fold
     require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm"))
 
 
-@pytest.mark.parametrize("save_async", [False, True])
+@pytest.mark.parametrize("save_async", slow_but([True], [False, True]))
 @pytest.mark.usefixtures("gpu")
 def test_supervised_training_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, data, save_async):
     train = {"save_async": save_async}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_cases import slow_but
 from test_resume import interrupt, stop_at, without_times
 from test_sft import distance, norm
 from toy import make_data, make_pairs, mpo_settings
@@ -132,7 +133,7 @@ def test_a_run_leaves_metrics_checkpoints_reference_and_a_model(tmp_path, tiny_f
     assert load_policy(str(run.final)).family == load_policy(str(tiny_folder)).family
 
 
-@pytest.mark.parametrize("name", ["mpo", "dpo", "ipo", "bco"])
+@pytest.mark.parametrize("name", slow_but(["mpo", "bco"], ["mpo", "dpo", "ipo", "bco"]))
 def test_each_loss_learns_to_prefer_the_chosen_answers(tmp_path, tiny_folder, pairs, name):
     settings = mpo_settings(tmp_path / "run", tiny_folder, pairs, loss=name, train={"steps": 8})
     last = read_metrics(run_mpo(settings).metrics)[-1]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from family_cases import build_family
+from slow_cases import slow_but
 from video_cases import write_video
 
 from foveate import api
@@ -44,7 +45,7 @@ def values(run, model, data, **more):
     }
 
 
-@pytest.mark.parametrize("name", ["internvl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", slow_but(["qwen3_vl"], ["internvl", "qwen2_5_vl", "qwen3_vl"]))
 def test_rows_with_videos_are_answered_scored_and_learned(name, data, tiny_folder, tmp_path):
     model = tiny_folder if name == "internvl" else build_family(tmp_path / name, name)
     train = {"steps": 1, "prompts_per_step": 4, "threads": 1}
