@@ -36,7 +36,7 @@ from foveate.train.optim import OPTIMIZERS
 ONE_GPU = sorted(path.stem for path in SHIPPED.glob("geo3k_*.yaml"))
 FLASH = ("internvl3_5_1b_vico", "internvl3_5_1b_vir")  # on one rank
 LARGE = sorted(path.stem for path in SHIPPED.glob("*internvl3_5*.yaml") if path.stem not in (*ONE_GPU, *FLASH))
-LARGE.append("openmmreasoner_7b")
+LARGE += ["openmmreasoner_7b", "vero_qwen3vl_8b"]
 ALL = ("vision", "projector", "language")
 QWEN = "geo3k_qwen2_5_vl_3b_lora"
 
