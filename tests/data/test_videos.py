@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from video_cases import all_frames, write_video
 
+from foveate.config.data import VideoSettings
 from foveate.data import videos
 from foveate.data.table import open_tasks
 from foveate.data.validate import ReadOptions
 from foveate.data.videos import inspect_video, video_frames
 from foveate.errors import DataError
+from foveate.models.families.qwen_video import VideoLimits, taken_frames
+from foveate.records import Video
 
 pytest.importorskip("av", reason="needs foveate[video]")
 
@@ -172,3 +175,11 @@ def test_a_video_that_cannot_be_used_is_an_error_of_its_row(row, said, tmp_path)
     (tmp_path / "text.mp4").write_text("text" * 200)
     with pytest.raises(DataError, match=said):
         tasks_of(tmp_path, row | {"answer": "x"})
+
+
+@pytest.mark.parametrize(("frames", "most"), [(17, 14), (14, 12), (367, 24), (100, 48)])
+def test_no_frame_behind_the_last_one_is_taken(frames, most):
+    video = Video(None, b"", 64, 64, frames, 24.0)
+    taken = taken_frames(video, VideoSettings(frames=most), VideoLimits(1, 10_000), 2, keeps_odd=False)
+    assert max(taken) < frames
+    assert len(taken) <= most

@@ -15,21 +15,24 @@ from foveate.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-def options_of_run(run: str | Path, system: str | None = None, *, data: Sequence[str | Path] = ()) -> dict[str, Any]:
+def options_of_run(
+    run: str | Path, system: str | None = None, *, data: Sequence[str | Path] = (), asks: bool = True
+) -> dict[str, Any]:
     """The fields of an `EvalRequest` by the settings of a run: `models` is its trained model, `data` its held-out rows
     (data.test, or those that data.hold_out kept aside). Only a run with a reward says one, and the length of answers,
     and one with an environment that.
     system: a message in place of the run's, which may have switched thoughts by its own. data: files of rows in place
-    of the held-out ones; a warning names those that the run was trained on.
+    of the held-out ones; a warning names those that the run was trained on. asks: whether the model is to answer.
 
-    Raises ConfigError for a folder that is none of a run, and for a run without held-out rows where `data` is empty.
+    Raises ConfigError for a folder that is none of a run, and for a run without held-out rows that
+    `asks` without `data`.
     """
     folder = RunFolder(Path(run))
     if not folder.config.is_file():
         raise ConfigError(f"{run} is not a run folder: it has no {folder.config.name}; give one, or --model")
     settings = read_recipe(folder.config, ())
     own, final = settings.data, folder.final
-    if not (data or own.test or own.hold_out):
+    if asks and not (data or own.test or own.hold_out):
         raise ConfigError(
             f"{run} has no held-out rows (data.test is empty, and data.hold_out is 0): name rows that it was not "
             "trained on, with --data FILE, or in Python run.evaluate(FILE)"

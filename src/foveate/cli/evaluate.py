@@ -202,7 +202,7 @@ def evaluate_command(
     from foveate.evaluate.evaluate_models import EvalRequest
 
     prompt = _system_prompt(system)
-    known = {} if run is None else options_of_run(run, prompt, data=data or generated or ())
+    known = {} if run is None else options_of_run(run, prompt, data=data or (), asks=not generated)
     out = out or (run and run / "eval")
     if out is None:
         raise typer.BadParameter("give --out, the folder for predictions, summary and report, or the folder of a run")

@@ -161,6 +161,11 @@ class _FlashSettings(SFTSettings):
             (self.model.lora is not None, "model.lora", "is set, but whole weights are trained here; leave it out"),
             (self.environment is not None, "environment", "is set, but no tools are shown here; leave it out"),
             (
+                self.model.router_aux_loss_coef > 0,
+                "model.router_aux_loss_coef",
+                "is set, but experts are not balanced here; leave it out",
+            ),
+            (
                 self.train.trained_turns != "last",
                 "train.trained_turns",
                 "is all, but the last turn alone is compared here; leave it out",

@@ -24,9 +24,10 @@ class Augment:
     jpeg: tuple[int, int] | None = None
     resize: tuple[float, float] | None = None
 
-    def drawn(self, row: int, epoch: int) -> Degrade:
-        """The change of the images of a row in an epoch, which depends on these numbers and the seed alone."""
-        return Degrade(self, np.random.default_rng((self.seed, row, epoch, 0x4A50)))
+    def drawn(self, row: int, place: int) -> Degrade:
+        """The change of the images of a row at a place of the stream, another one in each epoch, and wherever a source
+        comes again within one; it depends on these numbers and the seed alone."""
+        return Degrade(self, np.random.default_rng((self.seed, row, place, 0x4A50)))
 
 
 class Degrade:

@@ -32,7 +32,7 @@ class Reader:
 
     With `workers` 0 tasks are encoded when they are taken. With more, as many as were taken last are encoded ahead, in
     the order of the stream, whose position counts those that were taken: a run resumes from it with the same tasks, and
-    its prompts are the same for any number of workers. `augment` changes their images, by row and epoch.
+    its prompts are the same for any number of workers. `augment` changes their images, by row and place.
     """
 
     def __init__(
@@ -92,20 +92,21 @@ class Reader:
         assert self._pool is not None
         coming = _drawn(copy.copy(self._stream), max(count, len(self._ahead)))
         if [place for place, _ in self._ahead] != coming[: len(self._ahead)]:  # the stream was set to another place
+            for _, future in self._ahead:
+                future.cancel()
             self._ahead.clear()
         for place in coming[len(self._ahead) :]:
             self._ahead.append((place, self._pool.submit(_encode, place)))
 
 
 _Place = tuple[int, int]
-"""A row, and the epoch in which it is taken."""
+"""A row, and the place of the stream at which it is taken."""
 
 
 def _drawn(stream: Stream, count: int | None) -> list[_Place]:
     """The next rows of a stream."""
     places = stream.coming(stream.batch if count is None else count)
-    epochs = [place // stream.length for place in places]
-    return list(zip(stream.draw(count), epochs, strict=True))
+    return list(zip(stream.draw(count), places, strict=True))
 
 
 def _encoded(task: Task, encoder: Encoder, augment: Augment | None, place: _Place) -> Prompt:

@@ -6,6 +6,7 @@ docs/evaluation.md says where the rules differ from the official code.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -66,7 +67,18 @@ def _in_form(answer: str, task: Task) -> str | None:
     if found is None:
         return None
     value = float(found.value)
-    return str(int(value)) if kind == "integer" else str(round(value, int(task.meta.get("precision", 0))))
+    if not math.isfinite(value):
+        return None
+    return str(int(value)) if kind == "integer" else str(round(value, _precision(task) or 0))
+
+
+def _precision(task: Task) -> int | None:
+    """Decimals of a float, 0 where the row has none; None for what is no whole number."""
+    given = task.meta.get("precision")
+    try:
+        return int(float(0 if given is None or given == "" else given))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -87,6 +99,8 @@ def check_mathvista(task: Task) -> list[tuple[str, str]]:
         faults = [(GROUND_TRUTH, f"{task.answer!r:.80} is none of the options {', '.join(values)}; write its text")]
     if kind not in _KINDS:
         faults.append(("extra_info.answer_type", f"{kind!r:.80} is none of {', '.join(_KINDS)}"))
+    if kind == "float" and _precision(task) is None:
+        faults.append(("extra_info.precision", f"{task.meta.get('precision')!r:.80} is no number of decimals"))
     return faults
 
 

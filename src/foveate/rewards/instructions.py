@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError, DataError, one_line
 from foveate.records import Score, Task
 from foveate.registry import suggestion
 from foveate.rewards import GROUND_TRUTH
@@ -94,13 +94,25 @@ def instructions_of(value: Any) -> list[Instruction]:
         listed = _listed(found.get("instructions"))
         names = [one.get("class", one.get("id")) if isinstance(one, Mapping) else None for one in listed]
         given = [one.get("args", one.get("kwargs")) if isinstance(one, Mapping) else None for one in listed]
-    names, given = _listed(names), _listed(given)
+    names, given = _listed(names), [_arguments(one) for one in _listed(given)]
     if not names or len(given) != len(names) or not all(isinstance(name, str) and name for name in names):
         return []
+    if any(arguments is None for arguments in given):
+        return []
     return [
-        Instruction(name, {k: v for k, v in (arguments or {}).items() if v is not None})
+        Instruction(name, {k: v for k, v in arguments.items() if v is not None})
         for name, arguments in zip(names, given, strict=True)
     ]
+
+
+def _arguments(value: Any) -> Mapping[str, Any] | None:
+    """The arguments of an instruction, also as JSON text; None for something else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            return None
+    return {} if value is None else value if isinstance(value, Mapping) else None
 
 
 def _lower(value: Any) -> dict[str, Any]:
@@ -148,7 +160,15 @@ def _fault(one: Instruction) -> str:
     missing, odd = sorted(wanted - one.arguments.keys()), sorted(one.arguments.keys() - wanted)
     if missing:
         return f"instruction {one.name} lacks its arguments {', '.join(missing)}"
-    return f"instruction {one.name} has no arguments {', '.join(odd)}" if odd else ""
+    if odd:
+        return f"instruction {one.name} has no arguments {', '.join(odd)}"
+    try:
+        checker = kind(one.name)
+        checker.build_description(**one.arguments)
+        checker.check_following("An answer.")
+    except Exception as error:  # the library raises what it likes for a value that it does not know
+        return f"instruction {one.name} cannot be checked with {dict(one.arguments)!r:.80} ({one_line(error)[:100]})"
+    return ""
 
 
 def check_instructions(task: Task) -> list[tuple[str, str]]:

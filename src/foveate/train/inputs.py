@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from foveate.config.run_base import RunSettings
-from foveate.config.runs import RLSettings
+from foveate.config.runs import RLSettings, VirSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
 from foveate.files import add_json_line
@@ -67,6 +67,8 @@ class Inputs:
         found |= _folder("model", resolve_folder(settings.model.path))
         if settings.model.lora is not None and settings.model.lora.adapter is not None:
             found |= _folder("adapter", adapter_folder(settings.model.lora.adapter))
+        if isinstance(settings, VirSettings):
+            found |= _folder("reference", resolve_folder(settings.train.reference))
         teacher = settings.algorithm.teacher if isinstance(settings, RLSettings) else None
         for number, path in enumerate(teacher.paths if teacher is not None else (), start=1):
             found |= _folder(f"teacher {number}", resolve_folder(path))

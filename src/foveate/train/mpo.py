@@ -28,7 +28,9 @@ from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
+from foveate.files import sha256
 from foveate.log import MetricsWriter, progress
+from foveate.models.adapters import ADAPTER_WEIGHTS, adapter_folder
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import pack
@@ -165,6 +167,11 @@ def _reference(
     }
     if settings.cluster.dtype is not None:
         also["computed"] = settings.cluster.dtype
+    if settings.model.quantization is not None:
+        also["quantization"] = settings.model.quantization
+    if settings.model.lora is not None and settings.model.lora.adapter is not None:
+        weights = adapter_folder(settings.model.lora.adapter) / ADAPTER_WEIGHTS
+        also["adapter"] = sha256(weights)
     key = reference_key(model, table.files, also)
     reference = Reference(run.path / "reference" if cache is None else Path(cache), key)
     reference.complete(

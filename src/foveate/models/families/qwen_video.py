@@ -48,7 +48,9 @@ def taken_frames(
         return np.linspace(0, total - 1, max(1, int(count))).round().astype(int).tolist()
     pieces = min(max(1, int(count) // repeats), total // repeats)
     number = pieces * repeats or 1
-    return torch.arange(0, total, total / number).int().tolist()  # rounded to 32 bits as torch does it, as there
+    return (
+        torch.arange(0, total, total / number).int().tolist()[:number]
+    )  # rounded to 32 bits as torch does it, as there
 
 
 def fitted_frames(video: Video, frames: int, block: int, repeats: int, within: tuple[int, int]) -> tuple[int, int]:
