@@ -25,10 +25,10 @@ demo: $(VENV)/ready
 	$(BIN)/foveate demo
 
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not journey" $(SLOW)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not journey" $(SLOW)
 
 # The first runs of README and docs/first_runs.md and the notebooks, as they stand; with TURN=text one of each.
 journeys: $(VENV)/ready-dev

@@ -72,7 +72,7 @@ def native(policy: Policy, prompt: Prompt) -> Callable[[], int]:
 
 
 def copies(policy: Policy, prompt: Prompt) -> Callable[[], int]:
-    model = InternVLForConditionalGeneration.from_pretrained(policy.folder, dtype=torch.float32).eval()
+    model: Any = InternVLForConditionalGeneration.from_pretrained(policy.folder, dtype=torch.float32).eval()
     token_ids = torch.tensor([prompt.token_ids]).repeat(SAMPLES, 1)
     inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
     if prompt.pixels is not None:
@@ -98,7 +98,8 @@ def seconds(run: Callable[[], int]) -> float:
 def compare(name: str, policy: Policy, prompt: Prompt, pairs: int) -> dict[str, Any]:
     """Seconds of each pair."""
     ours, theirs = native(policy, prompt), copies(policy, prompt)
-    ours(), theirs()
+    for warm_up in (ours, theirs):
+        warm_up()
     times = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
     return {"prompt": name, "prompt_tokens": len(prompt), "pairs": times}
 

@@ -31,6 +31,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.algorithms.policy_losses import grpo
+from foveate.algorithms.targets import Totals
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
@@ -39,7 +40,7 @@ from foveate.models.sizes import PUBLISHED_SIZES
 from foveate.models.tiny import TinySize, build_tiny
 from foveate.plan.hardware import GPUS
 from foveate.plan.time import language_flops, vision_flops
-from foveate.records import ImageSlot, PackedGroup, Prompt, SamplingParams, Totals
+from foveate.records import ImageSlot, PackedGroup, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.targets import PolicyRow
@@ -89,9 +90,10 @@ def prompt_of(policy: Policy, work: PendingGroup, generator: torch.Generator) ->
     slots: tuple[ImageSlot, ...] = ()
     pixels = None
     if work.tiles:
-        count = work.tiles * policy.family.tokens_per_tile
+        family: Any = policy.family
+        count = work.tiles * family.tokens_per_tile
         slots = (ImageSlot(len(ids), count, work.tiles),)
-        ids += [policy.family.image_token_id] * count
+        ids += [family.image_token_id] * count
         pixels = torch.randn(work.tiles, 3, 448, 448, generator=generator)
     ids += words(work.prompt - len(ids), generator)
     return Prompt(tuple(ids), slots, pixels, tuple(ids))
@@ -176,7 +178,7 @@ def trl_updating(folder: Path, work: PendingGroup, rows: int) -> tuple[Any, Call
     """An update as TRL computes it from the same groups: prompt and pixels once for each answer."""
     from datasets import Dataset
     from transformers import AutoTokenizer, InternVLForConditionalGeneration
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
     model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     config = GRPOConfig(
@@ -233,7 +235,8 @@ def copies_sampling(folder: Path, work: PendingGroup, rows: int = 64) -> tuple[A
     """transformers' generate in bfloat16, with a copy of the prompt for each answer."""
     from transformers import InternVLForConditionalGeneration
 
-    model: Any = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    model: Any = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    model.cuda().eval()
     policy, generator = load_policy(str(folder)), torch.Generator().manual_seed(1)
     prompts = [p for p in (prompt_of(policy, work, generator) for _ in range(work.groups)) for _ in range(work.answers)]
 

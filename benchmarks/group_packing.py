@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,10 @@ GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS, SEEN_TILES = 2, 16, 1024, 
 def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator, turns: int) -> list[PackedGroup]:
     """Groups of random tokens: an image of `TILES` tiles with text around it, and `ANSWERS` answers."""
 
+    family: Any = policy.family
+
     def observed() -> Segment:
-        ids = np.full(SEEN_TILES * policy.family.tokens_per_tile, policy.family.image_token_id, np.int64)
+        ids = np.full(SEEN_TILES * family.tokens_per_tile, family.image_token_id, np.int64)
         slots = (ImageSlot(0, len(ids), SEEN_TILES),)
         tiles = torch.randn(SEEN_TILES, 3, TILE, TILE, generator=generator)
         return Segment(ids, ids, np.zeros(0, np.float32), False, slots, tiles)
@@ -67,7 +70,7 @@ def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator, tur
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
 
-    image_tokens = TILES * policy.family.tokens_per_tile
+    image_tokens = TILES * family.tokens_per_tile
     packed_groups = []
     for _ in range(GROUPS):
         before = words(8)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from two_nodes import Nodes, OneMachine, write_recipe
 
@@ -36,7 +37,7 @@ KINDS = {  # what is in the command line
     "raylet of the other node": ("/raylet --", "--node_ip_address={1}"),
 }
 
-PLACES: dict[str, dict[str, int]] = {
+PLACES: dict[str, dict[str, Any]] = {
     "nodes": {"engines": 1},
     "one": {"nodes": 1},
     "two": {"nodes": 1, "gpus_per_node": 2},

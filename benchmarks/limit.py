@@ -83,7 +83,7 @@ def works() -> dict[str, dict[str, float]]:
 
     with TemporaryDirectory() as name:
         folder = build_tiny(Path(name), SIZE, padded_vocabulary=4096)
-        config = model_config(folder, hf_form(folder, read_tokenizer(folder)))
+        config: Any = model_config(folder, hf_form(folder, read_tokenizer(folder)))
     found = {}
     for name, work in WORKS.items():
         shape = (config, work.prompt, sum(work.images), work.answer, work.answers)
@@ -97,7 +97,8 @@ def works() -> dict[str, dict[str, float]]:
 def on_paper(size: str) -> dict[str, float]:
     """Seconds on one H100 by the same counts and the shares of its data sheet that `foveate plan` assumes: the update,
     and the tokens of all answers, for which weights are read once a step and every answer's keys and values."""
-    gpu, config = GPUS["H100-80"], published_config(size)
+    gpu = GPUS["H100-80"]
+    config: Any = published_config(size)
     speed, bandwidth = gpu.flops * FLOPS_SHARE, gpu.bandwidth * BANDWIDTH_SHARE
     shape = (config, PUBLISHED_PROMPT, PUBLISHED_TILES, ANSWER, ANSWERS)
     text = config.text_config
@@ -125,7 +126,7 @@ def decode_limit(bandwidth: float) -> dict[str, float]:
     work = WORKS["grounding-short"]
     with TemporaryDirectory() as name:
         folder = build_tiny(Path(name), SIZE, padded_vocabulary=4096)
-        config = model_config(folder, hf_form(folder, read_tokenizer(folder)))
+        config: Any = model_config(folder, hf_form(folder, read_tokenizer(folder)))
     text = config.text_config
     weights = 4 * (active_parameters(config) + text.vocab_size * text.hidden_size)
     token = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim

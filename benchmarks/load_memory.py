@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing.spawn as mp
 from convert_memory import synthesise
 from transformers import InternVLConfig
 

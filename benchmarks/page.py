@@ -14,7 +14,7 @@ from page_gpu import gpu_section
 from work import WORKS
 
 Result = dict[str, Any]
-_WRAP = {"break_long_words": False, "break_on_hyphens": False}
+_WRAP: Any = {"break_long_words": False, "break_on_hyphens": False}
 NAMES = {"foveate": "foveate", "trl": "TRL", "verl": "verl", "vllm": "vLLM", "transformers": "transformers"}
 
 

@@ -62,10 +62,11 @@ def _updated(folder: Path, tiny: Any, vocabulary: int, shape: tuple[int, int, in
     import torch
 
     from foveate.algorithms.policy_losses import gspo
+    from foveate.algorithms.targets import Totals
     from foveate.config.model import ModelSettings
     from foveate.config.train import OptimSettings
     from foveate.models.tiny import build_tiny
-    from foveate.records import ImageSlot, PackedGroup, Prompt, Totals
+    from foveate.records import ImageSlot, PackedGroup, Prompt
     from foveate.train.targets import PolicyRow
     from foveate.train.worker import Worker
 

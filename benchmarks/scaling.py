@@ -26,10 +26,11 @@ from foveate_step import SIZE
 from work import CLIP, peak, reset_peak
 
 from foveate.algorithms.policy_losses import grpo
+from foveate.algorithms.targets import Totals
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.tiny import build_tiny
-from foveate.records import PackedGroup, Prompt, Totals
+from foveate.records import PackedGroup, Prompt
 from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,8 @@ def main() -> None:
     stop_ids = tuple(range(20, len(policy.tokenizer), TURN_TOKENS))
     policy = replace(policy, family=replace(policy.family, stop_ids=stop_ids))
     [group, _] = make_groups(policy, vocabulary, generator, 1)
-    ids = np.full(SEEN_TILES * policy.family.tokens_per_tile, policy.family.image_token_id, np.int64)
+    family: Any = policy.family
+    ids = np.full(SEEN_TILES * family.tokens_per_tile, family.image_token_id, np.int64)
     tiles = torch.randn(SEEN_TILES, 3, TILE, TILE, generator=generator)
     slots = (ImageSlot(0, len(ids), SEEN_TILES),)
     seen = Segment(ids, ids, np.zeros(0, np.float32), False, slots, tiles)

@@ -22,6 +22,21 @@ from foveate.models.tiny import TinySize, build_tiny
 from foveate.records import Image, Message, Task
 
 torch.set_num_threads(1)
+
+
+def _refuse_devices(call):
+    """A rename that no test makes into /dev: run as root, it would put a file in the place of a device."""
+
+    def checked(source, target, **named):
+        folder = os.path.realpath(os.path.dirname(os.path.abspath(os.fspath(target))))
+        if f"{os.fsdecode(folder)}/".startswith("/dev/") and not f"{os.fsdecode(folder)}/".startswith("/dev/shm/"):
+            raise AssertionError(f"a test would replace {target}")
+        return call(source, target, **named)
+
+    return checked
+
+
+os.replace, os.rename = _refuse_devices(os.replace), _refuse_devices(os.rename)
 BEGIN = time.monotonic()
 # What processes of tests import that are forked from a server: once for all of them.
 multiprocessing.set_forkserver_preload(["foveate.train.worker", "foveate.evaluate.generate", "openai"])

@@ -24,7 +24,7 @@ LAYERS = (
 )  # fmt: skip
 """Modules and rooms of the package, each importing only from those before it and from itself."""
 ROOT_FILES, ROOMS = 9, 20
-LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 54_000
+LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 62_000
 LONG_FUNCTIONS = {"train/rl.py: rl_steps"}  # the page of the algorithm
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
 TWICE, WHATS = 5, 0
@@ -45,7 +45,17 @@ WITHOUT_TORCH = {
 """Modules and rooms that do not import torch, nor anything of the package that does."""
 DOOR = {"api", "config", "errors", "log", "cli"}
 """The parts of the package that the command line imports."""
-NOT_YET_THROUGH_THE_DOOR = {"cluster", "data", "evaluate", "options", "prepare", "serve", "vlmevalkit"}
+NOT_YET_THROUGH_THE_DOOR = {
+    "cluster",
+    "data",
+    "evaluate",
+    "options",
+    "prepare",
+    "prepare_drawn",
+    "prepare_reasoner",
+    "serve",
+    "vlmevalkit",
+}
 ELSEWHERE = ("ray", "vllm", "sglang")
 """Heavy optional libraries, each imported in at most one file."""
 FAMILY_ROOMS = ("models/families/", "encoding/family.py")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from foveate.errors import ConfigError
-from foveate.registry import FILE_MODULES, bind, resolve
+from foveate.registry import FILE_MODULES, bind, name_of, pickled, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,3 +143,27 @@ def test_a_value_of_the_wrong_type_is_refused(key, value, said):
 
 def test_what_is_no_function_cannot_take_settings():
     assert problem({}, 3.5) == "reward mine must be a function, found 3.5"
+
+
+@pytest.mark.parametrize("group", ["reward", "environment"])
+def test_a_function_that_cannot_be_sent_is_told_with_the_setting_that_keeps_it_here(group):
+    held = threading.Lock()
+
+    def locked(text: str) -> float:
+        return float(held.locked() and bool(text))
+
+    name = name_of(locked)
+    with pytest.raises(
+        ConfigError, match=rf"^locked: cannot be sent to worker .*; set {group}\.workers=0 to run it here"
+    ):
+        pickled("by_source", {"rewards": {"a": name}}, group)
+    assert pickled("by_source", {}, group) == b""
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named_with_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    monkeypatch.delitem(sys.modules, "foveate.rollout.server.weights", raising=False)
+    for name in [name for name in sys.modules if name.startswith("foveate.rollout.vllm")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError, match=r"needs msgspec, which is not installed: pip install 'foveate\[engines\]'"):
+        resolve({"vllm": "foveate.rollout.vllm.engine:VLLMEngine"}, "VLLM", "engine")

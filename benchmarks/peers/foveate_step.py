@@ -17,11 +17,12 @@ from work import CLIP, PATCH, TILE, WORKS, Done, PendingGroup, Prints, prints_of
 
 from foveate.algorithms.metrics import reduce_metrics
 from foveate.algorithms.policy_losses import grpo
+from foveate.algorithms.targets import Totals
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.records import ImageSlot, PackedGroup, Prompt, Totals
+from foveate.records import ImageSlot, PackedGroup, Prompt
 from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
@@ -51,7 +52,7 @@ def _group(policy: Policy, work: PendingGroup, vocabulary: int, generator: torch
     def words(count: int) -> list[int]:
         return torch.randint(len(policy.tokenizer), vocabulary, (count,), generator=generator).tolist()
 
-    family = policy.family
+    family: Any = policy.family
     ids: list[int] = words(8)
     for tiles in work.images:
         ids += [*[family.image_token_id] * (tiles * family.tokens_per_tile), *words(2)]

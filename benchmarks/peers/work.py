@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def prints_of(model: torch.nn.Module) -> Prints:
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
             continue
-        grad = parameter.grad
+        grad: Any = parameter.grad
         grad = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).double().flatten()
         wave = torch.cos(torch.arange(len(grad), dtype=torch.float64))
         prints[name] = (grad.norm().item(), (grad @ wave).item() / wave.norm().item())

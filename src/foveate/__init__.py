@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -11,9 +13,9 @@ PUBLIC = {
     **{
         name: f"foveate.api:{name}"
         for name in (
-            "from_recipe", "train_sft", "train_mpo", "train_rl", "Recipe", "Run", "demo", "generate", "evaluate",
-            "report", "compare_runs", "prepare_upload",
-            "summary", "plan", "plan_report", "doctor", "convert", "export", "import_verl",
+            "from_recipe", "train_sft", "train_mpo", "train_rl", "train_vico", "train_vir", "Recipe", "Run", "demo",
+            "generate", "evaluate", "report", "compare_runs", "prepare_upload", "summary", "plan", "plan_report",
+            "plan_table", "doctor", "convert", "write_flash", "export", "import_verl",
             "settings_list", "settings_page", "recipes_list", "rewards_list", "environments_list",
             "algorithms_list", "serve", "view",
         )
@@ -57,3 +59,26 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *PUBLIC]
+
+
+class _Module(ModuleType):
+    def __reduce__(self) -> Any:
+        return import_module, (self.__name__,)
+
+
+class _Part(_Module):
+    """A part of the package with the name of a public function, which a call of it calls: `foveate.evaluate`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__(self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Foveate(_Module):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An import of `foveate.evaluate.metrics` sets `foveate.evaluate`, which stays what it is for users."""
+        if name in PUBLIC and isinstance(value, ModuleType):
+            value.__class__ = _Part
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Foveate

@@ -7,20 +7,26 @@ import glob
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.errors import ConfigError, DiskError, DiskFull
+from foveate.errors import ConfigError, DataError, DiskError, DiskFull, one_line
 
 LOCK_FILES = (".lock", ".holder")
 """Names of the files in a folder that is `held`: the lock, and the number of the process that holds it."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _FULL = (*_NO_ROOM, errno.EFBIG)
+MOST_READ, MOST_ROWS = 64 * 2**20, 8 * 2**30
+"""Bytes that are read of a file in a folder that somebody else may have made; of one that is read row by row."""
+_MOST_DIGITS = 300
+_NO_FILES = tuple(map(Path, ("/dev", "/proc", "/sys")))
 _RETRY = 5.0
 """Seconds between looks at a full disk."""
 _held: dict[Path, dict[Path, tuple[int, int] | None]] = {}
@@ -42,8 +48,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         DiskError: the disk is full, or the path cannot be written, such as a file where a folder is. Errors about
             other files pass through.
+        ConfigError: as `require_file`.
     """
     path = Path(path)
+    require_file(path)
     require_held(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -77,6 +85,76 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write a whole UTF-8 file or nothing; see `atomic_path`. Halves of surrogate pairs, which UTF-8 cannot hold, are
     written as the escapes that JSON has for them."""
     atomic_write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def require_file(path: Path) -> None:
+    """Raise ConfigError for a path at which there is a device, a pipe or a socket, which a file would take the place
+    of, and for one in /dev, /proc or /sys."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        mode = stat.S_IFREG
+    folder = Path(os.path.realpath(path.parent))
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        in_memory = folder.is_relative_to("/dev/shm")
+        if in_memory or not any(folder.is_relative_to(place) for place in _NO_FILES):
+            return
+    raise ConfigError(f"cannot write {path}: it is no place for a file ({_kind(mode)}); give the path of a file")
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return "its folder is of the system"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def inside(path: Path, folder: Path, most: int = MOST_READ) -> Path:
+    """The real path of a file that is read from a folder which somebody else may have made, such as that of a run.
+    Raises DataError for what is not a regular file, lies outside of the folder or has more than `most` bytes."""
+    real = Path(os.path.realpath(path))
+    try:
+        found = real.stat()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not real.is_relative_to(os.path.realpath(folder)):
+        raise DataError(f"{path}: is a link out of {folder}, to {real}; put the file itself there, or remove the link")
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{path}: is not a regular file; remove it")
+    if found.st_size > most:
+        raise DataError(f"{path}: has {found.st_size:,} bytes; {most:,} are read at most")
+    return real
+
+
+def read_inside(path: Path, folder: Path, most: int = MOST_READ) -> bytes:
+    """The content of such a file; raises as `inside`."""
+    with open(inside(path, folder, most), "rb") as file:
+        return file.read(min(os.fstat(file.fileno()).st_size, most))  # as it is now, if it grows
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The value of JSON text. Raises ValueError for NaN and infinities, numbers that are too large for a float or have
+    more than 300 digits, and for nesting too deep for Python."""
+    try:
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_short)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is too large")
+    return value
+
+
+def _short(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits; {_MOST_DIGITS} are allowed")
+    return int(digits)
 
 
 def sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from foveate.errors import ConfigError, printable
-from foveate.files import atomic_write_text, disk_error, require_held, with_room
+from foveate.files import atomic_write_text, disk_error, read_inside, require_file, require_held, strict_json, with_room
 
 
 class _SafeConsole(Console):
@@ -43,6 +43,7 @@ LINE_CHARACTERS = 20_000
 """Most characters of a log line."""
 
 Metric = float | int | str | None
+_MOST_STEPS, _MOST_BYTES = 2**53, 2**30
 
 
 def setup_logging(level: int = logging.INFO) -> None:
@@ -150,6 +151,7 @@ class MetricsWriter:
             self._track(step, {name: value for name, value in numbers.items() if name not in bad})
 
     def _append(self, line: str) -> None:
+        require_file(self.path)
         require_held(self.path)
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -167,19 +169,23 @@ class MetricsWriter:
         atomic_write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, folder: Path | None = None) -> list[dict[str, Any]]:
     """The objects of a file of metrics, or of others with a step, in the order written, without a last line that was
-    only half written.
+    only half written. folder: the one that the file must lie in, by default the one above it.
 
     Raises:
-        ConfigError: any other line is not an object with a step.
+        ConfigError: any other line is not an object with a step, or holds a number that no float can be.
+        DataError: the file is not a regular one of the folder.
     """
     records = []
+    content = read_inside(path, folder or path.parent, _MOST_BYTES)
     # What follows the last newline is a torn line, or nothing.
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
-            int(record["step"])
+            record = strict_json(line)
+            step = record["step"]
+            if type(step) is not int or not 0 <= step < _MOST_STEPS:
+                raise ValueError
             records.append(record)
         except (ValueError, TypeError, KeyError):
             raise ConfigError(
@@ -263,6 +269,7 @@ _TOLD = (
     ("reward/accuracy", "accuracy {:.1%}"),
     ("reward/hit", "hits {:.1%}"),
     ("eval/greedy_accuracy", "held-out accuracy {:.1%}"),
+    ("eval/greedy_score", "held-out score {:.3f}"),
     ("loss/total", "loss {:.4f}"),
     ("eval/loss", "held-out loss {:.4f}"),
     ("eval/accuracy", "held-out accuracy {:.1%}"),
@@ -270,6 +277,8 @@ _TOLD = (
     ("turns/mean", "turns {:.1f}"),
     ("answer/truncated", "truncated {:.0%}"),
     ("loss/kl_ref", "KL {:.4f}"),
+    ("loss/divergence", "from the teacher {:.4f}"),
+    ("reward/teacher_kl", "from the teacher {:.4f}"),
     ("loss/entropy", "entropy {:.3f}"),
     ("time/generate_tokens_per_second", "{:,.0f} tokens/s"),
     ("time/update_tokens_per_second", "{:,.0f} tokens/s trained"),
@@ -279,6 +288,8 @@ _TOLD = (
 
 def _told(metrics: Mapping[str, Metric]) -> list[str]:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    if "eval/greedy_accuracy" in numbers:
+        numbers.pop("eval/greedy_score", None)
     return [form.format(numbers[name]) for name, form in _TOLD if name in numbers] or [""]
 
 

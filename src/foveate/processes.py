@@ -7,9 +7,11 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import pickle
 import resource
 import selectors
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, Self
@@ -29,6 +32,9 @@ OUTPUT_BYTES, OUTPUT_S = 20_000, 60.0
 """Bytes that a process of `guarded` may print in so many seconds, with all that it starts. More is dropped."""
 MOST_WORKERS = 8
 """Worker processes unless the caller says how many."""
+MOST_MESSAGE = 2**30
+"""Bytes of a message of a worker process."""
+_LONG = b"\xff\xff\xff\xff"
 _LEFT_TO_OWNER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -82,9 +88,9 @@ class WorkerJob:
     functions: bytes
 
     @classmethod
-    def here(cls, name: str, settings: Mapping[str, Any], time_limit: float, memory_limit: float) -> Self:
-        """In the present folder; the memory limit is in GB."""
-        functions = pickled(name, settings)
+    def here(cls, group: str, name: str, settings: Mapping[str, Any], time_limit: float, memory_limit: float) -> Self:
+        """In the present folder; the memory limit is in GB. group: of the run's settings, for messages."""
+        functions = pickled(name, settings, group)
         return cls(name, dict(settings), os.getcwd(), time_limit, int(memory_limit * 2**30), functions)
 
 
@@ -100,6 +106,59 @@ def worker_count(
     return min(os.cpu_count() or 1, MOST_WORKERS) if usual is None else usual
 
 
+class BadMessage(EOFError):
+    """Something that is no message has come from a process: its code has written to the pipe."""
+
+
+class _Incoming:
+    """The messages that come through a pipe of multiprocessing: four bytes of size, then a pickle; of a size of -1 the
+    next eight bytes are the size. They are read as they come, so that half of one holds nobody up."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._head, self._body, self._size = pipe, b"", bytearray(), -1
+
+    def take(self) -> list[Any]:
+        """The next message, once it is complete. Nothing behind it is read."""
+        while self._pipe.poll(0):
+            if self._size < 0:
+                wanted = 12 if self._head[:4] == _LONG else 4
+                self._head += self._read(wanted - len(self._head))
+                if len(self._head) == 12 or (len(self._head) == 4 and self._head != _LONG):
+                    self._size = int.from_bytes(self._head[4:] or self._head, "big")
+                if self._size > MOST_MESSAGE:
+                    raise BadMessage("it sent what is no message")
+            else:
+                self._body += self._read(min(self._size - len(self._body), 2**20))
+            if len(self._body) == self._size:
+                body = bytes(self._body)
+                self._head, self._body, self._size = b"", bytearray(), -1
+                try:
+                    return [pickle.loads(body)]
+                except Exception as error:
+                    raise BadMessage(f"it sent what is no message: {type(error).__name__}") from error
+        return []
+
+    def _read(self, count: int) -> bytes:
+        data = os.read(self._pipe.fileno(), count)
+        if not data:
+            raise EOFError
+        return data
+
+
+def send_by(pipe: Connection, message: Any, deadline: float) -> None:
+    """Send a message as `Connection.send` does, until `deadline` at most. Raises TimeoutError, and OSError."""
+    body = ForkingPickler.dumps(message)
+    size = len(body)
+    head = size.to_bytes(4, "big") if size < 2**31 else _LONG + size.to_bytes(8, "big")
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end, selectors.DefaultSelector() as selector:
+        selector.register(end, selectors.EVENT_WRITE)
+        for part in (memoryview(head), memoryview(body)):
+            while len(part):
+                if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                    raise TimeoutError("the process reads nothing")
+                part = part[end.send(part[: 2**20], socket.MSG_DONTWAIT) :]
+
+
 class GuardedProcess:
     """A worker process that runs the code of others, as its owner sees it: a pipe to it, and its end.
 
@@ -110,6 +169,7 @@ class GuardedProcess:
     ) -> None:
         processes = worker_context(preload)
         self.pipe, theirs = processes.Pipe()
+        self._incoming = _Incoming(self.pipe)
         owner, self._lifeline = lifeline()
         self._process = processes.Process(target=target, args=(job, theirs, owner), daemon=True)
         self._process.start()
@@ -117,10 +177,23 @@ class GuardedProcess:
         theirs.close()
         owner.close()
 
+    def receive_message(self) -> list[Any]:
+        """The message of the process, where all of it has come; nothing yet where a part of it has. Does not wait.
+        Raises EOFError where the process has ended, and BadMessage for what is no message."""
+        return self._incoming.take()
+
+    def send_message(self, message: Any, deadline: float) -> None:
+        """Send a message, which a process that reads nothing would hold up: until `deadline` at most (monotonic
+        seconds), when it raises TimeoutError. Raises OSError where the process has ended."""
+        send_by(self.pipe, message, deadline)
+
     def kill(self) -> None:
         """End the process, even one that hangs, and what it has started."""
         self._lifeline.close()
         self._process.join(1.0)  # one that waits for a dead disk ends when the disk does
+        if self._process.exitcode is None or self._process.exitcode < 0:  # the guardian may have had no time to do it
+            with suppress(OSError):
+                os.killpg(self._process.pid or 0, signal.SIGKILL)
         self._process.kill()
         self.pipe.close()
         self.is_alive = False
@@ -139,7 +212,8 @@ def confine(job: WorkerJob, pipe: Connection, owner: Connection) -> None:
     logging.disable()  # an error travels back as a note
     os.chdir(job.folder)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (job.memory_limit, hard))
+    limit = job.memory_limit if hard == resource.RLIM_INFINITY else min(job.memory_limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def lifeline() -> tuple[Connection, Connection]:

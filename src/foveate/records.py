@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels read from the header.
-
-    The size is that of the picture as it is shown: after the EXIF rotation, which every reader of pixels applies.
-    """
+    """One picture, by path or by encoded bytes (exactly one of them), with its size in pixels from the header, as it is
+    shown: after the EXIF rotation, which every reader of pixels applies."""
 
     path: Path | None
     data: bytes | None
@@ -34,8 +32,16 @@ class Image:
 
 
 @dataclass(frozen=True, slots=True)
+class Video(Image):
+    """A video file, with the size, the number and the constant rate, a second, of its frames."""
+
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `<image>` in the content marks where the next image of the task stands."""
+    """One turn of a conversation. In the content `<image>` marks the task's next image, `<video>` its next video."""
 
     role: str
     content: str
@@ -52,6 +58,8 @@ class Task:
     answer: Any
     meta: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    videos: tuple[Video, ...] = ()
+    conversational: bool = False  # the prompt came as TRL's messages, which TRL's rewards get
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +82,20 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
     """Where the features of one image stand in a prompt: `count` placeholder tokens from token index `position` on.
-
     `tiles` counts the image's entries in the pixels: square tiles, or the patches of models that see an image whole.
-    `grid` (rows, columns): how the tokens lie, for 3-D positions, else None. `bidirectional`: they see each other."""
+    `grid` (rows, columns): how they lie, for 3-D positions; `layout`: of families with `image_layouts`;
+    `bidirectional`: they see each other. `times`: of a video with 3-D positions, those of its grids, of `frames` frames
+    each. `sides`: tokens along a side of each tile, of a model that compresses some."""
 
     position: int
     count: int
     tiles: int
     grid: tuple[int, int] | None = None
     bidirectional: bool = False
+    layout: tuple[int, ...] | None = None
+    times: tuple[int, ...] = ()
+    frames: int = 1
+    sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +134,8 @@ class Segment:
     temperature) over the whole vocabulary (temperature 1 where greedy), whatever top-k, top-p and bans did to the draw;
     (0,) for tokens that no engine sampled. slots: positions of images, counted from the segment's first token; tiles:
     their pixels, as in `Prompt`. versions: (version of the weights, tokens that it sampled) in order. reward: of an
-    environment's step that ended here. routed_experts: int16 (L, layers, experts per token), where an engine tells."""
+    environment's step that ended here. routed_experts: int16 (L, layers with a router, experts per token), where an
+    engine tells; -1 for tokens that it has not computed, such as the last one."""
 
     token_ids: np.ndarray
     engine_ids: np.ndarray
@@ -158,12 +172,13 @@ class Segment:
     def continued_by(self, more: Segment) -> Segment:
         """Both as one, where both are sampled text."""
         ids = np.concatenate([self.token_ids, more.token_ids])
-        logprobs = np.concatenate([self.logprobs, more.logprobs])
-        return Segment(ids, ids, logprobs, True, versions=_joined((*self.versions, *more.versions)))
+        logprobs, versions = np.concatenate([self.logprobs, more.logprobs]), _joined((*self.versions, *more.versions))
+        experts = [one.routed_experts for one in (self, more) if one.routed_experts is not None]
+        routed = np.concatenate(experts) if sum(map(len, experts)) == len(ids) and experts else None
+        return Segment(ids, ids, logprobs, True, versions=versions, routed_experts=routed)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Neighbours of one version as one span, and none of 0 tokens beside others."""
     found: list[tuple[int, int]] = []
     for version, tokens in spans:
         before = found.pop()[1] if found and (found[-1][0] == version or not found[-1][1]) else 0
@@ -175,11 +190,13 @@ def _joined(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 class Answer:
     """An answer to a prompt: segments, of which the policy sampled those that are trained. `text` is what it wrote in
     its last turn, without the stop token. `finish` is "stop" or "length", or "abort" where it was interrupted, by a
-    pause or by `rollout.time_limit`: within a turn or behind it, before its observation."""
+    pause or by `rollout.time_limit`: within a turn or behind it, before its observation. `prompt_experts`: int16
+    (P, layers, experts per token), as `Segment.routed_experts`, of its prompt."""
 
     segments: tuple[Segment, ...]
     text: str
     finish: str
+    prompt_experts: np.ndarray | None = field(default=None, compare=False)
 
     @classmethod
     def sampled(
@@ -194,12 +211,10 @@ class Answer:
         return cls((Segment.written(token_ids),), "", "stop")
 
     def __len__(self) -> int:
-        """Tokens of all segments."""
         return sum(map(len, self.segments))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The tokens of all segments."""
         return tuple(token for segment in self.segments for token in segment.token_ids.tolist())
 
     @property
@@ -209,7 +224,6 @@ class Answer:
 
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the policy sampled, or imitates."""
         return sum(len(segment) for segment in self.segments if segment.trained)
 
     @property
@@ -225,9 +239,9 @@ class Answer:
     def continued_by(self, more: Answer, text: str) -> Answer:
         """This answer, interrupted, and what was sampled after it; `text` is that of the last turn."""
         (*before, last), (first, *rest) = self.segments, more.segments
-        if last.trained:
-            return Answer((*before, last.continued_by(first), *rest), text, more.finish)
-        return Answer((*self.segments, *[first] * bool(len(first)), *rest), text, more.finish)
+        joined = [last.continued_by(first)] if last.trained else [last, *[first] * bool(len(first))]
+        experts = more.prompt_experts if self.prompt_experts is None else self.prompt_experts
+        return Answer((*before, *joined, *rest), text, more.finish, experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +279,6 @@ class Forest:
     root. A token sees itself, the tokens before it in its own segment, and all tokens of the segments above. Segments
     stand in depth-first order, so that the descendants of a segment directly follow it. Packing is several roots; a
     group is one root (the prompt) with n children (the answers).
-
     Where `bidirectional[k]` is true, the tokens of segment k see all tokens of that segment, also those after them and
     those outside a layer's sliding window (the tokens of an image in Gemma 3). Empty: all segments are causal.
     """
@@ -286,8 +299,7 @@ class Forest:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedGroup:
-    """A prompt with the answers that share it: one root of a forest and its children. Every answer has at least one
-    token."""
+    """A prompt with the answers, each of a token or more, that share it: one root of a forest and its children."""
 
     prompt: Prompt
     answers: tuple[Answer, ...]
@@ -308,7 +320,6 @@ class PackedGroup:
 
     @property
     def lengths(self) -> list[int]:
-        """The trained tokens of each answer."""
         return [answer.trained_tokens for answer in self.answers]
 
     @property
@@ -323,10 +334,11 @@ class Batch:
     token_ids_T, position_T: int64 (T,); position_T is (3, T) where an image has 3-D positions.
     pixels: (N, 3, H, W) float32 or None; slot_index: int64, the token indices that receive the image features;
     feature_index: which feature each of them receives, None where they are in order: images that stand in several
-    places are encoded once; grids: rows and columns of the tokens of each encoded image, in order, for families that
-    need them; dummy_image: whether the last image has no slots and is there for its own sake (`Family.dummy_image`).
+    places are encoded once; grids: rows and columns of the tokens of each encoded image, and of a piece of a video the
+    number of its frames, or its layout; dummy_image: whether the last image has no slots (`Family.dummy_image`).
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
+    routed_experts: int16 (T, layers, experts per token), the experts to compute with, -1 where the router chooses.
     """
 
     token_ids_T: Tensor
@@ -338,62 +350,17 @@ class Batch:
     source_M: Tensor
     sample_M: Tensor
     samples: int
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
     dummy_image: bool = False
     feature_index: Tensor | None = None
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
-        pixels, features = (None if one is None else one.to(device) for one in (self.pixels, self.feature_index))
+        optional = (self.pixels, self.feature_index, self.routed_experts)
+        pixels, features, experts = (None if one is None else one.to(device) for one in optional)
         return replace(
             self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
             slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
-            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device),
+            source_M=self.source_M.to(device), sample_M=self.sample_M.to(device), routed_experts=experts,
         )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyTargets:
-    """The inputs of a policy loss besides the current log-probs: float tensors over the M trained tokens.
-
-    old_M: log-probs under the weights before the update; engine_M: as the sampler reported them; ref_M: under the
-    frozen reference, or None; advantage_M: the advantage of each token (constant within an answer for group methods);
-    masked_M: bool, the tokens that a loss treats apart (clip-cov, kl-cov), or None.
-    """
-
-    old_M: Tensor
-    engine_M: Tensor
-    advantage_M: Tensor
-    ref_M: Tensor | None = None
-    masked_M: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PairTargets:
-    """The inputs of a preference loss besides the current log-probs. The samples of its batch are pairs: chosen,
-    rejected, chosen, rejected, ...
-
-    ref_S: log-probs of whole answers (sums over their tokens) under the frozen reference, float64 (S,), or None for a
-    loss that needs none; shift: BCO's reward shift.
-    """
-
-    ref_S: Tensor | None
-    shift: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """The denominators of a loss: counts over the whole optimizer step, over all micro-batches and ranks."""
-
-    tokens: int
-    samples: int
-    groups: int
-
-
-@dataclass(frozen=True, slots=True)
-class LossOut:
-    """A scalar to differentiate, and sums for the metrics: name -> (scalar tensor or float, weight). Whoever asked
-    fetches them from the device, all at once."""
-
-    loss: Tensor
-    metrics: Mapping[str, tuple[Tensor | float, float]]

@@ -29,6 +29,12 @@ from foveate.errors import ConfigError
 PASSED = "passed:"
 """Prefix of the names of functions that Python code has passed in a call; only this process knows them."""
 _passed: dict[str, Callable[..., Any]] = {}
+EXTRAS = {
+    "bitsandbytes": "bnb", "if_verifiable": "ifeval", "langdetect": "ifeval", "nltk": "ifeval", "math_verify": "math",
+    "mathruler": "math", "msgspec": "engines", "openai": "client", "peft": "lora", "pylatexenc": "math", "ray": "ray",
+    "starlette": "serve", "uvicorn": "serve",
+}  # fmt: skip
+"""Packages that are not always installed, and the extra of foveate that each comes with."""
 FILE_MODULES = "foveate_file_"
 """Prefix of the names of modules that were loaded from a file; only this process knows them."""
 
@@ -44,7 +50,7 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
     Raises:
         ConfigError: the name is not known, or nothing can be imported from its path.
     """
-    path = table.get(name, name)
+    path = table.get(name, table.get(name.lower(), name) if ":" not in name else name)
     if not isinstance(path, str):
         return path
     if path.startswith(PASSED):
@@ -97,14 +103,14 @@ def _passed_function(name: str, kind: str) -> Callable[..., Any]:
     if name not in _passed:
         raise ConfigError(
             f"{kind} {name!r}: the function {shown_name(name)} was passed by Python code; pass it again, unchanged, or "
-            "name code in a file, path/to/file.py:object"
+            f"name code in a file, path/to/file.py:object (foveate eval: --{kind} path/to/file.py:object)"
         )
     return _passed[name]
 
 
-def pickled(name: str, settings: Mapping[str, Any]) -> bytes:
+def pickled(name: str, settings: Mapping[str, Any], group: str) -> bytes:
     """The passed functions that are named here, by value, for `unpickle` in another process. Raises ConfigError for one
-    that cannot be sent."""
+    that cannot be sent; `group` of the settings says how many processes there are ("reward", "environment")."""
     text = f"{name} {settings}"
     named = {key: function for key, function in _passed.items() if key in text}
     if not named:
@@ -115,8 +121,8 @@ def pickled(name: str, settings: Mapping[str, Any]) -> bytes:
         return cloudpickle.dumps(named)
     except Exception as error:
         raise ConfigError(
-            f"{', '.join(named)}: cannot be sent to the processes that grade ({type(error).__name__}: {error}); set "
-            "reward.workers=0 to grade in this process"
+            f"{', '.join(map(shown_name, named))}: cannot be sent to worker processes ({type(error).__name__}: "
+            f"{error}); set {group}.workers=0 to run it here"
         ) from None
 
 
@@ -217,8 +223,15 @@ def _type_hints(function: Callable[..., Any], names: Iterable[str]) -> dict[str,
 
 def _import_module(name: str, path: str, kind: str) -> ModuleType:
     try:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ImportError("it is no name of a module")
         return importlib.import_module(name)
     except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if name.startswith("foveate.") and missing in EXTRAS:
+            raise ConfigError(
+                f"{kind} {path!r} needs {missing}, which is not installed: pip install 'foveate[{EXTRAS[missing]}]'"
+            ) from error
         raise ConfigError(
             f"{kind} {path!r}: cannot import {name} ({error}); code outside an installed package is named by its file, "
             "path/to/file.py:object"
@@ -227,12 +240,16 @@ def _import_module(name: str, path: str, kind: str) -> ModuleType:
 
 def _load_file(file: str, path: str, kind: str) -> ModuleType:
     """The module of a Python file, run once per process however often it is named."""
-    location = Path(file).resolve()
+    try:
+        location = Path(file).resolve()
+        is_file = location.is_file()
+    except (OSError, ValueError):  # a name too long for one, or with a zero in it
+        location, is_file = Path(), False
     name = f"{FILE_MODULES}{location.stem}_{hashlib.sha256(bytes(location)).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, location)
-    if not location.is_file() or spec is None or spec.loader is None:
+    if not is_file or spec is None or spec.loader is None:
         raise ConfigError(f"{kind} {path!r}: no such file {file} (relative to {Path.cwd()})")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

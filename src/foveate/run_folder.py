@@ -49,7 +49,8 @@ order in which floats are summed. cluster.* is free although ranks add up floats
 the machines that there are. train.steps has a rule of its own."""
 
 NEVER = (
-    "model.lora", "model.trainable", "model.dtype", "optim.name", "optim.settings", "algorithm.critic",
+    "model.lora", "model.quantization", "model.trainable", "model.dtype", "optim.name", "optim.settings",
+    "algorithm.critic",
 )  # fmt: skip
 """Settings without which a checkpoint cannot be restored. All others may differ where the user accepts it."""
 
@@ -134,6 +135,8 @@ def open_run(
             foveate, or is in use by a process.
         DiskError: the folder cannot be written.
     """
+    if any(ord(character) < 32 for character in str(path)):
+        raise ConfigError(f"run={str(path)[:100]!r}: holds control characters; choose another name")
     run, values = RunFolder(Path(path)), _values_of(settings)
     _refuse_foreign(run)
     _make_folders(run)
@@ -159,6 +162,15 @@ def open_run(
             raise
         finally:
             set_disk_wait(former)
+
+
+def check_folder(path: str | Path, settings: Settings, *, frozen: bool = False, accept_changes: bool = False) -> None:
+    """Raise what `open_run` would raise about what lies in the folder, and write nothing."""
+    run, values = RunFolder(Path(path)), _values_of(settings)
+    _refuse_foreign(run)
+    if run.config.is_file() and _has_begun(run):
+        _last_versions(run)
+        _refuse_other_settings(run, values, frozen, accept_changes)
 
 
 # ------------------------------------------------------------------------------------------------ whose folder it is

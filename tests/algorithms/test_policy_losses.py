@@ -24,8 +24,8 @@ from foveate.algorithms.policy_losses import (
     reinforce,
     sapo,
 )
+from foveate.algorithms.targets import PolicyTargets, Totals
 from foveate.errors import DataError
-from foveate.records import PolicyTargets, Totals
 
 POLICY_GRADIENTS = read_reference("policy_gradients")
 VERL = read_reference("verl_losses")

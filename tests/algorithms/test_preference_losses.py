@@ -12,8 +12,8 @@ from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.metrics import reduce_metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift, bco, dpo, ipo, mpo, sft
 from foveate.algorithms.table import PREFERENCE_LOSSES
+from foveate.algorithms.targets import PairTargets, Totals
 from foveate.errors import DataError
-from foveate.records import PairTargets, Totals
 from foveate.registry import resolve
 
 LOSSES = (dpo, ipo, bco, sft, mpo)

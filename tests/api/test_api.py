@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 
+import cloudpickle
 import pytest
 
 import foveate
 from foveate import api
 from foveate.cli.app import VERBS
 from foveate.config.recipe import SHIPPED, read_recipe
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.errors import ConfigError
 
 
@@ -28,6 +31,16 @@ def test_every_function_of_the_door_is_public():
         name for name, value in vars(api).items() if inspect.isfunction(value) and value.__module__ == api.__name__
     }
     assert {name for name in functions if not name.startswith("_")} <= foveate.PUBLIC.keys()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "plan", "report", "serve"])
+def test_a_public_function_can_be_called_also_where_a_part_of_its_name_is_imported(name, monkeypatch):
+    part = importlib.import_module(f"foveate.{name}")
+    assert getattr(foveate, name) is part
+    monkeypatch.setattr(api, name, lambda request: f"{name} of {request}")
+    assert getattr(foveate, name)(3) == f"{name} of 3"
+    assert pickle.loads(cloudpickle.dumps(part)) is part
+    assert pickle.loads(cloudpickle.dumps(lambda: foveate))() is foveate
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -48,7 +61,14 @@ def test_the_package_can_be_run_as_a_module():
 @pytest.mark.parametrize("recipe", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_tells_its_stage(recipe):
     settings = api.from_recipe(recipe.stem).settings
-    expected = {"coldstart": SFTSettings, "mpo": MPOSettings, "gspo": RLSettings, "cascade": CascadeSettings}
+    expected = {
+        "coldstart": SFTSettings,
+        "mpo": MPOSettings,
+        "gspo": RLSettings,
+        "cascade": CascadeSettings,
+        "vico": VicoSettings,
+        "_vir": VirSettings,
+    }
     assert isinstance(settings, next((cls for word, cls in expected.items() if word in recipe.stem), RLSettings))
 
 

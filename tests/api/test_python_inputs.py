@@ -5,17 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 
 from foveate.api.inputs import data_files, reward_settings
-from foveate.api.training import rl_settings
+from foveate.api.trainer import RLTrainer
+from foveate.api.training import rl_settings, train_rl
+from foveate.config.elsewhere import ELSEWHERE, IN_WORDS
 from foveate.config.recipe import flatten, load_recipe, settings_of
-from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import STAGES, MPOSettings, RLSettings, SFTSettings, walk
 from foveate.errors import ConfigError, DataError
+from foveate.records import Task
 from foveate.registry import name_of
 from foveate.rewards.build import build_reward
+from foveate.rewards.pool import Graders
 from foveate.run_folder import change_in_words, settings_changes
 
 ROWS = [{"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(4)]
@@ -61,13 +66,57 @@ def test_images_among_the_rows_travel_as_png(tmp_path):
         ([], "there are no rows"),
         ([1, 2], "row 0: must be a dict, found int"),
         ([{"a": 1}, {"a": "b"}], "the rows do not make a table"),
-        (7, "rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found int"),
+        (7, "rows must be a list of dicts, a datasets.Dataset, a DataFrame or paths, found int$"),
+        (iter(ROWS), r"found list_iterator; give list\(\.\.\.\) of it"),
     ],
 )
 def test_what_is_no_rows_is_refused(tmp_path, data, said):
     with pytest.raises(DataError, match=said):
         data_files(data, tmp_path / "rows.parquet")
     assert not (tmp_path / "rows.parquet").exists()
+
+
+class Frame:
+    """As pandas has it."""
+
+    def __init__(self, **columns):
+        self.columns, self._columns = [*columns], columns
+
+    def __getitem__(self, name):
+        return self._columns[name]
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*self._columns.values(), strict=True)]
+
+    def iterrows(self):
+        raise NotImplementedError
+
+    def to_parquet(self, path_or_buf):
+        raise AssertionError(f"arrow takes no such objects: {path_or_buf}")
+
+
+def test_images_of_pil_and_of_numpy_travel_in_a_data_frame_and_in_dicts(tmp_path):
+    red = PIL.Image.new("RGB", (3, 2), (255, 0, 0))
+    for images in ([red, red], [np.asarray(red)] * 2):
+        for data in (
+            Frame(image=images, answer=["a", float("nan")]),
+            [{"image": images[0], "answer": "a"}, {"answer": None}],
+        ):
+            [file] = data_files(data, tmp_path / "rows.parquet")
+            rows = pq.read_table(file).to_pylist()
+            assert rows[0]["image"]["bytes"].startswith(b"\x89PNG")
+            assert [row["answer"] for row in rows] == ["a", None]
+    [file] = data_files([{"box": np.array([1.0, 2.0]), "level": np.int64(3)}], tmp_path / "rows.parquet")
+    assert pq.read_table(file).to_pylist() == [{"box": [1.0, 2.0], "level": 3}]
+
+
+def test_of_several_splits_one_is_asked_for(tmp_path):
+    splits = {"test": Frame(answer=["a"]), "train": Frame(answer=["a"])}
+    with pytest.raises(
+        DataError, match=r"found dict with the splits test, train; give one of them: dataset\['train'\]"
+    ):
+        data_files(splits, tmp_path / "rows.parquet")
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards
@@ -99,15 +148,49 @@ def test_a_reward_is_a_name_a_function_a_weighted_list_or_settings():
     assert combined == {"name": "weighted_sum", "settings": {"weights": {name_of(right): 1.0, "exact": 0.5}}}
 
 
-@pytest.mark.parametrize("bad", [[right], [], [(right, 1, 2)], [("exact", 1.0), right]])
+@pytest.mark.parametrize("bad", [[], [(right, 1, 2)], [("exact", 1.0), 3], 7])
 def test_a_list_of_rewards_has_pairs(bad):
-    with pytest.raises(ConfigError, match="a list of \\(function or name, weight\\)"):
+    with pytest.raises(ConfigError, match="or of \\(function or name, weight\\)"):
         reward_settings(bad)
 
 
-def test_what_is_no_function_is_refused():
-    with pytest.raises(ConfigError, match="must be a plain function, or a name"):
-        reward_settings(functools.partial(right, columns=1))
+def test_rewards_in_a_list_without_weights_count_once_each():
+    weights = {"exact": 1.0, name_of(right): 1.0, "repetition": 0.5}
+    assert reward_settings(["exact", right, ("repetition", 0.5)])["settings"] == {"weights": weights}
+    with pytest.raises(ConfigError, match="exact is given twice"):
+        reward_settings(["exact", ("exact", 2.0)])
+
+
+class Scaled:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, completions, solution):
+        return [self.by * (c == s) for c, s in zip(completions, solution, strict=True)]
+
+
+def scaled(answer, ground_truth, *, by=1.0):
+    return by * (answer == ground_truth)
+
+
+@pytest.mark.parametrize("make", [Scaled, lambda by: functools.partial(scaled, by=by), lambda by: Scaled(by).__call__])
+def test_what_can_be_called_is_a_reward_whose_name_changes_with_what_it_holds(make):
+    one, again, other = (reward_settings(make(by))["name"] for by in (2.0, 2.0, 3.0))
+    assert one == again != other
+    task = Task("0", "s", (), (), "yes")
+    assert [build_reward(name, {})(text, task).value for name in (one, other) for text in ("yes", "no")] == [2, 0, 3, 0]
+    with Graders(one, {}, workers=1) as graders:
+        assert graders.grade_many([("yes", task)])[0].value == 2.0
+
+
+def test_async_code_and_what_cannot_be_called_are_refused():
+    async def later(completions):
+        return completions
+
+    with pytest.raises(ConfigError, match="later is async"):
+        reward_settings(later)
+    with pytest.raises(ConfigError, match="a function, or an object that can be called, found 7"):
+        reward_settings({"name": 7})
 
 
 def test_a_function_that_was_not_passed_again_is_asked_for():
@@ -232,3 +315,65 @@ def test_a_script_without_a_main_guard_trains_with_its_own_function_in_workers(t
     script.write_text(script.read_text().replace("/ 100", "/ 50"))
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert "reward.name: the source of the function right changed" in ended.stderr
+
+
+NONE = {"run": "r", "model.path": "demo", "data.train": ["a.jsonl"], "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "said"),
+    [
+        (RLSettings, {"peft_config": 1}, r"unknown setting peft_config; did you mean model\.lora\?"),
+        (RLSettings, {"num_train_epochs": 1}, r"num_train_epochs; a run is as long as train\.steps says"),
+        (RLSettings, {"optim": {"save_steps": 5}}, r"optim\.save_steps; did you mean train\.save_every\?"),
+        (RLSettings, {"clip_low": 0.2}, r"did you mean algorithm\.loss\.clip_low\?"),
+        (SFTSettings, {"num_generations": 4}, r"rollout\.samples is a setting of foveate rl, cascade, and not of"),
+        (SFTSettings, {"max_tokens": 4}, r"max_tokens is a setting of foveate rl, cascade, and not"),
+        (RLSettings, {"train.pairs_per_step": 4}, r"train\.pairs_per_step is a setting of foveate mpo, and not"),
+        (
+            RLSettings,
+            {"a_b": 1, "report_to": "x", "q": 2},
+            r"setting a_b; .*setting report_to; .*setting q;",
+        ),
+        (RLSettings, {"steps": None}, r"train\.steps must be a whole number"),
+    ],
+)
+def test_an_unknown_name_says_what_it_is_here_or_whose_it_is(stage, given, said):
+    with pytest.raises(ConfigError, match=said):
+        settings_of({**NONE, **given}, stage)
+
+
+def test_every_name_of_another_trainer_leads_to_a_setting():
+    nested = {"algorithm.loss", "model.lora"}
+    known = {path for cls in STAGES.values() for path, _ in walk(cls)}
+    assert {path for path in ELSEWHERE.values() if path not in known and path.rpartition(".")[0] not in nested} == set()
+    assert not ELSEWHERE.keys() & IN_WORDS.keys()
+
+
+def test_a_missing_number_of_steps_is_named_as_it_is_given():
+    with pytest.raises(ConfigError, match=r"^settings: train\.steps is missing; give steps=\.\.\.$"):
+        settings_of({key: value for key, value in NONE.items() if key != "steps"}, RLSettings)
+
+
+def test_names_are_in_any_case_and_one_text_stands_for_a_list_of_one():
+    found = settings_of({**NONE, "algorithm": "GRPO", "trainable": "language", "log.to": "tensorboard"}, RLSettings)
+    assert (found.algorithm.name, found.model.trainable, found.log.to) == ("grpo", ("language",), ("tensorboard",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "said"),
+    [
+        (
+            ("demo", ROWS, "exact"),
+            {"model": {"lora": {"rank": 4}}},
+            "argument model: is given twice; .* lora=",
+        ),
+        (("demo", ROWS), {"reward_funcs": right}, "argument reward_funcs: it is called reward here"),
+        (("demo", ROWS), {}, r"argument reward is missing; call it with \(model, train_data, reward, steps=100\)"),
+        ((object(), ROWS, "exact"), {}, "argument model: must be a model folder or a name, found object; write"),
+    ],
+)
+def test_a_call_that_python_would_refuse_says_what_to_do(arguments, more, said):
+    for call in (train_rl, RLTrainer):
+        with pytest.raises(ConfigError, match=said):
+            call(*arguments, **more)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from foveate.api import evaluate
 from foveate.api.run import Run
 from foveate.errors import ConfigError, DataError
 from foveate.report.notebook import gallery, plot
@@ -62,3 +63,12 @@ def test_a_figure_is_saved_as_a_page(run, tmp_path):
 def test_without_an_evaluation_there_is_no_gallery(run):
     with pytest.raises(DataError, match="no evaluation yet"):
         gallery(run.path, 3)
+
+
+def test_a_run_is_named_by_a_text_or_a_path_and_one_that_is_not_there_says_so(run):
+    assert Run(str(run.path)).metrics.num_rows == 5
+    for look in (lambda gone: gone.metrics, lambda gone: gone.plot(), lambda gone: gone.gallery()):
+        with pytest.raises(ConfigError, match="nowhere: no such run folder"):
+            look(Run("nowhere"))
+    with pytest.raises(ConfigError, match="nowhere is not a run folder"):
+        evaluate("nowhere")

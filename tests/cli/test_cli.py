@@ -397,6 +397,10 @@ def test_preparing_nothing_and_unknown_kinds_are_refused(tmp_path, foveate):
     refused(foveate("prepare", "shapes", tmp_path / "x", "--train", 0, "--test", 0), "--train and --test are both 0")
     refused(foveate("prepare", "shapes", tmp_path / "x", "--kinds", "pears"), "unknown kind 'pears'; allowed: ")
     refused(foveate("prepare", "tiny", tmp_path / "x", "--tile", 100), "--tile 100: must be a multiple of 28")
+    refused(
+        foveate("prepare", "tiny", tmp_path / "x", "--small", "--from", "demo"),
+        "--small has random weights, and those of --from demo",
+    )
     assert not (tmp_path / "x").exists()
 
 

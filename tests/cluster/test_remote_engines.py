@@ -292,6 +292,7 @@ def test_at_most_two_packets_of_weights_are_in_memory(started):
     assert max(alive) <= 2
 
 
+@pytest.mark.slow
 def test_the_proof_notices_weights_that_did_not_arrive(started, trainer):
     engines, processes = started(1, check_every=1)
     assert engines.publish(4)["engine/check"] < 1e-5

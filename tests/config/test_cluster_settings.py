@@ -123,7 +123,7 @@ def test_a_job_is_given_what_the_nodes_lack(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [((["=1"], [], None), r"--env =1: write"), (([], [], Path("no")), "no: is no folder")]
+    ("arguments", "said"), [((["=1"], [], None), r"--env =1: write"), (([], [], Path("no")), "no is not a folder")]
 )
 def test_what_no_job_can_be_given_is_refused(arguments, said):
     with pytest.raises(ConfigError, match=said):

@@ -45,8 +45,8 @@ def refusal(build: Any, **changes: Any) -> str:
 
 def test_settings_stay_few():
     leaves = [path for path, field in walk(RLSettings) if not is_group(field)]
-    assert len(leaves) <= 90
-    assert len([path for path, field in walk(CascadeSettings) if not is_group(field)]) <= 115
+    assert len(leaves) <= 98
+    assert len([path for path, field in walk(CascadeSettings) if not is_group(field)]) <= 124
     assert "rollout.samples" in leaves
 
 
@@ -128,6 +128,15 @@ def test_settings_at_the_border_are_accepted(changes):
 def test_sft_checks_its_own_settings_together():
     assert refusal(sft, train={"tokens_per_micro_batch": 8191}).startswith("train.tokens_per_micro_batch is 8191, less")
     assert refusal(sft, optim={"lr": 1.0, "warmup_steps": 11}).startswith("optim.warmup_steps is 11")
+    assert refusal(sft, data={"train": ["a.parquet"], "rlcs": {}}).startswith("data.rlcs chooses prompts by what their")
+
+
+def test_prompts_are_chosen_by_success_only_where_it_is_known_in_time():
+    ahead = {"rollout": {"staleness": 1}, "algorithm": {"correction": {"mode": "token-truncate"}}}
+    said = refusal(rl, data={"rlcs": {}}, **ahead)
+    assert said.startswith("data.rlcs chooses prompts by what the step before scored, but rollout.staleness=1")
+    assert refusal(rl, data={"shares": {"a": 0.0}}).startswith("data.shares are all 0")
+    assert rl(data={"shares": {"a": 0.5, "b": 1}, "rlcs": {"floor": 0.2}}).data.rlcs.smoothing == 0.5
     assert sft(train={"weighting": "square"}).train.weighting == "square"
 
 

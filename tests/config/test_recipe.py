@@ -198,7 +198,7 @@ def test_a_required_setting_that_is_missing_is_named(tmp_path):
 
 def test_a_required_group_that_is_missing_is_named_with_the_recipe(tmp_path):
     path = write(tmp_path, RECIPE.replace("model: {path: demo}\n", ""))
-    assert problem(path, "seed=3") == f"{path}: model is missing"
+    assert problem(path, "seed=3") == f"{path}: model.path is missing"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n"])
@@ -287,3 +287,29 @@ def test_settings_on_other_command_lines_are_written_like_overrides():
     assert _scoring("grounding", "exact", given, None, None) == ("exact", {**settings, "none": None})
     with pytest.raises(ConfigError, match=r"^names=\[a: not valid YAML"):
         _scoring("grounding", "exact", ["names=[a"], None, None)
+
+
+def test_a_warm_up_of_the_recipe_is_shortened_with_the_run_and_one_of_the_override_is_not(caplog):
+    caplog.set_level("INFO")
+    recipe = load_recipe("shapes_gspo", ["train.steps=2"], RLSettings)
+    assert (recipe.train.steps, recipe.optim.warmup_steps) == (2, 0)
+    assert "optim.warmup_steps is 5 in the recipe, more than train.steps=2: shortened to 0" in caplog.text
+    assert load_recipe("shapes_gspo", ["train.steps=5"], RLSettings).optim.warmup_steps == 5
+    assert "optim.warmup_steps is 3, more than train.steps=2" in problem(
+        "shapes_gspo", "train.steps=2", "optim.warmup_steps=3"
+    )
+
+
+def test_a_bare_model_or_file_stands_for_its_path(tmp_path):
+    path = write(tmp_path, "run: r\nmodel: demo\ndata: [a.jsonl, b.jsonl]\ntrain: {steps: 3}\n")
+    found = load_recipe(path, ["model.trainable=language", "data.hold_out=0.1"], RLSettings)
+    assert (found.model.path, found.model.trainable) == ("demo", ("language",))
+    assert (found.data.train, found.data.hold_out) == (("a.jsonl", "b.jsonl"), 0.1)
+
+
+def test_a_file_of_rows_is_no_recipe_and_its_content_is_not_shown(tmp_path):
+    path = write(tmp_path, '[{"question": "q", "answer": "secret"}]', "rows.json")
+    said = problem(path)
+    assert (
+        said == f"{path} holds rows, and a recipe is wanted, a YAML file: give one, and the rows as data.train={path}"
+    )

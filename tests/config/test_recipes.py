@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from foveate.config.recipe import SHIPPED, load_recipe, read_values
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.registry import resolve
 from foveate.rewards.build import build_reward
 from foveate.rollout import ENGINES
@@ -23,7 +23,9 @@ def settings_of(name: str) -> RLSettings | SFTSettings | MPOSettings | CascadeSe
     while "base" in values:
         values = {**read_values(SHIPPED / f"{values.pop('base')}"), **values}
     kinds = {"mpo": CascadeSettings, "rollout": RLSettings, "loss": MPOSettings}
-    return load_recipe(name, [], next((kind for group, kind in kinds.items() if group in values), SFTSettings))
+    train = values.get("train", {})
+    offline = VicoSettings if "compressed" in train else VirSettings if "quantile" in train else SFTSettings
+    return load_recipe(name, [], next((kind for group, kind in kinds.items() if group in values), offline))
 
 
 def test_there_are_recipes():

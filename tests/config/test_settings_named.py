@@ -12,7 +12,8 @@ from foveate.config.runs import STAGES
 
 ROOT = Path(__file__).parents[2]
 NOT_SETTINGS = re.compile(
-    r"model\.(safetensors|norm|vision|language|layers|embed|visual|multi_modal|connector|text_model)"
+    r"model\.(safetensors|norm|image_newline|vision|language|layers|embed|visual|multi_modal|connector|text_model)"
+    r"|model\.(mlp2|pooling|gating)"
     r"|data\.py$"  # files and weights
     r"|rollout\.(n|name|tensor|gpu|log|val|response|engine_kwargs|multi)|\.(json|jsonl|md|py|parquet|yaml|sh)$"
     r"|^(algorithm\.(loss|advantage)|reward\.settings|rollout\.engine_settings|loss)\."  # free-form

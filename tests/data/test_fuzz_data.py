@@ -87,6 +87,10 @@ def broken_lines(rng: np.random.Generator, count: int) -> Iterator[bytes]:
         yield bytes(line).replace(b"\n", b" ") or b"x"
 
 
+UNFIT = ("judge", "endpoint", "entropy_band")
+"""Quick rewards that a text alone says nothing to."""
+
+
 @pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
 def test_mutated_rows_are_taken_or_refused_by_row_and_field(tmp_path, encode, count):
     PIL.Image.new("RGB", (64, 48)).save(tmp_path / "a.png")
@@ -289,14 +293,23 @@ def test_odd_answers_get_a_finite_score(count):
     image = Image(Path("a.png"), None, 640, 480)
     asked = Message("user", "<image>?\nA. 5\nB. [1, 2]")
     boxed = Task("id", "grounding", (asked,), (image,), [1.0, 2.0, 300.0, 400.0], where="row 0")
-    worded = dataclasses.replace(boxed, answer="B")
-    needed = {"overlong": {"limit": 100, "buffer": 50}}
-    quick = sorted(name for name, known in REWARDS.items() if known.quick and name not in ("judge", "endpoint"))
+    truths = {
+        "counting": 5,
+        "numeric": "5",
+        "number_list": [5, 1],
+        "string_list": ["B", "5"],
+        "web_action": {"MARK": 5},
+        "temporal_iou": [3.5, 12.0],
+    }
+    in_boxes = ("grounding", "boxes", "refcoco", "click")
+    needed = {"overlong": {"limit": 100, "buffer": 50}, "length_band": {"start": 0, "low": 1, "high": 9, "end": 20}}
+    quick = sorted(name for name, known in REWARDS.items() if known.quick and name not in UNFIT)
     rewards = [(name, build_reward(name, needed.get(name, {}))) for name in quick]
     for text in odd_answers(rng, count):
         for name, reward in rewards:
             begin = time.process_time()
-            score = reward(text, boxed if name in ("grounding", "boxes", "refcoco") else worded)
+            asked_for = boxed if name in in_boxes else dataclasses.replace(boxed, answer=truths.get(name, "B"))
+            score = reward(text, asked_for)
             assert math.isfinite(score.value)
             assert not score.note.startswith(FAILED), (name, text[:80], score.note)
             assert time.process_time() - begin < LONGEST

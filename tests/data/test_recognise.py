@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
 
-from foveate.data.demos import check_pair, check_response
+from foveate.data.demos import check_answered, check_pair, check_response
 from foveate.data.table import open_tasks
 from foveate.data.validate import RowInspection, inspect_rows
 from foveate.errors import DataError
@@ -230,9 +230,10 @@ def test_a_second_column_of_images_or_answers_is_a_warning_once_a_file(folder):
 
 
 def test_an_answer_with_a_typo_is_named(folder):
-    found = problems_of(folder, {"question": "Which bird?", "anwser": ANSWER})
-    assert any("--column answer=anwser" in str(problem) for problem in found)
-    assert any("is missing; the row has no answer" in str(problem) for problem in found)
+    row = {"question": "Which bird?", "anwser": ANSWER}
+    assert any("--column answer=anwser" in str(problem) for problem in problems_of(folder, row))
+    [(_, fault)] = check_answered(open_tasks(lines(folder, row))[0])
+    assert fault == "is missing; the row has no answer to be scored against"
 
 
 def test_a_row_without_a_prompt_says_what_is_nearly_one(folder):
@@ -240,10 +241,10 @@ def test_a_row_without_a_prompt_says_what_is_nearly_one(folder):
 
 
 @pytest.mark.parametrize("video", ["v.mp4", ["v.mp4"], {"path": "clip.webm"}])
-def test_a_video_file_is_refused_by_what_it_is(folder, video):
+def test_a_video_file_that_is_missing_is_told(folder, video):
     [problem, *_] = problems_of(folder, {"video": video, "question": "<video>\nWhat?", "answer": "x"})
     assert problem.field == "videos (column video)"
-    assert "is a video file, which is not decoded; give its frames" in problem.what
+    assert "no such file" in problem.what
 
 
 def test_a_mark_without_its_video_is_refused(folder):

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from foveate.api.inputs import data_files
 from foveate.cli.options import columns_of, recipe_of
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.data.demos import MAKE_PAIRS, check_pair, check_response
+from foveate.data.demos import MAKE_PAIRS, check_answered, check_pair, check_response
+from foveate.data.table import open_tasks
 from foveate.encoding.dataset import build_encoder, read_checked
 from foveate.errors import DataError
 from foveate.models.checkpoint.inspect import inspect_model_folder
@@ -241,3 +243,44 @@ def test_rows_are_loaded_or_refused_with_the_line_that_loads_them(name, stage, d
 def test_the_verbs_that_train_take_the_line():
     recipe = recipe_of("rl", "shapes_gspo", None, None, None, ["answer=extra_info.label", "source==own"])
     assert recipe.settings.data.columns == {"answer": "extra_info.label", "source": "=own"}
+
+
+def only_row(path, columns=None, **row):
+    path.write_text(json.dumps(row))
+    return open_tasks(path, columns=columns)[0]
+
+
+def test_a_target_that_is_nearly_a_known_one_is_an_error_and_others_are_fields(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(DataError, match=r"data\.columns: anser is no target; did you mean answer"):
+        only_row(path, {"anser": "level"}, prompt="Q", answer="a", level=3)
+    assert only_row(path, {"hard": "level"}, prompt="Q", answer="a", level=3).meta["hard"] == 3
+
+
+def test_a_row_without_an_answer_is_a_task_that_only_some_rewards_take(tmp_path):
+    for row in ({"prompt": "Q"}, {"prompt": "Q", "answer": None}, {"prompt": "Q", "answer": float("nan")}):
+        task = only_row(tmp_path / "r.jsonl", **row)
+        assert task.answer is None
+        assert truth_check("repetition") is None
+        for check in (truth_check("exact"), truth_check(name_of(own_reward)), check_answered):
+            assert check is not None
+            assert [field for field, _ in check(task)] == ["reward_model.ground_truth"]
+
+
+def test_a_prompt_of_messages_in_trls_column_is_conversational_and_no_other(tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert only_row(path, prompt=[user()], answer="a").conversational
+    assert only_row(path, {"prompt": "chat"}, chat=[user()], answer="a").conversational
+    assert not only_row(path, prompt=ASKED, answer="a").conversational
+    assert not only_row(path, conversations=turns(ASKED), answer="a").conversational
+    verl = {"data_source": "s", "prompt": [user()], "reward_model": {"ground_truth": "a"}}
+    assert not only_row(path, **verl).conversational
+
+
+def test_an_image_in_the_parts_of_a_message_may_be_one_of_python(tmp_path):
+    image = PIL.Image.new("RGB", (40, 30), "green")
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": ASKED}]
+    [file] = data_files([{"prompt": [user(parts)], "answer": "a"}] * 2, tmp_path / "rows.parquet")
+    task = open_tasks(file)[1]
+    assert [(one.width, one.height) for one in task.images] == [(40, 30)]
+    assert task.messages[0].content == f"<image>\n{ASKED}"

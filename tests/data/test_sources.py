@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from foveate.data.folders import expand
 from foveate.data.table import open_tasks
 from foveate.errors import DataError
 from foveate.records import Message
@@ -133,14 +135,13 @@ def test_a_problem_names_the_column_of_the_user(tmp_path):
     task, problems = open_tasks(tmp_path / "x.jsonl", columns=OWN).inspect(0)
     assert task is None
     fields = [problem.field for problem in problems]
-    assert fields[:2] == ["images (column image)", "reward_model.ground_truth (column label)"]
+    assert fields == ["images (column image)"]
 
 
 @pytest.mark.parametrize(
     ("mapping", "what"),
     [
-        ({"promt": "question", "answer": "label"}, "prompt is missing; did you mean 'promt'"),
-        ({"prompt": "question"}, "none of answer"),
+        ({"promt": "question", "answer": "label"}, "promt is no target; did you mean prompt"),
         ({"prompt": "question", "chosen": "label"}, "needs both chosen and rejected"),
         ({"prompt": "questions", "answer": "label"}, "column 'questions', named by data.columns as prompt, is missing"),
     ],
@@ -161,3 +162,16 @@ def test_values_of_a_field_are_read_without_looking_at_the_rows(tmp_path):
         assert table.values("extra_info.accuracy") == [0.75, 0.25]
         assert table.values("extra_info.other") == [None, None]
         assert table.values("missing") == [None, None]
+
+
+def test_a_folder_of_several_kinds_says_what_it_does_not_read(tmp_path, caplog):
+    for name in ("a.jsonl", "b.csv", "c.tsv.gz"):
+        (tmp_path / name).touch()
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "d.parquet")
+    assert [file.name for file in expand(tmp_path)] == ["d.parquet"]
+    assert "read are its 1 .parquet file alone, and not a.jsonl, b.csv, c.tsv.gz; name files" in caplog.text
+
+
+def test_the_scenes_of_the_demo_say_what_makes_them():
+    with pytest.raises(DataError, match="`foveate demo` makes it, or `foveate prepare shapes --out runs/demo-data`"):
+        expand(Path("runs/demo-data/train.parquet"))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
 
+from foveate.data.demos import check_answered
 from foveate.data.sources import RowGroups
 from foveate.data.table import BOX, open_tasks, row_schema, write_rows
 from foveate.data.validate import RowInspection, inspect_rows, validate
@@ -213,7 +214,7 @@ def test_a_whole_jpeg_with_bytes_behind_its_end_is_taken(tmp_path):
 
 def test_a_missing_image_is_refused_by_row(tmp_path):
     write_rows(tmp_path / "t.parquet", [row(), row(images=[str(tmp_path / "gone.png")])], SCHEMA)
-    with pytest.raises(DataError, match=r"t\.parquet, row 1, field images: no such file: \S*gone\.png; mend"):
+    with pytest.raises(DataError, match=r"t\.parquet, row 1, field images: no such file: \S*gone\.png; fix"):
         read_tasks(tmp_path / "t.parquet")
 
 
@@ -263,7 +264,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_row_and_field(tmp_path, changed
 def test_rows_of_which_none_has_a_ground_truth_lack_it_as_a_column(tmp_path, model):
     path = raw_parquet(tmp_path / "t.parquet", **columns(1, reward_model=[model]))
     with pytest.raises(DataError, match=r"^\S*t\.parquet: no column holds the answer .* --column answer=COLUMN "):
-        read_tasks(path)
+        read_tasks(path, check=check_answered)
 
 
 def test_all_problems_are_found_in_one_pass_and_the_first_is_raised(tmp_path):

@@ -43,6 +43,7 @@ def die(task: Task) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_worker_processes_find_what_one_process_finds_in_the_same_order(tmp_path, encode):
     path = rows_of_text(
         tmp_path / "x.jsonl",
@@ -118,7 +119,7 @@ def test_the_first_problems_are_logged_when_there_are_several(tmp_path, caplog):
 def test_a_fault_that_many_rows_share_is_told_once(tmp_path, caplog):
     path = rows_of_text(tmp_path / "x.jsonl", 40, **{f"row_{i}": {"prompt": []} for i in range(30)})
     with pytest.raises(
-        DataError, match=r"row 0 \(line 1\), field prompt: must be .* \(and in 29 more rows\) \(mend the"
+        DataError, match=r"row 0 \(line 1\), field prompt: must be .* \(and in 29 more rows\) \(fix the"
     ):
         validate(open_tasks(path))
     assert not caplog.records

@@ -11,6 +11,7 @@ from foveate.datasets.gui import gui_rows, gui_scenes, prepare_gui
 from foveate.datasets.zoom import (
     draw_plates,
     make_plates,
+    oracle_rows,
     plate_scenes,
     prepare_zoom,
     zoom_rows,
@@ -48,26 +49,55 @@ def _apart(a, b):
 
 def test_every_trace_looks_at_the_right_plate_and_reads_it():
     kinds = set()
-    for row in zoom_traces(0, 24, side=448, tile=112):
+    for row in zoom_traces(0, 24, side=448, tile=112, direct=0.2):
         kind, turns = row["extra_info"]["kind"], row["prompt"]
         kinds.add(kind)
         assert row["extra_info"]["response"] == row["reward_model"]["ground_truth"]
         assert sum(turn["content"].count("<image>") for turn in turns) == len(row["images"])
-        if kind == "read":
+        if kind in ("read", "direct"):
             assert [turn["role"] for turn in turns] == ["user"]
             continue
         assert [turn["role"] for turn in turns] == ["user", "assistant", "tool"]
-        box = row["extra_info"]["box"]
+        box = row["extra_info"]["look_box"]
         assert parse_calls(turns[1]["content"]) == [ToolCall("zoom", {"image": 1, "box": box})]
         assert (str(box) in turns[0]["content"]) == (kind == "place")
         assert turns[2]["content"] == "<image>\nImage 2"
-    assert kinds == {"read", "place", "search"}
+    assert kinds == {"read", "place", "search", "direct"}
+
+
+def test_a_named_place_shows_the_digit_that_is_asked_for_and_no_other():
+    for row in zoom_traces(1, 60, side=400, cells=3, tile=112, search=0.0):
+        if row["extra_info"]["kind"] != "place":
+            continue
+        left, top, right, bottom = row["extra_info"]["look_box"]
+        assert 0 <= left < right <= 1000
+        assert 0 <= top < bottom <= 1000
+        assert (right - left) * (bottom - top) < 160_000
+
+
+def test_the_oracle_rows_are_those_held_out_with_the_right_look_behind_them():
+    tasks, looks = zoom_rows(5, "test", 4, side=224), oracle_rows(5, 4, side=224, tile=112)
+    for task, row in zip(tasks, looks, strict=True):
+        assert row["prompt"][0] == task["prompt"][0]
+        assert row["images"][0] == task["images"][0]
+        assert parse_calls(row["prompt"][1]["content"])[0].arguments["box"] == task["extra_info"]["look_box"]
+        assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant", "tool"]
+        assert len(row["images"]) == 2
+        assert row["reward_model"] == task["reward_model"]
+        assert row["extra_info"]["response"] is None
 
 
 def test_a_large_plate_is_readable_in_one_tile():
-    scene = make_plates(np.random.default_rng(0), 448, plates=1)
-    assert scene.glyph >= 448 // 6
-    assert load_image(encoded(draw_plates(scene))).size == (448, 448)
+    for seed in range(8):
+        scene = make_plates(np.random.default_rng(seed), 448, plates=1)
+        assert scene.glyph >= 448 // 10
+        assert scene.glyph <= scene.asked.box[2] - scene.asked.box[0]
+        assert load_image(encoded(draw_plates(scene))).size == (448, 448)
+
+
+def test_shares_of_traces_that_are_more_than_all_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"--search 0.5 and --direct 0.2 are more than 0.6 together"):
+        prepare_zoom(tmp_path, {"traces": 1}, search=0.5, direct=0.2)
 
 
 def test_a_trace_of_gui_replays_to_the_reward():
@@ -88,8 +118,9 @@ def test_a_trace_of_gui_replays_to_the_reward():
 
 def test_the_same_arguments_give_the_same_files(tmp_path):
     rows = {"train": 3, "test": 2, "traces": 4}
+    more = {"oracle": 2}
     for name in ("a", "b"):
-        prepare_zoom(tmp_path / name / "zoom", rows, seed=2, side=112, tile=112)
+        prepare_zoom(tmp_path / name / "zoom", rows | more, seed=2, side=112, tile=112, cells=3, direct=0.3)
         prepare_gui(tmp_path / name / "gui", rows, seed=2, side=112)
     for data in ("zoom", "gui"):
         manifests = [(tmp_path / name / data / "manifest.json").read_text() for name in ("a", "b")]
@@ -99,7 +130,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
 
 
 def test_the_commands_write_the_asked_splits_and_refuse_none(tmp_path, capsys):
-    from foveate.cli.prepare import prepare_gui_command, prepare_zoom_command
+    from foveate.cli.prepare_drawn import prepare_gui_command, prepare_zoom_command
 
     prepare_zoom_command(tmp_path / "zoom", train=2, test=0, traces=1, side=112, tile=112)
     prepare_gui_command(tmp_path / "gui", train=1, test=1, traces=0, side=112, kinds="slider,list")

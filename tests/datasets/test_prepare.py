@@ -272,8 +272,8 @@ def test_an_mmpr_pair_with_an_empty_image_is_text(tmp_path, pictures, image):
 @pytest.mark.parametrize(
     ("row", "what"),
     [
-        ({"video": "v.mp4", "question": "<video>\nWhat?"}, r"field videos \(column video\): v.mp4 is a video file"),
-        ({"videos": ["v.mp4", "w.mp4"], "question": "What?"}, "v.mp4 is a video file"),
+        ({"video": "v.mp4", "question": "<video>\nWhat?"}, r"field videos \(column video\): no such file: v.mp4"),
+        ({"videos": ["v.mp4", "w.mp4"], "question": "What?"}, "no such file: v.mp4"),
         ({"video_path": "v.mp4", "question": "What?"}, "field video_path: looks like videos"),
         ({"question": "<video>\nWhat?"}, "<video> marks"),
         ({"pictures_of_it": ["a.png"], "question": "What?"}, "field pictures_of_it: looks like images"),

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from light_rewards import PLACE
 from toy import make_data, rl_settings, sft_settings
 
 from foveate.encoding.chat import continued, opened_by
@@ -138,7 +139,7 @@ def test_answers_that_were_generated_before_are_graded_with_what_was_opened(tmp_
 
     data = (str(make_data(tmp_path / "shapes") / "test.parquet"),)
     run_generate(GenerateRequest(RowsRequest(data), tmp_path / "out", SamplingParams(max_tokens=4), str(thinking)))
-    run_eval(EvalRequest((), (), tmp_path / "eval", f"{__file__}:form_only", generated=(tmp_path / "out",)))
+    run_eval(EvalRequest((), (), tmp_path / "eval", f"{PLACE}:form_only", generated=(tmp_path / "out",)))
     [model] = json.loads((tmp_path / "eval" / "summary.json").read_text())["models"].values()
     assert model["score"] == 1.0
 
@@ -161,16 +162,12 @@ def test_doctor_says_what_stands_before_a_question(tiny_policy):
     assert facts["  its family's system message"].startswith("'你是书生")
 
 
-def form_only(text: str, _: Task) -> float:
-    return float(text.startswith("<think>\n"))
-
-
 def test_a_run_grades_with_what_is_opened(tmp_path, thinking):
     from foveate.log import read_metrics
     from foveate.train.rl import run_rl
 
     data = make_data(tmp_path / "shapes")
-    reward = {"name": f"{__file__}:form_only"}
+    reward = {"name": f"{PLACE}:form_only"}
     run = run_rl(rl_settings(tmp_path / "run", thinking, data, reward=reward, train={"steps": 1}))
     assert read_metrics(run.metrics)[0]["reward/mean"] == 1.0
     summary = (run.path / "evals" / "step_000000.summary.json").read_text()

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import torch
 
-from foveate.data.stream import Stream
+from foveate.data.stream import AdaptiveStream, Stream
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
@@ -42,6 +42,7 @@ def assert_same(got, wanted):
         assert torch.equal(one.pixels, other.pixels)
 
 
+@pytest.mark.slow
 def test_processes_give_what_this_process_gives_in_the_same_order_and_go_on_from_any_place(table, encode):
     wanted, end = taken(table, encode, 0, [3, 2, 5, 1, 4])
     got, there = taken(table, encode, 2, [3, 2, 5, 1, 4])
@@ -98,3 +99,33 @@ def test_a_faulty_video_is_an_error_of_its_row(changes, said, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row | changes))
     with pytest.raises(DataError, match=said):
         open_tasks([str(tmp_path / "rows.jsonl")])[0]
+
+
+class Recorded(AdaptiveStream):
+    """Rows in order, which remembers what it was told."""
+
+    def adapt(self, observed):
+        self.seen = [*self.__dict__.get("seen", []), *observed]
+
+
+class AsTheyAre:
+    """An encoder whose prompts are the tasks themselves."""
+
+    def for_graders(self, task):
+        return task
+
+    def __call__(self, task):
+        return task
+
+
+def test_scores_are_told_to_the_stream_by_the_place_of_their_task(table):
+    stream = Recorded(len(table), 3, 3)
+    with Reader(table, stream, AsTheyAre()) as reader:
+        reader.take(2)
+        reader.take(1)  # a further round of the same step
+        reader.observe([0.5, None, 1.0])
+        reader.take(2)
+        reader.observe([0.0, 0.25])
+        reader.take(1)
+    assert stream.seen == [(0, 0.5), (2, 1.0), (3, 0.0), (4, 0.25)]
+    assert stream.position == 6

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from foveate.config.recipe import settings_of
+from foveate.config.runs import RLSettings
 from foveate.environments import ENVIRONMENTS
 from foveate.environments.build import build_environment, schema_of
 from foveate.environments.calls import hermes_call
@@ -20,6 +22,7 @@ from foveate.environments.protocol import Environment, EnvironmentFailure, Opene
 from foveate.errors import ConfigError
 from foveate.records import Message, Task
 from foveate.registry import resolve
+from foveate.train.algorithm import build_algorithm, check_run
 
 TRL = '''
 from PIL import Image
@@ -328,3 +331,17 @@ def test_every_environment_keeps_to_the_protocol(conforming):
         for key in "abc":
             pool.close(key)
         assert not pool.failures, name
+
+
+@pytest.mark.parametrize("reward", ["function", "environment", "both"])
+def test_a_class_with_get_reward_beside_a_reward_function_needs_a_word_which_counts(doors, reward):
+    def check(factory, **more):
+        environment = {"name": "trl", "settings": {"factory": f"{doors}:{factory}"}, **more}
+        values = {"run": "r", "model.path": "demo", "data.train": ["a"], "steps": 1, "environment": environment}
+        settings = settings_of(values, RLSettings)
+        check_run(build_algorithm(settings.algorithm, settings.rollout.max_tokens), settings)
+
+    with pytest.raises(ConfigError, match=r"Doors has get_reward\(\), .*: set environment\.reward=environment, both"):
+        check("Doors")
+    check("Doors", reward=reward)
+    check("Silent")

@@ -12,8 +12,10 @@ import pytest
 from fake_run import a_row, an_answer
 from serving import served
 from toy import make_data
+from typer.testing import CliRunner
 
 from foveate.api.of_run import options_of_run
+from foveate.cli.app import app as command_line
 from foveate.cli.evaluate import _scoring
 from foveate.config.recipe import read_recipe, to_yaml
 from foveate.datasets.shapes import prepare_shapes
@@ -292,6 +294,23 @@ def test_an_evaluation_takes_what_the_run_says(tmp_path):
     assert not request.hold_out
 
 
+def test_an_evaluation_takes_the_environment_of_the_run_unless_another_is_given(tmp_path, monkeypatch):
+    recipe = "grounding_zoom_internvl3_5_1b"
+    found = saved_run(tmp_path, recipe, "environment.reward=both", "algorithm.turn_discount=0.5")
+    assert (found["environment"].name, found["turn_discount"]) == ("tools", 0.5)
+    assert saved_run(tmp_path, "shapes_gspo")["environment"] is None
+    saved_run(tmp_path, recipe)
+    asked = []
+    monkeypatch.setattr("foveate.api.evaluate", lambda request: asked.append(request) or tmp_path)
+    monkeypatch.setattr("foveate.cli.evaluate.print_report", lambda *_: None)
+    for options in ([], ["--environment", "{name: gui, reward: environment}"]):
+        result = CliRunner().invoke(command_line, ["eval", str(tmp_path), *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    assert [request.environment.name for request in asked] == ["tools", "gui"]
+    assert asked[0].environment.settings["max_turns"] == 4
+    assert asked[0].reward == "grounding"
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_thoughts_are_switched_as_in_the_run(tmp_path, thinking):
     found = saved_run(tmp_path, "shapes_gspo", f"data.thinking={str(thinking).lower()}")
@@ -305,9 +324,19 @@ def test_rows_that_a_run_kept_aside_are_what_it_is_evaluated_on(tmp_path):
 
 def test_a_cascade_is_evaluated_by_its_last_model_and_supervised_training_without_a_reward(tmp_path):
     assert saved_run(tmp_path, "shapes_cascade")["models"] == (str(tmp_path / "rl/final"),)
-    assert "reward" not in saved_run(tmp_path, "shapes_coldstart")
+    assert "reward" not in saved_run(tmp_path, "shapes_coldstart", "data.hold_out=0.1")
 
 
 def test_a_folder_of_no_run_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no folder of a run, as it has no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.yaml"):
         options_of_run(tmp_path)
+
+
+def test_a_run_without_held_out_rows_is_evaluated_on_rows_that_are_named(tmp_path, caplog):
+    with pytest.raises(ConfigError, match=r"has no held-out rows .*--data FILE"):
+        saved_run(tmp_path, "shapes_gspo", "data.test=[]", "eval.every=0", "eval.prompts=null")
+    assert options_of_run(tmp_path, data=["other.jsonl"])["data"] == ("other.jsonl",)
+    assert not caplog.records
+    found = options_of_run(tmp_path, data=["runs/demo-data/train.parquet"])
+    assert (found["data"], found["hold_out"]) == (("runs/demo-data/train.parquet",), 0.0)
+    assert "rows that the run was trained on" in caplog.text

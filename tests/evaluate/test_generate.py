@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from faulty_server import answer_to, faulty
+from slow_cases import slow_but
 from toy import make_data
 
 from foveate.data.table import open_tasks
@@ -78,7 +79,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", slow_but(["hang", "500", "other"], FAULTS))
 def test_a_server_with_faults_costs_tries_and_no_row(tmp_path, ask, name):
     with faulty(FAULTS[name], delay=0.05 if name == "slow" else 0.0) as server:
         summary = ask(server)
@@ -138,7 +139,7 @@ def test_a_server_that_never_answers_ends_the_work_with_what_is_done(tmp_path, a
         faulty(lambda n: None if n < 10 else "500") as server,
         pytest.raises(ConfigError, match="rows in a row failed"),
     ):
-        ask(server, concurrency=2, retries=1, first_rest=0.001)
+        ask(server, concurrency=2, retries=1, first_rest=1e-5)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["answered"] == 10
     assert summary["failed"] >= 20

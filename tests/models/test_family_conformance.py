@@ -41,7 +41,7 @@ def test_a_row_names_a_frozen_class_that_says_how_it_is_read(model_type):
     assert "__slots__" in vars(kind), f"{kind.__name__} lacks slots=True"
     assert "read" in {name for base in kind.__mro__[:-2] for name in vars(base)}, f"{kind.__name__} forgot read"
     assert not {field.name for field in fields(kind)} & {*Family.__annotations__} - {
-        "name", "stop_ids", "image_token_id", "placeholder_ids", "budget", "proof",
+        "name", "stop_ids", "image_token_id", "video_token_id", "placeholder_ids", "budget", "proof",
     }, f"{kind.__name__}: declarations are ClassVar, not fields"  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_images_have_the_tokens_and_entries_that_their_sizes_say(policy, make_im
     assert family.image_summary() != TextOnly.image_summary(family), "image_summary"
     encode = Encoder(policy.tokenizer, family, family.budget, 4096)
     prompt = encode(make_task("<image> and <image>", make_image(130, 70, 1), make_image(90, 200, 2)))
-    grids = [slot.grid for slot in prompt.slots if slot.grid]
+    grids = pack([PackedGroup(prompt, ())]).grids
     assert len(prompt.pixels) == sum(slot.tiles for slot in prompt.slots), "shape: entries"
     with torch.no_grad():
         seen = family.features(policy.model, prompt.pixels, grids)
@@ -116,7 +116,7 @@ def test_a_server_is_handed_what_the_family_declares(policy, make_image, make_ta
         assert settings["kept"] == 1
     if "vllm" in family.servers and family.sees_images:
         prompt = Encoder(policy.tokenizer, family, family.budget, 4096)(make_task("<image>", make_image(130, 70, 1)))
-        values = family.vllm_fields(prompt.pixels, prompt.slots[0])
+        values = family.vllm_fields(prompt.pixels[: prompt.slots[0].tiles], prompt.slots[0])
         assert {how for _, how in values.values()} <= {"flat", "batched", "shared"}
         assert len(values["pixel_values"][0]) == prompt.slots[0].tiles
 

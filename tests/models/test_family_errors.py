@@ -19,7 +19,9 @@ from foveate.tools.doctor import examine
 
 SEEING = ("internvl-chat", "internvl-hf", "internvl-hf-old", *VISION_MODELS)
 NAMES = (*SEEING, "qwen3", "qwen3_moe", "gpt_oss")
-HEADS = dict.fromkeys(("internvl-chat", "internvl-hf-old", "gemma3"), "language_model.lm_head.weight")
+HEADS = dict.fromkeys(
+    ("internvl-chat", "internvl-hf-old", "gemma3", "llava_onevision"), "language_model.lm_head.weight"
+)
 WORDS = {
     "internvl": "<IMG_CONTEXT>",
     "qwen": "<|image_pad|>",
@@ -27,6 +29,7 @@ WORDS = {
     "glm": "<|image|>",
     "smol": "<image>",
     "idefics": "<image>",
+    "llava": "<image>",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_cases import slow_but
 from test_attention import (
     CASES,
     MIXED,
@@ -42,7 +43,7 @@ def flex(monkeypatch):
     return attend
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 60])
+@pytest.mark.parametrize("window", slow_but((None, 5), [None, 1, 5, 60]))
 @pytest.mark.parametrize("forest", (CASES | MIXED).values(), ids=CASES | MIXED)
 def test_flex_attention_equals_the_reference_in_float64(forest, window, flex):
     require_reference_with_sinks(flex, forest, window)
@@ -66,7 +67,7 @@ def test_flex_attention_stays_finite_for_scores_of_thousands(flex):
             assert torch.isfinite(got).all()
 
 
-@pytest.mark.parametrize("window", [None, 1, 30, 129, 400])
+@pytest.mark.parametrize("window", slow_but([None, 129], [None, 1, 30, 129, 400]))
 @pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_a_block_that_is_skipped_holds_nothing_and_one_without_a_mask_all(forest, window):
     mask = block_mask(forest, torch.device("cpu"), window)

@@ -117,7 +117,7 @@ DAMAGE = {
     "config is a list": (write("config.json", "[]"), "config.json: holds a list, not a JSON object"),
     "another model": (config(model_type="llava"), "model_type is 'llava'; known are: internvl"),
     "no text config": (config(text_config=None), "text_config.model_type is None"),
-    "another language model": (config(text_config__model_type="llama"), "text_config.model_type is 'llama'"),
+    "another language model": (config(text_config__model_type="mistral"), "text_config.model_type is 'mistral'"),
     "config of wrong type": (config(text_config__hidden_size="wide"), "cannot be loaded .*hidden_size"),
     "config of another width": (config(text_config__intermediate_size=80), "has shape .*config.json asks for"),
     "another image token": (config(image_token_id=7), "image_token_id is 7, but the tokenizer's <IMG_CONTEXT> is"),

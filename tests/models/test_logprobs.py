@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +15,7 @@ from foveate.models.logprobs import (
     TeacherTopK,
     chunked_logprobs,
     chunked_terms,
+    chunked_top_k,
     plain_logprobs,
 )
 
@@ -293,11 +297,62 @@ def test_a_divergence_stays_finite_for_logits_of_hundreds():
 
 
 def test_a_divergence_that_cannot_be_is_refused_by_name():
-    hidden, weight, token_ids = inputs()
-    teacher, _ = teacher_of("states", 1.0, v=V + 3)
+    teacher, _ = teacher_of("states", 1.0)
     with pytest.raises(ConfigError, match="'kl' is no divergence; use forward_kl, reverse_kl or jensen_shannon"):
         Divergence("kl", teacher)
     with pytest.raises(ConfigError, match=r"beta of a divergence is 1\.0, not between 0 and 1"):
         Divergence("jensen_shannon", teacher, 1.0)
-    with pytest.raises(ConfigError, match="the teacher has 104 tokens in its vocabulary, the model 101"):
-        chunked_terms(hidden, weight, token_ids, 1.0, (Divergence("forward_kl", teacher),))
+
+
+@pytest.mark.parametrize("more", [3, -3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_other_lengths_are_compared_over_the_tokens_that_both_have(kind, more):
+    hidden, weight, token_ids = inputs(scale=0.5)
+    teacher, _ = teacher_of("states", 1.0, v=V + more)
+    both = min(V, V + more)
+    cut = TeacherStates(teacher.hidden, teacher.weight[:both])
+    wanted = dense(kind, 0.5, cut, (cut.hidden @ cut.weight.T).log_softmax(-1), hidden, weight[:both], 1.0)
+    (found,) = chunked_terms(hidden, weight, token_ids, 1.0, (Divergence(kind, teacher),), 4 * V)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    grads = (torch.autograd.grad(one.square().sum(), (hidden, weight)) for one in (found, wanted))
+    for grad, true_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, true_grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_top_k_of_a_teacher_are_those_of_its_whole_distribution(temperature):
+    states, logp = teacher_of("states", temperature)
+    found, wanted = chunked_top_k(states.hidden, states.weight, temperature, 5, 4 * V), logp.topk(5)
+    assert torch.equal(found.token_ids, wanted.indices)
+    torch.testing.assert_close(found.logprobs, wanted.values)
+    assert chunked_top_k(states.hidden, states.weight, temperature, 2 * V).logprobs.shape == (M, V)
+    with Largest() as largest:
+        chunked_top_k(*(one.float() for one in (states.hidden, states.weight)), temperature, 5, 4 * V)
+    assert largest.elements <= max(4 * V, states.weight.numel())
+
+
+def generalised_jsd(student, teacher, beta, temperature):
+    """GKD's loss per token (arXiv 2306.13649, equation 1; beta 0 is the forward KL and 1 the reverse one), as TRL's
+    `GKDTrainer.generalized_jsd_loss` sums it up over the vocabulary, by `torch.nn.functional.kl_div`."""
+    p, q = ((logits / temperature).log_softmax(-1) for logits in (student, teacher))
+    if beta in (0, 1):
+        pair = (p, q) if beta == 0 else (q, p)
+        return functional.kl_div(*pair, reduction="none", log_target=True).sum(-1)
+    m = torch.logsumexp(torch.stack([p + math.log(1 - beta), q + math.log(beta)]), 0)
+    of_teacher, of_student = (functional.kl_div(m, one, reduction="none", log_target=True).sum(-1) for one in (q, p))
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+def test_divergences_are_the_loss_of_gkd_in_value_and_gradient(beta, temperature):
+    hidden, weight, token_ids = inputs(scale=0.5)
+    teacher, _ = teacher_of("states", temperature)
+    kind = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jensen_shannon")
+    term = Divergence(kind, teacher, beta if kind == "jensen_shannon" else 0.5)
+    (found,) = chunked_terms(hidden, weight, token_ids, temperature, (term,), 4 * V)
+    wanted = generalised_jsd(hidden @ weight.T, teacher.hidden @ teacher.weight.T, beta, temperature)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    grads = (torch.autograd.grad(one.mean(), (hidden, weight)) for one in (found, wanted))
+    for grad, true_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(grad, true_grad, rtol=1e-8, atol=1e-9)

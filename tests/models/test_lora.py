@@ -12,7 +12,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import adapters_off, add_adapters, merged_state, trains_adapters_only
-from foveate.models.policy import freeze_except, load_policy, parameters_by_part, part_of, save_policy
+from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
 from foveate.records import PackedGroup
 from foveate.train.worker import Worker
@@ -97,7 +97,7 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
         torch.testing.assert_close(token_logprobs(again, batch)[0], learned, rtol=1e-5, atol=3e-5)
     again.model.float()
     for key, tensor in again.model.state_dict().items():
-        inside = part_of(policy.family, key) in ("language", "head")
+        inside = policy.family.part_of(key) in ("language", "head")
         if "q_proj.weight" not in key and not inside and name in ("internvl", *VISION_MODELS):
             assert torch.equal(tensor, before[key]), key
 

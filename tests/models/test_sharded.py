@@ -9,6 +9,7 @@ import torch
 from family_cases import VISION_MODELS, build_family, build_internvl
 from rank_cases import spawn, whole
 from safetensors.torch import load_file, save_file
+from slow_cases import slow_but
 
 from foveate.config.cluster import ClusterSettings
 from foveate.errors import DataError
@@ -47,7 +48,7 @@ def require_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("name", ["internvl", "internvl, chat", *OTHERS, *TIED])
 def test_a_filled_model_is_the_loaded_one_bit_for_bit(folders, name, dtype):
     loaded = load_policy(str(folders[name]), dtype=dtype)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from foveate.config.algorithm import TeacherSettings
 from foveate.datasets.shapes import KINDS, shape_rows
+from foveate.environments.calls import hermes_call
+from foveate.models import tiny
 from foveate.models.policy import load_policy
-from foveate.models.tiny import SPECIALS, TinySize, build_tiny, tiny_config, tiny_tokenizer
+from foveate.models.tiny import CALL_WORDS, SPECIALS, TinySize, add_call_words, build_tiny, tiny_config, tiny_tokenizer
+from foveate.train.teacher import check_teachers
 
 SMALL = TinySize(tile=56, vision_width=32, vision_layers=1, vision_ffn=64, width=64, layers=2, head_dim=16, ffn=96)
 
@@ -27,6 +31,13 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert (first / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+def test_the_student_has_a_quarter_of_the_parameters_of_the_demo_and_its_tokens(tmp_path):
+    student, teacher = load_policy(str(build_tiny(tmp_path, tiny.SMALL))), load_policy("demo")
+    sizes = [sum(parameter.numel() for parameter in policy.model.parameters()) for policy in (student, teacher)]
+    assert sizes[0] == pytest.approx(sizes[1] / 4, rel=0.01)
+    check_teachers(TeacherSettings(path="demo"), str(tmp_path))
 
 
 def test_building_leaves_the_global_generator_alone_and_prints_nothing(tmp_path, capfd):
@@ -50,6 +61,32 @@ def test_the_folder_is_an_ordinary_one_of_the_family(tmp_path):
     content = json.loads((folder / "config.json").read_text())
     assert content["tie_word_embeddings"] is False
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer(640).get_vocab()
+
+
+def test_words_for_calls_leave_the_others_what_they_were(tmp_path):
+    before = load_policy(str(build_tiny(tmp_path / "before", SMALL)))
+    add_call_words(build_tiny(tmp_path / "after", SMALL))
+    after = load_policy(str(tmp_path / "after"))
+    call = hermes_call("zoom", {"image": 1, "box": [100, 200, 345, 999]})
+    ids = after.tokenizer.encode(call)
+    assert len(ids) == 2 + 3 + 12 < len(before.tokenizer.encode(call)) / 3
+    assert {*after.tokenizer.convert_tokens_to_ids([*CALL_WORDS[2:]])} <= {*ids}
+    other = hermes_call("mark", {"box": [1, 2]})
+    assert after.tokenizer.decode(after.tokenizer.encode(other), skip_special_tokens=True) == other
+    assert after.tokenizer.decode(ids, skip_special_tokens=True) == call
+    assert after.family.stop_ids == (after.tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    prompt = "<|im_start|>user\nLocate <ref>the left red circle</ref><|im_end|>\n<|im_start|>assistant\n[[1,2"
+    old, new = (torch.tensor([policy.tokenizer.encode(prompt)]) for policy in (before, after))
+    known = before.tokenizer.get_vocab()
+    assert before.tokenizer.convert_ids_to_tokens(old[0]) == after.tokenizer.convert_ids_to_tokens(new[0])
+    with torch.no_grad():
+        first, second = (
+            AutoModelForImageTextToText.from_pretrained(tmp_path / name)(input_ids=ids).logits
+            for name, ids in (("before", old), ("after", new))
+        )
+    kept = {word: number for word, number in after.tokenizer.get_vocab().items() if word in known}
+    assert len(kept) > 0.95 * len(known)
+    torch.testing.assert_close(second[..., [*kept.values()]], first[..., [known[word] for word in kept]])
 
 
 def test_a_padded_vocabulary_widens_embedding_and_head(tmp_path):

@@ -17,6 +17,7 @@ from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs, token_terms
 from foveate.models.logprobs import LOGP_ENTROPY, Divergence, TeacherTopK
 from foveate.models.policy import load_policy
+from foveate.models.routing import follow_routers
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 from foveate.parallel.ulysses import check_heads, token_terms_split
 
@@ -36,8 +37,15 @@ def with_bidirectional_prompts(batch):
     return replace(batch, forest=replace(batch.forest, bidirectional=tuple(k < 0 for k in batch.forest.parent)))
 
 
+def with_replayed_experts(batch):
+    """The batch of a mixture of three layers with arbitrary two of four experts for each token."""
+    ranked = torch.rand(batch.forest.tokens, 3, 4, generator=torch.Generator().manual_seed(4)).argsort(-1)
+    return replace(batch, routed_experts=ranked[..., :2].to(torch.int16))
+
+
 def alone(folder, data_ranks, attention, of_row=lambda batch: batch):
     policy = load_policy(str(folder), attention=attention)
+    follow_routers(policy.model)
     losses = [loss_of(*token_logprobs(policy, of_row(batch))) for batch in rows(policy.family, ranks=data_ranks)]
     torch.stack(losses).sum().backward()
     return [loss.item() for loss in losses], gradients(policy.model)
@@ -50,6 +58,7 @@ def shared(rank, ranks, _, folders, attention, sequence, of_row=None):
     found = {}
     for name, folder in folders.items():
         policy = load_policy(str(folder), attention=attention)
+        follow_routers(policy.model)
         batch = rows(policy.family, ranks=ranks // sequence)[rank // sequence]
         batch = batch if of_row is None else of_row(batch)
         if ranks == sequence:
@@ -91,6 +100,17 @@ def test_two_ranks_share_a_row_with_bidirectional_segments(tmp_path, folders):
         losses, expected = alone(folder, 1, "sdpa", with_bidirectional_prompts)
         require_equal([own[name] for own in found], losses, expected, sequence=2)
         assert losses != alone(folder, 1, "sdpa")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_two_ranks_replay_experts_in_shared_rows_and_in_shared_weights(sequence, tmp_path, folders):
+    chosen = {name: folders[name] for name in ("qwen3_vl_moe", "gpt_oss")}
+    found = spawn(shared, 2, tmp_path, chosen, "sdpa", sequence, with_replayed_experts)
+    for name, folder in chosen.items():
+        losses, expected = alone(folder, 2 // sequence, "sdpa", with_replayed_experts)
+        require_equal([own[name] for own in found], losses, expected, sequence=sequence)
+        assert losses != alone(folder, 2 // sequence, "sdpa")[0]
 
 
 def divergence(_rank, ranks, _folder, model):

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from family_cases import build_family
+from transformers import CONFIG_MAPPING
 
 from foveate.config.recipe import read_recipe
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError
+from foveate.models.families import FAMILIES, family_class
 from foveate.models.policy import load_policy
 from foveate.models.sizes import RECURRENT, key_value_numbers, state_numbers
 from foveate.plan.advice import plan
@@ -27,7 +29,8 @@ from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.native.recurrent import Recurrence
 
-QUICK, TRACED_LONG = ("llama", "phi3", "gemma3"), ("qwen2_vl", "glm4v", "qwen3_5", "qwen3_5_moe")
+QUICK = ("llama", "phi3", "gemma3", "qwen3_vl", "smolvlm")
+TRACED_LONG = ("qwen2_vl", "glm4v", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "llava_onevision", "idefics3")
 
 
 @pytest.fixture(scope="module", params=[*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in TRACED_LONG)])
@@ -98,8 +101,9 @@ def test_a_text_model_is_planned_without_images(policy):
         plan(workload_of(settings, 100, 20, None), parse_machines("1x1xH100-80"))
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "smolvlm"])
-def test_a_family_whose_step_needs_values_is_refused(name, tmp_path):
-    settings = read_recipe("shapes_gspo", [f"model.path={build_family(tmp_path / name, name)}"])
-    with pytest.raises(ConfigError, match=f"{name} is not planned"):
-        workload_of(settings, None, None, None)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_of_the_table_is_planned(model_type):
+    layout = "internvl" if model_type == "internvl_chat" else model_type
+    config = CONFIG_MAPPING[layout]()
+    family = family_class(model_type).planned(config)
+    assert family.piece(config).tokens > 0

@@ -222,7 +222,7 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, exists: 
     folder = tmp_path / "empty"
     if exists:
         folder.mkdir()
-    with pytest.raises(DataError, match=r"empty: .*metrics\.jsonl.*foveate rl") as refused:
+    with pytest.raises(DataError, match=r"empty is not a run folder: .*metrics\.jsonl.*foveate rl") as refused:
         write_report(folder)
     assert "\n" not in str(refused.value)
     assert not (folder / "report.html").exists()

@@ -10,6 +10,7 @@ from foveate.evaluate.predictions import (
     Evaluation,
 )
 from foveate.report.charts import chart_metrics, format_value, thin_out
+from foveate.report.models import model_table
 from foveate.report.page import accuracy_chart
 from foveate.report.summary import compare_evaluations
 
@@ -110,3 +111,11 @@ def test_values_are_told_as_finely_as_the_axis_shows_them() -> None:
     ([chart], _) = chart_metrics(rows)
     assert chart.legend == [("loss/ratio_max", "1.0005")]
     assert chart.digits == 7
+
+
+def test_a_line_over_thresholds_has_no_latest_value() -> None:
+    figures = {"rows": 2, "accuracy_at": {"0.5": 0.9, "0.95": 0.1}}
+    table = model_table({"models": {"final": figures}})
+    assert table is not None
+    assert table.chart is not None
+    assert table.chart.legend == [("final", "")]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from foveate.cli.app import app
 from foveate.data.table import open_tasks
+from foveate.datasets.zoom import prepare_zoom
 from foveate.errors import ConfigError, DataError
 from foveate.report.show import row_text, true_boxes, write_page
 
@@ -52,6 +53,23 @@ def test_a_page_holds_the_pictures_with_the_true_boxes_on_them(tmp_path):
     np.testing.assert_allclose(green.max(0), [75, 150], atol=3)
     assert "<script>" not in page
     assert "no such file: gone.png" in page
+
+
+def test_a_trace_is_shown_as_a_conversation_with_its_pictures_where_they_were_seen(tmp_path):
+    prepare_zoom(tmp_path, {"traces": 12}, side=112, tile=56, search=0.5)
+    table = open_tasks(tmp_path / "traces.parquet")
+    number = next(i for i in range(12) if len(table[i].images) == 2)
+    write_page(tmp_path / "page.html", table, [number])
+    page = (tmp_path / "page.html").read_text()
+    talk = page[page.index('<ol class="talk">') : page.index("</ol>")]
+    assert re.findall(r"<b>([^<]+)</b>", talk) == ["user", "assistant", "tool", "assistant, response"]
+    assert [found.start() for found in re.finditer("<img", page)] == [
+        found.start() + page.index(talk) for found in re.finditer("<img", talk)
+    ]
+    assert talk.index("user") < talk.index('alt="image 1"') < talk.index("Which digit") < talk.index("tool_call")
+    assert talk.index("tool_call") < talk.index('alt="image 2"') < talk.index("Image 2") < talk.index("response")
+    assert f"<p>{table[number].answer}</p>" in talk
+    assert "tool: <image>\nImage 2" in row_text(table, number)
 
 
 def test_one_box_several_boxes_and_other_answers_are_told_apart(make_task):

@@ -132,8 +132,8 @@ def test_all_boxes_of_an_answer_are_read_in_every_form():
 @pytest.mark.parametrize(
     "noise", ["x1", "x1: 5,", "(1,2),", "aaaa", "[1,2],", "[", "1", "<answer>", "</answer>", "[1,2,", "9e", "]"]
 )
-def test_a_degenerate_answer_of_half_a_million_characters_is_parsed(noise):
-    text = noise * (500_000 // len(noise))
+def test_a_degenerate_answer_of_a_hundred_thousand_characters_is_parsed(noise):
+    text = noise * (100_000 // len(noise))
     assert parse_box(text + " [5,6,7,8]") == (5, 6, 7, 8)
     assert parse_box("[5,6,7,8] " + text, which="first") == (5, 6, 7, 8)
 

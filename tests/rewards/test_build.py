@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from foveate.rewards.build import build_reward, truth_check
 from foveate.rewards.pool import Graders
 
 FUNCTIONS = """
+import functools
+
 from foveate.records import Score
 
 
@@ -62,6 +65,44 @@ def strict(data_source, solution_str, ground_truth, extra_info, *, weight: float
     return weight * ground_truth.sum()
 
 
+def easyr1(text, task):
+    return {"overall": 0.55, "accuracy": 0.5, "format": 1.0}
+
+
+def batch(data_sources, solution_strs, ground_truths, extra_infos, bonus=0.0):
+    return [float(s == t) + bonus for s, t in zip(solution_strs, ground_truths)]
+
+
+def one_input(reward_input, weight: float = 0.5):
+    return {"overall": weight * reward_input["response_length"], "accuracy": 1.0}
+
+
+def some_inputs(reward_inputs, weight=0.5):
+    return [{"overall": weight, "accuracy": one["response"] == one["ground_truth"]} for one in reward_inputs]
+
+
+class Named:
+    scale = 2.0
+
+    def __call__(self, completions, solution, **kwargs):
+        return [self.scale * (c == s) for c, s in zip(completions, solution)]
+
+
+half = functools.partial(plain, scale=0.5)
+
+
+def with_state(completions, trainer_state=None, **kwargs):
+    return [1.0]
+
+
+def with_ids(completions, completion_ids):
+    return [1.0]
+
+
+def with_router(data_source, solution_str, ground_truth, extra_info, reward_router_address):
+    return 1.0
+
+
 def wordy(text, task):
     return {"acc": 1.0, "why": "fine"}
 
@@ -80,6 +121,9 @@ def two(prompt, response):
 
 async def later(text, task):
     return 1.0
+
+
+TASK_FREE = 7
 """
 
 TASK = Task("0", "s", (Message("user", "<image>\nHow?"),), (), "yes", {"level": 2}, "r.parquet, row 0")
@@ -99,6 +143,12 @@ FORMS = {
     "truth": ({"scale": 0.5}, Score(2.5, {"right": 0.5, "level": 2.0})),
     "any_column": ({}, Score(1.0)),
     "trl": ({}, Score(3.0)),
+    "batch": ({"bonus": 0.5}, Score(1.5)),
+    "one_input": ({"weight": 0.25}, Score(1.0, {"accuracy": 1.0})),
+    "some_inputs": ({}, Score(0.5, {"accuracy": 1.0})),
+    "Named": ({}, Score(2.0)),
+    "half": ({}, Score(0.5)),
+    "easyr1": ({}, Score(0.55, {"accuracy": 0.5, "format": 1.0})),
     "trl_settings": ({"level": 5}, Score(5.0)),
     "trl_prompts": ({}, Score(7.0)),
     "trl_messages": ({}, Score(1.0)),
@@ -121,7 +171,7 @@ def test_none_of_a_trl_reward_is_an_answer_that_is_not_graded(file):
         assert [score.value for score in graders.grade_many([("yes", TASK), ("no", TASK)])] == [1.0, None]
 
 
-@pytest.mark.parametrize("name", ["record", "truth", "trl", "compute_score"])
+@pytest.mark.parametrize("name", ["record", "truth", "trl", "compute_score", "some_inputs", "Named"])
 def test_each_signature_works_in_worker_processes(file, name):
     settings, score = FORMS[name]
     with Graders(f"{file}:{name}", settings, workers=1) as graders:
@@ -130,7 +180,9 @@ def test_each_signature_works_in_worker_processes(file, name):
 
 def test_a_worker_is_sent_no_more_than_the_reward_reads(file):
     for name in FORMS:
-        assert build_reward(f"{file}:{name}", {}).read(YES) == (YES if name == "record" else "yes")
+        assert build_reward(f"{file}:{name}", {}).read(YES) == (
+            YES if name in ("record", "one_input", "some_inputs") else "yes"
+        )
     weights = {f"{file}:plain": 1.0, "exact": 1.0}
     assert build_reward("weighted_sum", {"weights": weights}).read(YES) == "yes"
     mixed = build_reward("weighted_sum", {"weights": {**weights, f"{file}:record": 0.5}})
@@ -148,7 +200,9 @@ def test_a_worker_is_sent_no_more_than_the_reward_reads(file):
             {},
             r"two: parameters \(prompt, response\) fit no known signature; write \(answer, task\), \(text, task\)",
         ),
-        ("later", {}, "later must be a plain function"),
+        ("later", {}, "later is async, and rewards are called one by one"),
+        ("TASK_FREE", {}, "must be a function, or an object that can be called, found 7"),
+        ("with_router", {}, "reward_router_address is not passed by foveate: the reward judge"),
         ("FILE", {}, "has no 'FILE'"),
         ("plain", {"scael": 1.0}, "unknown setting 'scael'; did you mean 'scale'"),
         ("record", {"limit": 1.5}, "limit must be a whole number, found 1.5"),
@@ -199,7 +253,7 @@ def test_rows_without_a_column_that_a_reward_names_are_reported(file):
         assert needs is not None
         assert needs(TASK) == []
         assert needs(Task("1", "s", (), (), None)) == [
-            ("reward_model.ground_truth", "is missing, and the reward compares answers with it")
+            ("reward_model.ground_truth", "is missing; the reward compares answers with it")
         ]
 
 
@@ -222,3 +276,47 @@ def test_a_new_reward_is_a_function_with_its_check_and_one_line_of_the_table(tmp
     assert check(Task("0", "s", (), (), None, {"vowels": 2})) == [("extra_info.vowels", "are too few")]
     with pytest.raises(ConfigError, match="unknown reward 'vowel'; did you mean 'vowels'"):
         build_reward("vowel", {})
+
+
+def test_what_other_trainers_pass_and_foveate_does_not_is_said_before_a_run(file, caplog):
+    check = truth_check(f"{file}:with_ids")
+    assert check is not None
+    [(field, fault)] = check(TASK)
+    assert (field, fault[:62]) == (
+        "extra_info.completion_ids",
+        "is no column, and not passed by foveate: a function (answer, t",
+    )
+    build_reward(f"{file}:with_state", {})
+    build_reward(f"{file}:with_state", {})
+    assert caplog.text.count("trainer_state is not passed by foveate: a reward does not depend on the step") == 1
+
+
+def test_a_trl_reward_gets_messages_where_the_prompt_is_messages(file):
+    talk = replace(TASK, conversational=True)
+    assert build_reward(f"{file}:trl", {})("yes", talk).value == 2.0  # no text is equal to a list of messages
+    prompts = build_reward(f"{file}:trl_prompts", {})
+    assert prompts("yes", talk).value == 2.0  # a message each
+    assert prompts("yes", TASK).value == 7.0
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for name, one in REWARDS.items() if not one.builds} - {"instruction_following"})
+)
+def test_a_row_without_an_answer_is_one_fault_where_the_reward_reads_it_and_none_where_not(name):
+    bare = Task("0", "s", (Message("user", "Hi"),), (), None, {})
+    check = truth_check(name)
+    if not REWARDS[name].check:
+        assert check is None
+        return
+    assert check is not None
+    fault = dict(check(bare)).get("reward_model.ground_truth", "")
+    assert fault.startswith(f"is missing; the reward {name}")
+    assert ("name another one with reward.name" in fault) == (name == "grounding")
+
+
+def test_a_judge_needs_the_ground_truth_that_it_is_shown():
+    bare = Task("0", "s", (), (), None, {})
+    needs = truth_check("judge", {})
+    assert needs is not None
+    assert needs(bare)
+    assert truth_check("judge", {"prompt": "{answer}"}) is None

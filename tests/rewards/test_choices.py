@@ -7,7 +7,7 @@ import pytest
 
 from foveate.data.table import open_tasks
 from foveate.records import Message, Task
-from foveate.rewards.choices import named_option, options
+from foveate.rewards.choices import named_option, options, several_options
 from foveate.rewards.text import check_choice, check_letter, multiple_choice
 
 VALUES = {"A": "oak", "B": "pine", "C": "birch", "D": "an old elm"}
@@ -83,6 +83,7 @@ def test_white_space_of_any_length_is_one_gap(gap):
     """Many times over it took minutes."""
     for text in (f"Option A{gap * 20_000}x", f"A{gap * 20_000}x", f"A,{gap * 20_000}B"):
         assert named_option(text, VALUES) in ("A", None)
+        assert not several_options(text + "C, D are", VALUES)
 
 
 def test_options_of_a_verl_row_may_stand_in_extra_info_alone(tmp_path):
@@ -128,6 +129,10 @@ def test_a_truth_of_several_letters_wants_them_all():
     task = choice("A, C", choices=["oak", "pine", "elm"])
     assert multiple_choice("\\boxed{C and A}", task).value == 1.0
     assert multiple_choice("\\boxed{A} and \\boxed{C}", task).value == 1.0
+    for said in ("(A) and (C)", "Both A and C are correct.", "Options A and C are correct.", "AC", "A、C"):
+        assert multiple_choice(said, task, extraction="text").value == 1.0
+    for said in ("A, B and C", "Options A and C are wrong.", "A or C"):
+        assert multiple_choice(said, task, extraction="text").value == 0.0
     assert multiple_choice("\\boxed{A}", task).value == 0.0
     assert check_choice(task) == []
 
@@ -144,3 +149,18 @@ def test_a_letter_that_is_no_option_is_a_fault_of_mathematical_rows_too():
     assert (field, fault) == ("reward_model.ground_truth", "'E' is none of the options A, B")
     for sound in (choice("B", choices=["5", "7"]), choice("\\frac{14}{2}", choices=["5", "7"]), choice("E")):
         assert check_letter(sound) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        (r"130^\circ", "C"), (r"130^{\circ}", "C"), ("130 °", "C"), ("130", "C"), (r"140^\circ", "D"),
+        (r"13^\circ", None),
+        (r"2 \sqrt{3}", "A"), ("2√3", "A"), (r"2\sqrt{2}", None), (r"\dfrac{1}{2}", "B"), ("½", "B"), ("1/3", None),
+        (r"50\%", "E"), (r"3\pi", "F"), (r"\left(2, 5\right)", None),
+    ],
+)  # fmt: skip
+def test_a_value_is_the_same_option_in_latex_and_as_typed(answer, label):
+    values = {"A": r"$2\sqrt{3}$", "B": r"$\frac{1}{2}$", "C": "130°", "D": "140°", "E": "50%", "F": "3π"}
+    assert named_option(answer, values) == label
+    assert named_option(rf"So it is ${answer}$.", values) == label

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from importlib.util import find_spec
 
 import pytest
 
@@ -15,7 +16,9 @@ def task(source="a", answer="7", **meta):
 
 
 def test_every_name_of_the_tables_can_be_built():
-    for known in REWARDS.values():
+    for name, known in REWARDS.items():
+        if name == "instruction_following" and not find_spec("if_verifiable"):
+            continue
         for path in filter(None, (known.function, known.check)):
             assert callable(resolve({}, path, "reward"))
 

@@ -250,7 +250,9 @@ def test_a_ground_truth_that_is_no_answer_is_a_fault(truth):
         math_reward("\\boxed{7}", exercise(truth))
 
 
-@pytest.mark.parametrize("noise", ["\\boxed{", "{", "}", "\\boxed{}", "<answer>", "$", "\\", "9", "(", "1 "])
+@pytest.mark.parametrize(
+    "noise", ["\\boxed{", "{", "}", "a , ", "x" + " " * 30_000, "\\boxed{}", "<answer>", "$", "\\", "9", "(", "1 "]
+)
 def test_a_degenerate_answer_of_a_hundred_thousand_characters_is_graded(noise):
     text = noise * (100_000 // len(noise))
     assert math_reward(text, exercise("7")).value == 0.0
@@ -329,3 +331,18 @@ def test_expressions_with_variables_are_told_apart_below_the_digits_of_decimals(
 )
 def test_marks_behind_a_number_and_words_before_it_are_read(answer, truth, same):
     assert same_answer(answer, truth) is same
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("The excluded value is x = 9", True),
+        ("probability of failure = 9", True),
+        ("This contradicts x = 9", False),
+        ("we exclude x = 9", False),
+        ("if x = 9", False),
+        ("x is not = 9", False),
+    ],
+)
+def test_an_equation_that_is_denied_says_nothing(answer, same):
+    assert same_answer(answer, "9") is same

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from foveate.rewards.conditions import as_intervals
 from foveate.rewards.math import same_answer
-from foveate.rewards.statements import as_intervals, same_times, standard
+from foveate.rewards.statements import same_times, standard
 
 
 @pytest.mark.parametrize(
@@ -18,13 +19,19 @@ from foveate.rewards.statements import as_intervals, same_times, standard
         (r"|x| \ge 2", r"(-\infty,-2] \cup [2,\infty)"),
         ("|x| < 2", "(-2,2)"),
         (r"x \ne 2", r"(-\infty,2) \cup (2,\infty)"),
+        (r"x \ge -3 and x \ne 2", r"[-3,2) \cup (2,\infty)"),
+        (r"x \ge -3, but x \ne 2 and x \ne 7", r"[-3,2) \cup (2,7) \cup (7,\infty)"),
+        (r"x \ne \pm 2", r"(-\infty,-2) \cup (-2,2) \cup (2,\infty)"),
+        (r"x \ne 7, 2", r"(-\infty,2) \cup (2,7) \cup (7,\infty)"),
+        (r"2 \le x < 7 and x \ne 2", "(2,7)"),
+        (r"x > 2 and x \ne 0", r"(2,\infty)"),
     ],
 )
 def test_conditions_on_a_variable_are_a_union_of_intervals(conditions, union):
     assert as_intervals(conditions) == ("x", union)
 
 
-@pytest.mark.parametrize("text", ["7", "x", "x < 2 or y > 7", "x = 2", "(2,7)", "1 < 2"])
+@pytest.mark.parametrize("text", ["7", "x", "x < 2 or y > 7", "x = 2", "(2,7)", "1 < 2", r"x > 2 and y \ne 3"])
 def test_what_is_no_condition_on_one_variable_is_no_interval(text):
     assert as_intervals(text) is None
 
@@ -40,6 +47,9 @@ def test_what_is_no_condition_on_one_variable_is_no_interval(text):
         ("9 May 2021", "May 9 2021"),
         ("May 9, 2021", "May 9 2021"),
         ("second quadrant", "Quadrant II"),
+        ("in the second quadrant", "Quadrant II"),
+        ("l is parallel to m", r"l \parallel m"),
+        ("triangles ABC and DEF are similar", r"ABC \sim DEF"),
         ("<4, 9>", r"\langle 4, 9\rangle"),
         (r"\begin{pmatrix}4\\9\end{pmatrix}", "(4, 9)"),
         (r"\begin{pmatrix}4&9\end{pmatrix}", r"\begin{pmatrix}4&9\end{pmatrix}"),

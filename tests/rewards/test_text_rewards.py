@@ -8,6 +8,7 @@ from tokenizers.pre_tokenizers import CharDelimiterSplit
 from foveate.records import Message, Task
 from foveate.registry import ConfigError
 from foveate.rewards.build import build_reward
+from foveate.rewards.shaping import overlong_penalty
 from foveate.rewards.text import (
     exact,
     final_answer,
@@ -15,7 +16,6 @@ from foveate.rewards.text import (
     last_box,
     multiple_choice,
     options,
-    overlong_penalty,
     repetition,
 )
 
@@ -171,3 +171,19 @@ def test_repetition_is_the_share_of_words_said_before():
     assert repetition("a b c a b c a b c", task(), size=3).value == pytest.approx(-4 / 7)
     assert repetition("A a a a", task(), size=1).value == -0.75
     assert repetition("a a", task(), size=3).value == repetition("", task()).value == 0.0
+
+
+@pytest.mark.parametrize(
+    ("behind", "extraction", "said"),
+    [
+        ("Correction: I misread it, so my final answer is 12.", "text", "12"),
+        ("Correction: I misread it, so my final answer is 12.", "box", "7"),
+        ("A common mistake is to think that the answer is 12.", "text", "7"),
+        ("The final answer is 7.", "text", "7"),
+    ],
+)
+def test_a_box_gives_way_to_its_correction_where_the_text_counts(behind, extraction, said):
+    found = final_answer(rf"\boxed{{7}} {behind}", extraction)
+    assert found is not None
+    assert said in found
+    assert ("12" in found) is (said == "12")

@@ -40,12 +40,12 @@ OTHER_TEXT = {"model_type": "qwen2", "tie_word_embeddings": True, **NINE_HEADS}
 OTHER_VISION = {"attention_bias": False, "use_qk_norm": True, "norm_type": "rms_norm"}
 """The second model: its head is the embedding, its biases are in the language model instead of the vision tower."""
 ENGINES = [
-    pytest.param((engine, model), marks=marks, id=f"{engine}-{model}")
-    for engine, marks in {
-        "native": [],
-        "vllm": [pytest.mark.slow, pytest.mark.xdist_group("vllm")],
-        "sglang": [pytest.mark.slow, pytest.mark.xdist_group("sglang")],
-    }.items()
+    pytest.param(
+        (engine, model),
+        marks=[] if (engine, model) == ("native", "tied") else pytest.mark.slow,
+        id=f"{engine}-{model}",
+    )
+    for engine in ("native", "vllm", "sglang")
     for model in ("untied", "tied")
 ]
 

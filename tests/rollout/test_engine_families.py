@@ -28,8 +28,15 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen2": HEADS,  # has biases
     "qwen3": {**HEADS, "head_dim": 32},  # has none
 }
+VLLM_SIZES = {
+    "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
+    "llama": {**HEADS, "head_dim": 32},
+    "idefics3": HEADS,
+    "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
+}
+"""Those that vLLM alone takes."""
 MODELS = {
-    **{name: (name, size) for name, size in SIZES.items()},
+    **{name: (name, size) for name, size in (SIZES | VLLM_SIZES).items()},
     **{f"{name}-tied": (name, {**size, **TIED}) for name, size in SIZES.items()},
     "qwen2-nine": ("qwen2", NINE_HEADS),
     "qwen2-nine-tied": ("qwen2", {**NINE_HEADS, **TIED}),
@@ -42,7 +49,7 @@ NO_VLLM = ("qwen3-biases",)
 """Models that vLLM has no place for."""
 PAIRS = [
     *(("vllm", name) for name in (*CHAT, *MODELS) if name not in NO_VLLM),
-    *(("sglang", name) for name in (*CHAT, *MODELS) if "_vl" not in name),
+    *(("sglang", name) for name in (*CHAT, *MODELS) if "_vl" not in name and name not in VLLM_SIZES),
 ]
 THROUGH_A_FILE = ("qwen3", "qwen3-tied")
 """Whose weights travel through a file."""

@@ -109,6 +109,7 @@ def test_recorded_steps_sample_what_others_sample(parts, name, how):
     assert recorded.engine.stats.decode_tokens == plain.stats.decode_tokens
 
 
+@pytest.mark.slow
 def test_answers_that_leave_change_nothing_for_those_that_stay(parts):
     policy, encode, requests = parts("internvl")
     policy = replace(policy, family=replace(policy.family, stop_ids=tuple(range(0, 700, 12))))  # they end often

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from slow_cases import slow_but
 
 from foveate.errors import EngineError
 from foveate.records import Answer, Prompt, SamplingParams
@@ -114,7 +115,7 @@ def test_every_group_comes_once_and_in_order(engine_of):
     assert {answer.version for group in groups for answer in group} == {7}
 
 
-@pytest.mark.parametrize("moment", [0, 1, 4, 9])
+@pytest.mark.parametrize("moment", slow_but((0, 4), [0, 1, 4, 9]))
 def test_a_server_that_is_killed_is_started_again_and_no_group_is_lost_or_doubled(engine_of, moment):
     engine = engine_of(2)
     engine.publish(8, [("w", torch.ones(2))])
@@ -339,6 +340,7 @@ def test_closing_ends_the_servers_and_may_be_done_twice(engine_of):
     assert not engine.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_trainer_that_is_killed_leaves_no_server_behind():
     code = f"""
 import sys, time

@@ -174,6 +174,7 @@ def test_an_engine_with_the_trainers_weights_passes(parts):
     assert check_engine(engine, policy, encoder, 0.7, 4) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_first_thing_that_differs_is_named(parts):
     policy, encoder = parts
     engine = NativeEngine.copy_of(policy, encoder.decode, version=4)

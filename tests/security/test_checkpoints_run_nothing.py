@@ -172,7 +172,7 @@ def test_a_value_that_is_a_pickle_with_code_runs_nothing(checkpoint):
 
 def test_nothing_in_the_package_opens_a_pickle_of_a_file():
     """But for what its own processes send each other."""
-    own = {"cluster/ray.py", "cluster/worker_process.py", "rollout/vllm/plugin.py"}
+    own = {"cluster/ray.py", "cluster/worker_process.py", "processes.py", "rollout/vllm/plugin.py"}
     package = Path(foveate.__file__).parent
     for file in package.rglob("*.py"):
         text = file.read_text(encoding="utf-8")

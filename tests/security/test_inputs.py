@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from slow_cases import slow_but
 from toy import make_data, rl_settings, sft_settings
 
 from foveate.api.training import Recipe
@@ -61,7 +62,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", slow_but([*CHANGES][:3], CHANGES))
 def test_other_content_under_the_same_name_is_refused_or_accepted_and_kept(made, kind):
     act, said = CHANGES[kind]
     run = run_sft(supervised(made, train={"steps": 2}))
@@ -126,6 +127,43 @@ def test_code_is_told_by_its_content_with_what_it_imports_from_its_folder(made):
     (made / "code" / "helper.py").write_text(HELPER.replace("len(text)", "len(text) + 1"))
     now = inputs_of(made)
     assert [name for name in now if now[name] != before[name]] == ["code reward: helper.py"]
+
+
+@pytest.mark.parametrize(
+    ("line", "files"),
+    [
+        ("from lib import worth", ["lib/__init__.py"]),
+        ("import lib.deep.worth", ["lib/__init__.py", "lib/deep/__init__.py", "lib/deep/worth.py"]),
+        ("from lib.deep import worth", ["lib/__init__.py", "lib/deep/__init__.py", "lib/deep/worth.py"]),
+        ("import lib.relative", ["lib/__init__.py", "lib/relative.py", "lib/deep/__init__.py", "lib/deep/worth.py"]),
+        ("from lib.upwards import x", ["lib/__init__.py", "lib/upwards.py", "helper.py"]),
+        ("from loose.part import x", ["loose/part.py"]),
+    ],
+)
+def test_packages_and_relative_imports_are_followed(made, line, files):
+    code = made / "code"
+    texts = {
+        "lib/__init__.py": "", "lib/deep/__init__.py": "", "lib/deep/worth.py": "import json\n", "loose/part.py": "",
+        "lib/relative.py": "from .deep import worth\n", "lib/upwards.py": "from helper import worth\nimport lib\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_text(text)
+    (code / "reward.py").write_text(f"{line}\n\ndef score(text, task):\n    return 0.0\n")
+    if line == "from lib.upwards import x":  # a script that puts its own folder on the path
+        (code / "reward.py").write_text(f"{line}\nfrom helper import worth\n")
+    before = inputs_of(made)
+    assert {name for name in before if name.startswith("code ")} == {f"code reward: {n}" for n in ("reward.py", *files)}
+    (code / files[-1]).write_text("changed = True\n")
+    assert inputs_of(made)[f"code reward: {files[-1]}"] != before[f"code reward: {files[-1]}"]
+
+
+@pytest.mark.parametrize("content", [b'print "python 2"\n', b'x = "\xff"\n', b"\0", b"(" * 5000, b"-" * 20000 + b"1"])
+def test_code_that_is_no_python_3_is_told_by_its_bytes(made, content):
+    (made / "code" / "helper.py").write_bytes(content)
+    before = inputs_of(made)
+    (made / "code" / "helper.py").write_bytes(content + b"\n")
+    assert inputs_of(made)["code reward: helper.py"] != before["code reward: helper.py"]
 
 
 def test_an_image_that_changes_on_disk_is_noticed(made):

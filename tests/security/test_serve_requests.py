@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import threading
+import time
+import tracemalloc
 
 import pytest
 from starlette.testclient import TestClient
@@ -17,6 +19,7 @@ from foveate.rollout.native.engine import NativeEngine
 from foveate.serve.app import Chat
 from foveate.serve.batcher import Batcher
 from foveate.serve.limits import ServeLimits
+from foveate.serve.protocol import Refused, read_request
 
 
 @pytest.fixture
@@ -70,7 +73,12 @@ BODIES = {
     "infinity": (raw(b'"temperature": Infinity'), 400, "not JSON"),
     "a tiny temperature": (chat_body(temperature=1e-30), 400, "use 0 .* or 0.01 to 2"),
     "a subnormal temperature": (chat_body(temperature=5e-324), 400, "use 0"),
-    "a million brackets": (raw(b'"metadata": [' + b"[]," * 2**20 + b"[]]"), 413, "more than 1,048,576 values"),
+    "a million brackets": (raw(b'"metadata": [' + b"[]," * 2**20 + b"[]]"), 413, "more than 262,144 values"),
+    "100,000 empty messages": (raw(b'"messages": [' + b"{}," * 100_000 + b"{}]"), 413, "100,001 messages"),
+    "80,000 unknown keys": (raw(b",".join(b'"k%d": 1' % i for i in range(80_000))), 400, "k0: is not a field"),
+    "a message of keys": (chat_body(messages=[{f"k{i}": 1 for i in range(80_000)}]), 400, r"messages\[0\].k0: is not"),
+    "60,000 images": (chat_body([{"type": "image_url", "image_url": {"url": "a"}}] * 60_000), 400, "60,000 images"),
+    "an image of blanks": (chat_body([{"type": "image_url", "image_url": {"url": "aa " * 10**5}}]), 400, "image"),
     "a huge n": (chat_body(n=10**9), 400, "n:"),
     "a huge top_k": (chat_body(top_k=10**30), 400, "top_k"),
     "too many tokens": (chat_body(max_tokens=99_999_999), 400, "at most 512"),
@@ -106,6 +114,42 @@ def test_texts_are_measured_before_they_become_tokens(make_chat, monkeypatch):
     with TestClient(chat.app(), base_url="http://localhost") as http:
         reply = http.post("/v1/chat/completions", json=chat_body("a " * 1_000_000))
     assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("piece", ["aa ", "%aa", "%2B", "a%0A", "\n", "é"])
+def test_an_address_of_an_image_takes_a_few_times_its_size_whatever_is_in_it(piece):
+    url = piece * 2**20
+    request = read_request(json.dumps(chat_body([{"type": "image_url", "image_url": {"url": url}}])).encode())
+    tracemalloc.start()
+    began = time.monotonic()
+    with pytest.raises(Refused, match="image"):
+        request.task("request")
+    took, most = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 8 * len(url.encode())
+    assert took < 2
+
+
+def test_a_body_that_trickles_has_an_end(make_chat):
+    chat = make_chat(body_s=5.0, whole_body_s=0.3)
+
+    async def drip():
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def ask():
+        sent = []
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [(b"host", b"localhost")]}
+
+        async def send(message):
+            sent.append(message)
+
+        await chat.app()({**scope, "query_string": b""}, drip, send)
+        return sent
+
+    first, second = asyncio.run(asyncio.wait_for(ask(), 5))
+    assert first["status"] == 408
+    assert b"not complete after 0.3 s" in second["body"]
 
 
 def test_other_names_than_its_own_are_refused(make_chat):

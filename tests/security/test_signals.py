@@ -93,6 +93,7 @@ def test_ctrl_c_leaves_at_once_while_there_is_nothing_to_save(monkeypatch):
     assert end.value.code == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_script_that_is_left_at_once_ends_in_one_line(tmp_path, tiny_folder):
     data, run = make_data(tmp_path / "data"), tmp_path / "run"
     script = f"""

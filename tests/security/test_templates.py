@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import resource
@@ -13,16 +14,18 @@ import pytest
 from foveate.encoding import chat
 from foveate.errors import DataError
 from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.checkpoint.small_files import bounded
 
 LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
 TEMPLATES = {
     "nested loops": (LOOP, "takes more than 1 s"),
-    "a string of 3 GB": ("{{ 'x' * 3000000000 }}", "GiB of memory"),
+    "a string of 3 GB": ("{{ 'x' * 3000000000 }}", "a text of 3,000,000,000 characters"),
     "doubled": (
         "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
-        "takes more than 1 ",
+        "a text of 16,777,216 characters",
     ),
     "a long format": ("{{ '%3000000000d' % 1 }}", ""),
+    "a power": ("{% set x = 9 ** (9 ** 9) %}", "more than 4,096 bits"),
     "a large range": ("{% for i in range(10 ** 12) %}{% endfor %}", ""),
     "division": ("{{ 1 / 0 }}", "division by zero"),
     "unknown": ("{{ messages.nothing.at.all }}", "nothing"),
@@ -106,3 +109,82 @@ def test_numbers_that_no_norm_has_are_refused(tmp_path, tiny_folder, value):
     path.write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"config.json: (rms_norm_eps is .*; it must be a small|.*NaN is no number)"):
         inspect_model_folder(str(folder))
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 2000}
+EMPTY = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "x"}
+LONG_MAP = base64.b64encode(bytes(4) + b"a" * 9000).decode()
+TOKENIZERS = {
+    "normalizers that multiply": (
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 4}},
+        "tokenizer.json: its normalizer makes a text 16,000,000,000,000 times as long",
+    ),
+    "one long text for a letter": ({"normalizer": {**REPLACE, "content": "b" * 100_000}}, "100,000 times as long"),
+    "a pattern that finds nothing": ({"normalizer": {**REPLACE, "pattern": {"Regex": ""}}}, "2,001 times as long"),
+    "many that find nothing": ({"normalizer": {"type": "Sequence", "normalizers": [EMPTY] * 7}}, "128 times as long"),
+    "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "b" * 10**6}}, "times as long"),
+    "a decoder": ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 2}}, "its decoder makes"),
+    "very many": ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 100}}, "inf times"),
+    "a map of long texts": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": LONG_MAP}},
+        "1,125 times",
+    ),
+    "padding": (
+        {"padding": {"strategy": {"Fixed": 500_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                     "pad_type_id": 0, "pad_token": "a"}},
+        "padding to 500000000 tokens",
+    ),
+    "a panic": ({"model": {"continuing_subword_prefix": "Qwen2Tokenizer"}}, "cannot be loaded"),
+    "other kinds": ({"normalizer": {"type": "Sequence", "normalizers": 7}}, "cannot be loaded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_tokenizer_that_makes_much_of_little_or_panics_is_refused_in_one_line(tmp_path, tiny_folder, name):
+    change, said = TOKENIZERS[name]
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for key, value in change.items():
+        content[key] = {**content[key], **value} if key == "model" else value
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError) as caught:
+        inspect_model_folder(str(folder))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_replaces_letters_by_letters_is_read(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, *[spaces] * 20]}
+    path.write_text(json.dumps(content))
+    assert inspect_model_folder(str(folder)).tokenizer.encode("a  b")
+
+
+def test_a_tokenizer_that_panics_on_a_row_is_told_by_the_row(encode, make_task, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_):
+        raise PanicException("range end index\n18446744073709551604")
+
+    monkeypatch.setattr(type(encode), "_ids", panic)
+    with pytest.raises(DataError, match=r"field prompt: the model's tokenizer refuses it: .*range end index 184"):
+        encode.length(make_task("good"))
+
+
+@pytest.mark.parametrize("soft", [4 * 2**30, resource.RLIM_INFINITY])
+def test_templates_have_their_limit_of_memory_whatever_that_of_the_process(soft):
+    former = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, former[1]))
+        with bounded(2**28):
+            with pytest.raises(MemoryError):
+                bytearray(2**29)
+            assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 4 * 2**30
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == soft
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, former)

@@ -33,6 +33,9 @@ class Tasks:
             for row in rows
         ]
 
+    def observe(self, scores: Sequence[float | None]) -> None:
+        """A shuffled stream depends on no score."""
+
 
 class Engine:
     """Answers with the number of the prompt. `lag` makes it answer with older weights than it was given; `before` is

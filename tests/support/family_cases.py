@@ -20,6 +20,8 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -91,6 +93,8 @@ VISION_SMOL = {
     "patch_size": 14,
 }  # fmt: skip
 
+QUICK = ("internvl-chat", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "smolvlm", "gpt_oss")
+"""One of each kind, where a test of all families is slow."""
 VISION_MODELS = {
     "qwen2_vl": (
         Qwen2VLConfig,
@@ -134,6 +138,12 @@ VISION_MODELS = {
             "image_size": 56,
             "patch_size": 14,
         },
+    ),
+    "llava_onevision": (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        {**TEXT, "model_type": "qwen2"},
+        {**VISION_SMOL, "model_type": "siglip_vision_model", "vision_use_head": False},
     ),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration, TEXT_3, VISION_3),
     "qwen3_vl_moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, {**TEXT_3, **EXPERTS}, VISION_3),
@@ -181,6 +191,12 @@ IMAGE_TOKENS = {
     },
     "smolvlm": {"image_token_id": "<image>", "scale_factor": 2},
     "idefics3": {"image_token_id": "<image>", "scale_factor": 2},
+    "llava_onevision": {
+        "image_token_index": "<image>",
+        "video_token_index": "<video>",
+        "image_grid_pinpoints": [[56 * i, 56 * j] for i in (1, 2, 3) for j in (1, 2, 3) if i * j < 7],
+        "vision_aspect_ratio": "anyres_max_2",
+    },
     "gemma3": {
         "image_token_index": "<image_soft_token>",
         "boi_token_index": "<start_of_image>",
@@ -200,6 +216,15 @@ PARTED_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """A template that knows contents as lists of parts alone, as those of SmolVLM."""
+IMAGES_FIRST = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""The same as LLaVA-OneVision has it: the images of a message stand before its text."""
+TEMPLATES = {"smolvlm": PARTED_TEMPLATE, "idefics3": PARTED_TEMPLATE, "llava_onevision": IMAGES_FIRST}
+"""By name, of models whose placeholder of images is the word <image>."""
 
 
 def plain_inputs(family, prompt, ids):
@@ -213,6 +238,15 @@ def plain_images(family, pixels, slots, kinds):
     """Images as transformers' own model takes them, with the `kinds` of tokens: 1 for those of images."""
     if family.name in PARTED:
         return {"pixel_values": pixels[None]}
+    if family.image_layouts:  # the images of one sample, of which several are one tile each
+        parts = pixels.split([slot.tiles for slot in slots])
+        entries = max(map(len, parts))
+        stacked = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, 0, 0, entries - len(part))) for part in parts]
+        return {
+            "pixel_values": torch.stack(stacked),
+            "image_sizes": torch.tensor([slot.layout[3:1:-1] for slot in slots]),
+            "batch_num_images": torch.tensor([len(parts)] if entries == 1 else [1] * len(parts)),
+        }
     if not isinstance(family, QwenVL):
         return {"pixel_values": pixels, **({"token_type_ids": kinds} if family.bidirectional_images else {})}
     return {
@@ -235,9 +269,8 @@ def build_family(folder, name, **changes):
     are of the text configuration."""
     tokenizer = tiny_tokenizer(640)
     own = family_class(name).reserved if name in VISION_MODELS else ()
-    words = list(dict.fromkeys((*QwenVL.reserved, *own, *(["<image>"] if name in PARTED else []))))
-    if name in PARTED:
-        tokenizer.chat_template = PARTED_TEMPLATE
+    words = list(dict.fromkeys((*QwenVL.reserved, *own, *(["<image>"] if name in TEMPLATES else []))))
+    tokenizer.chat_template = TEMPLATES.get(name, tokenizer.chat_template)
     tokenizer.add_special_tokens({"extra_special_tokens": words}, replace_extra_special_tokens=False)
     ids = tokenizer.get_vocab()
     vocabulary = {"vocab_size": 700, "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
@@ -252,7 +285,7 @@ def build_family(folder, name, **changes):
             text_config=text | vocabulary | changes,
             vision_config=vision,
             tie_word_embeddings=(text | changes)["tie_word_embeddings"],
-            **{key: ids.get(word, word) for key, word in words.items()},
+            **{key: ids.get(word, word) if isinstance(word, str) else word for key, word in words.items()},
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -277,8 +310,11 @@ def build_family(folder, name, **changes):
         processor = {"image_processor_type": "Idefics3ImageProcessor", "resample": 1, **edges}
         means = {"image_mean": [0.5, 0.45, 0.4], "image_std": [0.5, 0.25, 0.3]}
         (folder / "preprocessor_config.json").write_text(json.dumps(processor | means))
-    elif name == "gemma3":
-        write_squares(folder, config.vision_config.image_size)
+    elif name in ("gemma3", "llava_onevision"):
+        is_llava = name == "llava_onevision"
+        more = {"image_grid_pinpoints": config.image_grid_pinpoints, "resample": 3} if is_llava else {"resample": 2}
+        kind = "LlavaOnevisionImageProcessor" if is_llava else "Gemma3ImageProcessor"
+        write_squares(folder, config.vision_config.image_size, image_processor_type=kind, **more)
     elif name in VISION_MODELS:
         write_processor(folder, config.vision_config.patch_size)
     return folder
@@ -302,11 +338,10 @@ def build_internvl(folder, size, *, text, vision):
     return folder
 
 
-def write_squares(folder, side):
+def write_squares(folder, side, **more):
     content = {
-        "image_processor_type": "Gemma3ImageProcessor",
+        **more,
         "size": {"height": side, "width": side},
-        "resample": 2,
         "image_mean": [0.5, 0.45, 0.4],
         "image_std": [0.5, 0.25, 0.3],
     }

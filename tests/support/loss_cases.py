@@ -23,7 +23,8 @@ from foveate.algorithms.policy_losses import (
     reinforce,
     sapo,
 )
-from foveate.records import Batch, Forest, LossOut, PolicyTargets, Totals
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
+from foveate.records import Batch, Forest
 
 LOSSES = (grpo, gspo, gspo_token, reinforce, cispo, sapo, gmpo, dppo, clip_cov, kl_cov)
 

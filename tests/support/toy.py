@@ -12,11 +12,12 @@ from torch import Tensor
 
 from foveate.algorithms.policy_losses import gspo
 from foveate.algorithms.table import Algorithm
+from foveate.algorithms.targets import LossOut, Totals
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings
 from foveate.data.table import open_tasks, write_rows
 from foveate.datasets.prepared import infer_schema, task_row
 from foveate.datasets.shapes import prepare_shapes
-from foveate.records import LossOut, Score, Task, Totals
+from foveate.records import Score, Task
 from foveate.rollout.native.engine import NativeEngine
 
 HERE = str(Path(__file__))
@@ -154,19 +155,6 @@ class StaleEngine(NativeEngine):
 
     def publish(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         pass
-
-
-def short_is_right(text: str, _: Task) -> Score:
-    """A reward that calls an answer a hit or a miss, without any box."""
-    right = float(len(text) % 2)
-    return Score(right, {"hit": right})
-
-
-def sleeps_for_ever(text: str, task: Task) -> Score:
-    """Hangs on every answer to the first task."""
-    if task.where.endswith(" row 1"):
-        time.sleep(1e6)
-    return text_length(text, task)
 
 
 def vowels(text: str, _: Task) -> Score:

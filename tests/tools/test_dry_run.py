@@ -6,6 +6,7 @@ import pytest
 from toy import cascade_settings, make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.errors import ConfigError, DataError
+from foveate.run_folder import open_run
 from foveate.tools.dry_run import describe_run
 
 
@@ -63,3 +64,17 @@ def test_what_a_run_would_refuse_is_refused(tmp_path, tiny_folder, data):
         describe_run(rl_settings(tmp_path / "run", tiny_folder, data, algorithm={"name": "gspp"}))
     with pytest.raises(DataError, match="no column holds the chosen"):
         describe_run(mpo_settings(tmp_path / "run", tiny_folder, data / "test.parquet"))
+
+
+def test_a_dry_run_refuses_the_folder_that_the_run_would_refuse(tmp_path, tiny_folder, data):
+    begun = rl_settings(tmp_path / "run", tiny_folder, data)
+    with open_run(begun.run, begun) as run:
+        (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    hotter = begun.model_copy(update={"rollout": begun.rollout.model_copy(update={"temperature": 0.5})})
+    with pytest.raises(ConfigError, match=r"with other settings: rollout\.temperature was 1\.0, now 0\.5"):
+        describe_run(hotter)
+    assert describe_run(hotter, accept_changes=True).startswith("dry run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"other is not the folder of a run: it holds thesis\.tex"):
+        describe_run(begun.model_copy(update={"run": str(tmp_path / "other")}))

@@ -63,3 +63,14 @@ def test_every_environment_and_tool_is_listed_with_its_settings():
 
 def test_a_recipe_is_shown_as_it_stands():
     assert recipes_list("shapes_gspo") == (SHIPPED / "shapes_gspo.yaml").read_text()
+
+
+def test_one_name_is_listed_alone_and_an_unknown_one_with_the_nearest():
+    [one] = rewards_list("EXACT")
+    assert one.name == "exact"
+    assert len(one.text) > len(next(entry.text for entry in rewards_list() if entry.name == "exact"))
+    assert [entry.name for entry in algorithms_list("grpo")] == ["algorithm grpo", "advantage grpo", "loss grpo"]
+    assert [entry.name for entry in environments_list("zoom")] == ["tool zoom"]
+    for listed, name in ((rewards_list, "exat"), (algorithms_list, "grpoo"), (environments_list, "gym")):
+        with pytest.raises(ConfigError, match=rf"'{name}'.*known: "):
+            listed(name)

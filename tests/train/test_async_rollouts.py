@@ -188,6 +188,7 @@ class Unpublished(NativeEngine):
         self.version = version
 
 
+@pytest.mark.slow
 def test_a_run_with_staleness_learns_and_says_how_old_its_answers_are(tmp_path, tiny_folder, data):
     settings = {"algorithm": CORRECTED, "rollout": {"staleness": 1}, "train": {"steps": 4}}
     run = run_rl(rl_settings(tmp_path / "a", tiny_folder, data, **settings))

@@ -76,7 +76,8 @@ def test_gradients_are_where_they_should_be_and_nowhere_else(case, modules, fold
     learns = {*modules, *(["head"] if "language" in modules else [])}
     for part, parameters in parameters_by_part(policy).items():
         for name, parameter in parameters.items():
-            assert (parameter.grad is not None) == (part in learns), name
+            read = case != "llava_onevision" or ".post_layernorm." not in name  # it takes the states before that
+            assert (parameter.grad is not None) == (part in learns and read), name
             if parameter.grad is not None:
                 assert torch.isfinite(parameter.grad).all(), name
                 # a bias of all keys alike changes no attention

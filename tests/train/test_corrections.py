@@ -6,9 +6,9 @@ import pytest
 import torch
 from loss_cases import double, make_batch
 
+from foveate.algorithms.targets import PolicyTargets, Totals
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.errors import ConfigError
-from foveate.records import PolicyTargets, Totals
 from foveate.train.algorithm import build_algorithm
 
 WEIGHT_M = double([0.5, 2.0, 4.0, 1.0, 0.1])

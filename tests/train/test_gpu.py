@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_cases import TEXT_MODELS, VISION_MODELS, build_family
+from family_cases import QUICK, TEXT_MODELS, VISION_MODELS, build_family
 from pretend_gpu import OnGpu, pretend_gpu
 from safetensors.torch import load_file
 from slow_cases import slow_but
@@ -95,7 +95,7 @@ def test_adapters_learn_on_a_gpu_and_go_on_from_a_checkpoint(tmp_path, tiny_fold
     require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm"))
 
 
-@pytest.mark.parametrize("save_async", [False, True])
+@pytest.mark.parametrize("save_async", slow_but([True], [False, True]))
 @pytest.mark.usefixtures("gpu")
 def test_supervised_training_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder, data, save_async):
     train = {"save_async": save_async}
@@ -113,7 +113,7 @@ def test_preference_optimisation_on_a_gpu_is_that_on_a_cpu(tmp_path, tiny_folder
     require_same(run, alone, ("loss/total", "optim/grad_norm", "loss/entropy"))
 
 
-@pytest.mark.parametrize("name", [*VISION_MODELS, *TEXT_MODELS])
+@pytest.mark.parametrize("name", slow_but(QUICK, [*VISION_MODELS, *TEXT_MODELS]))
 @pytest.mark.usefixtures("gpu")
 def test_every_family_computes_and_samples_on_a_gpu(tmp_path, name, make_image, make_task):
     folder = build_family(tmp_path / "model", name)

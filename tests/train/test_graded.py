@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from light_rewards import PLACE
 from test_rl import a_worker, change, groups, learn, method_of, metrics_of, same, weights  # noqa: F401
 from toy import make_data, rl_settings
 
@@ -160,10 +161,6 @@ def sometimes_unreadable(text: str, _: Task) -> Score:
     return Score(1.0 if len(text) % 3 == 1 else -1.0)
 
 
-def never_readable(_text: str, task: Task) -> float:
-    raise KeyError(task.answer)
-
-
 def test_a_run_says_which_answers_were_not_graded(tmp_path, tiny_folder, data):
     reward = {"name": f"{HERE}:sometimes_unreadable"}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=reward))
@@ -185,7 +182,7 @@ def test_a_run_says_which_answers_were_not_graded(tmp_path, tiny_folder, data):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reward_that_fails_on_every_answer_ends_the_run(tmp_path, tiny_folder, data, workers):
-    reward = {"name": f"{HERE}:never_readable", "workers": workers}
+    reward = {"name": f"{PLACE}:never_readable", "workers": workers}
     with pytest.raises(DataError, match=r"could be graded; the first(?s:.*)in never_readable(?s:.*)KeyError"):
         run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=reward, eval={"every": 0}))
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_cases import start_ranks
-from test_toy_runs import algorithm_of
+from test_toy_runs import ALGORITHMS, algorithm_of
 from toy import make_data
 
-from foveate.algorithms.table import ALGORITHMS
+from foveate.algorithms.targets import Totals
 from foveate.cluster.local import LocalWorkers
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.config.model import ModelSettings
@@ -23,7 +23,7 @@ from foveate.config.train import OptimSettings
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
 from foveate.parallel.balance import Costs
-from foveate.records import Answer, Group, Score, Totals
+from foveate.records import Answer, Group, Score
 from foveate.train.algorithm import ResolvedAlgorithm, build_algorithm
 from foveate.train.targets import PolicyRow, ValueRow
 from foveate.train.update import compute_advantages

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_cases import slow_but
 from test_resume import interrupt, stop_at, without_times
 from test_sft import distance, norm
 from toy import make_data, make_pairs, mpo_settings
 from transformers import AutoModelForImageTextToText
 
 import foveate.train.mpo
+from foveate.algorithms.targets import Totals
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.data.demos import pair_of
@@ -22,7 +24,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, DataError
 from foveate.log import read_metrics
 from foveate.models.policy import load_policy
-from foveate.records import PackedGroup, Totals
+from foveate.records import PackedGroup
 from foveate.run_folder import RunFolder
 from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.reference import Reference, TrainPair, reference_key
@@ -131,7 +133,7 @@ def test_a_run_leaves_metrics_checkpoints_reference_and_a_model(tmp_path, tiny_f
     assert load_policy(str(run.final)).family == load_policy(str(tiny_folder)).family
 
 
-@pytest.mark.parametrize("name", ["mpo", "dpo", "ipo", "bco"])
+@pytest.mark.parametrize("name", slow_but(["mpo", "bco"], ["mpo", "dpo", "ipo", "bco"]))
 def test_each_loss_learns_to_prefer_the_chosen_answers(tmp_path, tiny_folder, pairs, name):
     settings = mpo_settings(tmp_path / "run", tiny_folder, pairs, loss=name, train={"steps": 8})
     last = read_metrics(run_mpo(settings).metrics)[-1]

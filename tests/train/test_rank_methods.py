@@ -12,19 +12,21 @@ from family_cases import build_family
 from rank_cases import spawn
 from test_ranks import COSTS, LOSS, Calls, groups_of, require_same
 
+from foveate.algorithms.distillation import distilled_loss
 from foveate.algorithms.preference_losses import RewardShift
+from foveate.algorithms.supervised import sft_total
+from foveate.algorithms.targets import Totals
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
-from foveate.config.algorithm import CriticSettings, PreferenceSettings
+from foveate.config.algorithm import CriticSettings, PreferenceSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import load_policy
-from foveate.records import Totals
 from foveate.train.mpo import _logprobs, _move, _totals, build_preference_loss
 from foveate.train.reference import TrainPair
 from foveate.train.targets import ValueRow
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker
 
 ADAPTED = {"trainable": ("language",), "lora": LoraSettings(rank=4, targets=("q_proj", "v_proj"))}
 CASES = {
@@ -40,6 +42,11 @@ CASES = {
     "critic": ("dense", "critic", {}, {}),
     "critic, shared rows": ("dense", "critic", {}, {"sequence_parallel": 2}),
     "critic, mixture": ("moe", "critic", {}, {"shard": "none"}),
+    "teachers": ("dense", "teachers", {}, {}),
+    "teachers, shared rows": ("dense", "teachers", {}, {"sequence_parallel": 2}),
+    "teachers by their top k": ("dense", "top k", {}, {}),
+    "teachers by their top k, shared rows": ("dense", "top k", {}, {"sequence_parallel": 2}),
+    "teachers of tokens, shared rows": ("dense", "tokens", {}, {"sequence_parallel": 2}),
     "sft, compiled": ("dense", "sft", {"compile": True, "gradient_checkpointing": True}, {}),
 }
 """The model, what it learns by, its settings, and those of the cluster."""
@@ -57,7 +64,14 @@ def worker_of(folder, kind, settings, cluster):
     critic = CriticSettings(lr=1e-2) if kind == "critic" else None
     budget = ROWS // cluster.get("sequence_parallel", 1)
     model, ranks = ModelSettings(path=str(folder), **settings), ClusterSettings(device="cpu", **cluster)
-    worker = Worker(model, optim, budget, cluster=ranks, reference=kind == "rl", critic=critic)
+    teacher = None
+    if kind in ("teachers", "top k", "tokens"):
+        two = {"path": teachers_of(folder)[0], "sources": {"other": teachers_of(folder)[1]}}
+        term = "advantage" if kind == "tokens" else "loss"
+        teacher = TeacherSettings(**two, top_k=5 if kind == "top k" else None, term=term)
+    worker = Worker(
+        model, optim, budget, cluster=ranks, reference=kind in ("rl", "tokens"), critic=critic, teacher=teacher
+    )
     worker.optimizer = descent(worker.policy.model)
     if worker.critic is not None:
         worker.critic.optimizer = descent(worker.critic.model)
@@ -114,7 +128,35 @@ def learn_by_critic(workers, groups):
     return said
 
 
+def teachers_of(folder):
+    """The start of `build_sharp`, and the model itself, which moves away from it."""
+    return str(Path(folder).with_name("fresh")), str(folder)
+
+
+def learn_by_teachers(workers, groups):
+    """Two steps; in the second, some ranks have no row of either teacher."""
+    names = next(iter(workers.call(names_of_teachers, [()] * workers.size)))
+    loss, said = partial(distilled_loss, loss=LOSS, coefficient=2.0, aggregate="token-mean"), []
+    rows = [replace(group, teacher=names[number % 2]) for number, group in enumerate(groups)]
+    for some in (rows, rows[-1:]):
+        costs = [COSTS(row.group) for row in some]
+        said.append(next(scatter(workers, Worker.update_policy, some, costs, loss, totals_of(some), 1e-1))[1])
+    return said
+
+
+def learn_by_tokens(workers, groups):
+    names = next(iter(workers.call(names_of_teachers, [()] * workers.size)))
+    asked = [(group.group, names[number % 2]) for number, group in enumerate(groups)]
+    found = scatter_gather(workers, Worker.teacher_logprobs, asked, [COSTS(group.group) for group in groups])
+    return [{str(i): own.sum().item() for i, own in enumerate(found)}, *learn_by_rl(workers, groups)]
+
+
+def names_of_teachers(worker):
+    return worker.teachers.names
+
+
 LEARN = {"sft": learn_by_sft, "mpo": learn_by_mpo, "rl": learn_by_rl, "critic": learn_by_critic}
+LEARN |= {"teachers": learn_by_teachers, "top k": learn_by_teachers, "tokens": learn_by_tokens}
 
 
 def on_ranks(rank, ranks, out, folders, cases):

@@ -12,6 +12,7 @@ from family_cases import build_family
 from rank_cases import spawn, tree_of
 
 from foveate.algorithms.policy_losses import gspo
+from foveate.algorithms.targets import Totals
 from foveate.cluster.base import scatter, scatter_gather
 from foveate.cluster.local import LocalWorkers
 from foveate.cluster.rank_engine import RankEngine, RankEngines
@@ -23,7 +24,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs, balance
-from foveate.records import SamplingParams, Totals
+from foveate.records import SamplingParams
 from foveate.rollout.build import choose_engine
 from foveate.rollout.engine import Request
 from foveate.train.checkpoint import checkpoints

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import foveate.train.checkpoint
 import foveate.train.worker
 from foveate.config.recipe import to_yaml
 from foveate.config.runs import RLSettings, SFTSettings
+from foveate.data.table import open_tasks, write_rows
+from foveate.datasets.prepared import infer_schema, task_row
 from foveate.errors import DataError
 from foveate.evaluate.predictions import read_evaluations
 from foveate.log import read_metrics
@@ -113,6 +116,35 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(tmp_path, tiny_folder,
             run_rl(settings)
     assert not (tmp_path / "run" / "final").exists()
     assert_equal(run_rl(settings), whole)
+
+
+def with_two_sources(data: Path, folder: Path) -> Path:
+    """The training rows of `make_data`, a third of them of another source."""
+    tasks = [
+        replace(task, source="few" if i % 3 == 0 else "many")
+        for i, task in enumerate(open_tasks(data / "train.parquet"))
+    ]
+    rows = [task_row(task) for task in tasks]
+    write_rows(folder / "two.parquet", rows, infer_schema({**row, "images": []} for row in rows))
+    return folder / "two.parquet"
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_shares_and_rlcs_together_resume_as_the_uninterrupted_run(tmp_path, tiny_folder, data, workers):
+    rows = with_two_sources(data, tmp_path)
+
+    def settings(name: str, steps: int) -> RLSettings:
+        chosen = {"train": [str(rows)], "shares": {"few": 1, "many": 2}, "rlcs": {}, "image_workers": workers}
+        train = {"steps": steps, "prompts_per_step": 6, "save_every": 1}
+        return rl_settings(tmp_path / name, tiny_folder, data, data=chosen, train=train, eval={"every": 1})
+
+    for steps in (1, 3, 4):
+        run = run_rl(settings("resumed", steps))
+    whole = run_rl(settings("whole", 4))
+    assert_equal(run, whole)
+    for row in read_metrics(whole.metrics):
+        assert (row["source/few/answers"], row["source/many/answers"]) == (8, 16)
+        assert row["data/rows_seen"] == min(6 * row["step"] - 6, 16) or row["step"] > 3
 
 
 def test_a_finished_run_may_be_started_again_and_continued_by_more_steps(tmp_path, tiny_folder, data):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from light_rewards import PLACE
 from toy import HERE, make_data, rl_settings
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -124,7 +125,7 @@ def test_a_run_is_evaluated_before_every_second_and_after_the_last_step(whole):
     evaluations = read_evaluations(whole.path)
     assert [one.step for one in evaluations] == [0, 2, 3]
     assert all(len(row.sampled) == 2 for one in evaluations for row in one.predictions)
-    assert [record["step"] for record in metrics_of(whole) if "eval/greedy_accuracy" in record] == [2, 3]
+    assert [record["step"] for record in metrics_of(whole) if "eval/greedy_score" in record] == [2, 3]
 
 
 def test_a_run_leaves_a_report_with_curves_and_pictures(whole):
@@ -208,7 +209,7 @@ def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data
 
 
 def test_a_grader_that_hangs_costs_its_limit_and_its_answers_are_not_graded(tmp_path, tiny_folder, data):
-    limits = {"name": f"{HERE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
+    limits = {"name": f"{PLACE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
     changes = {"train": {"steps": 1, "prompts_per_step": 16}, "eval": {"every": 0}}
     run = run_rl(rl_settings(tmp_path / "run", tiny_folder, data, reward=limits, **changes))
     record = metrics_of(run)[0]

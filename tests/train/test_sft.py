@@ -10,6 +10,7 @@ from test_resume import interrupt, stop_at
 from toy import make_data, sft_settings
 from transformers import AutoModelForImageTextToText
 
+from foveate.algorithms.supervised import sft_total
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.data.demos import demo_of
@@ -19,7 +20,7 @@ from foveate.log import read_metrics
 from foveate.models.policy import load_policy
 from foveate.records import PackedGroup
 from foveate.train.sft import run_sft
-from foveate.train.worker import Worker, sft_total
+from foveate.train.worker import Worker
 
 EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
 

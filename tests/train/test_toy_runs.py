@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 from toy import HERE, make_data, rl_settings, sft_settings
 
-from foveate.algorithms.table import ALGORITHMS
+from foveate.algorithms.table import ALGORITHMS as TABLE
 from foveate.log import read_metrics
 from foveate.models.tiny import build_tiny
 from foveate.train.rl import run_rl
@@ -19,6 +19,8 @@ from foveate.train.sft import run_sft
 
 CRITIC = {"lr": 3e-3, "warmup_steps": 2}
 STEPS, EDGE = 40, 6
+ALGORITHMS = [name for name, row in TABLE.items() if not row.needs_teacher]
+"""Those that learn from rewards; test_distillation.py has the other."""
 
 
 def algorithm_of(name: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 An advantage names the tensors that it needs as its positional parameters (`checks.advantage_inputs`):
 rewards_S, float, the reward of each answer; group_S, int64, the prompt it answers; length_S, int64, its trained tokens;
-baseline_S, float, the reward of the greedy answer to the same prompt. Group indices need not be dense or ordered.
+baseline_S, float, the reward of the greedy answer to the same prompt; source_S, int64, the `data_source` of its prompt.
+Indices of groups and sources need not be dense or ordered.
 
 All answers of a rollout are passed at once. The result is float (S,) in the dtype of rewards_S; the arithmetic is
 float64. An answer whose group has equal rewards, or no other answer, says nothing about better or worse: where the
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.aggregate import sum_by_sample
+
+_TIE_DECIMALS = 12
+"""Normal scores of different groups that agree to so many decimals are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,11 @@ def _group(rewards_S: Tensor, group_S: Tensor) -> _Groups:
     low_G = empty_G.scatter_reduce(0, index_S, rewards_S, "amin", include_self=False)
     high_G = empty_G.scatter_reduce(0, index_S, rewards_S, "amax", include_self=False)
     return _Groups(rewards_S, index_S, count_G, (low_G == high_G)[index_S])
+
+
+def none(rewards_S: Tensor) -> Tensor:
+    """0 whatever the reward: what is learned comes from elsewhere, such as a teacher."""
+    return torch.zeros_like(rewards_S)
 
 
 def grpo(rewards_S: Tensor, group_S: Tensor, *, normalise: Literal["std", "none"] = "std", eps: float = 1e-6) -> Tensor:
@@ -116,6 +125,50 @@ def gpg(rewards_S: Tensor, group_S: Tensor, *, count: Literal["informative", "re
     alpha = len(rewards_S) / counted_S.sum().clamp(min=1).double()
     advantage_S = alpha * (groups.rewards_S - groups.mean(groups.rewards_S))
     return groups.silence_equal(advantage_S, rewards_S.dtype)
+
+
+def lite_ppo(
+    rewards_S: Tensor,
+    group_S: Tensor,
+    source_S: Tensor,
+    *,
+    over: Literal["batch", "source"] = "batch",
+    eps: float = 1e-4,
+) -> Tensor:
+    """(r - mean of the group) / (std + eps), where the std (divisor n - 1) is that of all rewards of the step, or of
+    those of the same source: a group of few differences is not blown up, and with "source" no source of tasks counts
+    more because its rewards are spread wider. Sources: Lite PPO (arXiv 2508.08221); TRL's `scale_rewards="batch"`.
+    """
+    groups = _group(rewards_S, group_S)
+    whole = _group(rewards_S, torch.zeros_like(group_S) if over == "batch" else source_S)
+    advantage_S = (groups.rewards_S - groups.mean(groups.rewards_S)) / (whole.std() + eps)
+    return groups.silence_equal(advantage_S, rewards_S.dtype)
+
+
+def g2rpo(rewards_S: Tensor, group_S: Tensor, source_S: Tensor) -> Tensor:
+    """Normal scores of the normal scores: rewards become quantiles of the normal distribution within their group, and
+    these within their source, so that the advantages of every source of tasks are normally distributed whatever its
+    rewards are. A group of equal rewards stands in the middle of its source: near 0, but not at it.
+
+    Source: Gaussian GRPO (arXiv 2604.08539), with the data_source as the task.
+    """
+    scores_S = normal_scores(rewards_S.double(), group_S)
+    return normal_scores(scores_S.round(decimals=_TIE_DECIMALS), source_S).to(rewards_S.dtype)
+
+
+def normal_scores(values_S: Tensor, class_S: Tensor) -> Tensor:
+    """Each value as the quantile of the standard normal distribution at (rank - 1/2) / n within its class of n, float64
+    (S,): the optimal transport of its values to that distribution. Equal values share the mean of their quantiles; a
+    class of one gets 0."""
+    scores_S = torch.zeros(len(values_S), dtype=torch.float64, device=values_S.device)
+    for one in torch.unique(class_S):
+        places = (class_S == one).nonzero()[:, 0]
+        rank_N = torch.arange(1, len(places) + 1, dtype=torch.float64, device=values_S.device)
+        quantile_N = torch.special.ndtri((rank_N - 0.5) / len(places))
+        order = torch.argsort(values_S[places], stable=True)
+        _, tie_N, count_U = torch.unique(values_S[places][order], return_inverse=True, return_counts=True)
+        scores_S[places[order]] = (sum_by_sample(quantile_N, tie_N, len(count_U)) / count_U)[tie_N]
+    return scores_S
 
 
 def remax(rewards_S: Tensor, baseline_S: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from foveate.algorithms.targets import Totals
 from foveate.errors import require
-from foveate.records import Batch, Totals
+from foveate.records import Batch
 
 Aggregate = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.algorithms.targets import LossOut, PairTargets, PolicyTargets, Totals
 from foveate.errors import require
-from foveate.records import Batch, Forest, LossOut, PairTargets, PolicyTargets, Totals
+from foveate.records import Batch, Forest
 
-ADVANTAGE_INPUTS = ("rewards_S", "group_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
+ADVANTAGE_INPUTS = ("rewards_S", "group_S", "source_S", "length_S", "baseline_S", "reward_M", "value_M", "sample_M")
 """reward_M, value_M and sample_M are per token, as in `values.gae`, whose result is per token too."""
 
 

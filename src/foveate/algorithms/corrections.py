@@ -16,9 +16,10 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import mean_by_answer, sum_by_sample
 from foveate.algorithms.kl import MAX_LOG_RATIO, kl
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
 from foveate.algorithms.terms import token_log_ratio
 from foveate.errors import require
-from foveate.records import Batch, LossOut, PolicyTargets, Totals
+from foveate.records import Batch
 
 Correction = Literal["token-truncate", "sequence-truncate", "token-mask", "sequence-mask", "sequence-reject"]
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.aggregate import mean_by_answer
+from foveate.algorithms.targets import PolicyTargets
 from foveate.algorithms.terms import Surrogate, policy_loss, token_log_ratio
 from foveate.errors import require
-from foveate.records import Batch, PolicyTargets
+from foveate.records import Batch
 
 _MAX_LOG_SEQUENCE_RATIO = 10.0
 _WIDEST_SEQUENCE_CLIP = 0.05

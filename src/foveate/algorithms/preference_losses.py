@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.algorithms.aggregate import sum_by_sample
+from foveate.algorithms.targets import LossOut, PairTargets, Totals
 from foveate.errors import require
-from foveate.records import Batch, LossOut, PairTargets, Totals
+from foveate.records import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ADVANTAGES: dict[str, str] = {
+    "g2rpo": "foveate.algorithms.advantages:g2rpo",
     "gae": "foveate.algorithms.values:gae",
     "grpo": "foveate.algorithms.advantages:grpo",
     "grpo_passk": "foveate.algorithms.advantages:grpo_passk",
     "gpg": "foveate.algorithms.advantages:gpg",
+    "lite_ppo": "foveate.algorithms.advantages:lite_ppo",
+    "none": "foveate.algorithms.advantages:none",
     "opo": "foveate.algorithms.advantages:opo",
     "reinforce_plus_plus": "foveate.algorithms.advantages:reinforce_plus_plus",
     "reinforce_plus_plus_baseline": "foveate.algorithms.advantages:reinforce_plus_plus_baseline",
@@ -58,6 +61,7 @@ class Algorithm:
     names. resample_rounds: rounds of dynamic sampling, in which new groups replace those of equal rewards.
     needs_advantage: whether an answer contributes a gradient only where its advantage is not 0, so that groups of equal
     rewards need no pass; terms for KL and entropy are apart (`trains_without_advantage`).
+    needs_teacher: whether nothing is learned without a teacher (`algorithm.teacher`).
     """
 
     advantage: str
@@ -68,6 +72,7 @@ class Algorithm:
     token_mask: str = ""
     resample_rounds: int = 0
     needs_advantage: bool = False
+    needs_teacher: bool = False
 
     def trains_without_advantage(self, loss_settings: Mapping[str, Any]) -> bool:
         """Whether answers whose advantage is 0 contribute a gradient, under these settings of the loss."""
@@ -118,7 +123,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "kl_cov": _ours("grpo", "kl_cov", "2505.22617", "token-mean", {"share": 2e-4, "penalty": 1.0}, token_mask="kl_cov"),
     "ppo": _ours("gae", "grpo", "1707.06347", "token-mean", _PPO, advantage_settings={"gamma": 1.0, "lam": 0.95}),
+    "distill": _ours("none", "grpo", "2306.13649", "token-mean", _PPO, needs_teacher=True),
     "grpo_passk": _ours("grpo_passk", "grpo", "2503.19595", "seq-mean-token-mean", _PPO),
+    "lite_ppo": _ours("lite_ppo", "grpo", "2508.08221", "token-mean", _PPO),
+    "g2rpo": _ours("g2rpo", "grpo", "2604.08539", "token-mean", {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0}),
     "rloo": _ours("rloo", "reinforce", "2402.14740", "seq-mean-token-sum"),
     "remax": _ours("remax", "reinforce", "2310.10505", "seq-mean-token-sum"),
     "opo": _ours("opo", "reinforce", "2505.23585", "token-mean"),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from foveate.algorithms.aggregate import Aggregate, token_weights
 from foveate.algorithms.kl import MAX_LOG_RATIO, KLEstimator, kl
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
 from foveate.errors import require
-from foveate.records import Batch, LossOut, PolicyTargets, Totals
+from foveate.records import Batch
 
 
 @dataclass(frozen=True, slots=True)

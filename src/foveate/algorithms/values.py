@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foveate.records import LossOut, Totals
+from foveate.algorithms.targets import LossOut, Totals
 
 
 def gae(

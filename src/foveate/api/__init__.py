@@ -1,13 +1,13 @@
 """The product's door for Python: one call for each command of the command line.
 
 `import foveate` offers these functions too (`foveate.train_rl`). Each imports its part of the package when it is
-called, and raises `foveate.errors.UserError` for anything that a user can mend.
+called, and raises `foveate.errors.UserError` for anything that a user can fix.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from foveate.api.training import from_recipe as from_recipe
 from foveate.api.training import train_mpo as train_mpo
 from foveate.api.training import train_rl as train_rl
 from foveate.api.training import train_sft as train_sft
+from foveate.api.training import train_vico as train_vico
+from foveate.api.training import train_vir as train_vir
 from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
 from foveate.errors import ConfigError
 from foveate.files import atomic_write_text
@@ -64,8 +66,11 @@ def generate(request: GenerateRequest) -> dict[str, Any]:
     return run_generate(request)
 
 
-def evaluate(request: EvalRequest) -> Path:
-    """Score the answers of models, or those that `generate` left. Returns the path of the report."""
+def evaluate(request: EvalRequest | Run | str | Path) -> Path:
+    """Score the answers of models, or those that `generate` left; a run, or its folder: as `Run.evaluate`. Returns the
+    path of the report."""
+    if isinstance(request, Run | str | Path):
+        return Run(request).evaluate()
     from foveate.evaluate.evaluate_models import run_eval
 
     run_eval(request)
@@ -122,6 +127,13 @@ def doctor(model: str | None = None) -> RenderableType:
     return examine(model)
 
 
+def write_flash(source: str | Path, target: str | Path, *, seed: int = 0) -> None:
+    """Write an InternVL as a Flash model, whose second projector and router are new, for `train_vico`."""
+    from foveate.models.checkpoint.flash_folder import write_flash
+
+    write_flash(str(source), Path(target), seed=seed)
+
+
 def convert(
     source: str | Path, target: str | Path, to: CheckpointFormat, *, shard_bytes: int = 5 * 10**9
 ) -> Conversion:
@@ -164,6 +176,14 @@ def plan_report(plan: Plan) -> str:
     return plan_text(plan)
 
 
+def plan_table() -> Iterator[str]:
+    """The smallest GPU on which each published model trains, whole, with adapters and with adapters over 4 bits, with a
+    server on the same GPU and without: the lines of a table in Markdown, as they are found in a few minutes."""
+    from foveate.plan.table import fits_table
+
+    return fits_table()
+
+
 def settings_list(stage: StageName = "rl", group: str | None = None) -> list[ListEntry]:
     """The settings of a stage, or of one group of it, as `foveate settings` shows them."""
     from foveate.tools import listing
@@ -185,25 +205,25 @@ def recipes_list(name: str | None = None) -> list[ListEntry] | str:
     return listing.recipes_list(name)
 
 
-def rewards_list() -> list[ListEntry]:
-    """The known rewards with their settings."""
+def rewards_list(name: str | None = None) -> list[ListEntry]:
+    """The known rewards with their settings, or one of them with all that it says."""
     from foveate.tools import listing
 
-    return listing.rewards_list()
+    return listing.rewards_list(name)
 
 
-def environments_list() -> list[ListEntry]:
-    """The known environments with their settings, and the tools of `tools`."""
+def environments_list(name: str | None = None) -> list[ListEntry]:
+    """The known environments with their settings, and the tools of `tools`; or one of them."""
     from foveate.tools import listing
 
-    return listing.environments_list()
+    return listing.environments_list(name)
 
 
-def algorithms_list() -> list[ListEntry]:
-    """The known algorithms, advantages and losses."""
+def algorithms_list(name: str | None = None) -> list[ListEntry]:
+    """The known algorithms, advantages and losses, or those of one name."""
     from foveate.tools import listing
 
-    return listing.algorithms_list()
+    return listing.algorithms_list(name)
 
 
 def import_verl(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.errors import ConfigError
 from foveate.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -14,11 +16,14 @@ if TYPE_CHECKING:
     from foveate.report.notebook import Picture
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Run:
-    """A run folder, also while the run goes on."""
+    """A run folder, also while the run is under way."""
 
     path: Path
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        object.__setattr__(self, "path", Path(path))
 
     @property
     def folder(self) -> RunFolder:
@@ -48,7 +53,7 @@ class Run:
         """The metrics of each step: {"step": 1, "reward/mean": 0.25, ...}."""
         from foveate.log import read_metrics
 
-        return read_metrics(self.folder.metrics)
+        return read_metrics(self._existing().folder.metrics)
 
     @property
     def metrics(self) -> pa.Table:
@@ -67,7 +72,7 @@ class Run:
         from foveate.report.notebook import plot
         from foveate.report.page import read_run, rows_with_start
 
-        return plot(rows_with_start(read_run(self.path)), names)
+        return plot(rows_with_start(read_run(self._existing().path)), names)
 
     def evaluate(self, *data: str, out: str | Path | None = None, **options: Any) -> Path:
         """Score the trained model as the run was trained: on its held-out rows or other files of rows, by its reward,
@@ -77,9 +82,8 @@ class Run:
         from foveate.evaluate.evaluate_models import EvalRequest, run_eval
         from foveate.report.page import write_report
 
-        given = {"data": data, "hold_out": 0.0} if data else {}
-        known = options_of_run(self.path, options.get("system"))
-        request = EvalRequest(**{**known, **given, **options}, out=Path(out or self.path / "eval"))
+        known = options_of_run(self.path, options.get("system"), data=data)
+        request = EvalRequest(**{**known, **options}, out=Path(out or self.path / "eval"))
         run_eval(request)
         return write_report(request.out)
 
@@ -88,7 +92,12 @@ class Run:
         there was none."""
         from foveate.report.notebook import gallery
 
-        return gallery(self.path, count)
+        return gallery(self._existing().path, count)
+
+    def _existing(self) -> Run:
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path}: no such run folder")
+        return self
 
     def __fspath__(self) -> str:
         return str(self.path)

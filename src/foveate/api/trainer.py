@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.api.inputs import Reward, picture_bytes
+from foveate.api.inputs import Reward, checked_call, picture_bytes
 from foveate.api.run import Run
 from foveate.api.training import finished, prepared, rl_settings
 from foveate.errors import ConfigError
@@ -29,6 +29,7 @@ class RLTrainer:
     same arguments, continues after its last checkpoint. At the end of the loop the run has its model and its report.
     """
 
+    @checked_call
     def __init__(
         self,
         model: str | Path,
@@ -51,8 +52,8 @@ class RLTrainer:
 
     @property
     def run(self) -> Run:
-        """The run, also while it goes on."""
-        return Run(Path(self.settings.run))
+        """The run, also while it is under way."""
+        return Run(self.settings.run)
 
     def __iter__(self) -> Iterator[Step]:
         from foveate.train.rl import rl_steps

@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from foveate.api.inputs import Environment, Reward, data_files, environment_settings, reward_settings
+from foveate.api.inputs import (
+    Environment,
+    Reward,
+    checked_call,
+    data_files,
+    environment_settings,
+    reward_settings,
+)
 from foveate.api.run import Run
 from foveate.config.recipe import read_recipe, settings_of
-from foveate.config.runs import STAGES, CascadeSettings, MPOSettings, RLSettings, SFTSettings, StageName
+from foveate.config.runs import (
+    STAGES,
+    CascadeSettings,
+    MPOSettings,
+    RLSettings,
+    RLStage,
+    SFTSettings,
+    StageName,
+    VicoSettings,
+    VirSettings,
+)
 from foveate.errors import ConfigError
 from foveate.log import setup_logging
 from foveate.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
-AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings
-SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings)
+AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings | VicoSettings | VirSettings
+SettingsT = TypeVar("SettingsT", SFTSettings, MPOSettings, RLSettings, CascadeSettings, VicoSettings, VirSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +54,12 @@ class Recipe:
         `accept_changes`. Where `model.path` is a checkpoint of a run, a new run begins from its weights."""
         return finished(_stage(prepared(self.settings), accept_changes))
 
-    def dry_run(self) -> str:
+    def dry_run(self, *, accept_changes: bool = False) -> str:
         """The beginning of the run in words: its size, its first prompt as tokens and text, what is trained of it, or a
         sampled answer with its reward. Raises what `train` would refuse; nothing is written."""
         from foveate.tools.dry_run import describe_run
 
-        return describe_run(self.settings)
+        return describe_run(self.settings, accept_changes=accept_changes)
 
 
 def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = None) -> Recipe:
@@ -53,6 +71,7 @@ def from_recipe(name: str | Path, *overrides: str, stage: StageName | None = Non
     return Recipe(read_recipe(name, overrides, stage))
 
 
+@checked_call
 def train_rl(
     model: str | Path,
     train_data: Any,
@@ -85,7 +104,7 @@ def train_rl(
         overrides: settings by group (`optim={"lr": 1e-5}`), by path (`**{"optim.lr": 1e-5}`) or, where only one group
             has it, by name (`lr=1e-5`).
 
-    Raises UserError for anything that the caller can mend, before the run begins.
+    Raises UserError for anything that the caller can fix, before the run begins.
     """
     return Recipe(
         rl_settings(
@@ -122,6 +141,7 @@ def rl_settings(
     return _settings("rl", model, rows, config, run_dir, given)
 
 
+@checked_call
 def train_sft(
     model: str | Path,
     train_data: Any,
@@ -136,6 +156,7 @@ def train_sft(
     return _offline("sft", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+@checked_call
 def train_mpo(
     model: str | Path,
     train_data: Any,
@@ -149,6 +170,36 @@ def train_mpo(
     """Preference optimisation on pairs of answers; arguments as those of `train_rl`. Of `eval_data` the loss is taken,
     and the share of pairs whose better answer the policy prefers."""
     return _offline("mpo", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
+
+
+def train_vico(
+    model: str | Path,
+    train_data: Any,
+    *,
+    eval_data: Any = None,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    accept_changes: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Visual consistency learning of a Flash model on demonstrations; arguments as those of `train_rl`. Of `eval_data`
+    the divergence is taken, at the routes of training and with every tile compressed."""
+    return _offline("vico", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
+
+
+def train_vir(
+    model: str | Path,
+    train_data: Any,
+    *,
+    eval_data: Any = None,
+    config: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    accept_changes: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Training of the router of a Flash model that `train_vico` has made from `train.reference`; arguments as those of
+    `train_rl`. Of `eval_data` it is taken how often the router is right."""
+    return _offline("vir", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
 def _offline(
@@ -174,6 +225,11 @@ def _settings(
     given: Mapping[str, Any],
 ) -> Any:
     """The settings of a stage with what was `given`. Rows that were passed are written beside the run folder."""
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"argument model: must be a model folder or a name, found {type(model).__name__}; write a model in memory "
+            "with save_pretrained, together with its processor, and give that folder"
+        )
     with _run_of(stage, run_dir, given) as run:
         folder = run.with_name(run.name + "-data")
         files = {f"data.{part}": data_files(data, folder / f"{part}.parquet") for part, data in rows.items()}
@@ -209,14 +265,23 @@ def _run_folder(given: str | Path | None, stage: str) -> Path:
 
 
 def prepared(settings: SettingsT) -> SettingsT:
-    """Settings just before a run: where `model.path` names a checkpoint of another run, with the model folder that is
-    made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
+    """Settings just before a run: where `model.path`, or that of a teacher, names a checkpoint of another run, with the
+    model folder that is made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
     if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
         setup_logging()
     from foveate.train.export import start_of
 
-    path = start_of(settings.model.path)
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
+    changed: dict[str, Any] = {"model": settings.model.model_copy(update={"path": start_of(settings.model.path)})}
+    page = settings.rl if isinstance(settings, CascadeSettings) else settings
+    if isinstance(page, RLSettings | RLStage) and (teacher := page.algorithm.teacher) is not None:
+        sources = {source: start_of(path) for source, path in teacher.sources.items()}
+        teacher = teacher.model_copy(update={"path": start_of(teacher.path), "sources": sources})
+        algorithm = page.algorithm.model_copy(update={"teacher": teacher})
+        if isinstance(page, RLStage):
+            changed["rl"] = page.model_copy(update={"algorithm": algorithm})
+        else:
+            changed["algorithm"] = algorithm
+    return settings.model_copy(update=changed)
 
 
 def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
@@ -224,6 +289,14 @@ def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
         logger.info(
             "no evaluation, since there are no held-out rows: name them in data.test, or set data.hold_out=0.05"
         )
+    if isinstance(settings, VicoSettings):
+        from foveate.train.vico import run_vico
+
+        return run_vico(settings, accept_changes=accept_changes)
+    if isinstance(settings, VirSettings):
+        from foveate.train.vir import run_vir
+
+        return run_vir(settings, accept_changes=accept_changes)
     if isinstance(settings, SFTSettings):
         from foveate.train.sft import run_sft
 

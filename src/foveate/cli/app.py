@@ -13,9 +13,9 @@ import foveate
 from foveate.cli import evaluate, lists, models, plan, serve, train
 from foveate.cli.cluster import cluster, submit
 from foveate.cli.data import data
-from foveate.cli.prepare import prepare
+from foveate.cli.prepare_reasoner import prepare
 from foveate.cli.vlmevalkit import vlmevalkit
-from foveate.errors import UserError, printable
+from foveate.errors import ConfigError, UserError, printable
 from foveate.log import print_result
 
 app = typer.Typer(
@@ -31,12 +31,15 @@ VERBS = {
         "mpo": train.mpo_command,
         "rl": train.rl_command,
         "cascade": train.cascade_command,
+        "vico": train.vico_command,
+        "vir": train.vir_command,
     },
     "Data and models": {
         "prepare": prepare,
         "data": data,
         "doctor": models.doctor_command,
         "convert": models.convert_command,
+        "flash": models.flash_command,
         "export": models.export_command,
     },
     "Answer and evaluate": {
@@ -86,19 +89,24 @@ for panel, verbs in VERBS.items():
         else:
             app.command(name, rich_help_panel=panel)(verb)
 
+_LEAST_COLUMNS = 20
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
-CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft")
+CONTINUED = ("cascade", "demo", "generate", "mpo", "rl", "sft", "vico", "vir")
 """Verbs that resume where they were when they are started again."""
 
 
 def main() -> None:
-    """Entry point of the `foveate` command. What a user can mend is one line and exit code 1; Ctrl-C is code 130."""
+    """Entry point of the `foveate` command. What a user can fix is one line and exit code 1; Ctrl-C is code 130."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve their neighbours
+    columns = os.environ.pop("COLUMNS", "")
+    if columns.isdecimal() and int(columns[:6]) >= _LEAST_COLUMNS:  # in fewer nothing would be shown
+        os.environ["COLUMNS"] = columns
     from foveate.log import setup_logging
 
     setup_logging()
     try:
+        _require_folder()
         app(prog_name="foveate")
     except UserError as error:
         sys.stderr.write(f"error: {_one_line(error)}\n")
@@ -114,6 +122,13 @@ def main() -> None:
             continues = "the same command continues from what is saved"
             sys.stderr.write(f"interrupted; {continues if sys.argv[1] in CONTINUED else 'nothing is half-written'}\n")
         raise
+
+
+def _require_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigError("the working directory was deleted, or cannot be read; change to another one") from None
 
 
 def _leave(*_: object) -> None:

@@ -62,7 +62,7 @@ AT_HEAD = "http://127.0.0.1:8265"
 def stop_command(
     job: Annotated[str, typer.Argument(help="The name that `foveate submit` gave.")], head: Head = AT_HEAD
 ) -> None:
-    """Stop a run on a cluster: it ends its step, saves and leaves. Submitted again, it goes on."""
+    """Stop a run on a cluster: it ends its step, saves and leaves. Submitted again, it resumes."""
     from foveate.cluster.base import REMOTE
     from foveate.cluster.commands import use_token
     from foveate.registry import resolve

@@ -49,29 +49,34 @@ def check_command(
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     max_image_pixels: MaxImagePixels = MAX_IMAGE_PIXELS,
+    every: Annotated[
+        bool, typer.Option("--every", help="A line for each row, also where rows have the same problem.")
+    ] = False,
     column: Columns = None,
     image_root: ImageRoot = None,
     workers: Workers = None,
 ) -> None:
-    """List every problem of every row, by file, row and field, and the rows in numbers. The exit code is 1 if there is
+    """List the problems of the rows, by file, row and field, each with the number of rows that have it, and the rows in
+    numbers. The exit code is 1 if there is
     a problem. Of several sources it is told which rows and images they share."""
+    from foveate.data.demos import check_answered
     from foveate.data.statistics import shared_lines
     from foveate.data.table import open_tasks
-    from foveate.data.validate import RowInspection, inspect_rows
+    from foveate.data.validate import RowInspection, grouped, inspect_rows
     from foveate.log import print_result, progress
     from foveate.models.checkpoint.inspect import load_encoder
     from foveate.rewards.build import truth_check
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
-    check = truth_check(reward) if reward else None
+    check = truth_check(reward) if reward else check_answered
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column), max_image_pixels=max_image_pixels)
     for line in table.described():
         print_result(line)
     inspection = RowInspection(check, length=encoder.checked_length if encoder is not None else None)
     with progress("checking rows", len(table)) as advance:
         found = inspect_rows(table, inspection, workers=workers, progress=lambda *_: advance(1))
-    for problem in found.problems:
-        print_result(str(problem))
+    for line in map(str, found.problems) if every else grouped(found.problems):
+        print_result(line)
     for line in [*(f"warning: {one}" for one in found.warning_lines()), *found.lines()]:
         print_result(line)
     path_of = table.select(found.kept).path_of
@@ -85,3 +90,35 @@ def check_command(
         raise DataError(f"{counted(len(found.problems), 'problem')} in {bad:,} of {counted(len(table), 'row')}")
     warnings = f", {counted(len(found.warnings), 'warning')}" if found.warnings else ""
     print_result(f"{counted(len(table), 'row')}, no problem{warnings}")
+
+
+@data.command("overlap")
+def overlap_command(
+    sources: Sources,
+    against: Annotated[list[Path], typer.Option(help="File or folder of an evaluation set; several times.")],
+    column: Columns = None,
+    image_root: ImageRoot = None,
+) -> None:
+    """List the rows whose image or question stands in an evaluation set, too, by the content of both. The exit code is
+    1 if there is one."""
+    from foveate.data.overlap import EvaluationSet, overlaps
+    from foveate.data.table import open_tasks
+    from foveate.log import print_result, progress
+
+    columns = columns_of(column)
+    train = open_tasks(sources, image_root=image_root, columns=columns)
+    held_out = open_tasks(against, image_root=image_root, columns=columns)
+    with progress("reading the evaluation sets", len(held_out)) as advance:
+        known = EvaluationSet.of(held_out, advance)
+    with progress("comparing rows", len(train)) as advance:
+        found = overlaps(train, known, advance)
+    for one in found:
+        print_result(f"{one.where}: shares its {one.shared}")
+    both = sum(one.image and one.question for one in found)
+    if found:
+        raise DataError(
+            f"{len(found):,} of {counted(len(train), 'row')} stand in {held_out.names}, too: "
+            f"{sum(one.image for one in found):,} by image, {sum(one.question for one in found):,} by question, "
+            f"{both:,} by both"
+        )
+    print_result(f"{counted(len(train), 'row')}, none of them in {held_out.names}")

@@ -24,17 +24,24 @@ from foveate.log import print_result
 
 FirstRows = Annotated[int | None, typer.Option(min=1, help="Only the first rows.")]
 Data = Annotated[list[Path], typer.Option(help="Parquet, JSONL or Arrow file, or folder; several times.")]
-RunPath = Annotated[Path, typer.Argument(help="Folder of a run, finished or not, or of an evaluation.")]
+RunPath = Annotated[Path, typer.Argument(help="Folder of a run, also while it is under way, or of an evaluation.")]
 System = Annotated[
     str | None,
-    typer.Option(help="System prompt of conversations without one: default (the family's), none, or a text."),
+    typer.Option(
+        help="System prompt of conversations without one: default (the family's), thinking (InternVL3.5's), none, or a "
+        "text."
+    ),
 ]
 Thinking = Annotated[
-    bool, typer.Option("--thinking", help="InternVL3.5's thinking mode: its system prompt, at temperature 0.6.")
+    bool | None,
+    typer.Option(
+        "--thinking/--no-thinking",
+        help="Thoughts before the answer, switched as the model's family switches them (with --model).",
+    ),
 ]
 EvaluatedRun = Annotated[
     Path | None,
-    typer.Argument(help="Folder of a run: its model, held-out rows, reward, lengths, columns and system prompt."),
+    typer.Argument(help="Folder of a run: its model, held-out rows, reward, environment, lengths and system prompt."),
 ]
 EvalOut = Annotated[Path | None, typer.Option(help="Folder for predictions, summary and report; by default RUN/eval.")]
 EvalModels = Annotated[
@@ -42,7 +49,13 @@ EvalModels = Annotated[
 ]
 EvalData = Annotated[list[Path] | None, typer.Option(help="Parquet or JSONL file (with --model); several times.")]
 EvalGenerated = Annotated[list[Path] | None, typer.Option(help="Folder of `foveate generate`; several times.")]
-EvalTask = Annotated[str | None, typer.Option(help="grounding (by default), refcoco, geo3k, mmpr, multiple_choice.")]
+EvalTask = Annotated[
+    str | None,
+    typer.Option(
+        help="grounding (by default), refcoco, geo3k, mmpr, multiple_choice; mathvista, mathverse, mmmu, chartqa, "
+        "ocrbench, countbench, screenspot."
+    ),
+]
 EvalReward = Annotated[str | None, typer.Option(help="What scores the answers, in place of the task's own.")]
 EvalRewardSettings = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")]
 EvalBoxRule = Annotated[
@@ -65,26 +78,28 @@ EvalMaxPromptTokens = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt with images; by default the run's, or 8192."),
 ]
+EvalTextFiles = Annotated[bool, typer.Option("--text-files", help="Also iou.txt, iou_detail.json, latency.txt.")]
 CLIENT_KEY = "OPENAI_API_KEY"
 """Environment variable with the key that servers ask for."""
+_THINKING = "thinking"
 THINKING_TEMPERATURE = 0.6
 """As published with the models; it keeps the thinking mode from repeating itself."""
 
 
 def generate_command(
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the answers; the same folder again resumes.")],
     endpoint: Annotated[list[str] | None, typer.Option(help="Address of a server, with /v1; several times.")] = None,
     model: Annotated[str | None, typer.Option(help="Model folder, or demo: answers in this process.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Name of the model at the endpoints.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers per row.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(min=0, callback=finite, help="0: greedy. Default 0, or 0.6 thinking.")
+        float | None, typer.Option(min=0, callback=finite, help="0: greedy. Default 0, or 0.6 with thoughts.")
     ] = None,
     top_p: Annotated[float, typer.Option(min=0, max=1, callback=finite, help="Nucleus sampling: mass kept.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens kept; 0: all.")] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 1024,
-    thinking: Thinking = False,
+    thinking: Thinking = None,
     system: System = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Keep the log-prob of every token.")] = False,
@@ -105,17 +120,14 @@ def generate_command(
     environment: EnvironmentOption = None,
 ) -> None:
     """Ask a served model, or one in this process, all rows of some files, and keep every answer as it comes."""
-    from foveate.encoding.chat import THINKING_SYSTEM
     from foveate.evaluate.client import ClientSettings, endpoints_of
     from foveate.evaluate.generate import GenerateRequest, RowsRequest
     from foveate.records import SamplingParams
 
-    if thinking and system is not None:
-        raise ConfigError("--thinking sets the system prompt; leave --system out")
-    if endpoint and system == "default":
-        raise ConfigError("--system default needs --model; a server's family is not known here, so give the text")
-    prompt = THINKING_SYSTEM if thinking else system
-    heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinking else 0.0
+    if endpoint:
+        _check_endpoint(system, thinking)
+    prompt, thinks = _system_prompt(system), thinking or system == _THINKING
+    heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinks else 0.0
     _check_sampling(heat, top_p, samples)
     client = None
     if endpoint:
@@ -128,8 +140,24 @@ def generate_command(
     )  # fmt: skip
     sampling = SamplingParams(samples, max_tokens, heat, top_p, top_k)
     asked = (source, out, sampling, model, client, prompt, seed, logprobs, max_prompt_tokens, max_tiles)
-    summary = api.generate(GenerateRequest(*asked, environment=environment_of(environment)))
+    summary = api.generate(GenerateRequest(*asked, environment=environment_of(environment), thinking=thinking))
     print_result(f"{summary['answered']:,} of {counted(summary['rows'], 'row')} answered: {out}")
+
+
+def _check_endpoint(system: str | None, thinking: bool | None) -> None:
+    if system == "default":
+        raise ConfigError("--system default needs --model; a server's family is not known here, so give the text")
+    if thinking is not None:
+        raise ConfigError(
+            "--thinking needs --model; a server's family is not known here: InternVL3.5 thinks with --system thinking, "
+            "others where the server is started so (vLLM: --default-chat-template-kwargs)"
+        )
+
+
+def _system_prompt(system: str | None) -> str | None:
+    from foveate.encoding.chat import THINKING_SYSTEM
+
+    return THINKING_SYSTEM if system == _THINKING else system
 
 
 def _check_sampling(heat: float, top_p: float, samples: int) -> None:
@@ -157,13 +185,12 @@ def evaluate_command(
     max_tokens: EvalMaxTokens = None,
     max_prompt_tokens: EvalMaxPromptTokens = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    thinking: Thinking = None,
     system: System = None,
     rows: FirstRows = None,
     image_root: ImageRoot = None,
     gallery: Annotated[int, typer.Option(min=0, help="Images in the report.")] = 40,
-    text_files: Annotated[
-        bool, typer.Option("--text-files", help="Also iou.txt, iou_detail.json, latency.txt.")
-    ] = False,
+    text_files: EvalTextFiles = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampled answers and intervals.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     column: Columns = None,
@@ -174,7 +201,8 @@ def evaluate_command(
     from foveate.api.of_run import options_of_run
     from foveate.evaluate.evaluate_models import EvalRequest
 
-    known = {} if run is None else options_of_run(run, system)
+    prompt = _system_prompt(system)
+    known = {} if run is None else options_of_run(run, prompt, data=data or (), asks=not generated)
     out = out or (run and run / "eval")
     if out is None:
         raise typer.BadParameter("give --out, the folder for predictions, summary and report, or the folder of a run")
@@ -186,23 +214,25 @@ def evaluate_command(
     name, settings = _scoring(task or "grounding", reward, reward_setting, box_rule, box_frame, own)
     given = {
         "data": data and tuple(map(str, data)), "hold_out": 0.0 if data else None, "max_tokens": max_tokens,
-        "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": system,
+        "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": prompt, "thinking": thinking,
         "image_root": image_root and str(image_root), "columns": columns_of(column), "on_bad_row": on_bad_row,
         "models": (*(model or ()), *known.get("models", ())), "reward": name, "settings": settings,
+        "environment": environment_of(environment), "text_files": text_files,
     }  # fmt: skip
     options = {"data": (), **known, **{key: value for key, value in given.items() if value is not None}}
     report = api.evaluate(
         EvalRequest(
             **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
-            generated=tuple(generated or ()), missing=missing, critic=critic,
-            critic_settings=_settings(critic_setting), text_files=text_files, environment=environment_of(environment),
+            generated=tuple(generated or ()), missing=missing, critic=critic, critic_settings=_settings(critic_setting),
         )
     )  # fmt: skip
     print_report(out, report)
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="Folder of a run, finished or not, or of an evaluation; several.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folder of a run, also while it is under way, or of an evaluation; several.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="File of the page of several runs; by default comparison.html.")
     ] = None,

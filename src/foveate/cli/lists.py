@@ -10,6 +10,8 @@ from foveate import api
 from foveate.config.runs import StageName
 from foveate.log import print_result
 
+OneName = Annotated[str | None, typer.Argument(help="One of them, by its name.")]
+
 
 def settings_command(
     group: Annotated[str | None, typer.Argument(help="A group or a setting, such as train or train.steps.")] = None,
@@ -28,19 +30,19 @@ def recipes_command(
     print_result(found if isinstance(found, str) else _lines(found))
 
 
-def rewards_command() -> None:
+def rewards_command(name: OneName = None) -> None:
     """The known rewards with their settings; your own is named path/to/file.py:function."""
-    print_result(_lines(api.rewards_list()))
+    print_result(_lines(api.rewards_list(name)))
 
 
-def environments_command() -> None:
+def environments_command(name: OneName = None) -> None:
     """The known environments and tools with their settings; your own is named path/to/file.py:Class."""
-    print_result(_lines(api.environments_list()))
+    print_result(_lines(api.environments_list(name)))
 
 
-def algorithms_command() -> None:
+def algorithms_command(name: OneName = None) -> None:
     """The known algorithms, and the advantages and losses that they are made of."""
-    print_result(_lines(api.algorithms_list()))
+    print_result(_lines(api.algorithms_list(name)))
 
 
 def _lines(choices: list[api.ListEntry]) -> str:

@@ -37,6 +37,16 @@ def convert_command(
     print_result(f"{target}: {api.convert(source, target, to, shard_bytes=int(max_shard_gb * 1e9))}")
 
 
+def flash_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of an InternVL, of any layout.")],
+    target: NewModel,
+    seed: Annotated[int, typer.Option(help="Of the weights of the new router.")] = 0,
+) -> None:
+    """Write an InternVL as a Flash model: with a second projector, for compressed tiles, and a router, both new."""
+    api.write_flash(source, target, seed=seed)
+    print_result(f"{target}: a Flash model; foveate vico trains its second projector")
+
+
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="RUN/checkpoints/step_..., latest or best.")],
     target: NewModel,

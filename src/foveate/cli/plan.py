@@ -8,19 +8,32 @@ from typing import Annotated
 import typer
 
 from foveate import api
-from foveate.cli.options import Overrides, Recipe
+from foveate.cli.options import Overrides
+from foveate.errors import ConfigError
 from foveate.log import print_result
 
 
 def plan_command(
-    recipe: Recipe,
-    gpus: Annotated[str, typer.Option(help="Machines x GPUs x kind: 8xH100-80, 2x8xH100-80.")],
+    recipe: Annotated[str | None, typer.Argument(help="Recipe file, or the name of a shipped recipe.")] = None,
     overrides: Overrides = None,
+    gpus: Annotated[str | None, typer.Option(help="Machines x GPUs x kind: 8xH100-80, 2x8xH100-80.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean prompt, image tokens included.")] = None,
     answer_tokens: Annotated[int | None, typer.Option(min=1, help="Mean answer.")] = None,
     tiles: Annotated[int | None, typer.Option(min=0, help="Mean image tiles of a prompt.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="The smallest GPU for every published model, whole, LoRA and QLoRA.")
+    ] = False,
 ) -> None:
-    """Memory, time and GPU hours of a recipe before anything starts, from the shapes of its model."""
+    """Memory, time and GPU hours of a recipe before anything starts, from the shapes of its model; with --table, the
+    GPU that each published model needs."""
+    if table:
+        if recipe is not None or gpus is not None:
+            raise ConfigError("--table is of all published models and of single GPUs; leave out the recipe and --gpus")
+        for line in api.plan_table():
+            print_result(line)
+        return
+    if recipe is None or gpus is None:
+        raise ConfigError("a recipe and --gpus are needed, as in foveate plan internvl3_5_8b_gspo --gpus 2x8xH100-80")
     settings = api.from_recipe(recipe, *(overrides or ())).settings
     means = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "tiles": tiles}
     print_result(api.plan_report(api.plan(settings, gpus, **means)))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from foveate.cli.options import (
-    MOST_PIXELS,
     BadRows,
     Columns,
     ImageRoot,
@@ -96,7 +95,7 @@ def prepare_grounding_command(
             sources, out, prompt_form=prompt_form, box_field=box, box_unit=box_unit, hard=hard,
             test_fraction=test_fraction, split_by=split_by, copy_images=copy_images, seed=seed or 0, reading=reading,
         )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 @prepare.command("geo3k")
@@ -109,7 +108,7 @@ def prepare_geo3k_command(
     """Geometry3K (hiyouga/geometry3k) for the geo3k reward."""
     from foveate.datasets.geo3k import prepare_geo3k
 
-    _tell(prepare_geo3k(source, out, reading=reading_of(None, on_bad_row, workers)))
+    tell(prepare_geo3k(source, out, reading=reading_of(None, on_bad_row, workers)))
 
 
 @prepare.command("mmpr-tiny")
@@ -127,7 +126,7 @@ def prepare_mmpr_tiny_command(
     from foveate.datasets.mmpr import prepare_mmpr_tiny
 
     reading = reading_of(image_root, on_bad_row, workers)
-    _tell(prepare_mmpr_tiny(parquet, out, source=source, test_fraction=test_fraction, seed=seed, reading=reading))
+    tell(prepare_mmpr_tiny(parquet, out, source=source, test_fraction=test_fraction, seed=seed, reading=reading))
 
 
 @prepare.command("mmpr")
@@ -142,7 +141,7 @@ def prepare_mmpr_command(
     """MMPR's preference pairs for MPO."""
     from foveate.datasets.mmpr import prepare_mmpr
 
-    _tell(prepare_mmpr(meta, out, root=root, seed=seed, reading=reading_of(None, on_bad_row, workers)))
+    tell(prepare_mmpr(meta, out, root=root, seed=seed, reading=reading_of(None, on_bad_row, workers)))
 
 
 @prepare.command("rows")
@@ -160,7 +159,7 @@ def prepare_rows_command(
     from foveate.datasets.prepared import prepare_rows
 
     reading = reading_of(image_root, on_bad_row, workers, column)
-    _tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
+    tell(prepare_rows(sources, out, test_fraction=test_fraction, seed=seed, reading=reading))
 
 
 @prepare.command("filter")
@@ -171,6 +170,9 @@ def prepare_filter_command(
     accuracy: Annotated[
         str | None,
         typer.Option(metavar="LOW:HIGH", help="Share of right answers of rows that stay: 0.2:0.8."),
+    ] = None,
+    gap: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Pass@N less pass@1 of rows that stay: 0.3:1.")
     ] = None,
     min_answers: Annotated[int, typer.Option(min=1, help="Fewest answers that tell the accuracy of a row.")] = 1,
     part: PartName = None,
@@ -198,11 +200,12 @@ def prepare_filter_command(
 
         length = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens).length
     made = prepare_filter(
-        sources, out, Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side), name=name,
+        sources, out,
+        Limits(_range(accuracy), min_answers, max_prompt_tokens, min_side, max_side, _range(gap, "--gap")), name=name,
         rollouts=rollouts or (), correctness_rule=CorrectnessRule(part, threshold), length=length,
         reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 @prepare.command("pairs")
@@ -229,7 +232,7 @@ def prepare_pairs_command(
         sources, out, rollouts=rollouts, max_per_prompt=max_per_prompt, seed=seed,
         correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
-    _tell(made)
+    tell(made)
 
 
 def _buckets(text: str) -> Buckets:
@@ -244,128 +247,24 @@ def _buckets(text: str) -> Buckets:
     return Buckets((*edges, final), shares)
 
 
-def _range(text: str | None) -> tuple[float, float] | None:
+def _range(text: str | None, option: str = "--accuracy") -> tuple[float, float] | None:
     if text is None:
         return None
     try:
         low, high = map(float, text.split(":"))
     except ValueError:
-        raise ConfigError(f"--accuracy {text}: must be LOW:HIGH, such as 0.2:0.8") from None
+        raise ConfigError(f"{option} {text}: must be LOW:HIGH, such as 0.2:0.8") from None
     return low, high
 
 
-def _tell(made: Prepared) -> None:
+def tell(made: Prepared) -> None:
+    """Print what was left out, and the summary."""
     from foveate.log import print_result
 
     for problem in made.problems:
         print_result(f"left out: {problem}")
     for line in made.summary():
         print_result(line)
-
-
-@prepare.command("shapes")
-def prepare_shapes_command(
-    out: NewFolder,
-    train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
-    test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no scene with the training rows.")] = 512,
-    kinds: Annotated[str, typer.Option(help="Kinds of expression, with commas: pair, attribute, relation.")] = "pair",
-    side: Annotated[int, typer.Option(min=48, max=MOST_PIXELS, help="Side of the square images, in pixels.")] = 100,
-    shortcut: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            callback=finite,
-            help="Share of right demonstrations for pairs; the rest name the larger object.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
-) -> None:
-    """Scenes of coloured shapes with referring expressions."""
-    from foveate.datasets.shapes import KINDS, prepare_shapes
-    from foveate.log import progress
-
-    chosen = _known_kinds(kinds, KINDS)
-    rows = _asked(train=train, test=test)
-    with progress("drawing scenes", sum(rows.values())) as advance:
-        prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
-    _print_rows(out, rows)
-
-
-TrainRows = Annotated[int, typer.Option(min=0, help="Rows of tasks to train on.")]
-TestRows = Annotated[int, typer.Option(min=0, help="Rows of tasks that are held out; they share no picture.")]
-TraceRows = Annotated[int, typer.Option(min=0, help="Conversations to imitate, about other pictures.")]
-DrawnSide = Annotated[int, typer.Option(min=112, max=2_048, help="Side of the square pictures, in pixels.")]
-
-
-@prepare.command("zoom")
-def prepare_zoom_command(
-    out: NewFolder,
-    train: TrainRows = 4000,
-    test: TestRows = 512,
-    traces: TraceRows = 0,
-    side: DrawnSide = 448,
-    tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
-    search: Annotated[
-        float, typer.Option(min=0, max=0.7, callback=finite, help="Share of traces that find the place themselves.")
-    ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
-) -> None:
-    """Scenes with a digit too small to read at once, for the tool zoom."""
-    from foveate.datasets.zoom import prepare_zoom
-    from foveate.log import progress
-
-    rows = _asked(train=train, test=test, traces=traces)
-    with progress("drawing scenes", sum(rows.values())) as advance:
-        prepare_zoom(out, rows, seed=seed, side=side, tile=tile, search=search, advance=advance)
-    _print_rows(out, rows)
-
-
-@prepare.command("gui")
-def prepare_gui_command(
-    out: NewFolder,
-    train: TrainRows = 4000,
-    test: TestRows = 512,
-    traces: TraceRows = 0,
-    side: DrawnSide = 448,
-    kinds: Annotated[str, typer.Option(help="Kinds of task, with commas.")] = "toggle,slider,field,list",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the screens.")] = 0,
-) -> None:
-    """Drawn screens with a task each, for the environment gui."""
-    from foveate.datasets.gui import prepare_gui
-    from foveate.environments.screen import WIDGET_KINDS, WidgetKind
-    from foveate.log import progress
-
-    asked = _known_kinds(kinds, WIDGET_KINDS)
-    rows = _asked(train=train, test=test, traces=traces)
-    with progress("drawing screens", sum(rows.values())) as advance:
-        chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
-        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
-    _print_rows(out, rows)
-
-
-def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The kinds that --kinds names. Raises ConfigError for an unknown kind."""
-    chosen = tuple(kinds.split(","))
-    unknown = [kind for kind in chosen if kind not in known]
-    if unknown:
-        raise ConfigError(f"--kinds: unknown kind {unknown[0]!r}; allowed: {', '.join(known)}")
-    return chosen
-
-
-def _asked(**rows: int) -> dict[str, int]:
-    """The splits of which rows are asked for."""
-    found = {split: count for split, count in rows.items() if count}
-    if not found:
-        options = " and ".join(f"--{split}" for split in rows)
-        raise ConfigError(f"{options} are {'both' if len(rows) == 2 else 'all'} 0; ask for at least one row")
-    return found
-
-
-def _print_rows(out: Path, rows: dict[str, int]) -> None:
-    from foveate.log import print_result
-
-    print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
 
 
 @prepare.command("tiny")
@@ -376,16 +275,24 @@ def prepare_tiny_command(
     start: Annotated[
         str | None, typer.Option("--from", help="Take the weights of this tiny model (demo: the shipped one).")
     ] = None,
+    calls: Annotated[bool, typer.Option("--calls", help="Tokens for calls of tools, which are spelled else.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
+    small: Annotated[bool, typer.Option("--small", help="A quarter of the parameters, with random weights.")] = False,
 ) -> None:
     """A small InternVL with random weights, or with those of another one: the real architecture."""
     from foveate.log import print_result
-    from foveate.models.tiny import TinySize, build_tiny, retile
+    from foveate.models.tiny import SMALL, TinySize, add_call_words, build_tiny, retile
 
     if tile % 28:
         raise ConfigError(f"--tile {tile}: must be a multiple of 28 (patches of 14 pixels, joined two by two)")
+    if small and start is not None:
+        raise ConfigError(
+            f"--small has random weights, and those of --from {start} have another size; give one of them"
+        )
     if start is None:
-        build_tiny(out, TinySize(tile=tile, max_tiles=max_tiles), seed=seed)
+        build_tiny(out, replace(SMALL if small else TinySize(), tile=tile, max_tiles=max_tiles), seed=seed)
     else:
         retile(start, out, tile, max_tiles)
+    if calls:
+        add_call_words(out)
     print_result(f"{out}: a tiny InternVL with {tile}-pixel tiles")

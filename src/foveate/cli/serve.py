@@ -54,7 +54,7 @@ def serve_command(
     from foveate.serve.engines import EngineRequest, default_name, serve_engine
     from foveate.serve.hosts import LOCAL_HOSTS
 
-    key = None if no_key else os.environ.get(SERVER_KEY) or secrets.token_urlsafe(24)
+    key = None if no_key else _server_key()
     if key is None and host not in LOCAL_HOSTS:
         raise ConfigError(f"--no-key with --host {host} would let everybody in; leave one of them out")
     chosen = name or default_name(model)
@@ -105,3 +105,11 @@ def _refuse(**unused: object) -> None:
     for option, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{option.replace('_', '-')} means nothing to the chosen --engine; leave it out")
+
+
+def _server_key() -> str:
+    """The key of the environment, or a new one. Raises ConfigError for an empty one, which is a mistake of a script."""
+    key = os.environ.get(SERVER_KEY)
+    if key is not None and not key.strip():
+        raise ConfigError(f"{SERVER_KEY} is set and empty; set a key, unset it for a new one, or say --no-key")
+    return key or secrets.token_urlsafe(24)

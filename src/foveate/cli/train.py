@@ -53,6 +53,26 @@ def mpo_command(
     _train(recipe_of("mpo", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
 
 
+def vico_command(
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+) -> None:  # fmt: skip
+    """Visual consistency learning of a Flash model on rows with extra_info.response: the same answers from fewer image
+    tokens. The same run folder again continues it."""
+    _train(recipe_of("vico", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
+
+
+def vir_command(
+    recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
+    hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
+) -> None:  # fmt: skip
+    """Train the router of a Flash model, and nothing else, on rows with extra_info.response. The same run folder again
+    continues it."""
+    _train(recipe_of("vir", recipe, overrides, on_bad_row, hold_out, column), accept_changes, dry_run, push_to_hub)
+
+
 def rl_command(
     recipe: Recipe, overrides: Overrides = None, column: Columns = None, on_bad_row: BadRows = None,
     hold_out: HoldOut = None, accept_changes: AcceptChanges = False, dry_run: DryRun = False,
@@ -74,7 +94,7 @@ def cascade_command(
 
 def _train(recipe: api.Recipe, accept_changes: bool, dry_run: bool, push_to_hub: str | None) -> None:
     if dry_run:
-        print_result(recipe.dry_run())
+        print_result(recipe.dry_run(accept_changes=accept_changes))
         return
     if push_to_hub is not None:
         api.prepare_upload(push_to_hub)

@@ -137,7 +137,7 @@ def runtime_env(variables: list[str], packages: list[str], upload: Path | None) 
         if "=" not in variable.lstrip("="):
             raise ConfigError(f"--env {variable}: write it as NAME=VALUE")
     if upload is not None and not upload.is_dir():
-        raise ConfigError(f"--upload {upload}: is no folder")
+        raise ConfigError(f"--upload {upload} is not a folder")
     given = dict(variable.split("=", 1) for variable in variables)
     prepared: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), **given}}
     if packages:

@@ -143,5 +143,6 @@ class InferenceWorker:
     """A rank that trains nothing: an engine with a model of its own."""
 
     def __init__(self, model: ModelSettings, device: str) -> None:
-        policy = load_policy(model.path, attention=model.attention, dtype=model.dtype, device=device)
+        how = {"attention": model.attention, "dtype": model.dtype, "device": device}
+        policy = load_policy(model.path, **how, quantization=model.quantization)
         self.engine = RankEngine(policy, model, None)

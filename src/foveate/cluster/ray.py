@@ -85,7 +85,7 @@ class RayWorkers(Generic[W]):
     """A worker group on a Ray cluster (`foveate.cluster.base.WorkerGroup`), as a context that ends with its actors.
 
     Raises ConfigError where there is no cluster, or none that is large enough; RankLost where a rank dies or does not
-    answer for `cluster.timeout` seconds; and whatever a user can mend as the rank that met it raised it.
+    answer for `cluster.timeout` seconds; and whatever a user can fix as the rank that met it raised it.
     """
 
     def __init__(self, cluster: ClusterSettings, build: Callable[[], W], patience: float = 120.0) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from foveate.config.base import Named, Settings
+from foveate.config.base import Named, Settings, refuse_any
 
 
 class RewardKLSettings(Settings):
@@ -46,6 +46,70 @@ class CriticSettings(Settings):
     )
 
 
+class TeacherSettings(Settings):
+    path: str = Field(
+        min_length=1,
+        description="The frozen teacher: a model folder, a name on the Hugging Face Hub, or a checkpoint of a run.",
+    )
+    sources: dict[str, str] = Field(
+        default={}, description="Other teachers for the rows of some data_source: {geo3k: models/geometry}."
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon"] = Field(
+        default="reverse_kl",
+        description="What is minimised at each token of an answer: KL(model || teacher), "
+        "KL(teacher || model), or Jensen-Shannon's.",
+    )
+    beta: float | None = Field(
+        default=None, gt=0, lt=1, description="Weight of the teacher in jensen_shannon, as in GKD; null: 0.5 there."
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="The teacher's most probable tokens alone are compared, all others as one; null: the vocabulary.",
+    )
+    term: Literal["loss", "advantage"] = Field(
+        default="loss",
+        description="The divergence is a term of the loss, or the reverse KL of each sampled token is taken from its "
+        "advantage.",
+    )
+    coefficient: float = Field(default=1.0, gt=0, description="Weight of that term beside those of the rewards.")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="Type of the teacher's weights; null: model.dtype."
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        path = "algorithm.teacher"
+        refuse_any(
+            (
+                self.beta is not None and self.divergence != "jensen_shannon",
+                f"{path}.beta",
+                f"is {self.beta}, but the divergence is {self.divergence}; leave it out, or use jensen_shannon",
+            ),
+            (
+                self.term == "advantage" and self.divergence != "reverse_kl",
+                f"{path}.divergence",
+                f"is {self.divergence}, but term=advantage knows sampled tokens alone, which estimate reverse_kl; use "
+                "that, or term=loss",
+            ),
+            (
+                self.term == "advantage" and self.top_k is not None,
+                f"{path}.top_k",
+                f"is {self.top_k}, but term=advantage compares sampled tokens alone; leave it out, or use term=loss",
+            ),
+        )
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All teachers, each once."""
+        return tuple(dict.fromkeys((self.path, *self.sources.values())))
+
+    def of(self, source: str) -> str:
+        """The teacher of the rows of a data_source."""
+        return self.sources.get(source, self.path)
+
+
 class AlgorithmSettings(Named):
     name: str = Field(default="gspo", description="A known algorithm, such as gspo or grpo.")
     advantage: dict[str, Any] = Field(
@@ -73,6 +137,11 @@ class AlgorithmSettings(Named):
         description="Answers that reached rollout.max_tokens or rollout.time_limit count in the baseline, and are left "
         "out of loss and totals.",
     )
+    router_replay: bool = Field(
+        default=False,
+        description="A mixture of experts computes the old log-probs and the updates with the experts that the sampler "
+        "chose (R3); needs the native engine.",
+    )
     turn_discount: float = Field(
         default=1.0,
         gt=0,
@@ -81,6 +150,11 @@ class AlgorithmSettings(Named):
     )
     critic: CriticSettings | None = Field(
         default=None, description="The value model of an algorithm that needs one (ppo); null: none."
+    )
+    teacher: TeacherSettings | None = Field(
+        default=None,
+        description="A frozen model whose probabilities are learned from, alone (distill) or beside the rewards of "
+        "another algorithm; null: none.",
     )
 
 

@@ -15,7 +15,9 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Strings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(strict=False)]
+ONE_OR_MORE = BeforeValidator(_listed)
+"""One string alone need not stand in a list."""
+Strings = Annotated[tuple[str, ...], ONE_OR_MORE, Field(strict=False)]
 """Several strings; one alone need not stand in a list."""
 
 
@@ -33,7 +35,10 @@ class Named(Settings):
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
+        """Names of the tables are in lower case, whatever the writer's; import paths, with a colon, are as they are."""
+        named = {"name": value} if isinstance(value, str) else value
+        name = named.get("name") if isinstance(named, dict) else None
+        return {**named, "name": name.lower()} if isinstance(name, str) and ":" not in name else named
 
 
 def is_http_address(text: str) -> bool:

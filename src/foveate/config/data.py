@@ -9,6 +9,7 @@ from pydantic import Field
 from foveate.config.base import Settings, Strings
 
 FileWeights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
+Shares = dict[str, Annotated[float, Field(ge=0)]]
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is read unless `data.max_image_pixels` says otherwise: Pillow's own limit."""
 MOST_PIXELS = 2 * MAX_PIXELS
@@ -23,6 +24,38 @@ class CurriculumSettings(Settings):
     epochs: int = Field(default=1, ge=1, description="Epochs in this order; those that follow are in random order.")
     mixing: float = Field(
         default=0.2, ge=0, description="How far a row may move at random, as a share of the epoch; 0: strictly sorted."
+    )
+
+
+class RLCSSettings(Settings):
+    smoothing: float = Field(
+        default=0.5, gt=0, le=1, description="How much the newest success of a prompt counts in its recent success."
+    )
+    floor: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="Least probability that a prompt is taken when its turn comes, however easy or hard it is.",
+    )
+
+
+class VideoSettings(Settings):
+    fps: float | None = Field(
+        default=None,
+        gt=0,
+        description="Frames that are taken a second; null: as the model's family does (Qwen-VL: 2), or a fixed number.",
+    )
+    frames: int | None = Field(
+        default=None,
+        ge=1,
+        description="Frames that are taken of a video, or with data.video.fps the most of them; null: as the model's "
+        "family does (InternVL: 32; Qwen-VL: at most 768).",
+    )
+    max_pixels: int | None = Field(
+        default=None,
+        ge=1,
+        description="Qwen-VL: most pixels of all frames of a video together, after resizing; null: what the model's "
+        "folder says.",
     )
 
 
@@ -62,6 +95,14 @@ class DataSettings(Settings):
         default=(),
         description="How often the rows of each file in data.train come in an epoch, such as [1, 0.5, 3]; empty: once.",
     )
+    shares: Shares = Field(
+        default={},
+        description="Share of each data_source in every batch, such as {count: 1, read: 2}; empty: as rows come.",
+    )
+    rlcs: RLCSSettings | None = Field(
+        default=None,
+        description="Online choice of prompts: those whose recent success is near one half come more often; null: all.",
+    )
     curriculum: CurriculumSettings | None = Field(
         default=None, description="From easy to hard in the first epochs; null: in random order from the start."
     )
@@ -73,6 +114,7 @@ class DataSettings(Settings):
         ge=0,
         description="Processes that decode and tile images ahead of the step; 0: images are prepared in the step.",
     )
+    video: VideoSettings = Field(default=VideoSettings(), description="The frames of videos.")
     max_prompt_tokens: int = Field(default=8192, ge=1, description="Longest prompt, in tokens, image tokens included.")
     system: str = Field(
         default="none",

@@ -6,9 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from foveate.config.base import Settings, Strings
+from foveate.config.base import ONE_OR_MORE, Settings, Strings, refuse_any
+from foveate.config.cluster import ClusterSettings
 
-Modules = Annotated[tuple[Literal["vision", "projector", "language"], ...], Field(strict=False, min_length=1)]
+Modules = Annotated[
+    tuple[Literal["vision", "projector", "language"], ...], ONE_OR_MORE, Field(strict=False, min_length=1)
+]
 
 
 class LoraSettings(Settings):
@@ -19,6 +22,15 @@ class LoraSettings(Settings):
         default=None,
         description="Linear layers that get adapters, such as [q_proj, v_proj], of the parts in model.trainable; "
         "null: all of the language model and of the vision tower.",
+    )
+    adapter: str | None = Field(
+        default=None,
+        description="Folder of an adapter in peft's layout, or its name on the Hub, to begin from; null: a new one.",
+    )
+    save: Literal["merged", "adapter", "both"] = Field(
+        default="merged",
+        description="What final/ holds: the model with its adapters merged, the adapter alone in peft's layout, or "
+        "both, the adapter in final/adapter.",
     )
 
 
@@ -41,6 +53,11 @@ class ModelSettings(Settings):
         default=None,
         description="Low-rank adapters in the parts of model.trainable: only these are trained there; null: none.",
     )
+    quantization: Literal["nf4", "int8"] | None = Field(
+        default=None,
+        description="Frozen linear layers of the language model and of the vision tower in 4 bits (nf4, by "
+        "bitsandbytes) or 8 (int8), under model.lora (QLoRA); null: none.",
+    )
     max_tiles: int | None = Field(
         default=None,
         ge=1,
@@ -52,6 +69,12 @@ class ModelSettings(Settings):
         ge=1,
         description="Qwen-VL: most pixels of an image after resizing; null: what the model's folder says.",
     )
+    router_aux_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the load-balancing loss of a mixture of experts, in every stage; what config.json says "
+        "is not read. 0: none.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Type of weights and activations.")
     compile: bool = Field(
         default=False,
@@ -61,4 +84,36 @@ class ModelSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward pass: less memory, about a third more time.",
+    )
+
+
+def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
+    """Refuse settings of a model that do not fit together, or not this cluster."""
+    frozen = [part for part in model.trainable if part != "projector"]
+    path, start = "model.quantization", f"is {model.quantization}, "
+    quantized, balance = model.quantization is not None, model.router_aux_loss_coef
+    refuse_any(
+        (
+            quantized and model.lora is None and bool(frozen),
+            path,
+            f"{start}so that {', '.join(frozen)} cannot train; set model.lora, or model.trainable=[projector]",
+        ),
+        (
+            quantized and cluster.ranks > 1,
+            path,
+            f"{start}but the weights are sharded over {cluster.ranks} ranks, which have them in full; leave it out, or "
+            "use one rank",
+        ),
+        (
+            quantized and cluster.dtype is not None,
+            path,
+            f"{start}but cluster.dtype={cluster.dtype} would compute in another type than that of the weights; leave "
+            "that out, and set model.dtype",
+        ),
+        (
+            balance > 0 and cluster.sequence_parallel > 1,
+            "model.router_aux_loss_coef",
+            f"is {balance:g} and balances whole rows, of which ranks see parts with cluster.sequence_parallel="
+            f"{cluster.sequence_parallel}; leave one of them out",
+        ),
     )

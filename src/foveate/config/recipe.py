@@ -7,11 +7,11 @@ the override that it came from, so that a message can name it. Aliases and tags 
 from __future__ import annotations
 
 import importlib.resources
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,10 @@ import yaml.composer
 from pydantic import ValidationError
 
 from foveate.config.base import Named, Settings
-from foveate.config.elsewhere import ELSEWHERE
+from foveate.config.problems import PYTHON, Entry, first_problem
 from foveate.config.runs import STAGES, StageName, is_group, walk
 from foveate.errors import ConfigError, one_line
-from foveate.registry import explain, suggestion
+from foveate.registry import suggestion
 
 MOST_CHARACTERS, MOST_DEPTH, MOST_DIGITS = 1_000_000, 32, 300
 """Bounds of a recipe."""
@@ -33,15 +33,11 @@ _INTEGER = re.compile(r"[-+]?[0-9]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, ".inf": math.inf, "-.inf": -math.inf}
 
+logger = logging.getLogger(__name__)
+BARE = {"model": "path", "data": "train"}
+"""The groups that a bare value may stand for, and its setting in them."""
+
 SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A value and where it was written; `value` is a dict of entries for a mapping, else a plain scalar or list."""
-
-    value: Any
-    where: str
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]) -> SettingsT:
@@ -72,7 +68,8 @@ def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Pat
     has it (`lr`). Raises ConfigError as `load_recipe`, for a key that names nothing, and for one that names several.
     """
     given = [_python_layer(key, value, cls) for key, value in values.items()]
-    return _combined([*(_layers(base, ()) if base is not None else ()), *given], cls, "settings")
+    layers = [*(_layers(base, ()) if base is not None else ()), *given]
+    return _combined([*layers, *_shorter_warmups(layers, len(given))], cls, PYTHON)
 
 
 def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
@@ -96,7 +93,15 @@ def _python_entry(value: Any, where: str) -> Entry:
 
 def find_recipe(name: str | Path, shipped: Path = SHIPPED) -> Path:
     """The file of a recipe: a path, else one in the folder `shipped`, with or without `recipes/` and `.yaml`."""
-    return Path(name) if Path(name).is_file() else _find_shipped(Path(name), shipped)
+    _refuse_data(Path(name))
+    return Path(name) if os.path.isfile(name) else _find_shipped(Path(str(name)[:300]), shipped)
+
+
+def _refuse_data(name: Path) -> None:
+    if name.suffix in (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".arrow", ".gz") and os.path.exists(name):
+        raise ConfigError(
+            f"{name} holds rows, and a recipe is wanted, a YAML file: give one, and the rows as data.train={name}"
+        )
 
 
 def _find_shipped(name: Path, shipped: Path) -> Path:
@@ -174,7 +179,8 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _layers(path: str | Path, overrides: Sequence[str]) -> list[Entry]:
-    return [*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)]
+    layers = [*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)]
+    return [*layers, *_shorter_warmups(layers, len(overrides))]
 
 
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> list[Entry]:
@@ -207,7 +213,7 @@ def _read_file(path: Path) -> Entry:
     if entry.value is None:
         return Entry({}, str(path))
     if not isinstance(entry.value, dict):
-        raise ConfigError(f"{entry.where}: a recipe is a mapping of settings (name: value), found {entry.value!r}")
+        raise ConfigError(f"{entry.where}: a recipe is a mapping of settings (name: value), found {entry.value!r:.60}")
     return entry
 
 
@@ -309,7 +315,35 @@ def _combined(layers: Sequence[Entry], cls: type[SettingsT], where: str) -> Sett
     try:
         return cls.model_validate(_plain(merged))
     except ValidationError as error:
-        raise ConfigError(_first_problem(error, merged, cls)) from None
+        raise ConfigError(first_problem(error, merged, cls)) from None
+
+
+def _shorter_warmups(layers: Sequence[Entry], own: int) -> list[Entry]:
+    """The warm-ups of a recipe that are longer than the run which the last `own` layers ask for, as a share of it as in
+    the recipe."""
+    shorter = []
+    for prefix in ("", *(f"{stage}." for stage in STAGES)):
+        warmup, steps = f"{prefix}optim.warmup_steps", f"{prefix}train.steps"
+        (old, _), (was, _) = (_last_given(layers[: len(layers) - own], path) for path in (warmup, steps))
+        (mine, _), (new, where) = (_last_given(layers[len(layers) - own :], path) for path in (warmup, steps))
+        if mine is None and isinstance(old, int) and isinstance(new, int) and 0 < new < old:
+            value = old * new // was if isinstance(was, int) and was >= old else 0
+            logger.info("%s is %d in the recipe, more than %s=%d: shortened to %d", warmup, old, steps, new, value)
+            shorter.append(_nested(warmup.split("."), Entry(value, where)))
+    return shorter
+
+
+def _last_given(layers: Sequence[Entry], path: str) -> tuple[Any, str]:
+    """The value of a setting in the last of some layers that has it, and its place; None where none has."""
+    for layer in reversed(layers):
+        entry = layer
+        for key in path.split("."):
+            if not isinstance(entry.value, dict) or key not in entry.value:
+                break
+            entry = entry.value[key]
+        else:
+            return entry.value, entry.where
+    return None, ""
 
 
 def _plain(entry: Entry) -> Any:
@@ -323,9 +357,10 @@ def _default_names(cls: type[Settings]) -> dict[str, str]:
 
 
 def _spell_out(entry: Entry, named: Mapping[str, str], path: str) -> Entry:
-    """Bare names as mappings: `algorithm: gspo` becomes `algorithm: {name: gspo}`."""
-    if path in named and isinstance(entry.value, str):
-        return Entry({"name": entry}, entry.where)
+    """Bare names as mappings: `algorithm: gspo` becomes `algorithm: {name: gspo}`, `model: demo` `{path: demo}`."""
+    bare = "name" if path in named else BARE.get(path)
+    if bare is not None and isinstance(entry.value, str | list):
+        return Entry({bare: entry}, entry.where)
     if not isinstance(entry.value, dict):
         return entry
     return Entry({key: _spell_out(e, named, _join(path, key)) for key, e in entry.value.items()}, entry.where)
@@ -346,54 +381,3 @@ def _merge(lower: Entry, upper: Entry, named: Mapping[str, str], path: str) -> E
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
-
-
-# ------------------------------------------------------------------------------------------------------- messages
-
-
-def _first_problem(error: ValidationError, entry: Entry, cls: type[Settings]) -> str:
-    """One line for all problems: the first, and how many more. Unknown names come first: they explain missing ones."""
-    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    problem = problems[0]
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "together":
-        context = problem["ctx"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
-        path, text = context["path"], context["text"]
-        location = path.split(".")
-    else:
-        path = ".".join(part for part in location if not part.isdigit())
-        text = explain(problem)
-    if problem["type"] == "extra_forbidden":
-        message = f"unknown setting {path}{_nearest(path, cls)}"
-    else:
-        numbers = [f"entry {int(part) + 1}" for part in location if part.isdigit()]
-        message = f"{' '.join([path, *numbers])} {text}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{_place(entry, location)}: {message}{more}"
-
-
-def _place(entry: Entry, location: Sequence[str]) -> str:
-    """Where the value at `location` was written, or the nearest mapping above it."""
-    for key in location:
-        if not isinstance(entry.value, dict) or key not in entry.value:
-            break
-        entry = entry.value[key]
-    return entry.where
-
-
-def _nearest(path: str, cls: type[Settings]) -> str:
-    """The settings that an unknown one may stand for: the same name in another group, else one spelled alike."""
-    group, _, name = path.rpartition(".")
-    if name in ELSEWHERE:
-        return f"; did you mean {ELSEWHERE[name]}?"
-    known = {dotted: dotted.rpartition(".") for dotted, _ in walk(cls) if dotted != group}
-    same = [dotted for dotted, (_, _, last) in known.items() if last == name]
-    siblings = {last: dotted for dotted, (above, _, last) in known.items() if above == group}
-    lasts = {last: dotted for dotted, (_, _, last) in known.items()}
-    alike = [siblings[last] for last in get_close_matches(name, siblings, n=1)]
-    alike = alike or get_close_matches(path, known, n=1, cutoff=0.75)
-    alike = alike or [lasts[last] for last in get_close_matches(name, lasts, n=1)]
-    if same or alike:
-        return f"; did you mean {' or '.join(same or alike)}?"
-    above = f"{group} has" if group else "there are"
-    return f"; {above} {', '.join(siblings)}"

@@ -19,8 +19,8 @@ from foveate.config.cluster import ClusterSettings
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings, RolloutSettings
+from foveate.config.run_base import OfflineSettings, RunSettings
 from foveate.config.train import (
-    EvalSettings,
     LogSettings,
     MPOOptimSettings,
     MPOTrainSettings,
@@ -29,95 +29,12 @@ from foveate.config.train import (
     RLTrainSettings,
     SFTOptimSettings,
     SFTTrainSettings,
-    TrainSettings,
+    VicoTrainSettings,
+    VirTrainSettings,
 )
 
 # The algorithms whose baseline is not the mean of the other answers to the same prompt.
-_WITHOUT_GROUPS = ("ppo", "reinforce_plus_plus", "remax")
-
-
-class RunSettings(Settings):
-    """Settings that the runs of all stages have."""
-
-    run: str = Field(min_length=1, description="Folder of the run; the same folder again continues it.")
-    seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
-    model: ModelSettings
-    data: DataSettings
-    optim: OptimSettings = OptimSettings()
-    train: TrainSettings
-    eval: EvalSettings = EvalSettings()
-    cluster: ClusterSettings = ClusterSettings()
-    log: LogSettings = LogSettings()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _evaluated_where_there_is_data(cls, values: Any) -> Any:
-        """Without held-out rows there is no evaluation, unless it is asked for, which is refused below."""
-        data, evaluation = values.get("data"), values.get("eval", {})
-        given = data.model_dump() if isinstance(data, DataSettings) else data if isinstance(data, dict) else {}
-        if given.get("test") or given.get("hold_out") or not isinstance(evaluation, dict):
-            return values
-        return {**values, "eval": {"every": 0, **evaluation}}
-
-    @property
-    def disk_wait(self) -> float:
-        """Seconds to wait for room on a full disk: ranks that wait longer than `cluster.timeout` count as hung."""
-        if self.train.disk_wait is None:
-            return 900.0 if self.cluster.ranks == 1 else min(900.0, self.cluster.timeout / 2)
-        return self.train.disk_wait
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> Self:
-        model, data, train, cluster = self.model, self.data, self.train, self.cluster
-        refuse_any(
-            (
-                len(set(model.trainable)) < len(model.trainable),
-                "model.trainable",
-                f"names a part twice: {', '.join(model.trainable)}; name each once",
-            ),
-            (
-                self.optim.warmup_steps > train.steps,
-                "optim.warmup_steps",
-                f"is {self.optim.warmup_steps}, more than train.steps={train.steps}; use a few percent of the steps, "
-                "or 0",
-            ),
-            (
-                bool(data.weights) and (len(data.weights) != len(data.train) or not sum(data.weights)),
-                "data.weights",
-                f"has {len(data.weights)} entries that add up to {sum(data.weights):g} for {len(data.train)} files in "
-                "data.train; give one per file, at least one of them above 0",
-            ),
-            (
-                cluster.ranks > 1 and self.disk_wait >= cluster.timeout,
-                "train.disk_wait",
-                f"is {self.disk_wait:g}, but ranks that wait for cluster.timeout={cluster.timeout:g} seconds are given "
-                "up for hung; use less, or raise that",
-            ),
-            (
-                bool(data.test) and data.hold_out > 0,
-                "data.hold_out",
-                f"is {data.hold_out:g}, but data.test names held-out files; choose one",
-            ),
-            (
-                self.eval.every > 0 and not data.test and not data.hold_out,
-                "eval.every",
-                f"is {self.eval.every}, but data.test is empty; name held-out files there, set data.hold_out=0.05 to "
-                "keep rows of data.train aside, or set eval.every=0 for a run without evaluation",
-            ),
-        )
-        self._check_budget()
-        return self
-
-    def _check_budget(self) -> None:
-        data, train = self.data, self.train
-        refuse_any(
-            (
-                train.tokens_per_micro_batch * self.cluster.sequence_parallel < data.max_prompt_tokens,
-                "train.tokens_per_micro_batch",
-                f"is {train.tokens_per_micro_batch}, less than data.max_prompt_tokens={data.max_prompt_tokens}; raise "
-                "it, or lower data.max_prompt_tokens",
-            )
-        )
+_WITHOUT_GROUPS = ("distill", "ppo", "reinforce_plus_plus", "remax")
 
 
 class RLSettings(RunSettings):
@@ -207,8 +124,20 @@ class RLSettings(RunSettings):
         )
         return self
 
+    @model_validator(mode="after")
+    def _choice_fits_the_sampling(self) -> Self:
+        refuse_any(
+            (
+                self.data.rlcs is not None and self.rollout.staleness > 0,
+                "data.rlcs",
+                "chooses prompts by what the step before scored, but rollout.staleness="
+                f"{self.rollout.staleness} samples ahead of it; set rollout.staleness=0, or data.rlcs=null",
+            ),
+        )
+        return self
 
-class SFTSettings(RunSettings):
+
+class SFTSettings(OfflineSettings):
     """A run of supervised fine-tuning."""
 
     optim: SFTOptimSettings = SFTOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -218,7 +147,58 @@ class SFTSettings(RunSettings):
     )
 
 
-class MPOSettings(RunSettings):
+class _FlashSettings(SFTSettings):
+    """Runs of Flash models."""
+
+    @model_validator(mode="after")
+    def _on_one_rank(self) -> Self:
+        refuse_any(
+            (
+                self.cluster.ranks > 1,
+                "cluster.gpus_per_node",
+                f"gives {self.cluster.ranks} ranks, but the passes of Flash models run on one; leave it out",
+            ),
+            (self.model.lora is not None, "model.lora", "is set, but whole weights are trained here; leave it out"),
+            (self.environment is not None, "environment", "is set, but no tools are shown here; leave it out"),
+            (
+                self.model.router_aux_loss_coef > 0,
+                "model.router_aux_loss_coef",
+                "is set, but experts are not balanced here; leave it out",
+            ),
+            (
+                self.train.trained_turns != "last",
+                "train.trained_turns",
+                "is all, but the last turn alone is compared here; leave it out",
+            ),
+        )
+        return self
+
+
+class VicoSettings(_FlashSettings):
+    """A run of visual consistency learning."""
+
+    train: VicoTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class VirSettings(_FlashSettings):
+    """A run that trains the router of a Flash model."""
+
+    train: VirTrainSettings  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @model_validator(mode="after")
+    def _trains_the_router(self) -> Self:
+        every = ModelSettings.model_fields["trainable"].default
+        refuse_any(
+            (
+                self.model.trainable != every,
+                "model.trainable",
+                "is set, but vir trains the router alone; leave it out",
+            )
+        )
+        return self
+
+
+class MPOSettings(OfflineSettings):
     """A run of preference optimisation."""
 
     optim: MPOOptimSettings = MPOOptimSettings()  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -276,6 +256,7 @@ class CascadeSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        lora = self.model.lora
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens + 1  # the pairs are sampled answers, ended
         budget = self.mpo.train.tokens_per_micro_batch * self.cluster.sequence_parallel
         refuse_any(
@@ -283,6 +264,16 @@ class CascadeSettings(Settings):
                 not self.data.test and not self.data.hold_out,
                 "data.test",
                 "is empty; name held-out files, on which the stages are compared, or set data.hold_out=0.05",
+            ),
+            (
+                lora is not None and lora.save == "adapter",
+                "model.lora.save",
+                "is adapter, but each stage begins from the whole model of the one before; use merged or both",
+            ),
+            (
+                lora is not None and lora.adapter is not None,
+                "model.lora.adapter",
+                "begins one run, and each stage here merges its own; merge it first, or leave it out",
             ),
             (
                 budget < longest,
@@ -326,9 +317,12 @@ class CascadeSettings(Settings):
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)
 
 
-STAGES = {"sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings}
+STAGES = {
+    "sft": SFTSettings, "mpo": MPOSettings, "rl": RLSettings, "cascade": CascadeSettings, "vico": VicoSettings,
+    "vir": VirSettings,
+}  # fmt: skip
 """The settings of each command that trains."""
-StageName = Literal["sft", "mpo", "rl", "cascade"]
+StageName = Literal["sft", "mpo", "rl", "cascade", "vico", "vir"]
 
 
 def walk(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from foveate.config.base import Settings, refuse
+from foveate.config.base import ONE_OR_MORE, Settings, refuse
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
@@ -81,6 +81,28 @@ class RLTrainSettings(TrainSettings):
     )
 
 
+_Quality = Annotated[int, Field(ge=1, le=100)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class AugmentSettings(Settings):
+    jpeg: Annotated[tuple[_Quality, _Quality], Field(strict=False)] | None = Field(
+        default=None,
+        description="Least and greatest quality at which images are compressed as JPEG at random; InternVL: [75, 100].",
+    )
+    resize: Annotated[tuple[_Share, _Share], Field(strict=False)] | None = Field(
+        default=None,
+        description="Least and greatest share of its sides to which an image is shrunk at random, and grown again.",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        for name, value in (("jpeg", self.jpeg), ("resize", self.resize)):
+            if value is not None and value[0] > value[1]:
+                refuse(f"train.augment.{name}", f"is {list(value)}; write the smaller number first")
+        return self
+
+
 class SFTTrainSettings(TrainSettings):
     samples_per_step: int = Field(default=32, ge=1, description="Demonstrations in one optimizer update.")
     max_answer_tokens: MaxAnswerTokens = None
@@ -91,6 +113,37 @@ class SFTTrainSettings(TrainSettings):
         default="last",
         description="Of conversations with several turns of the assistant, the last one is trained on, or all.",
     )
+    augment: AugmentSettings = Field(default=AugmentSettings(), description="Images made worse at random.")
+
+    @model_validator(mode="after")
+    def _augments_what_it_trains(self) -> Self:
+        if self.trained_turns == "all" and (self.augment.jpeg or self.augment.resize):
+            refuse("train.augment", "is set, but with train.trained_turns=all images stay as they are; leave one out")
+        return self
+
+
+class VicoTrainSettings(SFTTrainSettings):
+    weighting: Literal["token", "sample", "square"] = Field(
+        default="sample", description="Weight of a token in an answer of n tokens: 1, 1/n or 1/sqrt(n)."
+    )
+    compressed: Literal["tiles", "prompts"] = Field(
+        default="tiles",
+        description="Compressed at random in what the policy sees: each tile by itself, at a share that is drawn for "
+        "the prompt, or all tiles of half of the prompts.",
+    )
+
+
+class VirTrainSettings(SFTTrainSettings):
+    reference: str = Field(
+        min_length=1, description="Folder of the model that visual consistency learning began from: its frozen start."
+    )
+    quantile: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Share of the rows, by how little they lose, that is taught as compressible.",
+    )
+    window: int = Field(default=1024, ge=2, description="Latest rows over which that share is taken.")
 
 
 class MPOTrainSettings(TrainSettings):
@@ -119,12 +172,15 @@ class RLEvalSettings(EvalSettings):
     gallery: int = Field(default=16, ge=0, description="Held-out images that the report shows for each evaluation.")
 
 
+TrackerNames = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], ONE_OR_MORE, Field(strict=False)
+]
+
+
 class LogSettings(Settings):
-    to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], Field(strict=False)] = (
-        Field(
-            default=(),
-            description="Trackers that get settings, metrics and some answers with images; each must be installed.",
-        )
+    to: TrackerNames = Field(
+        default=(),
+        description="Trackers that get settings, metrics and some answers with images; each must be installed.",
     )
 
     @model_validator(mode="after")

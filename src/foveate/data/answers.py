@@ -93,9 +93,16 @@ class ScoredAnswer(GeneratedAnswer):
         return bool(self.parts["hit"]) if "hit" in self.parts else None
 
     @property
+    def right(self) -> float | None:
+        """The part of the score that says how right the answer is, hit or accuracy; None where it has neither."""
+        if self.hit is not None:
+            return float(self.hit)
+        return self.parts.get("accuracy")
+
+    @property
     def correctness(self) -> float:
-        """1 for a hit, 0 for a miss, the score where neither is defined; 0 for an answer that is not graded."""
-        return self.score or 0.0 if self.hit is None else float(self.hit)
+        """How right the answer is, the score where that is not defined; 0 for an answer that is not graded."""
+        return self.score or 0.0 if self.right is None else self.right
 
     @property
     def graded(self) -> bool:
@@ -136,11 +143,13 @@ class GeneratedRow(PromptRow):
 @dataclass(frozen=True, slots=True)
 class ScoredRow(PromptRow):
     """The answers to a prompt with their scores. A greedy answer stands first. `tags` group rows in the report
-    (`relation: left`); `model` names the model where a file holds several."""
+    (`relation: left`); `model` names the model where a file holds several; `look_box` is the part of the first image,
+    in thousandths, that an answer should look at, where the task says one."""
 
     answers: tuple[ScoredAnswer, ...]
     tags: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    look_box: tuple[float, float, float, float] | None = None
 
     @property
     def shown(self) -> ScoredAnswer:
@@ -214,6 +223,8 @@ def write_answers(path: Path, rows: Iterable[PromptRow]) -> None:
 def read_answers(path: Path, kind: type[AnswerRow], *, appending: bool = False) -> Iterator[AnswerRow]:
     """The rows of a file in order. `appending`: a last line without its line break is still being written, or torn by
     a kill, and is left out. Raises DataError that names file, row and field for a line that is no such row."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is not a regular file; name one of rows")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if appending and not line.endswith(b"\n"):

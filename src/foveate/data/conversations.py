@@ -98,10 +98,10 @@ def common_prompt(chosen: Any, rejected: Any) -> Any:
     return chosen[:same] or None
 
 
-def in_front(messages: Sequence[Message], images: int) -> tuple[Message, ...]:
-    """The messages with a mark per image in front of the first question."""
+def in_front(messages: Sequence[Message], images: int, tag: str = IMAGE_TAG) -> tuple[Message, ...]:
+    """The messages with a mark per image, or a `tag` of another kind, in front of the first question."""
     first = next(position for position, message in enumerate(messages) if message.role == "user")
-    asked = replace(messages[first], content=f"{IMAGE_TAG}\n" * images + messages[first].content)
+    asked = replace(messages[first], content=f"{tag}\n" * images + messages[first].content)
     return (*messages[:first], asked, *messages[first + 1 :])
 
 
@@ -169,7 +169,9 @@ def _part(part: Any, position: int) -> tuple[str, list[Any]]:
         given = {key: part[key] for key in part if key != "type" and part[key] is not None and part[key] != ""}
         return IMAGE_TAG, [given if any(key in given for key in _IMAGE_KEYS) else None]
     if kind == "video":
-        raise DataError(f"message {position} has a video as a part; give its frames as images, or in the column videos")
+        if any(part[key] not in (None, "") for key in part if key != "type"):
+            raise DataError(f"message {position} has a video as a part; name its file in the column videos")
+        return "<video>", []
     raise DataError(f"message {position} has a part that is neither text nor image: {shown(part)}")
 
 

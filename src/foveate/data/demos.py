@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.data.recognise import SCHEMA_FIELDS
 from foveate.records import Demo, Pair, Task
 
 RESPONSE = "response"
@@ -17,6 +18,13 @@ def demo_of(task: Task) -> Demo:
 def pair_of(task: Task) -> Pair:
     """The preference pair of a row: `extra_info.chosen` and `extra_info.rejected`. Use `check_pair` before."""
     return Pair(task, task.meta[CHOSEN], task.meta[REJECTED])
+
+
+def check_answered(task: Task) -> list[tuple[str, str]]:
+    """The fault of a row that neither is scored nor imitated, as (field, what is wrong): it has no answer at all."""
+    if task.answer is not None or any(task.meta.get(name) for name in (RESPONSE, CHOSEN)):
+        return []
+    return [(SCHEMA_FIELDS["answer"], "is missing; the row has no answer to be scored against")]
 
 
 def check_response(task: Task) -> list[tuple[str, str]]:

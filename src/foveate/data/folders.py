@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from foveate.data.sources import ArrowRows, ParquetRows, RowGroups, Source
 from foveate.data.text_rows import DELIMITERS, open_text
-from foveate.errors import DataError, one_line
+from foveate.errors import DataError, counted, one_line
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".jsonl", ".json", *DELIMITERS)
 SUFFIXES = (".parquet", ".arrow", *TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
@@ -22,6 +26,8 @@ _SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _SPLITS.items() for word in words}
+DEMO_DATA = "demo-data"
+"""The folder of the scenes that the shipped recipes for the demo read."""
 _SHARD = re.compile(r"(.+?)-\d+-of-\d+$")
 
 
@@ -32,10 +38,14 @@ def expand(path: Path) -> list[Path]:
     Raises DataError where there is nothing that can be read, and for a folder of several splits without a word which:
     test rows are never read along with training rows.
     """
-    if not path.exists() and "@" in path.name and (folder := path.with_name(path.name.rpartition("@")[0])).is_dir():
-        return _one_split(folder, path.name.rpartition("@")[2])
+    name, at, split = path.name.rpartition("@")
+    if not path.exists() and at and name and (folder := path.with_name(name)).is_dir():
+        return _one_split(folder, split)
     if not path.exists():
-        raise DataError(f"{path}: no such file; give a file ({', '.join(SUFFIXES)}) or a folder of a dataset")
+        hint = f"give a file ({', '.join(SUFFIXES)}) or a folder of a dataset"
+        if path.parent.name == DEMO_DATA:
+            hint = f"`foveate demo` makes it, or `foveate prepare shapes --out {path.parent}`"
+        raise DataError(f"{path}: no such file; {hint}")
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
             raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
@@ -56,8 +66,14 @@ def expand_splits(path: Path) -> dict[str, list[Path]]:
         return {str(split): expand(path / str(split)) for split in _listed(path / "dataset_dict.json", "splits")}
     if (path / "state.json").is_file():
         return {path.name: [path / str(entry["filename"]) for entry in _listed(path / "state.json", "_data_files")]}
-    for suffix in _IN_FOLDERS:
-        if files := sorted(file for file in path.rglob(f"*{suffix}") if file.is_file()):
+    for place, suffix in enumerate(_IN_FOLDERS):
+        if files := _rows_in(path, suffix):
+            if others := [file for other in _IN_FOLDERS[place + 1 :] for file in _rows_in(path, other)]:
+                _warn_once(
+                    f"{path}: read are its {counted(len(files), f'{suffix} file')} alone, and not "
+                    f"{', '.join(str(file.relative_to(path)) for file in others[:5])}"
+                    f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}; name files to read them"
+                )
             splits: dict[str, list[Path]] = {}
             for file in files:
                 splits.setdefault(_split_in(file, path), []).append(file)
@@ -66,6 +82,15 @@ def expand_splits(path: Path) -> dict[str, list[Path]]:
         f"{path}: a folder without files of rows ({', '.join(_IN_FOLDERS)}) and without the state.json or "
         "dataset_dict.json of datasets.save_to_disk; name the files"
     )
+
+
+def _rows_in(folder: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in folder.rglob(f"*{suffix}") if file.is_file())
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def split_name(file: Path) -> str:

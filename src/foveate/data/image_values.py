@@ -28,7 +28,6 @@ _SIGNATURES = re.compile(
     re.DOTALL,
 )
 _SUFFIX = re.compile(r"\.(?:jpe?g|jfif|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
-_VIDEO_SUFFIX = re.compile(r"\.(?:mp4|webm|mkv|avi|mov|m4v|mpe?g|flv|wmv)$", re.IGNORECASE)
 _SHOWN = 120
 
 
@@ -43,8 +42,10 @@ def image_source(value: Any) -> tuple[Path | bytes, tuple[str, ...]]:
         return _plain(value), ()
     for key in (*BYTES_KEYS, *PATH_KEYS):
         inner = value.get(key)
-        if isinstance(inner, Mapping) and key == "image_url":  # OpenAI's {image_url: {url}}
-            inner = inner.get("url")
+        if isinstance(inner, Mapping) and not any(isinstance(one, Mapping) for one in inner.values()):
+            if is_no_image(dict(inner)):
+                continue
+            return image_source(inner)  # OpenAI's {image_url: {url}}, or an image of its own: {image: {bytes}}
         if inner is None or (isinstance(inner, str | bytes) and not inner):
             continue
         found = decoded_base64(inner) if key in BYTES_KEYS and isinstance(inner, str) else _plain(inner)
@@ -76,11 +77,6 @@ def looks_like_image(value: Any) -> bool:
     if not isinstance(value, str):
         return False
     return value[:11].lower() == "data:image/" or _is_base64(value) or _SUFFIX.search(value[-6:]) is not None
-
-
-def is_video(path: str) -> bool:
-    """Whether a path is that of a video, by its suffix."""
-    return _VIDEO_SUFFIX.search(path[-6:]) is not None
 
 
 def decoded_base64(text: str) -> bytes:

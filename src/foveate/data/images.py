@@ -85,6 +85,11 @@ def inspect_image(value: Any, folders: Sequence[Path], max_pixels: int = MAX_PIX
     return Image(path=found, data=None, width=header.width, height=header.height), remarks + header.remarks
 
 
+def find_file(path: Path, folders: Sequence[Path]) -> Path:
+    """The file of a path, looked up in `folders`, in order, where it is relative. Raises DataError, without a place."""
+    return _find(path, folders)[0]
+
+
 def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
     places = [path] if path.is_absolute() else list(dict.fromkeys(folder / path for folder in folders))
     for place in places:
@@ -95,7 +100,7 @@ def _find(path: Path, folders: Sequence[Path]) -> tuple[Path, os.stat_result]:
         if stat.S_ISREG(about.st_mode):
             return place, about
     looked = "" if path.is_absolute() else f" (looked in {', '.join(str(place.parent) for place in places)})"
-    raise DataError(f"no such file: {shorten_source(path)}{looked}; mend the path or give the folder of the images")
+    raise DataError(f"no such file: {shorten_source(path)}{looked}; fix the path or give the folder of the images")
 
 
 @dataclass(frozen=True, slots=True)

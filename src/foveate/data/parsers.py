@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 from foveate.data.conversations import TURN_KEYS, are_messages, common_prompt, shown
@@ -34,7 +35,7 @@ from foveate.registry import suggestion
 TARGETS = {
     "prompt": "the question as text, or messages [{role, content}] or [{from, value}]",
     "images": "an image or a list of images: paths, bytes, base64, or mappings with one of them",
-    "videos": "the frames of a video, or a list of such lists: images as above",
+    "videos": "a video file or a list of them: paths, bytes, or mappings with one of them; or lists of frames",
     "answer": "the ground truth of the reward",
     "source": "the name of the dataset; without it the name of the file",
     "id": "a name of the row",
@@ -86,6 +87,15 @@ class RecognisedRows(Parser):
     mapping: Mapping[str, str] = field(default_factory=dict)
     grounding: GroundingRows = field(default_factory=GroundingRows)
 
+    def __post_init__(self) -> None:
+        for target, column in self.mapping.items():
+            near = get_close_matches(target, TARGETS, 1, 0.85)
+            if near and target not in TARGETS and target != column:
+                raise DataError(
+                    f"data.columns: {target} is no target; did you mean {near[0]}? Targets: {', '.join(TARGETS)}; "
+                    "other names become fields of extra_info, and must not be nearly one of these"
+                )
+
     def columns(self, names: Sequence[str]) -> list[str]:
         for target, column in self.mapping.items():
             if not column.startswith(CONSTANT) and (name := column.split(".")[0]) not in names:
@@ -103,10 +113,6 @@ class RecognisedRows(Parser):
             )
         if not self._takes("chosen") and ("chosen" in roles.candidates) != ("rejected" in roles.candidates):
             raise DataError(f"{given}; a preference pair needs both chosen and rejected")
-        if self.mapping and not {"answer", "response", "chosen", "sent"} & {*roles.candidates, *names}:
-            talk = {"conversations", "conversation", "messages"} & {*roles.candidates.get("prompt", ())}
-            if not talk:
-                raise DataError(f"{given}, but none of answer (for RL), response (for SFT) and chosen (for MPO)")
         return list(names)
 
     def must_look(self, names: Sequence[str] | None) -> bool:
@@ -171,6 +177,8 @@ class RecognisedRows(Parser):
         )  # fmt: skip
         if any(not problem.warning for problem in told):
             task = None
+        if task is not None and "reward_model" not in raw and _is_trl_prompt(used, values, self.mapping):
+            task = replace(task, conversational=True)
         return task, [self._renamed(problem, used) for problem in problems] + told
 
     def _grounded(self, raw: Mapping[str, Any], place: Place) -> Parsed:
@@ -258,7 +266,7 @@ def _schema_row(
         "data_source": values.get("source", place.name),
         "prompt": _prompt(raw, values, extra),
         "images": _listed(values.get("images")),
-        "videos": values.get("videos"),
+        "videos": _listed(values.get("videos")),
         "reward_model": {"ground_truth": values.get("answer")},
         "extra_info": info,
         "ability": values.get("ability"),
@@ -350,6 +358,13 @@ def _listed(value: Any) -> Any:
     """A list that was written as text, as cells of tables have it; anything else as it is."""
     found = read_literal(value) if isinstance(value, str) and value[:1] == "[" and value[-1:] == "]" else None
     return found if isinstance(found, list) else value
+
+
+def _is_trl_prompt(used: Mapping[str, str], values: Mapping[str, Any], mapping: Mapping[str, str]) -> bool:
+    """Whether a prompt is a list of messages in the column that TRL reads, or in one that is mapped to it."""
+    prompt = values.get("prompt")
+    named = used.get("prompt") == "prompt" or "prompt" in mapping
+    return named and isinstance(prompt, list) and are_messages(prompt) and "role" in prompt[0]
 
 
 def _ends_with_answer(prompt: Any) -> bool:

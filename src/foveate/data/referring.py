@@ -304,7 +304,7 @@ def _numbers(value: Any) -> list[float] | None:
     if isinstance(value, str) and value.startswith("[") and len(value) < 200:
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     numbers = value if isinstance(value, list) else []
     return [float(n) for n in numbers] if len(numbers) == 4 and all(map(_is_real, numbers)) else None

@@ -5,6 +5,7 @@ Nothing here raises for bad data: faults are collected, so that a whole dataset 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,16 +23,16 @@ from foveate.data.conversations import (
     shown,
     valid_unicode,
 )
-from foveate.data.image_values import is_no_image, is_video, shorten_source
+from foveate.data.image_values import is_no_image
 from foveate.data.images import inspect_image
+from foveate.data.video_values import inspect_video_entry, is_video_entry
 from foveate.errors import DataError, join_where
-from foveate.records import Image, Message, Task
+from foveate.records import Image, Message, Task, Video
 
 Field = TypeVar("Field")
 
 VIDEO_TAG = "<video>"
 MAX_PROBLEM_LENGTH = 500  # characters of what is told about a problem: values are quoted, and they may be anything
-IMITATED = ("response", "chosen")  # fields of extra_info that stand in for a ground truth
 
 Parsed = tuple["Task | None", "list[Problem]"]
 """The task of a row and what is told of it, or None and its problems."""
@@ -111,6 +112,12 @@ class Faults:
         self.remark(field, found[1] if found else ())
         return found[0] if found else None
 
+    def video(self, field: str, value: Any) -> Video | None:
+        """One video file, or None where it is faulty."""
+        found = self.attempt(field, inspect_video_entry, value, self.place.folders, self.place.max_pixels)
+        self.remark(field, found[1] if found else ())
+        return found[0] if found else None
+
     def images(self, field: str, value: Any) -> list[Image | None]:
         """The images of a column: one entry per value of it, None where it is faulty."""
         values = value if isinstance(value, list) else [] if is_no_image(value) else [value]
@@ -132,11 +139,11 @@ def parse_row(row: Mapping[str, Any], place: Place, *, marks_in_front: bool = Fa
 
     The answer is `reward_model.ground_truth` as stored, of messages their text. `extra_info`, without its nulls,
     becomes `meta`, and `ability` joins it. A last turn of the assistant is never part of the prompt: it becomes
-    `meta["response"]`. A response is the answer, too, where no other one is given; a pair needs no answer. The id is
-    `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
+    `meta["response"]`. A response is the answer, too, where no other one is given; without any, and of NaN, it
+    is None. The id is `extra_info.id`, else the file's name and the row. `system` is a system message to put in front.
 
     marks_in_front: a prompt without any `<image>` mark gets one per image in front of its first question, as data
-    have it whose images stand in a column alone.
+    have it whose images stand in a column alone; and so for `<video>`, where no video is a list of frames.
     """
     faults = Faults(place)
     source = faults.attempt("data_source", text_of, row.get("data_source"))
@@ -149,13 +156,17 @@ def parse_row(row: Mapping[str, Any], place: Place, *, marks_in_front: bool = Fa
         faults.remark("prompt", conversation.remarks)
         meta = _imitated(faults, meta, conversation)
         messages, images = _placed(faults, conversation, images, marks_in_front)
+        if marks_in_front and videos and not any(VIDEO_TAG in message.content for message in messages):
+            messages = in_front(messages, len(videos), VIDEO_TAG)
         if not faults.problems:
             messages, images = faults.attempt("videos", with_frames, messages, images, videos) or ((), [])
     truth = _ground_truth(faults, row, meta, conversation)
     if faults.problems or source is None or conversation is None:
         return None, faults.problems + faults.remarks
     task_id = str(meta.get("id", f"{place.name}-{place.row}"))
-    return Task(task_id, source, messages, tuple(filter(None, images)), truth, meta, str(place)), faults.remarks
+    files = tuple(video for video in videos if isinstance(video, Video))
+    task = Task(task_id, source, messages, tuple(filter(None, images)), truth, meta, str(place), files)
+    return task, faults.remarks
 
 
 def text_of(value: Any) -> str:
@@ -165,19 +176,17 @@ def text_of(value: Any) -> str:
     return valid_unicode(value)
 
 
-def _videos(faults: Faults, value: Any) -> list[list[Image | None]]:
-    """The frames of each video of a row; of a single one, a list of its frames is enough."""
+def _videos(faults: Faults, value: Any) -> list[Video | list[Image | None]]:
+    """The videos of a row: files, or the frames of each; of a single one, a list of its frames is enough."""
     if is_no_image(value):
         return []
     values = value if isinstance(value, list) else [value]
-    for video in values:
-        if isinstance(path := video.get("path") if isinstance(video, Mapping) else video, str) and is_video(path):
-            faults.add(
-                "videos", f"{shorten_source(path)} is a video file, which is not decoded; give its frames as images"
-            )
-            return []
-    several = values if all(isinstance(video, list) for video in values) else [values]
-    return [faults.images("videos", video) for video in several]
+    if not all(isinstance(video, list) or is_video_entry(video) for video in values):
+        return [faults.images("videos", values)]
+    found = [
+        faults.images("videos", video) if isinstance(video, list) else faults.video("videos", video) for video in values
+    ]
+    return [video for video in found if video is not None]  # else the row is faulty
 
 
 def _imitated(faults: Faults, meta: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
@@ -204,9 +213,7 @@ def _ground_truth(faults: Faults, row: Mapping[str, Any], meta: dict[str, Any], 
         return meta["response"]
     if talk is not None and are_messages(truth):
         return faults.attempt("reward_model.ground_truth", answer_text, truth, talk.messages)
-    if truth is None and not any(meta.get(name) for name in IMITATED):
-        faults.add("reward_model.ground_truth", "is missing; the row has no answer to be scored against")
-    return truth
+    return None if isinstance(truth, float) and math.isnan(truth) else truth
 
 
 def _meta(extra_info: Any, ability: Any) -> dict[str, Any]:
@@ -234,11 +241,11 @@ def _placed(
 
 
 def with_frames(
-    messages: Sequence[Message], images: Sequence[Image | None], videos: Sequence[Sequence[Image | None]]
+    messages: Sequence[Message], images: Sequence[Image | None], videos: Sequence[Video | Sequence[Image | None]]
 ) -> tuple[tuple[Message, ...], list[Image | None]]:
     """Messages and images with the frames of every video at its mark: `Frame1: <image>`, `Frame2: <image>`, ... one a
-    line. Raises DataError, without a place, for another number of marks than of images or videos, and for a video
-    without frames."""
+    line; the mark of a video file stays. Raises DataError, without a place, for another number of marks than of images
+    or videos, and for a video without frames."""
     found = [mark for message in messages for mark in _MEDIA_TAG.findall(message.content)]
     if not videos and found == [IMAGE_TAG] * len(images):
         return tuple(messages), [*images]
@@ -255,6 +262,8 @@ def with_frames(
             placed.append(next(stills))
             return match[0]
         frames = next(clips)
+        if isinstance(frames, Video):
+            return match[0]
         placed.extend(frames)
         return "\n".join(f"Frame{number}: <image>" for number in range(1, len(frames) + 1))
 

@@ -24,6 +24,8 @@ MOST_CHARACTERS = 2**20
 """Of a list or mapping in a cell of text."""
 
 MOST_ROWS = 2**30
+SANE_ROWS, SANE_RATIO = 2**22, 200
+"""A file of more rows than that, and than so many times its bytes, is refused: it holds none."""
 _DAMAGED = (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError, SystemError)
 """The errors of pyarrow for a file that is damaged."""
 
@@ -121,6 +123,9 @@ class ParquetRows(Source):
             raise DataError(f"{path}: cannot be read as parquet ({one_line(error)})") from error
         if min(counts, default=0) < 0 or sum(counts) > MOST_ROWS:
             raise DataError(f"{path}: cannot be read as parquet (it says that it has {sum(counts)} rows)")
+        if sum(counts) > max(SANE_ROWS, SANE_RATIO * path.stat().st_size):
+            size = path.stat().st_size
+            raise DataError(f"{path}: {sum(counts):,} rows in {size:,} bytes; rows of nothing are not read")
         self.columns = list(self.file.schema_arrow.names if columns is None else columns)
         self.ends = list(accumulate(counts))
 

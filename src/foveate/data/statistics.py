@@ -37,12 +37,13 @@ def row_facts(task: Task, length: Callable[[Task], int] | None = None) -> RowFac
     answers = [task.meta.get(name) for name in (*ANSWER_FIELDS, "rejected")]
     images = tuple(map(_image_fingerprint, task.images))
     said = [(message.role, message.content) for message in task.messages]
+    videos = tuple(map(_image_fingerprint, task.videos))
     written = next((text for text in answers if isinstance(text, str)), None) or task.answer
     return RowFacts(
         source=task.source,
         prompt=sum(len(content) for _, content in said) if length is None else length(task),
         answer=0 if written is None else len(str(written)),
-        row=_fingerprint(repr((said, images, task.answer, answers)).encode("utf-8", "backslashreplace")),
+        row=_fingerprint(repr((said, images + videos, task.answer, answers)).encode("utf-8", "backslashreplace")),
         id=_fingerprint(task.id.encode("utf-8", "backslashreplace")),
         images=images,
         sizes=tuple((image.width, image.height) for image in task.images),

@@ -78,7 +78,15 @@ class Stream:
         places = self.coming(self.batch if count is None else count)
         for place in places:
             self.finish(place)
-        return [int(self._order(place // self.length)[place % self.length]) for place in places]
+        return [self.row(place) for place in places]
+
+    def row(self, place: int) -> int:
+        """The row at a place."""
+        return int(self._order(place // self.length)[place % self.length])
+
+    def metrics(self) -> dict[str, float]:
+        """The epochs taken so far, with their fraction."""
+        return {"data/epoch": self.epoch}
 
     def coming(self, count: int) -> list[int]:
         """The places of the next `count` rows: row i of epoch e has place e * length + i."""
@@ -118,7 +126,8 @@ class Stream:
         self.position, self._beyond = state["position"], frozenset(state.get("beyond", ()))
 
     def _order(self, epoch: int) -> np.ndarray:
-        if self._ordered is None or self._ordered[0] != epoch:
+        ordered = self._ordered
+        if ordered is None or ordered[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch))
             rows = np.concatenate([_drawn(rng, rows, share) for rows, share in self._rows])
             curriculum = self._curriculum
@@ -127,12 +136,12 @@ class Stream:
                 order = np.lexsort((rng.random(len(rows)), place))
             else:
                 order = rng.permutation(len(rows))
-            self._ordered = epoch, rows[order]
-        return self._ordered[1]
+            self._ordered = ordered = epoch, rows[order]
+        return ordered[1]
 
 
 class AdaptiveStream(Stream):
-    """A stream whose order depends on what its tasks scored, by overriding `adapt`.
+    """A stream whose order depends on what its tasks scored, by overriding `adapt`. A place is the number of a draw.
 
     Observations take effect at the step boundary, that is with the next `draw`, and in the order of the tasks, however
     their answers happened to finish. Those that wait are part of the state. Streams are copied to look ahead: `adapt`
@@ -148,10 +157,14 @@ class AdaptiveStream(Stream):
         """Take in what tasks scored: their places, in order, with their scores."""
         raise NotImplementedError
 
-    def draw(self, count: int | None = None) -> list[int]:
+    def take_in_observed(self) -> None:
+        """Adapt to what was observed since the last draw."""
         if self._observed:
             self.adapt(sorted(self._observed.items()))
             self._observed = {}
+
+    def draw(self, count: int | None = None) -> list[int]:
+        self.take_in_observed()
         return super().draw(count)
 
     def state(self) -> dict[str, Any]:

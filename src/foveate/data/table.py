@@ -67,14 +67,21 @@ def write_rows(
     `schema`, and DiskError where the file cannot be written.
     """
     count = 0
-    options = {"compression": "zstd", "write_statistics": False}
     _require_children(path, schema)
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
+    with atomic_path(path) as temporary, _writer(path, temporary, schema) as writer:
         for group in _groups(rows):
             writer.write_table(_table(path, group, count, schema))
             count += len(group)
             advance(len(group))
     return count
+
+
+def _writer(path: Path, temporary: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    try:
+        return pq.ParquetWriter(temporary, schema, compression="zstd", write_statistics=False)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, UnicodeEncodeError) as error:
+        what = f"a column that parquet cannot hold ({one_line(error)}); leave it out, or write it as text"
+        raise DataError(f"{path}: {what}") from error
 
 
 def _require_children(path: Path, schema: pa.Schema) -> None:
@@ -117,7 +124,13 @@ def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schem
     ready = [{**row, "images": [_image_entry(image) for image in row["images"]]} for row in group]
     try:
         return pa.Table.from_pylist(ready, schema=schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, OverflowError) as error:
+    except (
+        pa.ArrowInvalid,
+        pa.ArrowTypeError,
+        pa.ArrowNotImplementedError,
+        UnicodeEncodeError,
+        OverflowError,
+    ) as error:
         raise DataError(f"{path}, rows {first}..{first + len(group) - 1}: {one_line(error)}") from error
 
 
@@ -199,6 +212,12 @@ class TaskTable:
         """For each row the index of its path among those that `open_tasks` was given, int64 (rows,)."""
         paths = np.array([file.path for file in self._files], dtype=np.int64)
         return paths[np.searchsorted(self._ends, self._kept, side="right")]
+
+    def source_names(self) -> list[str]:
+        """The `data_source` of every row."""
+        if self.statistics is None:
+            return [task.source for task in self]
+        return [self.statistics.sources[number] for number in self.statistics.rows_R5[:, 0].tolist()]
 
     def described(self) -> list[str]:
         """The form of the rows, and what is read from where: a line for each file, and one for files that are alike."""

@@ -35,6 +35,7 @@ SANE_BYTES, SANE_RATIO = 2**30, 200
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 _BOM = b"\xef\xbb\xbf"
+_SOMETHING = re.compile(rb"\S")
 _STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]', re.DOTALL)
 _ARRAY_BEGINS = re.compile(rb"\[\s*(?:\{|$)")
 _OPENING, _CLOSING = frozenset(b"[{"), frozenset(b"]}")
@@ -158,13 +159,15 @@ class JsonlRows(TextRows):
 
     def _spans(self, file: BinaryIO) -> Iterator[Span]:
         text, size = _mapped(file)
-        begin, number = 0, 0
-        while begin < size:
-            number += 1
-            end = text.find(b"\n", begin) + 1 or size
-            if text[begin : min(end, begin + 4096)].strip() or text[begin:end].strip():
-                yield begin, end, number
-            begin = end
+        begin, number = 0, 1
+        while found := _SOMETHING.search(text, begin):
+            place = found.start()
+            for start in range(begin, place, 2**20):  # blank lines, however many
+                number += text[start : min(start + 2**20, place)].count(b"\n")
+            begin = max(begin, text.rfind(b"\n", begin, place) + 1)
+            end = text.find(b"\n", place) + 1 or size
+            yield begin, end, number
+            begin, number = end, number + 1
 
     def _row(self, data: bytes) -> Raw:
         return _parsed(data)

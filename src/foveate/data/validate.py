@@ -164,11 +164,11 @@ def raise_on_bad_rows(table: TaskTable, found: ValidationReport, on_bad_row: OnB
     if problems and (missing := _missing_column(table, problems, mapping)):
         raise DataError(missing)
     if problems and on_bad_row == "error":
-        lines = _grouped(problems)
+        lines = grouped(problems)
         more = f"; and {counted(len(lines) - 1, 'more problem')}" if len(lines) > 1 else ""
         for line in lines[:LISTED] if more else []:
             logger.error("%s", line)
-        hint = "mend the data (`foveate data check` lists all problems), or leave such rows out with --on-bad-row skip"
+        hint = "fix the data (`foveate data check` lists all problems), or leave such rows out with --on-bad-row skip"
         remedy = f"take it from another column: --column {mapping}; " if mapping else ""
         raise DataError(f"{lines[0]}{more} ({remedy}{hint})")
     if not found.kept:
@@ -183,7 +183,8 @@ def _missing_column(table: TaskTable, problems: Sequence[Problem], mapping: str)
     for role in ("answer", "response", "chosen", "rejected"):
         field = SCHEMA_FIELDS[role]
         if rows[field] >= len(table) and not any(value is not None for value in table.values(field)):
-            need = next(problem for problem in problems if problem.field == field).what.partition("; ")[2]
+            what = next(problem for problem in problems if problem.field == field).what
+            need = what.partition("; ")[2] or what
             column = mapping.partition("=")[2] if mapping.startswith(f"{role}=") else "COLUMN"
             return (
                 f"{table.names}: no column holds the {role} ({need}); the columns are {', '.join(table.columns)}; name "
@@ -192,7 +193,7 @@ def _missing_column(table: TaskTable, problems: Sequence[Problem], mapping: str)
     return ""
 
 
-def _grouped(problems: Sequence[Problem]) -> list[str]:
+def grouped(problems: Sequence[Problem]) -> list[str]:
     """Problems as lines, one for those that are the same in several rows."""
     counts = Counter((problem.field, problem.what) for problem in problems)
     first = {(problem.field, problem.what): problem for problem in reversed(problems)}

@@ -18,19 +18,33 @@ from foveate.records import Task
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Which rows stay. accuracy: the share of right answers, both ends included (MMPR-Tiny: 0.2 to 0.8); answers: the
-    fewest answers that tell it; prompt_tokens: the longest prompt, images included; short_side, long_side: the fewest
-    pixels of the shorter and the most of the longer side of every image. None leaves a measure out."""
+    fewest answers that tell it; gap: pass@N less pass@1 (`gap_of`), both ends included; prompt_tokens: the longest
+    prompt, images included; short_side, long_side: the fewest pixels of the shorter and the most of the longer side of
+    every image. None leaves a measure out."""
 
     accuracy: tuple[float, float] | None = None
     answers: int = 1
     prompt_tokens: int | None = None
     short_side: int | None = None
     long_side: int | None = None
+    gap: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        if self.accuracy is not None:
-            low, high = self.accuracy
-            require(0 <= low <= high <= 1, f"setting accuracy: must be two growing numbers in 0..1, not {low}, {high}")
+        for name, bounds in (("accuracy", self.accuracy), ("gap", self.gap)):
+            low, high = bounds or (0.0, 1.0)
+            require(0 <= low <= high <= 1, f"setting {name}: must be two growing numbers in 0..1, not {low}, {high}")
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the answers of a model tell which rows stay."""
+        return self.accuracy is not None or self.gap is not None
+
+
+def gap_of(accuracy: float) -> float:
+    """Pass@N less pass@1 of a row, where N is the number of its answers: what there is to gain by answering as well
+    every time as the best of N. 0 for a row that is never right, or always (LLaVA-OneVision-1.5-RL, arXiv
+    2509.23661)."""
+    return 1.0 - accuracy if accuracy > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +73,20 @@ def prepare_filter(
     """The rows within `limits` as NAME.parquet with a manifest, in the order of the sources.
 
     length: the number of prompt tokens of a task (`Encoder.length`), for limits.prompt_tokens. rollouts: see
-    `answers_by_id`, for limits.accuracy; rows without answers are left out. Then extra_info.accuracy and
+    `answers_by_id`, for limits.accuracy and limits.gap; rows without answers are left out. Then extra_info.accuracy and
     extra_info.answers are added, which a curriculum can go by. Raises DataError for limits that nothing can measure,
     bad rows, ids that are not unique, and if no row is left.
     """
     require(Path(name).name == name, f"setting name: {name!r} is no name of a file")
-    require(limits.accuracy is None or bool(rollouts), "a limit on accuracy needs the rollouts of a model")
+    require(not limits.needs_answers or bool(rollouts), "a limit on accuracy or gap needs the rollouts of a model")
     require(limits.prompt_tokens is None or length is not None, "a limit on prompt tokens needs a model folder")
     table, found = reading(sources, measure=TaskSizes(length))
     counts = {"rows read": len(table)}
     kept = _by_size(found.measures, limits, counts)
     accuracy: dict[str, dict[str, Any]] = {}
-    if limits.accuracy is not None:
+    if limits.needs_answers:
         accuracy = {
-            key: _accuracy(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items() if answers
+            key: accuracy_of(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items() if answers
         }
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({shown_counts(counts)})")
@@ -107,7 +121,8 @@ def _by_size(measures: Sequence[Any], limits: Limits, counts: dict[str, int]) ->
     return kept
 
 
-def _accuracy(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:
+def accuracy_of(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:
+    """The share of right answers of a row, and how many there are."""
     return {"accuracy": sum(map(correctness_rule, answers)) / len(answers), "answers": len(answers)}
 
 
@@ -118,10 +133,11 @@ def _by_accuracy(
     limits: Limits,
     counts: dict[str, int],
 ) -> list[int]:
-    assert limits.accuracy is not None
-    low, high = limits.accuracy
+    low, high = limits.accuracy or (0.0, 1.0)
+    least, most = limits.gap or (0.0, 1.0)
     part = table.select(rows)
     reasons = {"without enough answers": 0, "too hard": 0, "too easy": 0}
+    reasons |= {"too small a gap": 0, "too large a gap": 0} if limits.gap else {}
     kept = []
     for task_id, position in rows_by_id(part).items():
         known = accuracy.get(task_id)
@@ -131,6 +147,10 @@ def _by_accuracy(
             reasons["too hard"] += 1
         elif known["accuracy"] > high:
             reasons["too easy"] += 1
+        elif gap_of(known["accuracy"]) < least:
+            reasons["too small a gap"] += 1
+        elif gap_of(known["accuracy"]) > most:
+            reasons["too large a gap"] += 1
         else:
             kept.append(rows[position])
     counts.update(reasons)

@@ -19,7 +19,8 @@ from foveate.data.rows import Problem
 from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.errors import DataError, one_line, require
+from foveate.data.videos import refuse_videos
+from foveate.errors import DataError, one_line, printable, require
 from foveate.files import atomic_write_text, sha256
 from foveate.log import progress
 from foveate.records import Image, Task
@@ -130,6 +131,7 @@ def _earlier(out: Path) -> list[str]:
 def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]:
     """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
     `images` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
+    refuse_videos(task, "a prepared dataset")
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
@@ -178,6 +180,9 @@ def _types(rows: Sequence[dict[str, Any]], where: str) -> pa.Schema:
     names = dict.fromkeys(name for row in rows for name in row["extra_info"])
     columns = {f"extra.{name}": [row["extra_info"].get(name) for row in rows] for name in names}
     columns["answer"] = [row["reward_model"]["ground_truth"] for row in rows]
+    for name in columns:
+        if (shown := printable(name)) != name:
+            raise DataError(f"{where}, extra_info: a field is called {shown[6:66]!r}, which is no text; rename it")
     return pa.schema([(name, _type(name, values, where)) for name, values in columns.items()])
 
 
@@ -185,7 +190,7 @@ def _type(name: str, values: list[Any], where: str) -> pa.DataType:
     field = "reward_model.ground_truth" if name == "answer" else name.replace("extra.", "extra_info.", 1)
     try:
         return pa.array(values).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, UnicodeEncodeError) as error:
         raise DataError(_of_different_types(where, f"field {field}", error)) from error
     except OverflowError as error:
         raise DataError(f"{where}, field {field}: a whole number of more than 64 bits; write it as text") from error

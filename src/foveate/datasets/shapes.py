@@ -211,16 +211,18 @@ def prepare_shapes(
 # ------------------------------------------------------------------------------------------------ the three kinds
 
 
-def _background(rng: np.random.Generator) -> tuple[int, int, int]:
+def light_background(rng: np.random.Generator) -> tuple[int, int, int]:
+    """A light colour, on which every shape can be seen."""
     shade = rng.integers(225, 256, size=3)
     return int(shade[0]), int(shade[1]), int(shade[2])
 
 
-def _radius(rng: np.random.Generator, side: int, low: float, high: float) -> int:
+def radius_of(rng: np.random.Generator, side: int, low: float, high: float) -> int:
+    """A half-width in pixels, between two shares of the picture's side."""
     return round(side * rng.uniform(low, high))
 
 
-def _place(rng: np.random.Generator, side: int, radii: list[int]) -> list[tuple[int, int]] | None:
+def place_apart(rng: np.random.Generator, side: int, radii: list[int]) -> list[tuple[int, int]] | None:
     """Centres for disjoint squares with the given half-widths, all inside the picture; None if unlucky."""
     gap = max(2, side // 40)
     centres: list[tuple[int, int]] = []
@@ -236,7 +238,7 @@ def _place(rng: np.random.Generator, side: int, radii: list[int]) -> list[tuple[
     return centres
 
 
-def _other(rng: np.random.Generator, used: set[tuple[str, str]]) -> tuple[str, str]:
+def other_look(rng: np.random.Generator, used: set[tuple[str, str]]) -> tuple[str, str]:
     """A (colour, shape) that no object has yet."""
     free = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in used]
     choice = free[int(rng.integers(len(free)))]
@@ -257,9 +259,9 @@ def _pair(rng: np.random.Generator, side: int) -> Scene | None:
     """Two like objects, clearly apart along the axis of the relation and clearly different in size, one distractor."""
     relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
     used: set[tuple[str, str]] = set()
-    colour, shape = _other(rng, used)
-    radii = [_radius(rng, side, 0.15, 0.2), _radius(rng, side, 0.09, 0.125), _radius(rng, side, 0.09, 0.16)]
-    centres = _place(rng, side, radii)
+    colour, shape = other_look(rng, used)
+    radii = [radius_of(rng, side, 0.15, 0.2), radius_of(rng, side, 0.09, 0.125), radius_of(rng, side, 0.09, 0.16)]
+    centres = place_apart(rng, side, radii)
     if centres is None:
         return None
     axis = 0 if relation in ("left", "right") else 1
@@ -267,50 +269,50 @@ def _pair(rng: np.random.Generator, side: int) -> Scene | None:
         return None
     first = 0 if centres[0][axis] < centres[1][axis] else 1
     target = first if relation in ("left", "top") else 1 - first
-    distractor = _other(rng, used)
+    distractor = other_look(rng, used)
     looks = [(colour, shape), (colour, shape), distractor]
     shapes, where = _shuffled(rng, looks, centres, radii)
     expression = f"the {relation} {colour} {shape}"
-    return Scene(side, _background(rng), shapes, expression, "pair", relation, where[target], where[0])
+    return Scene(side, light_background(rng), shapes, expression, "pair", relation, where[target], where[0])
 
 
 def _attribute(rng: np.random.Generator, side: int) -> Scene | None:
     """An object named by colour and shape, and by size where a like one of the other size is there too."""
     used: set[tuple[str, str]] = set()
-    target_look = _other(rng, used)
+    target_look = other_look(rng, used)
     with_twin = bool(rng.integers(2))
     big = bool(rng.integers(2))
     sizes = {True: (0.15, 0.2), False: (0.09, 0.125)}
-    looks = [target_look, target_look if with_twin else _other(rng, used), _other(rng, used)]
-    radii = [_radius(rng, side, *sizes[big]), _radius(rng, side, *sizes[not big]), _radius(rng, side, 0.09, 0.16)]
-    centres = _place(rng, side, radii)
+    looks = [target_look, target_look if with_twin else other_look(rng, used), other_look(rng, used)]
+    radii = [radius_of(rng, side, *sizes[big]), radius_of(rng, side, *sizes[not big]), radius_of(rng, side, 0.09, 0.16)]
+    centres = place_apart(rng, side, radii)
     if centres is None:
         return None
     shapes, where = _shuffled(rng, looks, centres, radii)
     size_word = f"{_SIZE_WORDS[big]} " if with_twin else ""
     expression = f"the {size_word}{target_look[0]} {target_look[1]}"
-    return Scene(side, _background(rng), shapes, expression, "attribute", "", where[0], -1)
+    return Scene(side, light_background(rng), shapes, expression, "attribute", "", where[0], -1)
 
 
 def _single(rng: np.random.Generator, side: int) -> Scene | None:
     """One object, named by colour and shape."""
-    colour, shape = _other(rng, set())
-    radius = _radius(rng, side, 0.09, 0.2)
-    centres = _place(rng, side, [radius])
+    colour, shape = other_look(rng, set())
+    radius = radius_of(rng, side, 0.09, 0.2)
+    centres = place_apart(rng, side, [radius])
     if centres is None:
         return None
     (x, y), *_ = centres
     shapes = (Shape(shape, colour, x, y, radius),)
-    return Scene(side, _background(rng), shapes, f"the {colour} {shape}", "single", "", 0, -1)
+    return Scene(side, light_background(rng), shapes, f"the {colour} {shape}", "single", "", 0, -1)
 
 
 def _relation(rng: np.random.Generator, side: int) -> Scene | None:
     """Two like objects, of which exactly one stands on the named side of a third."""
     relation = RELATIONS[int(rng.integers(len(RELATIONS)))]
     used: set[tuple[str, str]] = set()
-    look, anchor_look = _other(rng, used), _other(rng, used)
-    radii = [_radius(rng, side, 0.09, 0.16) for _ in range(3)]
-    centres = _place(rng, side, radii)
+    look, anchor_look = other_look(rng, used), other_look(rng, used)
+    radii = [radius_of(rng, side, 0.09, 0.16) for _ in range(3)]
+    centres = place_apart(rng, side, radii)
     if centres is None:
         return None
     axis = 0 if relation in ("left", "right") else 1
@@ -322,4 +324,4 @@ def _relation(rng: np.random.Generator, side: int) -> Scene | None:
     looks = [look, look, anchor_look]
     shapes, where = _shuffled(rng, looks, centres, radii)
     expression = f"the {look[0]} {look[1]} {_BESIDE[relation]} the {anchor_look[0]} {anchor_look[1]}"
-    return Scene(side, _background(rng), shapes, expression, "relation", relation, where[0], -1)
+    return Scene(side, light_background(rng), shapes, expression, "relation", relation, where[0], -1)

@@ -1,15 +1,17 @@
 """Scenes whose question hangs on a glyph that is too small for one tile: a task for a tool that looks closer.
 
 A scene has coloured plates with a digit each; the question asks for the digit on one of them. Its rows for supervised
-training teach to write calls of `zoom` and to read what it shows, without an error in any of them. Three kinds are
+training teach to write calls of `zoom` and to read what it shows, without an error in any of them. Four kinds are
 mixed: `read` shows one large plate and is answered at once; `place` names the box to look at; `search` asks as the task
-does and looks at the right plate. Where to look is left to reinforcement learning but for the share of `search`.
+does and looks at the right plate; `direct` is an ordinary question with its answer, as data without tools have them.
+Where to look is left to reinforcement learning but for the share of `search`, and when to look where there are `direct`
+ones, too: their answers are right, but too small to be seen.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,20 @@ from PIL import Image, ImageDraw
 from foveate.datasets.shapes import COLOURS
 from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
+from foveate.environments.look import LOOK_BOX
 from foveate.environments.observe import encoded
 from foveate.environments.screen import draw_text
 from foveate.environments.tool_use import ToolUse
+from foveate.errors import ConfigError
 
 ASKED = "<image>\nWhich digit is on the {} plate?"
 ASKED_AT = "<image>\nWhich digit is at {}?"
 GRID, PLATES = 4, 4
-"""Cells of a scene along each side, and how many of them have a plate."""
+"""Cells of a scene along each side, unless said otherwise, and how many of them have a plate."""
+READ, SEARCH = 0.4, 0.2
+"""Shares of the traces that read one large plate, and that search, unless said otherwise."""
+_AROUND = 0.35
+"""A named place reaches beyond its plate by up to this share of its side, too little to show another digit."""
 _GLYPH = 40
 """A glyph of 11 pixels stands in a picture of this many times its height."""
 
@@ -64,7 +72,11 @@ class PlateScene:
     @property
     def box(self) -> list[int]:
         """The plate that is asked for, in thousandths of the sides."""
-        return [round(1000 * value / self.side) for value in self.asked.box]
+        return self.in_thousandths(self.asked.box)
+
+    def in_thousandths(self, box: Sequence[float]) -> list[int]:
+        """A box in pixels of this scene, in thousandths of its sides."""
+        return [round(1000 * value / self.side) for value in box]
 
 
 def draw_plates(scene: PlateScene) -> Image.Image:
@@ -80,18 +92,19 @@ def draw_plates(scene: PlateScene) -> Image.Image:
     return image
 
 
-def make_plates(rng: np.random.Generator, side: int, plates: int = PLATES) -> PlateScene:
-    """A random scene with plates in cells of a grid; with one plate, a large one."""
+def make_plates(rng: np.random.Generator, side: int, plates: int = PLATES, cells: int = GRID) -> PlateScene:
+    """A random scene with plates in cells of a grid of `cells` x `cells`; with one plate, a large one."""
     colours = [str(colour) for colour in rng.choice([*COLOURS], plates, replace=False)]
     shade = int(rng.integers(225, 256))
     glyph = max(side // _GLYPH, 11)
     if plates == 1:
-        half, glyph = round(side * rng.uniform(0.25, 0.45)), round(side * rng.uniform(0.17, 0.25))
+        glyph = round(side * rng.uniform(0.1, 0.25))
+        half = round(max(side * rng.uniform(0.15, 0.45), 0.8 * glyph))
         x, y = (int(rng.integers(half, side - half + 1)) for _ in range(2))
         boxes = [(x - half, y - half, x + half, y + half)]
     else:
-        cells = rng.choice(GRID * GRID, plates, replace=False)
-        boxes = [_in_cell(rng, int(cell) % GRID, int(cell) // GRID, side // GRID) for cell in cells]
+        taken = rng.choice(cells * cells, plates, replace=False)
+        boxes = [_in_cell(rng, int(cell) % cells, int(cell) // cells, side // cells) for cell in taken]
     drawn = [Plate(colour, int(rng.integers(10)), box) for colour, box in zip(colours, boxes, strict=True)]
     return PlateScene(side, shade, tuple(drawn), int(rng.integers(plates)), glyph)
 
@@ -102,13 +115,21 @@ def _in_cell(rng: np.random.Generator, column: int, row: int, cell: int) -> tupl
     return x, y, x + size, y + size
 
 
-def plate_scenes(seed: int, split: str, count: int, side: int) -> Iterator[PlateScene]:
+def _around(rng: np.random.Generator, scene: PlateScene) -> list[int]:
+    """A box, in thousandths, that shows the plate that is asked for with some of what is around it."""
+    left, top, right, bottom = scene.asked.box
+    less, more = (rng.uniform(0, _AROUND, 2) * (right - left) for _ in range(2))
+    box = (left - less[0], top - less[1], right + more[0], bottom + more[1])
+    return scene.in_thousandths([min(max(value, 0), scene.side) for value in box])
+
+
+def plate_scenes(seed: int, split: str, count: int, side: int, cells: int = GRID) -> Iterator[PlateScene]:
     """`count` distinct scenes, the same for the same seed. A scene belongs to the split that its signature falls into:
     one in eight to `test`, and of the rest one in four to `traces`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
     seen: set[str] = set()
     while len(seen) < count:
-        scene = make_plates(rng, side)
+        scene = make_plates(rng, side, cells=cells)
         number = int(scene.signature, 16)
         belongs = "test" if number % 8 == 0 else "traces" if number // 8 % 4 == 0 else "train"
         if belongs == split and scene.signature not in seen:
@@ -116,35 +137,66 @@ def plate_scenes(seed: int, split: str, count: int, side: int) -> Iterator[Plate
             yield scene
 
 
-def zoom_rows(seed: int, split: str, count: int, *, side: int = 448) -> Iterator[dict[str, Any]]:
+def zoom_rows(seed: int, split: str, count: int, *, side: int = 448, cells: int = GRID) -> Iterator[dict[str, Any]]:
     """Rows of tasks in the field's parquet schema; the ground truth is the digit."""
-    for index, scene in enumerate(plate_scenes(seed, split, count, side)):
+    for index, scene in enumerate(plate_scenes(seed, split, count, side, cells)):
         content = {
             "prompt": [{"role": "user", "content": ASKED.format(scene.asked.colour)}],
             "images": [{"bytes": encoded(draw_plates(scene)).data, "path": None}],
             "response": None,
         }
-        yield _row(scene, split, index, "search", content)
+        yield _row(scene, split, index, "search", scene.box, content)
+
+
+def oracle_rows(
+    seed: int, count: int, *, side: int = 448, cells: int = GRID, tile: int = 448
+) -> Iterator[dict[str, Any]]:
+    """The rows of `test` with the right look already taken: what a model that reads answers where it need not look."""
+    environment = _environment(tile)
+    for index, scene in enumerate(plate_scenes(seed, "test", count, side, cells)):
+        task = drawn_task(ASKED.format(scene.asked.colour), encoded(draw_plates(scene)), {})
+        content = recorded_trace(environment, task, 0, [_look(scene.box), str(scene.asked.digit)])
+        yield _row(scene, "oracle", index, "oracle", scene.box, {**content, "response": None})
 
 
 def zoom_traces(
-    seed: int, count: int, *, side: int = 448, tile: int = 448, read: float = 0.3, search: float = 0.2
+    seed: int,
+    count: int,
+    *,
+    side: int = 448,
+    cells: int = GRID,
+    tile: int = 448,
+    read: float = READ,
+    search: float = SEARCH,
+    direct: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Conversations to imitate: a share `read` without a call, a share `search` that finds its plate, the rest with the
-    place in the question. tile: as in the settings of `zoom`."""
+    """Conversations to imitate: shares `read` and `direct` without a call, a share `search` that finds its plate, the
+    rest with the place in the question. tile: as in the settings of `zoom`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index("traces"), 1])
-    environment = ToolUse(tools=[{"name": "zoom", "settings": {"tile": tile}}])
-    for index, small in enumerate(plate_scenes(seed, "traces", count, side)):
-        draw = rng.random()
-        kind = "read" if draw < read else "search" if draw < read + search else "place"
+    kinds, shares = ("read", "direct", "search", "place"), (read, direct, search, max(1 - read - direct - search, 0.0))
+    environment = _environment(tile)
+    for index, small in enumerate(plate_scenes(seed, "traces", count, side, cells)):
+        kind = str(rng.choice(kinds, p=shares))
         scene = make_plates(rng, side, plates=1) if kind == "read" else small
-        call = [] if kind == "read" else [hermes_call("zoom", {"image": 1, "box": scene.box})]
-        text = ASKED_AT.format(scene.box) if kind == "place" else ASKED.format(scene.asked.colour)
+        box = _around(rng, scene) if kind == "place" else scene.box
+        looks = [_look(box)] if kind in ("search", "place") else []
+        text = ASKED_AT.format(box) if kind == "place" else ASKED.format(scene.asked.colour)
         task = drawn_task(text, encoded(draw_plates(scene)), {})
-        yield _row(scene, "traces", index, kind, recorded_trace(environment, task, 0, [*call, str(scene.asked.digit)]))
+        content = recorded_trace(environment, task, 0, [*looks, str(scene.asked.digit)])
+        yield _row(scene, "traces", index, kind, box, content)
 
 
-def _row(scene: PlateScene, split: str, index: int, kind: str, content: dict[str, Any]) -> dict[str, Any]:
+def _environment(tile: int) -> ToolUse:
+    return ToolUse(tools=[{"name": "zoom", "settings": {"tile": tile}}])
+
+
+def _look(box: list[int]) -> str:
+    return hermes_call("zoom", {"image": 1, "box": box})
+
+
+def _row(
+    scene: PlateScene, split: str, index: int, kind: str, box: list[int], content: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "data_source": "zoom",
         "prompt": content["prompt"],
@@ -156,7 +208,7 @@ def _row(scene: PlateScene, split: str, index: int, kind: str, content: dict[str
             "index": index,
             "id": f"{split}-{scene.signature}",
             "kind": kind,
-            "box": scene.box,
+            LOOK_BOX: box,
             "response": content["response"],
         },
     }
@@ -168,19 +220,27 @@ def prepare_zoom(
     *,
     seed: int = 0,
     side: int = 448,
+    cells: int = GRID,
     tile: int = 448,
-    search: float = 0.2,
+    search: float = SEARCH,
+    direct: float = 0.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the files of the asked splits (`train`, `test`, `traces`) with so many rows each, and a manifest. `search`
-    of the traces look for the plate themselves. `advance` is told of each row."""
-    made = {
-        split: zoom_traces(seed, count, side=side, tile=tile, search=search)
-        if split == "traces"
-        else zoom_rows(seed, split, count, side=side)
-        for split, count in rows.items()
-    }
+    """Write the files of the asked splits (`train`, `test`, `oracle`, `traces`) with so many rows each, and a manifest.
+    `search` of the traces look for the plate themselves, `direct` answer at once. `advance` is told of each row.
+    Raises ConfigError for shares of more than there is beside the traces that read."""
+    if search + direct > 1 - READ:
+        raise ConfigError(f"--search {search:g} and --direct {direct:g} are more than {1 - READ:g} together; lower one")
+
+    def made(split: str, count: int) -> Iterator[dict[str, Any]]:
+        if split == "traces":
+            return zoom_traces(seed, count, side=side, cells=cells, tile=tile, search=search, direct=direct)
+        if split == "oracle":
+            return oracle_rows(seed, count, side=side, cells=cells, tile=tile)
+        return zoom_rows(seed, split, count, side=side, cells=cells)
+
     fields = {"split": pa.string(), "index": pa.int64(), "id": pa.string(), "kind": pa.string()}
-    extra_info = {**fields, "box": pa.list_(pa.int64()), "response": pa.string()}
-    manifest = {"seed": seed, "side": side, "tile": tile, "search": search, "rows": rows}
-    write_splits(folder, made, extra_info, manifest, advance)
+    extra_info = {**fields, LOOK_BOX: pa.list_(pa.int64()), "response": pa.string()}
+    how = {"side": side, "cells": cells, "tile": tile, "search": search, "direct": direct}
+    splits = {split: made(split, count) for split, count in rows.items()}
+    write_splits(folder, splits, extra_info, {"seed": seed, **how, "rows": rows}, advance)

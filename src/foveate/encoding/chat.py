@@ -16,12 +16,15 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from foveate.encoding.template_bounds import bound_templates
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from foveate.records import Message
 
 IMAGE_MARK = "<image>"
+VIDEO_MARK = "<video>"
 
 CORRECTED_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -112,6 +115,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 @lru_cache(maxsize=64)
 def _some_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    bound_templates()
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], chat_template=template, tokenize=False, add_generation_prompt=True
     )
@@ -167,6 +171,7 @@ def render(
             turns = with_tools(turns, tools)
         elif tools:
             shown = {"tools": [*tools]}
+    bound_templates()
     with _time_limit(TEMPLATE_S):
         text = tokenizer.apply_chat_template(
             turns, chat_template=fallback, tokenize=False, add_generation_prompt=True, **shown
@@ -182,6 +187,7 @@ _TOOL = {"type": "function", "function": {"name": "some_tool", "description": "?
 def shows_tools(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether a chat template shows tools, and results of calls as messages of their own role, which is tried out."""
     turns = [{"role": role, "content": f"{role}?"} for role in ("user", "assistant", "tool")]
+    bound_templates()
     try:
         with _time_limit(TEMPLATE_S):
             text = str(

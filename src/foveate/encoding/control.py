@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from foveate.errors import DataError
+from foveate.errors import DataError, one_line
 
 _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 """Characters that mean nothing by themselves."""
@@ -67,10 +68,29 @@ def word_id(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
     return number
 
 
+@contextmanager
+def without_panics() -> Iterator[None]:
+    """Within it a panic of the tokenizers library, which is no Exception, is a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer cannot do that ({one_line(error)[:300]})") from error
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...], text: str) -> list[int]:
     """The tokens of a text in which control words are ordinary text. Raises DataError, without a place, for a tokenizer
     that cannot do that."""
-    ids = _plain_tokenizer(tokenizer, len(tokenizer), words).encode_batch_fast([text], add_special_tokens=False)[0].ids
+    try:
+        with without_panics():
+            plain = _plain_tokenizer(tokenizer, len(tokenizer), words)
+            ids = plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    except DataError:
+        raise
+    except Exception as error:  # tokenizers raises bare exceptions
+        what = f"which its tokenizer cannot write as text ({one_line(error)[:200]})"
+        raise DataError(f"holds control words ({', '.join(words)}), {what}") from error
     if not {*ids}.isdisjoint(word_id(tokenizer, word) for word in words):
         raise DataError(f"holds control words ({', '.join(words)}), which its tokenizer cannot write as text")
     return ids

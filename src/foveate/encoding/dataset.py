@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
-from foveate.config.runs import RunSettings
+from foveate.config.run_base import RunSettings
+from foveate.data.rlcs import LeaningStream
 from foveate.data.rows import Problem, fault_of
+from foveate.data.shares import StratifiedStream
 from foveate.data.statistics import shared_lines
 from foveate.data.stream import Curriculum, Stream, ranks
 from foveate.data.table import TaskTable
@@ -41,7 +43,7 @@ def build_encoder(
     system = system_message(family, data.system)
     if data.thinking is not None:
         tokenizer, system = with_thinking(tokenizer, family, system, thinking=data.thinking)
-    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system, tuple(tools))
+    return Encoder(tokenizer, family, budget, data.max_prompt_tokens, system, tuple(tools), data.video)
 
 
 def system_message(family: Family, system: str) -> str | None:
@@ -176,8 +178,8 @@ def warn_if_shared(train: TaskTable, test: TaskTable) -> None:
 
 
 def build_stream(table: TaskTable, data: DataSettings, seed: int, batch: int) -> Stream:
-    """The order of a run over its rows: weights of the files and curriculum as set. Raises DataError for a difficulty
-    that is no number."""
+    """The order of a run over its rows: weights of the files, curriculum, shares of the sources and choice by success
+    as set. Raises DataError for a difficulty that is no number, and for shares that do not fit the sources."""
     curriculum = None
     if data.curriculum is not None:
         chosen = data.curriculum
@@ -189,4 +191,11 @@ def build_stream(table: TaskTable, data: DataSettings, seed: int, batch: int) ->
                     f"{where}, field {chosen.key}: is {value!r}; data.curriculum needs a number in every row"
                 )
         curriculum = Curriculum(ranks(values, chosen.descending), chosen.epochs, chosen.mixing)
-    return Stream(len(table), seed, batch, weights=data.weights, source_of=table.path_of, curriculum=curriculum)
+    how: dict[str, Any] = {"weights": data.weights, "source_of": table.path_of, "curriculum": curriculum}
+    if data.shares:
+        stream: Stream = StratifiedStream(table.source_names(), data.shares, seed, batch, **how)
+    else:
+        stream = Stream(len(table), seed, batch, **how)
+    if data.rlcs is None:
+        return stream
+    return LeaningStream(stream, smoothing=data.rlcs.smoothing, floor=data.rlcs.floor)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
+import PIL.Image
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from foveate.config.data import VideoSettings
 from foveate.data.conversations import IMAGE_WORD
 from foveate.data.images import load_image
 from foveate.data.rows import fault_of
+from foveate.data.videos import video_frames
 from foveate.encoding.chat import (
     ANSWER_WORDS,
     IMAGE_MARK,
+    VIDEO_MARK,
     continued,
     frames_in,
     opened_by,
@@ -24,11 +30,15 @@ from foveate.encoding.chat import (
     some_prompt,
     template_of,
 )
-from foveate.encoding.control import Disguise, encode_text, pattern_of, word_id
-from foveate.encoding.family import Family
+from foveate.encoding.control import Disguise, encode_text, pattern_of, without_panics, word_id
+from foveate.encoding.family import Clip, Family, ImageShape
 from foveate.errors import DataError, one_line
 from foveate.records import Image, ImageSlot, Message, Prompt, Task
 from foveate.rewards.pool import with_opened
+
+Medium = Image | Clip
+"""That which stands at an image mark of a prompt."""
+_MARKS = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +54,8 @@ class Encoder:
     """Encodes tasks for one checkpoint. `budget` limits its images in the family's unit: tiles are shared evenly by the
     images of a prompt, at least one each, thumbnails not counted; pixels are those of each image after resizing.
     `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none; `tools`: JSON
-    schemas of functions that every prompt shows."""
+    schemas of functions that every prompt shows; `video`: which frames of videos are shown; `route`: what compresses
+    tiles of a prompt with its pixels, of a model that does (`length` is a bound then)."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
@@ -52,12 +63,17 @@ class Encoder:
     max_prompt_tokens: int
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    video: VideoSettings = field(default_factory=VideoSettings)
+    route: Callable[[Prompt], Prompt] | None = None
 
-    def __call__(self, task: Task) -> Prompt:
-        """Decode, tile and tokenise. Raises DataError naming the row where that fails."""
-        prompt, budgets = self.placed(self.rendered(task), task.images, task.where)
+    def __call__(self, task: Task, degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None) -> Prompt:
+        """Decode, tile and tokenise; `degrade` changes images, but not frames of videos, and keeps their sizes. Raises
+        DataError naming the row where that fails."""
+        task, media = self._unrolled(task)
+        prompt, budgets = self.placed(self.rendered(task), media, task.where)
         self._require_short(len(prompt), task.where)
-        return self.with_pixels(prompt, task.images, budgets, task.where)
+        prompt = self.with_pixels(prompt, media, budgets, task.where, degrade)
+        return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
 
     @property
     def opened(self) -> str:
@@ -90,7 +106,8 @@ class Encoder:
 
     def length(self, task: Task) -> int:
         """Number of prompt tokens, from the text and the image headers alone: no pixel is decoded."""
-        engine_ids, slots, _ = self._laid_out(self.rendered(task), task.images, task.where)
+        task, media = self._unrolled(task)
+        engine_ids, slots, _ = self._laid_out(self.rendered(task), media, task.where)
         return len(engine_ids) + sum(slot.count - 1 for slot in slots)
 
     def answer_ids(self, response: str) -> tuple[int, ...]:
@@ -132,7 +149,13 @@ class Encoder:
     def _prompt_ids(self, rendered: Rendered, where: str) -> list[int]:
         """The tokens of a rendered prompt."""
         if rendered.disguise is None:
-            return self._ids(rendered.text)
+            try:
+                with without_panics():
+                    return self._ids(rendered.text)
+            except Exception as error:  # tokenizers raises bare exceptions
+                raise DataError(
+                    f"{where}, field prompt: the model's tokenizer refuses it: {one_line(error)[:300]}"
+                ) from error
         ids: list[int] = []
         try:
             for is_control, part in rendered.disguise.parts(rendered.text):
@@ -161,13 +184,41 @@ class Encoder:
             raise DataError(f"{task.where}, field prompt: {what}") from error
         return Rendered(text, disguise)
 
-    def placed(self, rendered: Rendered, images: Sequence[Image], where: str) -> tuple[Prompt, list[int]]:
+    def _unrolled(self, task: Task) -> tuple[Task, tuple[Medium, ...]]:
+        """The task with an image mark for each clip of its videos, and all that stands at image marks, in order."""
+        if not task.videos:
+            return task, task.images
+        found = [mark for message in task.messages for mark in _MARKS.findall(message.content)]
+        if found.count(VIDEO_MARK) != len(task.videos) or found.count(IMAGE_MARK) != len(task.images):
+            raise DataError(
+                f"{task.where}, field prompt: {found.count(IMAGE_MARK)} {IMAGE_MARK} and {found.count(VIDEO_MARK)} "
+                f"{VIDEO_MARK} marks for {len(task.images)} images and {len(task.videos)} videos; each needs one mark"
+            )
+        if not self.family.sees_images:
+            raise DataError(f"{task.where}, field videos: {self.family.name} is a text-only model and sees no videos")
+        images, videos, media = iter(task.images), iter(task.videos), list[Medium]()
+
+        def place(mark: re.Match[str]) -> str:
+            if mark[0] == IMAGE_MARK:
+                media.append(next(images))
+                return IMAGE_MARK
+            clips = self.family.clips(next(videos), self.video)
+            media.extend(clips)
+            return "".join(clip.text + IMAGE_MARK for clip in clips)
+
+        try:
+            messages = tuple(replace(one, content=_MARKS.sub(place, one.content)) for one in task.messages)
+        except DataError as error:
+            raise DataError(f"{task.where}, field videos: {error}") from error
+        return replace(task, messages=messages, videos=()), tuple(media)
+
+    def placed(self, rendered: Rendered, images: Sequence[Medium], where: str) -> tuple[Prompt, list[int]]:
         """The tokens of a text with the places of its images, still without their pixels, and the budget of each."""
         engine_ids, slots, budgets = self._laid_out(rendered, images, where)
         return Prompt(tuple(self._expand(engine_ids, slots)), slots, None, tuple(engine_ids)), budgets
 
     def _laid_out(
-        self, rendered: Rendered, images: Sequence[Image], where: str
+        self, rendered: Rendered, images: Sequence[Medium], where: str
     ) -> tuple[list[int], tuple[ImageSlot, ...], list[int]]:
         """The same with one placeholder for each run of an image's tokens: ids, places, budgets."""
         text = rendered.text
@@ -183,28 +234,65 @@ class Encoder:
             if word in text:
                 what = f"the chat template or the system message writes the placeholder {word}; leave it out"
                 raise DataError(f"{where}, field prompt: {what}")
-        frames = frames_in(text)
+        frames = [seen or isinstance(one, Clip) for seen, one in zip(frames_in(text), images, strict=True)]
         each, frame = self.family.share(self.budget, frames.count(False)), self.family.frame_budget(self.budget)
         budgets = [frame if is_frame else each for is_frame in frames]
         text = self._written(text, images, budgets, where).replace(IMAGE_WORD, IMAGE_MARK)
         engine_ids = self._prompt_ids(Rendered(text, rendered.disguise), where)
         return engine_ids, self._slots(images, engine_ids, budgets, where), budgets
 
-    def with_pixels(self, prompt: Prompt, images: Sequence[Image], budgets: Sequence[int], where: str) -> Prompt:
-        """The prompt with the pixels of its images, which are decoded now."""
+    def with_pixels(
+        self,
+        prompt: Prompt,
+        images: Sequence[Medium],
+        budgets: Sequence[int],
+        where: str,
+        degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None,
+    ) -> Prompt:
+        """The prompt with the pixels of its images and frames, which are decoded now."""
         if not images:
             return prompt
-        pairs = zip(images, budgets, strict=True)
-        pixels = torch.cat([self.family.pixels(load_image(image, where), budget) for image, budget in pairs])
-        return replace(prompt, pixels=pixels)
+        pieces: list[Tensor] = []
+        pairs = [*zip(images, budgets, strict=True)]
+        for video, run in groupby(pairs, lambda pair: pair[0].video if isinstance(pair[0], Clip) else None):
+            if video is None:
+                for one, n in run:
+                    assert isinstance(one, Image)
+                    image = load_image(one, where)
+                    pieces.append(self.family.pixels(image if degrade is None else degrade(image), n))
+            else:
+                pieces += self._clip_pixels([(one, n) for one, n in run if isinstance(one, Clip)], where)
+        return replace(prompt, pixels=torch.cat(pieces))
 
-    def _written(self, text: str, images: Sequence[Image], budgets: Sequence[int], where: str) -> str:
+    def _clip_pixels(self, clips: Sequence[tuple[Clip, int]], where: str) -> Iterator[Tensor]:
+        """The pixels of clips of one video, all of one size. Its frames are decoded one after the other, each once."""
+        (first, budget), family = clips[0], self.family
+        indices = sorted({frame for clip, _ in clips for frame in clip.frames})
+        made = {
+            index: family.pixels(image, budget) if first.size is None else family.clip_pixels(image, first)
+            for index, image in zip(indices, video_frames(first.video, indices, where), strict=True)
+        }
+        for clip, _ in clips:
+            yield torch.cat([made[frame] for frame in clip.frames])
+
+    def _shape(self, image: Medium, budget: int) -> ImageShape:
+        if isinstance(image, Image):
+            return self.family.shape(image.width, image.height, budget)
+        if image.size is None:
+            return self.family.shape(image.video.width, image.video.height, budget)
+        return self.family.clip_shape(image)
+
+    def _written(self, text: str, images: Sequence[Medium], budgets: Sequence[int], where: str) -> str:
         """The text with what stands for each image in place of its mark."""
         first, *rest = text.split(IMAGE_MARK)
         pieces = [first]
         for image, budget, after in zip(images, budgets, rest, strict=True):
             try:
-                pieces += [self.family.written(image.width, image.height, budget), after]
+                if isinstance(image, Clip) and image.size is not None:
+                    pieces += [self.family.video_text, after]
+                else:
+                    seen = image if isinstance(image, Image) else image.video
+                    pieces += [self.family.written(seen.width, seen.height, budget), after]
             except DataError as error:
                 raise DataError(f"{where}, field images: {error}") from error
         return "".join(pieces)
@@ -225,30 +313,37 @@ class Encoder:
         return disguise, tuple(Message(message.role, disguise.hide(message.content)) for message in task.messages)
 
     def _slots(
-        self, images: Sequence[Image], engine_ids: list[int], budgets: list[int], where: str
+        self, images: Sequence[Medium], engine_ids: list[int], budgets: list[int], where: str
     ) -> tuple[ImageSlot, ...]:
         slots: list[ImageSlot] = []
         grown = 0
-        places = iter([i for i, token in enumerate(engine_ids) if token == self.family.image_token_id])
+        places = iter([i for i, token in enumerate(engine_ids) if token in self._placeholders])
         both_ways = self.family.bidirectional_images
         for image, budget in zip(images, budgets, strict=True):
             try:
-                shape = self.family.shape(image.width, image.height, budget)
+                shape = self._shape(image, budget)
             except DataError as error:
                 raise DataError(f"{where}, field images: {error}") from error
             tokens, entries = shape.tokens // shape.runs, shape.entries // shape.runs
             for _ in range(shape.runs):
-                slots.append(ImageSlot(next(places) + grown, tokens, entries, shape.grid, both_ways))
+                place, grid = next(places) + grown, shape.grid
+                sides = (self.family.sides[0],) * entries if self.family.sides is not None else ()
+                more = shape.layout, shape.times, shape.frames, sides
+                slots.append(ImageSlot(place, tokens, entries, grid, both_ways, *more))
                 grown += tokens - 1
         if next(places, None) is not None:
             raise DataError(f"{where}, field prompt: contains the placeholder of an image; write {IMAGE_MARK}")
         return tuple(slots)
 
+    @property
+    def _placeholders(self) -> tuple[int, int]:
+        return self.family.image_token_id, self.family.video_token_id
+
     def _expand(self, engine_ids: list[int], slots: tuple[ImageSlot, ...]) -> list[int]:
         counts = iter(slots)
         token_ids: list[int] = []
         for token in engine_ids:
-            repeat = next(counts).count if token == self.family.image_token_id else 1
+            repeat = next(counts).count if token in self._placeholders else 1
             token_ids.extend([token] * repeat)
         return token_ids
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from foveate.config.data import VideoSettings
 from foveate.encoding.chat import ANSWER_STARTS, CONTENT_WORDS, CORRECTED_TEMPLATE, TURN_WORDS, template_of
 from foveate.errors import ConfigError, DataError
-from foveate.records import ImageSlot
+from foveate.records import ImageSlot, Video
 
 PER_MILLE = (1000, 1000)
 """The frame of boxes in thousandths of the image's sides."""
@@ -24,12 +26,28 @@ PER_MILLE = (1000, 1000)
 class ImageShape:
     """The size of an image in a prompt: `tokens` placeholder tokens and `entries` of the pixel tensor (tiles or
     patches). `grid` (rows, columns) is how the tokens lie in the image where positions are 3-D, else None. `runs`: the
-    runs of placeholder tokens, equally long, that stand apart."""
+    runs of placeholder tokens, equally long, that stand apart. `layout`: entries, tokens, and what else a family with
+    `image_layouts` must know of an image to make its features. `times`, `frames`: as in `ImageSlot`."""
 
     tokens: int
     entries: int
     grid: tuple[int, int] | None = None
     runs: int = 1
+    layout: tuple[int, ...] | None = None
+    times: tuple[int, ...] = ()
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Frames of a video that enter a prompt together, like an image, behind `text`. size: width and height after
+    resizing, None for one frame that is seen as an image of its own; times: the place of each grid in time."""
+
+    video: Video
+    frames: tuple[int, ...]
+    text: str = ""
+    size: tuple[int, int] | None = None
+    times: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +55,20 @@ class DummyImage:
     """Pixels and grids, as in `Batch`, of an image that nothing depends on."""
 
     pixels: Tensor
-    grids: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePiece:
     """The piece of an image that plans count in: a tile, or a square that gives as many tokens where images keep their
     own shape. `pixels` is the shape of its part of `Batch.pixels`; `flops` is the arithmetic of a forward pass of it
-    through vision tower and projector."""
+    through vision tower and projector; `grid` and `layout` as in `ImageShape`."""
 
     tokens: int
     pixels: tuple[int, ...]
     grid: tuple[int, int] | None
     flops: float
+    layout: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +103,8 @@ class Family:
     """A family of models, with the facts of one checkpoint. The defaults are those of a model without images.
 
     Facts: `name`; `stop_ids` end an answer, the first ends demonstrations; `image_token_id` is the token that image
-    features replace, -1 for none; `placeholder_ids` may never be sampled; `budget` is the tiles (without the thumbnail)
+    features replace, -1 for none, and `video_token_id` that of clips with a size;
+    `placeholder_ids` may never be sampled; `budget` is the tiles (without the thumbnail)
     or pixels of one image that the checkpoint was made for; `proof` is the largest difference to transformers, in nats,
     that was found at load, None where tests alone hold it.
 
@@ -92,13 +112,16 @@ class Family:
         parts: `vision`, `projector`, `language`, `head` -> names of submodules, the first of them the main one. A
             submodule inside another part belongs to the inner part alone.
         towers: `model_type` of the language models that it may stand on; empty where the model is its own.
-        image_text: stands for one image in the text, before it grows to its number of tokens; empty for no images.
+        image_text, video_text: stand for one image, and for one clip with a size, in the text, before it grows to its
+            number of tokens; empty for none.
+        video_frames: the frames of a video, by default, of a family that sees them as images.
         reserved: placeholders of images and videos, which only the encoder writes; in a row or a request they are text.
         control_words: words that are text, and not tokens, where a row or a request holds them: of turns, images,
             videos, ends and padding (`all_control_words` adds what the tokenizer says of itself).
         content_words: words with tokens of their own that everybody may write.
         unit: the size of an image is limited in `tiles` or `pixels`, or "" for no images.
         bidirectional_images: whether the tokens of an image attend to each other both ways.
+        image_layouts: whether `features` is given the layout of each image in place of its grid.
         template, template_name, template_token: the chat template for a checkpoint without one, its name in sentences,
             and a token that it needs.
         thinking_system: the system message of its thinking mode, where that is switched by one.
@@ -117,6 +140,7 @@ class Family:
     name: str
     stop_ids: tuple[int, ...]
     image_token_id: int = -1
+    video_token_id: int = -1
     placeholder_ids: tuple[int, ...] = ()
     budget: int = 0
     proof: float | None = None
@@ -124,11 +148,14 @@ class Family:
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {"language": ("model",), "head": ("lm_head",)}
     towers: ClassVar[tuple[str, ...]] = ()
     image_text: ClassVar[str] = ""
+    video_text: ClassVar[str] = ""
+    video_frames: ClassVar[int] = 32
     reserved: ClassVar[tuple[str, ...]] = ()
     control_words: ClassVar[tuple[str, ...]] = TURN_WORDS
     content_words: ClassVar[tuple[str, ...]] = CONTENT_WORDS
     unit: ClassVar[Literal["tiles", "pixels", ""]] = ""
     bidirectional_images: ClassVar[bool] = False
+    image_layouts: ClassVar[bool] = False
     template: ClassVar[str] = CORRECTED_TEMPLATE
     template_name: ClassVar[str] = "the corrected InternVL template"
     template_token: ClassVar[str] = "<|im_start|>"
@@ -157,6 +184,21 @@ class Family:
         """The piece of an image that plans count in."""
         raise NotImplementedError(f"{self.name} is planned and does not say in which pieces of an image")
 
+    def part_of(self, name: str) -> str:
+        """The part that a parameter or a submodule belongs to, by its name."""
+        places = {place: part for part, modules in self.parts.items() for place in modules}
+        inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
+        return places[max(inside, key=len)]
+
+    def shallow_tower(self, config: Any, blocks: int) -> dict[str, Any]:  # noqa: ARG002
+        """The settings of a vision tower with fewer blocks, for plans."""
+        return {self.vision_depth: blocks}
+
+    def uneven_blocks(self, config: Any) -> int:  # noqa: ARG002
+        """How many blocks at the beginning of the vision tower and of the language model do more than the others
+        (DeepStack), in a model with a shallow tower."""
+        return 0
+
     @property
     def sees_images(self) -> bool:
         return bool(self.image_text)
@@ -183,6 +225,16 @@ class Family:
         """The smallest image, for ranks that have none while others have; None for a family without images."""
         return None
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Tokens along a side of a tile, and of one that is compressed; None: it compresses none."""
+        return None
+
+    @property
+    def router_thresholds(self) -> tuple[float, float] | None:
+        """The relative and the absolute threshold of its router; None: it has none."""
+        return None
+
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002
         """The part of a budget for each of several images of a prompt: a function of nothing else."""
         return budget
@@ -190,6 +242,25 @@ class Family:
     def frame_budget(self, budget: int) -> int:
         """The budget of a frame of a video, however many there are."""
         return budget
+
+    def clips(self, video: Video, options: VideoSettings) -> tuple[Clip, ...]:
+        """The clips of a video, in order: by default single frames from the middles of equal parts, a line each,
+        `Frame1: `. Raises DataError, without a place, for options that the family does not have."""
+        if options.max_pixels is not None:
+            raise DataError(f"data.video.max_pixels is {options.max_pixels}, but {self.name} sees frames as images")
+        frames = middle_frames(video, options, self.video_frames)
+        return tuple(
+            Clip(video, (frame,), f"{chr(10) * (number > 1)}Frame{number}: ")
+            for number, frame in enumerate(frames, start=1)
+        )
+
+    def clip_shape(self, clip: Clip) -> ImageShape:
+        """The size in a prompt of a clip with a size."""
+        raise NotImplementedError(f"{self.name} has clips with a size and does not say how they are seen")
+
+    def clip_pixels(self, frame: Image.Image, clip: Clip) -> Tensor:
+        """The patches of one frame, an RGB image, of a clip with a size: float32 (N, 3, H, W)."""
+        raise NotImplementedError(f"{self.name} has clips with a size and does not say how they are seen")
 
     def box_frame(self, width: int, height: int, budget: int) -> tuple[int, int]:  # noqa: ARG002
         """The largest x and y of boxes as the family writes them: `PER_MILLE`, or the size of the resized image."""
@@ -212,7 +283,7 @@ class Family:
         """The tiles or patches of an RGB image, float32 (N, 3, H, W)."""
         raise self._text_only()
 
-    def features(self, model: nn.Module, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: nn.Module, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         """Features of all images in the order of their placeholder tokens. `grids` as in `Batch`."""
         raise self._text_only()
 
@@ -223,6 +294,23 @@ class Family:
 
     def _text_only(self) -> DataError:
         return DataError(f"{self.name} is a text-only model and sees no images")
+
+
+def middle_frames(video: Video, options: VideoSettings, default: int) -> list[int]:
+    """Indices of frames in the middles of equal parts of a video.
+
+    By number, as in `load_video` of InternVL's model cards: of parts of (frames - 1) / number; a number above that of
+    the frames repeats some. By rate, as in InternVL's training (`get_frame_indices`, `fps`): in the middle of each
+    1 / fps seconds; by number where that gives more than `options.frames`, or none."""
+    if options.fps is not None:
+        step = 1 / options.fps
+        seconds = np.arange(step / 2, video.frames / video.fps + step / 2, step)
+        found = [index for index in np.around(seconds * video.fps).astype(int).tolist() if index < video.frames]
+        if found and len(found) <= (options.frames or len(found)):
+            return found
+    number = options.frames or default
+    part = (video.frames - 1) / number
+    return [int(part / 2 + round(part * index)) for index in range(number)]
 
 
 def budget_of(family: Family, *, max_tiles: int | None, max_pixels: int | None) -> int:

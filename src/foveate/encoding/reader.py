@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 
+from foveate.data.augment import Augment
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
 from foveate.encoding.encode import Encoder
@@ -30,17 +32,22 @@ class Reader:
 
     With `workers` 0 tasks are encoded when they are taken. With more, as many as were taken last are encoded ahead, in
     the order of the stream, whose position counts those that were taken: a run resumes from it with the same tasks, and
-    its prompts are the same for any number of workers.
+    its prompts are the same for any number of workers. `augment` changes their images, by row and place.
     """
 
-    def __init__(self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0) -> None:
+    def __init__(
+        self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0, augment: Augment | None = None
+    ) -> None:
         self.encoder = encoder
-        self._table, self._stream = table, stream
+        self._table, self._stream, self._augment = table, stream, augment
         self._pool: ProcessPoolExecutor | None = None
-        self._ahead: deque[tuple[int, Future[Encoded]]] = deque()
+        self._first: int | None = None  # the place of the first task that was taken since the last `observe`
+        self._ahead: deque[tuple[_Place, Future[Encoded]]] = deque()
         if workers:
             owner, self._lifeline = lifeline()
-            self._pool = ProcessPoolExecutor(workers, worker_context([__name__]), _begin, (owner, table, encoder))
+            self._pool = ProcessPoolExecutor(
+                workers, worker_context([__name__]), _begin, (owner, table, encoder, augment)
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -52,10 +59,14 @@ class Reader:
     def take(self, count: int | None = None) -> list[tuple[Task, Prompt]]:
         """The next `count` tasks of the stream (one batch by default). Raises DataError naming the row for one that
         cannot be encoded, and if a process was killed."""
-        if self._pool is None:
-            tasks = [self._table[index] for index in self._stream.draw(count)]
-            return [(self.encoder.for_graders(task), self.encoder(task)) for task in tasks]
         wanted = self._stream.batch if count is None else count
+        self._first = self._stream.position if self._first is None else self._first
+        if self._pool is None:
+            tasks = [(self._table[place[0]], place) for place in _drawn(self._stream, wanted)]
+            return [
+                (self.encoder.for_graders(task), _encoded(task, self.encoder, self._augment, place))
+                for task, place in tasks
+            ]
         self._submit(wanted)
         self._stream.draw(wanted)
         now = [self._ahead.popleft() for _ in range(wanted)]
@@ -68,14 +79,38 @@ class Reader:
                 "a process that encodes images was killed (out of memory?); use fewer with data.image_workers"
             ) from error
 
+    def observe(self, scores: Sequence[float | None]) -> None:
+        """Tell the stream what the tasks scored that were taken since the last call, in their order; None for one that
+        was not graded."""
+        for place, score in enumerate(scores, start=self._first or 0):
+            if score is not None:
+                self._stream.observe(place, score)
+        self._first = None
+
     def _submit(self, count: int) -> None:
         """Have the next `count` tasks from the stream's position on in work, and keep what already is."""
         assert self._pool is not None
-        coming = copy.copy(self._stream).draw(max(count, len(self._ahead)))
-        if [index for index, _ in self._ahead] != coming[: len(self._ahead)]:  # the stream was set to another place
+        coming = _drawn(copy.copy(self._stream), max(count, len(self._ahead)))
+        if [place for place, _ in self._ahead] != coming[: len(self._ahead)]:  # the stream was set to another place
+            for _, future in self._ahead:
+                future.cancel()
             self._ahead.clear()
-        for index in coming[len(self._ahead) :]:
-            self._ahead.append((index, self._pool.submit(_encode, index)))
+        for place in coming[len(self._ahead) :]:
+            self._ahead.append((place, self._pool.submit(_encode, place)))
+
+
+_Place = tuple[int, int]
+"""A row, and the place of the stream at which it is taken."""
+
+
+def _drawn(stream: Stream, count: int | None) -> list[_Place]:
+    """The next rows of a stream."""
+    places = stream.coming(stream.batch if count is None else count)
+    return list(zip(stream.draw(count), places, strict=True))
+
+
+def _encoded(task: Task, encoder: Encoder, augment: Augment | None, place: _Place) -> Prompt:
+    return encoder(task) if augment is None else encoder(task, augment.drawn(*place))
 
 
 def _received(sent: Encoded) -> tuple[Task, Prompt]:
@@ -83,18 +118,18 @@ def _received(sent: Encoded) -> tuple[Task, Prompt]:
     return task, prompt if pixels is None else replace(prompt, pixels=torch.from_numpy(pixels))
 
 
-_WORK: list[tuple[TaskTable, Encoder]] = []
-"""In a worker process: the table and the encoder that it was started for."""
+_WORK: list[tuple[TaskTable, Encoder, Augment | None]] = []
+"""In a worker process: the table, the encoder and the augmentation that it was started for."""
 
 
-def _begin(owner: Connection, table: TaskTable, encoder: Encoder) -> None:
+def _begin(owner: Connection, table: TaskTable, encoder: Encoder, augment: Augment | None) -> None:
     end_with(owner)
     torch.set_num_threads(1)
-    _WORK[:] = [(table, encoder)]
+    _WORK[:] = [(table, encoder, augment)]
 
 
-def _encode(index: int) -> Encoded:
-    table, encoder = _WORK[0]
-    task = table[index]
-    prompt = encoder(task)
+def _encode(place: _Place) -> Encoded:
+    table, encoder, augment = _WORK[0]
+    task = table[place[0]]
+    prompt = _encoded(task, encoder, augment, place)
     return task, replace(prompt, pixels=None), None if prompt.pixels is None else prompt.pixels.numpy()

@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 
-from foveate.encoding.chat import IMAGE_MARK
+from foveate.encoding.chat import IMAGE_MARK, VIDEO_MARK
 from foveate.encoding.control import word_id
 from foveate.encoding.encode import Encoder, Rendered
 from foveate.errors import DataError
@@ -94,6 +94,8 @@ def _split(task: Task) -> tuple[Task, list[str], list[TurnReply]]:
     first = roles.index("assistant") if "assistant" in roles else len(roles)
     images, texts = iter(task.images), list[str]()
     replies: list[list[Message]] = []
+    if sum(message.content.count(VIDEO_MARK) for message in task.messages[:first]) < len(task.videos):
+        raise DataError(f"{task.where}, field videos: a video stands behind a turn of the assistant; put it before")
     own = tuple(islice(images, sum(message.content.count(IMAGE_MARK) for message in task.messages[:first])))
     for message in task.messages[first:]:
         if message.role == "assistant":

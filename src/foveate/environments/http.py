@@ -14,6 +14,7 @@ from foveate.config.base import is_http_address
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
 from foveate.data.image_values import decoded_base64
 from foveate.data.images import read_image
+from foveate.data.videos import refuse_videos
 from foveate.environments.protocol import Environment, Observation, Step
 from foveate.errors import ConfigError, DataError, one_line
 from foveate.records import Image, Task
@@ -46,6 +47,7 @@ class _HTTP(Environment):
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:
+        refuse_videos(task, "an environment over HTTP")
         shown = {
             "id": task.id,
             "data_source": task.source,

@@ -116,7 +116,8 @@ class EnvironmentWorker(GuardedProcess):
             now = time.monotonic()
             self.halfway, self.deadline = now + self._limit / 2, now + self._limit
             with suppress(OSError):
-                self.pipe.send(replace(job.command, number=instance.number))  # it may have moved since it was asked
+                command = replace(job.command, number=instance.number)  # it may have moved since it was asked
+                self.send_message(command, self.deadline)
 
     def received(self) -> tuple[EnvironmentInstance | None, PendingCommand | None]:
         """Its command has a result, or it is ready: it waits for the next one."""

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw
 
 from foveate.environments.tools import ImageBox
 
+LOOK_BOX = "look_box"
+"""A field of `extra_info`: the part of the first image, in thousandths of its sides, that an answer should look at."""
 LONGEST_SIDE = 2_048
 """Pixels of the longer side of an image that a tool shows whole."""
 ZOOM_BLOCK = 28

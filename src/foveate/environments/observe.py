@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import PIL.Image
 
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD, valid_unicode
@@ -18,8 +19,8 @@ from foveate.errors import DataError
 from foveate.records import Image, Task
 
 OBSERVED_ROLES = ("system", "user", "tool")
-MOST_INFO, MOST_STATE = 20_000, 1_000_000
-"""Characters of the JSON of a step's info, and of a state."""
+MOST_INFO, MOST_STATE, MOST_MESSAGES = 20_000, 1_000_000, 1000
+"""Characters of the JSON of a step's info, and of a state; messages of a step, and of an opening."""
 
 
 class BeyondLimits(DataError):
@@ -67,6 +68,8 @@ def checked_step(step: Any, limits: EnvironmentLimits) -> Step:
     reward = step.reward
     if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
         raise DataError(f"the reward of a step is {reward!r:.60}; it must be a finite number or None")
+    if not isinstance(step.done, bool | np.bool_):
+        raise DataError(f"done of a step is {step.done!r:.60}; it must be true or false")
     info = plain_json(dict(step.info), "info", MOST_INFO)
     return Step(
         checked_messages(step.messages, (), limits), None if reward is None else float(reward), bool(step.done), info
@@ -85,6 +88,8 @@ def checked_messages(
     the limits. Raises BeyondLimits, and DataError for what is no message."""
     if not isinstance(messages, list | tuple) or not all(isinstance(one, Observation) for one in messages):
         raise DataError(f"the messages are {messages!r:.60}; they must be a list of Observation")
+    if len(messages) > MOST_MESSAGES:
+        raise BeyondLimits(f"{len(messages):,} messages; {MOST_MESSAGES} are allowed")
     given = [image for message in messages for image in message.images if image not in known]
     _limit(len(given), limits.max_images, "images", "max_images")
     _limit(sum(len(str(one.content)) for one in messages), limits.max_text + more_text, "characters", "max_text")

@@ -36,7 +36,7 @@ from foveate.environments.instances import (
 )
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, FailureKind, Opened, Step
 from foveate.errors import DataError
-from foveate.processes import WorkerJob, worker_count
+from foveate.processes import BadMessage, WorkerJob, worker_count
 from foveate.records import Task
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Environments:
         self.tools, self.max_turns = tools_of(name, make), limits.max_turns
         self.failures: Counter[FailureKind] = Counter()
         self.rebuilt = 0
-        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
+        self._job = WorkerJob.here("environment", name, settings, time_limit, memory_limit)
         self._host = None if self._count else EnvironmentHost(make, limits)
         self._instances: dict[Hashable, EnvironmentInstance] = {}
         self._numbers = iter(range(2**62))
@@ -283,24 +283,33 @@ class Environments:
         for worker in [*self._workers]:
             if worker.pipe in ready:
                 self._receive(worker)
-            elif now >= worker.deadline:
+            if worker in self._workers and now >= worker.deadline:
                 self._lose(worker, EnvironmentFailure("timed_out", f"timed out after {self._job.time_limit:g} s"))
-            elif now >= worker.halfway:
+            elif worker.pipe not in ready and now >= worker.halfway:
                 self._relieve(worker)
 
     def _receive(self, worker: EnvironmentWorker) -> None:
         try:
-            said = worker.pipe.recv()
+            message = worker.receive_message()
+        except BadMessage as error:
+            self._lose(worker, EnvironmentFailure("died", f"its process died ({error})"))
+            return
         except (EOFError, OSError):
             self._lose(worker, EnvironmentFailure("died", f"its process died ({worker.end()})"))
             return
+        if not message:  # half of one; the time limit goes on
+            return
+        [said] = message
         if isinstance(said, CannotBuild):
             self._give_up(DataError(said.message))
             worker.kill()
             self._workers.remove(worker)
             return
+        if not isinstance(said, EnvironmentReply | EnvironmentFailure | None) or (said is None) != worker.is_starting:
+            self._lose(worker, EnvironmentFailure("died", "its process died (it sent no reply)"))
+            return
         instance, job = worker.received()
-        if instance is None or job is None:
+        if instance is None or job is None or said is None:
             return
         self._finish(instance, job, said)
         if instance.closed and not instance.has_work:

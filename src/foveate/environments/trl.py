@@ -41,6 +41,12 @@ def trl(
     return _TRL(methods, [*map(build_tool, tools or []), *own], frame, max_calls, shown)
 
 
+def gives_reward(factory: str) -> bool:
+    """Whether the objects of a factory have TRL's `get_reward`. Raises ConfigError for an unknown one."""
+    made = resolve({}, factory, "TRL environment")
+    return "get_reward" in dir(made if inspect.isclass(made) or not callable(made) else made())
+
+
 def _public_methods(instance: Any) -> dict[str, Callable[..., Any]]:
     found = inspect.getmembers(instance, predicate=inspect.ismethod)
     return {name: method for name, method in found if not name.startswith("_")}

@@ -16,6 +16,7 @@ from foveate.config.base import is_http_address
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
 from foveate.data.conversations import IMAGE_WORD
 from foveate.data.table import TaskTable
+from foveate.data.videos import refuse_videos
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.environments.protocol import EnvironmentPool
 from foveate.errors import ConfigError, DataError
@@ -23,6 +24,7 @@ from foveate.evaluate.client_turns import converse
 from foveate.evaluate.shards import Failed
 from foveate.records import SamplingParams, Task
 from foveate.rewards.remote import data_url
+from foveate.rewards.requests import bounded_http
 from foveate.rollout.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ _REFUSED = frozenset({400, 413, 415, 422})
 _FATAL = frozenset({401, 403, 404})
 _BROKEN_OFF = frozenset({"abort", "error"})
 """How vLLM and SGLang mark an answer that they did not finish."""
-_KEY = "no-key"
+_KEY, MOST_REPLY_BYTES = "no-key", 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class ChatClient:
         openai = _openai()
         client = openai.AsyncOpenAI(
             base_url=url, api_key=os.environ.get(self.settings.key_variable) or _KEY, max_retries=0,
-            timeout=self.settings.timeout,
+            timeout=self.settings.timeout, **bounded_http(MOST_REPLY_BYTES),
         )  # fmt: skip
         await stack.enter_async_context(client)
         try:
@@ -126,7 +128,7 @@ class ChatClient:
             raise self._fatal(url, error) from error
         except Exception as error:  # the border around a server
             raise ConfigError(
-                f"{url} does not answer ({_reason(error)}); start the server, or mend --endpoint (its address ends "
+                f"{url} does not answer ({_reason(error)}); start the server, or fix --endpoint (its address ends "
                 "in /v1 as a rule)"
             ) from error
         wanted = self.settings.model or (listed[0][0] if listed else None)
@@ -230,6 +232,7 @@ class ChatClient:
 def messages_of(task: Task, system: str | None, *, verbatim: bool) -> Any:
     """A task as OpenAI's messages, images as data: URLs. Servers put a line break behind each image, so the one
     that stands in the text leaves, unless texts are taken `verbatim`."""
+    refuse_videos(task, "a served model")
     images = iter(task.images)
     turns: list[dict[str, Any]] = []
     if system is not None and task.messages[0].role != "system":

@@ -25,7 +25,7 @@ from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistic
 from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
 from foveate.evaluate.predictions import Evaluation, mean, paired, write_models, write_skipped
 from foveate.evaluate.shards import read_generated
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, read_inside, strict_json
 from foveate.log import progress
 from foveate.records import Task
 from foveate.rewards.build import truth_check
@@ -40,6 +40,13 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "geo3k": ("geo3k", {}),
     "mmpr": ("math", {"extraction": "text"}),
     "multiple_choice": ("multiple_choice", {"extraction": "text"}),
+    "mathvista": ("mathvista", {}),
+    "mathverse": ("math", {"extraction": "text"}),
+    "mmmu": ("mmmu", {}),
+    "chartqa": ("chartqa", {"rule": "published"}),
+    "ocrbench": ("ocrbench", {}),
+    "countbench": ("counting", {}),
+    "screenspot": ("click", {}),
 }
 """The reward of a `--task` with its settings."""
 Missing = Literal["error", "skip", "wrong"]
@@ -73,6 +80,7 @@ class EvalRequest:
     text_files: bool = False
     columns: Mapping[str, str] = field(default_factory=dict)
     environment: EnvironmentSettings | None = None
+    turn_discount: float = 1.0
     max_pixels: int | None = None
     thinking: bool | None = None
     """As `data.thinking` of a run."""
@@ -146,7 +154,7 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
     tasks = (keep_aside(table, request.hold_out)[1] or table).first(request.rows)
     write_skipped(request.out, [str(problem) for problem in left_out])
     with (
-        open_conversations(environment, lambda _: encoder) as (_, conversations),
+        open_conversations(environment, lambda _: encoder, turn_discount=request.turn_discount) as (_, conversations),
         progress("evaluating", len(tasks)) as advance,
     ):
         predictions = predict(
@@ -226,9 +234,18 @@ def _scored(
         yield scored_row(task, scored, greedy=greedy, detailed=detailed, ranks=own, read_box=reader)
 
 
+_ASKED = ("data", "image_root", "columns", "left_out", "table_rows", "sampling")
+"""Fields of a request that are read."""
+
+
 def _request_of(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / REQUEST).read_text(encoding="utf-8"))
+        request = strict_json(read_inside(folder / REQUEST, folder))
+        if not isinstance(request, dict):
+            raise ValueError("it holds no JSON object")
+        if missing := [name for name in _ASKED if name not in request]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return request
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no folder of `foveate generate`: {REQUEST} cannot be read ({error})") from error
 

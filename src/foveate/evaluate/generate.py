@@ -22,7 +22,7 @@ from foveate.environments.pool import Environments
 from foveate.errors import ConfigError, DataError, UserError
 from foveate.evaluate.client import ChatClient, ClientSettings
 from foveate.evaluate.shards import AnswerStore, Failed, read_generated
-from foveate.files import LOCK_FILES, atomic_write_text, held
+from foveate.files import LOCK_FILES, atomic_write_text, held, read_inside, strict_json
 from foveate.log import progress
 from foveate.records import SamplingParams
 
@@ -65,6 +65,8 @@ class GenerateRequest:
     max_tiles: int | None = None
     shard_rows: int = 1000
     environment: EnvironmentSettings | None = None
+    thinking: bool | None = None
+    """As `data.thinking` of a run; only with `model`."""
 
     def identity(self, table: TaskTable, left_out: Sequence[int]) -> dict[str, Any]:
         """All that decides the answers: a folder is continued only by a request that is the same in it."""
@@ -76,6 +78,7 @@ class GenerateRequest:
             "columns": self.source.columns,
             "model": self.model or (self.client.model if self.client else None),
             "system": self.system,
+            "thinking": self.thinking,
             "sampling": asdict(self.sampling),
             "seed": self.seed,
             "logprobs": self.logprobs,
@@ -166,7 +169,10 @@ def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce
     from foveate.rollout.conversations import open_conversations
 
     data = DataSettings(
-        train=request.source.data, max_prompt_tokens=request.max_prompt_tokens, system=request.system or "none"
+        train=request.source.data,
+        max_prompt_tokens=request.max_prompt_tokens,
+        system=request.system or "none",
+        thinking=request.thinking,
     )
     engine, encoder = load_engine(model, data, request.max_tiles, environment=request.environment)
 
@@ -188,7 +194,9 @@ def _claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:
         raise ConfigError(f"--out {folder} holds answers and no {REQUEST} that says to what; choose another folder")
     if begun:
         try:
-            former = json.loads(path.read_text(encoding="utf-8"))
+            former = strict_json(read_inside(path, folder))
+            if not isinstance(former, dict):
+                raise ValueError("it holds no JSON object")
         except ValueError as error:
             raise DataError(f"{path}: not JSON ({error}); choose another --out") from error
         wanted = json.loads(json.dumps(identity))

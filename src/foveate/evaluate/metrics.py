@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from foveate.data.answers import ScoredAnswer, ScoredRow
-from foveate.evaluate.predictions import bootstrap, lost_grades, mean, summarise
+from foveate.evaluate.predictions import bootstrap, is_decided, lost_grades, mean, summarise
 from foveate.records import Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, in_thousandths, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
@@ -37,10 +37,15 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
     found: dict[str, Any] = {
         "rows": len(rows),
         **lost_grades(rows),
-        "accuracy": {"value": mean(values), "interval": bootstrap(values, seed)},
         "score": mean(row.shown.score for row in rows),
         "decoding": sorted({"greedy" if row.shown.greedy else "sampled" for row in rows}),
     }
+    interval = bootstrap(values, seed)
+    found |= (
+        {"accuracy": {"value": mean(values), "interval": interval}}
+        if is_decided(rows)
+        else {"score_interval": interval}
+    )
     if tags:
         found["by_tag"] = tags
     if overlaps:

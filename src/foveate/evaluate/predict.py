@@ -27,8 +27,9 @@ from foveate.evaluate.predictions import (
     write_evaluation,
     write_gallery,
 )
-from foveate.evaluate.turns import kept_turns
+from foveate.evaluate.turns import kept_turns, place_to_look, turn_metrics
 from foveate.log import progress
+from foveate.models.flash_routes import with_router
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
@@ -63,7 +64,7 @@ def load_engine(
     policy = load_policy(path, **best_place())
     model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
     encoder = build_encoder(policy.tokenizer, policy.family, model, data, tools_of_environment(environment))
-    return NativeEngine(policy, encoder.decode), encoder
+    return NativeEngine(policy, encoder.decode), with_router(encoder, policy)
 
 
 def generate_rows(
@@ -205,7 +206,7 @@ def scored_row(
                 box=read_box(answer.text, task) if has_box else None, rank=None if best else rank,
             )
         )  # fmt: skip
-    return ScoredRow(**asked, answers=tuple(scored), tags=tags)
+    return ScoredRow(**asked, answers=tuple(scored), tags=tags, look_box=place_to_look(task))
 
 
 def _box_tags(box: Box, expression: str) -> dict[str, str]:
@@ -275,6 +276,9 @@ class Evaluator:
             for name in ("accuracy", "mean_iou", "score")
             if summary[way][name] is not None
         }
+        if self.conversations is not None:
+            own = turn_metrics([row.shown.turns for row in rows], [row.look_box for row in rows])
+            figures |= {f"eval/{name}": value for name, value in own.items()}
         logger.info(
             "step %d: %s", step, ", ".join(f"{name.removeprefix('eval/')} {v:.3f}" for name, v in figures.items())
         )

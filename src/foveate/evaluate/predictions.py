@@ -24,10 +24,10 @@ import numpy as np
 
 from foveate.data.answers import ScoredAnswer, ScoredRow, read_answers, write_answers
 from foveate.errors import DataError
-from foveate.files import atomic_write_text
+from foveate.files import MOST_ROWS, atomic_write_text, inside
 
 MODELS = "predictions.jsonl"
-RESAMPLES = 1000
+RESAMPLES, MOST_DIGITS = 1000, 15
 _CHUNK = 100
 BOX_SIZES = ((0.01, "under 1 %"), (0.05, "1 to 5 %"), (0.2, "5 to 20 %"), (math.inf, "over 20 %"))
 """Shares of the image below which the true box lies."""
@@ -113,23 +113,35 @@ def paired(before: Sequence[ScoredRow], after: Sequence[ScoredRow], seed: int = 
 def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
     """The means of one evaluation, as `evals/step_*.summary.json` holds them.
 
-    Accuracy is the mean of the answers' `correctness`; `mean_iou` is over the rows that have a true box, and None
-    without any. An answer that is not graded counts as wrong in the accuracy and is left out of the score; where there
-    are such answers, `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
+    Accuracy is the mean of the answers' `correctness`, and None where right and wrong are not defined (`is_decided`):
+    then the score alone counts. `mean_iou` is over the rows that have a true box, and None without any. An answer that
+    is not graded counts as wrong in the accuracy and is left out of the score; where there are such answers,
+    `not_graded` counts them. A sampled figure is the mean over rows of the mean over the answers
     sampled for the row (an estimate of the accuracy at that temperature), and None when nothing was sampled.
     """
     tags = sorted({name for row in rows for name in row.tags})
+    figures = {**_FIGURES, "accuracy": _FIGURES["accuracy"] if is_decided(rows) else lambda _: None}
     return {
         "step": step,
         "rows": len(rows),
         **lost_grades(rows),
-        "greedy": {name: mean(map(_greedy(value), rows)) for name, value in _FIGURES.items()},
+        "greedy": {name: mean(map(_greedy(value), rows)) for name, value in figures.items()},
         "sampled": {
             "samples": max((len(row.sampled) for row in rows), default=0),
-            **{name: mean(map(_sampled(value), rows)) for name, value in _FIGURES.items()},
+            **{name: mean(map(_sampled(value), rows)) for name, value in figures.items()},
         },
         "by_tag": {name: _by_value(rows, name) for name in tags},
     }
+
+
+def is_decided(rows: Sequence[ScoredRow]) -> bool:
+    """Whether answers are right or wrong, by a part `hit` or `accuracy` of the scores; else there are scores alone."""
+    return any(row.shown.right is not None for row in rows)
+
+
+def measure_of(rows: Sequence[ScoredRow]) -> str:
+    """The figure by which evaluations of such rows are compared: accuracy, or score."""
+    return "accuracy" if is_decided(rows) else "score"
 
 
 def lost_grades(rows: Sequence[ScoredRow]) -> dict[str, int]:
@@ -159,12 +171,13 @@ def _by_value(rows: Sequence[ScoredRow], tag: str) -> dict[str, dict[str, Any]]:
     for row in rows:
         if tag in row.tags:
             groups.setdefault(row.tags[tag], []).append(row)
-    accuracy = _FIGURES["accuracy"]
+    measure = measure_of(rows)
+    figure = _FIGURES[measure]
     return {
         value: {
             "rows": len(group),
-            "greedy_accuracy": mean(map(_greedy(accuracy), group)),
-            "sampled_accuracy": mean(map(_sampled(accuracy), group)),
+            f"greedy_{measure}": mean(map(_greedy(figure), group)),
+            f"sampled_{measure}": mean(map(_sampled(figure), group)),
         }
         for value, group in sorted(groups.items())
     }
@@ -206,17 +219,18 @@ def read_evaluations(run_folder: Path) -> tuple[Evaluation, ...]:
     DataError that names file, row and field."""
     if (run_folder / MODELS).exists():
         models: dict[str, list[ScoredRow]] = {}
-        for row in read_answers(run_folder / MODELS, ScoredRow):
+        for row in read_answers(inside(run_folder / MODELS, run_folder, MOST_ROWS), ScoredRow):
             models.setdefault(row.model, []).append(replace(row, model=""))
         return tuple(Evaluation(place, tuple(rows), label) for place, (label, rows) in enumerate(models.items()))
     found = []
     for path in (run_folder / "evals").glob("step_*.jsonl"):
         digits = path.stem.removeprefix("step_")
-        if not digits.isdecimal():
+        if not digits.isdecimal() or len(digits) > MOST_DIGITS:
             raise DataError(
                 f"{path}: the name does not end in a step; allowed is step_<number>.jsonl; rename or move it"
             )
-        found.append(Evaluation(int(digits), tuple(read_answers(path, ScoredRow))))
+        rows = tuple(read_answers(inside(path, run_folder, MOST_ROWS), ScoredRow))
+        found.append(Evaluation(int(digits), rows))
     return tuple(sorted(found, key=lambda evaluation: evaluation.step))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from foveate.data.answers import GeneratedRow, read_answers, row_line
 from foveate.errors import DataError
-from foveate.files import disk_error
+from foveate.files import MOST_ROWS, disk_error, inside, require_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ class AnswerStore:
 
     def _open(self) -> Any:
         path = self.folder / f"answers_{self._number:05d}.jsonl"
+        require_file(path)
         try:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -97,12 +98,12 @@ def shard_paths(folder: Path) -> list[Path]:
 def read_generated(folder: Path) -> Iterator[GeneratedRow]:
     """The rows of a folder in the order in which they came. Raises DataError for a line that is no such row."""
     for path in shard_paths(folder):
-        yield from read_answers(path, GeneratedRow, appending=True)
+        yield from read_answers(inside(path, folder, MOST_ROWS), GeneratedRow, appending=True)
 
 
 def _remove_torn_line(path: Path) -> None:
     """Remove what follows the last line break: half a line of a process that was killed."""
-    content = path.read_bytes()
+    content = inside(path, path.parent.parent, MOST_ROWS).read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)

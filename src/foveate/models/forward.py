@@ -13,6 +13,7 @@ from foveate.encoding.family import Features
 from foveate.models.attention.kernels import KeyValueCache, SequenceParallelAttention
 from foveate.models.logprobs import LOGP_ENTROPY, Term, chunked_terms
 from foveate.models.policy import Policy
+from foveate.models.routing import Routing
 from foveate.records import Batch
 
 
@@ -47,20 +48,28 @@ def embed(
 
 
 def hidden_states(
-    policy: Policy, batch: Batch, cache: KeyValueCache | None = None, split: SequenceParallelAttention | None = None
+    policy: Policy,
+    batch: Batch,
+    cache: KeyValueCache | None = None,
+    split: SequenceParallelAttention | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Final hidden states (T, D) of a packed row. A `cache` sees the keys and values of every layer; with a
-    `split`, the row is one rank's part."""
+    `split`, the row is one rank's part. `routing`: what routers do, by default with the experts of the batch."""
     embeddings, more = embed(policy, batch, split)
+    if routing is None and batch.routed_experts is not None:
+        routing = Routing(batch.routed_experts)
     out = policy.part("language")(
         inputs_embeds=embeddings[None],
         position_ids=batch.position_T[..., None, :],
         forest=batch.forest,
         cache=cache,
         split=split,
+        routing=routing,
         use_cache=False,
         **more,
     )
+    assert routing is None or routing.reached, "follow_routers comes before a routing"
     return out.last_hidden_state[0]
 
 
@@ -70,12 +79,19 @@ def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> tu
     return logp_M, entropy_M
 
 
-def token_terms(policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float = 1.0) -> tuple[Tensor, ...]:
+def token_terms(
+    policy: Policy, batch: Batch, terms: Sequence[Term], temperature: float = 1.0, routing: Routing | None = None
+) -> tuple[Tensor, ...]:
     """The `terms` of `foveate.models.logprobs.chunked_terms`, each (M,), of the trained tokens."""
-    hidden = hidden_states(policy, batch)
+    hidden = hidden_states(policy, batch, routing=routing)
     weight = policy.part("head").weight
     assert isinstance(weight, Tensor)
     return chunked_terms(hidden[batch.source_M], weight, batch.token_ids_T[batch.target_M], temperature, terms)
+
+
+def trained_states(policy: Policy, batch: Batch) -> Tensor:
+    """Final hidden states (M, D) before each trained token."""
+    return hidden_states(policy, batch)[batch.source_M]
 
 
 def token_values(policy: Policy, batch: Batch) -> Tensor:

@@ -26,8 +26,9 @@ GPU_CHUNK_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherStates:
-    """A teacher by its hidden states (M, D') and the weight of its head (V, D'), over the vocabulary of the model and
-    at the temperature of the model."""
+    """A teacher by its hidden states (M, D') and the weight of its head (V', D'), at the temperature of the model.
+    Large models pad their heads, each to its own length: both distributions are then those over the tokens that both
+    have."""
 
     hidden: Tensor
     weight: Tensor
@@ -37,10 +38,11 @@ class TeacherStates:
 
     def outcomes(self, logp: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs of the same outcomes under the model, given all of them (m, V), and under the teacher."""
-        if len(self.weight) != logp.shape[1]:
-            raise ConfigError(f"the teacher has {len(self.weight)} tokens in its vocabulary, the model {logp.shape[1]}")
+        both = min(len(self.weight), logp.shape[1])
+        if both < logp.shape[1]:
+            logp = logp[:, :both].log_softmax(-1)
         with torch.no_grad():
-            return logp, _logits(self.hidden.to(self.weight.dtype), self.weight, temperature).log_softmax(-1)
+            return logp, _logits(self.hidden.to(self.weight.dtype), self.weight[:both], temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +59,22 @@ class TeacherTopK:
     def outcomes(self, logp: Tensor, _temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs (m, K + 1) under the model, given those of all tokens (m, V), and under the teacher."""
         return _with_rest(logp.gather(1, self.token_ids)), _with_rest(self.logprobs.to(logp.dtype))
+
+
+def chunked_top_k(
+    hidden: Tensor, weight: Tensor, temperature: float, k: int, chunk_elements: int | None = None
+) -> TeacherTopK:
+    """The `k` most probable tokens of a teacher with hidden states (M, D) and head (V, D) and their log-probs over the
+    whole vocabulary, in chunks as in `chunked_terms`."""
+    rows, k = _rows(hidden, weight, chunk_elements), min(k, len(weight))
+    token_ids = hidden.new_empty(len(hidden), k, dtype=torch.long)
+    logprobs = hidden.new_empty(len(hidden), k, dtype=_compute_dtype(hidden))
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = _logits(hidden[part].to(weight.dtype), weight, temperature)
+        top = logits.topk(k)
+        token_ids[part], logprobs[part] = top.indices, top.values - logits.logsumexp(-1, keepdim=True)
+    return TeacherTopK(token_ids, logprobs)
 
 
 def _with_rest(logp: Tensor) -> Tensor:
@@ -141,16 +159,21 @@ def chunked_terms(
     with p = softmax and H the entropy: d logp / d logits = onehot - p and d H / d logits = -p (log p + H).
     """
     device = hidden.device.type
-    if chunk_elements is None:
-        chunk_elements = GPU_CHUNK_ELEMENTS if device == "cuda" else CHUNK_ELEMENTS
     autocast = torch.amp.is_autocast_available(device)  # the meta device knows none
     if autocast and torch.is_autocast_enabled(
         device
     ):  # here, because autocast is over when backward computes the logits again
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
-    rows = max(1, chunk_elements // weight.shape[0])
+    rows = _rows(hidden, weight, chunk_elements)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
         return _ChunkedTerms.apply(hidden, weight, token_ids, temperature, rows, tuple(terms))
+
+
+def _rows(hidden: Tensor, weight: Tensor, chunk_elements: int | None) -> int:
+    """Rows of a chunk."""
+    if chunk_elements is None:
+        chunk_elements = GPU_CHUNK_ELEMENTS if hidden.device.type == "cuda" else CHUNK_ELEMENTS
+    return max(1, chunk_elements // weight.shape[0])
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from foveate.config.model import LoraSettings
 from foveate.errors import ConfigError
-from foveate.models.policy import Policy, freeze_except, part_of
+from foveate.models.adapters import load_adapter
+from foveate.models.policy import Policy, freeze_except
+from foveate.models.quantize import dequantized, owner_of, quantized_layers
 from foveate.models.sharded import put
 
 _ADAPTER = "default"  # what peft calls one that has no name
@@ -23,10 +25,18 @@ _WITHOUT_TARGETS = ("vision", "language")
 
 
 def train_parts(policy: Policy, parts: Sequence[str], lora: LoraSettings | None) -> None:
-    """Say what trains: these parts, or the adapters in them. Raises as `freeze_except` and `add_adapters`."""
+    """Say what trains: these parts, or the adapters in them. Raises as `freeze_except` and `add_adapters`, and
+    ConfigError for a part that would train in full and whose layers are quantised."""
     freeze_except(policy, parts)
     if lora is not None:
         add_adapters(policy, lora, parts)
+    adapted = {policy.family.part_of(name) for name in _adapted(policy.model)}
+    for name in quantized_layers(policy.model):
+        if (part := policy.family.part_of(name)) in set(parts) - adapted:
+            raise ConfigError(
+                f"model.quantization: the linear layers of {part} are frozen, and it has no adapters; give it some by "
+                f"model.lora, or leave {part} out of model.trainable"
+            )
 
 
 def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str]) -> None:
@@ -34,14 +44,15 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
     (the head belongs to the language model here), else the part in full. Experts of mixture models are no linear layers
     and get none.
 
-    Raises ConfigError where peft is missing, and for a target that no linear layer of these parts is called.
+    Raises ConfigError where peft is missing, and for a target that no linear layer of these parts is called; DataError
+    for an adapter to begin from that does not fit (`foveate.models.adapters.load_adapter`).
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError("model.lora needs peft; install it by: pip install 'foveate[lora]'") from error
     layers = [name for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)]
-    linear = {name: part for name in layers if (part := part_of(policy.family, name)) in modules}
+    linear = {name: part for name in layers if (part := policy.family.part_of(name)) in modules}
     called = {name.rpartition(".")[2] for name in linear}
     unknown = [target for target in settings.targets or () if target not in called]
     if unknown:
@@ -60,13 +71,20 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )
     inject_adapter_in_model(config, root)  # freezes all but the adapters
-    if not policy.is_meta:
-        reset_adapters(policy.model)
     adapted = {linear[name] for name in chosen}
     adapted |= {"head"} if "language" in adapted else set()
     for name, parameter in policy.model.named_parameters():
-        if name in trained and part_of(policy.family, name) not in adapted:
+        if name in trained and policy.family.part_of(name) not in adapted:
             parameter.requires_grad_(True)
+    if not policy.is_meta:
+        begin_adapters(policy, settings)
+
+
+def begin_adapters(policy: Policy, settings: LoraSettings | None) -> None:
+    """The adapters of a policy that has memory as a run begins with them: new ones, or those of `settings.adapter`."""
+    reset_adapters(policy.model)
+    if settings is not None and settings.adapter is not None:
+        load_adapter(policy, settings, settings.adapter)
 
 
 @torch.no_grad()
@@ -101,10 +119,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of the model without adapters, with the adapters merged into them."""
-    layers = _adapted(model)
+    """The weights under the names of the model without adapters, with the adapters merged into them; those that are
+    quantised as the numbers that their layers multiply with."""
+    layers, quantized = _adapted(model), quantized_layers(model)
     state = {}
     for name, tensor in model.state_dict().items():
+        frozen = owner_of(name, quantized)
+        if frozen is not None and not name.endswith(".bias"):
+            if name != f"{frozen}.weight":
+                continue  # its scales
+            tensor = dequantized(quantized[frozen])
         owner, _, rest = name.partition(".base_layer.")
         if rest == "weight":
             tensor = tensor + layers[owner].get_delta_weight(_ADAPTER).detach().to(tensor.dtype)

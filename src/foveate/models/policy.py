@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from foveate.config.base import has_gpu
 from foveate.encoding.family import Family
@@ -30,6 +30,8 @@ from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
+from foveate.models.flash import internvl_class
+from foveate.models.quantize import Quantization, quantize_layers
 from foveate.models.sizes import meta_model
 
 logger = logging.getLogger(__name__)
@@ -77,13 +79,21 @@ class Policy:
         return next(self.model.parameters()).device
 
 
-def best_place() -> dict[str, str]:
+def best_place() -> dict[str, Any]:
     """Device and dtype by default for a model that only answers: arguments of `load_policy`."""
     return {"device": "cuda", "dtype": "bfloat16"} if has_gpu() else {"device": "cpu", "dtype": "float32"}
 
 
-def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", device: str = "cpu") -> Policy:
-    """Load a model folder of any family and layout, in evaluation mode.
+def load_policy(
+    path: str,
+    *,
+    attention: str = "auto",
+    dtype: str = "float32",
+    device: str = "cpu",
+    quantization: Quantization | None = None,
+) -> Policy:
+    """Load a model folder of any family and layout, in evaluation mode; with a `quantization`, its linear layers frozen
+    in few bits (`foveate.models.quantize`), which are made layer by layer from weights in host memory.
 
     Raises DataError for anything that is not one, or incomplete; errors in the small files and in the headers of the
     weights are found before the weights are read. No code that comes with a checkpoint is run.
@@ -93,7 +103,12 @@ def load_policy(path: str, *, attention: str = "auto", dtype: str = "float32", d
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
         model = _read_mapped(found, options) if found.family.github_type else _read(found, options)
-    return Policy(replace_layers(model.to(device).eval()), found.tokenizer, found.family, found.folder, found.format)
+    if quantization is None:
+        model = model.to(device)
+    model = replace_layers(model.eval())
+    if quantization is not None:
+        quantize_layers(model, found.family, quantization, device)
+    return Policy(model.to(device), found.tokenizer, found.family, found.folder, found.format)
 
 
 def keep_float32(device: str) -> None:
@@ -138,7 +153,7 @@ def _read_mapped(found: ModelFolder, options: dict[str, Any]) -> Any:
     """A model whose layouts foveate maps itself, which are those of InternVL."""
     hf_tensors(found.folder, found.format, found.config)
     in_memory = found.format == "chat"
-    return InternVLForConditionalGeneration.from_pretrained(
+    return internvl_class(found.config).from_pretrained(
         None if in_memory else found.folder,
         state_dict=hf_state_dict(found.folder, found.format) if in_memory else None,
         **options,
@@ -167,15 +182,8 @@ def parameters_by_part(policy: Policy) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of each part of the model by name; one that lies in a part of a part belongs to the inner one."""
     found: dict[str, dict[str, nn.Parameter]] = {part: {} for part in policy.family.parts}
     for name, parameter in policy.model.named_parameters():
-        found[part_of(policy.family, name)][name] = parameter
+        found[policy.family.part_of(name)][name] = parameter
     return found
-
-
-def part_of(family: Family, name: str) -> str:
-    """The part that a parameter or a submodule belongs to, by its name."""
-    places = {place: part for part, modules in family.parts.items() for place in modules}
-    inside = [place for place in places if f"{name}.".startswith(f"{place}.")]
-    return places[max(inside, key=len)]
 
 
 def freeze_except(policy: Policy, modules: Sequence[str]) -> None:
@@ -191,7 +199,7 @@ def freeze_except(policy: Policy, modules: Sequence[str]) -> None:
     trained = {*modules, *(["head"] if "language" in modules else [])}
     for part, parameters in parts.items():
         for parameter in parameters.values():
-            parameter.requires_grad_(part in trained)
+            parameter.requires_grad_(part in trained and parameter.is_floating_point())  # few bits have no gradient
 
 
 def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -27,9 +27,10 @@ from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.policy import Policy, keep_float32, load_errors, model_options
 
 
-def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32") -> Policy:
+def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32", quantization: None = None) -> Policy:
     """The policy of a model folder on the meta device, to be sharded, allocated and loaded. Raises DataError as
     `load_policy` does, and for weights that are quantised."""
+    assert quantization is None, "settings refuse it for several ranks"
     found = inspect_model_folder(path)
     if "quantization_config" in found.config.to_dict():
         raise DataError(f"{found.folder}: the weights are quantised; several ranks read weights that are not")

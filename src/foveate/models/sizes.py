@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from foveate.models.flash import internvl_class
+
 _VISION_300M = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
     "attention_bias": True, "use_qk_norm": False, "norm_type": "layer_norm",
@@ -66,23 +68,49 @@ PUBLISHED_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """By the name after `InternVL3_5-`: vision_config and text_config."""
 
 
+_QWEN25_VISION = {
+    "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+
+
+def _qwen25_vl(
+    hidden: int, layers: int, heads: int, groups: int, ffn: int, words: int, *, tied: bool
+) -> dict[str, Any]:
+    text = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups,
+        "intermediate_size": ffn, "vocab_size": words, "max_position_embeddings": 128000, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    vision = {**_QWEN25_VISION, "out_hidden_size": hidden}
+    return {"model_type": "qwen2_5_vl", "tie_word_embeddings": tied, "text_config": text, "vision_config": vision}
+
+
+_QWEN25_VL_7B = _qwen25_vl(3584, 28, 28, 4, 18944, 152064, tied=False)
 OTHER_MODELS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-VL-3B": {
-        "model_type": "qwen2_5_vl", "tie_word_embeddings": True,
+    "Qwen2.5-VL-3B": _qwen25_vl(2048, 36, 16, 2, 11008, 151936, tied=True),
+    "Qwen2.5-VL-7B": _QWEN25_VL_7B,
+    "OpenMMReasoner": _QWEN25_VL_7B,
+    "Qwen3-VL-8B": {
+        "model_type": "qwen3_vl", "tie_word_embeddings": False,
         "text_config": {
-            "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-            "intermediate_size": 11008, "vocab_size": 151936, "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+            },
         },
         "vision_config": {
-            "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
+            "depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304, "out_hidden_size": 4096,
+            "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [8, 16, 24],
         },
     },
 }  # fmt: skip
-"""Configurations of other published models (Qwen2.5-VL, arXiv 2502.13923, table 1), by how their names begin."""
+"""Configurations of other published models, by how their names begin: Qwen2.5-VL (arXiv 2502.13923, table 1), and
+Qwen3-VL (arXiv 2511.21631)."""
 
 
 def published_config(size: str) -> InternVLConfig:
@@ -96,7 +124,7 @@ def published_config(size: str) -> InternVLConfig:
 def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:
     """The modules of a model with shapes but no memory, on the meta device."""
     with torch.device("meta"):
-        return InternVLForConditionalGeneration(config)
+        return internvl_class(config)(config)
 
 
 def head_width(text: Any) -> int:

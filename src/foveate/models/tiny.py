@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from transformers import (
 )
 
 from foveate.datasets.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
+from foveate.datasets.zoom import ASKED, ASKED_AT
 from foveate.encoding.chat import CORRECTED_TEMPLATE
+from foveate.environments.calls import hermes_call
 from foveate.errors import DataError
 from foveate.models.checkpoint.configs import tile_preprocessor
 from foveate.models.checkpoint.inspect import inspect_model_folder
@@ -30,6 +33,11 @@ SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
 )  # fmt: skip
+CALL_WORDS = (
+    "<tool_call>", "</tool_call>", '<tool_call>\n{"name": "zoom", "arguments": {"image": 1, "box": [', ", ",
+    "]}}\n</tool_call>",
+)  # fmt: skip
+"""Tokens for calls of tools, the whole beginning and end of a look among them: a call is short enough for a laptop."""
 PREPROCESSOR = "preprocessor_config.json"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,8 +65,13 @@ class TinySize:
     max_tiles: int = 12
 
 
-def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about `vocabulary` tokens, trained on the language of the shapes; it can spell any text."""
+SMALL = TinySize(vision_width=56, vision_ffn=112, width=64, layers=3, head_dim=16, ffn=120)
+"""A quarter of the parameters: the student of `shapes_distill`."""
+
+
+def tiny_tokenizer(vocabulary: int, *, calls: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about `vocabulary` tokens, trained on the language of the shapes; it can spell any text.
+    `calls`: also `CALL_WORDS`, and the language of questions about plates."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -72,6 +85,10 @@ def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     corpus += ["Please provide the bounding box coordinate of the region this sentence describes: the"] * 40
     corpus += [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES] * 10
     corpus += ["system\nYou are a helpful assistant.", "user\nWhat is shown?", "assistant\n[[1,2,3,4]]"] * 20
+    if calls:
+        call = hermes_call("zoom", {"image": 1, "box": []})
+        inside = call.removeprefix(CALL_WORDS[0]).removesuffix(CALL_WORDS[1])
+        corpus += [inside, "tool\nImage 2", ASKED.format("red"), ASKED_AT.format([125, 250])] * 20
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -79,6 +96,8 @@ def tiny_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIALS])
+    if calls:
+        tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in CALL_WORDS])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -177,6 +196,31 @@ def retile(model_path: str, folder: Path, tile: int, max_tiles: int) -> Path:
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     write_json(folder / PREPROCESSOR, tile_preprocessor(tile, max_tiles))
     return folder
+
+
+def add_call_words(folder: Path) -> None:
+    """Give the tiny InternVL in a folder of transformers a tokenizer with tokens for calls of tools. The embedding of a
+    new token, and its row of the head, is the mean of those of the tokens that spelled it before."""
+    with quiet_transformers():
+        old, model = AutoTokenizer.from_pretrained(folder), InternVLForConditionalGeneration.from_pretrained(folder)
+        own: Any = model.config.text_config
+        tokenizer = tiny_tokenizer(TinySize().vocabulary, calls=True)
+        known = old.get_vocab()
+        spelled = [
+            [known[word]] if word in known else old.encode(tokenizer.decode([number]), add_special_tokens=False)
+            for word, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+        ]
+        weights = model.state_dict()
+        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.stack([weights[name][pieces].mean(0) for pieces in spelled])
+        ids = tokenizer.get_vocab()
+        own.vocab_size, own.eos_token_id, own.pad_token_id = len(spelled), ids["<|im_end|>"], ids["<|endoftext|>"]
+        model.config.image_token_id = ids["<IMG_CONTEXT>"]
+        grown = InternVLForConditionalGeneration(model.config).float()
+        grown.load_state_dict(weights)
+        grown.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        grown.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _resized_positions(positions: torch.Tensor, side: int) -> torch.Tensor:

@@ -22,10 +22,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from foveate.config.cluster import ClusterSettings
 from foveate.models.attention.gated_delta_net import leave_recurrence
 from foveate.models.attention.kernels import keep_from_compiler
-from foveate.models.forward import token_terms, token_values
-from foveate.models.logprobs import LOGP_ENTROPY, Term
+from foveate.models.forward import token_terms, token_values, trained_states
+from foveate.models.logprobs import LOGP_ENTROPY, TeacherStates, TeacherTopK, Term, chunked_top_k
 from foveate.models.policy import DTYPES, Policy
-from foveate.parallel.ulysses import token_terms_split, token_values_split
+from foveate.models.routing import Routing
+from foveate.parallel.ulysses import token_terms_split, token_values_split, trained_states_split
 from foveate.records import Batch
 
 
@@ -48,13 +49,18 @@ class LogProbs(_OfPolicy):
     those that belong to no block (the head, whose logits are never whole, and the embedding)."""
 
     def forward(
-        self, batch: Batch, temperature: float = 1.0, terms: Sequence[Term] = LOGP_ENTROPY
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        terms: Sequence[Term] = LOGP_ENTROPY,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, ...]:
-        """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch."""
+        """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch. `routing`, of
+        a rank with rows of its own: what routers do, by default with the experts of the batch."""
         if self.sequence is not None:
             return token_terms_split(self.policy, batch, terms, temperature, self.sequence)
         with _computing_in(self.autocast, self.policy):
-            return token_terms(self.policy, batch, terms, temperature)
+            return token_terms(self.policy, batch, terms, temperature, routing)
 
 
 class Values(_OfPolicy):
@@ -68,12 +74,32 @@ class Values(_OfPolicy):
             return token_values(self.policy, batch)
 
 
+class TeacherOutput(_OfPolicy):
+    """The output of a frozen teacher at the trained tokens of a batch, to compare a policy with
+    (`foveate.models.logprobs.Divergence`)."""
+
+    def forward(
+        self, batch: Batch, temperature: float, top_k: int | None, vocabulary: int
+    ) -> TeacherStates | TeacherTopK:
+        """Hidden states (M, D) with the head, or the `top_k` log-probs among the first `vocabulary` tokens. The head
+        is that of the module, which stays gathered when this returns."""
+        if self.sequence is not None:
+            hidden = trained_states_split(self.policy, batch, self.sequence)
+        else:
+            with _computing_in(self.autocast, self.policy):
+                hidden = trained_states(self.policy, batch)
+        weight = self.policy.part("head").weight
+        assert isinstance(weight, Tensor)
+        weight = weight.detach()[:vocabulary]
+        return TeacherStates(hidden, weight) if top_k is None else chunked_top_k(hidden, weight, temperature, top_k)
+
+
 def _computing_in(dtype: torch.dtype | None, policy: Policy) -> AbstractContextManager[object]:
     """Weights and activations of the products within are rounded to `dtype`; None: they stay as they are."""
     return nullcontext() if dtype is None else torch.autocast(policy.device.type, dtype)
 
 
-Root = TypeVar("Root", LogProbs, Values)
+Root = TypeVar("Root", LogProbs, Values, TeacherOutput)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,8 @@ from foveate.records import Answer, Batch, Forest, ImageSlot, PackedGroup, Promp
 
 def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor:
     """The position of each of `length` tokens behind `begin` others, int64 (length,); (3, length) for time, row and
-    column where an image has a `grid`: its tokens share the time at which it begins, and what follows stands behind its
-    longer side (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+    column where an image has a `grid`: its tokens share the time at which it begins, those of a video the `times`
+    behind it. What follows stands behind the largest of them (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1)."""
     if all(slot.grid is None for slot in slots):
         return torch.arange(begin, begin + length)
     pieces: list[Tensor] = []
@@ -26,9 +27,11 @@ def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor
         rows, columns = slot.grid
         pieces.append((torch.arange(slot.position - first) + place).expand(3, -1))
         place += slot.position - first
+        times = slot.times or (0,)
+        time = torch.tensor(times).repeat_interleave(rows * columns)
         row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
-        pieces.append(torch.stack([torch.zeros_like(row), row, column]) + place)
-        first, place = slot.position + slot.count, place + max(rows, columns)
+        pieces.append(torch.stack([time, row.repeat(len(times)), column.repeat(len(times))]) + place)
+        first, place = slot.position + slot.count, place + max(rows, columns, times[-1] + 1)
     pieces.append((torch.arange(length - first) + place).expand(3, -1))
     return torch.cat(pieces, 1)
 
@@ -46,20 +49,32 @@ def next_position(prompt: Prompt, answer: Answer | None) -> int:
     return int(positions(len(answer), answer_slots(answer), end).max()) + 1
 
 
+def grids_of(slot: ImageSlot) -> tuple[tuple[int, ...], ...]:
+    """The grids that are encoded for an image, as in `Batch.grids`: one for each of the times of a video, and for each
+    tile where some may be compressed, or its layout; none where positions are not 3-D otherwise."""
+    if slot.layout is not None:
+        return (slot.layout,)
+    if slot.grid is None:
+        return tuple((side, side) for side in slot.sides)
+    return ((*slot.grid, slot.frames),) * len(slot.times) if slot.times else (slot.grid,)
+
+
 class _Images:
-    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand."""
+    """The images of a row, in order. Pixels that are the same tensor are encoded once, wherever they stand, unless
+    other tiles of them are compressed."""
 
     def __init__(self) -> None:
         self._pixels: list[Tensor] = []
         self._slots: list[ImageSlot] = []
-        self._first: dict[int, int] = {}
+        self._first: dict[tuple[Any, ...], int] = {}
         self._index: list[Tensor] = []
         self._features = 0
 
     def add(self, slots: Sequence[ImageSlot], pixels: Tensor | None) -> None:
         """The next images, with their pixels side by side."""
         count = sum(slot.count for slot in slots)
-        first = self._features if pixels is None else self._first.setdefault(id(pixels), self._features)
+        key = id(pixels), *(slot.sides for slot in slots)
+        first = self._features if pixels is None else self._first.setdefault(key, self._features)
         if first == self._features:
             self._features += count
             self._slots += slots
@@ -72,7 +87,7 @@ class _Images:
         index = _cat(self._index)
         return {
             "pixels": torch.cat(self._pixels) if self._pixels else None,
-            "grids": tuple(slot.grid for slot in self._slots if slot.grid is not None),
+            "grids": tuple(grid for slot in self._slots for grid in grids_of(slot)),
             "feature_index": None if len(index) == self._features else index,
         }
 
@@ -163,8 +178,24 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         source_M=_cat(source),
         sample_M=_cat(sample),
         samples=samples,
+        routed_experts=_routed_experts(groups),
         **images.fields,
     )
+
+
+def _routed_experts(groups: Sequence[PackedGroup]) -> Tensor | None:
+    """As `Batch` holds them; None where no answer says which experts it was computed with. A prompt has those of the
+    first of its answers that knows them."""
+    runs = list[tuple[int, np.ndarray | None]]()
+    for group in groups:
+        prompts = (answer.prompt_experts for answer in group.answers)
+        runs.append((len(group.prompt), next((experts for experts in prompts if experts is not None), None)))
+        runs += [(len(segment), segment.routed_experts) for answer in group.answers for segment in answer.segments]
+    shape = next((experts.shape[1:] for _, experts in runs if experts is not None), None)
+    if shape is None:
+        return None
+    unknown = np.full((max(tokens for tokens, _ in runs), *shape), -1, np.int16)
+    return torch.from_numpy(np.concatenate([unknown[:n] if own is None else own for n, own in runs]))
 
 
 def _pieces(length: int, slots: Sequence[ImageSlot]) -> Iterator[tuple[int, bool]]:

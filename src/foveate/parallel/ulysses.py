@@ -60,6 +60,11 @@ def token_terms_split(
     return _of_trained(policy, batch, group, head).unbind(-1)
 
 
+def trained_states_split(policy: Policy, batch: Batch, group: ProcessGroup) -> Tensor:
+    """`trained_states` of one row, on all ranks of `group`, which call it together with the same batch."""
+    return _of_trained(policy, batch, group, lambda hidden, _: hidden)
+
+
 def token_values_split(policy: Policy, batch: Batch, group: ProcessGroup) -> Tensor:
     """`token_values` of one row on all ranks of `group`, which call it together with the same batch."""
     return _of_trained(policy, batch, group, lambda hidden, _: policy.part("head")(hidden))[:, 0]
@@ -107,6 +112,7 @@ class RowShare:
             batch,
             token_ids_T=batch.token_ids_T[own],
             position_T=batch.position_T[..., own],
+            routed_experts=None if batch.routed_experts is None else batch.routed_experts[own],
             pixels=pixels,
             grids=grids,
             dummy_image=not shares[rank],
@@ -165,8 +171,10 @@ def _padded(batch: Batch, ranks: int) -> Batch:
     forest, more = batch.forest, -batch.forest.tokens % ranks
     if not more:
         return batch
+    experts = batch.routed_experts
     return replace(
         batch,
+        routed_experts=None if experts is None else torch.cat([experts, experts[:1].expand(more, -1, -1)]),
         token_ids_T=torch.cat([batch.token_ids_T, batch.token_ids_T.new_zeros(more)]),
         position_T=torch.cat([batch.position_T, batch.position_T.new_zeros(*batch.position_T.shape[:-1], more)], -1),
         forest=Forest(
@@ -180,7 +188,7 @@ def _padded(batch: Batch, ranks: int) -> Batch:
 
 def _shared_images(
     batch: Batch, slots: int, policy: Policy, rank: int, ranks: int
-) -> tuple[Tensor | None, tuple[tuple[int, int], ...], list[int]]:
+) -> tuple[Tensor | None, tuple[tuple[int, ...], ...], list[int]]:
     """The pixels and grids of this rank, and how many image tokens the pixels of each rank give. Tiles, or whole
     images, go in runs of about equal tokens; a rank that gets none encodes a dummy image, so that all make the same
     calls.
@@ -191,10 +199,13 @@ def _shared_images(
     pixels = batch.pixels
     if pixels is None or batch.dummy_image:
         return dummy_image.pixels.to(batch.token_ids_T.device), dummy_image.grids, [0] * ranks
-    image_tokens = [rows * columns for rows, columns in batch.grids]
-    if image_tokens:
-        entries = len(pixels) // sum(image_tokens)
-        tokens, units = image_tokens, [count * entries for count in image_tokens]
+    if policy.family.image_layouts:
+        tokens, units = [layout[1] for layout in batch.grids], [layout[0] for layout in batch.grids]
+    elif batch.grids:
+        tokens = [rows * columns for rows, columns, *_ in batch.grids]
+        seen = [math.prod(grid) for grid in batch.grids]  # each frame of a piece of a video has entries of its own
+        are_tiles = len(batch.grids) == len(pixels)
+        units = [1 if are_tiles else count * (len(pixels) // sum(seen)) for count in seen]
     else:
         tokens, units = [slots // len(pixels)] * len(pixels), [1] * len(pixels)
     middles = [end - own / 2 for end, own in zip(accumulate(tokens), tokens, strict=True)]

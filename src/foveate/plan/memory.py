@@ -15,6 +15,7 @@ from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
 from foveate.models.lora import train_parts
 from foveate.models.policy import Policy, freeze_except, parameters_by_part
+from foveate.models.quantize import Quantization, linear_layers, packed_bytes
 from foveate.models.sizes import RECURRENT, key_value_numbers, recurrent_layers, state_numbers
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
 from foveate.plan.trace import RowShape, StepMemory, family_of, piece_of, step_memory, traced_policy
@@ -113,6 +114,27 @@ def _sizes(held: ByText, train: tuple[str, ...], lora: LoraSettings | None) -> S
     return Sizes(sum(counts.values()), trained, block, root + counts.get("projector", 0))
 
 
+@dataclass(frozen=True, slots=True)
+class FewBits:
+    """Of quantised layers: the bytes that they save, and the numbers of the largest."""
+
+    saved: int = 0
+    largest: int = 0
+
+
+def quantized_of(config: Any, kind: Quantization, itemsize: int) -> FewBits:
+    """The layers that `kind` makes of those of a model whose numbers take `itemsize` bytes."""
+    return _quantized(ByText(config), kind, itemsize)  # pyright: ignore[reportArgumentType]
+
+
+@lru_cache(maxsize=256)
+def _quantized(held: ByText, kind: Quantization, itemsize: int) -> FewBits:
+    policy = traced_policy(held.config, torch.float32, "auto")
+    sizes = [(layer.out_features, layer.in_features) for _, layer in linear_layers(policy.model, policy.family)]
+    saved = sum(rows * columns * itemsize - packed_bytes(kind, rows, columns) for rows, columns in sizes)
+    return FewBits(saved, max(rows * columns for rows, columns in sizes))
+
+
 def optimizer_bytes(work: Workload) -> int:
     """The optimizer's state, over all ranks: its first state for the model's shapes."""
     adapters, optim = work.lora, work.optim.model_dump_json()
@@ -144,9 +166,11 @@ def memory_of(work: Workload) -> Memory:
     sizes, cluster = sizes_of(work.config, work.trainable, work.lora), work.cluster
     stored, computed = work.dtype.itemsize, work.compute_dtype.itemsize
     shards, spread = cluster.shards, cluster.ranks > 1
-    weights = sizes.total * stored / shards * (2 if work.reference else 1)
+    few_bits = quantized_of(work.config, work.quantization, stored) if work.quantization is not None else FewBits()
+    weights = (sizes.total * stored - few_bits.saved) / shards * (2 if work.reference else 1)
+    weights += sum(sizes_of(one, ("language",)).total for one in work.teachers) * work.teacher_dtype.itemsize / shards
     gradients, moments = sizes.trained * stored / shards, optimizer_bytes(work) / shards
-    gathered = 0.0
+    gathered = float(few_bits.largest * computed)  # one layer at a time is multiplied in full
     if not spread and computed < stored:  # copies that autocast keeps: of a block alone where it is computed again
         gathered = float(computed * (sizes.root + sizes.block if work.checkpointing else sizes.trained))
     if spread:  # the root and two blocks, one of them on its way; gradients of the root and of a block, in float32
@@ -156,7 +180,7 @@ def memory_of(work: Workload) -> Memory:
     step = activation_memory(work)
     rest = cluster.offload and spread
     apart = work.generates and cluster.engines > 0
-    own = spread or apart or computed != stored or work.overlaps  # the engine has weights of its own
+    own = spread or apart or computed != stored or work.overlaps or work.served  # the engine has weights of its own
     one_answer = (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES if own else computed)
     one_answer += state_bytes_of(work.config)
     parallel = cluster.engine_tensor_parallel
@@ -204,15 +228,17 @@ def _extrapolated(
     how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
     counts = [text.num_hidden_layers - recurrent_layers(text), recurrent_layers(text)]
     kinds = [kind for kind, count in enumerate(counts) if count]
+    uneven = family.uneven_blocks(held.config)
     start = [1 if count and len(kinds) > 1 else 2 * bool(count) for count in counts]
+    start[0], seen = max(start[0], uneven), max(1, uneven)
 
     def traced(language: Sequence[int], blocks: int) -> StepMemory:
         return step_memory(shallow(held.config, *language, vision=blocks), row, **how)
 
-    base = traced(start, 1)
-    more = (traced(start, 2).activations - base.activations) * (vision - 1) if family.sees_images else 0
+    base = traced(start, seen)
+    more = (traced(start, seen + 1).activations - base.activations) * (vision - seen) if family.sees_images else 0
     for kind in kinds:
-        deeper = traced([blocks + 2 * (kind == other) for other, blocks in enumerate(start)], 1).activations
+        deeper = traced([blocks + 2 * (kind == other) for other, blocks in enumerate(start)], seen).activations
         more += (deeper - base.activations) * (counts[kind] - start[kind]) / 2
     return replace(base, activations=int(base.activations + more))
 
@@ -229,5 +255,5 @@ def shallow(config: Any, language: int, recurrent: int = 0, *, vision: int = 1) 
     elif text.to_dict().get("sliding_window"):
         text.sliding_window = None
     if family.sees_images:
-        cut.vision_config.update({family.vision_depth: vision})
+        cut.vision_config.update(family.shallow_tower(config, vision))
     return cut

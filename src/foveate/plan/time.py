@@ -93,9 +93,12 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
         work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel),
     )
     gather = _gather(work, machines)
+    taught = [language_flops(one, work.prompt, work.answer, work.answers) for one in work.teachers]
+    taught += [vision_flops(one, work.tiles) for one in work.teachers]
+    teachers = sum(taught) / max(1, len(work.teachers)) * work.epochs / rate  # each row has one of them
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
-        forward=work.forwards * max((language + vision) / rate, batches * gather),
+        forward=work.forwards * max((language + vision) / rate, batches * gather) + teachers,
         update=work.epochs * max(trained / rate, batches * 3 * gather) + _optimizer(work, machines),
         publish=_publish(work, machines),
         overlaps=work.overlaps,

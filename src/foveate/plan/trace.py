@@ -4,10 +4,11 @@ have shapes but no memory, while every storage is counted from the operation tha
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from foveate.config.model import LoraSettings
 from foveate.encoding.family import Family, ImagePiece
@@ -31,10 +33,12 @@ from foveate.records import Batch, ImageSlot, PackedGroup, Prompt
 
 class StorageCounter(TorchDispatchMode):
     """Bytes of all storages made inside it that are still alive (`live`), and the most there were at once (`peak`).
-    Those of the tensors in `outside` do not count."""
+    Those of the tensors in `outside` do not count. `marked`: how many of the elements are true in masks of so many;
+    all are in others. Tensors on the meta device have no values to be asked."""
 
-    def __init__(self, outside: Iterable[Tensor]) -> None:
+    def __init__(self, outside: Iterable[Tensor], marked: Mapping[int, int] = MappingProxyType({})) -> None:
         super().__init__()
+        self._marked = marked
         self.live = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in outside)
 
@@ -42,11 +46,20 @@ class StorageCounter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
             return 1  # the value of a tensor, which transformers asks of its masks: any will do, no size hangs on it
         args, kwargs = _on_meta((args, kwargs or {}))
+        if func.overloadpacket in _INDEXED:
+            args = (args[0], [number for index in args[1] for number in self._numbers(index)], *args[2:])
         out = _grouped(*args, **kwargs) if func is _GROUPED else func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._count(leaf.untyped_storage())
         return out
+
+    def _numbers(self, index: Any) -> list[Any]:
+        """Indices by numbers, one for each dimension, in place of one by a mask."""
+        if not isinstance(index, Tensor) or index.dtype != torch.bool or not index.is_meta:
+            return [index]
+        count = self._marked.get(index.numel(), index.numel())
+        return [torch.empty(count, dtype=torch.int64, device="meta") for _ in range(index.ndim)]
 
     def _count(self, storage: Any) -> None:
         if storage in self._known:
@@ -61,6 +74,7 @@ class StorageCounter(TorchDispatchMode):
         self.live -= size
 
 
+_INDEXED = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_)
 _GROUPED = torch.ops.aten._grouped_mm.default
 
 
@@ -131,7 +145,8 @@ def step_memory(
             parameter.register_post_accumulate_grad_hook(_drop)
     piece = piece_of(config)
     batch = _meta_batch(row, piece)
-    with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()]) as step:
+    marked = {len(batch.token_ids_T): len(batch.slot_index)}
+    with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()], marked) as step:
         logp_M, entropy_M = token_logprobs(policy, batch)
         loss = (logp_M - entropy_M).sum()
         loss.backward()
@@ -168,6 +183,7 @@ def _fused(
 
 _FUSED = "foveate_planned"
 AttentionInterface.register(_FUSED, _fused)
+AttentionMaskInterface.register(_FUSED, lambda *_, **__: None)
 
 
 def family_of(config: Any) -> Family:
@@ -198,7 +214,9 @@ def _meta_batch(row: RowShape, piece: ImagePiece) -> Batch:
     prompt = max(row.prompt, row.tiles * piece.tokens, 128)
     count = max(1, -(-4 * row.answer // prompt))
     entries, *size = piece.pixels
-    slots = tuple(ImageSlot(i * piece.tokens, piece.tokens, entries, piece.grid) for i in range(row.tiles))
+    slots = tuple(
+        ImageSlot(i * piece.tokens, piece.tokens, entries, piece.grid, layout=piece.layout) for i in range(row.tiles)
+    )
     pixels = torch.empty(row.tiles * entries, *size, device="meta") if row.tiles else None
     answers = ((0,) * max(1, row.answer // count),) * count
     batch = pack([PackedGroup.of_tokens(Prompt((0,) * prompt, slots, pixels, ()), answers)])

@@ -13,11 +13,12 @@ from transformers import AutoConfig
 
 from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings
-from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES
+from foveate.models.quantize import Quantization
 from foveate.models.sizes import OTHER_MODELS, PUBLISHED_SIZES, published_config
 from foveate.plan.trace import RowShape, family_of, piece_of
 from foveate.train.algorithm import build_algorithm
@@ -30,6 +31,8 @@ class Workload:
     A step has `groups` prompts with `answers` each, trained on in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
     update: old and reference log-probs. `overlaps`: the next answers are generated while these are trained on.
+    `served`: answers come from a server, which holds weights of its own.
+    `teachers`: the configurations of frozen models that read every answer once, or once in every epoch.
     """
 
     config: Any
@@ -53,6 +56,10 @@ class Workload:
     epochs: int = 1
     overlaps: bool = False
     lora: LoraSettings | None = None
+    quantization: Quantization | None = None
+    served: bool = False
+    teachers: tuple[Any, ...] = ()
+    teacher_dtype: torch.dtype = torch.float32
 
     @property
     def engines(self) -> int:
@@ -89,25 +96,34 @@ def workload_of(
     if tiles * per_tile > prompt:
         raise ConfigError(f"{tiles} tiles are {tiles * per_tile} tokens, more than a prompt of {prompt}")
     common: dict[str, Any] = {
-        "config": config, "trainable": model.trainable, "lora": model.lora,
+        "config": config, "trainable": model.trainable, "lora": model.lora, "quantization": model.quantization,
         "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
         "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
         "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
     if not isinstance(settings, RLSettings):
         longest = max(2, data.max_prompt_tokens - prompt)
+        if isinstance(settings, VirSettings):
+            raise ConfigError("vir is not planned: it trains a few layers alone, and takes two passes of two models")
+        frozen = isinstance(settings, VicoSettings)  # the start, which has a pass beside the policy's
         pairs = isinstance(settings, MPOSettings)  # their reference log-probs are computed once, before the steps
         groups = settings.train.pairs_per_step if pairs else settings.train.samples_per_step
         return Workload(
             **common, groups=groups, answers=2 if pairs else 1, updates=1, answer=answer or longest // 8 or 1,
-            longest=longest, generates=False, forwards=0, reference=False,
+            longest=longest, generates=False, forwards=int(frozen), reference=frozen,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
-    needs_reference = build_algorithm(settings.algorithm, longest).needs_reference
+    algorithm = build_algorithm(settings.algorithm, longest)
+    needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
+    if teacher is not None:
+        common["teachers"] = tuple(map(_config_of, teacher.paths))
+        common["teacher_dtype"] = DTYPES[teacher.dtype or model.dtype]
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,
         epochs=settings.train.epochs_per_step, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
-        answer=answer or longest // 8 or 1, longest=longest, generates=True, forwards=(updates > 1) + needs_reference,
+        answer=answer or longest // 8 or 1, longest=longest, generates=True,
+        served=settings.rollout.engine in ("vllm", "sglang"),
+        forwards=(updates > 1 or algorithm.needs_old) + needs_reference,
         reference=needs_reference and model.lora is None,  # else the model with its adapters off
     )  # fmt: skip
 

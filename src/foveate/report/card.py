@@ -16,7 +16,7 @@ from foveate.config.recipe import flatten, read_values, values_to_yaml
 from foveate.data.folders import SUFFIXES, suffix_of
 from foveate.data.hub import is_hub_name
 from foveate.evaluate.predictions import mean
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, inside, read_inside
 from foveate.report.page import Run, read_run
 from foveate.report.summary import compare_evaluations, format_difference, format_figure
 
@@ -28,6 +28,8 @@ _STAGES = {
     "rl": "online reinforcement learning",
     "mpo": "preference optimisation",
     "sft": "supervised fine-tuning",
+    "vico": "visual consistency learning (ViCO)",
+    "vir": "training of its resolution router (ViR)",
 }
 NOTABLE = (
     "optim.name", "optim.lr", "optim.schedule", "train.steps", "train.prompts_per_step", "train.samples_per_step",
@@ -42,8 +44,9 @@ def write_card(run_folder: Path, model_folder: Path) -> Path:
     """Write the card of a run's model into its folder, in place of that of the model it was made from, whose licence it
     keeps. Raises DataError for a folder that is no run."""
     path = model_folder / "README.md"
-    former = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    atomic_write_text(path, card(read_run(run_folder), read_values(run_folder / "config.yaml"), _front_matter(former)))
+    former = read_inside(path, model_folder).decode("utf-8", "replace") if path.is_file() else ""
+    settings = read_values(inside(run_folder / "config.yaml", run_folder))
+    atomic_write_text(path, card(read_run(run_folder), settings, _front_matter(former)))
     return path
 
 
@@ -51,7 +54,9 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
     """The text of the card. settings: those of the run; former: licence and base of the model that it began from."""
     model, data = settings["model"]["path"], settings["data"]
     keys = {"cascade": "mpo", "rl": "rollout", "mpo": "loss"}
-    stage = next((name for name, key in keys.items() if key in settings), "sft")
+    train = settings.get("train") or {}
+    offline = "vico" if "compressed" in train else "vir" if "quantile" in train else "sft"
+    stage = next((name for name, key in keys.items() if key in settings), offline)
     base = str(model).partition("@")[0] if _on_hub(model) else former.get("base_model", "")
     sources = [*data["train"], *(data.get("test") or ())]
     method = (settings["rl"] if stage == "cascade" else settings).get("algorithm") or settings.get("loss") or {}

@@ -48,6 +48,7 @@ class Chart:
     unit: str = ""
     smooth: bool = True
     dots: bool = False
+    by_step: bool = True
 
     @property
     def digits(self) -> int:
@@ -58,8 +59,10 @@ class Chart:
 
     @property
     def legend(self) -> list[tuple[str, str]]:
-        """(label, last value) of each line."""
-        return [(one.label, format_value(one.last[1] or 0.0, self.unit, self.digits)) for one in self.series]
+        """(label, last value) of each line; without the value where the axis is not the training step."""
+        shown = [format_value(one.last[1] or 0.0, self.unit, self.digits) for one in self.series]
+        values = shown if self.by_step else [""] * len(shown)
+        return [(one.label, value) for one, value in zip(self.series, values, strict=True)]
 
     @property
     def places(self) -> list[int]:
@@ -100,6 +103,7 @@ CATALOGUE = (
     Topic(
         "Accuracy of pairs", r"^(reward/preferred|eval/accuracy)$", "share in which the chosen answer gained more", "%"
     ),
+    Topic("Held-out turns and looks", r"^eval/(turns|tool)/", "turns and calls of tools per answer, and their overlap"),
     Topic("Held-out figures", r"^eval/", "as logged at each evaluation"),
     Topic("Accuracy while training", r"^reward/(accuracy|hit|parsed)$", "share of the sampled answers", "%"),
     Topic("Answers not graded", r"^reward/failed$", "the grader raised an error"),
@@ -107,7 +111,7 @@ CATALOGUE = (
     Topic("Parts of the reward", r"^reward/|^source/.*/reward$", "and its spread, and the rewards of sources"),
     Topic("Truncated answers", r"^answer/(truncated|timed_out)", "share that reached the token or time limit", "%"),
     Topic("Answer length", r"^answer/length|^source/.*/length$", "tokens per answer"),
-    Topic("Turns and tools", r"^(turns|tool)/", "turns and calls of tools per answer, and calls that went wrong"),
+    Topic("Turns and tools", r"^(turns|tool)/", "per answer; and the overlap of looks with their place"),
     Topic("Entropy", r"^loss/entropy", "nats per token: near 0 the policy stops exploring"),
     Topic("Clip fraction", r"^loss/clip", "share of the ratios outside the trust region", "%"),
     Topic("Importance ratio", r"^loss/ratio", "new over old policy, per answer or token"),

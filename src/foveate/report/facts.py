@@ -31,6 +31,8 @@ STAGE_NAMES = {
     "sft": "Supervised fine-tuning",
     "mpo": "Preference optimisation",
     "cascade": "Cascade",
+    "vico": "Visual consistency",
+    "vir": "Resolution router",
 }
 
 
@@ -47,6 +49,9 @@ class Tile:
 
 def stage_of(config: Mapping[str, Any]) -> str:
     """The stage of a run by the groups of its settings; "" without settings."""
+    train = config.get("train") or {}
+    if "compressed" in train or "quantile" in train:
+        return "vico" if "compressed" in train else "vir"
     groups = {"cascade": "pairs", "rl": "rollout", "mpo": "loss", "sft": "train"}
     return next((stage for stage, group in groups.items() if group in config), "")
 
@@ -55,7 +60,7 @@ def run_facts(config: Mapping[str, Any], metrics: _Rows) -> list[tuple[str, str]
     """(name, value) of what a reader asks first: stage, model, data, steps, time and speed."""
     try:
         return [(name, value) for name, value in _facts(config, metrics) if value]
-    except (LookupError, TypeError, ValueError, AttributeError):  # not the config.yaml of a run
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):  # not the config.yaml of a run
         return []
 
 

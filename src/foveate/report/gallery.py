@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from foveate.data.answers import AnswerTurn, ScoredRow
 from foveate.data.images import open_picture
+from foveate.errors import DataError, one_line
 from foveate.evaluate.draw import encode_jpeg
 from foveate.evaluate.predictions import Evaluation, observed_path, thumbnail_path
+from foveate.evaluate.turns import looks_of
+from foveate.files import read_inside
 
 PICTURE_BUDGET = 2_300_000
 """Bytes of all embedded pictures together, before base64 makes four of three."""
@@ -60,8 +62,8 @@ class GalleryFrame:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One row of the gallery. `picture` is a data URI or empty; boxes are x, y, width, height in thousandths;
-    `tags` are those by which the rows differ."""
+    """One row of the gallery. `picture` is a data URI or empty; `true_box` is the ground truth, or the part to look at,
+    as x, y, width, height in thousandths; `tags` are those by which the rows differ."""
 
     row: ScoredRow
     picture: str
@@ -108,7 +110,7 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
                 picture,
                 width,
                 height,
-                rectangle(None if row.shown.iou is None else row.ground_truth),
+                rectangle(row.look_box if row.shown.iou is None else row.ground_truth),
                 frames,
                 tags,
             )
@@ -128,8 +130,7 @@ def _frame(
     pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in answer.logprobs[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)
     turns = _shown_turns(run_folder, answer.turns, text_room, byte_room)
-    boxes = (rectangle(call["box"]) for turn in answer.turns for call in turn.calls if _is_look(call))
-    looks = tuple(box for box in boxes if box is not None)
+    looks = tuple(shape for box in looks_of(answer.turns) if (shape := rectangle(box)) is not None)
     return GalleryFrame(evaluation.step, thought, said, pieces, row, outcome, rectangle(answer.box), turns, looks)
 
 
@@ -151,13 +152,6 @@ def _shown_turns(
         calls = tuple((str(call.get("name", "?")), bool(call.get("error"))) for call in turn.calls)
         found.append(ShownTurn(turn.role, thought, said, calls, turn.reward, tuple(pictures)))
     return tuple(found)
-
-
-def _is_look(call: Mapping[str, Any]) -> bool:
-    """Whether a call looked at a place of the first image."""
-    box = call.get("box")
-    is_box = isinstance(box, list | tuple) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    return is_box and call.get("image", 1) == 1 and not call.get("error")
 
 
 def telling_tags(rows: Iterable[ScoredRow]) -> set[str]:
@@ -193,11 +187,19 @@ def rectangle(box: Sequence[float] | None) -> tuple[float, float, float, float] 
 
 def embed_picture(path: Path, limit: int) -> tuple[str, int, int]:
     """A thumbnail as data URI, with its width and height: no longer than `MAX_SIDE` pixels, and made smaller until it
-    takes at most `limit` bytes or would be shorter than `MIN_SIDE`. Without a file: an empty URI and a square."""
+    takes at most `limit` bytes or would be shorter than `MIN_SIDE`. Without a file: an empty URI and a square. The file
+    lies in a folder of the run; raises DataError for one that does not, or that is no picture."""
     if not path.exists():
         return "", 1, 1
-    data = path.read_bytes()
-    with open_picture(path) as (image, _):
+    data = read_inside(path, path.parent.parent)
+    try:
+        return _embedded(data, limit)
+    except (OSError, ValueError, SyntaxError) as error:  # of Pillow, and of a picture that is refused
+        raise DataError(f"{path}: {one_line(error)}; delete the file, or let the run write it again") from error
+
+
+def _embedded(data: bytes, limit: int) -> tuple[str, int, int]:
+    with open_picture(data) as (image, _):
         width, height = image.size
         side = max(image.size)
         if side > MAX_SIDE:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
-from foveate.errors import ConfigError, UserError
+from foveate.errors import ConfigError, UserError, one_line
 from foveate.report.page import INPUTS, render_report
 from foveate.serve.hosts import is_known_host
 
@@ -63,8 +63,9 @@ class ReportServer:
         if state != self._state:
             try:
                 self._page = render_report(self.folder).encode()
-            except UserError as error:
-                return f"<!doctype html><title>foveate</title><p>{html.escape(str(error))}".encode()
+            except Exception as error:  # the files are not ours alone; the server goes on
+                known = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+                return f"<!doctype html><title>foveate</title><p>{html.escape(known)}".encode()
             self._state = state
         return self._page
 

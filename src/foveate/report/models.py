@@ -32,7 +32,7 @@ def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
         if "accuracy_at" in one
     )
     title, hint = "Accuracy by threshold", "IoU in percent"
-    chart = Chart(title, hint, series, "%", smooth=False, dots=True) if series else None
+    chart = Chart(title, hint, series, "%", smooth=False, dots=True, by_step=False) if series else None
     return ModelTable(tuple(models), lines, chart)
 
 
@@ -42,12 +42,16 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, label in (("accuracy", "accuracy"), ("mean_iou", "mean IoU")):
         if name in one:
             lines.append((label, _with_interval(one[name])))
+    if "score_interval" in one:
+        low, high = one["score_interval"] or (None, None)
+        lines.append(("mean score", "–" if low is None else f"{one['score']:.3f} [{low:.3f}, {high:.3f}]"))
     if "not_graded" in one:
         lines.append(("answers not graded", str(one["not_graded"])))
     if "with_box" in one:
         lines.append(("answers with a box", _percent(one["with_box"])))
     sampled = one.get("sampled", {})
-    lines += [(name, _percent(value)) for name, value in sampled.items() if name != "n"]
+    told = _number if "score_interval" in one else _percent
+    lines += [(name, told(value)) for name, value in sampled.items() if name != "n"]
     splits = one.get("splits")
     if splits:
         lines += [(name, _percent(value)) for name, value in splits["accuracy"].items()]
@@ -64,6 +68,10 @@ def _with_interval(figure: Mapping[str, Any]) -> str:
     if figure["value"] is None or interval is None:
         return "–"
     return f"{_percent(figure['value'])} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _percent(value: float | None) -> str:

@@ -15,7 +15,7 @@ from foveate.report.charts import Series, collect, format_value, thin_out
 from foveate.report.gallery import gallery_cards
 from foveate.report.page import read_run, template_environment
 
-USUAL = ("reward/mean", "eval/greedy_accuracy", "loss/total", "eval/loss", "eval/accuracy")
+USUAL = ("reward/mean", "eval/greedy_accuracy", "eval/greedy_score", "loss/total", "eval/loss", "eval/accuracy")
 WIDTH, HEIGHT = 560.0, 180.0
 _POINTS, _SMOOTH_FROM = 300, 24
 
@@ -55,7 +55,10 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
     for name in names:
         if name not in known:
             raise ConfigError(f"no metric {name!r}{suggestion(name, known)}; measured: {', '.join(sorted(known))}")
-    chosen = names or [name for name in USUAL if name in known] or [*known][:1]
+    usual = [name for name in USUAL if name in known]
+    if "eval/greedy_accuracy" in usual and "eval/greedy_score" in usual:
+        usual.remove("eval/greedy_score")
+    chosen = names or usual or [*known][:1]
     return _render(curves=[_curve(known[name]) for name in chosen], cards=(), width=WIDTH, height=HEIGHT)
 
 

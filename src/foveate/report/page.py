@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.config.recipe import read_values
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError, DataError, one_line
 from foveate.evaluate.predictions import Evaluation, read_evaluations, summarise
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, inside, read_inside, strict_json
 from foveate.log import read_metrics
 from foveate.report.charts import Chart, Series, chart_metrics
 from foveate.report.facts import metric_sentences, metric_tiles, run_facts
 from foveate.report.gallery import Card, gallery_cards, shorten
-from foveate.report.models import model_table
+from foveate.report.models import ModelTable, model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
 from foveate.report.summary import Change, Comparison, compare_evaluations, format_difference, format_figure
 
@@ -41,6 +40,7 @@ INPUTS = (
 )  # fmt: skip
 
 
+_LARGEST = 1e300
 _FIGURES = ("accuracy", "mean_iou", "score")
 """The figures of an evaluation that a run logs."""
 
@@ -115,7 +115,7 @@ def render_report(run_folder: Path) -> str:
     curves, values = chart_metrics(rows_with_start(run))
     cards = gallery_cards(run.folder, run.gallery, run.pictured)
     comparison = compare_evaluations(run.evaluations)
-    models = model_table(run.summary)
+    models = _models(run)
     accuracy = accuracy_chart(run.evaluations, comparison) if comparison else None
     tiles = metric_tiles(run.metrics)
     # The reward or the loss, by the catalogue's order; without a result all curves stand together.
@@ -154,11 +154,21 @@ def render_report(run_folder: Path) -> str:
         hit_iou=HIT_IOU,
         hit_score=None if comparison is None or comparison.percent else _hit_score(cards),
         pictured=any(card.picture for card in cards),
-        has_boxes=any(card.true_box for card in cards),
+        has_boxes=any(card.true_box and card.row.shown.iou is not None for card in cards),
+        has_places=any(card.true_box and card.row.shown.iou is None for card in cards),
+        has_looks=any(frame.looks for card in cards for frame in card.frames),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _models(run: Run) -> ModelTable | None:
+    try:
+        return model_table(run.summary)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        path = run.folder / "summary.json"
+        raise DataError(f"{path}: no summary of `foveate eval` ({one_line(error)}); write it again") from error
 
 
 def rows_with_start(run: Run) -> list[Mapping[str, Any]]:
@@ -190,7 +200,7 @@ def _hit_score(cards: Sequence[Card]) -> float:
 def run_settings(run: Run) -> Mapping[str, Any]:
     """The settings that the run was started with; none where its config.yaml is not what a run writes."""
     try:
-        return read_values(run.folder / "config.yaml") if run.config else {}
+        return read_values(inside(run.folder / "config.yaml", run.folder)) if run.config else {}
     except ConfigError:
         return {}
 
@@ -200,9 +210,9 @@ def accuracy_chart(evaluations: Sequence[Evaluation], comparison: Comparison) ->
     if comparison.after_step is None or evaluations[0].label:
         return None
     summaries = [summarise(one.predictions, one.step) for one in evaluations if one.predictions]
-    series = []
+    series, name = [], "accuracy" if comparison.percent else "score"
     for way in ("greedy", "sampled"):
-        points = tuple((one["step"], one[way]["accuracy"]) for one in summaries if one[way]["accuracy"] is not None)
+        points = tuple((one["step"], one[way][name]) for one in summaries if one[way][name] is not None)
         if points:
             series.append(Series(way, points))
     unit = "%" if comparison.percent else ""
@@ -256,41 +266,66 @@ def _add_change(table: Table, change: Change, label: str, with_after: bool) -> N
 def read_run(run_folder: Path) -> Run:
     """Everything that the run has written so far. Raises DataError for a folder without any of it, or a broken file."""
     if not any((run_folder / name).exists() for name in INPUTS):
-        state = "holds none of the files of a run" if run_folder.is_dir() else "is no folder"
-        raise DataError(f"{run_folder}: {state} ({', '.join(INPUTS)}); name the folder that `foveate rl` wrote")
-    metrics = run_folder / "metrics.jsonl"
+        state = "it holds none of the files of a run" if run_folder.is_dir() else "there is no such folder"
+        raise DataError(
+            f"{run_folder} is not a run folder: {state} ({', '.join(INPUTS)}); name the folder that `foveate rl` wrote"
+        )
     return Run(
         folder=run_folder,
-        config=_text(run_folder / "config.yaml"),
+        config=_text(run_folder / "config.yaml", run_folder),
         versions=_json(run_folder / "versions.json", {}),
-        metrics=tuple(read_metrics(metrics)) if metrics.exists() else (),
+        metrics=tuple(_metrics(run_folder)),
         evaluations=read_evaluations(run_folder),
-        gallery=tuple(_json(run_folder / "gallery.json", [])),
-        notes=_text(run_folder / "notes.txt"),
-        skipped=tuple(_text(run_folder / "skipped.txt").splitlines()),
+        gallery=tuple(_gallery(run_folder)),
+        notes=_text(run_folder / "notes.txt", run_folder),
+        skipped=tuple(_text(run_folder / "skipped.txt", run_folder).splitlines()),
         warnings=tuple(_warnings(run_folder)),
         summary=_json(run_folder / "summary.json", {}),
         stages=read_stages(run_folder),
     )
 
 
+def _metrics(run_folder: Path) -> Iterator[Mapping[str, Any]]:
+    """The numbers of each step; None for one that is no number, or too large for sums of it."""
+    path = run_folder / "metrics.jsonl"
+    for number, row in enumerate(read_metrics(path, run_folder) if path.exists() else (), start=1):
+        known = {name: value for name, value in row.items() if isinstance(value, int | float | None)}
+        wrong = [name for name, value in row.items() if isinstance(value, dict | list) and name != "nonfinite"]
+        if wrong:
+            raise DataError(f"{path}:{number}: {wrong[0][:60]!r} is no number; delete this line to continue")
+        yield {name: None if value is not None and abs(value) > _LARGEST else value for name, value in known.items()}
+
+
+def _gallery(run_folder: Path) -> Iterator[str]:
+    """The ids of the rows that the report shows, each once."""
+    path = run_folder / "gallery.json"
+    ids = _json(path, [])
+    if any(not isinstance(one, str) for one in ids):
+        raise DataError(f"{path}: must be a list of the ids of rows; delete the file, or let the run write it again")
+    yield from dict.fromkeys(ids)
+
+
 def _warnings(run_folder: Path) -> Iterator[str]:
     """The warnings of a run; those of all stages of a cascade."""
     for path in sorted((run_folder / "warnings.jsonl", *run_folder.glob("*/warnings.jsonl"))):
         stage = "" if path.parent == run_folder else f"{path.parent.name}, "
-        for told in read_metrics(path) if path.exists() else ():
+        for number, told in enumerate(read_metrics(path, run_folder) if path.exists() else (), start=1):
+            if not isinstance(told.get("text"), str):
+                raise DataError(f"{path}:{number}: has no text; delete this line to continue")
             yield f"{stage}step {told['step']}: {told['text']}"
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+def _text(path: Path, folder: Path) -> str:
+    return read_inside(path, folder).decode("utf-8", "replace") if path.exists() else ""
 
 
 def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json(read_inside(path, path.parent))
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); delete the file, or let the run write it again") from error
     if not isinstance(content, type(default)):

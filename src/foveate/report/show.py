@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from foveate.data.conversations import IMAGE_TAG
 from foveate.data.images import load_image
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
@@ -45,13 +47,23 @@ def write_page(path: Path, table: TaskTable, rows: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class PageTurn:
+    """One message of a conversation, in pieces: a text, or the place of a picture among those of the row."""
+
+    role: str
+    pieces: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PageRow:
-    """One row of the page: a heading, (field, value) lines, pictures as data URIs, and problems."""
+    """One row of the page: a heading, (field, value) lines, pictures as data URIs, and problems. A conversation of
+    several turns stands as `turns` with its pictures where they were shown; a picture without data cannot be read."""
 
     where: str
     facts: tuple[tuple[str, str], ...]
     pictures: tuple[str, ...]
     problems: tuple[str, ...]
+    turns: tuple[PageTurn, ...] = ()
 
 
 def _page_row(table: TaskTable, index: int) -> PageRow:
@@ -65,7 +77,33 @@ def _page_row(table: TaskTable, index: int) -> PageRow:
             pictures.append(_picture(image, boxes if len(task.images) == 1 else (), task.where))
         except DataError as error:
             broken.append(str(error))
-    return PageRow(task.where, tuple(_facts(task)), tuple(pictures), tuple(broken))
+            pictures.append("")
+    turns = _turns(task)
+    told = {*ANSWERS, *(message.role for message in task.messages)} if turns else set[str]()
+    facts = tuple((name, value) for name, value in _facts(task) if name not in told)
+    return PageRow(task.where, facts, tuple(pictures), tuple(broken), turns)
+
+
+def _turns(task: Task) -> tuple[PageTurn, ...]:
+    """The messages of a conversation in which the assistant speaks before its end, with the answer that ends it."""
+    if not any(message.role == "assistant" for message in task.messages):
+        return ()
+    numbers = count()
+    turns = [PageTurn(one.role, tuple(_pieces(one.content, numbers))) for one in task.messages]
+    ends = (
+        PageTurn(f"assistant, {name}", (_shortened(str(task.meta[name])),)) for name in ANSWERS if name in task.meta
+    )
+    return (*turns, *ends)
+
+
+def _pieces(content: str, numbers: Iterator[int]) -> Iterator[str | int]:
+    """The text of a message, and the numbers of its pictures, in order."""
+    first, *rest = content.split(IMAGE_TAG)
+    for place, text in enumerate((first, *rest)):
+        if place:
+            yield next(numbers)
+        if text.strip():
+            yield _shortened(text.strip("\n"))
 
 
 def _picture(image: Image, boxes: Sequence[Box], where: str) -> str:

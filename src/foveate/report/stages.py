@@ -12,7 +12,7 @@ from rich.table import Table
 
 from foveate.errors import DataError
 from foveate.evaluate.predictions import Evaluation
-from foveate.files import atomic_write_text
+from foveate.files import atomic_write_text, read_inside, strict_json
 from foveate.report.summary import Comparison, compare_evaluations, format_difference, format_figure
 
 FILE = "stages.json"
@@ -53,7 +53,12 @@ def read_stages(run_folder: Path) -> tuple[Stage, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(Stage(**entry) for entry in json.loads(path.read_text(encoding="utf-8")))
+        stages = tuple(Stage(**entry) for entry in strict_json(read_inside(path, run_folder)))
+        if any((type(one.name), type(one.step)) != (str, int) or one.seconds < 0 for one in stages):
+            raise ValueError("a name, a step or the seconds are of another type")
+        return stages
+    except DataError:
+        raise
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: no list of stages ({error}); let the run write it again") from error
 

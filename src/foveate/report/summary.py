@@ -107,7 +107,7 @@ def _measure(evaluation: Evaluation) -> tuple[str, bool]:
     """The name of the accuracy of these rows, and whether it is a share."""
     from foveate.rewards.boxes import HIT_IOU
 
-    decided = [row.shown for row in evaluation.predictions if row.shown.hit is not None]
+    decided = [row.shown for row in evaluation.predictions if row.shown.right is not None]
     if not decided:
         return "mean score", False
     return (f"accuracy at IoU {HIT_IOU:g}" if all(one.iou is not None for one in decided) else "accuracy"), True
@@ -117,7 +117,8 @@ def _overall(first: dict[str, Any], last: dict[str, Any] | None, measure: str, p
     changes = []
     for way, figure in FIGURES:
         label = f"{way.capitalize()} {measure if figure == 'accuracy' else 'mean IoU'}"
-        before, after = first[way][figure], last[way][figure] if last else None
+        name = "score" if figure == "accuracy" and not percent else figure
+        before, after = first[way][name], last[way][name] if last else None
         if before is not None or after is not None:
             rows = (last or first)["rows"]
             changes.append(Change(label, rows, before, after, percent and figure == "accuracy"))
@@ -125,7 +126,8 @@ def _overall(first: dict[str, Any], last: dict[str, Any] | None, measure: str, p
 
 
 def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -> tuple[TagTable, ...]:
-    nothing = {"rows": 0, "greedy_accuracy": None, "sampled_accuracy": None}
+    greedy_name, sampled_name = (f"{way}_{'accuracy' if percent else 'score'}" for way in ("greedy", "sampled"))
+    nothing = {"rows": 0, greedy_name: None, sampled_name: None}
     tables = []
     for tag, values in (last or first)["by_tag"].items():
         if len(values) < 2:  # every row has it, or lacks it: the overall figures again
@@ -133,7 +135,7 @@ def _by_tag(first: dict[str, Any], last: dict[str, Any] | None, percent: bool) -
         natural = ORDERED.get(tag, ())
         ranks = {value: natural.index(value) if value in natural else -values[value]["rows"] for value in values}
         shown = sorted(values, key=lambda value: (ranks[value], value))[:MAX_TAG_VALUES]
-        columns: dict[str, list[Change]] = {"greedy_accuracy": [], "sampled_accuracy": []}
+        columns: dict[str, list[Change]] = {greedy_name: [], sampled_name: []}
         for value in shown:
             old = first["by_tag"].get(tag, {}).get(value, nothing)
             new = values[value] if last else nothing

@@ -11,6 +11,7 @@ from typing import Literal
 from foveate.rewards.plain_text import behind_thoughts, tagged_answer
 
 Box = tuple[float, float, float, float]
+Coordinates = tuple[float, float]
 
 _LONGEST_GAP = 16
 _BRACKET = re.compile(r"\[([^\[\]]*)\]")
@@ -55,6 +56,52 @@ def parse_boxes(text: str) -> list[Box]:
     Boxes inside the last `<answer>...</answer>` go before everything outside of it."""
     text = _said(text)
     return _boxes_in(tagged_answer(text) or "") or _boxes_in(text)
+
+
+def parse_point(text: str, which: Literal["last", "first"] = "last") -> Coordinates | None:
+    """The point that an answer gives, as it stands in the text, or None.
+
+    A point is an innermost bracket, square or round, that holds two numbers, or `x` and `y` by name
+    (`<point x="12" y="34">`). A box, as `parse_box` reads it, stands for its centre. The last one counts, or the first;
+    behind `</think>` and inside `<answer>` first, as with boxes. Text without any of these may be two numbers.
+    """
+    text = _said(text)
+    for part in (tagged_answer(text, which) or "", text):
+        found = sorted(_points(part))
+        if found:
+            return found[-1 if which == "last" else 0][1]
+    numbers = [*_NUMBER.finditer(text)]
+    if len(numbers) == 2 and _APART.fullmatch(text[numbers[0].end() : numbers[1].start()]):
+        return _point(float(numbers[0].group()), float(numbers[1].group()))
+    return None
+
+
+def _points(text: str) -> Iterator[tuple[int, Coordinates]]:
+    corners = [*_corners(text)]
+    boxes = [*((place, numbers) for place, numbers in _brackets(text) if len(numbers) == 4), *corners, *_named(text)]
+    for place, (x1, y1, x2, y2) in boxes:
+        if point := _point((x1 + x2) / 2, (y1 + y2) / 2):
+            yield place, point
+    first = {place for place, _ in corners}
+    is_second = False
+    for found in _CORNER.finditer(text):
+        numbers = _numbers(_NAMED.sub(lambda one: f" {one[2]} ", found[1]))
+        if len(numbers) == 2:
+            is_first = not is_second and found.start() in first
+            if not (is_first or is_second) and (point := _point(*numbers)):
+                yield found.start(), point
+            is_second = is_first
+    values: dict[str, float] = {}
+    for found in _NAMED.finditer(text):
+        values[found[1].lower()] = float(found[2])
+        if {"x", "y"} <= values.keys():
+            if point := _point(values["x"], values["y"]):
+                yield found.start(), point
+            values = {}
+
+
+def _point(x: float, y: float) -> Coordinates | None:
+    return (x, y) if math.isfinite(x) and math.isfinite(y) else None
 
 
 def _boxes_in(text: str) -> list[Box]:

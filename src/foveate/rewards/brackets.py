@@ -7,7 +7,10 @@ from functools import lru_cache
 
 _BRACKETS = re.compile(r"\\\{|\\\}|\\l(?:angle|brace)|\\r(?:angle|brace)|[()\[\]{}]")
 _OPENING = ("\\{", "\\langle", "\\lbrace", "(", "[", "{")
-_COMMA = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
+SEPARATOR = re.compile(r",(?!\d{3}(?!\d))|(?<!\d),|;|\s(?:and|or)\s")
+"""What stands between the entries of a list, but no comma between thousands."""
+_SEMICOLON = re.compile(";")
+_DECIMAL = re.compile(r"(-?\d+),(\d{1,2}|\d{4,})")
 _POINT_NAME = re.compile(r"[A-Z]'?\s*(?=\()")
 _EITHER_SIGN = re.compile(r"\s*\\(pm|mp)(?![A-Za-z])\s*")
 
@@ -20,13 +23,21 @@ def entries_of(text: str) -> tuple[str, str, list[str]]:
     closed = closing_bracket(text[named.end() :] if named else text)
     if closed:
         opening, closing, inside = closed
-        entries = parts_of(inside, _COMMA)
+        entries = _coordinates(inside) if opening == "(" else parts_of(inside, SEPARATOR)
         if len(entries) > 1 and not (opening == "(" and _EITHER_SIGN.search(inside)):
             if opening + closing == "[]" and len(entries) > 2:  # a vector, for an interval has two ends
                 opening, closing = "(", ")"
             brackets = (opening + closing).replace("\\langle\\rangle", "()").replace("\\", "")
             return named.group().strip() if named else "", brackets, _both(entries) if brackets == "{}" else entries
-    return "", "", _both(parts_of(text, _COMMA))
+    return "", "", _both(parts_of(text, SEPARATOR))
+
+
+def _coordinates(inside: str) -> list[str]:
+    """The entries between parentheses. Between semicolons, a comma between digits is the point of a decimal."""
+    entries = [_DECIMAL.sub(r"\1.\2", entry) if _DECIMAL.fullmatch(entry) else entry
+               for entry in parts_of(inside, _SEMICOLON)]  # fmt: skip
+    alone = len(entries) > 1 and all(len(parts_of(entry, SEPARATOR)) == 1 for entry in entries)
+    return entries if alone else parts_of(inside, SEPARATOR)
 
 
 def _both(entries: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ _MARKS_IN_TEXT = re.compile(
 )
 _LEADING = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+|right\s+|best\s+)?(?:option|choice|answer|选项|选|答案)\s*[-:=_是为]?\s*)?"
-    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+[\u4e00-\u9fff]|\s+(?:is|as|because|since|for|which)\b))"
+    r"(?:[(\[【]\s*([A-J])\s*[)\]】]|([A-J])(?=$|[.:)、,;!\n]|\s*\(|\s+-\s|\s+[\u4e00-\u9fff]|\s+(?:only|is|as|because|since|for|which)\b))"
     r"(?P<mark>\s*[-.:)、,;]*)(?P<rest>.*)",
     re.IGNORECASE | re.DOTALL,
 )
@@ -44,6 +44,15 @@ _ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?!
 _NEAR = 40  # characters before an option in which a denial of it may stand
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
+_LONGEST_LIST = 120
+"""Characters of a text that may be nothing but several letters."""
+_MARKED = re.compile(r"[(\[【]\s*([A-J])\s*[)\]】]")
+_AROUND_SEVERAL = re.compile(
+    r"^(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:options?|choices?|answers?|letters?|statements?)\s+(?:are\s+)?|both\s+|only\s+|选项?)+"
+    r"|\s*(?:\bare\b|都|均)?\s*(?:\b(?:all|both)\s+)?(?:\bthe\s+)?(?:\b(?:correct|right|true)\b|正确|对)(?:\s+(?:options|answers|ones))?$"
+    r"|\s+only$",
+    re.IGNORECASE,
+)
 _GUESS = re.compile(
     r"(?:(?P<head>.{0,200}\b(?:say|think|guess|believe|(?:go|going)\s+with|(?:look|seem)s?(?:\s+like|\s+to\s+be)?))\s+(?:that\s+)?"
     r"(?:(?:it|this|that)(?:'s|\s+is)\s+)?(?P<said>[^,;]{1,100}?)|(?P<given>[^,;]{1,100}?)\s+it\s+is"
@@ -60,6 +69,19 @@ _PLACES = ("first", "second", "third", "fourth", "fifth")
 _BLANKS = re.compile(r"[^\S\n]+")
 _LINES = re.compile(r"(?: ?\n)+ ?")
 _SENTENCE = re.compile(r"(?<=[.!?。])\s+|\n+")
+_TYPED = [
+    (re.compile(pattern), typed)
+    for pattern, typed in (
+        (r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;:!]|\\(?:quad|qquad)(?![A-Za-z])", " "),
+        (r" ?(?:\^ ?\{? ?\\circ ?\}?|\\degrees?(?![A-Za-z])|°)", "°"),
+        (r" ?\\?%", "%"),
+        (r"\\[dt]?frac ?\{([^{}]{1,40})\} ?\{([^{}]{1,40})\}", r"\1/\2"),
+        (r" ?(?:\\sqrt ?\{(\w{1,20})\}|√ ?(\w{1,20}))", r"√\1\2"),
+        (r" ?(?:\\pi(?![A-Za-z])|π)", "π"),
+        (r" ?(?:\\(?:times|cdot)(?![A-Za-z])|[×·]) ?", "×"),
+    )
+]
+"""LaTeX of a short value, and what one types for it: `130^\\circ` is `130°`."""
 
 
 # -------------------------------------------------------------------------------------------------------- options
@@ -126,11 +148,12 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     None for an answer that names none, several at once, a label with the value of another option, or a label that is
     none of `values`; without values, letters from A to J are labels.
     """
-    text = re.sub(r"['‘]([A-J])['’]", r" \1 ", unwrapped(unified(answer)))
+    text = re.sub(r"['‘]([A-J])['’]", r" \1 ", _typed(unwrapped(unified(answer))))
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
     text = _BUT_NOT.sub("", re.sub(r" (?=[,.;:!)])", "", text).strip())
     by_value = {_bare(value): label for label, value in values.items()}
+    by_value = {value.removesuffix("°"): label for value, label in by_value.items()} | by_value
     for part in _parts(text):
         if found := _PLACE.fullmatch(part.strip()):
             return dict(enumerate(values)).get(_PLACES.index(found[1].lower()))
@@ -162,7 +185,13 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _bare(text: str) -> str:
-    return _ARTICLE.sub("", plain(text))
+    return _ARTICLE.sub("", _typed(plain(text)))
+
+
+def _typed(text: str) -> str:
+    for pattern, typed in _TYPED:
+        text = pattern.sub(typed, text)
+    return text
 
 
 def _leading_label(text: str, values: Mapping[str, str], by_value: Mapping[str, str]) -> str | None:
@@ -230,7 +259,11 @@ def right_option(truth: Any, values: Mapping[str, str]) -> str | None:
 
 def several_options(text: str, values: Mapping[str, str]) -> frozenset[str]:
     """The labels of an answer that is, or states, nothing but several letters: `A, C`, `故选：AC`; else empty."""
-    bare = stated_answer(unwrapped(unified(text))).strip(" $.()")
+    said = " ".join(stated_answer(unwrapped(unified(text))).split())
+    if len(said) > _LONGEST_LIST:
+        return frozenset()
+    bare = _MARKED.sub(r"\1", said).strip(" $.()")
+    bare = _AROUND_SEVERAL.sub("", bare).strip()
     letters = re.findall(r"[A-J]", bare) if _SEVERAL.fullmatch(bare) else []
     single = frozenset(letters)
     return single if len(single) == len(letters) and (single <= set(values) or not values) else frozenset()

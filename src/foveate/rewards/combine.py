@@ -14,6 +14,7 @@ from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
 from foveate.rewards.requests import Session
 
 ANY_SOURCE = "*"
+SOURCE, _EXTRA = "data_source", "extra_info."
 
 
 def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
@@ -50,7 +51,7 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
         notes = "; ".join(f"{shown[name]}: {score.note}" for name, score in scores.items() if score.note)
         return Score(sum(weights[name] * value for name, value in values.items()), parts, notes)
 
-    return _combined("weighted_sum", total, fetch, rewards)
+    return combined_reward("weighted_sum", total, fetch, rewards)
 
 
 def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
@@ -58,40 +59,63 @@ def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[st
     return _AllChecks(tuple(check for name in weights if (check := truth_check(name, settings.get(name, {})))))
 
 
-def by_source(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
+def by_source(
+    *,
+    rewards: dict[str, str],
+    settings: dict[str, dict[str, Any]] = {},  # noqa: B006
+    field: str = SOURCE,
+) -> Reward:
     """The reward that belongs to the source of a task.
 
     Args:
         rewards: source (`data_source` of the row) -> reward, a name or an import path. `*` stands for any other source.
         settings: source -> settings of its reward, for those that have any.
+        field: another field of the row that chooses: `extra_info.reward_type`.
 
-    Raises ConfigError for no rewards, an unknown one and settings of a source without reward; the reward raises
-    DataError for a task of a source that is not named.
+    Raises ConfigError for no rewards, an unknown one, settings of a source without reward and another kind of field;
+    the reward raises DataError for a task of a source that is not named.
     """
     _require("by_source", "rewards", rewards, settings)
+    _require_field(field)
     built = {source: build_reward(name, settings.get(source, {})) for source, name in rewards.items()}
 
     async def fetch(session: Session, answer: Any, task: Task) -> tuple[Any, ...]:
-        chosen = built.get(task.source, built.get(ANY_SOURCE))
+        chosen = built.get(_field_of(task, field), built.get(ANY_SOURCE))
         if chosen is None or chosen.fetch is None:
             return ()
         return (await chosen.fetch(session, chosen.read(answer), task),)
 
     def of_source(answer: Answer | str, task: Task, fetched: tuple[Any, ...] = ()) -> Score:
-        chosen = built.get(task.source, built.get(ANY_SOURCE))
+        chosen = built.get(_field_of(task, field), built.get(ANY_SOURCE))
         if chosen is None:
-            raise DataError(f"{task.where}, field data_source: {_no_reward(task.source, built)}")
+            raise DataError(f"{task.where}, field {field}: {_no_reward(_field_of(task, field), built)}")
         return chosen.score(answer, task, *fetched)
 
-    return _combined("by_source", of_source, fetch, built)
+    return combined_reward("by_source", of_source, fetch, built)
 
 
-def by_source_check(*, rewards: dict[str, str], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
+def by_source_check(
+    *,
+    rewards: dict[str, str],
+    settings: dict[str, dict[str, Any]] = {},  # noqa: B006
+    field: str = SOURCE,
+) -> TruthCheck:
     """The faults that the reward of a task's source finds in it; a source without reward is a fault."""
-    return _SourceCheck({source: truth_check(name, settings.get(source, {})) for source, name in rewards.items()})
+    checks = {source: truth_check(name, settings.get(source, {})) for source, name in rewards.items()}
+    return _SourceCheck(checks, field)
 
 
-def _combined(
+def _require_field(field: str) -> None:
+    if field != SOURCE and not field.startswith(_EXTRA):
+        raise ConfigError(f"reward by_source, setting field: {field!r} is neither {SOURCE} nor {_EXTRA}NAME")
+
+
+def _field_of(task: Task, field: str) -> str:
+    """The value of the field that chooses; "" where the row has none."""
+    return task.source if field == SOURCE else str(task.meta.get(field.removeprefix(_EXTRA), ""))
+
+
+def combined_reward(
     name: str,
     function: Callable[..., Score],
     fetch: Callable[[Session, Any, Task], Awaitable[Any]],
@@ -116,11 +140,13 @@ class _AllChecks:
 @dataclass(frozen=True, slots=True)
 class _SourceCheck:
     checks: Mapping[str, TruthCheck | None]
+    field: str = SOURCE
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
-        if task.source not in self.checks and ANY_SOURCE not in self.checks:
-            return [("data_source", _no_reward(task.source, self.checks))]
-        chosen = self.checks.get(task.source, self.checks.get(ANY_SOURCE))
+        source = _field_of(task, self.field)
+        if source not in self.checks and ANY_SOURCE not in self.checks:
+            return [(self.field, _no_reward(source, self.checks))]
+        chosen = self.checks.get(source, self.checks.get(ANY_SOURCE))
         return chosen(task) if chosen else []
 
 

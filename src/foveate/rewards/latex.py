@@ -9,7 +9,8 @@ from functools import lru_cache
 from foveate.rewards.number_words import ORDINALS, in_digits, on_the_clock
 from foveate.rewards.phrases import with_direction
 from foveate.rewards.plain_text import unified, unwrapped
-from foveate.rewards.statements import standard
+from foveate.rewards.spoken import in_signs
+from foveate.rewards.statements import numbered, standard
 
 _SIGNS = {
     "×": r"\times ", "·": r"\cdot ", "÷": r"/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
@@ -52,7 +53,8 @@ _SAID_SETS = {
         r"(?:there (?:is|are) )?no (?:real )?solutions?(?: exists?)?|(?:the )?(?:empty|null) set|无解|空集", re.I
     ),
     r"(-\infty,\infty)": re.compile(r"all (?:the )?real(?:s| numbers)|全体实数", re.I),
-    "does not exist": re.compile(r"DNE|doesn't exist", re.I),
+    "does not exist": re.compile(r"DNE|doesn't exist|不存在", re.I),
+    "undefined": re.compile(r"(?:is )?(?:undefined|not defined)|无定义|没有定义", re.I),
 }
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])")
@@ -93,6 +95,7 @@ def tidy(answer: str) -> str:
         _GREEK.sub(_greek, _SIGN.sub(lambda found: _SIGNS[found.group()], text)).replace("{,}", ",").replace("{}", "")
     )
     text = _DOTS.sub(r"\\dots ", _DEGREES.sub("°", text))
+    text = in_signs(text.strip())
     text = _ROOT.sub(
         lambda found: f"\\sqrt{'' if found[1] == 'surd' else '[3]'}{{{found[2] or found[3] or found[4]}}}", text
     )
@@ -104,7 +107,7 @@ def tidy(answer: str) -> str:
     if found := _DECIMAL_COMMA.match(text):
         text = f"{found[1]}.{found[2]}{text[found.end() :]}"
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", _SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text))
-    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), text)))
+    text = _ORDINAL.sub(r"\1", str(ORDINALS.get(text.lower(), numbered(text))))
     text = _INFINITY.sub(r"\\infty ", in_digits(on_the_clock(text)))
     text = next((sign for sign, said in _SAID_SETS.items() if said.fullmatch(text.rstrip(" ."))), text)
     text = _SHORT_SCALE.sub(lambda found: rf"{found[1]}\cdot {_SCALES[_SHORT[found[2].lower()]]}", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from foveate.rewards.boxes import (
     to_whole_pixels,
 )
 
+_BOX_NAMES = ("bbox_2d", "bbox", "box")
+BoxesKind = Literal["f1", "located"]
 MOST_BOXES = 200
 """Boxes of an answer that are looked at; what follows counts as wrong without being compared."""
 
@@ -83,6 +85,7 @@ def boxes_reward(
     text: str,
     task: Task,
     *,
+    kind: BoxesKind = "f1",
     alpha: float = 0.5,
     threshold: float = 0.5,
     answer_frame: AnswerFrame = "thousandths",
@@ -95,15 +98,22 @@ def boxes_reward(
     and the value is alpha f1 + (1 - alpha) soft_f1. For one box on each side that is the "mix" of the grounding reward.
     Both are 1 where nothing is to be found and the answer gives no box.
 
+    The kind "located" is Vero's (arXiv 2604.04917): m + 0.75 f1 - 0.25 (w + l), held to 0..1, with m the mean IoU of
+    the pairs that hit, w the share of the answer's boxes without a hit and l that of the true ones.
+
     Parts: f1, soft_f1, precision, recall, boxes (p), parsed (1 if p > 0). Raises DataError for a ground truth that is
     no list of boxes and for a task without a size.
     """
+    if kind not in get_args(BoxesKind):
+        raise DataError(f"reward boxes, setting kind: unknown kind {kind!r}; allowed: {', '.join(get_args(BoxesKind))}")
     width, height = picture_size(task)
     truth = [to_whole_pixels(box, width, height, truth_frame) for box in truth_boxes(task)]
     answer = parse_boxes(text)
     given = [answer_in_pixels(box, task, answer_frame) for box in answer[:MOST_BOXES]]
     iou_PK = [[iou(a, b) for b in truth] for a in given]
-    overlaps = [iou_PK[i][j] for i, j in best_pairs(iou_PK)]
+    # "located" pairs for the most hits, and among these for the greatest IoU
+    gain_PK = [[v + MOST_BOXES if v >= threshold else 0.0 for v in row] for row in iou_PK]
+    overlaps = [iou_PK[i][j] for i, j in best_pairs(iou_PK if kind == "f1" else gain_PK)]
     hits = sum(overlap >= threshold for overlap in overlaps)
     total = len(answer) + len(truth)
     f1 = 2 * hits / total if total else 1.0
@@ -117,7 +127,17 @@ def boxes_reward(
         "parsed": float(bool(answer)),
     }
     note = "no box in the answer" if truth and not answer else ""
-    return Score(alpha * f1 + (1.0 - alpha) * soft, parts, note)
+    value = alpha * f1 + (1.0 - alpha) * soft
+    if kind == "located":
+        value = _located([overlap for overlap in overlaps if overlap >= threshold], len(answer), len(truth), f1)
+    return Score(value, parts, note)
+
+
+def _located(hits: Sequence[float], given: int, wanted: int, f1: float) -> float:
+    """The value of the kind "located": from the IoU of the pairs that hit, and the numbers of boxes."""
+    mean = sum(hits) / len(hits) if hits else float(not given and not wanted)
+    missed = sum((count - len(hits)) / count for count in (given, wanted) if count)
+    return min(max(mean + 0.75 * f1 - 0.25 * missed, 0.0), 1.0)
 
 
 def truth_boxes(task: Task) -> list[Box]:
@@ -142,14 +162,20 @@ def _boxes(value: Any) -> list[Box] | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list | tuple):
         return None
-    boxes = [four_numbers(value)] if four_numbers(value) else [four_numbers(box) for box in value]
+    boxes = [four_numbers(value)] if four_numbers(value) else [four_numbers(_of_object(box)) for box in value]
     return [box for box in boxes if box] if all(boxes) else None
+
+
+def _of_object(value: Any) -> Any:
+    """The box of an object that names it, such as `{"bbox_2d": [..], "label": ..}`; anything else as it is."""
+    found = [value[name] for name in _BOX_NAMES if name in value] if isinstance(value, dict) else []
+    return found[0] if found else value
 
 
 def _not_boxes(value: Any) -> str:

@@ -16,15 +16,19 @@ from typing import Any
 
 from foveate.errors import ConfigError
 from foveate.records import Score, Task
+from foveate.rewards.asked import same_as_asked
 from foveate.rewards.brackets import closing_bracket, entries_of, parts_of
-from foveate.rewards.choices import named_option, options
+from foveate.rewards.choices import named_option, options, right_option, several_options
+from foveate.rewards.conditions import as_intervals
+from foveate.rewards.equations import same_equations, sides
+from foveate.rewards.labelled import same_parts
 from foveate.rewards.latex import tidy
-from foveate.rewards.names import FUNCTIONS, has_words, same_plain, same_wording, with_names_as_symbols, wording
+from foveate.rewards.names import FUNCTIONS, has_words, same_plain, same_wording, with_names_as_symbols
 from foveate.rewards.numbers import close, decimal_of, same_fractions
 from foveate.rewards.phrases import same_phrases
 from foveate.rewards.plain_text import stated_answer, unified, unwrapped
 from foveate.rewards.readings import readings
-from foveate.rewards.statements import as_intervals, asks_for_order, coordinates, same_times, without_additions
+from foveate.rewards.statements import asks_for_order, coordinates, same_times, without_additions
 from foveate.rewards.text import Extraction, question, score_final_answer
 from foveate.rewards.units import DEGREE, Quantity, as_beside, same_label, split_unit
 
@@ -47,18 +51,17 @@ MAX_ANSWER_LENGTH = 1000
 _PERCENT = re.compile(r"\s*(?:\\?%|\\?\bpercent)$")
 _RIGHT_LETTER = re.compile(r"[(【]?([A-J])(?:$|[.:)、】])")
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
+_SPACED = re.compile(r"-?\d+(?:\.\d+)?(?: -?\d+(?:\.\d+)?){2,}")
+"""A list whose entries stand apart only."""
 _GAP = re.compile(r"(?<!\d)\s+|\s+(?!\d)")
 _UNION = r"\cup"
 _DOTS = r"\dots"
 _ARROW = r"\to"
-_TERM = re.compile(r"\d+\s*[A-Za-z]|[A-Za-z]\s*\^")
-_SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|\w))?'*")
-_CALL = re.compile(
-    r"[A-Za-z](?:'|\^\{?-1\}?)?\s*\([^()]*\)|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)|\|?[A-Za-z][A-Za-z ]*\|?|[A-Z]_\{.*\}"
+_NEXT = re.compile(
+    r"\s*(?:-*\\to|\\(?:Long)?[Rr]ightarrow|⇒|⟶|➡|=+>)(?![A-Za-z])\s*|,?\s+(?:and\s+)?(?:then|followed\s+by)\s+"
 )
-_EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)|\\in(?![A-Za-z])")
+"""What says that the next entry of a sequence follows."""
 _COLON = re.compile(r"\s*:\s*")
-_LENGTH = re.compile(r"[A-Z]{2}")
 _ORDERED = (sympy.Interval, sympy.Tuple)
 _TWO_NUMBERS = re.compile(r"(?<![_^\d.])[\d.]+\s+[\d.]")
 _BARE_FUNCTION = re.compile(
@@ -96,7 +99,7 @@ def math_reward(text: str, task: Task, *, extraction: Extraction = "box", digits
 def matches(answer: str, truth: str, task: Task, digits: int = 6) -> bool:
     """Whether an answer to a task is right. Of a multiple choice, letter and value stand for each other: a value is
     right if it is the value of the right letter, and a letter if its value is the right one."""
-    return any(_reads_as(reading, truth, task, digits) for reading in dict.fromkeys(readings(answer)))
+    return any(_reads_as(reading, truth, task, digits) for reading in dict.fromkeys(readings(answer, question(task))))
 
 
 def _reads_as(answer: str, truth: str, task: Task, digits: int) -> bool:
@@ -104,6 +107,8 @@ def _reads_as(answer: str, truth: str, task: Task, digits: int) -> bool:
         return True
     answer = stated_answer(unwrapped(answer))
     values, asked = options(task), question(task)
+    if values and right_option(truth, values) is None and (wanted := several_options(truth, values)):
+        return several_options(answer, values) == wanted
     right = _RIGHT_LETTER.match(stated_answer(unified(truth)))
     letter = named_option(answer, values) if right or values else None
     if right and letter:
@@ -139,6 +144,9 @@ def same_answer(answer: str, truth: str, digits: int = 6, asked: str = "") -> bo
 def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
     if _without_marks(given) == _without_marks(wanted):
         return True
+    verdict = same_parts(given, wanted, lambda one, other: _same(one, other, digits, asked))
+    if verdict is not None:
+        return verdict
     given, wanted = without_additions(given, wanted)
     if not given or not wanted or _DOTS in given + wanted:
         return False
@@ -146,7 +154,7 @@ def _same(given: str, wanted: str, digits: int, asked: str) -> bool:
         numbers = decimal_of(given), decimal_of(wanted)
         if numbers[0] is not None and numbers[1] is not None:
             return close(numbers[0], numbers[1], digits)
-    for compared in (_same_statements, _same_phrases, _same_lists, _same_ratios, _same_words, _same_equations):
+    for compared in _COMPARISONS:
         verdict = compared(given, wanted, digits, asked)
         if verdict is not None:
             return verdict
@@ -175,6 +183,11 @@ def _same_statements(given: str, wanted: str, digits: int, asked: str) -> bool |
     return same_times(given, wanted)
 
 
+def _same_as_asked(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    """True for a form of the same answer that the question allows, see `foveate.rewards.asked`."""
+    return same_as_asked(given, wanted, asked, lambda one, other: _same(one, other, digits, ""))
+
+
 def _same_phrases(given: str, wanted: str, digits: int, asked: str) -> bool | None:
     return same_phrases(given, wanted, lambda one, other: _same(one, other, digits, asked))
 
@@ -182,6 +195,8 @@ def _same_phrases(given: str, wanted: str, digits: int, asked: str) -> bool | No
 def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None:
     """The verdict on two lists, sets, points or intervals; None unless both have several entries."""
     (name, one, entries), (other_name, other, expected) = entries_of(given), entries_of(wanted)
+    if len(entries) == 1 and len(expected) > 2 and _SPACED.fullmatch(given):
+        entries = given.split()
     if len(entries) < 2 or len(expected) < 2:
         return None
     if len(entries) != len(expected) or (name and other_name and name != other_name):
@@ -201,6 +216,19 @@ def _same_lists(given: str, wanted: str, digits: int, asked: str) -> bool | None
     return one == other and all(_same(a, b, digits, asked) for a, b in zip(entries, expected, strict=True))
 
 
+def _same_sequences(given: str, wanted: str, digits: int, asked: str) -> bool | None:
+    """The verdict on a sequence joined by arrows, or by `then`, and a list, in their order; None for anything else. Two
+    entries are one only where the question asks for an order: `A \\to B` may be a mapping."""
+    chains = [parts_of(text, _NEXT) for text in (given, wanted)]
+    if (len(chains[0]) > 1) == (len(chains[1]) > 1):
+        return None
+    chain, text = (chains[0], wanted) if len(chains[0]) > 1 else (chains[1], given)
+    _, brackets, entries = entries_of(text)
+    if brackets or len(entries) < (2 if asks_for_order(asked) else 3):
+        return None
+    return len(chain) == len(entries) and all(_same(a, b, digits, asked) for a, b in zip(chain, entries, strict=True))
+
+
 def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
     """The verdict on two ratios of three numbers or more."""
     one, other = parts_of(given, _COLON), parts_of(wanted, _COLON)
@@ -213,54 +241,20 @@ def _same_ratios(given: str, wanted: str, digits: int, asked: str) -> bool | Non
 
 
 def _same_words(given: str, wanted: str, digits: int, asked: str) -> bool | None:  # noqa: ARG001
-    """The verdict on words and names; an equation says them of something, see `_same_equations`."""
-    one_equation = len(_sides(given)) > 1, len(_sides(wanted)) > 1
+    """The verdict on words and names; an equation says them of something, see `foveate.rewards.equations`."""
+    one_equation = len(sides(given)) > 1, len(sides(wanted)) > 1
     return None if one_equation[0] != one_equation[1] else same_wording(given, wanted, asked)
 
 
 def _same_equations(given: str, wanted: str, digits: int, asked: str) -> bool | None:
-    """The verdict on answers of which one or both are equations; None where none is, or mathematics must say it."""
-    answer, truth = _sides(given), _sides(wanted)
-    if len(answer) == len(truth) == 1:
-        return None
-    if len(truth) == 1:
-        return (
-            False if _TERM.search(answer[0]) and not _is_label(answer[0]) else _same(answer[-1], wanted, digits, asked)
-        )
-    if len(answer) == 1:
-        return _is_label(truth[0]) and _same(given, truth[-1], digits, asked)
-    if not (_is_label(answer[0]) and _is_label(truth[0])):
-        return None
-    if len(answer) == len(truth) == 2 and _is_label(answer[1]) and _is_label(truth[1]):
-        return any(
-            _same_label(answer[0], truth[i], asked) and _same_label(answer[1], truth[1 - i], asked) for i in (0, 1)
-        )
-    if _same_label(answer[0], truth[0], asked) and _same(answer[-1], truth[-1], digits, asked):
-        return True
-    return None if re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", answer[-1] + truth[-1]) else False
+    return same_equations(given, wanted, asked, lambda one, other: _same(one, other, digits, asked))
 
 
-def _sides(text: str) -> list[str]:
-    sides = parts_of(text, _EQUALS)
-    return sides[::-1] if len(sides) == 2 and _is_label(sides[1]) and not _is_label(sides[0]) else sides
-
-
-def _is_label(side: str) -> bool:
-    """Whether the side of an equation only says what has the value: a symbol, a name, a call, words."""
-    return bool(_SYMBOL.fullmatch(side) or _CALL.fullmatch(side)) or wording(side, "") is not None
-
-
-def _same_label(one: str, other: str, asked: str) -> bool:
-    """Whether two labels may stand for the same: two symbols, and two names, must be equal."""
-    if one.replace(" ", "") == other.replace(" ", ""):
-        return True
-    if _SYMBOL.fullmatch(one) and _SYMBOL.fullmatch(other):
-        return one.partition("_")[0] == other or other.partition("_")[0] == one
-    if _LENGTH.fullmatch(one) and _LENGTH.fullmatch(other):
-        return sorted(one) == sorted(other)
-    if "(" in one and "(" in other:
-        return False
-    return same_wording(one, other, asked) is not False or bool(_CALL.fullmatch(one)) != bool(_CALL.fullmatch(other))
+_COMPARISONS = (
+    _same_as_asked, _same_statements, _same_phrases, _same_sequences, _same_lists, _same_ratios, _same_words,
+    _same_equations,
+)  # fmt: skip
+"""The comparisons of anything but quantities, in the order in which they are asked for a verdict."""
 
 
 # ---------------------------------------------------------------------------------------------------- quantities

@@ -15,16 +15,32 @@ from foveate.rewards.plain_text import plain, unwrapped
 _MARKS = {
     "angle": r"m?\s*\\(?:angle|measuredangle)|m?\s*(?i:angle)",
     "triangle": r"\\(?:triangle|bigtriangleup|Delta)(?=\s*\{?[A-Z]{3})|(?i:triangle)",
-    "segment": r"\\overline|(?i:segment|side)",
+    "segment": r"\\overline|(?i:(?:line )?segment|side)"
+    r"|(?i:chord|diagonal|diameter|edge|hypotenuse|leg|median|radius)(?=\s+[A-Z])",
     "line": r"\\overleftrightarrow|\\overline(?=\{[a-z]\})|(?i:line)",
-    "ray": r"\\overrightarrow|(?i:ray)",
+    "arrow": r"\\overrightarrow",
+    "ray": "(?i:ray)",
     "vector": r"\\vec|(?i:vector)",
     "arc": r"\\(?:overset\{\\frown\}|widehat|overarc|wideparen|arc)|(?i:arc)",
     "circle": r"\\(?:odot|bigodot)|(?i:circle)",
     "plane": "(?i:plane)",
     "point": "(?i:point)",
     "quadrilateral": r"\\(?:square|Box)(?=\s*\{?[A-Z]{4})|(?i:quadrilateral)",
+    **{name: f"(?i:{name})" for name in (
+        "rectangle", "parallelogram", "trapezoid", "trapezium", "rhombus", "square", "kite", "pentagon", "hexagon",
+    )},
+}  # fmt: skip
+_SAID_TWICE = re.compile(
+    r"(?:the\s+)?(?P<noun>angle|triangle|(?:line\s+)?segment|side|chord|diagonal|diameter|edge|hypotenuse|leg|median|radius"
+    r"|line|ray|vector|arc|circle)\s+(?=\\)",
+    re.IGNORECASE,
+)
+"""A noun before the sign that says it again: `the segment \\overline{AB}`."""
+_NOUNS = {"line": ("line", "segment"), "ray": ("arrow",), "vector": ("arrow", "vector")} | {
+    noun: (noun,) for noun in ("angle", "triangle", "arc", "circle")
 }
+_ALIKE = ({"arrow", "ray"}, {"arrow", "vector"})
+"""An arrow over two points is that of a ray or of a vector."""
 _VERTEX = r"[A-Z](?:_\{?\d+\}?|'+|\^\{\\prime\})?"
 _NAME = re.compile(
     "(?:" + "|".join(f"(?P<{mark}>{pattern})" for mark, pattern in _MARKS.items()) + r")?\s*(?P<brace>\{)?\s*"
@@ -40,6 +56,28 @@ _SHELLS = re.compile(
     r"sp\^?\{?\d?\}?(?:d\^?\{?\d?\}?)?|(?:\[\s*[A-Z][a-z]\s*\]\s*)?(?:\d[spdf]\s*\^?\s*\{?\d{1,2}\}?\s*){1,20}"
 )
 """Shells of electrons, `1s^2 2s^2 2p^6`, and `sp^3`."""
+_PLURALS = {
+    "child": "children", "foot": "feet", "goose": "geese", "half": "halves", "knife": "knives", "leaf": "leaves",
+    "man": "men", "mouse": "mice", "person": "people", "radius": "radii", "tomato": "tomatoes", "tooth": "teeth",
+    "vertex": "vertices", "axis": "axes", "wolf": "wolves", "woman": "women", "potato": "potatoes",
+    "matrix": "matrices",
+}  # fmt: skip
+_SPELLINGS = {
+    "centre": "center", "colour": "color", "grey": "gray", "metre": "meter", "litre": "liter", "theatre": "theater",
+    "rightangled": "right", "aluminium": "aluminum", "sulphur": "sulfur", "neighbour": "neighbor", "harbour": "harbor",
+}  # fmt: skip
+_STATES = {
+    "us": "unitedstates", "usa": "unitedstates", "unitedstatesofamerica": "unitedstates", "uk": "unitedkingdom",
+    "uae": "unitedarabemirates",
+}  # fmt: skip
+_CRITERIA = frozenset(("sss", "sas", "asa", "aas", "saa", "ssa", "aaa", "aa", "hl", "ll", "la", "ha"))
+"""Criteria of congruence and similarity, by the initials of side, angle, hypotenuse and leg."""
+_PARTS = re.compile(r"^(?:side|angle|hypotenuse|leg){2,3}")
+_INITIALS = re.compile(r"(?:[A-Z]\.\s?)+[A-Z]\.?")
+_SPELLING = re.compile("|".join(_SPELLINGS))
+"""British spellings, as `_squeezed` leaves them, and the American ones."""
+_NO_PLURALS = frozenset(("news", "means", "goods", "glasses", "seconds", "always", "besides", "afterwards"))
+"""Words that only look like the plural of another one."""
 _RELATION = re.compile(r"\\(cong|sim|parallel|perp|simeq)(?![A-Za-z])")
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _APART = re.compile(r"(?<!\S)[A-Za-z]{2,}(?![^\s,.;!?])")
@@ -59,6 +97,24 @@ _CLASS = re.compile(
     r"|congruence|similarity|(?:congruence|similarity)(?:theorem|postulate|criterion|rule))s?"
 )
 _TRIANGLE = re.compile(r"triangle|△|三角形", re.IGNORECASE)
+_SENTENCES = re.compile(r"[.?!](?=\s|$)|[。？！\n]")
+_REQUEST = re.compile(
+    r"(?:(?<!\bin )(?<!\bof )(?<!\bat )(?<!\bto )(?<!\bfor )(?<!\bfrom )"
+    r"\b(?:which|what|name|identify|find|give|state|write|list|order|arrange|rank|determine)\b.*|\A.*(?:哪|写出|找出|指出).*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_FIGURE = re.compile(
+    r"(?P<segment>(?<![A-Za-z])(?:(?:mid)?segments?|sides?|chords?|diameters?|hypotenuses?|radi(?:us|i)|edges?|diagonals?|legs?"
+    r"|medians?)(?![A-Za-z])|线段|边(?!形)|弦|直径|半径|棱(?![锥柱台]))"
+    r"|(?<![A-Za-z])(?:angle|triangle|polygon|quadrilateral|ray|vector|arc|line(?!\s+segment)|plane|point|figure|shape"
+    r"|rectangle|parallelogram|square|circle|vert(?:ex|ice))s?(?![A-Za-z])(?!['’]s|\s+(?:sides?|edges?|segments?)\b)"
+    r"|[角弧点]|边形|射线|直线|向量",
+    re.IGNORECASE,
+)
+"""The figures that a question may ask for: segments, and others."""
+_DIRECTED = re.compile(
+    r"\b(?:rays?|vectors?|arrows?|direct(?:ed|ions?)|displacements?|paths?|polygons?)\b|射线|向量|方向", re.IGNORECASE
+)
 _CORRESPONDENCE = re.compile(r"congru|similar|\\(?:cong|sim)|[≅≌∼∽]|全等|相似", re.IGNORECASE)
 _ELEMENTS = frozenset(
     re.findall(
@@ -88,7 +144,7 @@ class Name:
         """Whether two names mean the same. A mark may be missing on one side; on both, two points are a line if
         `as_line` says so."""
         mark = self.mark or other.mark or ("line" if as_line and len(self.letters) == 2 else "")
-        if self.mark and other.mark and self.mark != other.mark:
+        if self.mark and other.mark and self.mark != other.mark and {self.mark, other.mark} not in _ALIKE:
             return False
         either = {self.letters, self.letters[::-1]} if mark in ("angle", "segment", "line", "arc") else {self.letters}
         if mark == "triangle" and free_triangles:
@@ -107,20 +163,24 @@ class Wording:
     @property
     def spoken(self) -> str:
         """The words, or the letters of a name without a mark."""
-        return self.words or "".join("".join(name.letters) for name in self.names if not name.mark).casefold()
+        letters = "".join("".join(name.letters) for name in self.names if not name.mark).casefold()
+        return self.words or _STATES.get(letters, letters)
 
     def same(self, other: Wording, free_triangles: bool) -> bool:
         """Whether two of them say the same. Parallel and perpendicular lines have no order; congruent and similar
         figures name their vertices in pairs."""
         if self.relation == other.relation == "" and bool(self.words) != bool(other.words):
-            return _same_class(self.spoken, other.spoken)
+            states = {self.spoken, other.spoken}
+            known = _CRITERIA.union(_STATES.values())
+            return (len(states) == 1 and states <= known) or _same_class(self.spoken, other.spoken)
         if self.relation != other.relation or len(self.names) != len(other.names):
             return False
         if self.words != other.words and not _same_class(self.words, other.words):
             return False
         if self.relation in ("cong", "sim", "simeq") and all(len(one.letters) > 2 for one in self.names):
             pairs = [set(zip(*(name.letters for name in side.names), strict=False)) for side in (self, other)]
-            return pairs[0] == pairs[1] and [n.mark for n in self.names] == [n.mark for n in other.names]
+            marks = [{one.mark, another.mark} - {""} for one, another in zip(self.names, other.names, strict=True)]
+            return pairs[0] == pairs[1] and all(len(both) < 2 for both in marks)
         orders = [other.names] if self.relation not in ("parallel", "perp") else [other.names, other.names[::-1]]
         return any(
             all(a.same(b, free_triangles, bool(self.relation)) for a, b in zip(self.names, order, strict=True))
@@ -142,6 +202,8 @@ def wording(text: str, question: str) -> Wording | None:
         return Wording((name,))
     if _FORMULA.fullmatch(text.strip()) or _SHELLS.fullmatch(text.strip()):
         return Wording(words=re.sub(r"[\s_{}^]", "", text))
+    if _INITIALS.fullmatch(text):
+        return Wording(words=_squeezed(text))
     if not _WORDS.fullmatch(text.strip()):
         return None
     runs = _RUN.findall(text)
@@ -166,11 +228,29 @@ def _same_class(one: str, other: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"[\s'.-]+", "", _OPENING.sub("", text.casefold()))
+    squeezed = re.sub(r"[\s'.-]+", "", _OPENING.sub("", text.casefold()))
+    squeezed = _PARTS.sub(_initials, squeezed)
+    return _STATES.get(squeezed) or _SPELLING.sub(lambda found: _SPELLINGS[found.group()], squeezed)
+
+
+def _initials(found: re.Match[str]) -> str:
+    initials = "".join(word[0] for word in re.findall("side|angle|hypotenuse|leg", found.group()))
+    return initials if initials in _CRITERIA else found.group()
+
+
+def criterion(text: str) -> str:
+    """The initials of a criterion of congruence or similarity, `sas` for `SAS` and for `Side-Angle-Side`; else ""."""
+    said = _squeezed(text)
+    return said if said in _CRITERIA else ""
 
 
 def _name(text: str) -> Name | None:
-    found = _NAME.fullmatch(text.strip())
+    text = text.strip()
+    if said := _SAID_TWICE.match(text):
+        name, noun = _name(text[said.end() :]), said["noun"].lower()
+        marks = _NOUNS.get(noun, ("segment",))
+        return Name(noun if noun in _MARKS else marks[0], name.letters) if name and name.mark in marks else None
+    found = _NAME.fullmatch(text.removeprefix("the "))
     if found is None:
         return None
     mark = next((mark for mark in _MARKS if found[mark]), "")
@@ -196,6 +276,14 @@ def _atoms(text: str) -> list[tuple[str, str]]:
     short = len(bare) == 2 or any(count for _, count in found)
     known = all(symbol in _ELEMENTS for symbol, _ in found) and "".join(map("".join, found)) == bare
     return found if short and known else []
+
+
+def asks_for_segment(question: str) -> bool:
+    """Whether a question asks for a segment, which is named by its ends in either order: the figure that its last
+    request names first is a side, a chord, ..., and nothing in the request has a direction."""
+    requests = [found.group() for sentence in _SENTENCES.split(question) if (found := _REQUEST.search(sentence))]
+    figure = _FIGURE.search(requests[-1]) if requests else None
+    return figure is not None and figure["segment"] is not None and not _DIRECTED.search(requests[-1])
 
 
 def has_words(text: str) -> bool:
@@ -236,6 +324,9 @@ def _symbol(found: re.Match[str]) -> str:
     if found["mark"] in (None, "overline", "angle", "measuredangle") and letters[0] > letters[-1]:
         letters = letters[::-1] if found["mark"] or len(letters) == 2 else letters
     mark = found["mark"] if found["mark"] not in (None, "overline") else ""
+    if mark in ("overrightarrow", "vec") and len(letters) == 2:
+        turned = letters[0] > letters[1]  # the vector BA is minus AB
+        return rf" (-Q_{{vec{letters[::-1]}}}) " if turned else rf" Q_{{vec{letters}}} "
     return rf" Q_{{{mark}{letters}}} "
 
 
@@ -247,5 +338,18 @@ def same_wording(given: str, wanted: str, question: str) -> bool | None:
     names = [_name(text) for text in (given, wanted)]
     free = bool(_TRIANGLE.search(question)) and not _CORRESPONDENCE.search(question)
     if names[0] and names[1]:
-        return names[0].same(names[1], free)
-    return one is not None and other is not None and one.same(other, free)
+        return names[0].same(names[1], free, asks_for_segment(question))
+    if one is None or other is None:
+        return False
+    if one.same(other, free):
+        return True
+    return (given[:1].islower() or wanted[:1].islower()) and _same_noun(one.words, other.words)
+
+
+def _same_noun(one: str, other: str) -> bool:
+    """Whether one of two nouns is the plural of the other."""
+    short, long = sorted((one, other), key=len)
+    if len(short) < 3 or long in _NO_PLURALS:
+        return False
+    ending = "es" if re.search("(?:s|x|z|ch|sh)$", short) else "s"
+    return long in (short + ending, _PLURALS.get(short)) or (short.endswith("y") and long == short[:-1] + "ies")

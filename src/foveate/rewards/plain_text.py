@@ -14,15 +14,18 @@ _WRAPPED = re.compile(
     r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}|\*\*"
 )
 _NESTED_WRAPS = 3
+_POWERS = re.compile(r"(?:(?<=\d)|(?<=\))|(?<=(?<![A-Za-z])[A-Za-z]))\*\*(?=-?[\dA-Za-z(])")
+_HEADING = re.compile(r"^#{1,6}\s+", re.MULTILINE)
 _CUE = re.compile(
     r"(?:(?:answers?|solution|result|choice|option)(?:\*\*|[\s:])(?:(?!not\b|n't|never\b)[^.:=\n。]){0,60}?"
     r"(?:\bis\b|\bare\b|\bbe\b|:|=|\s-\s)|\banswers?\s*(?:is|:|=)"
     r"|(?:答案|结果|选项)(?:应?[为是])?\s*[:：]?|故?应?选[择项]?\s*[:：]?)\**\s*[:：]?\s*",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?。](?=\s|\*|$)|\n|。")
+_SENTENCE_END = re.compile(r"(?<!i\.e)(?<!e\.g)[.!?。](?=\s|\*|$)|\n|。")
 _COPULA = re.compile(
-    r"(?:(?<!so )\b(?:is|are|was|were|(?<!not )(?<!n't )be|becomes?|equals?|says|reads|shows|has|contains|represents"
+    r"(?:(?<!so )\b(?:(?:is|are)\s+equal\s+to"
+    r"|is|are|was|were|(?<!not )(?<!n't )be|becomes?|equals?|says|reads|shows|has|contains|represents"
     r"|indicates|denotes|means|(?:see|count|spot)s?|(?:comes|amounts|works\s+out|simplifies)\s+to)\b|:(?!\d)"
     r"|(?<=it's)|(?<=It's)|(?<=hat's)|(?<!不)是(?!否)|(?<![因认作成])为|(?<![没所])有|[多少高低]了|等于|达到|写着)\s*(?!\Z)"
 )
@@ -43,6 +46,7 @@ _ALIKE = str.maketrans(
         "∕": "/",
         "。": ".",
         "•": "·",
+        "∶": ":",
         "⋅": "·",
         "′": "'",
     }
@@ -78,8 +82,15 @@ def _plain_run(kind: str, run: str) -> str:
     return {"<super>": f"^{{{same}}}", "<sub>": f"_{{{same}}}"}.get(kind, same)
 
 
+def with_powers(text: str) -> str:
+    """A text in which `**` is the sign of powers, as in `x**2`, with `^` for it; where one is not, they are bold."""
+    return _POWERS.sub("^", text) if text.count("**") == len(_POWERS.findall(text)) > 0 else text
+
+
 def unwrapped(text: str) -> str:
-    r"""Text without `\text{...}` and its like (what they hold stays, set off by spaces) and without `**`."""
+    r"""Text without `\text{...}` and its like (what they hold stays, set off by spaces), without `**` and the marks of
+    headings."""
+    text = _HEADING.sub("", with_powers(text))
     for _ in range(_NESTED_WRAPS):
         text, count = _WRAPPED.subn(lambda found: f" {found.group(1) or ''} ", text)
         if not count:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from foveate.errors import DataError
-from foveate.processes import GuardedProcess, WorkerJob, confine, worker_count
+from foveate.processes import BadMessage, GuardedProcess, WorkerJob, confine, worker_count
 from foveate.records import Answer, Score, Task
 from foveate.registry import unpickle
 from foveate.rewards import REWARDS
@@ -82,7 +82,7 @@ class Graders:
         self.time_limit = time_limit
         self._reward = build_reward(name, settings)
         self._requests = RequestThread() if self._reward.fetch else None
-        self._job = WorkerJob.here(name, settings, time_limit, memory_limit)
+        self._job = WorkerJob.here("reward", name, settings, time_limit, memory_limit)
         self._workers = [_Worker(self._job) for _ in range(self._count)]
         self._late: list[_Worker] = []
         """Workers beyond half of their limit, whose places successors have taken."""
@@ -206,7 +206,7 @@ class Graders:
         for worker in busy:
             if worker.pipe in ready:
                 scores.update(worker.receive())
-            elif time.monotonic() >= worker.deadline:
+            if worker.is_alive and not worker.is_idle and time.monotonic() >= worker.deadline:
                 scores.update(worker.give_up())
             if worker in self._late and (worker.is_idle or not worker.is_alive):
                 worker.kill()
@@ -273,7 +273,7 @@ class _Worker(GuardedProcess):
         now = time.monotonic()
         self.halfway, self.deadline = now + self._limit / 2, now + self._limit
         try:
-            self.pipe.send((answer, None if task is self._task else task, fetched))
+            self.send_message((answer, None if task is self._task else task, fetched), self.deadline)
         except OSError:
             return
         self._task = task
@@ -281,13 +281,20 @@ class _Worker(GuardedProcess):
     def receive(self) -> dict[int, Score]:
         """The message of the worker: the score of its answer by index, or nothing but that it is ready."""
         try:
-            said = self.pipe.recv()
+            message = self.receive_message()
+        except BadMessage as error:
+            return self._lost(f"its process died ({error})")
         except (EOFError, OSError):
             return self._lost(f"its process died ({self.end()})")
+        if not message:  # half of one
+            return {}
+        [said] = message
         if isinstance(said, Failure):
             raise DataError(said.message)
+        if not isinstance(said, Score | None) or (said is None) != self._starting:
+            return self._lost("its process died (it sent no score)")
         index, self.answer, self._starting = self.answer, None, False
-        return {} if index is None else {index: said}
+        return {} if index is None or said is None else {index: said}
 
     def give_up(self) -> dict[int, Score]:
         """End a worker whose time is over."""

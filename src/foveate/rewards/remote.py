@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from foveate.data.images import open_picture
+from foveate.data.videos import refuse_videos
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
 from foveate.rewards.build import Reward, WrongResult, as_score
@@ -85,6 +86,7 @@ def judge(
         values = {"{question}": question(task), "{truth}": str(jsonable(task.answer)), "{answer}": text}
         content: Any = _fill(prompt, {**values, "{scale}": f"{scale:g}"})
         if images:
+            refuse_videos(task, "the judge")
             shown = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in task.images]
             content = [*shown, {"type": "text", "text": content}]
         messages = [{"role": "user", "content": content}]

@@ -12,10 +12,12 @@ import os
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,10 +27,60 @@ from foveate.errors import ConfigError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-MOST_REPLIES = 100_000
-"""Replies that are kept; the one that was used least recently goes first."""
+MOST_REPLIES, KEPT_CHARACTERS = 100_000, 2**14
+"""Replies that are kept, where they are not longer; the one that was used least recently goes first."""
+MOST_BYTES = 4 * 2**20
+"""Bytes of a reply that are read."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two tries of a server that is down: each pause is twice the one before."""
+
+
+class ReplyTooLarge(ValueError):
+    """A reply of more bytes than are read, or one that unfolds to more."""
+
+
+def bounded_http(most: int) -> dict[str, Any]:
+    """Arguments for openai's asynchronous client, by which it reads replies of `most` bytes at most, and none that is
+    compressed: a small one of these can unfold to any size."""
+    import openai
+
+    async def bound(response: Any) -> None:
+        coding = response.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise ReplyTooLarge(f"its reply is compressed ({coding[:20]!r}), which was not asked for")
+        response.stream = _stream_class(type(response).__module__.partition(".")[0])(response.stream, most)
+
+    http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [bound]})
+    return {"http_client": http, "default_headers": {"Accept-Encoding": "identity"}}
+
+
+def is_too_large(error: BaseException | None) -> ReplyTooLarge | None:
+    """The ReplyTooLarge among the causes of an error."""
+    while error is not None and not isinstance(error, ReplyTooLarge):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@cache
+def _stream_class(library: str) -> type:
+    """The class of streams that are bounded, of the library that openai has built its client on: httpx or another."""
+    base: Any = vars(import_module(library))["AsyncByteStream"]
+
+    class BoundedStream(base):
+        def __init__(self, stream: Any, most: int) -> None:
+            self._stream, self._left, self._most = stream, most, most
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for part in self._stream:
+                self._left -= len(part)
+                if self._left < 0:
+                    raise ReplyTooLarge(f"its reply has more than {self._most:,} bytes")
+                yield part
+
+        async def aclose(self) -> None:
+            await self._stream.aclose()
+
+    return BoundedStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +155,10 @@ class Session:
                 self._replies.popitem(last=False)
         self._replies.move_to_end(key)
         try:
-            return await asyncio.shield(task)
+            reply = await asyncio.shield(task)
+            if len(reply.text) > KEPT_CHARACTERS and self._replies.get(key) is task:
+                del self._replies[key]
+            return reply
         except Exception:
             if self._replies.get(key) is task:  # the next one who asks tries again
                 del self._replies[key]
@@ -134,7 +189,9 @@ class Session:
         request since `begin`, for too long, and other errors as they are."""
         import openai
 
-        if isinstance(error, openai.APIStatusError):
+        if (too_large := is_too_large(error)) is not None:
+            said, may_come_back = f"{server.url}: {too_large}", False
+        elif isinstance(error, openai.APIStatusError):
             reply = error.response
             said = f"{server.url} replied {reply.status_code} {reply.reason_phrase}: {reply.text[:200]}"
             may_come_back = reply.status_code == 429 or reply.status_code >= 500
@@ -154,7 +211,11 @@ class Session:
 
             key = os.environ.get(server.api_key_variable, "") or _NO_KEY
             client = openai.AsyncOpenAI(
-                base_url=server.url, api_key=key, max_retries=server.retries, timeout=server.timeout
+                base_url=server.url,
+                api_key=key,
+                max_retries=server.retries,
+                timeout=server.timeout,
+                **bounded_http(MOST_BYTES),
             )
             self._clients[server] = client, asyncio.Semaphore(server.concurrency)
         return self._clients[server]

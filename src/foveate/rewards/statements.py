@@ -1,4 +1,4 @@
-r"""Statements in one form: conditions and intervals, chains of inequalities, ratios, times of day, dates.
+r"""Statements in one form: what excludes a number, ratios, places in a row, relations, times of day, dates.
 
 All functions read and write the form of `foveate.rewards.latex.tidy`.
 """
@@ -9,6 +9,8 @@ import re
 from calendar import day_name, month_name
 from collections.abc import Sequence
 
+from foveate.rewards.conditions import MIRROR, chain, union_without
+from foveate.rewards.names import FUNCTIONS
 from foveate.rewards.phrases import CHANGE
 
 _BUILDER = re.compile(r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\\mid(?![A-Za-z])|\||:)\s*([^|:]+)\\\}")
@@ -18,7 +20,9 @@ _CLOCK = re.compile(r"(\d{1,2})(?:\s*:\s*(\d\d))?\s*(?:([ap])\.?\s?m\.?)?", re.I
 _O_CLOCK = re.compile(r"(\d{1,2})\s*o'clock", re.IGNORECASE)
 _POINT = re.compile(r"(?:the\s+)?points?\s+(?=\()", re.IGNORECASE)
 _HALF_DAYS = {"noon": "12 pm", "midnight": "12 am"}
-_DATE = re.compile(rf"(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE)
+_DATE = re.compile(
+    rf"(?:the\s+)?(\d{{1,2}})(?:st|nd|rd|th)?\s+(?:of\s+)?({'|'.join(month_name[1:])})(?![a-z])(.*)", re.IGNORECASE
+)
 _DAY = re.compile(
     rf"({'|'.join(month_name[1:])})\s+(\d{{1,2}})(?:st|nd|rd|th|(?=,?\s+\d{{4}}\b))(?![a-z])", re.IGNORECASE
 )
@@ -30,14 +34,17 @@ _SHORT_MONTH = re.compile(
 _HALF_DAY = re.compile(r"\s*(?:in the (?:(morning)|afternoon|evening)|at night)$", re.IGNORECASE)
 _WEEKDAYS = {name[:3].lower(): name for name in day_name}
 _WEEKDAY = re.compile(r"(mon|tues?|wed|thu(?:rs?)?|fri|sat|sun)\.?", re.IGNORECASE)
-_SHARE = re.compile(r"(\d+)\s+(?:out\s+of|in)\s+(\d+)")
+_SHARE = re.compile(r"(?:an?\s+)?(\d+)\s+(?:out\s+of|in|of)\s+(\d+)(?:\s+chance)?")
 _RATE = re.compile(r"(?<=%)\s+(?:per\s+\w+|p\.a\.?)$")
-_NAMED_VALUE = re.compile(
-    r"^(?:(?!(?:not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up"
-    r"|about|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|angle|line|segment|arc|side|circle|point|ray|plane|lim|det"
-    r"|gcd|lcm)\b)[A-Za-z]{2,}\s+){1,3}(?=[\d(])"
+_NO_NAMES = (
+    "not?|nor|never|than|over|under|above|below|least|most|more|less|nearly|almost|plus|minus|from|between|up|about|angle"
+    "|line|segment|arc|side|circle|point|ray|plane|left|right|before|after|near|multiple|divisor|twice|double|triple|half"
+    "|beyond|outside|can|cannot|could|would|should|may|might|it|we|you|they|is|are|was|be|to|for|if|let|see|none|close|fails?"
+    f"|{'|'.join((*FUNCTIONS, *month_name[1:]))}"
 )
+_NAMED_VALUE = re.compile(rf"^(?:(?!(?i:{_NO_NAMES})\b)[A-Za-z]{{2,}}\s+){{1,3}}(?=[\d(])")
 _WEEKDAY_OF = re.compile(rf"^(?:{'|'.join(day_name)}),?\s+(?=\S)", re.IGNORECASE)
+_ONLY = re.compile(r"^(?:only|both|statements)\s+(?=\S)|\s+only$", re.IGNORECASE)
 _WHOLE = re.compile(r",?\s*(?:where\s+|for\s+|with\s+)?\(?[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\)?$")
 _O_CLOCK_HANZI = re.compile(r"(上午|早上|凌晨|下午|晚上|中午)?\s*(\d{1,2})点(?:(\d{1,2})分?|(半)|(?:钟|整))?")
 _ISO_DATE = re.compile(
@@ -49,7 +56,7 @@ _YEARS = re.compile(
 )
 _EXCEPT = re.compile(
     r"all (?:the )?real(?:s| numbers)(?:\s+[a-z])?,?\s+(?:except|but|other than|excluding)(?:\s+for)?"
-    r"(?:\s+[a-z]\s*=)?\s*(\S+)",
+    r"(?:\s+[a-z]\s*=)?\s*(\S+(?:(?:,\s*(?:and\s+)?|\s+and\s+)\S+)*)",
     re.IGNORECASE,
 )
 _ROWS = re.compile(r"\[\s*\[([^\[\]]*)\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
@@ -58,19 +65,9 @@ _CASES = re.compile(r"(?:\\\{\s*)?\\begin\{(cases|array|aligned|gathered)\}(?:\{
 _PLACE = re.compile(r"^(?:on|in|at|for|during|by)\s+(?:the\s+)?(?=\S)", re.IGNORECASE)
 _COLUMN = re.compile(r"\\begin\{[pb]matrix\}\s*([^&]*?)\s*\\end\{[pb]matrix\}")
 _ROW_END = "\\\\"
-_RELATION = re.compile(r"\s*(\\(?:leqslant|geqslant|leq|geq|le|ge|lt|gt|neq|ne)(?![A-Za-z])|[<>])\s*")
-_SIGNS = {"<": "<", "\\lt": "<", ">": ">", "\\gt": ">"}
-_MIRROR = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
-_OR = re.compile(r"\s+or\s+|\s*\\(?:lor|vee)(?![A-Za-z])\s*|\s*[,;]\s*")
-_VARIABLE = re.compile(r"[A-Za-z]|\\[a-z]+")
-_MAGNITUDE = re.compile(r"\|\s*([A-Za-z])\s*\|")
-_SUBJECT = re.compile(rf"{_VARIABLE.pattern}|{_MAGNITUDE.pattern}")
-_DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
-_AND = re.compile(r"\s+and\s+|\s*\\(?:land|wedge)(?![A-Za-z])\s*|\s*,\s*")
-_LIMIT = re.compile(r"\d+(?:\.\d+)?|\\(?:frac|sqrt|pi)[\w{}\\]*")
 _BETWEEN = re.compile(r"between\s+(-?\S+)\s+and\s+(-?\S+)", re.IGNORECASE)
 _QUADRANT = re.compile(
-    r"(?:the\s+)?(?:(?P<before>first|second|third|fourth|[1-4]|I{1,3}|IV)\s+quadrant"
+    r"(?:in\s+)?(?:the\s+)?(?:(?P<before>first|second|third|fourth|[1-4]|I{1,3}|IV)\s+quadrant"
     r"|quadrant\s+(?P<behind>[1-4]|I{1,3}|IV|one|two|three|four)|第(?P<hanzi>[一二三四])象限)",
     re.IGNORECASE,
 )
@@ -80,10 +77,33 @@ _QUADRANTS = (
     ("third", "3", "iii", "three", "三"),
     ("fourth", "4", "iv", "four", "四"),
 )
+_PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_ROMAN = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
+_NUMBERED = (
+    "row|column|figure|fig\\.?|graph|group|stage|step|picture|image|pattern|diagram|table|chapter|section|phase|box|octant"
+    "|floor|trial|period|term|statement|term"
+)
+_NTH = re.compile(
+    rf"(?:the\s+)?(?:(?P<place>{'|'.join(_PLACES)}|\d{{1,2}}(?:st|nd|rd|th))\s+(?P<noun>{_NUMBERED})"
+    rf"|(?P<name>{_NUMBERED})\s+(?:number\s+|no\.?\s*|#\s*)?(?P<number>\d{{1,2}}|{'|'.join(_ROMAN)}|one|two|three|four|five))",
+    re.IGNORECASE,
+)
+_COUNTING = ("one", "two", "three", "four", "five")
+_RELATED = re.compile(
+    r"(?P<one>(?:(?:the\s+)?(?:line|segment|side|triangle|plane|ray)\s+)?\S+)\s+is\s+"
+    r"(?P<relation>parallel|perpendicular|congruent|similar)\s+to\s+(?P<other>(?:(?:the\s+)?[a-z]{3,}\s+)?\S+)"
+    r"|(?:(?:the\s+)?(?:lines|segments|sides|triangles|planes|rays)\s+)?(?P<first>\S+)\s+and\s+(?P<second>\S+)\s+are\s+"
+    r"(?P<kind>parallel|perpendicular|congruent|similar)(?:\s+to\s+each\s+other)?",
+    re.IGNORECASE,
+)
+_BACKWARDS = re.compile(r"-\s*\\(?:overrightarrow|vec)\s*\{\s*([A-Z])([A-Z])\s*\}")
+"""The opposite of a vector between two points."""
+_RELATIONS = {"parallel": "parallel", "perpendicular": "perp", "congruent": "cong", "similar": "sim"}
 _COORDINATE = re.compile(r"([a-z])\s*=\s*([^=]+)")
 _ORDER = re.compile(
-    r"\b(?:arrange|rank|sort)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
-    r"|\bfrom (?:the )?\w+(?:est|st) to\b|排列|排序|排成",
+    r"\b(?:arrange|rank|sort)\b|\border\s+(?:the(?:se)?|them|from)\b|\b(?:in|into)\s+(?:the\s+)?(?:\w+\s+)?order\b(?!\s+(?:to|that|for)\b)"
+    r"|\b(?:what|which|correct|right|proper|chronological)\s+(?:order|sequence)\b(?!\s+(?:pair|triple))|\bsequence\s+of\s+(?:the\s+)?(?:steps|events|stages)\b|\b(?:increasing|decreasing|ascending|descending)\s+order\b"
+    r"|\bfrom (?:the )?\w+(?:est|st) to\b|排列|排序|排成|顺序|次序",
     re.IGNORECASE,
 )
 
@@ -112,7 +132,7 @@ def standard(text: str) -> str:
                 f" {year}" if year else ""
             )
     if found := _EXCEPT.fullmatch(text):
-        return rf"(-\infty,{found[1]}) \cup ({found[1]},\infty)"
+        return union_without(found[1]) or rf"(-\infty,{found[1]}) \cup ({found[1]},\infty)"
     if _ROWS.fullmatch(text):
         rows = r" \\ ".join(row.replace(",", " & ") for row in _ROW.findall(text[1:-1]))
         return rf"\begin{{bmatrix}} {rows} \end{{bmatrix}}"
@@ -134,21 +154,37 @@ def standard(text: str) -> str:
     if found := _QUADRANT.fullmatch(text):
         said = (found["before"] or found["behind"] or found["hanzi"]).lower()
         return f"Quadrant {next(names[2] for names in _QUADRANTS if said in names).upper()}"
+    if found := _RELATED.fullmatch(text):
+        one, other = found["one"] or found["first"], found["other"] or found["second"]
+        return rf"{one} \{_RELATIONS[(found['relation'] or found['kind']).lower()]} {other}"
+    if found := _BACKWARDS.fullmatch(text):
+        return rf"\overrightarrow{{{found[2]}{found[1]}}}"
     if found := _ANGLED.fullmatch(text):
         return rf"\langle {found[1]}\rangle"
     if found := _BUILDER.fullmatch(text):
         text = found[1].strip()
-    terms, signs = _chain(text)
+    terms, signs = chain(text)
     if len(signs) > 1 and set(signs) <= {">", "\\ge"}:
-        reversed_signs = (_MIRROR[sign] for sign in reversed(signs))
+        reversed_signs = (MIRROR[sign] for sign in reversed(signs))
         return terms[-1] + "".join(f" {sign} {term}" for sign, term in zip(reversed_signs, terms[-2::-1], strict=True))
     return text
+
+
+def numbered(text: str) -> str:
+    """A place in a row in one form: `second row`, `2nd row`, `Row II` and `row no. 2` as `row 2`."""
+    found = _NTH.fullmatch(text)
+    if found is None:
+        return text
+    said = (found["place"] or found["number"]).lower()
+    names = next((names for names in (_PLACES, _ROMAN, _COUNTING) if said in names), None)
+    number = names.index(said) + 1 if names else int(said.rstrip("stndrh"))
+    return f"{(found['noun'] or found['name']).lower().replace('fig.', 'figure')} {number}"
 
 
 def without_additions(given: str, wanted: str) -> tuple[str, str]:
     r"""Two answers, without what only one of them says beside its value: the preposition in `in 2015` (but `on it` is
     not `in it`), the name in `radius 3`, the time in `8% per year`, the weekday of a date, `k \in \mathbb{Z}`."""
-    for addition in (_PLACE, _WEEKDAY_OF, _WHOLE, _RATE, _NAMED_VALUE):
+    for addition in (_ONLY, _PLACE, _WEEKDAY_OF, _WHOLE, _RATE, _NAMED_VALUE):
         if given == wanted:
             break
         found = addition.search(given), addition.search(wanted)
@@ -167,73 +203,6 @@ def same_times(given: str, wanted: str) -> bool | None:
              for found, half in zip((one, other), half_days, strict=True)]  # fmt: skip
     same_hour = hours[0] == hours[1] or ("" in half_days and int(one[1]) == int(other[1]))
     return same_hour and int(one[2] or 0) == int(other[2] or 0)
-
-
-def as_intervals(text: str) -> tuple[str, str] | None:
-    r"""Conditions on one variable, joined by `or`, as that variable and a union of intervals: `x < 1 or x \ge 3` is
-    `(-\infty,1) \cup [3,\infty)`. None for anything else."""
-    found = [_interval(part) for part in _OR.split(_joined(text))]
-    names = {one[0] for one in found if one}
-    if None in found or len(names) != 1:
-        return None
-    return names.pop(), r" \cup ".join(one[1] for one in found if one)
-
-
-def _joined(text: str) -> str:
-    """`x > 1 and x < 3` as `1 < x < 3`, also where a comma stands for `and`: where both can hold at once."""
-    parts = _AND.split(text)
-    chains = [_turned(*_chain(part)) for part in parts]
-    if len(parts) != 2 or any(len(signs) != 1 for _, signs in chains):
-        return text
-    (low, [over]), (high, [under]) = sorted(chains, key=lambda chain: chain[1][0] not in (">", "\\ge"))
-    if low[0] != high[0] or over not in (">", "\\ge") or under not in ("<", "\\le"):
-        return text
-    numbers = all(_DECIMAL.fullmatch(term) for term in (low[1], high[1]))
-    both = float(low[1]) <= float(high[1]) if numbers else "," not in text
-    return f"{low[1]} {_MIRROR[over]} {low[0]} {under} {high[1]}" if both else text
-
-
-def _turned(terms: list[str], signs: list[str]) -> tuple[list[str], list[str]]:
-    """A single comparison with its variable in front."""
-    if len(signs) == 1 and not _SUBJECT.fullmatch(terms[0]) and _SUBJECT.fullmatch(terms[1]):
-        return terms[::-1], [_MIRROR[signs[0]]]
-    return terms, signs
-
-
-def _magnitude(variable: str, limit: str, sign: str) -> tuple[str, str]:
-    """The interval of `|x| < 2`, or the two of `|x| > 2`."""
-    if sign in ("<", "\\le"):
-        return variable, f"{'(' if sign == '<' else '['}-{limit},{limit}{')' if sign == '<' else ']'}"
-    ends = (")", "(") if sign == ">" else ("]", "[")
-    return variable, rf"(-\infty,-{limit}{ends[0]} \cup {ends[1]}{limit},\infty)"
-
-
-def _interval(condition: str) -> tuple[str, str] | None:
-    """The variable and the interval of `x < 1`, `1 < x` or `1 < x < 3`."""
-    terms, signs = _chain(condition)
-    if len(signs) == 2 and _VARIABLE.fullmatch(terms[1]) and set(signs) <= {"<", "\\le"}:
-        left, right = ("(" if signs[0] == "<" else "["), (")" if signs[1] == "<" else "]")
-        return terms[1], f"{left}{terms[0]},{terms[2]}{right}"
-    if len(signs) != 1:
-        return None
-    terms, signs = _turned(terms, signs)
-    (one, other), sign = terms, signs[0]
-    if sign != "\\ne" and (magnitude := _MAGNITUDE.fullmatch(one)) and _LIMIT.fullmatch(other):
-        return _magnitude(magnitude[1], other, sign)
-    if not _VARIABLE.fullmatch(one) or not other:
-        return None
-    ranges = {
-        "<": rf"(-\infty,{other})", "\\le": rf"(-\infty,{other}]", ">": rf"({other},\infty)",
-        "\\ge": rf"[{other},\infty)", "\\ne": rf"(-\infty,{other}) \cup ({other},\infty)",
-    }  # fmt: skip
-    return one, ranges[sign]
-
-
-def _chain(text: str) -> tuple[list[str], list[str]]:
-    """The terms of a chain of inequalities and the signs between them, each in one form."""
-    terms: list[str] = _RELATION.split(text)[::2]
-    signs: list[str] = _RELATION.findall(text)
-    return [term.strip() for term in terms], [_SIGNS.get(sign, sign[:3]) for sign in signs]
 
 
 def coordinates(equations: Sequence[str]) -> list[str] | None:

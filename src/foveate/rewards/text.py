@@ -9,17 +9,15 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
-from foveate.rewards.plain_text import behind_thoughts, plain, tagged_answer
+from foveate.rewards.plain_text import behind_thoughts, plain, statements, tagged_answer
 
 NO_ANSWER = "no final answer in the text"
 NO_OPTION = "no option in the answer"
@@ -35,6 +33,11 @@ _JOINT = re.compile(
 )
 _JOINT_DRESS = re.compile(r"\\[,;:! ()\[\]]|\\q?quad|\\text\s*\{([^{}]*)\}|[$~*]")
 _LONGEST_JOINT = 40
+_CORRECTED = re.compile(
+    r"\bcorrection\s*:|\bmy\s+mistake\b|\bon\s+second\s+thought\b"
+    r"|\bI\s+(?:have\s+|had\s+)?(?:misread|miscounted|miscalculated|was\s+wrong|made\s+an?\s+(?:mistake|error))\b|更正|我[弄算看]错",
+    re.IGNORECASE,
+)
 _NAMED = re.compile(r"([A-Za-z](?:_?\w|_\{\w\})?)\s*=[\s$({\\]*$")
 
 
@@ -105,14 +108,18 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
     r"""The answer that a text arrives at, or None. If anything stands behind the last `</think>`, it is looked for only
     there.
 
-    "box" accepts the last box only, see `boxed_answer`. "text" takes, without a box, the last `<answer>...</answer>`,
-    and without that all that stands behind `</think>`.
+    "box" accepts the last box only, see `boxed_answer`, as published graders do. "text" takes, without a box, the last
+    `<answer>...</answer>`, and without that all that stands behind `</think>`; and a box that is corrected
+    behind it gives way to the correction.
     """
     said = behind_thoughts(text)
     tail = said if said.strip() else text
     box = boxed_answer(tail)
-    if box is not None or extraction == "box":
+    if extraction == "box":
         return box
+    if box is not None:
+        behind = tail[_boxes(tail)[-1].end :]
+        return behind.strip() if _CORRECTED.search(behind) and any(statements(behind)) else box
     tagged = tagged_answer(tail)
     return (said if tagged is None else tagged).strip() or None
 
@@ -216,7 +223,7 @@ def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") ->
         return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=NO_ANSWER)
     accepted, values = truths(task), options(task, numbered=True)
     named = named_option(answer, values)
-    several = several_options(answer, values)
+    several = several_options(answer, values) if any(several_options(truth, values) for truth in accepted) else set()
     right = any(plain(answer) == plain(truth) for truth in accepted)
     for truth in _entries(task.answer):
         wanted = right_option(truth, values)
@@ -245,31 +252,7 @@ def format_tags(text: str, task: Task, *, tags: list[str] = ["think", "answer"],
     return Score(held, {"format": held})
 
 
-# --------------------------------------------------------------------------------------------- length, repetition
-
-
-def overlong_penalty(length: float, limit: int, buffer: int) -> float:
-    """The soft overlong punishment of DAPO (Yu et al. 2025, equation 13), in -1..0: 0 up to `limit` - `buffer`, then
-    falling in a line to -1 at `limit`, and -1 from there on."""
-    return max(min((limit - buffer - length) / buffer, 0.0), -1.0)
-
-
-def overlong(*, limit: int, buffer: int, tokenizer: str = "") -> Callable[[str, Task], Score]:
-    """The reward `overlong_penalty` of an answer's length: in tokens of `tokenizer`, a model folder that holds a
-    `tokenizer.json`, or without one in words. Stop tokens are not in the text and do not count. A term of a weighted
-    sum. Parts: length. Raises ConfigError for a buffer outside 1..limit and for a folder without tokenizer."""
-    if not 0 < buffer <= limit:
-        raise ConfigError(f"reward overlong: buffer must be in 1..limit, found buffer {buffer} and limit {limit}")
-    file = Path(tokenizer) / "tokenizer.json"
-    if tokenizer and not file.is_file():
-        raise ConfigError(f"reward overlong: no {file}; `tokenizer` is a model folder that holds a tokenizer.json")
-    tokens = Tokenizer.from_file(str(file)) if tokenizer else None
-
-    def reward(text: str, task: Task) -> Score:  # noqa: ARG001
-        length = len(tokens.encode(text, add_special_tokens=False).ids) if tokens else len(text.split())
-        return Score(overlong_penalty(length, limit, buffer), {"length": float(length)})
-
-    return reward
+# ------------------------------------------------------------------------------------------------------ repetition
 
 
 def repetition(text: str, task: Task, *, size: int = 4) -> Score:  # noqa: ARG001

@@ -299,6 +299,9 @@ def as_beside(given: Quantity, wanted: Quantity) -> tuple[Quantity, Quantity]:
             quantity if is_money else _in_pence(quantity)
             for quantity, is_money in zip((given, wanted), pence, strict=True)
         )
+    warm = [unit for unit in (given.unit, wanted.unit) if unit and unit.measure == _KNOWN["°C"][0].measure]
+    if len(warm) == 1 and DEGREE in (given.unit, wanted.unit):
+        return replace(given, unit=warm[0]), replace(wanted, unit=warm[0])
     for shared, meant in _SHARED.items():
         units = [quantity.unit for quantity in (given, wanted)]
         if shared in units and any(unit and unit.measure == meant.measure for unit in units):
@@ -310,6 +313,18 @@ def _in_pence(quantity: Quantity) -> Quantity:
     """`50p`, which is 50 times p anywhere but beside pounds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*p", quantity.value)
     return Quantity(found[1], _KNOWN["pence"][0]) if found and quantity.unit is None else quantity
+
+
+def same_quantity(one: Quantity, other: Quantity) -> bool:
+    """Whether two numbers with units of one measure are the same, to a hundredth, as rounding leaves them."""
+    one, other = as_beside(one, other)
+    if one.unit is None or other.unit is None or one.unit.measure != other.unit.measure or one.unit == other.unit:
+        return False
+    try:
+        first, second = (Fraction(q.value) * u.factor + u.offset for q, u in ((one, one.unit), (other, other.unit)))
+    except ValueError:
+        return False
+    return abs(first - second) * 100 <= abs(second)
 
 
 def same_label(one: str, other: str) -> bool:

@@ -38,6 +38,11 @@ def choose_engine(
     function = make.__init__ if inspect.isclass(make) else make
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
     known = inspect.signature(function).parameters
+    if given.get("record_experts") and "record_experts" not in known:
+        raise ConfigError(
+            f"algorithm.router_replay: engine {rollout.engine} does not tell which experts it chose; use native, or "
+            "leave it out"
+        )
     given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
     if keywords.get("shared") and (asynchronous or "device" in given):
         what = "answers while the policy learns" if asynchronous else "has devices of its own"

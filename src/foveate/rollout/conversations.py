@@ -119,10 +119,11 @@ def places_to_grade(outcomes: Sequence[Outcome | None], credit: AnswerCredit) ->
 
 
 def _without_tiles(answer: Answer, task: Task) -> tuple[Answer, Task]:
-    """For graders, which read tokens and texts: pixels are large."""
-    if all(segment.tiles is None for segment in answer.segments):
+    """For graders, which read tokens and texts: pixels and the experts of tokens are large."""
+    if all(segment.tiles is None and segment.routed_experts is None for segment in answer.segments):
         return answer, task
-    return replace(answer, segments=tuple(replace(segment, tiles=None) for segment in answer.segments)), task
+    light = tuple(replace(segment, tiles=None, routed_experts=None) for segment in answer.segments)
+    return replace(answer, segments=light, prompt_experts=None), task
 
 
 def _reply(messages: Sequence[Observation]) -> TurnReply:
@@ -254,7 +255,9 @@ class Conversations:
         encoded once."""
         if segment.tiles is None:
             return segment
-        shapes = repr((segment.tiles.shape, [(slot.count, slot.tiles, slot.grid) for slot in segment.slots])).encode()
+        shapes = repr(
+            (segment.tiles.shape, [(slot.count, slot.tiles, slot.grid, slot.layout) for slot in segment.slots])
+        ).encode()
         content = blake2b(shapes, digest_size=16)
         content.update(segment.tiles.contiguous().numpy().data)
         return replace(segment, tiles=self._tiles.setdefault(content.digest(), segment.tiles))

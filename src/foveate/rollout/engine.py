@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -97,7 +97,7 @@ def has_turn_ended(answer: Answer, stop_ids: Sequence[int]) -> bool:
 
 def behind(answer: Answer, seen: Segment) -> Answer:
     """An answer with what it has observed, to go on from there."""
-    return Answer((*answer.segments, seen), "", "abort")
+    return replace(answer, segments=(*answer.segments, seen), text="", finish="abort")
 
 
 def in_order(groups: Iterable[tuple[int, tuple[Answer, ...]]], requests: Sequence[Request]) -> list[tuple[Answer, ...]]:

@@ -24,7 +24,7 @@ from foveate.serve.batcher import Batcher
 from foveate.serve.hosts import is_known_host
 from foveate.serve.limits import Budget, ServeLimits
 from foveate.serve.preparing import Preparing
-from foveate.serve.protocol import ChatRequest, Refused, read_request
+from foveate.serve.protocol import ChatRequest, Refused
 from foveate.serve.replies import EventStream, Reply
 
 logger = logging.getLogger(__name__)
@@ -162,9 +162,10 @@ class Chat:
         told = request.headers.get("content-length", "")
         if told.isdecimal() and (len(told) > 18 or int(told) > limits.body_bytes):
             raise Refused(413, too_large, code="request_too_large")
-        stream = request.stream()
+        stream, now = request.stream(), asyncio.get_running_loop().time
+        end = now() + limits.whole_body_s
         try:
-            while part := await asyncio.wait_for(anext(stream, b""), limits.body_s):
+            while part := await asyncio.wait_for(anext(stream, b""), min(limits.body_s, end - now())):
                 size += len(part)
                 if size > limits.body_bytes:
                     raise Refused(413, too_large, code="request_too_large")
@@ -173,8 +174,13 @@ class Chat:
                 held.append(len(part))
                 parts.append(part)
         except TimeoutError:
-            raise Refused(408, f"no byte of the body came for {limits.body_s:g} s", code="request_timeout") from None
-        return read_request(b"".join(parts))
+            late = f"no byte of the body came for {limits.body_s:g} s"
+            if now() >= end:
+                late = f"the body was not complete after {limits.whole_body_s:g} s"
+            raise Refused(408, late, code="request_timeout") from None
+        body = b"".join(parts)
+        parts.clear()
+        return await self._preparing.request(body)
 
     def _answering(self, asked: ChatRequest) -> tuple[Answering, SamplingParams]:
         self._require_known(asked.model)

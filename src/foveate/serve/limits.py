@@ -13,13 +13,15 @@ from dataclasses import dataclass
 class ServeLimits:
     """`body_bytes`: of one request, its images included. `held_bytes`: of all bodies that are read or whose answers are
     under way; more are refused. `image_bytes`: of images as tensors, with those whose answers are under way, and
-    `decoded_pixels`: of images that are being decoded; more wait. `body_s`: seconds without a byte of a body."""
+    `decoded_pixels`: of images that are being decoded; more wait. `body_s`: seconds without a byte of a body;
+    `whole_body_s`: from the first to the last."""
 
     body_bytes: int = 64 * 2**20
     held_bytes: int = 256 * 2**20
     image_bytes: int = 2 * 2**30
     decoded_pixels: int = 32 * 10**6
     body_s: float = 30.0
+    whole_body_s: float = 300.0
 
 
 def give_memory_back() -> None:

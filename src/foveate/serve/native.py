@@ -18,6 +18,7 @@ from foveate.config.data import DataSettings
 from foveate.config.model import ModelSettings
 from foveate.encoding.dataset import build_encoder
 from foveate.errors import ConfigError
+from foveate.models.flash_routes import with_router
 from foveate.models.policy import Policy, best_place, load_policy
 from foveate.rollout.native.engine import NativeEngine, cache_tokens
 from foveate.serve.app import Chat
@@ -62,11 +63,11 @@ def serve_native(request: ServeRequest, ready: Callable[[str], None]) -> None:
     with listener:
         if request.threads is not None:
             torch.set_num_threads(request.threads)
-        asked = {"dtype": request.dtype, "device": request.device}
+        asked: dict[str, Any] = {"dtype": request.dtype, "device": request.device}
         policy = load_policy(request.model, **best_place() | {name: value for name, value in asked.items() if value})
         model = ModelSettings(path=request.model, max_tiles=request.max_tiles)
         data = DataSettings(train=(request.model,), max_prompt_tokens=request.max_prompt_tokens)
-        encoder = build_encoder(policy.tokenizer, policy.family, model, data)
+        encoder = with_router(build_encoder(policy.tokenizer, policy.family, model, data), policy)
         budget = cache_tokens(policy) if request.token_budget is None else request.token_budget
         _require_room(request, policy, budget)
         batcher = Batcher(NativeEngine(policy, encoder.decode), budget)

@@ -13,11 +13,13 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.records import Prompt, SamplingParams, Task
 from foveate.serve.limits import Budget, ServeLimits, give_memory_back
-from foveate.serve.protocol import ChatRequest, Refused
+from foveate.serve.protocol import ChatRequest, Refused, read_request
 
 _THREADS = 2
 _LARGE = 4_000_000
 """Pixels of an image whose memory is given back at once."""
+_QUICK = 2**16
+"""Bytes of a body that is read at once."""
 _Result = TypeVar("_Result")
 
 
@@ -42,6 +44,8 @@ class Preparing:
         most = self._encoder.max_prompt_tokens
         if asked.characters > self._most_characters or len(asked.messages) > most:
             raise _too_long(f"the prompt has {asked.characters:,} characters in {len(asked.messages):,} messages", most)
+        if asked.images > most:  # each is a token at least
+            raise _too_long(f"the prompt has {asked.images:,} images", most)
         task, length = await self._in_thread(lambda: self._measured(asked))
         if length > most:
             raise _too_long(f"the prompt has {length} tokens with its images", most)
@@ -87,6 +91,10 @@ class Preparing:
         family, budget = self._encoder.family, self._encoder.budget
         each = family.share(budget, len(task.images))
         return sum(family.shape(image.width, image.height, each).entries * self._entry_bytes for image in task.images)
+
+    async def request(self, body: bytes) -> ChatRequest:
+        """The request in a body; a large one is read beside the event loop. Raises Refused."""
+        return read_request(body) if len(body) < _QUICK else await self._in_thread(lambda: read_request(body))
 
     async def _in_thread(self, work: Callable[[], _Result]) -> _Result:
         started: Future[_Result] = self._threads.submit(_refusing, work)

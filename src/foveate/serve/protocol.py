@@ -6,9 +6,8 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote_to_bytes
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -20,14 +19,17 @@ from foveate.errors import DataError
 from foveate.records import Image, Message, SamplingParams, Task
 from foveate.serve.neutral import IGNORED, NEUTRAL, TURN_IGNORED, TURN_NEUTRAL, asks_for_nothing
 
-MOST_VALUES = 2**20
-"""Values of a body, counted by the marks between them: one that is all brackets unfolds to fifty times its size."""
+MOST_VALUES, MOST_TURNS = 2**18, 2**15
+"""Values of a body, counted by the marks between them: one that is all brackets unfolds to fifty times its size; and
+its messages. Checks of each take long together."""
 COLDEST = 0.01
 """The lowest temperature besides 0: below, all that is left is the rounding of the logits."""
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _DATA_URL = re.compile(r"data:([^,]{0,200}),", re.IGNORECASE)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]{0,19}):", re.IGNORECASE)
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_URL_SAFE, _BLANKS = bytes.maketrans(b"-_", b"+/"), b" \t\n\r\v\f"
+_ESCAPES = {b"%2B": b"+", b"%2F": b"/", b"%3D": b"=", b"%2D": b"-", b"%5F": b"_", b"%20": b"", b"%0A": b"", b"%0D": b""}
+"""Those of base64 in a URL, in which letters and digits stand for themselves."""
 _CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
@@ -104,6 +106,12 @@ class ChatRequest(BaseModel):
         texts += [turn.content for turn in self.messages]
         return sum(len(text) for text in texts if isinstance(text, str))
 
+    @property
+    def images(self) -> int:
+        """The number of all images."""
+        lists = (turn.content for turn in self.messages if isinstance(turn.content, list))
+        return sum(isinstance(part, dict) and part.get("type") == "image_url" for parts in lists for part in parts)
+
     def task(self, name: str) -> Task:
         """The conversation as a task without an answer; `name` stands for it in error messages."""
         images: list[Image] = []
@@ -163,11 +171,12 @@ def read_request(body: bytes) -> ChatRequest:
     if not isinstance(values, dict):
         raise Refused(400, "the body is not a JSON object", code="invalid_json")
     known = _without_neutral(values, NEUTRAL, IGNORED, "")
+    _require_fields(known, ChatRequest.model_fields, "")
     if isinstance(turns := known.get("messages"), list):
-        known["messages"] = [
-            _without_neutral(turn, TURN_NEUTRAL, TURN_IGNORED, f"messages[{i}].") if isinstance(turn, dict) else turn
-            for i, turn in enumerate(turns)
-        ]
+        if len(turns) > MOST_TURNS:
+            what = f"the body holds {len(turns):,} messages; {MOST_TURNS:,} are read at most"
+            raise Refused(413, what, "messages", code="request_too_large")
+        known["messages"] = [_known_turn(turn, f"messages[{i}].") for i, turn in enumerate(turns)]
     try:
         asked = ChatRequest.model_validate(known)
     except ValidationError as error:
@@ -179,6 +188,21 @@ def read_request(body: bytes) -> ChatRequest:
     if asked.stream_options is not None and not asked.stream:
         raise Refused(400, "stream_options is only for requests with stream: true", "stream_options", "invalid_value")
     return asked
+
+
+def _known_turn(turn: Any, place: str) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    known = _without_neutral(turn, TURN_NEUTRAL, TURN_IGNORED, place)
+    _require_fields(known, _Turn.model_fields, place)
+    return known
+
+
+def _require_fields(known: Mapping[str, Any], fields: Container[str], place: str) -> None:
+    """Raise Refused for the first field that there is not; a check of all of them would go on to the last one."""
+    if (name := next((name for name in known if name not in fields), None)) is not None:
+        field = f"{place}{name}"[:100]
+        raise Refused(400, f"{field}: is not a field of this server", field, "unknown_parameter")
 
 
 def _without_neutral(
@@ -229,5 +253,10 @@ def _image(url: str, place: str) -> Image:
 def _decoded(text: str) -> bytes:
     """Bytes from base64 as clients write it: broken into lines, without padding, with the letters of URLs, or escaped
     for one."""
-    letters = b"".join(unquote_to_bytes(text).translate(_URL_SAFE).split()).rstrip(b"=")
+    # Each step is one call of C over all of the text: pieces of it as objects would take fifty times its size.
+    letters = text.encode("utf-8", "surrogatepass")
+    if b"%" in letters:
+        for escape, letter in _ESCAPES.items():
+            letters = letters.replace(escape, letter).replace(escape.lower(), letter)
+    letters = letters.translate(_URL_SAFE, _BLANKS).rstrip(b"=")
     return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)

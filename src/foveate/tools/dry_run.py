@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, RunSettings, SFTSettings
+from foveate.config.run_base import RunSettings
+from foveate.config.runs import CascadeSettings, MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.data.demos import CHOSEN, REJECTED, RESPONSE, check_pair, check_response
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
@@ -26,28 +27,39 @@ from foveate.rollout.conversations import FUNCTION_ALONE, open_conversations, sc
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
-from foveate.run_folder import RunFolder
+from foveate.run_folder import RunFolder, check_folder
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.cascade import check_cascade
 from foveate.train.checkpoint import checkpoints
-from foveate.train.export import export_checkpoint
+from foveate.train.export import export_checkpoint, model_folder_of
 from foveate.train.mpo import build_preference_loss
 from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, check_of_truth, new_engine
 from foveate.train.session import answer_limits, check_cluster, check_offline
+from foveate.train.vico import require_flash
 from foveate.train.worker import use_threads
 
 MOST_TOKENS, MOST_CHARACTERS = 120, 4000
 """Token ids and characters that are shown of a text; the middle of longer ones is left out."""
 
 
-def describe_run(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) -> str:
-    """All that a run refuses before its first step is refused here: settings, rows, the reward's own settings. Then the
-    run in words, the memory that `foveate plan` expects where it knows the model, the first prompt as tokens and as
-    text, and what is trained of it, or for RL a sampled answer with its score."""
+def describe_run(
+    settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings, *, accept_changes: bool = False
+) -> str:
+    """All that a run refuses before its first step is refused here: its folder, settings, rows, the reward's own
+    settings. Then the run in words, the memory that `foveate plan` expects where it knows the model, the first prompt
+    as tokens and as text, and what is trained of it, or for RL a sampled answer with its score."""
     with _model_folder(settings.model.path) as path:
+        _check_folder(settings, accept_changes)
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"path": path})})
         return "\n".join(["dry run: nothing is written", *_stages(settings)])
+
+
+def _check_folder(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings, accept_changes: bool) -> None:
+    """Raise what the run says about its folder; where it begins from a checkpoint, with the model folder of that."""
+    path = settings.model.path
+    begun = settings.model_copy(update={"model": settings.model.model_copy(update={"path": model_folder_of(path)})})
+    check_folder(settings.run, begun, frozen=isinstance(settings, CascadeSettings), accept_changes=accept_changes)
 
 
 @contextmanager
@@ -82,6 +94,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     use_threads(settings.train.threads)
     stage, per_step, step, check, fields = _step(settings)
     model = inspect_model_folder(settings.model.path)
+    if stage in ("vico", "vir"):
+        require_flash(settings.model.path, model.family)
     tools = () if isinstance(settings, MPOSettings) else tools_of_environment(settings.environment)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
     limits = None if isinstance(settings, RLSettings) else answer_limits(settings, fields)
@@ -93,7 +107,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     yield f"folder: {settings.run}{_resumes(settings)}"
     yield f"rows: {len(train):,}, {settings.train.steps * per_step / len(train):.1f} epochs; evaluation: {evaluation}"
     yield from (f"left out: {problem}" for problem in left_out[:3])
-    yield f"memory of a device: {_memory(settings, prompt)}"
+    if not isinstance(settings, VirSettings):  # which trains a few layers alone
+        yield f"memory of a device: {_memory(settings, prompt)}"
     yield f"first prompt, {task.where}: {len(prompt)} tokens, {counted(len(task.images), 'image')} among them"
     yield f"  tokens: {_tokens(prompt.token_ids)}"
     yield _text(str(encoder.tokenizer.decode(list(prompt.engine_ids))))
@@ -127,7 +142,8 @@ def _step(settings: RunSettings) -> tuple[str, int, str, Any, tuple[str, ...]]:
         return "mpo", count, f"{count} pairs, loss {settings.loss.name}", check_pair, (CHOSEN, REJECTED)
     assert isinstance(settings, SFTSettings)
     count = settings.train.samples_per_step
-    return "sft", count, f"{count} demonstrations, by {settings.train.weighting}", check_response, (RESPONSE,)
+    name = "vico" if isinstance(settings, VicoSettings) else "vir" if isinstance(settings, VirSettings) else "sft"
+    return name, count, f"{count} demonstrations, by {settings.train.weighting}", check_response, (RESPONSE,)
 
 
 def _resumes(settings: RunSettings) -> str:
@@ -155,7 +171,7 @@ def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: En
     """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine."""
     rollout, cluster, model = settings.rollout, settings.cluster, settings.model
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
-    engine = NativeEngine(load_policy(model.path, **options), encoder.decode)
+    engine = NativeEngine(load_policy(model.path, **options, quantization=model.quantization), encoder.decode)
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("eval", settings.seed))]
     with (

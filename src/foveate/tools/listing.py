@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -35,6 +35,19 @@ class ListEntry:
     def __str__(self) -> str:
         given = ", ".join(part for part in (self.kind, self.default) if part)
         return f"{self.name}{f'  ({given})' if given else ''}\n    {self.text}"
+
+
+def only(listed: Sequence[ListEntry], name: str | None, kind: str) -> list[ListEntry]:
+    """The entries of one name, or of one after a word such as `loss`; all without one. Raises ConfigError for an
+    unknown name."""
+    if name is None:
+        return list(listed)
+    names = [name.lower(), *(f"{word} {name.lower()}" for word in ("algorithm", "advantage", "loss", "tool"))]
+    found = [entry for entry in listed if entry.name in (*names, f"preference loss {name.lower()}")]
+    if not found:
+        known = dict.fromkeys(entry.name.rpartition(" ")[2] for entry in listed)
+        raise ConfigError(f"no {kind} {name!r}{suggestion(name.lower(), known)}; known: {', '.join(known)}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -99,7 +112,7 @@ def settings_page() -> str:
         "command line by\npath (`train.steps=100`), Python by either.\n"
     ]
     known: dict[str, ListEntry] = {}
-    for stage in ("rl", "sft", "mpo", "cascade"):
+    for stage in ("rl", "sft", "mpo", "cascade", "vico", "vir"):
         own = [one for one in settings_list(stage) if known.get(one.name) != one]
         known |= {one.name: one for one in own}
         parts.append(f"\n## foveate {stage}\n")
@@ -138,27 +151,47 @@ def _comment(text: str) -> str:
     return _sentence(" ".join(lines))
 
 
-def rewards_list() -> list[ListEntry]:
-    """The known rewards: their settings, and their first sentence."""
-    functions = {name: known.function for name, known in REWARDS.items()}
-    return [_function(name, resolve({}, path, "reward")) for name, path in functions.items()]
+def rewards_list(name: str | None = None) -> list[ListEntry]:
+    """The known rewards: their settings, and their first sentence, of one asked for all that it says; of one whose
+    library is missing, what it needs."""
+    listed = [_reward(known, one.function) for known, one in REWARDS.items()]
+    return [_in_full(entry, REWARDS[entry.name].function, "reward", name) for entry in only(listed, name, "reward")]
 
 
-def environments_list() -> list[ListEntry]:
-    """The known environments with their settings, the limits of all, and the tools that `tools` can use."""
-    found = [_function(name, schema_of(resolve({}, path, "environment"))) for name, path in ENVIRONMENTS.items()]
+def _in_full(entry: ListEntry, path: str, kind: str, asked: str | None) -> ListEntry:
+    """The entry, with its whole description where it was asked for by name."""
+    if asked is None:
+        return entry
+    try:
+        text = inspect.getdoc(resolve({}, path, kind)) or ""
+    except ConfigError:
+        return entry
+    return replace(entry, text=text.replace("\n", "\n    "))
+
+
+def _reward(name: str, path: str) -> ListEntry:
+    try:
+        return _function(name, resolve({}, path, "reward"))
+    except ConfigError as error:
+        return ListEntry(name, "", "", str(error))
+
+
+def environments_list(name: str | None = None) -> list[ListEntry]:
+    """The known environments with their settings, the limits of all, and the tools that `tools` can use; or one."""
+    found = [_function(known, schema_of(resolve({}, path, "environment"))) for known, path in ENVIRONMENTS.items()]
     described = [
         replace(entry, text=_sentence(inspect.getdoc(resolve({}, ENVIRONMENTS[entry.name], "environment")) or ""))
         for entry in found
     ]
     limits = ", ".join(f"{name}={value}" for name, value in asdict(EnvironmentLimits()).items())
     every = ListEntry("every environment", limits, "", "Limits of turns, and of the text and images of a step.")
-    tools = [_function(f"tool {name}", resolve({}, path, "tool")) for name, path in TOOLS.items()]
-    return [*described, every, *tools]
+    tools = [_function(f"tool {known}", resolve({}, path, "tool")) for known, path in TOOLS.items()]
+    return only([*described, every, *tools], name, "environment or tool")
 
 
-def algorithms_list() -> list[ListEntry]:
-    """The named algorithms: advantage, loss and paper of each; then the advantages and losses to combine."""
+def algorithms_list(asked: str | None = None) -> list[ListEntry]:
+    """The named algorithms: advantage, loss and paper of each; then the advantages and losses to combine; or those of
+    one name."""
     rows = [
         ListEntry(
             f"algorithm {name}",
@@ -169,11 +202,12 @@ def algorithms_list() -> list[ListEntry]:
         for name, row in ALGORITHMS.items()
     ]
     tables = {"advantage": ADVANTAGES, "loss": POLICY_LOSSES, "preference loss": PREFERENCE_LOSSES}
-    return rows + [
+    parts = [
         _function(f"{kind} {name}", resolve({}, path, kind))
         for kind, table in tables.items()
         for name, path in table.items()
     ]
+    return only([*rows, *parts], asked, "algorithm")
 
 
 def _function(name: str, function: Any) -> ListEntry:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, prompt_fields
+from foveate.data.demos import check_answered
 from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import validate
+from foveate.data.videos import refuse_videos
 from foveate.encoding.chat import IMAGE_MARK
 from foveate.errors import ConfigError, DataError
 from foveate.evaluate.generate import REQUEST, GenerateRequest, RowsRequest
@@ -131,12 +133,13 @@ def _predicted(path: Path, rows: int) -> Iterator[tuple[int, str]]:
 def _table(source: RowsRequest) -> TaskTable:
     root = Path(source.image_root) if source.image_root else None
     table = open_tasks(source.data, image_root=root, columns=source.columns)
-    kept, _ = validate(table, on_bad_row=source.on_bad_row)
+    kept, _ = validate(table, on_bad_row=source.on_bad_row, check=check_answered)
     return table.select(kept)
 
 
 def _cells(task: Task) -> tuple[str, str, str]:
     """Question, answer and image of a row; several images are a list, as VLMEvalKit reads them."""
+    refuse_videos(task, "VLMEvalKit's table")
     answer = jsonable(task.answer)
     pictures = [
         base64.b64encode(image.path.read_bytes() if image.path else image.data or b"").decode() for image in task.images

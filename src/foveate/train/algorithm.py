@@ -12,13 +12,16 @@ from torch import Tensor
 
 from foveate.algorithms.checks import advantage_inputs, dry_run
 from foveate.algorithms.corrections import corrected_loss
+from foveate.algorithms.distillation import distilled_loss
 from foveate.algorithms.kl import KLPenalty
 from foveate.algorithms.table import ADVANTAGES, ALGORITHMS, POLICY_LOSSES, TOKEN_FORMS, TOKEN_MASKS, Algorithm
-from foveate.config.algorithm import AlgorithmSettings, CriticSettings
+from foveate.config.algorithm import AlgorithmSettings, CriticSettings, TeacherSettings
 from foveate.config.runs import RLSettings
+from foveate.environments.trl import gives_reward
 from foveate.errors import ConfigError
 from foveate.registry import bind, resolve
 from foveate.train.targets import PolicyLoss
+from foveate.train.teacher import check_teachers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class ResolvedAlgorithm:
     resample_rounds: int = 0
     critic: CriticSettings | None = None
     gamma: float = 1.0
+    teacher: TeacherSettings | None = None
 
     def contributes_gradient(self, advantage_M: Tensor) -> bool:
         """Whether a group with these advantages can move the weights."""
@@ -62,7 +66,16 @@ class ResolvedAlgorithm:
     @property
     def needs_token_values(self) -> bool:
         """Whether rewards or advantages ask for log-probs or values, which are then computed for every answer."""
-        return self.reward_kl is not None or self.critic is not None
+        return self.reward_kl is not None or self.critic is not None or self.has_teacher_advantage
+
+    @property
+    def has_teacher_advantage(self) -> bool:
+        """Whether the advantage of a token counts how probable a teacher finds it."""
+        return self.teacher is not None and self.teacher.term == "advantage"
+
+    def teacher_in_loss(self, source: str) -> str | None:
+        """The teacher that the loss compares answers to the rows of a data_source with."""
+        return self.teacher.of(source) if self.teacher is not None and self.teacher.term == "loss" else None
 
 
 def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlgorithm:
@@ -92,17 +105,24 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
     if settings.correction is not None:
         bound_loss = partial(corrected_loss, loss=bound_loss, **settings.correction.model_dump())
         dry_run(bound_loss, {}, reference=kl_in_loss)
+    bound_loss = _with_teacher(bound_loss, settings.teacher, in_force)
     token_mask = _bound_token_mask(row.token_mask, in_force, where) if row.token_mask else None
     inputs = advantage_inputs(advantage)
     _check_critic(settings, "value_M" in inputs)
+    if row.needs_teacher and settings.teacher is None:
+        raise ConfigError(f"{where} learns from a teacher, and there is none: set algorithm.teacher.path")
+    taught = settings.teacher.term if settings.teacher is not None else None
     return ResolvedAlgorithm(
         name=settings.name,
         advantage=bound_advantage,
         inputs=inputs,
         loss=bound_loss,
         needs_reference=kl_in_loss or settings.reward_kl is not None,
-        needs_old=settings.correction is not None or token_mask is not None or settings.reward_kl is not None,
-        keeps_equal_groups=row.trains_without_advantage(in_force) or settings.critic is not None,
+        needs_old=settings.correction is not None
+        or token_mask is not None
+        or settings.reward_kl is not None
+        or taught == "advantage",
+        keeps_equal_groups=row.trains_without_advantage(in_force) or settings.critic is not None or taught == "loss",
         token_mask=token_mask,
         reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),
         advantage_clip=settings.advantage_clip,
@@ -110,12 +130,15 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
         resample_rounds=row.resample_rounds if settings.resample_rounds is None else settings.resample_rounds,
         critic=settings.critic,
         gamma={**_defaults(advantage), **advantage_settings}.get("gamma", 1.0),
+        teacher=settings.teacher,
     )
 
 
 def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
     """Raise ConfigError where the algorithm and the rest of a run's settings do not fit together."""
     rollout = settings.rollout
+    if method.teacher is not None:
+        check_teachers(method.teacher, settings.model.path)
     if method.resample_rounds and (rollout.samples == 1 or rollout.top_k == 1):
         name = "samples" if rollout.samples == 1 else "top_k"
         raise ConfigError(
@@ -127,26 +150,57 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
             f"rollout.partial is true, but algorithm {method.name} compares answers with a greedy one, which has to be "
             "of the same weights: set rollout.partial=false, or choose another algorithm"
         )
+    if method.critic is not None and settings.model.lora is not None and settings.model.lora.adapter is not None:
+        raise ConfigError(
+            "model.lora.adapter is set, but algorithm.critic begins as a copy of the model without adapters; leave one "
+            "of them out"
+        )
     if method.critic is not None and method.critic.warmup_steps >= settings.train.steps:
         raise ConfigError(
             f"algorithm.critic.warmup_steps is {method.critic.warmup_steps}, but train.steps is {settings.train.steps}:"
             " the policy would never learn; a few percent of the steps are usual"
         )
+    _check_reward_of_environment(settings)
+
+
+def _check_reward_of_environment(settings: RLSettings) -> None:
+    """A class with `get_reward` and a reward function: which of them counts is said, and not the default's to say."""
+    environment = settings.environment
+    if environment is None or environment.name != "trl" or "reward" in environment.model_fields_set:
+        return
+    factory = environment.settings.get("factory")
+    if isinstance(factory, str) and gives_reward(factory):
+        raise ConfigError(
+            f"environment trl: {factory} has get_reward(), which does not count beside the reward function "
+            f"{settings.reward.name} unless you say so: set environment.reward=environment, both, or function"
+        )
 
 
 def _token_form(loss: str, settings: AlgorithmSettings) -> str:
-    """The policy loss to compute: where a correction weighs tokens, one that weighs them too."""
-    correction = settings.correction
-    if correction is None or not correction.mode.startswith("token"):
+    """The policy loss to compute: where something weighs single tokens, one that weighs them too."""
+    correction, teacher = settings.correction, settings.teacher
+    if correction is not None and correction.mode.startswith("token"):
+        cause, instead = f"correction.mode is {correction.mode}", "sequence-truncate, sequence-mask or sequence-reject"
+    elif teacher is not None and teacher.term == "advantage":
+        cause, instead = "teacher.term is advantage", "teacher.term=loss"
+    else:
         return loss
     form = TOKEN_FORMS.get(loss, loss)
     if form is None:
         raise ConfigError(
-            f"algorithm.correction.mode is {correction.mode}, which weighs single tokens, but the loss {loss} of "
-            "algorithm "
-            f"{settings.name} has one ratio for a whole answer; use sequence-truncate, sequence-mask or sequence-reject"
+            f"algorithm.{cause}, which weighs single tokens, but the loss {loss} of algorithm {settings.name} has one "
+            f"ratio for a whole answer; use {instead}"
         )
     return form
+
+
+def _with_teacher(loss: PolicyLoss, teacher: TeacherSettings | None, loss_settings: dict[str, Any]) -> PolicyLoss:
+    """The loss with the term of a teacher, aggregated as the loss is; a mean over tokens where it does not say how."""
+    if teacher is None or teacher.term == "advantage":
+        return loss
+    aggregate = {"aggregate": loss_settings.get("aggregate", "token-mean")}
+    aggregate |= {name: loss_settings[name] for name in ("norm_length",) if name in loss_settings}
+    return partial(distilled_loss, loss=loss, coefficient=teacher.coefficient, **aggregate)
 
 
 def _check_critic(settings: AlgorithmSettings, is_needed: bool) -> None:

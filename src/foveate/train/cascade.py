@@ -75,7 +75,7 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
 
 def check_cascade(settings: CascadeSettings) -> None:
     """Refuse what a later stage would refuse, before the first one starts."""
-    rl = settings.stage("rl", "model")
+    rl = settings.stage("rl", settings.model.path)
     assert isinstance(rl, RLSettings)
     check_cluster(rl)
     check_optimizer(rl.optim, rl.cluster)

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError, DataError, DiskError, UserError, one_line
 from foveate.files import OtherSchema, atomic_path, disk_error, gone, read_sealed, sealed, sha256, with_room
+from foveate.models.quantize import quantized_layers, without_quantized
 from foveate.parallel.ranks import Ranks
 from foveate.train.checkpoint_reader import load_tensors
 
@@ -199,17 +200,21 @@ def load_checkpoint(
     tensors = tensors_of(trained)
     state = _read(path, tensors, ranks, bound_to_ranks)
     for name, (model, optimizer) in trained.items():
-        model.load_state_dict(tensors[f"{name}model"])
+        _load(model, tensors[f"{name}model"])
         set_optimizer_state_dict(model, optimizer, tensors[f"{name}optimizer"], options=_OPTIONS)
     return state
 
 
 def load_weights(path: Path, model: nn.Module) -> int:
     """The weights of the policy alone, into a model in this process; returns the step. Raises as `load_checkpoint`."""
-    tensors = {"model": model.state_dict()}
+    tensors = {"model": without_quantized(model.state_dict(), model)}
     state = _read(path, tensors, None)
-    model.load_state_dict(tensors["model"])
+    _load(model, tensors["model"])
     return state["step"]
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    model.load_state_dict(tensors, strict=not quantized_layers(model))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -314,10 +319,11 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
 def tensors_of(trained: Mapping[str, Trained]) -> dict[str, Any]:
-    """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs. An
-    optimizer holds the state of all its parameters from the start (`build_optimizer`)."""
+    """The weights and optimizer states of models by name; that of the policy is "". Its tensors are theirs. Quantised
+    layers are left out: they are frozen, and made from the model folder, which must be the same. An optimizer holds the
+    state of all its parameters from the start (`build_optimizer`)."""
     tensors: dict[str, Any] = {}
     for name, (model, optimizer) in trained.items():
-        tensors[f"{name}model"] = model.state_dict()
+        tensors[f"{name}model"] = without_quantized(model.state_dict(), model)
         tensors[f"{name}optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return tensors

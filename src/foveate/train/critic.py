@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.algorithms.targets import LossOut, Totals
 from foveate.algorithms.values import value_loss
 from foveate.config.algorithm import CriticSettings
 from foveate.config.train import OptimSettings
 from foveate.models.policy import Policy
 from foveate.parallel.fsdp import Values
-from foveate.records import Batch, LossOut, Totals
+from foveate.records import Batch
 from foveate.train.optim import build_optimizer
 
 

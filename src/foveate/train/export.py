@@ -31,8 +31,9 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
         raise ConfigError(f"{target} is there already; choose another folder")
     checkpoint = _checkpoint_of(checkpoint)
     settings = _model_of(checkpoint)
-    policy = load_policy(settings.path, dtype=settings.dtype)
-    train_parts(policy, settings.trainable, settings.lora)
+    policy = load_policy(settings.path, dtype=settings.dtype, quantization=settings.quantization)
+    lora = settings.lora and settings.lora.model_copy(update={"adapter": None})  # of which nothing is left
+    train_parts(policy, settings.trainable, lora)
     step = load_weights(checkpoint, policy.model)
     write = partial(save_policy, policy, state=dict(merged_state(policy.model)))
     if to in (None, policy.format):
@@ -49,13 +50,18 @@ def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | Non
 
 def start_of(path: str) -> str:
     """The model folder to begin a run from: a checkpoint of a run is exported first, to `exports/` beside it."""
+    target = model_folder_of(path)
+    if target != path and not Path(target).exists():
+        export_checkpoint(_checkpoint_of(Path(path)), Path(target))
+    return target
+
+
+def model_folder_of(path: str) -> str:
+    """The folder that `start_of` returns, whether or not it is there yet."""
     if not (Path(path) / "state.json").is_file():
         return path
     checkpoint = _checkpoint_of(Path(path))
-    target = checkpoint.parent.parent / "exports" / checkpoint.name
-    if not target.exists():
-        export_checkpoint(checkpoint, target)
-    return str(target)
+    return str(checkpoint.parent.parent / "exports" / checkpoint.name)
 
 
 def _checkpoint_of(path: Path) -> Path:

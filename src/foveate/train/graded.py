@@ -52,5 +52,5 @@ def require_grades(groups: Sequence[Group]) -> None:
     group, score = next(((group, score) for group, score in scores if score.trace), scores[0])
     raise DataError(
         f"none of the {len(scores)} answers of a step could be graded; the first, to {group.task.where}: {score.note}; "
-        f"mend the reward, or the ground truth that it reads\n{score.trace}".rstrip()
+        f"fix the reward, or the ground truth that it reads\n{score.trace}".rstrip()
     )

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from foveate.config.runs import RunSettings
+from foveate.config.run_base import RunSettings
+from foveate.config.runs import RLSettings, VirSettings
 from foveate.data.table import TaskTable
 from foveate.errors import DataError
 from foveate.files import add_json_line
 from foveate.log import read_metrics
+from foveate.models.adapters import adapter_folder
 from foveate.models.checkpoint.inspect import resolve_folder
 from foveate.records import Task
 from foveate.run_folder import RunFolder, change_in_words, lasting_settings, settings_changes
@@ -35,6 +38,9 @@ WHOLE_BYTES = 64 * 2**20
 BLOCKS, BLOCK_BYTES = 64, 2**16
 SAMPLED_ROWS = 256
 _MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+MOST_CODE_FILES = 1000
+_INSTALLED = ("site-packages", "dist-packages", f"python{sys.version_info[0]}.{sys.version_info[1]}")
+"""Folders whose packages are no code of the run."""
 _CODE = ("algorithm", "environment", "loss", "optim", "reward", "rollout")
 """Groups of settings that name code."""
 
@@ -55,12 +61,17 @@ class Inputs:
         for name, table in tables.items():
             if table is not None:
                 found |= _data(name, table)
-        for name, file in sorted(_code(settings)):
-            found[f"code {name}: {file.name}"] = content_of(file)
-        folder = resolve_folder(settings.model.path)
-        for file in sorted(folder.iterdir()):
-            if file.suffix in _MODEL_FILES and file.is_file() and not file.name.startswith("."):
-                found[f"model {file.name}"] = content_of(file)
+        for name, file in sorted(set(_code(settings))):
+            key = f"code {name}"
+            found[f"{key} ({file.parent.name})" if key in found else key] = content_of(file)
+        found |= _folder("model", resolve_folder(settings.model.path))
+        if settings.model.lora is not None and settings.model.lora.adapter is not None:
+            found |= _folder("adapter", adapter_folder(settings.model.lora.adapter))
+        if isinstance(settings, VirSettings):
+            found |= _folder("reference", resolve_folder(settings.train.reference))
+        teacher = settings.algorithm.teacher if isinstance(settings, RLSettings) else None
+        for number, path in enumerate(teacher.paths if teacher is not None else (), start=1):
+            found |= _folder(f"teacher {number}", resolve_folder(path))
         return cls(json.loads(json.dumps(found)), accept_changes)
 
     def check(self, run: RunFolder, step: int, before: Any) -> bool:
@@ -129,6 +140,12 @@ def content_of(file: Path) -> str:
     return f"{size:,} bytes, {digest.hexdigest()[:16]}"
 
 
+def _folder(name: str, folder: Path) -> dict[str, Any]:
+    """The files of a model folder."""
+    files = [file for file in sorted(folder.iterdir()) if file.suffix in _MODEL_FILES and file.is_file()]
+    return {f"{name} {file.name}": content_of(file) for file in files if not file.name.startswith(".")}
+
+
 def _data(name: str, table: TaskTable) -> dict[str, Any]:
     """Number of rows, some of the rows with their images, and the files. Their names, not their folders, count."""
     digest = hashlib.sha256()
@@ -143,7 +160,7 @@ def _row(task: Task) -> bytes:
     messages = [(message.role, message.content) for message in task.messages]
     images = [
         content_of(image.path) if image.path is not None else hashlib.sha256(image.data or b"").hexdigest()
-        for image in task.images
+        for image in (*task.images, *task.videos)
     ]
     return repr((task.id, task.source, messages, images, task.answer, task.meta)).encode("utf-8", "backslashreplace")
 
@@ -154,8 +171,8 @@ def _code(settings: RunSettings) -> Iterator[tuple[str, Path]]:
     for group in _CODE:
         for text in _texts(values.get(group)):
             source = _source_of(text)
-            for file in _with_siblings(source) if source is not None else ():
-                yield group, file
+            for name, file in _with_imports(source).items() if source is not None else ():
+                yield f"{group}: {name}", file
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -186,15 +203,53 @@ def _source_of(text: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _with_siblings(file: Path) -> list[Path]:
-    """A file of code and those of its folder that it imports, themselves or through each other."""
-    found = [Path(os.path.realpath(file))]
-    for one in found:  # grows
-        for node in ast.walk(ast.parse(one.read_bytes())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            for name in names:
-                beside = one.with_name(f"{name.rpartition('.')[2]}.py")
-                if beside.is_file() and beside not in found:
-                    found.append(beside)
-    return found
+def _with_imports(source: Path) -> dict[str, Path]:
+    """A file of code and those files that it imports, themselves or through each other, each by its path from the
+    folder of the first: modules and packages beside it, those of its own package, and relative ones. Code that is found
+    in other ways (importlib, exec, installed packages) is not among them."""
+    first = Path(os.path.realpath(source))
+    found = {first: None}
+    queue = [first]
+    for one in queue:  # grows
+        for base, parts in _imported(one):
+            for name in range(len(parts)):
+                place = base.joinpath(*parts[: name + 1])
+                for file in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+                    real = Path(os.path.realpath(file))
+                    if real not in found and real.is_file() and len(found) < MOST_CODE_FILES:
+                        found[real] = None
+                        queue.append(real)
+    return {os.path.relpath(file, first.parent): file for file in found}
+
+
+def _imported(file: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The modules that a file may import: a folder, and names below it. None of a file that is not Python 3."""
+    try:
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    root = file.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    own = file.relative_to(root).parts[0]
+    if own == __name__.partition(".")[0]:  # its version is written down elsewhere
+        return
+    is_alone = file.parent == root and root.name not in _INSTALLED
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            names = [[*module, alias.name] for alias in node.names] or [module]
+        else:
+            continue
+        for parts in names:
+            if level := node.level if isinstance(node, ast.ImportFrom) else 0:
+                yield [file, *file.parents][level], parts
+                continue
+            if parts[0] == own or is_alone:
+                yield root, parts
+            if root.name not in _INSTALLED:
+                yield file.parent, parts  # which the code may have put on the path
+                yield file.parent, parts[-1:]
+                yield file.parent, parts[-2:-1]

@@ -18,6 +18,7 @@ from foveate.algorithms.checks import dry_run_pairs
 from foveate.algorithms.metrics import Metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.algorithms.table import PREFERENCE_LOSSES
+from foveate.algorithms.targets import Totals
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
@@ -27,11 +28,13 @@ from foveate.encoding.dataset import build_encoder, build_stream, read_data
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
+from foveate.files import sha256
 from foveate.log import MetricsWriter, progress
+from foveate.models.adapters import ADAPTER_WEIGHTS, adapter_folder
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import pack
-from foveate.records import PackedGroup, Pair, Prompt, Task, Totals
+from foveate.records import PackedGroup, Pair, Prompt, Task
 from foveate.registry import bind, resolve
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
@@ -106,7 +109,7 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
                     rate = learning_rate(step, settings.train.steps, settings.optim)
                     rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
                     learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
-                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, "data/epoch": stream.epoch}
+                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, **stream.metrics()}
                 if reference is not None and step == 1:
                     record["time/reference"] = reference.seconds
                 _move(shift, learned, len(pairs))
@@ -164,6 +167,11 @@ def _reference(
     }
     if settings.cluster.dtype is not None:
         also["computed"] = settings.cluster.dtype
+    if settings.model.quantization is not None:
+        also["quantization"] = settings.model.quantization
+    if settings.model.lora is not None and settings.model.lora.adapter is not None:
+        weights = adapter_folder(settings.model.lora.adapter) / ADAPTER_WEIGHTS
+        also["adapter"] = sha256(weights)
     key = reference_key(model, table.files, also)
     reference = Reference(run.path / "reference" if cache is None else Path(cache), key)
     reference.complete(

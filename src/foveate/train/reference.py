@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.algorithms.targets import LossOut, PairTargets
 from foveate.errors import DataError
 from foveate.files import disk_error, require_held
 from foveate.log import progress
-from foveate.records import LossOut, PackedGroup, PairTargets
+from foveate.records import PackedGroup
 
 logger = logging.getLogger(__name__)
 

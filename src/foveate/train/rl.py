@@ -54,6 +54,7 @@ from foveate.train.session import (
     save,
     save_is_due,
 )
+from foveate.train.teacher import check_sources
 from foveate.train.trackers import Trackers
 from foveate.train.update import compute_advantages, update
 from foveate.train.waste import WasteWatch
@@ -137,7 +138,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
                         checked = engine.publish(step)
                     record = {**rollout_metrics(drawn), **sampler.metrics(), **prepared, **learned, **checked, **rates}
                     paces = clock.metrics(generate=record["rollout/tokens"], update=record["optim/tokens"])
-                    record |= {**paces, "data/epoch": stream.epoch}
+                    record |= {**paces, **stream.metrics()}
                     write_rollouts(run.rollouts, step, groups, batch.answer_advantages)
                     if evaluator.is_due(step):
                         record |= evaluator.evaluate(engine, step)
@@ -160,16 +161,17 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
 
 def new_engine(settings: RLSettings) -> Callable[..., Any]:
     """A function that makes an engine. An engine in its own process reads its own policy, which is not trained."""
-    rollout, cluster = settings.rollout, settings.cluster
+    rollout, cluster, longest = settings.rollout, settings.cluster, settings.data.max_prompt_tokens
+    given: dict[str, Any] = {"record_experts": True} if settings.algorithm.router_replay else {}
     if not cluster.engines:
         dtype = cluster.dtype if cluster.ranks == 1 else None  # several ranks make the model of an engine themselves
-        return choose_engine(rollout, settings.data.max_prompt_tokens, asynchronous=rollout.staleness > 0, dtype=dtype)
-    given = {
+        return choose_engine(rollout, longest, asynchronous=rollout.staleness > 0, dtype=dtype, given=given)
+    given |= {
         "device": cluster.kind,
         "tensor_parallel": cluster.engine_tensor_parallel,
         "memory_fraction": cluster.engine_memory,
     }
-    return choose_engine(rollout, settings.data.max_prompt_tokens, given=given)
+    return choose_engine(rollout, longest, given=given)
 
 
 def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool) -> ColocatedEngines | RemoteEngines:
@@ -240,10 +242,12 @@ def _worker(settings: RLSettings, method: ResolvedAlgorithm) -> partial[Worker]:
         temperature=settings.rollout.temperature,
         reference=method.needs_reference,
         critic=method.critic,
+        teacher=method.teacher,
         cluster=settings.cluster,
         seed=settings.seed,
         threads=settings.train.threads,
         disk_wait=settings.disk_wait,
+        router_replay=settings.algorithm.router_replay,
     )
 
 
@@ -279,6 +283,8 @@ def _read_data(run: RunFolder, settings: RLSettings, encoder: Encoder) -> tuple[
     truth = check_of_truth(settings)
     table, held_out, left_out = read_data(settings, encoder, truth)
     write_skipped(run.path, [str(problem) for problem in left_out])
+    if settings.algorithm.teacher is not None and settings.algorithm.teacher.sources:
+        check_sources(settings.algorithm.teacher, table.values("data_source"))
     return table, held_out
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from foveate.data.answers import ScoredAnswer, ScoredRow, prompt_fields, score_fields, write_answers
-from foveate.evaluate.turns import kept_turns, turn_metrics
+from foveate.evaluate.turns import kept_turns, place_to_look, turn_metrics
 from foveate.files import with_room
 from foveate.records import Group
 
@@ -39,7 +39,10 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/groups": float(len(groups)),
         "answer/truncated": _mean([float(answer.finish == "length") for answer in answers]),
         "answer/timed_out": _mean([float(answer.finish == "abort") for answer in answers]),
-        **turn_metrics([turns for group in groups for turns in group.turns]),
+        **turn_metrics(
+            [turns for group in groups for turns in group.turns],
+            [place_to_look(group.task) for group in groups for _ in group.turns],
+        ),
         **_by_source(groups),
     }
 

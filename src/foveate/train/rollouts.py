@@ -12,6 +12,7 @@ from functools import partial
 from threading import Timer
 from typing import Any, Self
 
+from foveate.data.answers import RIGHT, ScoredAnswer, score_fields
 from foveate.encoding.reader import Reader
 from foveate.environments.turns import Turn
 from foveate.errors import DataError
@@ -132,7 +133,9 @@ class SyncRollouts:
 
     def draw(self, step: int, count: int, resample_rounds: int, clock: Clock) -> tuple[list[Group], list[Group]]:
         """The `count` groups that a step learns from, and all that were drawn for it (see `resample_groups`)."""
-        return resample_groups(lambda first, missing: self._draw(step, first, missing, clock), count, resample_rounds)
+        taken = resample_groups(lambda first, missing: self._draw(step, first, missing, clock), count, resample_rounds)
+        self.reader.observe([success_of(group) for group in taken[1]])
+        return taken
 
     @contextmanager
     def at_rest(self, _clock: Clock) -> Iterator[None]:
@@ -300,6 +303,16 @@ def resample_groups(
     spare = [group for group in drawn if not _is_informative(group)]
     spare.sort(key=lambda group: sum(score.value is not None for score in group.scores) < 2)  # these are dropped later
     return [*wanted, *spare[: count - len(wanted)]], drawn
+
+
+def success_of(group: Group) -> float | None:
+    """The share of a group's graded answers that are right (`foveate.data.answers.RIGHT`); None without any."""
+    graded = [
+        ScoredAnswer(answer.text, answer.finish, answer.trained_tokens, **score_fields(score))
+        for answer, score in zip(group.answers, group.scores, strict=True)
+        if score.value is not None
+    ]
+    return sum(map(RIGHT, graded)) / len(graded) if graded else None
 
 
 def _is_informative(group: Group) -> bool:

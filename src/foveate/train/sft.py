@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from foveate.algorithms.metrics import Metrics
+from foveate.algorithms.supervised import sft_loss, sft_total
 from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
 from foveate.config.runs import SFTSettings
+from foveate.data.augment import Augment
 from foveate.data.demos import RESPONSE, check_response, demo_of
 from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder, build_stream, read_data
@@ -35,7 +37,7 @@ from foveate.train.session import (
     save_is_due,
 )
 from foveate.train.trackers import Trackers
-from foveate.train.worker import Worker, sft_loss, sft_total, use_threads
+from foveate.train.worker import Worker, use_threads
 
 
 def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder:
@@ -72,7 +74,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
             metrics.write(step, held_out.measure(step))
 
         group_of = partial(_group, encoder, Turns(encoder) if settings.train.trained_turns == "all" else None)
-        reader = Reader(table, stream, encoder, settings.data.image_workers)
+        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
         with reader, progress("training", settings.train.steps, done=step) as advance:
             leaving.begin()
             while step < settings.train.steps:
@@ -85,7 +87,7 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                     weighting = settings.train.weighting
                     rest = weighting, sft_total(groups, weighting), rate
                     learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
-                record = {**learned, "optim/lr": rate, "data/epoch": stream.epoch}
+                record = {**learned, "optim/lr": rate, **stream.metrics()}
                 if held_out.is_due(step):
                     with clock.phase("evaluate"):
                         record |= held_out.measure(step)
@@ -97,6 +99,12 @@ def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
                 leaving.check()
         broadcast(workers, Worker.export, run.final)
     return run
+
+
+def augmentation(settings: SFTSettings) -> Augment | None:
+    """The change of the images of the rows that are trained on; None where they stay as they are."""
+    chosen = settings.train.augment
+    return Augment(settings.seed, chosen.jpeg, chosen.resize) if chosen.jpeg or chosen.resize else None
 
 
 def _held_out(

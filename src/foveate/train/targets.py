@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from foveate.algorithms.kl import kl
+from foveate.algorithms.targets import LossOut, PolicyTargets
 from foveate.parallel.packing import split_answers
-from foveate.records import LossOut, PackedGroup, PolicyTargets
+from foveate.records import PackedGroup
 
 PolicyLoss = Callable[..., LossOut]
 
@@ -24,7 +25,7 @@ class PolicyRow:
 
     engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
     the frozen reference (None: there is none); masked: bool, the tokens that the loss treats apart (None: there are
-    none).
+    none). teacher: the path of the one that the loss compares with, or None.
     """
 
     group: PackedGroup
@@ -33,11 +34,13 @@ class PolicyRow:
     old: Tensor | None
     ref: Tensor | None
     masked: Tensor | None
+    teacher: str | None = None
 
     def part(self, answers: slice, tokens: slice) -> PolicyRow:
         """The row of some of the answers, whose trained tokens are `tokens`."""
         vectors = (self.engine, self.advantage, self.old, self.ref, self.masked)
-        return PolicyRow(_part(self.group, answers), *(None if one is None else one[tokens] for one in vectors))  # type: ignore[arg-type]
+        own: Any = [None if one is None else one[tokens] for one in vectors]
+        return PolicyRow(_part(self.group, answers), *own, teacher=self.teacher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,9 @@ def _part(group: PackedGroup, answers: slice) -> PackedGroup:
     return PackedGroup(group.prompt, group.answers[answers])
 
 
-def policy_targets(rows: Sequence[PolicyRow], logp_M: Tensor) -> PolicyTargets:
-    """Targets of one micro-batch. Without an old-policy pass the current log-probs are the old ones."""
+def policy_targets(rows: Sequence[PolicyRow], logp_M: Tensor, divergence_M: Tensor | None = None) -> PolicyTargets:
+    """Targets of one micro-batch, with the divergence to its teacher where there is one. Without an old-policy pass the
+    current log-probs are the old ones."""
     old_M = _joined([row.old for row in rows], logp_M)
     masked_M = [row.masked for row in rows if row.masked is not None]
     return PolicyTargets(
@@ -80,6 +84,7 @@ def policy_targets(rows: Sequence[PolicyRow], logp_M: Tensor) -> PolicyTargets:
         advantage_M=torch.cat([row.advantage for row in rows]).to(logp_M),
         ref_M=_joined([row.ref for row in rows], logp_M),
         masked_M=torch.cat(masked_M).to(logp_M.device) if masked_M else None,
+        divergence_M=divergence_M,
     )
 
 

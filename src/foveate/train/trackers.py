@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from foveate.config.recipe import flatten, values_to_yaml
-from foveate.config.runs import RunSettings
+from foveate.config.run_base import RunSettings
 from foveate.data.answers import prompt_fields
 from foveate.data.images import load_image
 from foveate.evaluate.draw import as_shown

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.aggregate import sum_by_sample
+from foveate.algorithms.distillation import distilled_advantage
 from foveate.algorithms.kl import kl
 from foveate.algorithms.metrics import reduce_metrics
+from foveate.algorithms.targets import Totals
 from foveate.algorithms.values import gae
 from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.cluster.local import P
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import engine_logprobs
-from foveate.records import Answer, Group, PackedGroup, Score, Totals
+from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.graded import ComparedGroup, compared_groups, is_truncated
 from foveate.train.targets import PolicyRow, Row, ValueRow
@@ -27,12 +29,14 @@ from foveate.train.worker import Worker
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """Vectors (M,) over the trained tokens of each of some groups: log-probs under the weights before the step and
-    under the frozen reference, and values of the critic; None for a pass that the algorithm does without."""
+    """Vectors (M,) over the trained tokens of each of some groups: log-probs under the weights before the step, under
+    the frozen reference and under a teacher, and values of the critic; None for a pass that the algorithm does
+    without."""
 
     old: Sequence[Tensor] | None
     ref: Sequence[Tensor] | None
     value: Sequence[Tensor] | None
+    teacher: Sequence[Tensor] | None = None
 
 
 _NO_PASSES = Passes(None, None, None)
@@ -68,8 +72,9 @@ def compute_advantages(
     """
     compared = compared_groups(groups, least=algorithm.least_answers)
     whole = [PackedGroup(one.group.prompt, one.group.answers) for one in compared]
-    old = updates > 1 or algorithm.needs_old
-    passes = _run_passes(workers, whole, algorithm, cost_of, old=old) if algorithm.needs_token_values else _NO_PASSES
+    old, passes = updates > 1 or algorithm.needs_old, _NO_PASSES
+    if algorithm.needs_token_values:
+        passes = _run_passes(workers, whole, algorithm, cost_of, [one.group.task.source for one in compared], old=old)
     advantages, returns, metrics = _advantages([one.group for one in compared], whole, algorithm, passes)
     metrics["rollout/groups_without_advantage"] = float(sum(not own.any() for own in advantages))
     metrics["rollout/groups_not_graded"] = float(len(groups) - len(compared))
@@ -86,12 +91,14 @@ def compute_advantages(
     if algorithm.needs_token_values:
         passes = Passes(*(_at(pick(own), computed) for own in (passes.old, passes.ref, passes.value)))
     else:
-        passes = _run_passes(workers, [packed[i] for i in computed], algorithm, cost_of, old=old)
+        passes = _run_passes(workers, [packed[i] for i in computed], algorithm, cost_of, (), old=old)
     policy_rows: dict[int, PolicyRow] = {}
     value_rows: dict[int, ValueRow] = {}
     for number, i in enumerate(computed):
         old_M, ref_M = (None if own is None else own[number] for own in (passes.old, passes.ref))
-        policy_rows[i] = PolicyRow(packed[i], engine_logprobs(packed[i]), own_advantages[i], old_M, ref_M, None)
+        teacher = algorithm.teacher_in_loss(compared[trained[i]].group.task.source)
+        engine_M = engine_logprobs(packed[i])
+        policy_rows[i] = PolicyRow(packed[i], engine_M, own_advantages[i], old_M, ref_M, None, teacher)
         if passes.value is not None and own_returns is not None:
             value_rows[i] = ValueRow(packed[i], passes.value[number], own_returns[i])
     told = _answer_advantages(groups, compared, whole, kept, advantages)
@@ -151,15 +158,21 @@ def _run_passes(
     groups: Sequence[PackedGroup],
     algorithm: ResolvedAlgorithm,
     cost_of: Costs,
+    sources: Sequence[str],
     *,
     old: bool,
 ) -> Passes:
-    """The passes that the algorithm needs over some groups."""
+    """The passes that the algorithm needs over some groups; `sources`: the data_source of each, for a teacher."""
     costs = [*map(cost_of, groups)]
+    teacher_M = None
+    if algorithm.teacher is not None and algorithm.has_teacher_advantage:
+        asked = [(group, algorithm.teacher.of(source)) for group, source in zip(groups, sources, strict=True)]
+        teacher_M = scatter_gather(workers, Worker.teacher_logprobs, asked, costs)
     return Passes(
         scatter_gather(workers, Worker.logprobs, groups, costs) if old else None,
         scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
         scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
+        teacher_M,
     )
 
 
@@ -222,6 +235,7 @@ def _advantages(
     available = {
         "rewards_S": sum_by_sample(reward_M, sample_M, len(length_S)),
         "group_S": torch.tensor([i for i, group in enumerate(groups) for _ in group.answers]),
+        "source_S": _sources(groups),
         "length_S": length_S,
         "reward_M": reward_M,
         "sample_M": sample_M,
@@ -237,9 +251,19 @@ def _advantages(
         returns = (gain_M + value_M).split(sizes)
     advantage = algorithm.advantage(*(available[name] for name in algorithm.inputs))
     advantage_M = advantage if "sample_M" in algorithm.inputs else advantage.repeat_interleave(length_S)
+    if algorithm.teacher is not None and passes.old is not None and passes.teacher is not None:
+        old_M, teacher_M = torch.cat([*passes.old]), torch.cat([*passes.teacher])
+        taught = distilled_advantage(advantage_M, old_M, teacher_M, algorithm.teacher.coefficient)
+        advantage_M, metrics["reward/teacher_kl"] = taught
     if algorithm.advantage_clip is not None:
         advantage_M = advantage_M.clamp(-algorithm.advantage_clip, algorithm.advantage_clip)
     return advantage_M.split(sizes), returns, metrics
+
+
+def _sources(groups: Sequence[Group]) -> Tensor:
+    """The source of each answer's task, by number: int64 (S,)."""
+    numbers = {name: number for number, name in enumerate(sorted({group.task.source for group in groups}))}
+    return torch.tensor([numbers[group.task.source] for group in groups for _ in group.answers])
 
 
 def _token_rewards(

@@ -93,10 +93,11 @@ class WasteWatch:
             self._constant = []
         else:
             self._constant = [one for one in self._constant if one == mean] + [mean]
-        if len(self._constant) == STEPS_IN_A_ROW:
+        teacher = self._settings.algorithm.teacher  # which teaches whatever the rewards are
+        if len(self._constant) == STEPS_IN_A_ROW and teacher is None:
             yield "constant_reward", {"steps": STEPS_IN_A_ROW, "mean": mean}
         equal, not_graded = record["rollout/groups_without_advantage"], record["rollout/groups_not_graded"]
-        if equal + not_graded == len(groups):
+        if equal + not_graded == len(groups) and teacher is None:
             facts = {"equal": int(equal), "groups": len(groups), "not_graded": int(not_graded), "mean": mean}
             yield "no_advantage", facts
         if record["optim/lr"] and not updates:

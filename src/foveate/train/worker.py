@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,29 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.algorithms.aggregate import sum_by_sample
 from foveate.algorithms.metrics import Metrics, reduce_metrics, to_metrics
+from foveate.algorithms.supervised import sft_weights
+from foveate.algorithms.targets import Totals
 from foveate.cluster.rank_engine import RankEngine
-from foveate.config.algorithm import CriticSettings
+from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
-from foveate.config.model import ModelSettings
+from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
+from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
-from foveate.models.lora import adapters_off, merged_state, reset_adapters, train_parts, trains_adapters_only
+from foveate.models.logprobs import LOGP_ENTROPY
+from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
 from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
+from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
 from foveate.parallel.packing import empty, micro_batches, pack, pad_with_dummy_image
 from foveate.parallel.ranks import Ranks
 from foveate.parallel.ulysses import check_heads
-from foveate.records import Batch, PackedGroup, Totals
+from foveate.records import Batch, PackedGroup
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
 from foveate.train.optim import LossScale, apply_gradients, build_optimizer, optimizer_spec
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
+from foveate.train.teacher import Teachers
 
 logger = logging.getLogger(__name__)
 
@@ -55,34 +59,47 @@ class Worker:
         temperature: float = 1.0,
         reference: bool = False,
         critic: CriticSettings | None = None,
+        teacher: TeacherSettings | None = None,
         cluster: ClusterSettings | None = None,
         seed: int = 0,
         threads: int | None = None,
         disk_wait: float = 0.0,
+        router_replay: bool = False,
     ) -> None:
         """`seed`: of what is drawn in updates (the adapters' dropout); `threads`: of the CPU, None: torch's choice;
-        `disk_wait`: seconds that this process waits for room on a full disk."""
+        `disk_wait`: seconds that this process waits for room on a full disk; `router_replay`: the policy computes with
+        the experts that the sampler chose."""
         use_threads(threads)
         set_disk_wait(disk_wait)
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
-        self._compiles = model.compile
+        self._compiles, self._lora = model.compile, model.lora
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
-        self.policy = load(model.path, attention=model.attention, dtype=model.dtype)
+        again = partial(load, model.path, **model.model_dump(include={"attention", "dtype", "quantization"}))
+        self.policy = again()
+        self._balance = model.router_aux_loss_coef
+        asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": self._balance}
+        for name in (name for name, value in asked.items() if value):
+            follow_routers(self.policy.model, name)
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
         self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
-        self.reference = _frozen_copy(self.policy) if reference else None
+        self.reference = _frozen_copy(self.policy, again, model.lora) if reference else None
         self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
         self._logprobs = self._ready(LogProbs, self.policy)
         self._reference_logprobs = None
         if self.reference is not None:
             is_own = self.reference is self.policy
             self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
+        self.teachers = None
+        if teacher is not None:
+            read = partial(load, attention=model.attention, dtype=teacher.dtype or model.dtype)
+            head: Any = self.policy.part("head")
+            self.teachers = Teachers(teacher, read, self._ready, len(head.weight))
         self.optimizer = build_optimizer(self.policy.model, optim)
         self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
@@ -105,7 +122,7 @@ class Worker:
         root = shard(kind(policy, self.ranks.sequence), self.ranks.mesh, cluster)
         allocate(policy, root, "cpu" if cluster.offload else cluster.kind, cluster.kind)
         load_sharded(policy, without=policy.tensors("head") if kind is Values else ())
-        reset_adapters(policy.model)
+        begin_adapters(policy, self._lora if policy is self.policy else None)
         return root
 
     # ------------------------------------------------------------------------------------------------- log-probs
@@ -120,10 +137,23 @@ class Worker:
         as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
-            for batch, members in self._batches(groups):
+            for batch, members in self._batches(groups, replays=not reference):
                 (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
         return found
+
+    @torch.no_grad()
+    def teacher_logprobs(self, asked: Sequence[tuple[PackedGroup, str]]) -> list[Tensor]:
+        """Log-probs of all trained tokens of groups under the teacher that stands with each, one vector per group."""
+        assert self.teachers is not None
+        found: dict[int, Tensor] = {}
+        for name in self.teachers.names:
+            own = [i for i, (_, teacher) in enumerate(asked) if teacher == name]
+            for batch, members in self._batches([asked[i][0] for i in own]):
+                logp_M = self.teachers.logprobs(name, batch, self.temperature).cpu()
+                sizes = [asked[own[i]][0].trained_tokens for i in members]
+                found |= zip((own[i] for i in members), logp_M.split(sizes), strict=True)
+        return [found[i] for i in range(len(asked))]
 
     @torch.no_grad()
     def values(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
@@ -147,11 +177,14 @@ class Worker:
         """Add up the gradients of a policy loss over micro-batches; their metrics."""
         parts = [part for row in rows for part in split_group(row, self.token_budget)]
         losses: list[Metrics] = []
-        for batch, members, logp_M, entropy_M in self._computed([part.group for part in parts], self.temperature):
-            targets = policy_targets([parts[i] for i in members], logp_M)
-            out = loss(logp_M, entropy_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, **mismatch(targets)}))
+        for teacher in self.teachers.in_loss if self.teachers is not None else (None,):
+            own = [part for part in parts if part.teacher == teacher]
+            computed = self._computed([part.group for part in own], self.temperature, teacher)
+            for batch, members, (logp_M, entropy_M, *divergence), routing in computed:
+                targets = policy_targets([own[i] for i in members], logp_M, *divergence)
+                out = loss(logp_M, entropy_M, batch, targets, totals)
+                balanced = self._backward(out.loss, routing, len(logp_M) / totals.tokens)
+                losses.append(to_metrics({**out.metrics, **mismatch(targets), **balanced}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
@@ -184,12 +217,12 @@ class Worker:
         """One optimizer step of supervised training on the answers of `groups`; `total` is the sum of the weights
         (`sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, _, logp_M, entropy_M in self._computed(groups):
+        for batch, _, (logp_M, entropy_M), routing in self._computed(groups):
             weight_M = sft_weights(batch, weighting)
             loss = -(weight_M * logp_M).sum() / total
-            self._backward(loss)
             tokens, weight = float(len(logp_M)), weight_M.sum().item() / total
             found = {
+                **self._backward(loss, routing, weight),
                 "loss/total": (loss, weight),
                 "loss/nll": (-logp_M.sum(), tokens),
                 "loss/entropy": (entropy_M.sum(), tokens),
@@ -202,11 +235,12 @@ class Worker:
     ) -> dict[str, float]:
         """One optimizer step of preference learning on all `pairs`; `totals` counts the whole step over all ranks."""
         losses = []
-        for batch, members, logp_M, entropy_M in self._computed([pair.group for pair in pairs]):
+        for batch, members, (logp_M, entropy_M), routing in self._computed([pair.group for pair in pairs]):
             targets = pair_targets([pairs[i] for i in members], shift, logp_M.device)
             out = loss(logp_M, batch, targets, totals)
-            self._backward(out.loss)
-            losses.append(to_metrics({**out.metrics, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}))
+            balanced = self._backward(out.loss, routing, batch.samples / totals.samples)
+            found = {**out.metrics, **balanced, "loss/entropy": (entropy_M.sum(), float(len(entropy_M)))}
+            losses.append(to_metrics(found))
         return self._step(self.policy, self.optimizer, losses, lr, [pair.group for pair in pairs])
 
     def _step(
@@ -232,21 +266,35 @@ class Worker:
             logger.warning("the gradient is not finite (norm %s): this update is skipped", norm)
         return {**reduce_metrics(losses), "optim/grad_norm": norm, "optim/update_skipped": float(not taken)}
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, loss: Tensor, routing: Routing | None = None, share: float = 1.0) -> Metrics:
+        """Add up the gradient of a row's loss, and of the load-balancing loss of its routers, which counts by the
+        row's share of the step; the metrics of the latter."""
+        found: Metrics = {}
+        if routing is not None:
+            balance = routing.load_balancing_loss()
+            loss = loss + self._balance * share * balance
+            found = {"loss/router_aux": (share * balance.item(), share)}
         (loss if self.scale is None else loss * self.scale.value).backward()
+        return found
 
     def _computed(
-        self, groups: Sequence[PackedGroup], temperature: float = 1.0
-    ) -> Iterator[tuple[Batch, list[int], Tensor, Tensor]]:
-        """Packed rows, the indices of their groups, and log-probs and entropies to train on. Rows that only keep this
-        rank in step with the others end here."""
+        self, groups: Sequence[PackedGroup], temperature: float = 1.0, teacher: str | None = None
+    ) -> Iterator[tuple[Batch, list[int], tuple[Tensor, ...], Routing | None]]:
+        """Packed rows, the indices of their groups, what is trained on (log-probs, entropies and, with a `teacher`, the
+        divergence to it), and what routers did where their load is balanced. Rows that only keep this rank in step with
+        the others end here."""
         self._seed_dropout(self.optimizer)
-        for batch, members in self._batches(groups):
-            logp_M, entropy_M = self._logprobs(batch, temperature)
+        for batch, members in self._batches(groups, replays=True):
+            terms = LOGP_ENTROPY
+            if teacher is not None and self.teachers is not None:
+                asked = replace(batch, routed_experts=None)  # these are of the model itself
+                terms = (*terms, self.teachers.divergence(teacher, asked, temperature))
+            routing = Routing(batch.routed_experts, balances=True) if self._balance else None
+            found = self._logprobs(batch, temperature, terms, routing=routing)
             if members:
-                yield batch, members, logp_M, entropy_M
+                yield batch, members, found, routing
             else:
-                (logp_M.sum() + entropy_M.sum()).backward()
+                torch.stack([term.sum() for term in found]).sum().backward()
 
     def _seed_dropout(self, optimizer: torch.optim.Optimizer) -> None:
         """An update draws by its number and its rank, so that a run that was interrupted draws what it would have."""
@@ -254,14 +302,15 @@ class Worker:
             taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, groups: Sequence[PackedGroup]) -> Iterator[tuple[Batch, list[int]]]:
-        """Packed rows with the indices of their groups. Every rank has as many as the one with most: the last rows of
-        others are empty."""
+    def _batches(self, groups: Sequence[PackedGroup], *, replays: bool = False) -> Iterator[tuple[Batch, list[int]]]:
+        """Packed rows with the indices of their groups; with the experts that the sampler chose where the model
+        `replays` them. Every rank has as many as the one with most: the last rows of others are empty."""
         rows = micro_batches(groups, self.token_budget)
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
             batch = pack([groups[i] for i in members]) if members else empty(self._dummy_image)
+            batch = batch if replays else replace(batch, routed_experts=None)
             yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -291,20 +340,24 @@ class Worker:
         return {"": (self.policy.model, self.optimizer), **critic}
 
     def export(self, folder: Path) -> None:
-        """The trained model in the format that it came in; whole or not at all. Several ranks call it together; the
-        first one gathers the weights, tensor by tensor, and writes."""
+        """The trained model in the format that it came in, its adapter, or both (`model.lora.save`); whole or not at
+        all. Several ranks call it together; the first one gathers the weights, tensor by tensor, and writes."""
         self.finish_saving()
-        is_first = self.ranks is None or self.ranks.is_first
-        state: dict[str, Tensor] = {}
-        for name, tensor in merged_state(self.policy.model).items():
-            gathered = full_tensor(tensor)
-            if is_first:
-                state[name] = gathered.cpu()
-        if is_first:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-            with_room(partial(_export, self.policy, folder, state), size)
+        lora, model = self._lora, self.policy.model
+        state = self._gathered({} if lora is not None and lora.save == "adapter" else merged_state(model))
+        adapter = self._gathered({} if lora is None or lora.save == "merged" else trained_tensors(self.policy))
+        if self.ranks is None or self.ranks.is_first:
+            size = sum(tensor.nbytes for tensor in (*state.values(), *adapter.values()))
+            with_room(partial(_export, self.policy, folder, state, lora, adapter), size)
         if self.ranks is not None:
             self.ranks.gather(None)
+
+    @torch.no_grad()
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in host memory, none on ranks other than the first."""
+        keeps = self.ranks is None or self.ranks.is_first
+        found = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.detach().cpu() for name, tensor in found if keeps}
 
 
 def use_threads(threads: int | None) -> None:
@@ -313,19 +366,25 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _export(policy: Policy, folder: Path, state: dict[str, Tensor]) -> None:
+def _export(
+    policy: Policy, folder: Path, state: dict[str, Tensor], lora: LoraSettings | None, adapter: dict[str, Tensor]
+) -> None:
     if not folder.parent.is_dir():
         raise gone(folder.parent)
     with atomic_path(folder) as temporary:
-        save_policy(policy, temporary, state)
+        if state:
+            save_policy(policy, temporary, state)
+        if lora is not None and adapter:
+            write_adapter(policy, lora, temporary / "adapter" if state else temporary, adapter)
 
 
-def _frozen_copy(policy: Policy) -> Policy:
-    """The policy before training: itself, to be asked with its adapters off, where nothing but these learns."""
+def _frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings | None) -> Policy:
+    """The model before training, without adapters: the policy itself, to be asked with its adapters off, where nothing
+    but these learns; else a copy, read `again` where they are not new."""
     if trains_adapters_only(policy.model):
         return policy
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return replace(policy, model=model)
+    is_start = lora is None or lora.adapter is None
+    return replace(policy, model=(copy.deepcopy(policy.model) if is_start else again().model).requires_grad_(False))
 
 
 def _forget_dummy_images(policy: Policy) -> None:
@@ -335,28 +394,3 @@ def _forget_dummy_images(policy: Policy) -> None:
     for part in parts.keys() - {"language", "head"}:
         for parameter in parts[part].values():
             parameter.grad = None
-
-
-_SFT_EXPONENT = {"token": 0.0, "sample": 1.0, "square": 0.5}
-
-
-def sft_total(groups: Sequence[PackedGroup], weighting: str) -> float:
-    """The sum of `sft_weights` over all trained tokens."""
-    return math.fsum(n ** (1 - _SFT_EXPONENT[weighting]) for group in groups for n in group.lengths)
-
-
-def sft_loss(groups: Sequence[PackedGroup], logps: Sequence[Tensor], weighting: str) -> tuple[float, float]:
-    """The sum of the loss over all trained tokens, and of their weights, from the log-probs of each group."""
-    exponent, loss = _SFT_EXPONENT[weighting], 0.0
-    for group, logp_M in zip(groups, logps, strict=True):
-        for n, own in zip(group.lengths, logp_M.double().split(group.lengths), strict=True):
-            loss -= own.sum().item() * n**-exponent
-    return loss, sft_total(groups, weighting)
-
-
-def sft_weights(batch: Batch, weighting: str) -> Tensor:
-    """Weight of each trained token in an answer of n tokens: 1 (token), 1/n (sample) or 1/n**0.5 (square averaging,
-    InternVL3.5, arXiv 2508.18265, section 2)."""
-    ones = torch.ones(len(batch.sample_M), device=batch.sample_M.device)
-    lengths = sum_by_sample(ones, batch.sample_M, batch.samples)
-    return lengths[batch.sample_M] ** -_SFT_EXPONENT[weighting]

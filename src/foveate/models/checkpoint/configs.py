@@ -16,6 +16,7 @@ from typing import Any
 from transformers import GenerationConfig, InternVLVisionConfig
 
 from foveate.errors import DataError
+from foveate.models.flash import FLASH_KEYS, is_flash
 
 Json = dict[str, Any]
 
@@ -26,6 +27,8 @@ TEXT_ARCHITECTURES = {
     "GptOssForCausalLM": "gpt_oss",
 }
 """`llm_config.architectures` of the chat form, and `text_config.model_type` of the Hugging Face form."""
+
+_INTERNLM2 = "InternLM2ForCausalLM"
 
 TEMPLATES = {"gpt_oss": "internvl3_5_gpt_oss"}
 """The name of the conversation template by language model; every other one has internvl2_5."""
@@ -93,9 +96,15 @@ def chat_to_hf(config: Mapping[str, Any], image_token_id: int) -> Json:
         "vision_config": vision,
         "vision_feature_layer": config.get("select_layer", -1),
         "vision_feature_select_strategy": "default",
+        **_flash(config),
     }
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {**hf, "torch_dtype": dtype} if dtype else hf
+
+
+def _flash(config: Mapping[str, Any]) -> Json:
+    """The settings of a Flash model, which both forms call the same; none of any other."""
+    return {key: config[key] for key in FLASH_KEYS if key in config} if is_flash(config) else {}
 
 
 def _vision_to_hf(config: Mapping[str, Any]) -> tuple[Json, int]:
@@ -120,6 +129,11 @@ def _text_to_hf(config: Mapping[str, Any]) -> Json:
         why = ""
         if "auto_map" in chat:
             why = ", which exists only as code that comes with the checkpoint (foveate never runs such code)"
+        if architecture == _INTERNLM2:
+            why += (
+                "; take the same model in transformers' format, where it is a llama: the folder whose name ends in -hf "
+                "(OpenGVLab/InternVL3-9B-hf), or transformers' convert_internvl_weights_to_hf.py"
+            )
         raise DataError(f"llm_config.architectures is {architecture}{why}; known are: {known}")
     kept = {key: value for key, value in chat.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")}
     return {"tie_word_embeddings": False, **kept, "model_type": TEXT_ARCHITECTURES[architecture]}
@@ -152,6 +166,7 @@ def hf_to_chat(config: Mapping[str, Any], max_tiles: int) -> Json:
         "use_llm_lora": 0,
         "use_thumbnail": True,
         "vision_config": vision,
+        **_flash(config),
     }
     dtype = config.get("torch_dtype") or config.get("dtype")
     return {**chat, "torch_dtype": dtype} if dtype else chat

@@ -51,6 +51,12 @@ def detect_format(folder: Path) -> CheckpointFormat:
 def read_config(folder: Path) -> Json:
     """config.json of a known model. Raises DataError where there is none, or another model's."""
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise DataError(
+            f"{folder}: is an adapter of {base}; name that model (model.path) and this folder as model.lora.adapter, "
+            "or train with model.lora.save=both, whose final/ is a whole model"
+        )
     if not path.is_file():
         raise DataError(
             f"{folder}: no config.json; a local model folder in the Hugging Face or GitHub format is expected "

@@ -59,7 +59,7 @@ def inspect_model_folder(path: str) -> ModelFolder:
             render((Message("user", "?"),), tokenizer, template=family.template)
     except Exception as error:  # a template is a program, and may raise anything
         reason = one_line(error)[:300]
-        raise DataError(f"{folder}: the chat template cannot be used ({reason}); mend it") from error
+        raise DataError(f"{folder}: the chat template cannot be used ({reason}); fix it") from error
     return ModelFolder(folder, layout, config, tokenizer, family)
 
 

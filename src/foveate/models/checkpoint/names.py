@@ -30,11 +30,24 @@ _SHARED = (
 )
 """Modules that the chat and the hf-old layout call the same: there, in hf."""
 
-_OLD = (*_SHARED, ("vision_tower", "model.vision_tower"), ("multi_modal_projector", "model.multi_modal_projector"))
+_FLASH = (
+    ("mlp2", "model.mlp2"),
+    ("pooling_before_gating", "model.pooling_before_gating"),
+    ("gating", "model.gating"),
+)
+"""Modules of Flash models, which no released folder has in a Hugging Face layout: in chat, and in the others."""
+
+_OLD = (
+    *_SHARED,
+    *((hf, hf) for _, hf in _FLASH),
+    ("vision_tower", "model.vision_tower"),
+    ("multi_modal_projector", "model.multi_modal_projector"),
+)
 
 _CHAT_LAYER, _HF_LAYER = "vision_model.encoder.layers.#.", "model.vision_tower.encoder.layer.#."
 _CHAT = (
     *_SHARED,
+    *_FLASH,
     ("mlp1.0", "model.multi_modal_projector.layer_norm"),
     ("mlp1.1", "model.multi_modal_projector.linear_1"),
     ("mlp1.3", "model.multi_modal_projector.linear_2"),

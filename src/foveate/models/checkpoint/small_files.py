@@ -3,6 +3,7 @@ Every refusal is a DataError that names the file."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from foveate.encoding.chat import render
+from foveate.encoding.control import without_panics
 from foveate.errors import DataError, one_line
 from foveate.records import Message
 
@@ -34,6 +36,8 @@ _IN_PARTS = (
 )
 """Stands before a chat template that knows contents as lists of parts alone (SmolVLM, Idefics3): it makes them."""
 MOST_JSON_BYTES, MOST_TILES = 200_000_000, 1024
+MOST_GROWTH, MOST_PARTS, MOST_PADDING = 64, 64, 2**20
+"""How many times longer a tokenizer may make a text, in how many parts, and to how many tokens it may fill it."""
 _ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 """Settings of the image processor that have one value: pixels resized, in 0..1, normalised."""
 
@@ -56,8 +60,9 @@ def bounded(more_bytes: int) -> Iterator[None]:
     """Within it the process gets a MemoryError when it allocates more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     used = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if used is not None and soft == resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(used[1]) + more_bytes, hard))
+    if used is not None:
+        limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([1024 * int(used[1]) + more_bytes, *limits]), hard))
     try:
         yield
     except MemoryError:
@@ -125,8 +130,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with its chat template. Raises DataError for one that is damaged."""
+    require_bounded_tokenizer(folder)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), without_panics():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
         raise unreadable(folder, error) from error
@@ -136,6 +142,71 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if isinstance(tokenizer.chat_template, str) and not _says(tokenizer) and _says(tokenizer, _IN_PARTS):
         tokenizer.chat_template = _IN_PARTS + tokenizer.chat_template
     return tokenizer
+
+
+def require_bounded_tokenizer(folder: Path) -> None:
+    """Raise DataError for a tokenizer.json that makes much of little: normalizers and decoders that replace a letter by
+    a long text, again and again, and padding to a length of its own."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    content = read_json(path)
+    for part in ("normalizer", "decoder"):
+        times = _growth(content.get(part))
+        if times > MOST_GROWTH:
+            raise DataError(
+                f"{path}: its {part} makes a text {times:,.0f} times as long; {MOST_GROWTH} times are allowed"
+            )
+    padding = content.get("padding")
+    strategy = padding.get("strategy") if isinstance(padding, dict) else None
+    if isinstance(strategy, dict) and not _is_padding(strategy.get("Fixed", 1)):
+        raise DataError(f"{path}: padding to {strategy['Fixed']!r:.40} tokens; {MOST_PADDING:,} are allowed")
+
+
+def _is_padding(length: Any) -> bool:
+    return is_count(length) and length <= MOST_PADDING
+
+
+def _growth(spec: Any) -> float:
+    """How many times longer a normalizer or decoder of tokenizer.json can make a text."""
+    if not isinstance(spec, dict):
+        return 1.0
+    lists = [spec[name] for name in ("normalizers", "decoders") if isinstance(spec.get(name), list)]
+    inner = [one for parts in lists for one in parts]
+    times = math.prod((_growth(one) for one in inner[:MOST_PARTS]), start=1.0)
+    if len(inner) > MOST_PARTS:
+        return math.inf
+    kind, pattern, content = (spec.get(name) for name in ("type", "pattern", "content"))
+    if kind == "Replace" and isinstance(content, str):
+        found = pattern.get("String") if isinstance(pattern, dict) else None
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        found = found if isinstance(found, str) else ""
+        finds_nothing = not found and _finds_nothing(regex)  # and so the content stands between any two letters
+        times *= max(1.0, len(content) / len(found or "x")) + float(finds_nothing)
+    if kind == "Prepend" and isinstance(spec.get("prepend"), str):
+        times *= len(spec["prepend"]) + 1.0
+    if kind == "Precompiled" and isinstance(charsmap := spec.get("precompiled_charsmap"), str):
+        times *= _longest_replacement(charsmap)
+    return times
+
+
+def _finds_nothing(regex: Any) -> bool:
+    """Whether a regular expression can match no text, as far as it is one of Python's, too."""
+    try:
+        return re.compile(regex).match("") is not None
+    except (re.error, TypeError, ValueError, RecursionError):
+        return True
+
+
+def _longest_replacement(charsmap: str) -> float:
+    """Of a map of SentencePiece: the size of a trie in four bytes, the trie, and its texts, each ended by a zero. The
+    longest of usual ones has 33 bytes."""
+    try:
+        data = base64.b64decode(charsmap, validate=True)
+    except ValueError:
+        return math.inf
+    texts = data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")
+    return max(1.0, max(map(len, texts)) / 8)
 
 
 def _says(tokenizer: PreTrainedTokenizerBase, before: str = "") -> bool:
@@ -235,6 +306,13 @@ def read_preprocessor(folder: Path, needed: Sequence[str], *, resample: int = 3)
         if len(numbers) != 3 or len(value) != 3:
             raise DataError(f"{path}: {key} is {value!r}; it must be three numbers{' above 0' if above == 0 else ''}")
     return content
+
+
+def read_video_preprocessor(folder: Path) -> dict[str, Any]:
+    """The settings of transformers' video processor; empty where a folder has none."""
+    path, joint = folder / "video_preprocessor_config.json", folder / "processor_config.json"
+    inside = read_json(joint).get("video_processor") if joint.is_file() else None
+    return inside if isinstance(inside, dict) else read_json(path) if path.is_file() else {}
 
 
 def is_count(value: Any) -> bool:

@@ -109,6 +109,6 @@ class Gemma3(Family):
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(values.transpose(2, 0, 1)[None].copy())
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         pixels = pixels.to(next(model.parameters()).dtype)
         return Features(model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1))

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from foveate.config.data import VideoSettings
+from foveate.encoding.family import Clip, Family
 from foveate.models.families.qwen_vl import QwenVL
+from foveate.records import Video
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +27,8 @@ class Glm4V(QwenVL):
     towers = ("glm4v_text",)
     image_word = "<|image|>"
     image_text = "<|begin_of_image|><|image|><|end_of_image|>"
+    video_text = ""
+    video_word = "<|video|>"
     reserved = ("<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|begin_of_video|>", "<|end_of_video|>",
                 "<|video|>")  # fmt: skip
     control_words = (*QwenVL.control_words, "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "[gMASK]",
@@ -37,6 +42,10 @@ class Glm4V(QwenVL):
         vision = config.vision_config
         down = self.merge**2 * vision.hidden_size * vision.out_hidden_size
         return 2.0 * tokens * (down + vision.out_hidden_size**2 + 3 * vision.out_hidden_size * vision.intermediate_size)
+
+    def clips(self, video: Video, options: VideoSettings) -> tuple[Clip, ...]:
+        """Frames as images: the pieces and times of GLM's own videos are not built."""
+        return Family.clips(self, video, options)
 
     def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
         """As in Qwen-VL; an image that is narrower than a block grows first until it is not."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +36,7 @@ from foveate.models.checkpoint.small_files import (
     require_words,
     stop_ids,
 )
+from foveate.models.flash import FlashForConditionalGeneration, is_flash, patches_of, projected
 from foveate.records import ImageSlot
 
 _BANNED = ("<img>", "<IMG_CONTEXT>", "</img>", "<video>", "<IMG>")
@@ -57,7 +60,7 @@ class InternVL(Family):
         "language": ("model.language_model",),
         "head": ("lm_head",),
     }
-    towers = tuple(TEXT_ARCHITECTURES.values())
+    towers = (*TEXT_ARCHITECTURES.values(), "llama")  # llama: InternLM2 in transformers' own format
     image_text = "<img><IMG_CONTEXT></img>"
     reserved = ("<IMG_CONTEXT>", "<img>", "</img>")
     control_words = (*Family.control_words, *_BANNED, "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -98,7 +101,10 @@ class InternVL(Family):
         budget = require_tiles(f"{folder}: max_patches of the image processor", processor.get("max_patches", 12))
         if processor.get("min_patches", 1) != 1:
             raise DataError(f"{folder}: images of at least {processor['min_patches']!r} tiles are not known; only 1 is")
-        return config, cls(
+        kind: Any = cls
+        if is_flash(form):
+            kind = partial(FlashInternVL, thresholds=_thresholds(folder, form))
+        return config, kind(
             image_token_id=config.image_token_id,
             placeholder_ids=tuple(sorted(vocabulary[word] for word in _BANNED if word in vocabulary)),
             stop_ids=stop_ids(folder, tokenizer),
@@ -152,7 +158,7 @@ class InternVL(Family):
     def pixels(self, image: Image.Image, budget: int) -> Tensor:
         return cut_tiles(image, budget, self.tile, self.mean, self.std)
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         pixels = pixels.to(next(model.parameters()).dtype)
         return Features(model.get_image_features(pixel_values=pixels).pooler_output.flatten(0, 1))
 
@@ -162,6 +168,58 @@ class InternVL(Family):
             "image_num_patches": (torch.tensor(len(pixels)), "batched"),
             "image_token_id": (torch.tensor(self.image_token_id), "shared"),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlashInternVL(InternVL):
+    """InternVL3.5-Flash: a tile may be compressed to a fourth of its tokens (`foveate.models.flash`). Batches whose
+    slots say nothing of it have all tokens. `thresholds`: the relative and the absolute one of its router."""
+
+    name: str = "internvl_flash"
+    thresholds: tuple[float, float] = (0.0, 0.5)
+
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **InternVL.parts,
+        "projector": ("model.multi_modal_projector", "model.mlp2"),
+        "router": ("model.pooling_before_gating", "model.gating"),
+    }
+    auto_class = FlashForConditionalGeneration
+    servers: ClassVar[Mapping[str, ServedAs]] = {}
+
+    @property
+    def router_thresholds(self) -> tuple[float, float]:
+        return self.thresholds
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Tokens along a side of a tile, and of one that is compressed."""
+        side = math.isqrt(self.tokens_per_tile)
+        return side, side // 2
+
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        if not grids:
+            return InternVL.features(self, model, pixels, grids)
+        assert len(grids) == len(pixels), f"{len(grids)} grids for {len(pixels)} tiles: some prompts have no route"
+        patches = patches_of(model, pixels.to(next(model.parameters()).dtype))
+        index = torch.tensor([grid[0] == self.sides[1] for grid in grids], device=pixels.device)
+        tiles: list[Tensor] = [patches.new_empty(0)] * len(grids)
+        for compressed in (False, True):
+            chosen = (index == compressed).nonzero()[:, 0]
+            seen = projected(model, patches[chosen], compressed=compressed) if len(chosen) else ()
+            for place, tile in zip(chosen.tolist(), seen, strict=True):
+                tiles[place] = tile
+        return Features(torch.cat(tiles))
+
+
+def _thresholds(folder: Path, form: Any) -> tuple[float, float]:
+    relative, absolute = (form.get(f"flash_{name}_threshold") for name in ("relative", "absolute"))
+    for value in (relative, absolute):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise DataError(
+                f"{folder / 'config.json'}: flash_relative_threshold is {relative!r} and flash_absolute_threshold "
+                f"{absolute!r}; both must be numbers from 0 to 1"
+            )
+    return float(relative), float(absolute)
 
 
 def _tile_settings(folder: Path, tile: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Sources: Idefics3 (arXiv 2408.12637), section 2.2, SmolVLM (arXiv 2504.05299), a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.encoding.chat import IMAGE_MARK
-from foveate.encoding.family import DummyImage, Family, Features, ImageShape
+from foveate.encoding.family import DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import mapped, read_hf_config
 from foveate.models.checkpoint.small_files import (
@@ -31,6 +32,7 @@ from foveate.models.checkpoint.small_files import (
     stop_ids,
 )
 from foveate.models.families.proof import forest_difference
+from foveate.records import ImageSlot
 
 _SIDE = 6
 """The most rows and columns of tiles that tokenizers have words for."""
@@ -89,6 +91,22 @@ class SmolVLM(Family):
             std=tuple(processor["image_std"]),
         )
 
+    @classmethod
+    def planned(cls, config: Any) -> Self:
+        vision = config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2 // config.scale_factor**2
+        return cls(name=config.model_type, stop_ids=(), tile=vision.image_size, tokens=tokens, mean=(), std=())
+
+    def piece(self, config: Any) -> ImagePiece:
+        """A tile."""
+        vision, text, shuffled = config.vision_config, config.text_config, config.scale_factor**2
+        width, patches = vision.hidden_size, self.tokens * shuffled
+        block = 2 * patches * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * width * patches**2
+        stem = 2 * patches * width * 3 * vision.patch_size**2
+        connector = 2 * self.tokens * shuffled * width * text.hidden_size
+        flops = vision.num_hidden_layers * block + stem + connector
+        return ImagePiece(self.tokens, (1, 3, self.tile, self.tile), None, flops)
+
     def all_control_words(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Without the placeholder of an image, which is also the mark of one in a row."""
         return tuple(word for word in Family.all_control_words(self, tokenizer) if word != IMAGE_MARK)
@@ -132,13 +150,21 @@ class SmolVLM(Family):
         values = (values - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
-    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> Features:  # noqa: ARG002
+    def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:  # noqa: ARG002
         """By the parts of `get_image_features`, which leaves out what is all 0."""
         side = self.tile // model.config.vision_config.patch_size
         whole = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
         pixels = pixels.to(next(model.parameters()).dtype)
         seen = model.model.vision_model(pixel_values=pixels, patch_attention_mask=whole).last_hidden_state
         return Features(model.model.connector(seen).flatten(0, 1))
+
+    def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:  # noqa: ARG002
+        mask = torch.ones(len(pixels), *pixels.shape[2:], dtype=torch.bool)
+        return {
+            "pixel_values": (pixels, "flat"),
+            "pixel_attention_mask": (mask, "flat"),
+            "num_patches": (torch.tensor(len(pixels)), "batched"),
+        }
 
     def _resized(self, width: int, height: int, budget: int) -> tuple[int, int]:
         """Width and height after the first of two resizes: the longer side as the budget has it, the other one even."""
@@ -161,6 +187,13 @@ class SmolVLM(Family):
             return max(1, math.ceil(int(columns * self.tile / ratio) / self.tile)), columns
         rows = math.ceil(high / self.tile)
         return rows, max(1, math.ceil(int(rows * self.tile * ratio) / self.tile))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Idefics3(SmolVLM):
+    servers: ClassVar[Mapping[str, ServedAs]] = {  # each tile is an image there
+        "vllm": ServedAs(options=("--limit-mm-per-prompt", json.dumps({"image": 16 * (_SIDE**2 + 1)})))
+    }
 
 
 def _is_edge(value: Any) -> bool:

@@ -15,7 +15,7 @@ from foveate.models.families import FAMILIES, family_class
 from foveate.models.families.proof import MOST_NATS, forest_difference
 from foveate.models.families.text import TextOnly
 
-NAMED_TEXT = ("llama", "mistral", "gemma3_text", "smollm3", "phi3", "olmo2", "glm")
+NAMED_TEXT = ("mistral", "gemma3_text", "smollm3", "phi3", "olmo2", "glm")
 """Text models without a row of their own that the tests train, sample and save."""
 _HEAD = ("`model_type`", "images", "trains", "served by", "planned", "proof")
 

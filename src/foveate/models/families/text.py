@@ -43,6 +43,13 @@ class ServedText(TextOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextOnVLLM(TextOnly):
+    """One that vLLM takes as it is."""
+
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35Text(TextOnly):
     """The language model of Qwen3.5 by itself. Checkpoints hold layers for multi-token prediction."""
 

@@ -11,9 +11,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from foveate.parallel.packing import next_position
 from foveate.records import Answer, PackedGroup, SamplingParams, Segment
@@ -22,6 +22,7 @@ from foveate.rollout.native.cache import BatchCache
 from foveate.rollout.native.graphs import Step
 from foveate.rollout.native.sampling import uniforms
 from foveate.rollout.native.shelves import Kept
+from foveate.rollout.native.tables import AnswerTables, split_experts
 
 Watch = Callable[[int, int, float], str]
 """Called with every token: (number of the answer, token, log-prob) -> the finish of an answer that is to end with this
@@ -47,11 +48,14 @@ class DecodeJob:
     kept: dict[int, Kept] = field(default_factory=dict)
     joined: int = 0
     kind: SamplingParams = field(init=False)
+    prompt_experts: np.ndarray | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.kind = replace(self.sampling, samples=1, max_tokens=1)
         begun = (one if len(one) or one.finish != "abort" else None for one in self.request.partial_answers)
         self.answers = [*begun] or [None] * self.sampling.samples
+        known = (one.prompt_experts for one in self.request.partial_answers)
+        self.prompt_experts = next((experts for experts in known if experts is not None), None)
 
     @property
     def unfinished(self) -> list[int]:
@@ -133,10 +137,7 @@ class DecodeBatch:
         self.asked: dict[Future[Segment | None], tuple[DecodeJob, int]] = {}
         self._kinds: list[tuple[SamplingParams, Tensor | None]] = []
         self._decode, self._device, self._slack = decode, device, slack
-        self._seats: list[int] = []
-        self._token_ids = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self._logprobs = torch.zeros(0, 0, device=device)
-        self._uniform = torch.zeros(0, 0, dtype=torch.float64, device=device)
+        self._tables = AnswerTables(device)
         self._seat_B = self._end_B = self.last_B = torch.zeros(0, dtype=torch.int64, device=device)
         self._next_end = 0
 
@@ -186,7 +187,8 @@ class DecodeBatch:
         begun = 0 if before is None else len(before)
         job.rows.add(number)
         last = self.cache.rows.step + job.sampling.max_tokens - begun - 1
-        return _Live(job, number, begun, self._take_seat(job, number), last, version)
+        seat = self._tables.take(uniforms(job.request.seed, number, job.sampling.max_tokens))
+        return _Live(job, number, begun, seat, last, version)
 
     def _become_rows(self, newcomers: list[_Live]) -> tuple[list[int], list[int]]:
         ends = [next_position(one.job.request.prompt, one.job.answers[one.number]) - one.begun for one in newcomers]
@@ -198,20 +200,6 @@ class DecodeBatch:
         found = self.reorder(self.cache.join())
         rows = [row for row, was in enumerate(found) if was >= former]
         return rows, [found[row] - former for row in rows]
-
-    def _take_seat(self, job: DecodeJob, number: int) -> int:
-        """A row of the tables for an answer, with its uniform numbers."""
-        tokens = job.sampling.max_tokens
-        seats, width = self._uniform.shape
-        if not self._seats or tokens > width:
-            more = 0 if self._seats else max(8, seats)
-            grown = 0, max(tokens - width, 0), 0, more
-            self._token_ids, self._logprobs = pad(self._token_ids, grown), pad(self._logprobs, grown)
-            self._uniform = pad(self._uniform, grown)
-            self._seats += range(seats, seats + more)
-        seat = self._seats.pop()
-        self._uniform[seat, :tokens] = uniforms(job.request.seed, number, tokens).to(self._device)
-        return seat
 
     def reorder(self, source_B: Tensor) -> list[int]:
         """The rows are those of `source_B` now."""
@@ -238,9 +226,8 @@ class DecodeBatch:
     def sample(self, hidden: Tensor, draw: Draw, newcomers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """A token of each row, or of `newcomers` alone, from their hidden states (B, D); with its log-prob."""
         index = slice(None) if newcomers is None else self._on_device(newcomers)
-        at = self.cache.rows.length_B[index].clamp(max=self._uniform.shape[1] - 1)
-        seat = self._seat_B[index]
-        uniform = self._uniform[seat, at]
+        seat, at = self._seat_B[index], self._tables.place(self.cache.rows.length_B[index])
+        uniform = self._tables.uniform(seat, at)
         kinds = self._kinds if newcomers is None else self._kinds_of(newcomers)
         if len(kinds) == 1 and kinds[0][1] is None:
             token_B, logprob_B = draw(hidden, uniform, kinds[0][0])
@@ -249,7 +236,7 @@ class DecodeBatch:
             for sampling, own in kinds:
                 assert own is not None
                 token_B[own], logprob_B[own] = draw(hidden[own], uniform[own], sampling)
-        self._token_ids[seat, at], self._logprobs[seat, at] = token_B, logprob_B
+        self._tables.write(seat, at, token_B, logprob_B)
         if isinstance(index, slice):
             self.last_B = token_B
         else:
@@ -288,7 +275,7 @@ class DecodeBatch:
             assert one is not None
             job, number, self.live[row] = one.job, one.number, None
             job.answers[number] = answer = self._answer(one, finish)
-            self._seats.append(one.seat)
+            self._tables.give_back(one.seat)
             job.rows.discard(number)
             if finish == "stop" and job.observe is not None:
                 job.kept[number] = self.cache.rows.kept[row]
@@ -381,15 +368,30 @@ class DecodeBatch:
             self.tidy(gone=gone)
         return returning, done
 
+    def note_prefill(self, jobs: Sequence[DecodeJob], experts: Tensor) -> None:
+        """The experts (T, layers, experts per token) of the packed row of jobs that are about to join."""
+        self._tables.keep_experts(*experts.shape[1:])
+        for job, (prompt, begun) in zip(jobs, split_experts(self.packed_groups(jobs), experts), strict=True):
+            job.prompt_experts = prompt if job.prompt_experts is None else job.prompt_experts
+            for number, answer in zip(job.unfinished, begun, strict=False):
+                job.answers[number] = answer
+
+    def note_step(self, experts: Tensor) -> None:
+        """Those of one token of each row, (B, layers, experts per token)."""
+        self._tables.write_experts(self._seat_B, self._tables.place(self.cache.rows.length_B), experts)
+
     def _answer(self, one: _Live, finish: str) -> Answer:
         """The answer of a row, with what was there before."""
         end = one.job.sampling.max_tokens - one.last + self.cache.rows.step
         before = one.job.answers[one.number]
         new = slice(one.begun, end)
-        ids, logprobs = (table[one.seat, new].tolist() for table in (self._token_ids, self._logprobs))
+        ids, logprobs, experts = self._tables.read(one.seat, new)
         turn = [] if before is None or not before.segments[-1].trained else before.segments[-1].token_ids.tolist()
         text = self._decode((*turn, *ids))
         more = Answer.sampled(ids, logprobs, text, finish, one.version)
+        if experts is not None:
+            own = replace(more.segments[0], routed_experts=experts)
+            more = replace(more, segments=(own,), prompt_experts=one.job.prompt_experts)
         return more if before is None else before.continued_by(more, text)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from foveate.errors import DataError
 from foveate.models.forward import embed, evaluating, hidden_states
 from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
+from foveate.models.routing import Routing, follow_routers
 from foveate.models.sizes import state_numbers
 from foveate.parallel.fsdp import full_tensor
 from foveate.parallel.packing import pack, pack_tails
@@ -26,6 +27,7 @@ from foveate.rollout.native.graphs import recorder
 from foveate.rollout.native.room import Use
 from foveate.rollout.native.sampling import draw
 from foveate.rollout.native.shelves import FIRST_ROOM
+from foveate.rollout.native.tables import with_experts
 
 _TOKENS = 32_768
 _LOGITS = 1 << 24
@@ -75,11 +77,14 @@ class NativeEngine:
         version: int = 0,
         token_budget: int | None = None,
         own_weights: bool = False,
+        record_experts: bool = False,
     ) -> None:
         """`decode` gives the text of an answer (`Encoder.decode`). `token_budget` bounds the tokens that the key-value
         cache has room for, of prompts and answers together (None: `cache_tokens`); a prompt whose answers alone exceed
         it has the engine to itself. With `own_weights` the model belongs to the engine and `publish` copies
-        into it; without, whoever trains the policy changes the very tensors that the engine reads."""
+        into it; without, whoever trains the policy changes the very tensors that the engine reads. `record_experts`:
+        answers say which experts of a mixture their tokens were computed with, and are continued with these. Raises
+        ConfigError where the routers of the model are not known."""
         self.policy = policy
         self.version = version
         self.stats = Stats()
@@ -94,6 +99,9 @@ class NativeEngine:
         self._banned = torch.tensor(banned, dtype=torch.int64, device=policy.device)
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
         self._record = recorder(policy)
+        self._records_experts = record_experts
+        if record_experts:
+            follow_routers(policy.model, "record_experts")
 
     @classmethod
     def copy_of(
@@ -104,6 +112,7 @@ class NativeEngine:
         version: int = 0,
         token_budget: int | None = None,
         dtype: str | None = None,
+        record_experts: bool = False,
     ) -> NativeEngine:
         """An engine with its own copy of the policy's weights, in `dtype` (None: theirs), which changes by `publish`
         alone."""
@@ -112,7 +121,9 @@ class NativeEngine:
             parameters = policy.model.parameters()
             copies = {id(p): nn.Parameter(p.detach().to(DTYPES[dtype], copy=True)) for p in parameters}
         own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
-        return cls(own, decode, version=version, token_budget=token_budget, own_weights=True)
+        return cls(
+            own, decode, version=version, token_budget=token_budget, own_weights=True, record_experts=record_experts
+        )
 
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, observe: Observe | None = None
@@ -244,15 +255,20 @@ class NativeEngine:
             assert answer is not None
             job.asked.discard(number)
             tails.append((job.request.prompt, answer, job.kept[number].length))
-        packed = pack_tails(tails).to(self.policy.device)
+        packed, routing = pack_tails(tails).to(self.policy.device), self._routing()
         kept = [job.kept[number] for job, number in returning]
         batch.cache.announce_return(kept, packed.forest.length)
         embeddings, more = embed(self.policy, packed)
         language: Any = self.policy.part("language")
         position = packed.position_T[..., None, :]
         out = language(
-            inputs_embeds=embeddings[None], position_ids=position, cache=batch.cache, use_cache=False, **more
-        )
+            inputs_embeds=embeddings[None], position_ids=position, cache=batch.cache, routing=routing, use_cache=False,
+            **more,
+        )  # fmt: skip
+        if routing is not None:
+            parts = zip(returning, tails, routing.experts().split(packed.forest.length), strict=True)
+            for (job, number), (_, answer, begin), experts in parts:
+                job.answers[number] = with_experts(answer, experts, begin)
         last = out.last_hidden_state[0][batch.cache.rows.last_B]
         self.stats.turns += len(returning)
         self.stats.turn_tokens += packed.forest.tokens
@@ -278,13 +294,16 @@ class NativeEngine:
         """The hidden states (T, D) of the packed row of prompts and begun answers, whose keys and values the cache
         keeps."""
         packed = pack(batch.packed_groups(jobs)).to(self.policy.device)
+        routing = self._routing(packed.routed_experts)
         lengths = [len(job.request.prompt) for job in jobs]
         batch.cache.announce(packed.forest, lengths, [[job.limit] * len(job.unfinished) for job in jobs])
         try:
-            hidden = hidden_states(self.policy, packed, batch.cache)
+            hidden = hidden_states(self.policy, packed, batch.cache, routing=routing)
         except BaseException:
             batch.cache.abandon()
             raise
+        if routing is not None:
+            batch.note_prefill(jobs, routing.experts())
         self.stats.prefills += len(jobs)
         self.stats.prefill_tokens += packed.forest.tokens
         return hidden
@@ -294,9 +313,13 @@ class NativeEngine:
         language: Any = self.policy.part("language")
         cache = batch.cache
 
+        routing = self._routing()
+
         def through(last_B: Tensor, position_B: Tensor) -> Tensor:
-            embeddings = language.get_input_embeddings()(last_B)[None]
-            out = language(inputs_embeds=embeddings, position_ids=position_B[None], cache=cache, use_cache=False)
+            embeddings, position = language.get_input_embeddings()(last_B)[None], position_B[None]
+            out = language(
+                inputs_embeds=embeddings, position_ids=position, cache=cache, routing=routing, use_cache=False
+            )
             return out.last_hidden_state[0]
 
         if not cache.rows.is_fixed:
@@ -311,10 +334,16 @@ class NativeEngine:
                 else:
                     cache.rows.loosen()
         hidden = (batch.replay or through)(batch.last_B, batch.position_B)
+        if routing is not None:
+            batch.note_step(routing.experts())
         cache.extend()
         self.stats.decode_steps += 1
         self.stats.decode_tokens += sum(one is not None for one in batch.live)
         return hidden
+
+    def _routing(self, replay: Tensor | None = None) -> Routing | None:
+        """The choices of routers in a pass of this engine, which it records."""
+        return Routing(replay, records=True) if self._records_experts else None
 
     def _draw(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
         """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""

@@ -26,6 +26,7 @@ from torch.distributed import (
 from torch.multiprocessing.reductions import reduce_tensor
 
 from foveate.models.lora import merged_state
+from foveate.models.quantize import quantized_layers
 
 ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
@@ -51,10 +52,10 @@ class Bucket:
 
 
 def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a server needs of a model: its parameters, adapters merged into them, a tied head once, as the
-    embedding. Nothing is computed before the first is asked for."""
+    """The weights that a server needs of a model: its parameters, adapters merged into them and quantised ones in full,
+    a tied head once, as the embedding. Nothing is computed before the first is asked for."""
     names = {name for name, _ in model.named_parameters()}
-    if not any(".lora_" in name for name in names):
+    if not any(".lora_" in name for name in names) and not quantized_layers(model):
         yield from model.named_parameters()
         return
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names

@@ -27,7 +27,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 from vllm.v1.sample.sampler import Sampler
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -95,6 +97,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self.missing = frozenset(name for name, _ in self.model.named_parameters())
+        _prepare_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -159,6 +162,18 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self.group = None
+
+
+def _prepare_experts(model: torch.nn.Module) -> None:
+    """Experts come as transformers holds them, (expert, out, in), which some checkpoints do not. And on CPUs vLLM packs
+    them when it makes their kernel, but takes new ones of a layer that has a kernel as they are, so that the packed
+    product is one of other matrices: without a kernel, it makes and packs it anew."""
+    for layer in model.modules():
+        if isinstance(layer, RoutedExperts):
+            layer.is_fused_checkpoint_transposed = False
+            if current_platform.is_cpu():
+                method: Any = layer.quant_method
+                method.moe_kernel = None
 
 
 def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -1,0 +1,75 @@
+"""`foveate prepare vero`, `hints` and `mixed`: data of broad reasoners, beside `foveate.cli.prepare`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Sources, Workers, finite, reading_of
+from foveate.cli.prepare import NewFolder, PartName, Rollouts, Threshold, prepare, tell
+from foveate.cli.prepare_drawn import TestRows, TrainRows
+from foveate.errors import ConfigError
+
+
+@prepare.command("vero")
+def prepare_vero_command(
+    source: Annotated[str, typer.Argument(help="Local copy (a folder of parquet files), or name on the hub.")],
+    out: OutFolder,
+    on_bad_row: BadRows = None,
+    workers: Workers = None,
+) -> None:
+    """Vero-600k (zlab-princeton/Vero-600k) for the vero reward, its six domains as sources."""
+    from foveate.datasets.vero import prepare_vero
+
+    tell(prepare_vero(source, out, reading=reading_of(None, on_bad_row, workers)))
+
+
+@prepare.command("hints")
+def prepare_hints_command(
+    sources: Sources,
+    out: OutFolder,
+    rollouts: Rollouts = None,
+    field: Annotated[str, typer.Option(help="Field of extra_info with the hint of a row.")] = "hint",
+    at_most: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Largest share of right answers of a row with a hint.")
+    ] = 0.0,
+    form: Annotated[str, typer.Option(help="What joins the question; {hint} is filled in.")] = "Hint: {hint}",
+    part: PartName = None,
+    threshold: Threshold = 0.5,
+    column: Columns = None,
+    image_root: ImageRoot = None,
+    on_bad_row: BadRows = None,
+    workers: Workers = None,
+) -> None:
+    """Give a hint to the rows that a model never solves; the others stay as they are."""
+    from foveate.data.answers import CorrectnessRule
+    from foveate.datasets.hints import HintRule, prepare_hints
+
+    if not rollouts:
+        raise ConfigError("--rollouts is missing: which rows get a hint is told by the answers of a model")
+    made = prepare_hints(
+        sources, out, HintRule(field, at_most, form), rollouts=rollouts,
+        correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
+    )  # fmt: skip
+    tell(made)
+
+
+@prepare.command("mixed")
+def prepare_mixed_command(
+    out: NewFolder,
+    train: TrainRows = 6000,
+    test: TestRows = 1200,
+    side: Annotated[int, typer.Option(min=48, max=2_048, help="Side of the square pictures, in pixels.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
+) -> None:
+    """Scenes of six sources with a reward each: count, read, point, compare, list, choose."""
+    from foveate.datasets.mixed import prepare_mixed
+    from foveate.log import print_result, progress
+
+    rows = {split: count for split, count in (("train", train), ("test", test)) if count}
+    if not rows:
+        raise ConfigError("--train and --test are both 0; ask for at least one row")
+    with progress("drawing scenes", sum(rows.values())) as advance:
+        prepare_mixed(out, rows, seed=seed, side=side, advance=advance)
+    print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))

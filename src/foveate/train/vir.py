@@ -1,0 +1,204 @@
+"""Training of a visual resolution router (ViR; InternVL3.5, arXiv 2508.18265): which tiles can do with 64 tokens.
+
+Everything but the router is frozen. For each row, the divergence from the start of visual consistency learning is taken
+with all tiles compressed and with none; their ratio says what compression loses. Tiles of rows whose ratio is below a
+quantile of the latest ones are taught as compressible, all others as not, by cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from foveate.algorithms.metrics import Metrics
+from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
+from foveate.config.runs import VirSettings
+from foveate.data.demos import RESPONSE, check_response
+from foveate.data.table import TaskTable
+from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.encode import Encoder
+from foveate.encoding.family import Family
+from foveate.encoding.reader import Reader
+from foveate.evaluate.predictions import write_skipped
+from foveate.log import MetricsWriter, progress
+from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.parallel.balance import Costs
+from foveate.records import Prompt, Task
+from foveate.run_folder import RunFolder, open_run
+from foveate.train.clock import Clock
+from foveate.train.consistency import ConsistencyRow, RouterRow, RouterWorker
+from foveate.train.held_out import HeldOutLoss
+from foveate.train.inputs import Inputs
+from foveate.train.optim import check_optimizer, learning_rate
+from foveate.train.session import (
+    GracefulShutdown,
+    answer_limits,
+    check_offline,
+    resume,
+    retry_on_lost_rank,
+    save,
+    save_is_due,
+)
+from foveate.train.sft import augmentation
+from foveate.train.trackers import Trackers
+from foveate.train.vico import consistency_row, require_flash
+from foveate.train.worker import use_threads
+
+LEAST = 1e-4
+"""Nats per token below which a divergence is rounding: ratios do not grow by it."""
+
+
+class SlidingQuantile:
+    """The quantile of the latest ratios, of which it has a `state`."""
+
+    def __init__(self, share: float, window: int) -> None:
+        self._share, self._latest = share, deque[float](maxlen=window)
+
+    def add(self, ratios: Sequence[float]) -> float:
+        """Take in ratios; the threshold over the latest ones, these included."""
+        self._latest.extend(ratios)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The threshold; above every ratio while there is none."""
+        return float(np.quantile([*self._latest], self._share)) if self._latest else np.inf
+
+    def state(self) -> dict[str, Any]:
+        return {"latest": [*self._latest]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._latest.clear()
+        self._latest.extend(state["latest"])
+
+
+def run_vir(settings: VirSettings, *, accept_changes: bool = False) -> RunFolder:
+    """A whole run, or the rest of one that was interrupted. Returns its folder, with `final/` and metrics in it.
+    `accept_changes`: also with other data, code, model folder or settings than before (`foveate.train.inputs`)."""
+    return retry_on_lost_rank(settings.cluster.retries, partial(_run, settings, accept_changes))
+
+
+def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
+    check_offline(settings.cluster)
+    check_optimizer(settings.optim, settings.cluster)
+    use_threads(settings.train.threads)
+    model = inspect_model_folder(settings.model.path)
+    require_flash(settings.model.path, model.family)
+    costs, train = Costs.of(model.config), settings.train
+    encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
+    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": train.threads}
+    more |= {"disk_wait": settings.disk_wait}
+    build = partial(RouterWorker, settings.model, settings.optim, train.tokens_per_micro_batch, train.reference, **more)
+    with (
+        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
+        start_workers(settings.cluster, build, again=again) as workers,
+        GracefulShutdown(workers) as leaving,
+    ):
+        table, test, left_out = read_data(settings, encoder, check_response, answer_limits(settings, (RESPONSE,)))
+        write_skipped(run.path, [str(problem) for problem in left_out])
+        stream = build_stream(table, settings.data, settings.seed, train.samples_per_step)
+        metrics = MetricsWriter(run.metrics, Trackers(settings, run.path).log)
+        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
+        quantile = SlidingQuantile(train.quantile, train.window)
+        step = resume(run, workers, stream, metrics, inputs, {"quantile": quantile})
+        rows_of = partial(_rows, encoder, model.family, workers, costs)
+        held_out = _held_out(settings, test, workers, rows_of, encoder, quantile)
+
+        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
+        with reader, progress("training", train.steps, done=step) as advance:
+            leaving.begin()
+            while step < train.steps:
+                step += 1
+                clock = Clock()
+                with clock.phase("encode"):
+                    asked = [one for one in reader.take() if one[1].pixels is not None]
+                with clock.phase("label"):
+                    prompts, ratios = rows_of(asked)
+                    threshold = quantile.add(ratios)
+                with clock.phase("update"):
+                    rate = learning_rate(step, train.steps, settings.optim)
+                    learned = _update(workers, _labelled(prompts, ratios, threshold), rate)
+                record = {**learned, **_said(ratios, threshold), "optim/lr": rate, "data/epoch": stream.epoch}
+                if held_out.is_due(step):
+                    with clock.phase("evaluate"):
+                        record |= held_out.measure(step)
+                record |= clock.metrics()
+                metrics.write(step, record)
+                if save_is_due(step, train, leaving):
+                    state = {"stream": stream.state(), "quantile": quantile.state()}
+                    save(workers, run, step, state, train, inputs)
+                advance(1, record)
+                leaving.check()
+        broadcast(workers, RouterWorker.export, run.final)
+    return run
+
+
+def _rows(
+    encoder: Encoder,
+    family: Family,
+    workers: WorkerGroup[RouterWorker],
+    costs: Costs,
+    asked: Sequence[tuple[Task, Prompt]],
+) -> tuple[list[Prompt], list[float]]:
+    """The prompts of rows with images, and for each how many times as far from the reference its answer is with all
+    tiles compressed as with none."""
+    rows: list[ConsistencyRow] = []
+    for task, prompt in asked:
+        for compressed in (True, False):
+            routes = [[compressed] * slot.tiles for slot in prompt.slots]
+            rows.append(consistency_row(encoder, family, task, prompt, routes))
+    found = scatter_gather(workers, RouterWorker.divergences, rows, [costs(row.policy) for row in rows])
+    means = [max(kl_M.double().mean().item(), LEAST) for kl_M in found]
+    return [prompt for _, prompt in asked], [
+        small / whole for small, whole in zip(means[::2], means[1::2], strict=True)
+    ]
+
+
+def _labelled(prompts: Sequence[Prompt], ratios: Sequence[float], threshold: float) -> list[RouterRow]:
+    rows = []
+    for prompt, ratio in zip(prompts, ratios, strict=True):
+        assert prompt.pixels is not None
+        rows.append(RouterRow(prompt.pixels, ratio < threshold))
+    return rows
+
+
+def _update(workers: WorkerGroup[RouterWorker], rows: Sequence[RouterRow], rate: float) -> dict[str, float]:
+    """One update; none where no row of the step has an image."""
+    tiles = sum(len(row.pixels) for row in rows)
+    if not rows:
+        return {}
+    return next(scatter(workers, RouterWorker.update_router, rows, [1.0] * len(rows), tiles, rate))[1]
+
+
+def _said(ratios: Sequence[float], threshold: float) -> dict[str, float]:
+    """The threshold, and the mean ratio of the step."""
+    return {"vir/threshold": threshold, **({"vir/ratio": float(np.mean(ratios))} if ratios else {})}
+
+
+def _held_out(
+    settings: VirSettings,
+    test: TaskTable | None,
+    workers: WorkerGroup[RouterWorker],
+    rows_of: Any,
+    encoder: Encoder,
+    quantile: SlidingQuantile,
+) -> HeldOutLoss:
+    """On held-out rows, by the threshold of the moment: `eval/loss`, the cross-entropy of a tile, and `eval/accuracy`,
+    how often the router says the more probable of both rightly."""
+
+    def metrics_of(tasks: Sequence[Task]) -> Metrics:
+        asked = [(task, prompt) for task in tasks if (prompt := encoder(task)).pixels is not None]
+        prompts, ratios = rows_of(asked)
+        rows = _labelled(prompts, ratios, quantile.value)
+        found = scatter_gather(workers, RouterWorker.routed_right, rows, [1.0] * len(rows))
+        tiles = float(sum(tiles for _, _, tiles in found))
+        return {
+            "eval/loss": (sum(loss for loss, _, _ in found), tiles),
+            "eval/accuracy": (sum(right for _, right, _ in found), tiles),
+        }
+
+    return HeldOutLoss(settings.eval, test, settings.train.steps, settings.train.samples_per_step, metrics_of)
