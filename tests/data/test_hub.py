@@ -85,6 +85,7 @@ def test_a_name_is_of_the_hub_where_it_is_no_path_here(tmp_path, monkeypatch):
     assert not is_hub_name("acme/tiny-vl")
 
 
+@pytest.mark.slow
 def test_a_model_comes_with_safetensors_alone_and_is_there_offline_then(hub):
     folder = Path(hub.value("str(model_folder('acme/tiny-vl'))"))
     assert folder.name == COMMIT

@@ -91,6 +91,7 @@ def test_the_prompt_of_a_row_is_tokenised_once(tmp_path, encode, monkeypatch):
         assert counted == ["x-0", "x-1"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(tmp_path):
     path = rows_of_text(tmp_path / "x.jsonl", 600)
     with pytest.raises(DataError, match="a process that checked rows was killed"):

@@ -61,6 +61,7 @@ def test_a_teacher_and_a_server_on_the_same_gpu_are_counted(config):
     assert alone.engine == 0
 
 
+@pytest.mark.slow
 def test_the_table_says_the_smallest_gpu_of_each_way(monkeypatch):
     monkeypatch.setattr(memory, "activation_memory", lambda _: StepMemory(2 * 2**30, 2**28, 2**30))
     monkeypatch.setattr("foveate.train.optim.find_spec", lambda _: True)

@@ -178,6 +178,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(path, {"": (model, build_optimizer(model, OptimSettings(lr=0.1)))})
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path):
     code = """
 import resource, sys

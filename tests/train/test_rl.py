@@ -208,6 +208,7 @@ def test_a_reward_that_returns_no_score_ends_the_run(tmp_path, tiny_folder, data
         run_rl(settings)
 
 
+@pytest.mark.slow
 def test_a_grader_that_hangs_costs_its_limit_and_its_answers_are_not_graded(tmp_path, tiny_folder, data):
     limits = {"name": f"{PLACE}:sleeps_for_ever", "workers": 4, "time_limit": 3.0}
     changes = {"train": {"steps": 1, "prompts_per_step": 16}, "eval": {"every": 0}}
