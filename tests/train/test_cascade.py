@@ -140,11 +140,11 @@ def test_a_stage_runs_alone_on_the_artefacts_of_the_one_before(tmp_path, whole, 
 
 MOMENTS = {
     "evaluation of the start": ("foveate.evaluate.predict.write_evaluation", 1),
-    "supervised stage": ("foveate.train.sft.learning_rate", 2),
+    "supervised stage": ("foveate.train.offline.learning_rate", 2),
     "answers for the pairs": ("foveate.train.cascade.write_rollouts", 2),
     "pairs": ("foveate.train.cascade.prepare_pairs", 1),
     "reference log-probs": ("foveate.train.reference.digest", 6),
-    "preference stage": ("foveate.train.mpo.learning_rate", 2),
+    "preference stage": ("foveate.train.offline.learning_rate", 2 + 2),  # behind two supervised steps
     "online stage": ("foveate.train.rl.learning_rate", 2),
     "report": ("foveate.train.cascade.write_stages", 1),
 }

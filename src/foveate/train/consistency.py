@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.algorithms.metrics import to_metrics
+from foveate.algorithms.supervised import sft_weights
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.flash import compressible, patches_of
@@ -19,7 +20,7 @@ from foveate.models.logprobs import Divergence, TeacherStates
 from foveate.models.policy import load_policy
 from foveate.parallel.packing import pack
 from foveate.records import Batch, PackedGroup
-from foveate.train.worker import Worker, sft_weights
+from foveate.train.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class ConsistencyWorker(Worker):
         self, rows: Sequence[ConsistencyRow], weighting: str, total: float, lr: float
     ) -> dict[str, float]:
         """One optimizer step towards what the reference says of the answers; `total` is the sum of the weights
-        (`foveate.train.worker.sft_total`) of the whole step."""
+        (`foveate.algorithms.supervised.sft_total`) of the whole step."""
         losses = []
         for batch, kl_M in self._divergences(rows):
             weight_M = sft_weights(batch, weighting)

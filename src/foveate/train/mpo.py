@@ -19,40 +19,27 @@ from foveate.algorithms.metrics import Metrics, to_metrics
 from foveate.algorithms.preference_losses import RewardShift
 from foveate.algorithms.table import PREFERENCE_LOSSES
 from foveate.algorithms.targets import Totals
-from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.config.algorithm import PreferenceSettings
 from foveate.config.runs import MPOSettings
 from foveate.data.demos import CHOSEN, REJECTED, check_pair, pair_of
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
-from foveate.evaluate.predictions import write_skipped
 from foveate.files import sha256
-from foveate.log import MetricsWriter, progress
 from foveate.models.adapters import ADAPTER_WEIGHTS, adapter_folder
-from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.parallel.packing import pack
 from foveate.records import PackedGroup, Pair, Prompt, Task
 from foveate.registry import bind, resolve
-from foveate.run_folder import RunFolder, open_run
+from foveate.run_folder import RunFolder
 from foveate.train.clock import Clock
 from foveate.train.held_out import HeldOutLoss
-from foveate.train.inputs import Inputs
-from foveate.train.optim import check_optimizer, learning_rate
+from foveate.train.offline import Learned, begin_offline, offline_run
 from foveate.train.reference import PreferenceLoss, Reference, TrainPair, pair_targets, reference_key
-from foveate.train.session import (
-    GracefulShutdown,
-    answer_limits,
-    check_offline,
-    resume,
-    retry_on_lost_rank,
-    save,
-    save_is_due,
-)
-from foveate.train.trackers import Trackers
-from foveate.train.worker import Worker, use_threads
+from foveate.train.session import retry_on_lost_rank
+from foveate.train.worker import Worker
 
 WITHOUT_REFERENCE = ("sft",)
 TIE = 1e-3
@@ -66,65 +53,34 @@ def run_mpo(settings: MPOSettings, *, accept_changes: bool = False) -> RunFolder
 
 
 def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
-    check_offline(settings.cluster)
-    check_optimizer(settings.optim, settings.cluster)
-    use_threads(settings.train.threads)
     loss = build_preference_loss(settings.loss)
-    model = inspect_model_folder(settings.model.path)
+    model = begin_offline(settings)
     costs = Costs.of(model.config)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
-    budget = settings.train.tokens_per_micro_batch
-    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
-    with (
-        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
-        start_workers(settings.cluster, build, again=again) as workers,
-        GracefulShutdown(workers) as leaving,
-    ):
-        limits = answer_limits(settings, (CHOSEN, REJECTED))
-        table, test, left_out = read_data(settings, encoder, check_pair, limits)
-        write_skipped(run.path, [str(problem) for problem in left_out])
-        stream = build_stream(table, settings.data, settings.seed, settings.train.pairs_per_step)
-        reference_of = partial(_reference, run, settings, model.folder, encoder, partial(_logprobs, workers, costs))
-        reference = reference_of(table, "train")  # by the start, not yet replaced
-        shift, metrics = RewardShift(), MetricsWriter(run.metrics, Trackers(settings, run.path).log)
-        others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
-        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
-        asked = None if test is None else test.first(settings.eval.prompts)
+    of_rows = Worker, check_pair, (CHOSEN, REJECTED), settings.train.pairs_per_step
+    with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
+        logprobs = partial(_logprobs, its.workers, costs)
+        reference_of = partial(_reference, its.run, settings, model.folder, encoder, logprobs)
+        reference = reference_of(its.table, "train")  # by the start, not yet replaced
+        asked = None if its.test is None else its.test.first(settings.eval.prompts)
         test_reference = None if asked is None else reference_of(asked, "test")
-        step = resume(run, workers, stream, metrics, inputs, others)
-        held_out = _held_out(settings, asked, workers, costs, encoder, test_reference, loss, shift)
-        if step == 0 and held_out.is_due(step):
-            metrics.write(step, held_out.measure(step))
+        shift = RewardShift()
 
-        reader = Reader(table, stream, encoder, settings.data.image_workers)
-        with reader, progress("training", settings.train.steps, done=step) as advance:
-            leaving.begin()
-            while step < settings.train.steps:
-                step += 1
-                clock = Clock()
-                with clock.phase("encode"):
-                    pairs = [_train_pair(*asked, encoder, reference) for asked in reader.take()]
-                with clock.phase("update"):
-                    rate = learning_rate(step, settings.train.steps, settings.optim)
-                    rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
-                    learned = next(scatter(workers, Worker.update_preference, pairs, estimates, *rest))[1]
-                record = {**learned, "reward/shift": shift.mean, "optim/lr": rate, **stream.metrics()}
-                if reference is not None and step == 1:
-                    record["time/reference"] = reference.seconds
-                _move(shift, learned, len(pairs))
-                if held_out.is_due(step):
-                    with clock.phase("evaluate"):
-                        record |= held_out.measure(step)
-                record |= clock.metrics(update=sum(pair.group.tokens for pair in pairs))
-                metrics.write(step, record)
-                if save_is_due(step, settings.train, leaving):
-                    state = {name: thing.state() for name, thing in {"stream": stream, **others}.items()}
-                    save(workers, run, step, state, settings.train, inputs)
-                advance(1, record)
-                leaving.check()
-        broadcast(workers, Worker.export, run.final)
-    return run
+        def learn(step: int, rate: float, reader: Reader, clock: Clock) -> Learned:
+            with clock.phase("encode"):
+                pairs = [_train_pair(*row, encoder, reference) for row in reader.take()]
+            with clock.phase("update"):
+                rest, estimates = (loss, _totals(pairs), shift.mean, rate), [costs(pair.group) for pair in pairs]
+                learned = next(scatter(its.workers, Worker.update_preference, pairs, estimates, *rest))[1]
+            record = {**learned, "reward/shift": shift.mean}
+            if reference is not None and step == 1:
+                record["time/reference"] = reference.seconds
+            _move(shift, learned, len(pairs))
+            return record, {"update": sum(pair.group.tokens for pair in pairs)}
+
+        held_out = _held_out(settings, asked, its.workers, costs, encoder, test_reference, loss, shift)
+        others = {"shift": shift} if reference is None else {"shift": shift, "reference": reference}
+        return its.train(learn, held_out, others=others)
 
 
 def build_preference_loss(settings: PreferenceSettings) -> PreferenceLoss:

@@ -7,37 +7,23 @@ from functools import partial
 
 from foveate.algorithms.metrics import Metrics
 from foveate.algorithms.supervised import sft_loss, sft_total
-from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.config.runs import SFTSettings
-from foveate.data.augment import Augment
 from foveate.data.demos import RESPONSE, check_response, demo_of
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
 from foveate.encoding.turns import Turns, encode_trace
-from foveate.evaluate.predictions import write_skipped
-from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.records import Demo, PackedGroup, Prompt, Task
 from foveate.rollout.conversations import tools_of_environment
-from foveate.run_folder import RunFolder, open_run
+from foveate.run_folder import RunFolder
 from foveate.train.clock import Clock
 from foveate.train.held_out import HeldOutLoss
-from foveate.train.inputs import Inputs
-from foveate.train.optim import check_optimizer, learning_rate
-from foveate.train.session import (
-    GracefulShutdown,
-    answer_limits,
-    check_offline,
-    resume,
-    retry_on_lost_rank,
-    save,
-    save_is_due,
-)
-from foveate.train.trackers import Trackers
-from foveate.train.worker import Worker, use_threads
+from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
+from foveate.train.session import retry_on_lost_rank
+from foveate.train.worker import Worker
 
 
 def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder:
@@ -47,64 +33,24 @@ def run_sft(settings: SFTSettings, *, accept_changes: bool = False) -> RunFolder
 
 
 def _run(settings: SFTSettings, accept_changes: bool, again: bool) -> RunFolder:
-    check_offline(settings.cluster)
-    check_optimizer(settings.optim, settings.cluster)
-    use_threads(settings.train.threads)
-    model = inspect_model_folder(settings.model.path)
-    costs = Costs.of(model.config)
+    model = begin_offline(settings)
+    costs, train = Costs.of(model.config), settings.train
     tools = tools_of_environment(settings.environment)
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data, tools)
-    budget = settings.train.tokens_per_micro_batch
-    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads}
-    build = partial(Worker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
-    with (
-        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
-        start_workers(settings.cluster, build, again=again) as workers,
-        GracefulShutdown(workers) as leaving,
-    ):
-        limits = answer_limits(settings, (RESPONSE,))
-        table, test, left_out = read_data(settings, encoder, check_response, limits)
-        write_skipped(run.path, [str(problem) for problem in left_out])
-        stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, Trackers(settings, run.path).log)
-        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
-        step = resume(run, workers, stream, metrics, inputs)
-        held_out = _held_out(settings, test, workers, costs, encoder)
-        if step == 0 and held_out.is_due(step):
-            metrics.write(step, held_out.measure(step))
+    of_rows = Worker, check_response, (RESPONSE,), train.samples_per_step
+    with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
+        group_of = partial(_group, encoder, Turns(encoder) if train.trained_turns == "all" else None)
 
-        group_of = partial(_group, encoder, Turns(encoder) if settings.train.trained_turns == "all" else None)
-        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
-        with reader, progress("training", settings.train.steps, done=step) as advance:
-            leaving.begin()
-            while step < settings.train.steps:
-                step += 1
-                clock = Clock()
-                with clock.phase("encode"):
-                    groups = [group_of(demo_of(task), prompt) for task, prompt in reader.take()]
-                with clock.phase("update"):
-                    rate = learning_rate(step, settings.train.steps, settings.optim)
-                    weighting = settings.train.weighting
-                    rest = weighting, sft_total(groups, weighting), rate
-                    learned = next(scatter(workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
-                record = {**learned, "optim/lr": rate, **stream.metrics()}
-                if held_out.is_due(step):
-                    with clock.phase("evaluate"):
-                        record |= held_out.measure(step)
-                record |= clock.metrics(update=sum(group.tokens for group in groups))
-                metrics.write(step, record)
-                if save_is_due(step, settings.train, leaving):
-                    save(workers, run, step, {"stream": stream.state()}, settings.train, inputs)
-                advance(1, record)
-                leaving.check()
-        broadcast(workers, Worker.export, run.final)
-    return run
+        def learn(_: int, rate: float, reader: Reader, clock: Clock) -> Learned:
+            with clock.phase("encode"):
+                groups = [group_of(demo_of(task), prompt) for task, prompt in reader.take()]
+            with clock.phase("update"):
+                rest = train.weighting, sft_total(groups, train.weighting), rate
+                learned = next(scatter(its.workers, Worker.update_sft, groups, [*map(costs, groups)], *rest))[1]
+            return learned, {"update": sum(group.tokens for group in groups)}
 
-
-def augmentation(settings: SFTSettings) -> Augment | None:
-    """The change of the images of the rows that are trained on; None where they stay as they are."""
-    chosen = settings.train.augment
-    return Augment(settings.seed, chosen.jpeg, chosen.resize) if chosen.jpeg or chosen.resize else None
+        held_out = _held_out(settings, its.test, its.workers, costs, encoder)
+        return its.train(learn, held_out, augment=augmentation(settings))
 
 
 def _held_out(

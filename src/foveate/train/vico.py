@@ -13,40 +13,25 @@ import numpy as np
 
 from foveate.algorithms.metrics import Metrics
 from foveate.algorithms.supervised import sft_total
-from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.config.runs import VicoSettings
 from foveate.data.demos import RESPONSE, check_response, demo_of
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family
 from foveate.encoding.reader import Reader
 from foveate.encoding.routes import routed
 from foveate.errors import ConfigError
-from foveate.evaluate.predictions import write_skipped
-from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.records import PackedGroup, Prompt, Task
 from foveate.rollout.seeds import seed_of
-from foveate.run_folder import RunFolder, open_run
+from foveate.run_folder import RunFolder
 from foveate.train.clock import Clock
 from foveate.train.consistency import ConsistencyRow, ConsistencyWorker
 from foveate.train.held_out import HeldOutLoss
-from foveate.train.inputs import Inputs
-from foveate.train.optim import check_optimizer, learning_rate
-from foveate.train.session import (
-    GracefulShutdown,
-    answer_limits,
-    check_offline,
-    resume,
-    retry_on_lost_rank,
-    save,
-    save_is_due,
-)
-from foveate.train.sft import augmentation
-from foveate.train.trackers import Trackers
-from foveate.train.worker import use_threads
+from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
+from foveate.train.session import retry_on_lost_rank
 
 
 def run_vico(settings: VicoSettings, *, accept_changes: bool = False) -> RunFolder:
@@ -56,59 +41,28 @@ def run_vico(settings: VicoSettings, *, accept_changes: bool = False) -> RunFold
 
 
 def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder:
-    check_offline(settings.cluster)
-    check_optimizer(settings.optim, settings.cluster)
-    use_threads(settings.train.threads)
-    model = inspect_model_folder(settings.model.path)
+    model = begin_offline(settings)
     require_flash(settings.model.path, model.family)
-    costs = Costs.of(model.config)
+    costs, train = Costs.of(model.config), settings.train
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
-    budget = settings.train.tokens_per_micro_batch
-    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": settings.train.threads, "reference": True}
-    build = partial(ConsistencyWorker, settings.model, settings.optim, budget, **more, disk_wait=settings.disk_wait)
-    with (
-        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
-        start_workers(settings.cluster, build, again=again) as workers,
-        GracefulShutdown(workers) as leaving,
-    ):
-        table, test, left_out = read_data(settings, encoder, check_response, answer_limits(settings, (RESPONSE,)))
-        write_skipped(run.path, [str(problem) for problem in left_out])
-        stream = build_stream(table, settings.data, settings.seed, settings.train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, Trackers(settings, run.path).log)
-        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
-        step = resume(run, workers, stream, metrics, inputs)
-        held_out = _held_out(settings, test, workers, costs, encoder, model.family)
-        if step == 0 and held_out.is_due(step):
-            metrics.write(step, held_out.measure(step))
+    of_rows = partial(ConsistencyWorker, reference=True), check_response, (RESPONSE,), train.samples_per_step
+    with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
 
-        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
-        with reader, progress("training", settings.train.steps, done=step) as advance:
-            leaving.begin()
-            while step < settings.train.steps:
-                step += 1
-                clock = Clock()
-                with clock.phase("encode"):
-                    draw = np.random.default_rng(seed_of("vico", settings.seed, step))
-                    asked = [(task, prompt, _route(prompt, settings, draw)) for task, prompt in reader.take()]
-                    rows = [consistency_row(encoder, model.family, *one) for one in asked]
-                with clock.phase("update"):
-                    rate = learning_rate(step, settings.train.steps, settings.optim)
-                    weighting, groups = settings.train.weighting, [row.policy for row in rows]
-                    rest = weighting, sft_total(groups, weighting), rate
-                    train, estimates = ConsistencyWorker.update_consistency, [*map(costs, groups)]
-                    learned = next(scatter(workers, train, rows, estimates, *rest))[1]
-                record = {**learned, **_shares(rows), "optim/lr": rate, "data/epoch": stream.epoch}
-                if held_out.is_due(step):
-                    with clock.phase("evaluate"):
-                        record |= held_out.measure(step)
-                record |= clock.metrics(update=sum(row.policy.tokens + row.reference.tokens for row in rows))
-                metrics.write(step, record)
-                if save_is_due(step, settings.train, leaving):
-                    save(workers, run, step, {"stream": stream.state()}, settings.train, inputs)
-                advance(1, record)
-                leaving.check()
-        broadcast(workers, ConsistencyWorker.export, run.final)
-    return run
+        def learn(step: int, rate: float, reader: Reader, clock: Clock) -> Learned:
+            with clock.phase("encode"):
+                draw = np.random.default_rng(seed_of("vico", settings.seed, step))
+                asked = [(task, prompt, _route(prompt, settings, draw)) for task, prompt in reader.take()]
+                rows = [consistency_row(encoder, model.family, *one) for one in asked]
+            with clock.phase("update"):
+                groups = [row.policy for row in rows]
+                rest = train.weighting, sft_total(groups, train.weighting), rate
+                update, estimates = ConsistencyWorker.update_consistency, [*map(costs, groups)]
+                learned = next(scatter(its.workers, update, rows, estimates, *rest))[1]
+            tokens = sum(row.policy.tokens + row.reference.tokens for row in rows)
+            return {**learned, **_shares(rows)}, {"update": tokens}
+
+        held_out = _held_out(settings, its.test, its.workers, costs, encoder, model.family)
+        return its.train(learn, held_out, augment=augmentation(settings))
 
 
 def require_flash(path: str, family: Family) -> None:
@@ -153,8 +107,8 @@ def _route(prompt: Prompt, settings: VicoSettings, draw: np.random.Generator) ->
 def consistency_row(
     encoder: Encoder, family: Family, task: Task, prompt: Prompt, routes: Sequence[Sequence[bool]]
 ) -> ConsistencyRow:
-    answer = (encoder.answer_ids(demo_of(task).response),)
     """A row whose policy sees the tiles of its images compressed by `routes`, and whose reference sees them whole."""
+    answer = (encoder.answer_ids(demo_of(task).response),)
     assert family.sides is not None
     whole = [[False] * slot.tiles for slot in prompt.slots]
     seen, full = (routed(prompt, one, family.sides) for one in (routes, whole))

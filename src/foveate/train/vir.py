@@ -15,38 +15,23 @@ from typing import Any
 import numpy as np
 
 from foveate.algorithms.metrics import Metrics
-from foveate.cluster.base import WorkerGroup, broadcast, scatter, scatter_gather, start_workers
+from foveate.cluster.base import WorkerGroup, scatter, scatter_gather
 from foveate.config.runs import VirSettings
 from foveate.data.demos import RESPONSE, check_response
 from foveate.data.table import TaskTable
-from foveate.encoding.dataset import build_encoder, build_stream, read_data
+from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family
 from foveate.encoding.reader import Reader
-from foveate.evaluate.predictions import write_skipped
-from foveate.log import MetricsWriter, progress
-from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.parallel.balance import Costs
 from foveate.records import Prompt, Task
-from foveate.run_folder import RunFolder, open_run
+from foveate.run_folder import RunFolder
 from foveate.train.clock import Clock
 from foveate.train.consistency import ConsistencyRow, RouterRow, RouterWorker
 from foveate.train.held_out import HeldOutLoss
-from foveate.train.inputs import Inputs
-from foveate.train.optim import check_optimizer, learning_rate
-from foveate.train.session import (
-    GracefulShutdown,
-    answer_limits,
-    check_offline,
-    resume,
-    retry_on_lost_rank,
-    save,
-    save_is_due,
-)
-from foveate.train.sft import augmentation
-from foveate.train.trackers import Trackers
+from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
+from foveate.train.session import retry_on_lost_rank
 from foveate.train.vico import consistency_row, require_flash
-from foveate.train.worker import use_threads
 
 LEAST = 1e-4
 """Nats per token below which a divergence is rounding: ratios do not grow by it."""
@@ -83,58 +68,29 @@ def run_vir(settings: VirSettings, *, accept_changes: bool = False) -> RunFolder
 
 
 def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
-    check_offline(settings.cluster)
-    check_optimizer(settings.optim, settings.cluster)
-    use_threads(settings.train.threads)
-    model = inspect_model_folder(settings.model.path)
+    model = begin_offline(settings)
     require_flash(settings.model.path, model.family)
     costs, train = Costs.of(model.config), settings.train
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
-    more = {"cluster": settings.cluster, "seed": settings.seed, "threads": train.threads}
-    more |= {"disk_wait": settings.disk_wait}
-    build = partial(RouterWorker, settings.model, settings.optim, train.tokens_per_micro_batch, train.reference, **more)
-    with (
-        open_run(settings.run, settings, accept_changes=accept_changes, disk_wait=settings.disk_wait) as run,
-        start_workers(settings.cluster, build, again=again) as workers,
-        GracefulShutdown(workers) as leaving,
-    ):
-        table, test, left_out = read_data(settings, encoder, check_response, answer_limits(settings, (RESPONSE,)))
-        write_skipped(run.path, [str(problem) for problem in left_out])
-        stream = build_stream(table, settings.data, settings.seed, train.samples_per_step)
-        metrics = MetricsWriter(run.metrics, Trackers(settings, run.path).log)
-        inputs = Inputs.of(settings, {"data.train": table, "data.test": test}, accept_changes=accept_changes)
+    kind = partial(RouterWorker, reference=train.reference)
+    of_rows = kind, check_response, (RESPONSE,), train.samples_per_step
+    with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
         quantile = SlidingQuantile(train.quantile, train.window)
-        step = resume(run, workers, stream, metrics, inputs, {"quantile": quantile})
-        rows_of = partial(_rows, encoder, model.family, workers, costs)
-        held_out = _held_out(settings, test, workers, rows_of, encoder, quantile)
+        rows_of = partial(_rows, encoder, model.family, its.workers, costs)
 
-        reader = Reader(table, stream, encoder, settings.data.image_workers, augmentation(settings))
-        with reader, progress("training", train.steps, done=step) as advance:
-            leaving.begin()
-            while step < train.steps:
-                step += 1
-                clock = Clock()
-                with clock.phase("encode"):
-                    asked = [one for one in reader.take() if one[1].pixels is not None]
-                with clock.phase("label"):
-                    prompts, ratios = rows_of(asked)
-                    threshold = quantile.add(ratios)
-                with clock.phase("update"):
-                    rate = learning_rate(step, train.steps, settings.optim)
-                    learned = _update(workers, _labelled(prompts, ratios, threshold), rate)
-                record = {**learned, **_said(ratios, threshold), "optim/lr": rate, "data/epoch": stream.epoch}
-                if held_out.is_due(step):
-                    with clock.phase("evaluate"):
-                        record |= held_out.measure(step)
-                record |= clock.metrics()
-                metrics.write(step, record)
-                if save_is_due(step, train, leaving):
-                    state = {"stream": stream.state(), "quantile": quantile.state()}
-                    save(workers, run, step, state, train, inputs)
-                advance(1, record)
-                leaving.check()
-        broadcast(workers, RouterWorker.export, run.final)
-    return run
+        def learn(_: int, rate: float, reader: Reader, clock: Clock) -> Learned:
+            with clock.phase("encode"):
+                asked = [one for one in reader.take() if one[1].pixels is not None]
+            with clock.phase("label"):
+                prompts, ratios = rows_of(asked)
+                threshold = quantile.add(ratios)
+            with clock.phase("update"):
+                learned = _update(its.workers, _labelled(prompts, ratios, threshold), rate)
+            return {**learned, **_said(ratios, threshold)}, {}
+
+        held_out = _held_out(settings, its.test, its.workers, rows_of, encoder, quantile)
+        others = {"quantile": quantile}  # of which there is no value before the first step
+        return its.train(learn, held_out, others=others, augment=augmentation(settings), measures_start=False)
 
 
 def _rows(
