@@ -198,9 +198,8 @@ def _with_teacher(loss: PolicyLoss, teacher: TeacherSettings | None, loss_settin
     """The loss with the term of a teacher, aggregated as the loss is; a mean over tokens where it does not say how."""
     if teacher is None or teacher.term == "advantage":
         return loss
-    aggregate = {"aggregate": loss_settings.get("aggregate", "token-mean")}
-    aggregate |= {name: loss_settings[name] for name in ("norm_length",) if name in loss_settings}
-    return partial(distilled_loss, loss=loss, coefficient=teacher.coefficient, **aggregate)
+    aggregate, length = loss_settings.get("aggregate", "token-mean"), loss_settings.get("norm_length")
+    return partial(distilled_loss, loss=loss, coefficient=teacher.coefficient, aggregate=aggregate, norm_length=length)
 
 
 def _check_critic(settings: AlgorithmSettings, is_needed: bool) -> None:

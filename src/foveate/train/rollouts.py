@@ -73,9 +73,7 @@ class Grading:
 
     def __init__(self, graders: Graders, credit: AnswerCredit = FUNCTION_ALONE) -> None:
         self._graders, self._credit = graders, credit
-        self._waiting: deque[tuple[Task, Answers, Sequence[Outcome | None], list[Future[Any]], Future[Scores]]] = (
-            deque()
-        )
+        self._waiting: deque[_Waiting] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grading")
 
     def __enter__(self) -> Self:

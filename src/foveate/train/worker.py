@@ -80,8 +80,9 @@ class Worker:
         self.policy = again()
         self._balance = model.router_aux_loss_coef
         asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": self._balance}
-        for name in (name for name, value in asked.items() if value):
-            follow_routers(self.policy.model, name)
+        for name, value in asked.items():
+            if value:
+                follow_routers(self.policy.model, name)
         train_parts(self.policy, model.trainable, model.lora)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
