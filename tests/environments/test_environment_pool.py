@@ -157,6 +157,14 @@ def test_those_that_a_lost_process_takes_along_are_rebuilt_by_replaying_their_an
     assert Path(log).read_text().split() == ["1", "2", "kill", "kill", "1", "2", "3"]
 
 
+def test_one_that_waits_behind_many_that_end_their_process_is_not_counted_among_them(file):
+    with Environments(f"{file}:Counter", {}, workers=1) as pool:
+        opened(pool, *range(7))
+        killers = [pool.step(key, "kill") for key in range(6)]
+        assert said(pool.step(6, "1").result(60)) == "1"
+        assert [killer.result(60).kind for killer in killers] == ["died"] * 6
+
+
 @pytest.mark.slow
 def test_twenty_kills_of_processes_lose_no_answer(file):
     rng = random.Random(0)

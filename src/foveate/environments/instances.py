@@ -18,8 +18,7 @@ from foveate.records import Task
 from foveate.rewards.pool import STARTING_LIMIT
 
 TRIES = 3
-"""Processes that an environment may lose, without a result in between, to others; and starts of a process in the place
-of one that was lost, until the environment itself must be at fault."""
+"""Starts of a process in the place of one that was lost, until the environment itself must be at fault."""
 HOST_MODULES = ["foveate.environments.host"]
 """Imported once by the fork server for all workers."""
 
@@ -36,8 +35,8 @@ class PendingCommand:
 
 @dataclass(slots=True, eq=False)
 class EnvironmentInstance:
-    """The environment of one answer. `rebuilding`: commands that come before those that wait; `lost`: processes that it
-    has lost without a result in between; `retried`: whether one of them ended during its next command."""
+    """The environment of one answer. `rebuilding`: commands that come before those that wait; `retried`: whether a
+    process ended during its next command."""
 
     number: int
     task: Task
@@ -46,7 +45,6 @@ class EnvironmentInstance:
     rebuilding: deque[PendingCommand] = field(default_factory=deque)
     worker: EnvironmentWorker | None = None
     opened: Opened | None = None
-    lost: int = 0
     retried: bool = False
     failure: EnvironmentFailure | None = None
     closed: bool = False

@@ -211,7 +211,7 @@ class Environments:
     def _recorded(self, instance: EnvironmentInstance, command: EnvironmentCommand, reply: EnvironmentReply) -> Any:
         """The result of a command that is no replay, which from now on belongs to what a rebuilt one must show."""
         record, step = instance.record, reply.result
-        instance.lost, instance.retried = 0, False
+        instance.retried = False
         if isinstance(step, Opened):
             instance.record = replace(record, digests=(reply.digest,))
         if isinstance(step, Step):
@@ -336,10 +336,7 @@ class Environments:
                 continue
             if instance is current and worker.job is not None:  # the system may have ended the process, not this one
                 instance.retry(worker.job)
-            instance.lost += not worker.is_starting
-            if instance.lost > TRIES:
-                self._fail(instance, failure)
-            elif not instance.closed:
+            if not instance.closed:
                 self._schedule(instance)
 
     def _relieve(self, worker: EnvironmentWorker) -> None:
