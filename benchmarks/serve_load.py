@@ -15,7 +15,6 @@ import argparse
 import http.client
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,17 +30,12 @@ from generation import SIZE, VOCABULARY
 from soak_serve import PATH, body
 
 from foveate.models.tiny import build_tiny
+from foveate.rollout.server.process import free_port
 
 LONG, STREAMS, SHORT = 2000, 8, 16
 CLIENTS, THROUGHPUT = 32, 128
 WITHOUT_STOP = {"ignore_eos": True}
 FOVEATE = ["-m", "foveate", "serve"]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class Load:
@@ -156,11 +150,11 @@ def main() -> None:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = build_tiny(Path(folder) / "model", SIZE, padded_vocabulary=VOCABULARY)
-        port = free_port()
+        port = free_port("127.0.0.1")
         ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--port", str(port), "--no-key"]
         found["foveate"] = measure([*ours, "--threads", "1"], port, asked.seconds, {})
         if asked.vllm:
-            port = free_port()
+            port = free_port("127.0.0.1")
             theirs = [asked.vllm, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
             theirs += ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "4096"]
             found["vllm"] = measure(theirs, port, asked.seconds, WITHOUT_STOP)

@@ -144,10 +144,7 @@ def open_run(
         for folder in (run.path, run.rollouts, run.checkpoints):
             for leftover in folder.glob(".*.tmp"):
                 remove(leftover)
-        last: Mapping[str, Any] | None = None
-        if run.config.is_file() and _has_begun(run):
-            last = _last_versions(run)
-            _refuse_other_settings(run, values, frozen, accept_changes)
+        last = _continued(run, values, frozen, accept_changes)
         former = set_disk_wait(disk_wait)
         try:
             atomic_write_text(run.config, values_to_yaml(values))
@@ -168,9 +165,18 @@ def check_folder(path: str | Path, settings: Settings, *, frozen: bool = False, 
     """Raise what `open_run` would raise about what lies in the folder, and write nothing."""
     run, values = RunFolder(Path(path)), _values_of(settings)
     _refuse_foreign(run)
-    if run.config.is_file() and _has_begun(run):
-        _last_versions(run)
-        _refuse_other_settings(run, values, frozen, accept_changes)
+    _continued(run, values, frozen, accept_changes)
+
+
+def _continued(
+    run: RunFolder, values: Mapping[str, Any], frozen: bool, accept_changes: bool
+) -> Mapping[str, Any] | None:
+    """The versions that a run which has begun was last done with, if its settings let it continue; None for others."""
+    if not (run.config.is_file() and _has_begun(run)):
+        return None
+    last = _last_versions(run)
+    _refuse_other_settings(run, values, frozen, accept_changes)
+    return last
 
 
 # ------------------------------------------------------------------------------------------------ whose folder it is

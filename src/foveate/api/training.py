@@ -26,7 +26,6 @@ from foveate.config.runs import (
     CascadeSettings,
     MPOSettings,
     RLSettings,
-    RLStage,
     SFTSettings,
     StageName,
     VicoSettings,
@@ -172,6 +171,7 @@ def train_mpo(
     return _offline("mpo", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+@checked_call
 def train_vico(
     model: str | Path,
     train_data: Any,
@@ -187,6 +187,7 @@ def train_vico(
     return _offline("vico", model, (train_data, eval_data), config, run_dir, overrides, accept_changes)
 
 
+@checked_call
 def train_vir(
     model: str | Path,
     train_data: Any,
@@ -269,19 +270,9 @@ def prepared(settings: SettingsT) -> SettingsT:
     model folder that is made of it. A script that has set up no logging gets foveate's lines, or it would be silent."""
     if not logging.getLogger().handlers and not logging.getLogger("foveate").handlers:
         setup_logging()
-    from foveate.train.export import start_of
+    from foveate.train.export import with_model_folders
 
-    changed: dict[str, Any] = {"model": settings.model.model_copy(update={"path": start_of(settings.model.path)})}
-    page = settings.rl if isinstance(settings, CascadeSettings) else settings
-    if isinstance(page, RLSettings | RLStage) and (teacher := page.algorithm.teacher) is not None:
-        sources = {source: start_of(path) for source, path in teacher.sources.items()}
-        teacher = teacher.model_copy(update={"path": start_of(teacher.path), "sources": sources})
-        algorithm = page.algorithm.model_copy(update={"teacher": teacher})
-        if isinstance(page, RLStage):
-            changed["rl"] = page.model_copy(update={"algorithm": algorithm})
-        else:
-            changed["algorithm"] = algorithm
-    return settings.model_copy(update=changed)
+    return with_model_folders(settings)
 
 
 def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:

@@ -36,10 +36,10 @@ def prepare_shapes_command(
     from foveate.log import progress
 
     chosen = _known_kinds(kinds, KINDS)
-    rows = _asked(train=train, test=test)
+    rows = asked_rows(train=train, test=test)
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_shapes(out, rows, seed=seed, kinds=chosen, side=side, shortcut=shortcut, advance=advance)
-    _print_rows(out, rows)
+    print_rows(out, rows)
 
 
 TrainRows = Annotated[int, typer.Option(min=0, help="Rows of tasks to train on.")]
@@ -70,11 +70,11 @@ def prepare_zoom_command(
     from foveate.datasets.zoom import prepare_zoom
     from foveate.log import progress
 
-    rows = _asked(train=train, test=test, traces=traces, oracle=oracle)
+    rows = asked_rows(train=train, test=test, traces=traces, oracle=oracle)
     how: dict[str, Any] = {"side": side, "cells": cells, "tile": tile, "search": search, "direct": direct}
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_zoom(out, rows, seed=seed, **how, advance=advance)
-    _print_rows(out, rows)
+    print_rows(out, rows)
 
 
 @prepare.command("gui")
@@ -93,11 +93,11 @@ def prepare_gui_command(
     from foveate.log import progress
 
     asked = _known_kinds(kinds, WIDGET_KINDS)
-    rows = _asked(train=train, test=test, traces=traces)
+    rows = asked_rows(train=train, test=test, traces=traces)
     with progress("drawing screens", sum(rows.values())) as advance:
         chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
         prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
-    _print_rows(out, rows)
+    print_rows(out, rows)
 
 
 def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -109,7 +109,7 @@ def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def _asked(**rows: int) -> dict[str, int]:
+def asked_rows(**rows: int) -> dict[str, int]:
     """The splits of which rows are asked for."""
     found = {split: count for split, count in rows.items() if count}
     if not found:
@@ -118,7 +118,7 @@ def _asked(**rows: int) -> dict[str, int]:
     return found
 
 
-def _print_rows(out: Path, rows: dict[str, int]) -> None:
+def print_rows(out: Path, rows: dict[str, int]) -> None:
     from foveate.log import print_result
 
     print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))

@@ -8,7 +8,7 @@ import typer
 
 from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Sources, Workers, finite, reading_of
 from foveate.cli.prepare import NewFolder, PartName, Rollouts, Threshold, prepare, tell
-from foveate.cli.prepare_drawn import TestRows, TrainRows
+from foveate.cli.prepare_drawn import TestRows, TrainRows, asked_rows, print_rows
 from foveate.errors import ConfigError
 
 
@@ -65,11 +65,9 @@ def prepare_mixed_command(
 ) -> None:
     """Scenes of six sources with a reward each: count, read, point, compare, list, choose."""
     from foveate.datasets.mixed import prepare_mixed
-    from foveate.log import print_result, progress
+    from foveate.log import progress
 
-    rows = {split: count for split, count in (("train", train), ("test", test)) if count}
-    if not rows:
-        raise ConfigError("--train and --test are both 0; ask for at least one row")
+    rows = asked_rows(train=train, test=test)
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_mixed(out, rows, seed=seed, side=side, advance=advance)
-    print_result(f"{out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
+    print_rows(out, rows)

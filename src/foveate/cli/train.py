@@ -1,4 +1,4 @@
-"""The verbs that train: `foveate demo`, `sft`, `mpo`, `rl` and `cascade`."""
+"""The verbs that train: `foveate demo`, `sft`, `mpo`, `rl`, `cascade`, `vico` and `vir`."""
 
 from __future__ import annotations
 

@@ -110,6 +110,5 @@ def _of_others(path: str, cls: type[Settings]) -> str:
 
 
 def _is_setting(cls: type[Settings], path: str) -> bool:
-    names = {dotted for dotted, _ in walk(cls)}
-    last = {dotted.rpartition(".")[2] for dotted in names}
-    return path in names or _has(cls, path) if "." in path else path in names or path in last
+    last = {dotted.rpartition(".")[2] for dotted, _ in walk(cls)}
+    return _has(cls, path) if "." in path else path in last

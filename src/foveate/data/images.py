@@ -130,7 +130,7 @@ def read_size(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 
 def _header(source: Path | bytes, max_pixels: int) -> _Header:
-    name = _name(source)
+    name = name_of_source(source)
     try:
         with open_picture(source, max_pixels) as (picture, file):
             fault = structure_fault(picture, file)
@@ -185,8 +185,7 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
     """
     name = "embedded bytes" if image.path is None else str(image.path)
     place = join_where([where, "field images"])
-    source = image.data if image.path is None else image.path
-    assert source is not None, "an image has a path or bytes"
+    source = source_of(image)
     try:
         with open_picture(source, MOST_PIXELS) as (picture, _):
             if sorted(picture.size) != sorted((image.width, image.height)):
@@ -232,5 +231,12 @@ def _open_bytes(source: Path | bytes) -> BinaryIO:
     return BytesIO(source) if isinstance(source, bytes) else open(str(source), "rb")
 
 
-def _name(source: Path | bytes) -> str:
+def source_of(image: Image) -> Path | bytes:
+    """The file of an image or a video, or its bytes."""
+    source = image.data if image.path is None else image.path
+    assert source is not None, "an image has a path or bytes"
+    return source
+
+
+def name_of_source(source: Path | bytes) -> str:
     return f"embedded bytes ({len(source)})" if isinstance(source, bytes) else str(source)

@@ -20,6 +20,7 @@ from typing import Any
 import PIL.Image
 
 from foveate.config.data import MAX_PIXELS
+from foveate.data.images import name_of_source, source_of
 from foveate.errors import DataError, join_where, one_line
 from foveate.records import Task, Video
 
@@ -63,7 +64,8 @@ def video_frames(video: Video, indices: Sequence[int], where: str = "") -> Itera
     try:
         track = _track(source_of(video), video.width * video.height)
         if track.video != video:
-            raise DataError(f"{_name(source_of(video))} has changed since the data were read; leave it as it is")
+            name = name_of_source(source_of(video))
+            raise DataError(f"{name} has changed since the data were read; leave it as it is")
         yield from _decoded(track, indices)
     except DataError as error:
         raise DataError(f"{place}: {error}") from error
@@ -87,7 +89,8 @@ def _decoded(track: _Track, indices: Sequence[int], *, jumps: bool = True) -> It
                 if has_jumped:
                     yield from _decoded(track, indices[number:], jumps=False)
                     return
-                raise DataError(f"{_name(source)} is damaged: frame {index} of {len(track.times)} cannot be decoded")
+                name = name_of_source(source)
+                raise DataError(f"{name} is damaged: frame {index} of {len(track.times)} cannot be decoded")
             at = index
             yield _upright(image)
 
@@ -114,7 +117,7 @@ def _track_of_file(path: Path, changed_ns: int, size: int, max_pixels: int) -> _
 
 
 def _read_track(source: Path | bytes, max_pixels: int) -> _Track:
-    name = _name(source)
+    name = name_of_source(source)
     with _opened(source) as container:
         if not container.streams.video:
             raise DataError(f"{name} has no video stream")
@@ -187,7 +190,7 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
         import av.error
     except ImportError as error:
         raise DataError("videos are decoded by PyAV, which is missing; pip install 'foveate[video]'") from error
-    name = _name(source)
+    name = name_of_source(source)
     try:
         with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
             size = file.seek(0, 2)
@@ -207,13 +210,6 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
         raise
     except (OSError, av.error.FFmpegError, ValueError) as error:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)[:200]})") from error
-
-
-def source_of(video: Video) -> Path | bytes:
-    """The file of a video, or its bytes."""
-    source = video.data if video.path is None else video.path
-    assert source is not None, "a video has a path or bytes"
-    return source
 
 
 def refuse_videos(task: Task, who: str) -> None:
@@ -236,7 +232,3 @@ def container_of(head: bytes) -> str | None:
     if head[:3] == b"FLV":
         return "flv"
     return "mpegts" if head[:1] == b"G" and head[188:189] == b"G" and head[376:377] == b"G" else None
-
-
-def _name(source: Path | bytes) -> str:
-    return f"embedded bytes ({len(source)})" if isinstance(source, bytes) else str(source)

@@ -85,9 +85,7 @@ def prepare_filter(
     kept = _by_size(found.measures, limits, counts)
     accuracy: dict[str, dict[str, Any]] = {}
     if limits.needs_answers:
-        accuracy = {
-            key: accuracy_of(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items() if answers
-        }
+        accuracy = accuracy_by_id(rollouts, correctness_rule)
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({shown_counts(counts)})")
     return publish_tables(
@@ -119,6 +117,12 @@ def _by_size(measures: Sequence[Any], limits: Limits, counts: dict[str, int]) ->
             kept.append(index)
     counts.update({reason: count for reason, count in refused.items() if count})
     return kept
+
+
+def accuracy_by_id(rollouts: Sequence[Path], correctness_rule: CorrectnessRule) -> dict[str, dict[str, Any]]:
+    """`accuracy_of` the answers to each row that has graded ones, by its id."""
+    found = answers_by_id(rollouts)
+    return {key: accuracy_of(answers, correctness_rule) for key, answers in found.items() if answers}
 
 
 def accuracy_of(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foveate.data.answers import RIGHT, CorrectnessRule, answers_by_id
+from foveate.data.answers import RIGHT, CorrectnessRule
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.filter import accuracy_of
+from foveate.datasets.filter import accuracy_by_id
 from foveate.datasets.prepared import Prepared, infer_schema, publish, rollout_hashes, rows_by_id, task_row
 from foveate.errors import require
 from foveate.records import Task
@@ -55,7 +55,7 @@ def prepare_hints(
     gets a hint."""
     table, found = reading(sources)
     rows_by_id(table)
-    accuracy = {key: accuracy_of(answers, correctness_rule) for key, answers in answers_by_id(rollouts).items()}
+    accuracy = accuracy_by_id(rollouts, correctness_rule)
     counts = {"rows with a hint": 0, "unsolved rows without a hint": 0}
     chosen: set[str] = set()
     for task in table:

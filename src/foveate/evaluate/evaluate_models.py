@@ -20,12 +20,12 @@ from foveate.data.table import TaskTable, open_tasks
 from foveate.data.validate import OnBadRow, validate
 from foveate.encoding.dataset import keep_aside, read_checked
 from foveate.errors import ConfigError, DataError
-from foveate.evaluate.generate import REQUEST
+from foveate.evaluate.generate import REQUEST, read_asked
 from foveate.evaluate.metrics import box_reader, likely_frame, summary_statistics, warn_of_lost_answers
 from foveate.evaluate.predict import BATCH, load_engine, predict, save_gallery, scored_row
 from foveate.evaluate.predictions import Evaluation, mean, paired, write_models, write_skipped
 from foveate.evaluate.shards import read_generated
-from foveate.files import atomic_write_text, read_inside, strict_json
+from foveate.files import atomic_write_text
 from foveate.log import progress
 from foveate.records import Task
 from foveate.rewards.build import truth_check
@@ -240,9 +240,7 @@ _ASKED = ("data", "image_root", "columns", "left_out", "table_rows", "sampling")
 
 def _request_of(folder: Path) -> dict[str, Any]:
     try:
-        request = strict_json(read_inside(folder / REQUEST, folder))
-        if not isinstance(request, dict):
-            raise ValueError("it holds no JSON object")
+        request = read_asked(folder)
         if missing := [name for name in _ASKED if name not in request]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return request

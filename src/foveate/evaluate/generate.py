@@ -187,6 +187,14 @@ def _in_process(request: GenerateRequest, model: str) -> tuple[RowCheck, Produce
     return RowCheck(None, encoder), produce
 
 
+def read_asked(folder: Path) -> dict[str, Any]:
+    """The request that the answers in a folder belong to. Raises ValueError for a file that holds no JSON object."""
+    request = strict_json(read_inside(folder / REQUEST, folder))
+    if not isinstance(request, dict):
+        raise ValueError("it holds no JSON object")
+    return request
+
+
 def _claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:
     """Write down the request. Raises ConfigError where the folder holds answers to another one, or foreign files."""
     path = folder / REQUEST
@@ -194,9 +202,7 @@ def _claim(folder: Path, identity: dict[str, Any], *, begun: bool) -> None:
         raise ConfigError(f"--out {folder} holds answers and no {REQUEST} that says to what; choose another folder")
     if begun:
         try:
-            former = strict_json(read_inside(path, folder))
-            if not isinstance(former, dict):
-                raise ValueError("it holds no JSON object")
+            former = read_asked(folder)
         except ValueError as error:
             raise DataError(f"{path}: not JSON ({error}); choose another --out") from error
         wanted = json.loads(json.dumps(identity))

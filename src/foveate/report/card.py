@@ -17,6 +17,7 @@ from foveate.data.folders import SUFFIXES, suffix_of
 from foveate.data.hub import is_hub_name
 from foveate.evaluate.predictions import mean
 from foveate.files import atomic_write_text, inside, read_inside
+from foveate.report.facts import stage_of
 from foveate.report.page import Run, read_run
 from foveate.report.summary import compare_evaluations, format_difference, format_figure
 
@@ -53,10 +54,7 @@ def write_card(run_folder: Path, model_folder: Path) -> Path:
 def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> str:
     """The text of the card. settings: those of the run; former: licence and base of the model that it began from."""
     model, data = settings["model"]["path"], settings["data"]
-    keys = {"cascade": "mpo", "rl": "rollout", "mpo": "loss"}
-    train = settings.get("train") or {}
-    offline = "vico" if "compressed" in train else "vir" if "quantile" in train else "sft"
-    stage = next((name for name, key in keys.items() if key in settings), offline)
+    stage = stage_of(settings) or "sft"
     base = str(model).partition("@")[0] if _on_hub(model) else former.get("base_model", "")
     sources = [*data["train"], *(data.get("test") or ())]
     method = (settings["rl"] if stage == "cascade" else settings).get("algorithm") or settings.get("loss") or {}

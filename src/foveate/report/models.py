@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from foveate.report.charts import Chart, Series
+from foveate.report.summary import format_figure
+
+_percent = partial(format_figure, percent=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "with_box" in one:
         lines.append(("answers with a box", _percent(one["with_box"])))
     sampled = one.get("sampled", {})
-    told = _number if "score_interval" in one else _percent
+    told = partial(format_figure, percent="score_interval" not in one)
     lines += [(name, told(value)) for name, value in sampled.items() if name != "n"]
     splits = one.get("splits")
     if splits:
@@ -68,11 +72,3 @@ def _with_interval(figure: Mapping[str, Any]) -> str:
     if figure["value"] is None or interval is None:
         return "–"
     return f"{_percent(figure['value'])} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"

@@ -31,7 +31,7 @@ from foveate.run_folder import RunFolder, check_folder
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.cascade import check_cascade
 from foveate.train.checkpoint import checkpoints
-from foveate.train.export import export_checkpoint, model_folder_of
+from foveate.train.export import export_checkpoint, model_folder_of, with_model_folders
 from foveate.train.mpo import build_preference_loss
 from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, check_of_truth, new_engine
@@ -56,9 +56,8 @@ def describe_run(
 
 
 def _check_folder(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings, accept_changes: bool) -> None:
-    """Raise what the run says about its folder; where it begins from a checkpoint, with the model folder of that."""
-    path = settings.model.path
-    begun = settings.model_copy(update={"model": settings.model.model_copy(update={"path": model_folder_of(path)})})
+    """Raise what the run says about its folder; where it begins from checkpoints, with their model folders."""
+    begun = with_model_folders(settings, model_folder_of)
     check_folder(settings.run, begun, frozen=isinstance(settings, CascadeSettings), accept_changes=accept_changes)
 
 

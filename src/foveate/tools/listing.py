@@ -42,8 +42,9 @@ def only(listed: Sequence[ListEntry], name: str | None, kind: str) -> list[ListE
     unknown name."""
     if name is None:
         return list(listed)
-    names = [name.lower(), *(f"{word} {name.lower()}" for word in ("algorithm", "advantage", "loss", "tool"))]
-    found = [entry for entry in listed if entry.name in (*names, f"preference loss {name.lower()}")]
+    words = ("algorithm", "advantage", "loss", "preference loss", "tool")
+    names = [name.lower(), *(f"{word} {name.lower()}" for word in words)]
+    found = [entry for entry in listed if entry.name in names]
     if not found:
         known = dict.fromkeys(entry.name.rpartition(" ")[2] for entry in listed)
         raise ConfigError(f"no {kind} {name!r}{suggestion(name.lower(), known)}; known: {', '.join(known)}")

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from foveate.config.model import ModelSettings
 from foveate.config.recipe import read_values
+from foveate.config.runs import (
+    CascadeSettings,
+    MPOSettings,
+    RLSettings,
+    RLStage,
+    SFTSettings,
+    VicoSettings,
+    VirSettings,
+)
 from foveate.errors import ConfigError, one_line
 from foveate.files import atomic_path
 from foveate.models.checkpoint.convert import convert
@@ -18,6 +29,9 @@ from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.lora import merged_state, train_parts
 from foveate.models.policy import load_policy, save_policy
 from foveate.train.checkpoint import load_weights
+
+_AnySettings = SFTSettings | MPOSettings | RLSettings | CascadeSettings | VicoSettings | VirSettings
+_Settings = TypeVar("_Settings", bound=_AnySettings)
 
 
 def export_checkpoint(checkpoint: Path, target: Path, to: CheckpointFormat | None = None) -> int:
@@ -62,6 +76,21 @@ def model_folder_of(path: str) -> str:
         return path
     checkpoint = _checkpoint_of(Path(path))
     return str(checkpoint.parent.parent / "exports" / checkpoint.name)
+
+
+def with_model_folders(settings: _Settings, folder_of: Callable[[str], str] = start_of) -> _Settings:
+    """The settings with model folders in place of checkpoints: the model's, and those of teachers."""
+    changed: dict[str, Any] = {"model": settings.model.model_copy(update={"path": folder_of(settings.model.path)})}
+    page = settings.rl if isinstance(settings, CascadeSettings) else settings
+    if isinstance(page, RLSettings | RLStage) and (teacher := page.algorithm.teacher) is not None:
+        sources = {source: folder_of(path) for source, path in teacher.sources.items()}
+        teacher = teacher.model_copy(update={"path": folder_of(teacher.path), "sources": sources})
+        algorithm = page.algorithm.model_copy(update={"teacher": teacher})
+        if isinstance(page, RLStage):
+            changed["rl"] = page.model_copy(update={"algorithm": algorithm})
+        else:
+            changed["algorithm"] = algorithm
+    return settings.model_copy(update=changed)
 
 
 def _checkpoint_of(path: Path) -> Path:
