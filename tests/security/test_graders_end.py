@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from slow_cases import slow_but
 
 from foveate.processes import end_with, lifeline
 from foveate.records import Task
@@ -109,7 +110,7 @@ def test_a_process_that_starts_after_its_owner_ended_ends_at_once():
     assert os.waitstatus_to_exitcode(status) in (1, -signal.SIGIO)
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs", "ends"])
+@pytest.mark.parametrize("how", slow_but(["dies", "ends"], ["dies", "hangs", "ends"]))
 def test_daemons_of_a_grader_end_with_its_process(tmp_path, how):
     (tmp_path / "grader.py").write_text(DAEMONS)
     log = tmp_path / "log"

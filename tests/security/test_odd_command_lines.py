@@ -250,7 +250,7 @@ def run(monkeypatch, capfd, tmp_path):
 
 
 def test_odd_command_lines_are_refused_in_one_line(run, tmp_path, tiny_folder):
-    check(run, tmp_path, tiny_folder, lambda paths, recipe: odd_commands(60, 0, paths, recipe))
+    check(run, tmp_path, tiny_folder, lambda paths, recipe: odd_commands(30, 0, paths, recipe))
 
 
 @pytest.mark.slow

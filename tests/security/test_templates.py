@@ -18,7 +18,7 @@ from foveate.models.checkpoint.small_files import bounded
 
 LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
 TEMPLATES = {
-    "nested loops": (LOOP, "takes more than 1 s"),
+    "nested loops": (LOOP, "takes more than 0.3 s"),
     "a string of 3 GB": ("{{ 'x' * 3000000000 }}", "a text of 3,000,000,000 characters"),
     "doubled": (
         "{% set n = namespace(s='xxxxxxxx') %}{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
@@ -41,7 +41,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_without_end_or_bounds_is_refused_in_one_line(tmp_path, tiny_folder, monkeypatch, name):
     template, said = TEMPLATES[name]
-    monkeypatch.setattr(chat, "TEMPLATE_S", 1.0)
+    monkeypatch.setattr(chat, "TEMPLATE_S", 0.3 if template == LOOP else 5.0)
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template)
     limits, begin = resource.getrlimit(resource.RLIMIT_DATA), time.monotonic()
@@ -67,13 +67,15 @@ def test_a_template_that_misbehaves_on_some_rows_is_told_by_the_row(encode, make
     template, said = ON_SOME_ROWS[name]
     template = f"{{% for m in messages %}}{{% if 'bad' in m.content %}}{template}{{% endif %}}{{{{ m.content }}}}"
     monkeypatch.setattr(encode.tokenizer, "chat_template", template + "{% endfor %}")
-    monkeypatch.setattr(chat, "TEMPLATE_S", 0.1)
-    monkeypatch.setattr(chat, "_LOOK_S", 0.05)
     assert encode.length(make_task("good")) > 0
+    if name == "a loop":
+        monkeypatch.setattr(chat, "TEMPLATE_S", 0.1)
+        monkeypatch.setattr(chat, "_LOOK_S", 0.05)
     with pytest.raises(DataError, match="field prompt: the model's chat template refuses it: ") as caught:
         encode.length(make_task("bad"))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+    monkeypatch.setattr(chat, "TEMPLATE_S", 10.0)
     assert encode.length(make_task("good")) > 0
 
 
