@@ -162,6 +162,14 @@ def test_a_run_ends_at_the_earlier_of_epochs_and_steps(tmp_path):
     assert settings_of(tmp_path, *both, rows=128)[0].train.steps == 4
 
 
+@pytest.mark.parametrize(("filtered", "sizes"), [(False, (96, 3, 12)), (True, (32, 1, 12))])
+def test_a_step_has_the_prompts_that_are_drawn_at_once_unless_groups_are_filtered(tmp_path, filtered, sizes):
+    sized = ["data.gen_batch_size=96", "data.train_batch_size=32", "actor_rollout_ref.actor.ppo_mini_batch_size=32"]
+    sized += ["trainer.total_epochs=2", f"algorithm.filter_groups.enable={filtered}"]
+    settings, _ = settings_of(tmp_path, *sized, rows=640)
+    assert (settings.train.prompts_per_step, settings.train.updates_per_step, settings.train.steps) == sizes
+
+
 def test_verls_defaults_are_filled_in_and_named(tmp_path):
     settings, imported = settings_of(tmp_path)
     assert settings.algorithm.loss == {"aggregate": "token-mean", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}

@@ -23,7 +23,7 @@ MAPPED = {
     "data.max_response_length": "rollout.max_tokens",
     "data.max_pixels": "model.max_pixels",
     "data.train_batch_size": "train.prompts_per_step",
-    "data.gen_batch_size": "train.steps (prompts that an epoch is counted in)",
+    "data.gen_batch_size": "train.prompts_per_step, where no groups are filtered; train.steps",
     "data.filter_overlong_prompts": "data.on_bad_row: skip",
     "data.seed": "seed",
     R + "name": "rollout.engine",

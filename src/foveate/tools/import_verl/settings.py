@@ -185,7 +185,7 @@ class _Sizes:
 
     def __init__(self, given: Given, program: str) -> None:
         self.given, self.asynchronous = given, "fully_async" in program
-        self.ignores_epochs = program == EASYR1
+        self.is_easyr1 = program == EASYR1
         if self.asynchronous:
             given.refuse(
                 "async_training.staleness_threshold", "set rollout.staleness (in steps) and algorithm.correction"
@@ -201,9 +201,16 @@ class _Sizes:
         return math.prod(self.given.whole(key, least=1) for key in keys)
 
     def prompts(self) -> int:
+        """Prompts of a step. verl trains all that it draws at once; where groups are filtered, and in EasyR1, it draws
+        until it has those of a step."""
         if self.asynchronous:
             return self.given.whole(A + "ppo_mini_batch_size", least=1) * self._mini_batches()
-        return self.given.whole("data.train_batch_size", least=1)
+        draws_until = self.is_easyr1 or self.given.flag("algorithm.filter_groups.enable")
+        return self.given.whole("data.train_batch_size", least=1) if draws_until else self._drawn()
+
+    def _drawn(self) -> int:
+        given = self.given.get("data.gen_batch_size")
+        return self.given.whole("data.gen_batch_size" if given else "data.train_batch_size", least=1)
 
     def updates(self) -> int:
         if self.asynchronous:
@@ -237,7 +244,7 @@ class _Sizes:
         rollouts = "rollout.total_rollout_steps"
         if self.asynchronous:
             return max(1, given.whole(rollouts, least=1) // self.prompts())
-        if limit is not None and self.ignores_epochs:
+        if limit is not None and self.is_easyr1:
             return limit
         epochs = given.whole("trainer.total_epochs", least=1)
         if rows is None:
@@ -248,8 +255,7 @@ class _Sizes:
                 )
             given.refuse("trainer.total_epochs", f"verl may end before {limit} steps; --rows says when")
             return limit
-        drawn = given.whole("data.gen_batch_size", least=1) if given.get("data.gen_batch_size") else self.prompts()
-        return min(max(1, rows // drawn * epochs), limit or rows * epochs)
+        return min(max(1, rows // self._drawn() * epochs), limit or rows * epochs)
 
 
 def _warmup(given: Given, steps: int) -> int:
