@@ -143,6 +143,8 @@ def test_constructed_answers_get_the_values_of_their_rule(name):
     ("name", "truth", "meta", "message"),
     [
         ("string_match", {"a": 1}, {}, "is no answer"),
+        ("string_match", ["a", ""], {}, "has an empty entry"),
+        ("string_list", '["a", " "]', {}, "has an empty entry"),
         ("string_list", "red", {}, "no list of texts"),
         ("search", None, {}, "is missing; the reward search"),
         ("counting", "-2", {}, "no count"),

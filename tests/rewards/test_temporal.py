@@ -28,6 +28,7 @@ def task(answer, *videos):
         ("{'start_time': 10.0, 'end_time': 20}", 1.0),
         ("[10, 20]", 1.0),
         ("<think>0 - 5</think> 15 - 25", 1 / 3),
+        ("<think>0 - 5, no: 10 - 20</think>\n", 1.0),
         ("<answer>10 - 20</answer> and not 1 - 2", 1.0),
         ("first 1 - 2, no: 10s-20s", 1.0),
         ("30 - 40", 0.0),

@@ -111,7 +111,7 @@ def mmmu(text: str, task: Task, *, extraction: Extraction = "text") -> Score:
     """MMMU's rule (Yue et al. 2024): a row with options as `multiple_choice`; an open one is right if a number of the
     answer's key statement is the ground truth to two places, or the statement contains it as text. Parts: accuracy,
     parsed."""
-    if options(task):
+    if options(task, numbered=True):
         return multiple_choice(text, task, extraction=extraction)
     answer = final_answer(text, extraction)
     if answer is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Literal
 
-from foveate.rewards.plain_text import behind_thoughts, tagged_answer
+from foveate.rewards.plain_text import answer_part, tagged_answer
 
 Box = tuple[float, float, float, float]
 Coordinates = tuple[float, float]
@@ -47,14 +47,14 @@ def parse_box(text: str, which: Literal["last", "first"] = "last") -> Box | None
     may give its last four numbers if no words stand between them; digits of names and ranges are no coordinates.
     Numbers that overflow to infinity make no box.
     """
-    text = _said(text)
+    text = answer_part(text)
     return _box_in(tagged_answer(text, which) or "", which) or _box_in(text, which)
 
 
 def parse_boxes(text: str) -> list[Box]:
     """Every box of an answer in order, as `parse_box` reads them, but a bracket must hold four numbers and no more.
     Boxes inside the last `<answer>...</answer>` go before everything outside of it."""
-    text = _said(text)
+    text = answer_part(text)
     return _boxes_in(tagged_answer(text) or "") or _boxes_in(text)
 
 
@@ -65,7 +65,7 @@ def parse_point(text: str, which: Literal["last", "first"] = "last") -> Coordina
     (`<point x="12" y="34">`). A box, as `parse_box` reads it, stands for its centre. The last one counts, or the first;
     behind `</think>` and inside `<answer>` first, as with boxes. Text without any of these may be two numbers.
     """
-    text = _said(text)
+    text = answer_part(text)
     for part in (tagged_answer(text, which) or "", text):
         found = sorted(_points(part))
         if found:
@@ -124,12 +124,6 @@ def _last_row(text: str) -> list[float]:
     gaps = [text[before.end() : after.start()] for before, after in pairwise(found)]
     joined = all(len(gap) <= _LONGEST_GAP and _APART.fullmatch(gap) for gap in gaps)
     return [float(number.group()) for number in found] if joined else []
-
-
-def _said(text: str) -> str:
-    """The part of a text behind its thoughts, or the whole of it where nothing does."""
-    said = behind_thoughts(text)
-    return said if said.strip() else text
 
 
 def _brackets(text: str) -> list[_Found]:

@@ -115,6 +115,12 @@ def behind_thoughts(text: str) -> str:
     return text[text.rfind(_THOUGHT) + len(_THOUGHT) :] if _THOUGHT in text else text
 
 
+def answer_part(text: str) -> str:
+    """The text behind the last `</think>`; the whole of it where nothing stands there."""
+    said = behind_thoughts(text)
+    return said if said.strip() else text
+
+
 def tagged_answer(text: str, which: Literal["last", "first"] = "last") -> str | None:
     """The text between the last, or the first, `<answer>` and `</answer>`; None without both. Plain searches: a lazy
     pattern takes quadratic time on many tags."""

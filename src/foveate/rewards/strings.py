@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import options
@@ -104,7 +105,9 @@ def _unquoted(item: str) -> str:
 
 def accepted_texts(task: Task) -> list[str]:
     """The accepted answers of a task: as `text.truths`, and the entries of a list that is written as text. Raises
-    DataError for a ground truth that is neither text nor number."""
+    DataError for a ground truth that is neither text nor number, and for an empty entry."""
+    for field, fault in check_texts(task):
+        raise DataError(f"{task.where}, field {field}: {fault}")
     return entries(task.answer) or truths(task)
 
 
@@ -125,7 +128,7 @@ def string_list(text: str, task: Task, *, extraction: Extraction = "text", parti
     (F1), or without `partial` 1 for the whole list and else 0. Entries are compared in normal form, each counted once
     per occurrence. An answer writes its list as JSON, or with commas, semicolons, line breaks and `and`. Parts:
     accuracy, precision, recall, parsed."""
-    wanted = Counter(map(normalised, entries(task.answer) or truths(task)))
+    wanted = Counter(map(normalised, accepted_texts(task)))
     answer = final_answer(text, extraction)
     if answer is None:
         return Score(0.0, {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "parsed": 0.0}, note=NO_ANSWER)
@@ -197,13 +200,16 @@ def _in_words(text: str) -> Iterator[str]:
 
 def check_texts(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be text, a number, or a list of them, as (field, what is wrong)."""
-    return [] if entries(task.answer) else check_answer(task)
+    found = entries(task.answer)
+    if found and not all(entry.strip() for entry in found):
+        return [(GROUND_TRUTH, f"{task.answer!r:.80} has an empty entry; leave it out, or the row")]
+    return [] if found else check_answer(task)
 
 
 def check_list(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be a list of texts or numbers."""
     if entries(task.answer):
-        return []
+        return check_texts(task)
     return [(GROUND_TRUTH, f"{task.answer!r:.80} is no list of texts; write one, as JSON where it is text")]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
-from foveate.rewards.plain_text import behind_thoughts, tagged_answer
+from foveate.rewards.plain_text import answer_part, tagged_answer
 
 TimeSpan = tuple[float, float]
 
@@ -43,7 +43,7 @@ def temporal_iou(text: str, task: Task, *, alpha: float = 0.0, threshold: float 
     truth = _spans_of(task.answer)
     if truth is None:
         raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_span(task.answer)}")
-    said = behind_thoughts(text)
+    said = answer_part(text)
     given = _spans_in(tagged_answer(said) or "") or _spans_in(said)
     if not given:
         return Score(0.0, {"time_iou": 0.0, "hit": 0.0, "parsed": 0.0}, note="no span of time in the answer")
