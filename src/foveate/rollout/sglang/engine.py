@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +25,9 @@ from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
-from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
+    BAN,
     DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
@@ -32,7 +35,7 @@ from foveate.rollout.server.launch import (
     write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
-from foveate.rollout.server.weights import plan_buckets, served_weights
+from foveate.rollout.server.weights import TRANSFER_S, plan_buckets, served_weights
 
 _GROUP = "weights"
 _ON_CPU = (
@@ -90,6 +93,7 @@ class SGLangEngine(ServedEngine):
         self._banned = banned_ids(policy)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
+        self._cached, self._lock = Counter[Server](), threading.Lock()
         on_cpu = (device or policy.device.type) == "cpu"
         self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
         self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}
@@ -167,6 +171,10 @@ class SGLangEngine(ServedEngine):
         """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
         return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[server].iterdir()))
 
+    def tokens_cached(self, server: Server) -> float:
+        """As its answers say."""
+        return float(self._cached[server])
+
     def sleep_server(self, server: Server) -> None:
         self.abort(server)
         tags = {"tags": ["kv_cache", "weights"]}
@@ -197,7 +205,10 @@ class SGLangEngine(ServedEngine):
 
     def _generate(self, server: Server, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
         answers = server.call("POST", "/generate", self._body(request, sampling))
-        return answers if isinstance(answers, list) else [answers]
+        answers = answers if isinstance(answers, list) else [answers]
+        with self._lock:
+            self._cached[server] += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
+        return answers
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         params = {
