@@ -23,14 +23,14 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 TIED = {"tie_word_embeddings": True}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
+    "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
     "qwen2": HEADS,  # has biases
     "qwen3": {**HEADS, "head_dim": 32},  # has none
+    "llama": {**HEADS, "head_dim": 32},
 }
 VLLM_SIZES = {
-    "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
-    "llama": {**HEADS, "head_dim": 32},
     "idefics3": HEADS,
     "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
 }
@@ -49,7 +49,7 @@ NO_VLLM = ("qwen3-biases",)
 """Models that vLLM has no place for."""
 PAIRS = [
     *(("vllm", name) for name in (*CHAT, *MODELS) if name not in NO_VLLM),
-    *(("sglang", name) for name in (*CHAT, *MODELS) if "_vl" not in name and name not in VLLM_SIZES),
+    *(("sglang", name) for name in (*CHAT, *MODELS) if name not in VLLM_SIZES),
 ]
 THROUGH_A_FILE = ("qwen3", "qwen3-tied")
 """Whose weights travel through a file."""

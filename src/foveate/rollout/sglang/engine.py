@@ -1,7 +1,8 @@
 """Rollouts from SGLang: `sglang.launch_server` processes in an environment of their own, driven over HTTP.
 
 SGLang knows InternVL in the GitHub layout only, and cuts images into other tiles than InternVL's own processor; so the
-model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles.
+model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles or
+patches.
 """
 
 from __future__ import annotations
@@ -136,7 +137,10 @@ class SGLangEngine(ServedEngine):
 
     def _send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         self.abort(server)
-        named = chat_weights(weights) if self._served.layout == "chat" else weights
+        if self._served.layout == "chat":
+            named = chat_weights(weights)
+        else:
+            named = [(self._served.weight_name(name), tensor) for name, tensor in weights]
         if self._transfer == "disk":
             update = {
                 "model_path": str(self._file.write(version, named)),
@@ -229,18 +233,23 @@ class SGLangEngine(ServedEngine):
             self.SALT: version,
         }
         if request.prompt.pixels is not None:
-            body["image_data"] = [self._images(request.prompt, version)]
+            images = self._images(request.prompt, version)
+            body["image_data"] = images if sampling.samples == 1 else [images]  # several samples: a list of requests
         return body
 
-    def _images(self, prompt: Prompt, version: str) -> str:
-        """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
-        version are never taken from a cache."""
+    def _images(self, prompt: Prompt, version: str) -> list[str]:
+        """The images as the model eats them and their places, for the plug-in. Their names hold the weights, too:
+        features of another version are never taken from a cache."""
         assert prompt.pixels is not None
-        tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
-        data = tiles.flatten().view(torch.uint8).numpy().tobytes()
-        name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
-        about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
-        return json.dumps({**about, "data": b64encode(data).decode()})
+        dtype = next(self._policy.model.parameters()).dtype
+        images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
+        items = []
+        for image, slot in zip(images, prompt.slots, strict=True):
+            fields = {name: _text(tensor) for name, tensor in self._policy.family.sglang_fields(image, slot).items()}
+            digest = hashlib.sha256(json.dumps([fields, version]).encode()).digest()[:7]
+            place = [slot.position, slot.position + slot.count - 1]
+            items.append(json.dumps({"name": int.from_bytes(digest, "big"), "place": place, "fields": fields}))
+        return items
 
 
 def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -251,6 +260,12 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         parts.setdefault(target, {})[part] = tensor.detach()
     joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
     return list(zip(parts, joined, strict=True))
+
+
+def _text(tensor: Tensor) -> tuple[str, list[int], str]:
+    """Type, shape and, as base64, the bytes of a tensor."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return dtype_name(tensor), list(tensor.shape), b64encode(data).decode()
 
 
 def _succeed(answer: Any) -> None:
