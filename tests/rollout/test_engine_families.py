@@ -33,6 +33,7 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
 VLLM_SIZES = {
     "idefics3": HEADS,
     "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
+    "qwen3_vl_moe": SIZES["qwen3_vl"],
 }
 """Those that vLLM alone takes."""
 MODELS = {

@@ -328,7 +328,7 @@ class Qwen3VL(QwenVL):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3VLMoe(Qwen3VL):
     towers = ("qwen3_vl_moe_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = {}
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
     transposed_experts = True
 
 
