@@ -23,7 +23,6 @@ HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
 TIED = {"tie_word_embeddings": True}
 ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
 SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
-    "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen2_5_vl": {**HEADS, "rope_parameters": ROTARY},
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
     "qwen2": HEADS,  # has biases
@@ -31,6 +30,7 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "llama": {**HEADS, "head_dim": 32},
 }
 VLLM_SIZES = {
+    "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
     "idefics3": HEADS,
     "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
     "qwen3_vl_moe": SIZES["qwen3_vl"],

@@ -292,7 +292,7 @@ class QwenVL(Family):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen2VL(QwenVL):
     towers = ("qwen2_vl_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = _SERVERS
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
 
     def _widths(self, vision: Any) -> tuple[int, int]:
         return vision.embed_dim, vision.embed_dim * vision.mlp_ratio
