@@ -4,7 +4,17 @@ import importlib.abc
 import importlib.machinery
 import sys
 
+import torch
+
 __version__ = "0.4.10"
+READ_AT_IMPORT = (
+    "fused_sigmoid_mul_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+)
+"""Operators in `torch.ops.sgl_kernel` that modules of SGLang take as they are imported. Others must stay away: SGLang
+looks there for what it has."""
 
 
 class _Absent:
@@ -52,5 +62,7 @@ class _Submodules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
+for operator in READ_AT_IMPORT:
+    setattr(torch.ops.sgl_kernel, operator, _Absent(f"torch.ops.{__name__}.{operator}"))
 sys.meta_path.insert(0, _Submodules())
 __getattr__ = _attribute_of(__name__)

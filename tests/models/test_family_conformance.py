@@ -114,11 +114,20 @@ def test_a_server_is_handed_what_the_family_declares(policy, make_image, make_ta
     for server in family.servers:
         settings = served_as(family, server).tokenizer_config({"processor_class": "P", "kept": 1}, "<end>")
         assert settings["kept"] == 1
-    if "vllm" in family.servers and family.sees_images:
+        names = [name for name, _ in policy.model.named_parameters()]
+        assert len({served_as(family, server).weight_name(name) for name in names}) == len(names), "prefixes"
+    if family.servers and family.sees_images:
         prompt = Encoder(policy.tokenizer, family, family.budget, 4096)(make_task("<image>", make_image(130, 70, 1)))
-        values = family.vllm_fields(prompt.pixels[: prompt.slots[0].tiles], prompt.slots[0])
-        assert {how for _, how in values.values()} <= {"flat", "batched", "shared"}
-        assert len(values["pixel_values"][0]) == prompt.slots[0].tiles
+        slot = prompt.slots[0]
+        pixels = prompt.pixels[: slot.tiles]
+        if "vllm" in family.servers:
+            values = family.vllm_fields(pixels, slot)
+            assert {how for _, how in values.values()} <= {"flat", "batched", "shared"}
+            assert len(values["pixel_values"][0]) == slot.tiles
+        if "sglang" in family.servers:
+            values = family.sglang_fields(pixels, slot)
+            assert len(values.pop("feature")) == slot.tiles
+            assert all(len(more) == 1 for more in values.values())
 
 
 def test_weights_are_saved_as_they_were_stored(policy, tmp_path):

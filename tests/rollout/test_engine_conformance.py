@@ -14,6 +14,7 @@ import subprocess
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from foveate.rollout.server.weights import plan_buckets
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 """Heads of 32, the smallest that vLLM computes on CPUs."""
 SAMPLING = SamplingParams(samples=4, max_tokens=16)
+BLOCK = 128
+"""Tokens that vLLM's cache of prefixes takes together on CPUs; SGLang's takes each by itself."""
 NINE_HEADS = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 """Heads that no power of two divides, each 64 wide."""
 OTHER_TEXT = {"model_type": "qwen2", "tie_word_embeddings": True, **NINE_HEADS}
@@ -321,7 +324,8 @@ def test_interrupted_answers_go_on_under_new_weights_and_each_token_has_the_logp
 
 
 def test_answers_of_three_turns_with_images_between_them_have_the_logprobs_of_the_trainer(case, make_task, make_image):
-    """An answer ends its turn where it samples the stop token, which is made likely."""
+    """An answer ends its turn where it samples the stop token, which is made likely. Servers find what the turns before
+    have computed in their caches of prefixes, whose blocks have at most `BLOCK` tokens."""
     head, stop_ids = case.policy.part("head").weight, case.policy.family.stop_ids
     before = head.detach().clone()
     likely = [c.token_ids[0] for (c,) in case.engine.generate(case.requests(), SamplingParams(temperature=0.0))]
@@ -337,8 +341,12 @@ def test_answers_of_three_turns_with_images_between_them_have_the_logprobs_of_th
         future.set_result(shown[turns - 1] if turns < 3 else None)
         return future
 
-    sampling = SamplingParams(samples=4, max_tokens=500)
+    sampling, statistics = SamplingParams(samples=4, max_tokens=500), case.engine.statistics()
     groups = case.engine.generate(case.requests(), sampling, observe)
+    if not isinstance(case.engine, NativeEngine):
+        pairs = [(prompt, answer) for prompt, group in zip(case.prompts, groups, strict=True) for answer in group]
+        earlier = sum(end // BLOCK * BLOCK for pair in pairs for end in turn_ends(*pair))
+        assert case.engine.statistics()["cached_tokens"] - statistics["cached_tokens"] >= earlier > 1000
     answers = [answer for group in groups for answer in group]
     assert sum(sum(s.trained for s in answer.segments) == 3 for answer in answers) >= 3
     assert all(len(answer) <= 500 and answer.finish in ("stop", "length") for answer in answers)
@@ -350,6 +358,12 @@ def test_answers_of_three_turns_with_images_between_them_have_the_logprobs_of_th
     with torch.no_grad():
         head.copy_(before)
     case.publish()
+
+
+def turn_ends(prompt, answer):
+    """The tokens up to the last one that was sampled, of each turn that another follows."""
+    ends = accumulate(map(len, answer.segments), initial=len(prompt))
+    return [end - 1 for end, segment in zip(ends, answer.segments, strict=False) if not segment.trained]
 
 
 def observed(prompt):

@@ -27,12 +27,13 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen3_vl": {**HEADS, "head_dim": 32, "rope_parameters": {**ROTARY, "mrope_interleaved": True}},
     "qwen2": HEADS,  # has biases
     "qwen3": {**HEADS, "head_dim": 32},  # has none
+    "llama": {**HEADS, "head_dim": 32},
 }
 VLLM_SIZES = {
     "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
-    "llama": {**HEADS, "head_dim": 32},
     "idefics3": HEADS,
     "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
+    "qwen3_vl_moe": SIZES["qwen3_vl"],
 }
 """Those that vLLM alone takes."""
 MODELS = {
@@ -49,7 +50,7 @@ NO_VLLM = ("qwen3-biases",)
 """Models that vLLM has no place for."""
 PAIRS = [
     *(("vllm", name) for name in (*CHAT, *MODELS) if name not in NO_VLLM),
-    *(("sglang", name) for name in (*CHAT, *MODELS) if "_vl" not in name and name not in VLLM_SIZES),
+    *(("sglang", name) for name in (*CHAT, *MODELS) if name not in VLLM_SIZES),
 ]
 THROUGH_A_FILE = ("qwen3", "qwen3-tied")
 """Whose weights travel through a file."""

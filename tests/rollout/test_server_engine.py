@@ -64,6 +64,9 @@ class FakeEngine(ServedEngine):
     def tokens_made(self, server):
         return server.call("GET", "/state", timeout_s=1)["tokens"]
 
+    def tokens_cached(self, _server):
+        return 0.0
+
     def state(self, number=0):
         return self.servers[number].call("GET", "/state")
 

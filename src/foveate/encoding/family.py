@@ -83,13 +83,22 @@ class Features:
 @dataclass(frozen=True, slots=True)
 class ServedAs:
     """How a server of another project takes the models of a family: their small files and the names of their weights
-    in `layout`, `options` on its command line, and tokenizer_config.json without the settings `hidden` and with the
-    tokens `lent`, which are the end token where the vocabulary has none."""
+    in `layout`, how those names begin in the module in memory and there (`prefixes`), `options` on its command line,
+    and tokenizer_config.json without the settings `hidden` and with the tokens `lent`, which are the end token where
+    the vocabulary has none."""
 
     layout: Literal["hf", "chat"] = "hf"
     options: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     lent: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
+
+    def weight_name(self, name: str) -> str:
+        """The server's name of a weight of the module in memory."""
+        for own, other in self.prefixes:
+            if name.startswith(own):
+                return other + name.removeprefix(own)
+        return name
 
     def tokenizer_config(self, settings: Mapping[str, Any], end_token: Any) -> dict[str, Any]:
         """tokenizer_config.json for the server."""
@@ -290,6 +299,11 @@ class Family:
     def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:  # noqa: ARG002
         """One image, the entries (N, 3, H, W) of its slot, as the multimodal fields that vLLM passes to the model: each
         with how the values of several images are joined (`flat`, `batched` or `shared`)."""
+        raise self._text_only()
+
+    def sglang_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, Tensor]:  # noqa: ARG002
+        """One image, the entries (N, 3, H, W) of its slot, as SGLang passes it to the model: its `feature`, and what
+        the model also reads of an image, in a row."""
         raise self._text_only()
 
     def _text_only(self) -> DataError:

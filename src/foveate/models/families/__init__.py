@@ -27,7 +27,7 @@ FAMILIES = {
     "llava_onevision": "foveate.models.families.llava:LlavaOneVision",
     "qwen2": "foveate.models.families.text:ServedText",
     "qwen3": "foveate.models.families.text:ServedText",
-    "llama": "foveate.models.families.text:TextOnVLLM",
+    "llama": "foveate.models.families.text:ServedText",
     "qwen3_moe": "foveate.models.families.text:TextOnVLLM",
     "qwen3_5_text": "foveate.models.families.text:Qwen35Text",
     "qwen3_5_moe_text": "foveate.models.families.text:Qwen35Text",

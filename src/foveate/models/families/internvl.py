@@ -169,6 +169,9 @@ class InternVL(Family):
             "image_token_id": (torch.tensor(self.image_token_id), "shared"),
         }
 
+    def sglang_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, Tensor]:  # noqa: ARG002
+        return {"feature": pixels}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlashInternVL(InternVL):

@@ -41,6 +41,8 @@ _VLLM = ServedAs(
         "--no-mm-device-do-normalize",  # pixels come normalised
     )
 )
+_SGLANG = ServedAs(prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")))
+_SERVERS = {"vllm": _VLLM, "sglang": _SGLANG}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,11 +238,17 @@ class QwenVL(Family):
         return Features(torch.cat(seen.pooler_output), joined)
 
     def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:
+        return {"pixel_values": (self._frames(pixels), "flat"), "image_grid_thw": (self._patch_grid(slot), "batched")}
+
+    def sglang_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, Tensor]:
+        return {"feature": self._frames(pixels), "image_grid_thw": self._patch_grid(slot)[None]}
+
+    def _patch_grid(self, slot: ImageSlot) -> Tensor:
+        """Frames, rows and columns of the patches of an image that a server is given."""
         assert slot.grid is not None
         if slot.times:
             raise DataError(f"videos of {self.name} are not handed to a server yet; use rollout.engine=native")
-        grid = torch.tensor([1, *(side * self.merge for side in slot.grid)])
-        return {"pixel_values": (self._frames(pixels), "flat"), "image_grid_thw": (grid, "batched")}
+        return torch.tensor([1, *(side * self.merge for side in slot.grid)])
 
     def _pieces(self, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Tensor:
         """The same where pieces of videos, whose grids say how many frames they have, stand among images."""
@@ -295,7 +303,7 @@ class Qwen25VL(QwenVL):
     relative_boxes = False
     mlp_matrices = 3
     towers = ("qwen2_5_vl_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+    servers: ClassVar[Mapping[str, ServedAs]] = _SERVERS
 
     def _keys(self, vision: Any, patches: int) -> int:
         window = min(patches, (vision.window_size // self.patch) ** 2)
@@ -307,7 +315,7 @@ class Qwen25VL(QwenVL):
 class Qwen3VL(QwenVL):
     timed = True
     towers = ("qwen3_vl_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+    servers: ClassVar[Mapping[str, ServedAs]] = _SERVERS
 
     def shallow_tower(self, config: Any, blocks: int) -> dict[str, Any]:
         return {"depth": blocks, "deepstack_visual_indexes": [*range(min(blocks, self.uneven_blocks(config)))]}
@@ -320,7 +328,7 @@ class Qwen3VL(QwenVL):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3VLMoe(Qwen3VL):
     towers = ("qwen3_vl_moe_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = {}
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
     transposed_experts = True
 
 

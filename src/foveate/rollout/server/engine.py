@@ -27,7 +27,7 @@ from foveate.rollout.server.launch import require_place, sent_from, visible_devi
 from foveate.rollout.server.process import HOST, Server, ServerLostError
 from foveate.rollout.server.routes import routes
 from foveate.rollout.server.turns import GroupTurns, StreamEnd, unbegun
-from foveate.rollout.server.weights import Sender, WeightsFile
+from foveate.rollout.server.weights import TRANSFER_S, Sender, WeightsFile
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,6 @@ _LOOK = 0.1
 """Seconds after which a pause is noticed at the latest."""
 _RESTARTS = 2
 """Starts of one server without a single finished group in between, after which the run ends."""
-TRANSFER_S = 600.0
-"""Patience of both ends of a transfer of weights, in seconds; a server that dies breaks it off at once."""
-BAN = -100.0
-"""Added to the logits of tokens that may not be sampled: e**-100 of their probability is left."""
 
 
 @dataclass(slots=True)
@@ -139,6 +135,10 @@ class ServedEngine(ABC):
     @abstractmethod
     def tokens_made(self, server: Server) -> float:
         """The server's own count of tokens so far, which grows while it works."""
+
+    @abstractmethod
+    def tokens_cached(self, server: Server) -> float:
+        """The tokens of prompts so far that the server has found in its cache of prefixes, by its own count."""
 
     # -------------------------------------------------------------------------------------------------- the engine seam
 
@@ -264,11 +264,12 @@ class ServedEngine(ABC):
         return all(server.healthy() for server in self.servers)
 
     def statistics(self) -> dict[str, float]:
-        made = 0.0
+        made = cached = 0.0
         for server in self.servers:
             with suppress(ServerLostError):  # it is started again when it is asked next
                 made += self.tokens_made(server)
-        return {**asdict(self.counts), "server_tokens": made}
+                cached += self.tokens_cached(server)
+        return {**asdict(self.counts), "server_tokens": made, "cached_tokens": cached}
 
     def close(self) -> None:
         self._close()

@@ -28,6 +28,8 @@ from torch.multiprocessing.reductions import reduce_tensor
 from foveate.models.lora import merged_state
 from foveate.models.quantize import quantized_layers
 
+TRANSFER_S = 600.0
+"""Patience of both ends of a transfer, in seconds; a server that dies breaks it off at once."""
 ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
 _MEETING = timedelta(seconds=120)

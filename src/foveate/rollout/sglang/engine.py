@@ -1,7 +1,8 @@
 """Rollouts from SGLang: `sglang.launch_server` processes in an environment of their own, driven over HTTP.
 
 SGLang knows InternVL in the GitHub layout only, and cuts images into other tiles than InternVL's own processor; so the
-model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles.
+model's small files and the names of its weights are those of that layout, and images go in as the trainer's tiles or
+patches.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +26,9 @@ from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
-from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
+    BAN,
     DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
@@ -32,7 +36,7 @@ from foveate.rollout.server.launch import (
     write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
-from foveate.rollout.server.weights import plan_buckets, served_weights
+from foveate.rollout.server.weights import TRANSFER_S, plan_buckets, served_weights
 
 _GROUP = "weights"
 _ON_CPU = (
@@ -90,6 +94,7 @@ class SGLangEngine(ServedEngine):
         self._banned = banned_ids(policy)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
+        self._cached, self._lock = Counter[Server](), threading.Lock()
         on_cpu = (device or policy.device.type) == "cpu"
         self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
         self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}
@@ -132,7 +137,10 @@ class SGLangEngine(ServedEngine):
 
     def _send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         self.abort(server)
-        named = chat_weights(weights) if self._served.layout == "chat" else weights
+        if self._served.layout == "chat":
+            named = chat_weights(weights)
+        else:
+            named = [(self._served.weight_name(name), tensor) for name, tensor in weights]
         if self._transfer == "disk":
             update = {
                 "model_path": str(self._file.write(version, named)),
@@ -167,6 +175,10 @@ class SGLangEngine(ServedEngine):
         """As the plug-in counts them: SGLang itself does so in its metrics only, which need a second library."""
         return float(sum(int.from_bytes(file.read_bytes(), "little") for file in self._counters[server].iterdir()))
 
+    def tokens_cached(self, server: Server) -> float:
+        """As its answers say."""
+        return float(self._cached[server])
+
     def sleep_server(self, server: Server) -> None:
         self.abort(server)
         tags = {"tags": ["kv_cache", "weights"]}
@@ -197,7 +209,10 @@ class SGLangEngine(ServedEngine):
 
     def _generate(self, server: Server, request: Request, sampling: SamplingParams) -> list[dict[str, Any]]:
         answers = server.call("POST", "/generate", self._body(request, sampling))
-        return answers if isinstance(answers, list) else [answers]
+        answers = answers if isinstance(answers, list) else [answers]
+        with self._lock:
+            self._cached[server] += sum(answer["meta_info"]["cached_tokens"] for answer in answers)
+        return answers
 
     def _body(self, request: Request, sampling: SamplingParams) -> dict[str, Any]:
         params = {
@@ -218,18 +233,23 @@ class SGLangEngine(ServedEngine):
             self.SALT: version,
         }
         if request.prompt.pixels is not None:
-            body["image_data"] = [self._images(request.prompt, version)]
+            images = self._images(request.prompt, version)
+            body["image_data"] = images if sampling.samples == 1 else [images]  # several samples: a list of requests
         return body
 
-    def _images(self, prompt: Prompt, version: str) -> str:
-        """The tiles of all images of a prompt, for the plug-in. Their hash names the weights, too: features of another
-        version are never taken from a cache."""
+    def _images(self, prompt: Prompt, version: str) -> list[str]:
+        """The images as the model eats them and their places, for the plug-in. Their names hold the weights, too:
+        features of another version are never taken from a cache."""
         assert prompt.pixels is not None
-        tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
-        data = tiles.flatten().view(torch.uint8).numpy().tobytes()
-        name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
-        about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
-        return json.dumps({**about, "data": b64encode(data).decode()})
+        dtype = next(self._policy.model.parameters()).dtype
+        images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
+        items = []
+        for image, slot in zip(images, prompt.slots, strict=True):
+            fields = {name: _text(tensor) for name, tensor in self._policy.family.sglang_fields(image, slot).items()}
+            digest = hashlib.sha256(json.dumps([fields, version]).encode()).digest()[:7]
+            place = [slot.position, slot.position + slot.count - 1]
+            items.append(json.dumps({"name": int.from_bytes(digest, "big"), "place": place, "fields": fields}))
+        return items
 
 
 def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -240,6 +260,12 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         parts.setdefault(target, {})[part] = tensor.detach()
     joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
     return list(zip(parts, joined, strict=True))
+
+
+def _text(tensor: Tensor) -> tuple[str, list[int], str]:
+    """Type, shape and, as base64, the bytes of a tensor."""
+    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return dtype_name(tensor), list(tensor.shape), b64encode(data).decode()
 
 
 def _succeed(answer: Any) -> None:

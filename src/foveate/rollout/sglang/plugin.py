@@ -1,5 +1,5 @@
-"""foveate's additions to the SGLang processes that it starts: tiles over HTTP, tied embeddings, buckets with checksums,
-the trainer's log-probs, counted tokens.
+"""foveate's additions to the SGLang processes that it starts: images over HTTP, tied embeddings, buckets with
+checksums, the trainer's log-probs, counted tokens.
 
 This file is copied beside each server (see `foveate.rollout.sglang.engine`), runs in SGLang's own environment, and
 imports nothing of foveate. It is the only one that imports SGLang. Written for SGLang 0.5.23; the parity check at the
@@ -21,35 +21,58 @@ from typing import Any
 import torch
 from sglang.srt.configs.internvl import InternVLChatConfig
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
-from sglang.srt.multimodal.processors.internvl import InternVLProcessor
+from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.int64)}
 
 
 def register() -> None:
     """The entry point `sglang.srt.plugins`, called once in every process of a server."""
-    _take_tiles()
+    _take_images()
     _tie_embeddings()
     _check_buckets()
     _report_trainers_logprobs()
 
 
-def _take_tiles() -> None:
-    """The image tiles of a prompt come as base64 in text: over HTTP, SGLang takes pictures as text only."""
-    plain = InternVLProcessor.process_mm_data_async
+def _take_images() -> None:
+    """The images of a prompt come as base64 in text, for over HTTP SGLang takes pictures as text only. Each is an item
+    with a name and a place of its own: where SGLang is given features itself, all images of a request are one item, and
+    an image that is added changes the name of those before it, which are then not found in the cache of prefixes."""
 
-    async def process(self: Any, image_data: Any, *args: Any, **kwargs: Any) -> Any:
-        images = [_decoded(json.loads(text)) for text in image_data or ()]
-        return await plain(self, images or image_data, *args, **kwargs)
+    plain = BaseMultimodalProcessor.__init__
 
-    InternVLProcessor.process_mm_data_async = process
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        async def process(*_: Any, image_data: list[str], input_text: list[int], **__: Any) -> Any:
+            items = [_item(**json.loads(text)) for text in image_data]
+            positions, delta = self.compute_mrope_positions(input_text, items)
+            return MultimodalProcessorOutput(
+                input_ids=input_text,
+                padded_input_ids=MultimodalProcessorOutput.build_padded_input_ids(input_text, items),
+                mm_items=items,
+                mrope_positions=positions,
+                mrope_position_delta=delta,
+            )
+
+        plain(self, *args, **kwargs)
+        self.process_mm_data_async = process
+
+    BaseMultimodalProcessor.__init__ = init
 
 
-def _decoded(item: dict[str, Any]) -> dict[str, Any]:
-    flat = torch.frombuffer(bytearray(b64decode(item["data"])), dtype=DTYPES[item["dtype"]])
-    return {"format": "processor_output", "hash": item["hash"], "pixel_values": flat.view(item["shape"])}
+def _item(*, name: int, place: list[int], fields: dict[str, Any]) -> MultimodalDataItem:
+    tensors = {name: _tensor(*field) for name, field in fields.items()}
+    feature = tensors.pop("feature")
+    offsets = [(place[0], place[1])]
+    item = MultimodalDataItem(modality=Modality.IMAGE, feature=feature, offsets=offsets, model_specific_data=tensors)
+    item.set_hash(name)
+    return item
+
+
+def _tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(b64decode(data)), dtype=DTYPES[dtype]).view(shape)
 
 
 def _tie_embeddings() -> None:

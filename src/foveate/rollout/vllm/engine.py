@@ -27,8 +27,9 @@ from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import cached_numbers
-from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
+    BAN,
     DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
@@ -36,7 +37,7 @@ from foveate.rollout.server.launch import (
     write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
-from foveate.rollout.server.weights import Bucket, handles, plan_buckets, served_weights
+from foveate.rollout.server.weights import TRANSFER_S, Bucket, handles, plan_buckets, served_weights
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
@@ -166,9 +167,10 @@ class VLLMEngine(ServedEngine):
         server.call("POST", "/abort_requests", {}, timeout_s=10)
 
     def tokens_made(self, server: Server) -> float:
-        text = server.call("GET", "/metrics", timeout_s=10)
-        counts = re.findall(r"^vllm:(?:generation|prompt)_tokens_total\{.*?\} (\S+)$", text, re.MULTILINE)
-        return sum(map(float, counts))
+        return _counted(server, "(?:generation|prompt)_tokens")
+
+    def tokens_cached(self, server: Server) -> float:
+        return _counted(server, "prefix_cache_hits")
 
     def sleep_server(self, server: Server) -> None:
         server.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
@@ -229,6 +231,12 @@ class VLLMEngine(ServedEngine):
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+
+def _counted(server: Server, counters: str) -> float:
+    """The sum of the server's counters whose names match."""
+    text = server.call("GET", "/metrics", timeout_s=10)
+    return sum(map(float, re.findall(rf"^vllm:{counters}_total\{{.*?\}} (\S+)$", text, re.MULTILINE)))
 
 
 def _require(program: str) -> None:
