@@ -84,12 +84,14 @@ class Features:
 class ServedAs:
     """How a server of another project takes the models of a family: their small files and the names of their weights
     in `layout`, `options` on its command line, and tokenizer_config.json without the settings `hidden` and with the
-    tokens `lent`, which are the end token where the vocabulary has none."""
+    tokens `lent`, which are the end token where the vocabulary has none. no_adapters: why adapters of the language
+    model are merged into its weights, or "" where the server applies them by itself."""
 
     layout: Literal["hf", "chat"] = "hf"
     options: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     lent: tuple[str, ...] = ()
+    no_adapters: str = ""
 
     def tokenizer_config(self, settings: Mapping[str, Any], end_token: Any) -> dict[str, Any]:
         """tokenizer_config.json for the server."""

@@ -50,6 +50,15 @@ class TextOnVLLM(TextOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOnVLLM(TextOnly):
+    """One whose feed-forward layers are mixtures of experts."""
+
+    servers: ClassVar[Mapping[str, ServedAs]] = {
+        "vllm": ServedAs(no_adapters="beside adapters, vLLM computes experts by kernels that GPUs alone have")
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35Text(TextOnly):
     """The language model of Qwen3.5 by itself. Checkpoints hold layers for multi-token prediction."""
 

@@ -16,6 +16,8 @@ from foveate.models.policy import Policy
 
 DEFAULT_MEMORY_FRACTION = 0.4
 """The part of a GPU's memory for a server that shares it with the trainer, if nobody says so."""
+BAN = -100.0
+"""Added to the logits of tokens that may not be sampled: e**-100 of their probability is left."""
 
 
 def banned_ids(policy: Policy) -> list[int]:

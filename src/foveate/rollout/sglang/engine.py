@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from base64 import b64encode
 from collections.abc import Callable
@@ -23,8 +24,17 @@ from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
-from foveate.rollout.server.engine import BAN, TRANSFER_S, ServedEngine
+from foveate.rollout.server.adapters import (
+    AdapterTransfer,
+    SeparateAdapters,
+    adapter_name,
+    is_matrix,
+    loaded_adapters,
+    served_adapters,
+)
+from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
+    BAN,
     DEFAULT_MEMORY_FRACTION,
     banned_ids,
     dtype_name,
@@ -32,7 +42,7 @@ from foveate.rollout.server.launch import (
     write_launch_files,
 )
 from foveate.rollout.server.process import HOST, PORT, Server, ServerLostError, meanwhile
-from foveate.rollout.server.weights import plan_buckets, served_weights
+from foveate.rollout.server.weights import TRANSFER_S, plan_buckets, served_weights
 
 _GROUP = "weights"
 _ON_CPU = (
@@ -66,6 +76,7 @@ class SGLangEngine(ServedEngine):
         shared: bool = False,
         transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
+        adapters: AdapterTransfer = "auto",
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -88,6 +99,7 @@ class SGLangEngine(ServedEngine):
             self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins"
         )
         self._banned = banned_ids(policy)
+        self.adapters = served_adapters(policy, "sglang", self._served, adapters)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
         on_cpu = (device or policy.device.type) == "cpu"
@@ -100,11 +112,12 @@ class SGLangEngine(ServedEngine):
             *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
             *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
             *(_ON_CPU if on_cpu else ("--enable-memory-saver",) if shared else ()),
+            *(() if self.adapters is None else _adapter_options(self.adapters, on_cpu, shared)),
             *(("--context-length", str(longest)) if longest else ()),
             *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
             *(arguments or ()),
         ]
-        self.start(version, served_weights(policy.model))
+        self.start(version, served_weights(policy.model, self.adapters))
 
     # --------------------------------------------------------------------------------------------------- the server
 
@@ -132,8 +145,12 @@ class SGLangEngine(ServedEngine):
 
     def _send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         self.abort(server)
-        named = chat_weights(weights) if self._served.layout == "chat" else weights
-        if self._transfer == "disk":
+        matrices = {name: tensor for name, tensor in weights if is_matrix(name)}
+        own = [(name, tensor) for name, tensor in weights if name not in matrices]
+        named = chat_weights(own) if self._served.layout == "chat" else own
+        if not named:
+            pass
+        elif self._transfer == "disk":
             update = {
                 "model_path": str(self._file.write(version, named)),
                 "load_format": "auto",
@@ -142,6 +159,8 @@ class SGLangEngine(ServedEngine):
             _succeed(server.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
         else:
             self._broadcast(server, version, named)
+        if self.adapters is not None:
+            self._load_adapter(server, version, matrices, self.adapters)
         server.call("POST", "/flush_cache", timeout_s=self._stall_s)
 
     def _broadcast(self, server: Server, version: int, named: list[tuple[str, Tensor]]) -> None:
@@ -159,6 +178,23 @@ class SGLangEngine(ServedEngine):
             with meanwhile(server, "/update_weights_from_distributed", update, TRANSFER_S):
                 self._senders[server].send([bucket])
         _succeed(server.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
+
+    def _load_adapter(
+        self, server: Server, version: int, matrices: dict[str, Tensor], adapters: SeparateAdapters
+    ) -> None:
+        """Put an adapter in place of the one before, each of its matrices compared by its checksum."""
+        for former in loaded_adapters(server, self._stall_s):
+            _succeed(server.call("POST", "/unload_lora_adapter", {"lora_name": former}, timeout_s=self._stall_s))
+        held = {name: tensor.detach().cpu().clone() for name, tensor in matrices.items()}
+        adapter = {
+            "lora_name": adapter_name(version),
+            "config_dict": adapters.config,
+            "serialized_named_tensors": [b64encode(pickle.dumps(held)).decode()] * self._workers,
+            "expected_checksums": {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in held.items()},
+        }
+        _succeed(server.call("POST", "/load_lora_adapter_from_tensors", adapter, timeout_s=TRANSFER_S))
+        stamp = {"new_version": str(version), "abort_all_requests": False}
+        _succeed(server.call("POST", "/update_weight_version", stamp, timeout_s=self._stall_s))
 
     def abort(self, server: Server) -> None:
         server.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
@@ -217,6 +253,8 @@ class SGLangEngine(ServedEngine):
             "return_logprob": True,
             self.SALT: version,
         }
+        if self.adapters is not None:
+            body["lora_path"] = adapter_name(self.version)
         if request.prompt.pixels is not None:
             body["image_data"] = [self._images(request.prompt, version)]
         return body
@@ -226,10 +264,24 @@ class SGLangEngine(ServedEngine):
         version are never taken from a cache."""
         assert prompt.pixels is not None
         tiles = prompt.pixels.to(next(self._policy.model.parameters()).dtype).contiguous()
-        data = tiles.flatten().view(torch.uint8).numpy().tobytes()
+        data = _bytes(tiles)
         name = int.from_bytes(hashlib.sha256(data + version.encode()).digest()[:7], "big")
         about = {"hash": name, "dtype": dtype_name(tiles), "shape": list(tiles.shape)}
         return json.dumps({**about, "data": b64encode(data).decode()})
+
+
+def _adapter_options(adapters: SeparateAdapters, on_cpu: bool, shared: bool) -> tuple[str, ...]:
+    """One adapter at a time, in the layers that have one. A server that sleeps keeps its weights in host memory, since
+    they are not published again."""
+    return (
+        *("--enable-lora", "--max-loras-per-batch", "1", "--max-lora-rank", str(adapters.rank)),
+        *("--lora-target-modules", *adapters.targets, "--lora-strict-loading"),
+        *(("--lora-backend", "torch_native") if on_cpu else ("--enable-weights-cpu-backup",) if shared else ()),
+    )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
@@ -244,4 +296,4 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 def _succeed(answer: Any) -> None:
     if not answer["success"]:
-        raise EngineError(f"the server refused new weights: {answer['message']}")
+        raise EngineError(f"the server refused new weights: {answer.get('message') or answer.get('error_message')}")
