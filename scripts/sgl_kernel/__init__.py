@@ -66,3 +66,21 @@ for operator in READ_AT_IMPORT:
     setattr(torch.ops.sgl_kernel, operator, _Absent(f"torch.ops.{__name__}.{operator}"))
 sys.meta_path.insert(0, _Submodules())
 __getattr__ = _attribute_of(__name__)
+
+
+def _without_pinned_memory():
+    """SGLang pins host memory for its adapters, also where no accelerator reads it and PyTorch refuses."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return
+
+    def unpinned(plain):
+        return lambda *arguments, pin_memory=False, **settings: plain(*arguments, **settings)  # noqa: ARG005
+
+    for name in ("tensor", "empty", "zeros", "arange"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self: self
+
+
+_without_pinned_memory()

@@ -19,10 +19,11 @@ from foveate.cluster.local import LocalWorkers
 from foveate.cluster.rank_engine import RankEngine
 from foveate.cluster.remote_engines import RemoteEngines
 from foveate.cluster.weights import Incoming, Outgoing
-from foveate.config.model import ModelSettings
+from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError, EngineError, RankLost
+from foveate.models.lora import train_parts, with_adapters
 from foveate.models.policy import load_policy
 from foveate.records import SamplingParams
 from foveate.rollout import check
@@ -346,3 +347,28 @@ def test_tied_weights_reach_an_engine_of_its_own_once_and_stay_tied(name, make_t
         expected = NativeEngine(policy, encode.decode, version=version).generate(requests, SAMPLING)
         assert process._engine.generate(requests, SAMPLING) == expected
     process.close()
+
+
+def test_engines_with_the_trainers_adapters_get_the_base_once_and_then_what_training_changes(
+    tiny_folder, trainer, encode, requests
+):
+    """As those of servers do, which apply adapters by themselves; an engine that is started again gets all."""
+    lora, parts = LoraSettings(rank=2), ("language",)
+    train_parts(trainer.policy, parts, lora)
+    processes = ThreadProcesses(2)
+    load = partial(with_adapters, partial(load_policy, str(tiny_folder)), parts, lora)
+    logprobs = partial(check._logprobs, trainer.policy, 1.0)
+    how = {"timeout": 60.0, "asynchronous": False, "dtype": torch.float32, "adapters": True}
+    with RemoteEngines(processes, LocalWorkers(trainer), load, logprobs, **how) as engines:
+        engines.start(NativeEngine, encode, RolloutSettings(check_every=0), 3)
+        trained = [one for one in trainer.policy.model.parameters() if one.requires_grad]
+        for version in (4, 5):
+            with torch.no_grad():
+                for one in trained:
+                    one += 0.1
+            assert engines.publish(version)["engine/publish_bytes"] == sum(one.nbytes for one in trained)
+            if version == 5:
+                processes.lost[0].set()
+            found = engines.generate(requests, SAMPLING)
+            assert found == alone(trainer, encode, version).generate(requests, SAMPLING)
+        assert processes.starts == [0, 1, 0]

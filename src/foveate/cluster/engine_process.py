@@ -13,9 +13,10 @@ from foveate.cluster.local import P, R
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
+from foveate.rollout.build import weights_for
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
-from foveate.rollout.server.weights import served_weights
+from foveate.rollout.server.adapters import all_adapters
 
 EngineCall = Callable[Concatenate["EngineProcess", P], R]
 """A method of `EngineProcess`, such as `EngineProcess.publish`."""
@@ -67,10 +68,12 @@ class EngineProcess:
         decode: Callable[[tuple[int, ...]], str],
     ) -> None:
         self._policy = load()
-        self._policy.model.requires_grad_(False)
+        adapters = all_adapters(self._policy.model)
+        if adapters is None:  # else what trains tells what travels
+            self._policy.model.requires_grad_(False)
         self._make = partial(new_engine, self._policy, decode)
         self._engine: Engine | None = None
-        self._incoming, self._outgoing = Incoming(self._policy.model), Outgoing(self._policy.model)
+        self._incoming, self._outgoing = Incoming(self._policy.model, adapters), Outgoing(self._policy.model)
         self._current = 0, _Round()
 
     @property
@@ -91,7 +94,7 @@ class EngineProcess:
         if self._engine is None:
             self._engine = self._make(version=version)
         else:
-            self._engine.publish(version, served_weights(self._policy.model))
+            self._engine.publish(version, weights_for(self._engine, self._policy))
 
     def packet(self, first: bool) -> Packet | None:
         """The weights of the last `publish`, for another engine that lost its own."""

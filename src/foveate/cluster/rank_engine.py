@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foveate.cluster.base import WorkerGroup
 from foveate.cluster.local import R
-from foveate.cluster.weights import Outgoing, Packet
+from foveate.cluster.weights import Outgoing, Packet, PacketForm
 from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
@@ -19,7 +19,7 @@ from foveate.models.policy import Policy, load_policy
 from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
 from foveate.records import Answer, Prompt, SamplingParams
-from foveate.rollout.build import WeightCheck
+from foveate.rollout.build import WeightCheck, weights_for
 from foveate.rollout.engine import Engine, Observe, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.rounds import stream_in_rounds
@@ -87,22 +87,22 @@ class RankEngine:
         return self._started.prompt_ids(prompt)
 
     def publish(self, version: int) -> dict[str, float]:
-        """Let the engine of this rank take over the weights of all; the metrics of a check of it, if one is due."""
+        """Let the engine of this rank take over the weights of all; its metrics, and those of a check of it, if one is
+        due."""
         weights = self._published() if self._ranks is None else served_weights(self._policy.model)
-        self._started.publish(version, weights)
-        return self._check.after_publish() if self._check is not None else {}
+        found = self._started.publish(version, weights) or {}
+        return {**found, **(self._check.after_publish() if self._check is not None else {})}
 
-    def packet(self, first: bool) -> Packet | None:
+    def packet(self, first: bool, form: PacketForm) -> Packet | None:
         """For engines elsewhere, the next part of the weights, or the `first` one: all ranks gather it together, and
         the first rank has it. None behind the last one."""
-        return self._outgoing.packet(first)
+        return self._outgoing.packet(first, form)
 
     def _published(self) -> Iterable[tuple[str, Tensor]]:
         """The weights for the engine. One that answers while the policy trains gets copies: should it die and start
         again, the policy's own tensors have changed."""
-        is_native = isinstance(self._engine, NativeEngine)
-        weights = self._policy.model.named_parameters() if is_native else served_weights(self._policy.model)
-        if not self._asynchronous or is_native:
+        weights = weights_for(self._started, self._policy)
+        if not self._asynchronous or isinstance(self._engine, NativeEngine):
             return weights
         return ((name, tensor.detach().clone()) for name, tensor in weights)
 

@@ -18,6 +18,7 @@ from foveate.cluster.base import WorkerGroup, broadcast
 from foveate.cluster.engine_process import EngineCall, EngineLostError, EngineProcess, EngineProcesses
 from foveate.cluster.local import P, R
 from foveate.cluster.rank_engine import HasEngine, RankEngine, RankEngines
+from foveate.cluster.weights import PacketForm
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import RankLost
@@ -68,16 +69,19 @@ class RemoteEngines:
         timeout: float,
         asynchronous: bool,
         dtype: torch.dtype,
+        adapters: bool = False,
     ) -> None:
         """`load` makes the policy on which an engine stands; `logprobs` are those of the trainers, one vector for each
-        group; `dtype` is the coarsest that engines and trainers compute in."""
+        group; `dtype` is the coarsest that engines and trainers compute in; `adapters`: that policy has the adapters
+        of the trainers, and gets what training changes alone when it has had all."""
         self.version = -1
         self._processes, self._ranks, self._load = processes, RankEngines(workers), load
         self._logprobs = logprobs
+        self._forms: tuple[PacketForm, PacketForm] = ("separate", "changing") if adapters else ("merged", "merged")
         self._timeout, self._asynchronous, self._dtype = timeout, asynchronous, dtype
         self._every = range(processes.size)
         self._fails = [0] * processes.size
-        self._losses = self._publishes = self._ticket = 0
+        self._losses = self._publishes = self._ticket = self._bytes = 0
         self._is_paused = False
         self._reviving = threading.Lock()
 
@@ -98,7 +102,7 @@ class RemoteEngines:
         self._encoder, self._rollout = encoder, rollout
         started = [self._processes.start(number, self._build) for number in self._every]
         lost = self._failing(dict(zip(self._every, started, strict=True)))
-        self._publish(version, lost)
+        self._publish(version, lost, self._forms[0])
         if rollout.check_every:
             self._prove()
 
@@ -127,12 +131,13 @@ class RemoteEngines:
         return self._prompt_ids_of(0, prompt)
 
     def publish(self, version: int, _weights: Weights = (), /) -> dict[str, float]:
-        """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, and those of a
-        check, if one is due."""
-        self._publish(version, {})
+        """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, the bytes that
+        each engine got, and those of a check, if one is due."""
+        self._publish(version, {}, self._forms[1])
         self._publishes += 1
         due = self._rollout.check_every and self._publishes % self._rollout.check_every == 0
-        return {"engine/lost": float(self._losses), **({"engine/check": self._prove()} if due else {})}
+        found = {"engine/lost": float(self._losses), "engine/publish_bytes": float(self._bytes)}
+        return {**found, **({"engine/check": self._prove()} if due else {})}
 
     def _tell(self, method: Callable[[EngineProcess], None], *, paused: bool) -> None:
         """An engine that is lost does not matter here: another one is told when it has been started."""
@@ -190,18 +195,20 @@ class RemoteEngines:
 
     # ---------------------------------------------------------------------------------------------------------- weights
 
-    def _publish(self, version: int, lost: dict[int, EngineLostError]) -> None:
+    def _publish(self, version: int, lost: dict[int, EngineLostError], form: PacketForm) -> None:
         """Weights of the trainers to all engines, which are at rest; those that are `lost` are started again first."""
         self.version = version
-        lost = lost | self._send([number for number in self._every if number not in lost], self._trainers)
+        source = partial(self._trainers, form=form)
+        lost = lost | self._send([number for number in self._every if number not in lost], source)
         for number, error in lost.items():
             self._revive(number, error, self._trainers)
 
     def _send(self, numbers: Sequence[int], source: Callable[[bool], Any]) -> dict[int, EngineLostError]:
         """Packet by packet, the next one gathered while one is taken in. Returns the engines that were lost."""
         lost: dict[int, EngineLostError] = {}
-        packet = source(True)
+        packet, self._bytes = source(True), 0
         while packet is not None:
+            self._bytes += packet.data.nbytes
             shared = self._processes.share(packet)
             taken = {
                 number: self._processes.ask(number, EngineProcess.take, shared)
@@ -214,8 +221,9 @@ class RemoteEngines:
         told = {n: self._processes.ask(n, EngineProcess.publish, self.version) for n in numbers if n not in lost}
         return lost | self._failing(told)
 
-    def _trainers(self, first: bool) -> Any:
-        return broadcast(self._ranks, RankEngine.packet, first)[0]
+    def _trainers(self, first: bool, form: PacketForm | None = None) -> Any:
+        """A packet of the trainers, of all that an engine needs unless `form` says otherwise."""
+        return broadcast(self._ranks, RankEngine.packet, first, form or self._forms[0])[0]
 
     def _source(self, number: int) -> Callable[[bool], Any]:
         """Who has the weights of the last publish when an engine has been lost while it answered."""

@@ -80,18 +80,24 @@ class Features:
     deeper: tuple[Tensor, ...] = ()
 
 
+VLLM_EXPERTS = "beside adapters, vLLM computes experts by kernels that GPUs alone have"
+"""Why it is handed mixtures of experts with their adapters merged."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServedAs:
     """How a server of another project takes the models of a family: their small files and the names of their weights
     in `layout`, how those names begin in the module in memory and there (`prefixes`), `options` on its command line,
     and tokenizer_config.json without the settings `hidden` and with the tokens `lent`, which are the end token where
-    the vocabulary has none."""
+    the vocabulary has none. no_adapters: why adapters of the language model are merged into its weights, or "" where
+    the server applies them by itself."""
 
     layout: Literal["hf", "chat"] = "hf"
     options: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     lent: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
+    no_adapters: str = ""
 
     def weight_name(self, name: str) -> str:
         """The server's name of a weight of the module in memory."""

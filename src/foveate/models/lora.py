@@ -5,7 +5,7 @@ LoRA (arXiv 2106.09685): a linear layer W becomes W + alpha / rank * B A, with B
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from foveate.models.policy import Policy, freeze_except
 from foveate.models.quantize import dequantized, owner_of, quantized_layers
 from foveate.models.sharded import put
 
-_ADAPTER = "default"  # what peft calls one that has no name
+ADAPTER = "default"
+"""What peft calls an adapter that has no name."""
 _WITHOUT_TARGETS = ("vision", "language")
 """The parts whose linear layers get adapters when no targets are named; the projector is small and trains in full."""
 
@@ -30,7 +31,7 @@ def train_parts(policy: Policy, parts: Sequence[str], lora: LoraSettings | None)
     freeze_except(policy, parts)
     if lora is not None:
         add_adapters(policy, lora, parts)
-    adapted = {policy.family.part_of(name) for name in _adapted(policy.model)}
+    adapted = {policy.family.part_of(name) for name in adapted_layers(policy.model)}
     for name in quantized_layers(policy.model):
         if (part := policy.family.part_of(name)) in set(parts) - adapted:
             raise ConfigError(
@@ -80,6 +81,13 @@ def add_adapters(policy: Policy, settings: LoraSettings, modules: Sequence[str])
         begin_adapters(policy, settings)
 
 
+def with_adapters(load: Callable[[], Policy], parts: Sequence[str], lora: LoraSettings) -> Policy:
+    """A policy with the adapters of one that trains these parts, to be given their values."""
+    policy = load()
+    train_parts(policy, parts, lora.model_copy(update={"adapter": None}))
+    return policy
+
+
 def begin_adapters(policy: Policy, settings: LoraSettings | None) -> None:
     """The adapters of a policy that has memory as a run begins with them: new ones, or those of `settings.adapter`."""
     reset_adapters(policy.model)
@@ -91,8 +99,8 @@ def begin_adapters(policy: Policy, settings: LoraSettings | None) -> None:
 def reset_adapters(model: nn.Module) -> None:
     """The adapters as they start: A uniform as PyTorch makes linear layers, the same on all ranks, and B = 0."""
     generator = torch.Generator().manual_seed(0)
-    for layer in _adapted(model).values():
-        first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    for layer in adapted_layers(model).values():
+        first, second = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         bound = first.shape[1] ** -0.5
         put(first, torch.empty(first.shape).uniform_(-bound, bound, generator=generator))
         second.zero_()
@@ -108,36 +116,48 @@ def trains_adapters_only(model: nn.Module) -> bool:
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model as it was before its adapters trained: they count 0 times. (peft's own switch also says of their
     weights that they need no gradient, which FSDP takes over for good.)"""
-    layers = _adapted(model)
+    layers = adapted_layers(model)
     for layer in layers.values():
-        layer.set_scale(_ADAPTER, 0.0)
+        layer.set_scale(ADAPTER, 0.0)
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.set_scale(_ADAPTER, 1.0)
+            layer.set_scale(ADAPTER, 1.0)
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under the names of the model without adapters, with the adapters merged into them; those that are
-    quantised as the numbers that their layers multiply with."""
-    layers, quantized = _adapted(model), quantized_layers(model)
+def merged_state(
+    model: nn.Module, *, apart: Container[str] = (), only: Callable[[str], bool] | None = None
+) -> dict[str, Tensor]:
+    """The weights under the names of the model without adapters (`plain_name`), with the adapters merged into them;
+    those that are quantised as the numbers that their layers multiply with.
+
+    apart: layers that stay as they are, with the matrices of their adapters beside them; only: whether a name is asked
+    for at all."""
+    layers, quantized = adapted_layers(model), quantized_layers(model)
     state = {}
     for name, tensor in model.state_dict().items():
+        plain, (owner, is_adapted, rest) = plain_name(name), name.partition(".base_layer.")
+        layer, is_matrix, _ = name.partition(".lora_")
+        if (only is not None and not only(plain)) or (is_matrix and layer not in apart):
+            continue
         frozen = owner_of(name, quantized)
-        if frozen is not None and not name.endswith(".bias"):
+        if frozen is not None and not is_matrix and not name.endswith(".bias"):
             if name != f"{frozen}.weight":
                 continue  # its scales
             tensor = dequantized(quantized[frozen])
-        owner, _, rest = name.partition(".base_layer.")
-        if rest == "weight":
-            tensor = tensor + layers[owner].get_delta_weight(_ADAPTER).detach().to(tensor.dtype)
-        if ".lora_" not in name:
-            state[f"{owner}.{rest}" if rest else name] = tensor
+        if is_adapted and rest == "weight" and owner not in apart:
+            tensor = tensor + layers[owner].get_delta_weight(ADAPTER).detach().to(tensor.dtype)
+        state[plain] = tensor
     return state
 
 
-def _adapted(model: nn.Module) -> dict[str, Any]:
+def plain_name(name: str) -> str:
+    """The name of a tensor of a model with adapters: that of the model without, or peft's for a matrix in a file."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
     """The layers with adapters. Nothing is imported for a model without."""
     return {
         name.removesuffix(".lora_A"): model.get_submodule(name.removesuffix(".lora_A"))

@@ -13,13 +13,14 @@ import torch
 
 from foveate.config.model import LoraSettings
 from foveate.config.train import OptimSettings
-from foveate.models.lora import train_parts
+from foveate.models.lora import plain_name, train_parts
 from foveate.models.policy import Policy, freeze_except, parameters_by_part
 from foveate.models.quantize import Quantization, linear_layers, packed_bytes
 from foveate.models.sizes import RECURRENT, key_value_numbers, recurrent_layers, state_numbers
 from foveate.plan.hardware import GIB, HOST_MEMORY, Machines
 from foveate.plan.trace import RowShape, StepMemory, family_of, piece_of, step_memory, traced_policy
 from foveate.plan.workload import Workload
+from foveate.rollout.server.adapters import language_adapters
 from foveate.train.optim import state_bytes
 
 ENGINE_BYTES = 2
@@ -65,12 +66,14 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Parameters of the parts of a model, of one block of the language model, and of what is in no block."""
+    """Parameters of the parts of a model, of one block of the language model, and of what is in no block. `changing`:
+    those that a server gets of each update, which applies adapters by itself."""
 
     total: int
     trained: int
     block: int
     root: int
+    changing: int
 
 
 def parameter_counts(policy: Policy) -> dict[str, int]:
@@ -107,11 +110,16 @@ def _sizes(held: ByText, train: tuple[str, ...], lora: LoraSettings | None) -> S
     root = text.vocab_size * text.hidden_size * (1 if held.config.tie_word_embeddings else 2)
     block = (counts["language"] - root) // text.num_hidden_layers
     freeze_except(policy, train)
-    trained = sum(counts[part] for part in train)
+    trained, total, adapters = sum(counts[part] for part in train), sum(counts.values()), None
     if lora is not None:
         train_parts(policy, train, lora)
         trained = sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-    return Sizes(sum(counts.values()), trained, block, root + counts.get("projector", 0))
+        adapters = language_adapters(policy)
+    changing = total
+    if adapters is not None:
+        own = policy.model.named_parameters()
+        changing = sum(parameter.numel() for name, parameter in own if plain_name(name) in adapters.changing)
+    return Sizes(total, trained, block, root + counts.get("projector", 0), changing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,9 @@ def _optimizer(work: Workload, machines: Machines) -> float:
 def _publish(work: Workload, machines: Machines) -> float:
     if not work.generates or work.cluster.gpus == 1:
         return 0.0
-    return sizes_of(work.config, work.trainable, work.lora).total * ENGINE_BYTES / machines.reach(work.cluster.gpus)
+    sizes = sizes_of(work.config, work.trainable, work.lora)
+    moved = sizes.changing if work.applies_adapters else sizes.total
+    return moved * ENGINE_BYTES / machines.reach(work.cluster.gpus)
 
 
 def in_flight(work: Workload, machines: Machines, memory: Memory) -> int:

@@ -15,12 +15,14 @@ from foveate.config.cluster import ClusterSettings
 from foveate.config.model import LoraSettings
 from foveate.config.runs import MPOSettings, RLSettings, SFTSettings, VicoSettings, VirSettings
 from foveate.config.train import OptimSettings
+from foveate.encoding.family import Family
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.policy import DTYPES
 from foveate.models.quantize import Quantization
 from foveate.models.sizes import OTHER_MODELS, PUBLISHED_SIZES, published_config
 from foveate.plan.trace import RowShape, family_of, piece_of
+from foveate.rollout.build import keeps_adapters
 from foveate.train.algorithm import build_algorithm
 
 
@@ -31,7 +33,8 @@ class Workload:
     A step has `groups` prompts with `answers` each, trained on in `updates` optimizer steps on micro-batches of
     `budget` tokens per device, which go `epochs` times over the answers. `forwards` counts the passes beside the
     update: old and reference log-probs. `overlaps`: the next answers are generated while these are trained on.
-    `served`: answers come from a server, which holds weights of its own.
+    `served`: answers come from a server, which holds weights of its own; `applies_adapters`: and takes adapters as they
+    are.
     `teachers`: the configurations of frozen models that read every answer once, or once in every epoch.
     """
 
@@ -58,6 +61,7 @@ class Workload:
     lora: LoraSettings | None = None
     quantization: Quantization | None = None
     served: bool = False
+    applies_adapters: bool = False
     teachers: tuple[Any, ...] = ()
     teacher_dtype: torch.dtype = torch.float32
 
@@ -123,9 +127,15 @@ def workload_of(
         epochs=settings.train.epochs_per_step, overlaps=bool(settings.rollout.staleness and settings.cluster.engines),
         answer=answer or longest // 8 or 1, longest=longest, generates=True,
         served=settings.rollout.engine in ("vllm", "sglang"),
+        applies_adapters=_applies_adapters(settings, family),
         forwards=(updates > 1 or algorithm.needs_old) + needs_reference,
         reference=needs_reference and model.lora is None,  # else the model with its adapters off
     )  # fmt: skip
+
+
+def _applies_adapters(settings: RLSettings, family: Family) -> bool:
+    served = family.servers.get(settings.rollout.engine)
+    return served is not None and not served.no_adapters and keeps_adapters(settings.rollout)
 
 
 def _config_of(path: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
@@ -17,6 +19,7 @@ from foveate.rollout.check import check_engine
 from foveate.rollout.engine import Engine
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.engine import ServedEngine
+from foveate.rollout.server.weights import served_weights
 
 
 def choose_engine(
@@ -56,8 +59,25 @@ def choose_engine(
 
 def place_of_policy(rollout: RolloutSettings, device: str) -> str:
     """Where the policy of an engine in a process of its own stands: in host memory if it is only sent on."""
+    return "cpu" if _is_served(rollout) else device
+
+
+def keeps_adapters(rollout: RolloutSettings) -> bool:
+    """Whether the policy of an engine in a process of its own has adapters as the trainer's has, for servers that may
+    apply them by themselves; else it gets them merged."""
+    return _is_served(rollout) and rollout.engine_settings.get("adapters") != "merged"
+
+
+def _is_served(rollout: RolloutSettings) -> bool:
     make: Any = resolve(ENGINES, rollout.engine, "engine")
-    return "cpu" if inspect.isclass(make) and issubclass(make, ServedEngine) else device
+    return inspect.isclass(make) and issubclass(make, ServedEngine)
+
+
+def weights_for(engine: Engine, policy: Policy) -> Iterable[tuple[str, Tensor]]:
+    """The weights of a policy that an engine takes over at a publish."""
+    if isinstance(engine, NativeEngine):
+        return policy.model.named_parameters()
+    return served_weights(policy.model, engine.adapters if isinstance(engine, ServedEngine) else None)
 
 
 class WeightCheck:

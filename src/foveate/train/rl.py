@@ -29,12 +29,13 @@ from foveate.evaluate.predict import Evaluator
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import Metric, MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.lora import with_adapters
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
 from foveate.records import Group, SamplingParams
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders
-from foveate.rollout.build import choose_engine, place_of_policy
+from foveate.rollout.build import choose_engine, keeps_adapters, place_of_policy
 from foveate.rollout.conversations import Conversations, open_conversations
 from foveate.rollout.engine import Engine
 from foveate.rollout.seeds import seed_of
@@ -182,6 +183,9 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
     dtype = cluster.dtype or model.dtype
     place = place_of_policy(settings.rollout, cluster.kind)
     load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
+    adapters = model.lora is not None and keeps_adapters(settings.rollout)
+    if adapters:
+        load = partial(with_adapters, load, model.trainable, model.lora)
     return RemoteEngines(
         ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
@@ -190,6 +194,7 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
         timeout=cluster.timeout,
         asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],
+        adapters=adapters,
     )
 
 

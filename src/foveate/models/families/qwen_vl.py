@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,7 +20,17 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from foveate.config.data import VideoSettings
-from foveate.encoding.family import PER_MILLE, Clip, DummyImage, Family, Features, ImagePiece, ImageShape, ServedAs
+from foveate.encoding.family import (
+    PER_MILLE,
+    VLLM_EXPERTS,
+    Clip,
+    DummyImage,
+    Family,
+    Features,
+    ImagePiece,
+    ImageShape,
+    ServedAs,
+)
 from foveate.errors import DataError
 from foveate.models.checkpoint.formats import read_hf_config
 from foveate.models.checkpoint.small_files import (
@@ -41,7 +51,10 @@ _VLLM = ServedAs(
         "--no-mm-device-do-normalize",  # pixels come normalised
     )
 )
-_SGLANG = ServedAs(prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")))
+_SGLANG = ServedAs(
+    prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")),
+    no_adapters="on SGLang they are proven for models without images alone",
+)
 _SERVERS = {"vllm": _VLLM, "sglang": _SGLANG}
 
 
@@ -328,7 +341,7 @@ class Qwen3VL(QwenVL):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3VLMoe(Qwen3VL):
     towers = ("qwen3_vl_moe_text",)
-    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM}
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": replace(_VLLM, no_adapters=VLLM_EXPERTS)}
     transposed_experts = True
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedTokenizerBase
 
-from foveate.encoding.family import Family, ImagePiece, ServedAs
+from foveate.encoding.family import VLLM_EXPERTS, Family, ImagePiece, ServedAs
 from foveate.models.checkpoint.formats import mapped, read_hf_config
 from foveate.models.checkpoint.small_files import check_vocabulary, stop_ids
 from foveate.models.families.proof import forest_difference
@@ -43,10 +43,10 @@ class ServedText(TextOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextOnVLLM(TextOnly):
-    """One that vLLM takes as it is."""
+class MixtureOnVLLM(TextOnly):
+    """One whose feed-forward layers are mixtures of experts."""
 
-    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs()}
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs(no_adapters=VLLM_EXPERTS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

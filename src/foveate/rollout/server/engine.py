@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,12 @@ from foveate.errors import EngineError
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Observe, Request, in_order
+from foveate.rollout.server.adapters import SeparateAdapters
 from foveate.rollout.server.launch import require_place, sent_from, visible_devices
-from foveate.rollout.server.process import HOST, Server, ServerLostError
+from foveate.rollout.server.process import HOST, Counts, Server, ServerLostError
 from foveate.rollout.server.routes import routes
 from foveate.rollout.server.turns import GroupTurns, StreamEnd, unbegun
-from foveate.rollout.server.weights import TRANSFER_S, Sender, WeightsFile
+from foveate.rollout.server.weights import TRANSFER_S, Sender, WeightsFile, frozen_weights
 
 logger = logging.getLogger(__name__)
 
@@ -37,18 +38,6 @@ _LOOK = 0.1
 """Seconds after which a pause is noticed at the latest."""
 _RESTARTS = 2
 """Starts of one server without a single finished group in between, after which the run ends."""
-
-
-@dataclass(slots=True)
-class Counts:
-    """Counters since the engine was made."""
-
-    groups: int = 0
-    tokens: int = 0
-    regenerated: int = 0
-    restarts: int = 0
-    publishes: int = 0
-    publish_seconds: float = 0.0
 
 
 class ServedEngine(ABC):
@@ -62,6 +51,7 @@ class ServedEngine(ABC):
 
     command: Sequence[str]
     environment: Mapping[str, str]
+    adapters: SeparateAdapters | None = None  # what is published as adapters; frozen weights go once then
 
     def __init__(
         self,
@@ -83,8 +73,7 @@ class ServedEngine(ABC):
         require_place(policy, shared, devices, servers * tensor_parallel, transfer)
         self._devices = visible_devices(devices, servers)
         self._kind, self._policy, self._decode, self._transfer = kind, policy, decode, transfer
-        self._bucket = bucket_mb << 19  # two of them are in memory at a time
-        self._workers = tensor_parallel
+        self._bucket, self._workers = bucket_mb << 19, tensor_parallel  # two buckets are in memory at a time
         self._senders: dict[Server, Sender] = {}
         self.version = -1
         self._shared, self._sleeps = shared, False
@@ -114,7 +103,8 @@ class ServedEngine(ABC):
 
     @abstractmethod
     def send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
-        """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache."""
+        """Bring weights into a server: afterwards it computes with them alone, with nothing old in any cache. With
+        `adapters` those that are not among them stay, but no other adapter does."""
 
     @abstractmethod
     def sleep_server(self, server: Server) -> None:
@@ -234,7 +224,8 @@ class ServedEngine(ABC):
             if any(len(answer) for answer in group):
                 yield index, group
 
-    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> None:
+    def publish(self, version: int, weights: Iterable[tuple[str, Tensor]] = ()) -> dict[str, float]:
+        """As `Engine.publish`; of a policy with `adapters` the weights are those of `served_weights` with these."""
         started = time.monotonic()
         self._weights = []  # the former ones go before there are new ones
         self._weights, self.version = list(weights), version
@@ -244,6 +235,8 @@ class ServedEngine(ABC):
         self._sleeps = False
         self.counts.publishes += 1
         self.counts.publish_seconds += time.monotonic() - started
+        self.counts.publish_bytes = sum(tensor.nbytes for _, tensor in self._weights)
+        return {"engine/publish_bytes": float(self.counts.publish_bytes)}
 
     def sleep(self) -> None:
         if self._shared and not self._sleeps:
@@ -310,7 +303,8 @@ class ServedEngine(ABC):
         server = self.servers[number]
         server.start(self._start_s)
         self.connect(server)
-        self.send(server, self.version, self._weights)
+        once = () if self.adapters is None else frozen_weights(self._policy.model, self.adapters)
+        self.send(server, self.version, [*once, *self._weights])
 
     def _publish_one(self, number: int) -> None:
         """A server that sleeps takes the memory of its caches when it has let go of what a transfer takes."""

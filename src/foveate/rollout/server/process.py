@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ HOST = "127.0.0.1"
 PORT = "{port}"
 """Stands in a command line for the port that the server gets at its start."""
 _GUARD = Path(__file__).with_name("guard.py")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counters of the servers of an engine since it was made; publish_bytes: what the last publish sent to each."""
+
+    groups: int = 0
+    tokens: int = 0
+    regenerated: int = 0
+    restarts: int = 0
+    publishes: int = 0
+    publish_seconds: float = 0.0
+    publish_bytes: int = 0
 
 
 class ServerLostError(Exception):

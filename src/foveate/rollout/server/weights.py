@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import threading
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +25,9 @@ from torch.distributed import (
 )
 from torch.multiprocessing.reductions import reduce_tensor
 
-from foveate.models.lora import merged_state
+from foveate.models.lora import adapted_layers, merged_state
 from foveate.models.quantize import quantized_layers
+from foveate.rollout.server.adapters import SeparateAdapters
 
 TRANSFER_S = 600.0
 """Patience of both ends of a transfer, in seconds; a server that dies breaks it off at once."""
@@ -34,6 +35,8 @@ ALIGNMENT = 16
 """Tensors start at multiples of it, so that every dtype can be viewed in place."""
 _MEETING = timedelta(seconds=120)
 """Patience while a group forms: a worker that dies just then is waited for."""
+TRANSFER_S = 600.0
+"""Patience of both ends of a transfer of weights, in seconds; a server that dies breaks it off at once."""
 TRAILER = 16
 """Bytes behind the tensors of a bucket: the sum of all before as 64-bit integers, and the number of the bucket."""
 
@@ -53,15 +56,27 @@ class Bucket:
         return len(self.tensors) == 1 and tensor.numel() * tensor.element_size() == self.size
 
 
-def served_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights that a server needs of a model: its parameters, adapters merged into them and quantised ones in full,
-    a tied head once, as the embedding. Nothing is computed before the first is asked for."""
-    names = {name for name, _ in model.named_parameters()}
-    if not any(".lora_" in name for name in names) and not quantized_layers(model):
+def served_weights(model: nn.Module, adapters: SeparateAdapters | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a server needs of a model at each publish: its parameters, adapters merged into them and
+    quantised ones in full, a tied head once, as the embedding; or those that change, beside adapters that are not
+    merged. Nothing is computed before the first is asked for."""
+    if adapters is not None:
+        yield from _state(model, adapters.layers, adapters.changing.__contains__)
+    elif not adapted_layers(model) and not quantized_layers(model):
         yield from model.named_parameters()
-        return
+    else:
+        yield from _state(model)
+
+
+def frozen_weights(model: nn.Module, adapters: SeparateAdapters) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a server needs once, beside those of `served_weights`."""
+    yield from _state(model, adapters.layers, lambda name: name not in adapters.changing)
+
+
+def _state(model: nn.Module, apart: Container[str] = (), only: Callable[[str], bool] | None = None) -> Any:
+    names = {name for name, _ in model.named_parameters()}
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    yield from ((name, tensor) for name, tensor in merged_state(model).items() if name not in again)
+    return ((name, one) for name, one in merged_state(model, apart=apart, only=only).items() if name not in again)
 
 
 def plan_buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> list[Bucket]:
@@ -180,18 +195,20 @@ class Sender:
 
 
 class WeightsFile:
-    """The weights of one version in a folder with a single file, written once for all servers."""
+    """The weights of one version in a folder with a single file, written once for all servers; all of them, and those
+    that change beside adapters, in a folder each."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._version, self._lock = folder, -1, threading.Lock()
+        self._folder, self._versions, self._lock = folder, dict[int, int](), threading.Lock()
 
-    def write(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> Path:
+    def write(self, version: int, weights: Collection[tuple[str, Tensor]]) -> Path:
         """The folder; `weights` go by the names that the servers know."""
+        folder = self._folder / str(len(weights))
         with self._lock:
-            if self._version != version:
-                self._folder.mkdir(exist_ok=True)
-                new = self._folder / "new"
+            if self._versions.get(len(weights)) != version:
+                folder.mkdir(parents=True, exist_ok=True)
+                new = folder / "new"
                 save_file({name: tensor.detach().contiguous() for name, tensor in weights}, new)
-                new.replace(self._folder / "model.safetensors")
-                self._version = version
-        return self._folder
+                new.replace(folder / "model.safetensors")
+                self._versions[len(weights)] = version
+        return folder

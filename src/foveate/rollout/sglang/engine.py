@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import threading
 from base64 import b64encode
@@ -26,6 +27,14 @@ from foveate.models.families import served_as
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
+from foveate.rollout.server.adapters import (
+    AdapterTransfer,
+    SeparateAdapters,
+    adapter_name,
+    is_matrix,
+    loaded_adapters,
+    served_adapters,
+)
 from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
     BAN,
@@ -70,6 +79,7 @@ class SGLangEngine(ServedEngine):
         shared: bool = False,
         transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
+        adapters: AdapterTransfer = "auto",
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -92,6 +102,7 @@ class SGLangEngine(ServedEngine):
             self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins"
         )
         self._banned = banned_ids(policy)
+        self.adapters = served_adapters(policy, "sglang", self._served, adapters)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
         self._counters: dict[Server, Path] = {}
         self._cached, self._lock = Counter[Server](), threading.Lock()
@@ -105,11 +116,12 @@ class SGLangEngine(ServedEngine):
             *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
             *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
             *(_ON_CPU if on_cpu else ("--enable-memory-saver",) if shared else ()),
+            *(() if self.adapters is None else _adapter_options(self.adapters, on_cpu, shared)),
             *(("--context-length", str(longest)) if longest else ()),
             *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
             *(arguments or ()),
         ]
-        self.start(version, served_weights(policy.model))
+        self.start(version, served_weights(policy.model, self.adapters))
 
     # --------------------------------------------------------------------------------------------------- the server
 
@@ -137,11 +149,12 @@ class SGLangEngine(ServedEngine):
 
     def _send(self, server: Server, version: int, weights: list[tuple[str, Tensor]]) -> None:
         self.abort(server)
-        if self._served.layout == "chat":
-            named = chat_weights(weights)
-        else:
-            named = [(self._served.weight_name(name), tensor) for name, tensor in weights]
-        if self._transfer == "disk":
+        matrices = {name: tensor for name, tensor in weights if is_matrix(name)}
+        own = [(self._served.weight_name(name), tensor) for name, tensor in weights if name not in matrices]
+        named = chat_weights(own) if self._served.layout == "chat" else own
+        if not named:
+            pass
+        elif self._transfer == "disk":
             update = {
                 "model_path": str(self._file.write(version, named)),
                 "load_format": "auto",
@@ -150,6 +163,8 @@ class SGLangEngine(ServedEngine):
             _succeed(server.call("POST", "/update_weights_from_disk", update, timeout_s=TRANSFER_S))
         else:
             self._broadcast(server, version, named)
+        if self.adapters is not None:
+            self._load_adapter(server, version, matrices, self.adapters)
         server.call("POST", "/flush_cache", timeout_s=self._stall_s)
 
     def _broadcast(self, server: Server, version: int, named: list[tuple[str, Tensor]]) -> None:
@@ -167,6 +182,23 @@ class SGLangEngine(ServedEngine):
             with meanwhile(server, "/update_weights_from_distributed", update, TRANSFER_S):
                 self._senders[server].send([bucket])
         _succeed(server.call("POST", "/end_weight_update", {}, timeout_s=TRANSFER_S))
+
+    def _load_adapter(
+        self, server: Server, version: int, matrices: dict[str, Tensor], adapters: SeparateAdapters
+    ) -> None:
+        """Put an adapter in place of the one before, each of its matrices compared by its checksum."""
+        for former in loaded_adapters(server, self._stall_s):
+            _succeed(server.call("POST", "/unload_lora_adapter", {"lora_name": former}, timeout_s=self._stall_s))
+        held = {name: tensor.detach().cpu().clone() for name, tensor in matrices.items()}
+        adapter = {
+            "lora_name": adapter_name(version),
+            "config_dict": adapters.config,
+            "serialized_named_tensors": [b64encode(pickle.dumps(held)).decode()] * self._workers,
+            "expected_checksums": {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in held.items()},
+        }
+        _succeed(server.call("POST", "/load_lora_adapter_from_tensors", adapter, timeout_s=TRANSFER_S))
+        stamp = {"new_version": str(version), "abort_all_requests": False}
+        _succeed(server.call("POST", "/update_weight_version", stamp, timeout_s=self._stall_s))
 
     def abort(self, server: Server) -> None:
         server.call("POST", "/abort_request", {"abort_all": True}, timeout_s=10)
@@ -232,6 +264,8 @@ class SGLangEngine(ServedEngine):
             "return_logprob": True,
             self.SALT: version,
         }
+        if self.adapters is not None:
+            body["lora_path"] = adapter_name(self.version)
         if request.prompt.pixels is not None:
             images = self._images(request.prompt, version)
             body["image_data"] = images if sampling.samples == 1 else [images]  # several samples: a list of requests
@@ -252,6 +286,20 @@ class SGLangEngine(ServedEngine):
         return items
 
 
+def _adapter_options(adapters: SeparateAdapters, on_cpu: bool, shared: bool) -> tuple[str, ...]:
+    """One adapter at a time, in the layers that have one. A server that sleeps keeps its weights in host memory, since
+    they are not published again."""
+    return (
+        *("--enable-lora", "--max-loras-per-batch", "1", "--max-lora-rank", str(adapters.rank)),
+        *("--lora-target-modules", *adapters.targets, "--lora-strict-loading"),
+        *(("--lora-backend", "torch_native") if on_cpu else ("--enable-weights-cpu-backup",) if shared else ()),
+    )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     """Weights by their names in transformers -> by those of the GitHub layout, fused where that fuses them."""
     parts: dict[str, dict[int, Tensor]] = {}
@@ -264,10 +312,9 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
 
 def _text(tensor: Tensor) -> tuple[str, list[int], str]:
     """Type, shape and, as base64, the bytes of a tensor."""
-    data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return dtype_name(tensor), list(tensor.shape), b64encode(data).decode()
+    return dtype_name(tensor), list(tensor.shape), b64encode(_bytes(tensor)).decode()
 
 
 def _succeed(answer: Any) -> None:
     if not answer["success"]:
-        raise EngineError(f"the server refused new weights: {answer['message']}")
+        raise EngineError(f"the server refused new weights: {answer.get('message') or answer.get('error_message')}")

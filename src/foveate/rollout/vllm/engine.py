@@ -27,6 +27,13 @@ from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.cache import cached_numbers
+from foveate.rollout.server.adapters import (
+    AdapterTransfer,
+    SeparateAdapters,
+    adapter_name,
+    loaded_adapters,
+    served_adapters,
+)
 from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.launch import (
     BAN,
@@ -41,6 +48,7 @@ from foveate.rollout.server.weights import TRANSFER_S, Bucket, handles, plan_buc
 
 _ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # the routes for weights, caches and sleep
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",  # those for adapters
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the plug-in's log-probs are those of the other one
     "HF_HUB_OFFLINE": "1",
@@ -51,6 +59,8 @@ _ON_CPU = {
     "TORCH_COMPILE_DISABLE": "1",
 }
 _GENERATE = "/inference/v1/generate"
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The sizes that vLLM has for adapters."""
 _RAW = 3
 """vLLM's MessagePack extension type for the bytes of a tensor."""
 
@@ -82,6 +92,7 @@ class VLLMEngine(ServedEngine):
         shared: bool = False,
         transfer: Literal["broadcast", "ipc", "disk"] = "broadcast",
         bucket_mb: int = 64,
+        adapters: AdapterTransfer = "auto",
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -96,21 +107,20 @@ class VLLMEngine(ServedEngine):
         the server computes on the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction`
         0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the
         folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc`
-        but for the largest tensor (a server takes as much, and the largest tensor); `arguments` are added to the
-        command line of `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: one that
-        goes with the engine)."""
+        but for the largest tensor (a server takes as much, and the largest tensor); `adapters` are `merged` into the
+        weights, or travel as they are where vLLM applies them (auto); `arguments` are added to the command line of
+        `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: a temporary one)."""
         self._served = served_as(policy.family, "vllm")
         _require(program)
         super().__init__(
             "vllm", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, tensor_parallel=tensor_parallel,
             devices=devices, shared=shared, transfer=transfer, bucket_mb=bucket_mb, logs=logs,
         )  # fmt: skip
-        plugin_file = Path(__file__).with_name("plugin.py")
-        group = "vllm.general_plugins"
+        plugin_file, group = Path(__file__).with_name("plugin.py"), "vllm.general_plugins"
         model, plugin = write_launch_files(self.folder, policy, self._served, plugin_file, "vllm", group)
         self._banned = banned_ids(policy)
+        self.adapters = served_adapters(policy, "vllm", self._served, adapters, _RANKS[-1])
         on_cpu = (device or policy.device.type) == "cpu"
-        memory_mb = _cpu_memory(policy, longest) if on_cpu and memory_mb is None else memory_mb
         self.environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
         self.environment["PYTHONPATH"] = python_path(plugin)
         self.command = [
@@ -118,13 +128,12 @@ class VLLMEngine(ServedEngine):
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
-            *self._served.options,
-            *(_cpu_options(policy, longest) if on_cpu else _gpu_options(memory_fraction, shared)),
+            *(self._served.options + _adapter_options(self.adapters)),
+            *(_cpu_options(policy, longest, memory_mb) if on_cpu else _gpu_options(memory_fraction, shared, memory_mb)),
             *(("--max-model-len", str(longest)) if longest else ()),
-            *(("--kv-cache-memory-bytes", str(memory_mb << 20)) if memory_mb else ()),
             *(arguments or ()),
         ]
-        self.start(version, served_weights(policy.model))
+        self.start(version, served_weights(policy.model, self.adapters))
 
     # ------------------------------------------------------------------------------------------------------- the server
 
@@ -144,24 +153,34 @@ class VLLMEngine(ServedEngine):
         soon = {"timeout_s": self._stall_s}
         server.call("POST", "/pause?mode=abort&clear_cache=true", **soon)
         server.call("POST", "/start_weight_update", **soon)
+        about = {} if self.adapters is None else {"adapter": _described(self.adapters, version)}
         if self._transfer == "disk":
             file = self._file.write(version, weights) / "model.safetensors"
-            update = {"update_info": {"buckets": [], "file": str(file)}}
+            update = {"update_info": {"buckets": [], "file": str(file), **about}}
             server.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
         elif self._transfer == "ipc":
             buckets = plan_buckets(weights, self._bucket)
             for number, (bucket, handle) in enumerate(handles(buckets, self._policy.device)):
-                update = {"update_info": {"buckets": [_announced(bucket)], "handle": handle, "number": number}}
-                server.call("POST", "/update_weights", update, timeout_s=TRANSFER_S)
+                update = {"buckets": [_announced(bucket)], "handle": handle, "number": number, **about}
+                server.call("POST", "/update_weights", {"update_info": update}, timeout_s=TRANSFER_S)
         else:
             buckets = plan_buckets(weights, self._bucket)
-            update = {"update_info": {"buckets": [*map(_announced, buckets)]}}
+            update = {"update_info": {"buckets": [*map(_announced, buckets)], **about}}
             with meanwhile(server, "/update_weights", update, TRANSFER_S):
                 self._senders[server].send(buckets)
         server.call("POST", "/finish_weight_update", {"weight_version": str(version)}, timeout_s=TRANSFER_S)
+        if self.adapters is not None:
+            self._load_adapter(server, adapter_name(version))
         for cache in ("prefix", "mm", "encoder"):
             server.call("POST", f"/reset_{cache}_cache", **soon)
         server.call("POST", "/resume", **soon)
+
+    def _load_adapter(self, server: Server, name: str) -> None:
+        """Let requests name the adapter that has just come, and no other. vLLM keys prefixes by its name, too."""
+        for former in loaded_adapters(server, self._stall_s):
+            server.call("POST", "/v1/unload_lora_adapter", {"lora_name": former}, timeout_s=self._stall_s)
+        adapter = {"lora_name": name, "lora_path": f"foveate:{name}"}  # what the plug-in holds under that name
+        server.call("POST", "/v1/load_lora_adapter", adapter, timeout_s=TRANSFER_S)
 
     def abort(self, server: Server) -> None:
         server.call("POST", "/abort_requests", {}, timeout_s=10)
@@ -173,7 +192,8 @@ class VLLMEngine(ServedEngine):
         return _counted(server, "prefix_cache_hits")
 
     def sleep_server(self, server: Server) -> None:
-        server.call("POST", "/sleep?level=2", timeout_s=self._stall_s)
+        level = 2 if self.adapters is None else 1  # 1: the weights, which are not published again, wait in host memory
+        server.call("POST", f"/sleep?level={level}", timeout_s=self._stall_s)
 
     def wake_server(self, server: Server, what: Literal["weights", "kv_cache"]) -> None:
         server.call("POST", f"/wake_up?tags={what}", timeout_s=self._stall_s)
@@ -215,6 +235,8 @@ class VLLMEngine(ServedEngine):
             "detokenize": False,
         }
         body = {"token_ids": list(request.prompt.token_ids), "sampling_params": params, self.SALT: version}
+        if self.adapters is not None:
+            body["model"] = adapter_name(self.version)
         if request.prompt.pixels is not None:
             body["features"] = self._images(request.prompt, version)
         return body
@@ -248,10 +270,31 @@ def _require(program: str) -> None:
         )
 
 
-def _gpu_options(memory_fraction: float | None, shared: bool) -> tuple[str, ...]:
+def _described(adapters: SeparateAdapters, version: int) -> dict[str, Any]:
+    """The name of an adapter and its configuration as peft has it, for the plug-in."""
+    return {"name": adapter_name(version), "config": adapters.config}
+
+
+def _adapter_options(adapters: SeparateAdapters | None) -> tuple[str, ...]:
+    """One adapter at a time, in the layers that have one."""
+    if adapters is None:
+        return ()
+    rank = next(rank for rank in _RANKS if rank >= adapters.rank)
+    return ("--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank),
+            "--lora-target-modules", *adapters.targets)  # fmt: skip
+
+
+def _gpu_options(memory_fraction: float | None, shared: bool, memory_mb: int | None) -> tuple[str, ...]:
     share = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else None)
-    memory = ("--gpu-memory-utilization", str(share)) if share else ()
-    return (*memory, "--enable-sleep-mode") if shared else memory
+    return (
+        *(("--gpu-memory-utilization", str(share)) if share else ()),
+        *(("--enable-sleep-mode",) if shared else ()),
+        *(_key_values(memory_mb) if memory_mb else ()),
+    )
+
+
+def _key_values(memory_mb: int) -> tuple[str, str]:
+    return "--kv-cache-memory-bytes", str(memory_mb << 20)
 
 
 def _cpu_memory(policy: Policy, longest: int | None) -> int:
@@ -263,12 +306,13 @@ def _cpu_memory(policy: Policy, longest: int | None) -> int:
     return max(1024, -(-size * tokens >> 20))
 
 
-def _cpu_options(policy: Policy, longest: int | None) -> tuple[str, ...]:
+def _cpu_options(policy: Policy, longest: int | None, memory_mb: int | None) -> tuple[str, ...]:
     """Prompts in one piece: vLLM turns back the generator of a request whose prompt is only partly read, which
     generators of CPUs cannot do."""
     config: Any = policy.model.config
     tokens = longest or config.get_text_config().max_position_embeddings
-    return "--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens))
+    prompts = ("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, tokens)))
+    return "--enforce-eager", *prompts, *_key_values(memory_mb or _cpu_memory(policy, longest))
 
 
 def _image_item(fields: dict[str, tuple[Tensor, str]], entries: int) -> bytes:

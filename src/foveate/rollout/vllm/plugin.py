@@ -1,4 +1,4 @@
-"""foveate's additions to the vLLM processes that it starts: weights by broadcast, and log-probs at the temperature.
+"""foveate's additions to the vLLM processes that it starts: weights and adapters by broadcast, the trainer's log-probs.
 
 This file is copied beside each server (see `foveate.rollout.vllm.engine`), runs in vLLM's own environment, and imports
 nothing of foveate. It is the only one that imports vLLM. Written for vLLM 0.32; the parity check at the start of a run
@@ -9,13 +9,17 @@ finds out where another version differs.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import safe_open
@@ -27,6 +31,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
@@ -38,6 +46,9 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 def register() -> None:
     """The entry point `vllm.general_plugins`, called once in every process of a server."""
     WeightTransferEngineFactory.register_engine("foveate", Receiver)
+    _load_received_adapters()
+    # vLLM warns of each layer without new weights: beside adapters most have none, else `Receiver` raises
+    logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _report_trainers_logprobs()
 
 
@@ -57,12 +68,27 @@ class InitInfo(WeightTransferInitInfo):
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     """The buckets of an update: one (bytes, tensors as (name, dtype, shape, offset)) per bucket, in order; or one
-    bucket and the `handle` of its memory on this GPU, and its number; or a safetensors file."""
+    bucket and the `handle` of its memory on this GPU, and its number; or a safetensors file. `adapter`: the name and
+    the configuration of the adapter whose matrices are among the tensors."""
 
     buckets: list[tuple[int, list[tuple[str, str, list[int], int]]]]
     file: str = ""
     handle: str = ""
     number: int = 0
+    adapter: dict[str, Any] | None = None
+
+
+@dataclass
+class Adapter:
+    """The adapter of the last update: matrices by name, in host memory, and their configuration as peft has it."""
+
+    name: str
+    config: dict[str, Any]
+    matrices: dict[str, torch.Tensor]
+
+
+ADAPTERS: WeakKeyDictionary[torch.nn.Module, Adapter] = WeakKeyDictionary()
+"""By the model that they are for."""
 
 
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -78,6 +104,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Parameters of the model that have not come yet since the update began."""
     is_proven = False
     """Whether every tensor of an update has found its place in the model."""
+    is_reloading = False
+    """Whether weights of the model itself have come since the update began."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if not init_info.host:
@@ -96,12 +124,18 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.group = ProcessGroupGloo(prefixed, rank, init_info.world_size, timeout)
 
     def start_weight_update(self) -> None:
-        self.missing = frozenset(name for name, _ in self.model.named_parameters())
-        _prepare_experts(self.model)
-        initialize_layerwise_reload(self.model)
+        """All weights come, at least in the first update of a server; beside adapters, later those that have changed.
+        A layer with an adapter is a base layer in one of its own, which loads weights by its own name."""
+        comes_in_parts = self.is_proven and self.vllm_config.lora_config is not None
+        names = () if comes_in_parts else (name for name, _ in self.model.named_parameters())
+        self.missing = frozenset(name.replace(".base_layer.", ".") for name in names)
+        self.is_reloading = False
+        ADAPTERS.pop(self.model, None)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load bucket by bucket; the next is on its way while one is loaded."""
+        if update_info.adapter is not None and self.model not in ADAPTERS:
+            ADAPTERS[self.model] = Adapter(**update_info.adapter, matrices={})
         if update_info.file:
             with safe_open(update_info.file, "pt", device=str(self.device)) as file:
                 self._take((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
@@ -134,14 +168,30 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _take(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load weights, in the first update one by one: vLLM drops a tensor without a word where its model has no place
         for it, such as a bias. Raises RuntimeError for such a tensor."""
-        if self.is_proven:
-            self.missing -= self.model.load_weights(weights)
+        own = self._without_matrices(weights)
+        first = next(own, None)
+        if first is None:
             return
-        for name, tensor in weights:
+        if not self.is_reloading:
+            self.is_reloading = True
+            _prepare_experts(self.model)
+            initialize_layerwise_reload(self.model)
+        if self.is_proven:
+            self.missing -= self.model.load_weights(chain([first], own))
+            return
+        for name, tensor in chain([first], own):
             taken = self.model.load_weights([(name, tensor)])
             if not taken:
                 raise RuntimeError(f"the {type(self.model).__name__} of vLLM has no place for {name}")
             self.missing -= taken
+
+    def _without_matrices(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights of the model itself; the matrices of adapters are put aside."""
+        for name, tensor in weights:
+            if ".lora_" in name:
+                ADAPTERS[self.model].matrices[name] = tensor.to("cpu", copy=True)
+            else:
+                yield name, tensor
 
     def _begin(self, size: int, tensors: list[tuple[str, str, list[int], int]]) -> tuple[torch.Tensor, list[Any]]:
         """A bucket with its trailer of 16 bytes on its way; the trailer of a lone tensor (`Bucket.alone` in
@@ -155,9 +205,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Raises RuntimeError where a parameter of the model has not come: vLLM would go on with the old one."""
         if self.missing:
             raise RuntimeError(f"no weights came for {min(self.missing)} and {len(self.missing) - 1} more")
-        finalize_layerwise_reload(self.model, self.model_config)
-        for layer in _tied_layers(self.model):
-            layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]
+        if self.is_reloading:
+            finalize_layerwise_reload(self.model, self.model_config)
+            for layer in _tied_layers(self.model):
+                layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator, union-attr]
         self.is_proven = True
 
     def shutdown(self) -> None:
@@ -182,6 +233,37 @@ def _tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     layers = [(layer, {*map(id, layer.parameters(recurse=False))}) for layer in model.modules()]
     uses = Counter(parameter for _, own in layers for parameter in own)
     return [layer for layer, own in layers if any(uses[parameter] > 1 for parameter in own)]
+
+
+def _load_received_adapters() -> None:
+    """An adapter whose path begins with "foveate:" is the one that has come by the last update, instead of a folder:
+    vLLM drops a matrix without a word where its model has no place for it."""
+    plain = WorkerLoRAManager._load_adapter
+
+    def load(self: WorkerLoRAManager, lora_request: LoRARequest) -> LoRAModel:
+        if not lora_request.lora_path.startswith("foveate:"):
+            return plain(self, lora_request)
+        manager: Any = self._adapter_manager
+        adapter = ADAPTERS.pop(manager.model, None)  # vLLM scales the matrices in place
+        if adapter is None or adapter.name != lora_request.lora_name:
+            raise RuntimeError(f"{lora_request.lora_name} is asked for, the last update had {adapter and adapter.name}")
+        renamed = None
+        with suppress(AttributeError):  # of a model that keeps the names
+            renamed = manager.model.hf_to_vllm_mapper.get_rename_mapper()
+        found = LoRAModel.from_lora_tensors(
+            lora_request.lora_int_id,
+            adapter.matrices,
+            PEFTHelper.from_dict(adapter.config),
+            device="cpu",
+            dtype=self.lora_config.lora_dtype,
+            weights_mapper=renamed,
+        )
+        nowhere = found.loras.keys() - {*manager.modules, *chain.from_iterable(manager.packed_modules.values())}
+        if nowhere:
+            raise RuntimeError(f"the {type(manager.model).__name__} of vLLM has no adapter in {min(nowhere)}")
+        return found
+
+    WorkerLoRAManager._load_adapter = load  # type: ignore[method-assign]
 
 
 def _opened(handle: str, device: torch.device) -> torch.Tensor:
