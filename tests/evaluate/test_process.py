@@ -113,7 +113,7 @@ def test_steps_are_labelled_by_continuations_that_share_the_tree(tmp_path, tiny_
     tasks = [replace(make_task(f"What is {n} and {n}? Say it in words. " * 6), id=str(n), answer="a") for n in range(3)]
     texts = ("so it is a\nand b\nthus a", "it is b\n\nor c", "a", "a")
     data = answered(tmp_path, tasks, texts)
-    options = StepOptions(continuations=6, max_tokens=40, seed=1)
+    options = StepOptions(continuations=6, max_tokens=40, seed=1, all_steps=True)
     given = {"model": str(tiny_folder), "rollouts": [tmp_path / "answers.jsonl"], "options": options}
     made = prepare_steps([data], tmp_path / "steps", reward="vowel", **given)
     rows = [*open_tasks([str(tmp_path / "steps/steps.parquet")])]
@@ -127,8 +127,11 @@ def test_steps_are_labelled_by_continuations_that_share_the_tree(tmp_path, tiny_
         said = [one.content for one in row.messages if one.role == "assistant"]
         assert [*said, row.meta["response"]] == ["+" if value > 0 else "-" for value in own]
         encode_trace(Turns(encode), row, row.meta["response"])
+    given["options"] = replace(options, all_steps=False)
     again = prepare_steps([data], tmp_path / "again", reward="vowel", **given)
     assert again.counts == made.counts
+    short = [row.meta["step_values"] for row in open_tasks([str(tmp_path / "again/steps.parquet")])]
+    assert short == [own[: own.index(0.0) + 1] if 0.0 in own else own for own in values]
     with pytest.raises(DataError, match="could be labelled"):
         prepare_steps(
             [data], tmp_path / "none", reward="vowel", **{**given, "options": replace(options, max_tokens=2, answers=1)}

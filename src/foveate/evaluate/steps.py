@@ -40,7 +40,8 @@ STEP_VALUES = "step_values"
 @dataclass(frozen=True, slots=True)
 class StepOptions:
     """How steps are labelled. `continuations` of each; `answers` of a prompt, the first ones (None: all), whose texts
-    differ; `max_tokens` of a whole answer; `most_steps` of one, as in `split_steps`."""
+    differ; `max_tokens` of a whole answer; `most_steps` of one, as in `split_steps`. A row ends with the first wrong
+    step, because scores are taken behind steps that were judged right, or, with `all_steps`, with the last one."""
 
     continuations: int = 16
     answers: int | None = None
@@ -51,6 +52,7 @@ class StepOptions:
     max_tiles: int | None = None
     system: str | None = None
     seed: int = 0
+    all_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +105,8 @@ def prepare_steps(
     require(bool(answers), f"{table.names}: no answer in the rollouts belongs to one of its rows and could be labelled")
     return publish(
         out,
-        {"steps": _rows(table, labelled)},
-        infer_schema(_rows(table, labelled, images=False)),
+        {"steps": _rows(table, labelled, options.all_steps)},
+        infer_schema(_rows(table, labelled, options.all_steps, images=False)),
         total=len(answers),
         sources=table.files,
         settings={
@@ -138,13 +140,15 @@ def _counts(engine: NativeEngine, answers: Sequence[LabelledAnswer], asked: int)
 
 
 def _rows(
-    table: TaskTable, labelled: Mapping[int, Sequence[LabelledAnswer]], images: bool = True
+    table: TaskTable, labelled: Mapping[int, Sequence[LabelledAnswer]], all_steps: bool, images: bool = True
 ) -> Iterator[dict[str, Any]]:
     for task, own in zip(table.select(list(labelled)), labelled.values(), strict=True):
         for number, one in enumerate(own):
-            *before, last = [RIGHT_STEP if value > 0 else WRONG_STEP for value in one.values]
-            judged = replace(judged_steps(task, one.steps, before), id=f"{task.id}-{number}")
-            more = {RESPONSE: last, STEP_VALUES: list(one.values), "prompt_id": task.id}
+            wrong = [place for place, value in enumerate(one.values, start=1) if value == 0]
+            values = one.values if all_steps or not wrong else one.values[: wrong[0]]
+            *before, last = [RIGHT_STEP if value > 0 else WRONG_STEP for value in values]
+            judged = replace(judged_steps(task, one.steps[: len(values)], before), id=f"{task.id}-{number}")
+            more = {RESPONSE: last, STEP_VALUES: list(values), "prompt_id": task.id}
             yield task_row(judged, images=images, **more)
 
 
