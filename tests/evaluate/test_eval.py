@@ -92,6 +92,7 @@ def test_boxes_vote_by_overlap_and_texts_by_what_they_end_on():
     words = ("<answer>7</answer>", r"so \boxed{8}", r"\boxed{ 8 }", "7?")
     assert vote(sampled_row(*words), 4).text == words[1]
     assert vote(sampled_row("7", "8"), 2).text == "7"
+    assert vote(sampled_row(r"\boxed{}", r"\boxed{}", r"\boxed{8}"), 3).text == r"\boxed{8}"  # an empty one is none
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():

@@ -125,7 +125,7 @@ def vote(row: ScoredRow, n: int) -> ScoredAnswer:
         support = [sum(iou(box, other) for other in boxes if other) if box else -1.0 for box in boxes]
         return answers[support.index(max(support))]
     finals = [final_answer(answer.text, "text") for answer in answers]
-    votes = Counter(plain(final) for final in finals if final is not None)
+    votes = Counter(plain(final) for final in finals if final)
     if not votes:
         return answers[0]
     winner = votes.most_common(1)[0][0]
