@@ -87,7 +87,7 @@ def broken_lines(rng: np.random.Generator, count: int) -> Iterator[bytes]:
         yield bytes(line).replace(b"\n", b" ") or b"x"
 
 
-UNFIT = ("judge", "endpoint", "entropy_band")
+UNFIT = ("judge", "endpoint", "entropy_band", "process")
 """Quick rewards that a text alone says nothing to."""
 
 

@@ -70,7 +70,12 @@ def test_sampled_figures_by_hand():
         sampled_row("7", "8", "7", "9", rank=[-3.0, -1.0, -2.0, -4.0]),
         sampled_row("8", "8", "7", "9", rank=[-3.0, -4.0, -0.5, -4.0]),
     ]
-    found = summary_statistics(rows)["sampled"]
+    statistics = summary_statistics(rows)
+    found, ways = statistics["sampled"], statistics["parallel"]
+    assert {name: way["value"] for name, way in ways.items()} == {name: found[name] for name in ways}
+    assert [*ways] == ["avg@4", "pass@4", "majority@4", "best_of@4"]
+    assert ways["pass@4"]["over_majority"]["value"] == 0.5
+    assert ways["majority@4"]["over_majority"] == {"value": 0.0, "interval": (0.0, 0.0)}
     assert found["avg@4"] == pytest.approx((0.5 + 0.25) / 2)
     assert found["pass@1"] == found["avg@4"]
     assert found["pass@2"] == pytest.approx((pass_at(4, 2, 2) + pass_at(4, 1, 2)) / 2)
@@ -87,6 +92,7 @@ def test_boxes_vote_by_overlap_and_texts_by_what_they_end_on():
     words = ("<answer>7</answer>", r"so \boxed{8}", r"\boxed{ 8 }", "7?")
     assert vote(sampled_row(*words), 4).text == words[1]
     assert vote(sampled_row("7", "8"), 2).text == "7"
+    assert vote(sampled_row(r"\boxed{}", r"\boxed{}", r"\boxed{8}"), 3).text == r"\boxed{8}"  # an empty one is none
 
 
 def test_an_interval_covers_the_mean_as_often_as_it_says():

@@ -130,7 +130,7 @@ def with_bidirectional_images(batch, groups):
 
 
 def test_prompts_with_bidirectional_images_are_sampled_as_the_trainer_computes_them(policy, monkeypatch):
-    def split(groups):
+    def split(groups, _cuts=None):
         return with_bidirectional_images(pack(groups), groups)
 
     monkeypatch.setattr(native, "pack", split)

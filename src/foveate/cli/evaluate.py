@@ -65,7 +65,12 @@ EvalBoxFrame = Annotated[
     Literal["thousandths", "pixels", "fractions", "model"] | None,
     typer.Option(help="What the answers' coordinates are."),
 ]
-EvalCritic = Annotated[str | None, typer.Option(help="A reward that best-of-N goes by, such as judge.")]
+EvalCritic = Annotated[
+    str | None,
+    typer.Option(
+        help="What best-of-N goes by: prm:MODEL, a folder of a process reward model, or a reward such as judge."
+    ),
+]
 EvalCriticSettings = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of it.")]
 EvalMissing = Annotated[
     Literal["error", "skip", "wrong"], typer.Option(help="Rows without an answer: stop, leave out, or wrong.")
@@ -126,7 +131,7 @@ def generate_command(
 
     if endpoint:
         _check_endpoint(system, thinking)
-    prompt, thinks = _system_prompt(system), thinking or system == _THINKING
+    prompt, thinks = system_prompt(system), thinking or system == _THINKING
     heat = temperature if temperature is not None else THINKING_TEMPERATURE if thinks else 0.0
     _check_sampling(heat, top_p, samples)
     client = None
@@ -154,7 +159,7 @@ def _check_endpoint(system: str | None, thinking: bool | None) -> None:
         )
 
 
-def _system_prompt(system: str | None) -> str | None:
+def system_prompt(system: str | None) -> str | None:
     from foveate.encoding.chat import THINKING_SYSTEM
 
     return THINKING_SYSTEM if system == _THINKING else system
@@ -201,7 +206,7 @@ def evaluate_command(
     from foveate.api.of_run import options_of_run
     from foveate.evaluate.evaluate_models import EvalRequest
 
-    prompt = _system_prompt(system)
+    prompt = system_prompt(system)
     known = {} if run is None else options_of_run(run, prompt, data=data or (), asks=not generated)
     out = out or (run and run / "eval")
     if out is None:
@@ -217,13 +222,13 @@ def evaluate_command(
         "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": prompt, "thinking": thinking,
         "image_root": image_root and str(image_root), "columns": columns_of(column), "on_bad_row": on_bad_row,
         "models": (*(model or ()), *known.get("models", ())), "reward": name, "settings": settings,
-        "environment": environment_of(environment), "text_files": text_files,
+        "environment": environment_of(environment), "text_files": text_files, "missing": missing, "critic": critic,
     }  # fmt: skip
     options = {"data": (), **known, **{key: value for key, value in given.items() if value is not None}}
     report = api.evaluate(
         EvalRequest(
             **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
-            generated=tuple(generated or ()), missing=missing, critic=critic, critic_settings=_settings(critic_setting),
+            generated=tuple(generated or ()), critic_settings=settings_given(critic_setting),
         )
     )  # fmt: skip
     print_report(out, report)
@@ -278,7 +283,7 @@ def _scoring(
     name, settings = known or ((reward, {}) if reward else TASKS[task])
     if rule is not None and name == "grounding" and reward is None:
         name, settings = "refcoco", {}
-    settings = {**settings, **_settings(given)}
+    settings = {**settings, **settings_given(given)}
     if rule is not None:
         settings["rule"] = rule
     if frame is not None:
@@ -286,7 +291,7 @@ def _scoring(
     return name, settings
 
 
-def _settings(given: list[str] | None) -> dict[str, Any]:
+def settings_given(given: list[str] | None) -> dict[str, Any]:
     """`NAME=VALUE` options, values as in the overrides of recipes."""
     settings: dict[str, Any] = {}
     for text in given or ():

@@ -1,4 +1,4 @@
-"""`foveate prepare vero`, `hints` and `mixed`: data of broad reasoners, beside `foveate.cli.prepare`."""
+"""`foveate prepare vero`, `hints`, `mixed` and `steps`: data of reasoners, beside `foveate.cli.prepare`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import BadRows, Columns, ImageRoot, OutFolder, Sources, Workers, finite, reading_of
+from foveate.cli.evaluate import EvalRewardSettings, System, settings_given, system_prompt
+from foveate.cli.options import (
+    MOST_TOKENS,
+    BadRows,
+    Columns,
+    ImageRoot,
+    OutFolder,
+    Seed,
+    Sources,
+    Workers,
+    finite,
+    reading_of,
+)
 from foveate.cli.prepare import NewFolder, PartName, Rollouts, Threshold, prepare, tell
 from foveate.cli.prepare_drawn import TestRows, TrainRows, asked_rows, print_rows
 from foveate.errors import ConfigError
@@ -50,6 +62,52 @@ def prepare_hints_command(
         raise ConfigError("--rollouts is missing: which rows get a hint is told by the answers of a model")
     made = prepare_hints(
         sources, out, HintRule(field, at_most, form), rollouts=rollouts,
+        correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
+    )  # fmt: skip
+    tell(made)
+
+
+@prepare.command("steps")
+def prepare_steps_command(
+    sources: Sources,
+    out: OutFolder,
+    model: Annotated[
+        str, typer.Option(help="Folder of the model that continues the answers: the one that wrote them.")
+    ],
+    rollouts: Rollouts = None,
+    reward: Annotated[str, typer.Option(help="What says which continuations are right.")] = "math",
+    reward_setting: EvalRewardSettings = None,
+    continuations: Annotated[int, typer.Option(min=1, help="Continuations from behind each step.")] = 16,
+    answers: Annotated[
+        int | None, typer.Option(min=1, help="Answers of a prompt, the first ones; default: all.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(min=1, help="Most steps of an answer; neighbours are merged.")] = 12,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="Rows also hold what follows a wrong step.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="Of the continuations.")] = 1.0,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt.")] = 8192,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    system: System = None,
+    part: PartName = None,
+    threshold: Threshold = 0.5,
+    column: Columns = None,
+    image_root: ImageRoot = None,
+    seed: Seed = 0,
+    on_bad_row: BadRows = None,
+    workers: Workers = None,
+) -> None:
+    """Labels of the steps of a model's answers, by its own continuations, for a process reward model."""
+    from foveate.data.answers import CorrectnessRule
+    from foveate.evaluate.steps import StepOptions, prepare_steps
+
+    if not rollouts:
+        raise ConfigError("--rollouts is missing: the steps are those of the answers of a model")
+    made = prepare_steps(
+        sources, out, model=model, rollouts=rollouts, reward=reward, settings=settings_given(reward_setting),
+        options=StepOptions(
+            continuations, answers, max_tokens, temperature, max_steps, max_prompt_tokens, max_tiles,
+            system_prompt(system), seed, all_steps,
+        ),
         correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip
     tell(made)

@@ -75,6 +75,13 @@ class Encoder:
         prompt = self.with_pixels(prompt, media, budgets, task.where, degrade)
         return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
 
+    def beside(self, task: Task, other: Prompt) -> Prompt:
+        """The same for a task that shows the images of another prompt, with its pixels, which are not decoded again."""
+        task, media = self._unrolled(task)
+        prompt = replace(self.placed(self.rendered(task), media, task.where)[0], pixels=other.pixels)
+        self._require_short(len(prompt), task.where)
+        return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
+
     @property
     def opened(self) -> str:
         """The tag that the chat template has opened for every answer, such as `<think>`; see `opened_by`."""

@@ -8,7 +8,7 @@ what it has read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -77,15 +77,18 @@ class Turns:
             )
 
 
-def encode_trace(turns: Turns, task: Task, response: str) -> tuple[Prompt, Answer]:
+def encode_trace(
+    turns: Turns, task: Task, response: str, encode: Callable[[Task], Prompt] | None = None
+) -> tuple[Prompt, Answer]:
     """A conversation to imitate in all of its assistant's turns, of which `response` is the last: the prompt before the
-    first of them, and the answer, where what others say is only read. Images have their budgets as in `Turns`."""
+    first of them, and the answer, where what others say is only read. Images have their budgets as in `Turns`.
+    `encode`: encodes the prompt in place of the encoder."""
     prompt, texts, replies = _split(task)
     segments: list[Segment] = []
     for number, text in enumerate([*texts, response]):
         segments.append(Segment.written(turns.encoder.answer_ids(text)))
         segments += [turns(prompt, replies[: number + 1])] if number < len(replies) else []
-    return turns.encoder(prompt), Answer(tuple(segments), "", "stop")
+    return (encode or turns.encoder)(prompt), Answer(tuple(segments), "", "stop")
 
 
 def _split(task: Task) -> tuple[Task, list[str], list[TurnReply]]:

@@ -49,6 +49,8 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "screenspot": ("click", {}),
 }
 """The reward of a `--task` with its settings."""
+PROCESS_CRITIC = "prm:"
+"""How the name of a critic begins that is a process reward model in a folder."""
 Missing = Literal["error", "skip", "wrong"]
 
 
@@ -101,12 +103,12 @@ def run_eval(request: EvalRequest) -> None:
     found: list[Evaluation] = []
     costs: dict[str, dict[str, Any]] = {}
     tasks: TaskTable | None = None
-    with Graders(request.reward, request.settings) as graders:
+    with Graders(request.reward, request.settings) as graders, _critic(request) or nullcontext() as critic:
         for model in request.models:
-            rows, tasks = _in_process(request, model, graders)
+            rows, tasks = _in_process(request, model, graders, critic)
             found.append(Evaluation(len(found), tuple(rows), _label(Path(model), found)))
         for folder in request.generated:
-            rows, tasks, cost = _from_folder(request, folder, graders)
+            rows, tasks, cost = _from_folder(request, folder, graders, critic)
             found.append(Evaluation(len(found), tuple(rows), _label(folder, found)))
             costs[found[-1].label] = cost
     if tasks is None:
@@ -117,6 +119,19 @@ def run_eval(request: EvalRequest) -> None:
     if request.text_files:
         write_text_files(request.out, found, costs)
     save_gallery(request.out, tasks.first(request.gallery))
+
+
+def _critic(request: EvalRequest) -> Graders | None:
+    """The reward that best-of-N goes by, `prm:MODEL` being `process` with that model. Raises ConfigError where there
+    would be one answer to a question."""
+    if request.critic is None:
+        return None
+    if request.models and request.samples < 2:
+        raise ConfigError(f"--critic {request.critic} chooses among several answers; give --samples 8")
+    name, _, model = request.critic.partition(PROCESS_CRITIC)
+    if name or not model:
+        return Graders(request.critic, request.critic_settings)
+    return Graders("process", {"model": model, **request.critic_settings})
 
 
 def _check_out(out: Path) -> None:
@@ -136,7 +151,9 @@ def _label(path: Path, found: Sequence[Evaluation]) -> str:
     return name if name not in taken else f"{name} ({len(found) + 1})"
 
 
-def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list[ScoredRow], TaskTable]:
+def _in_process(
+    request: EvalRequest, name: str, graders: Graders, critic: Graders | None
+) -> tuple[list[ScoredRow], TaskTable]:
     data = DataSettings(
         train=request.data,
         image_root=request.image_root,
@@ -170,12 +187,13 @@ def _in_process(request: EvalRequest, name: str, graders: Graders) -> tuple[list
             advance=advance,
             conversations=conversations,
             folder=request.out,
+            critic=critic,
         )
     return predictions, tasks
 
 
 def _from_folder(
-    request: EvalRequest, folder: Path, graders: Graders
+    request: EvalRequest, folder: Path, graders: Graders, critic: Graders | None
 ) -> tuple[list[ScoredRow], TaskTable, dict[str, Any]]:
     """The rows of a folder of `foveate generate` in the order of its data, and what they cost."""
     asked = _request_of(folder)
@@ -193,9 +211,12 @@ def _from_folder(
         )
     greedy = asked["sampling"]["temperature"] == 0
     chosen = [index for index in range(len(tasks)) if index in rows or request.missing == "wrong"]
-    critic = Graders(request.critic, request.critic_settings) if request.critic else None
+    if greedy and critic is not None:
+        raise ConfigError(
+            f"{folder}: holds one greedy answer to each row, of which --critic can choose none; leave it out"
+        )
     predictions: list[ScoredRow] = []
-    with critic or nullcontext(), progress(f"scoring {folder.name}", len(chosen)) as advance:
+    with progress(f"scoring {folder.name}", len(chosen)) as advance:
         for begin in range(0, len(chosen), BATCH):
             some = chosen[begin : begin + BATCH]
             pairs = [(tasks[index], rows.get(index) or _no_answer(index, tasks[index])) for index in some]
@@ -225,7 +246,7 @@ def _scored(
             raise DataError(f"{folder}: row {row.index} is {row.id}, but {task.where} is {task.id}; the data changed")
     asked = [(answer.text, with_opened(task, row.opened)) for task, row in pairs for answer in row.answers]
     scores = iter(graders.grade_many(asked))
-    ranks = iter(critic.grade_many(asked)) if critic is not None and not greedy else None
+    ranks = iter(critic.grade_many(asked)) if critic is not None else None
     reader = box_reader(request.reward, request.settings)
     for place, (task, row) in enumerate(pairs, start=done):
         scored = [(answer, next(scores)) for answer in row.answers]

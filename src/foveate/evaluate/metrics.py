@@ -55,7 +55,7 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
         found["frames"] = {frame: mean(_iou_in(row, frame) for row in rows) for frame in FRAMES}
         found["splits"] = refcoco_splits(rows)
     if drawn:
-        found["sampled"] = _sampled(drawn)
+        found["sampled"], found["parallel"] = _sampled(drawn, seed)
     return found
 
 
@@ -82,21 +82,37 @@ def pass_at(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def _sampled(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """avg@n, pass@k for powers of two and n, the vote, and best-of-n where answers have a rank."""
+def _sampled(rows: Sequence[ScoredRow], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """avg@n, pass@k for powers of two and n, the vote, and best-of-n where answers have a rank. And of those ways to
+    use n answers to a question, by the same names, the mean with its interval, and the difference to the vote, which is
+    paired by question."""
     n = min(len(row.sampled) for row in rows)
     right = [[answer.correctness for answer in row.sampled[:n]] for row in rows]
     share = all(value in (0.0, 1.0) for one in right for value in one)
     ks = sorted({k for k in (1 << power for power in range(n.bit_length())) if k <= n} | {n})
-    found: dict[str, Any] = {"n": n, f"avg@{n}": mean(sum(one) / n for one in right)}
+    ways = {f"avg@{n}": [sum(one) / n for one in right]}
     if share:
-        found |= {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks}
-    found[f"majority@{n}"] = mean(vote(row, n).correctness for row in rows)
+        ways[f"pass@{n}"] = [float(any(one)) for one in right]
+    voted = ways[f"majority@{n}"] = [vote(row, n).correctness for row in rows]
     ranks = [[-math.inf if answer.rank is None else answer.rank for answer in row.sampled[:n]] for row in rows]
     if all(max(one) > -math.inf for one in ranks):
-        best = (values[one.index(max(one))] for values, one in zip(right, ranks, strict=True))
-        found[f"best_of@{n}"] = mean(best)
-    return found
+        pairs = zip(right, ranks, strict=True)
+        ways[f"best_of@{n}"] = [values[one.index(max(one))] for values, one in pairs]
+    found: dict[str, Any] = {"n": n}
+    if share:
+        found |= {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks}
+    found = {"n": n, **{name: mean(values) for name, values in ways.items()}, **found}
+    return found, {
+        name: {
+            **_with_bootstrap(values, seed),
+            "over_majority": _with_bootstrap([a - b for a, b in zip(values, voted, strict=True)], seed),
+        }
+        for name, values in ways.items()
+    }
+
+
+def _with_bootstrap(values: Sequence[float], seed: int) -> dict[str, Any]:
+    return {"value": mean(values), "interval": bootstrap(values, seed)}
 
 
 def vote(row: ScoredRow, n: int) -> ScoredAnswer:
@@ -109,7 +125,7 @@ def vote(row: ScoredRow, n: int) -> ScoredAnswer:
         support = [sum(iou(box, other) for other in boxes if other) if box else -1.0 for box in boxes]
         return answers[support.index(max(support))]
     finals = [final_answer(answer.text, "text") for answer in answers]
-    votes = Counter(plain(final) for final in finals if final is not None)
+    votes = Counter(plain(final) for final in finals if final)
     if not votes:
         return answers[0]
     winner = votes.most_common(1)[0][0]

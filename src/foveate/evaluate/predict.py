@@ -120,11 +120,13 @@ def predict(
     advance: Callable[[int], None],
     conversations: Conversations | None = None,
     folder: Path | None = None,
+    critic: Graders | None = None,
 ) -> list[ScoredRow]:
     """One row per task: the greedy answer, and `samples` answers drawn at temperature 1. The draws depend on `seed` and
     the index of the task alone, so that two models are asked with the same luck. The first `detailed` rows keep the
     log-probs of their greedy answers, which the report shows. `conversations`: the environments of the answers;
-    `folder`: of the run, where images that they have shown in greedy answers are kept."""
+    `folder`: of the run, where images that they have shown in greedy answers are kept; `critic`: gives the values that
+    best-of-N goes by, of the sampled answers."""
     rows: list[ScoredRow] = []
     for begin in range(0, len(tasks), BATCH):
         some = [encoder.for_graders(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
@@ -138,6 +140,8 @@ def predict(
         became = [one for own, talks in zip(answers, outcomes, strict=True) for one in talks or [None] * len(own)]
         credit = FUNCTION_ALONE if conversations is None else conversations.credit
         scores = iter(zip(scored(graders, asked, became, credit), became, strict=True))
+        drawn = [(one.text, task) for task, own in zip(some, answers, strict=True) for one in own[1:]]
+        values = iter(critic.grade_many(drawn)) if critic is not None else None
         for task, own in zip(some, answers, strict=True):
             keep = len(rows) < detailed
             graded = []
@@ -145,7 +149,8 @@ def predict(
                 is_shown = one is own[0]
                 made = generated_answer(one, encoder, keep and is_shown, outcome, folder if is_shown else None)
                 graded.append((made, score))
-            rows.append(scored_row(task, graded, greedy=True, detailed=keep, read_box=read_box))
+            ranks = None if values is None else [None, *(next(values).value for _ in own[1:])]
+            rows.append(scored_row(task, graded, greedy=True, detailed=keep, ranks=ranks, read_box=read_box))
         advance(len(some))
     return rows
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -126,9 +128,9 @@ def pack_tails(tails: Sequence[tuple[Prompt, Answer, int]]) -> Batch:
     )
 
 
-def pack(groups: Sequence[PackedGroup]) -> Batch:
+def pack(groups: Sequence[PackedGroup], cuts: Mapping[int, Sequence[int]] = MappingProxyType({})) -> Batch:
     """One row of all groups. A prompt and its images stand once per group; samples are numbered in the order of the
-    answers.
+    answers. `cuts`: by sample, places in its answer where one segment of the forest ends and another continues it.
 
     The tokens of segments that are not trained are read like those of a prompt. The first token of an answer is
     predicted by the last token of its prompt.
@@ -138,11 +140,11 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
     position, slot_index, target, source, sample = (list[Tensor]() for _ in range(5))
     images, samples = _Images(), 0
 
-    def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int) -> int:
+    def grow(ids: Tensor, own: Sequence[ImageSlot], above: int, begin: int, cut: Sequence[int] = ()) -> int:
         """A segment of the forest with its images, behind `begin` positions; its first token. Images that are seen both
-        ways are segments of their own, each below what stands before it."""
+        ways are segments of their own, each below what stands before it, and so is what stands behind a cut."""
         first = start[-1] + length[-1] if start else 0
-        for tokens, both_ways in _pieces(len(ids), own):
+        for tokens, both_ways in _pieces(len(ids), own, cut):
             start.append(start[-1] + length[-1] if start else 0)
             length.append(tokens)
             bidirectional.append(both_ways)
@@ -160,7 +162,7 @@ def pack(groups: Sequence[PackedGroup]) -> Batch:
         images.add(group.prompt.slots, group.prompt.pixels)
         last = begin + len(group.prompt) - 1
         for answer in group.answers:
-            first = grow(answer_ids(answer), answer_slots(answer), root, end)
+            first = grow(answer_ids(answer), answer_slots(answer), root, end, cuts.get(samples, ()))
             for segment in answer.segments:
                 images.add(segment.slots, segment.tiles)
             target.append(first + trained_places(answer))
@@ -198,17 +200,12 @@ def _routed_experts(groups: Sequence[PackedGroup]) -> Tensor | None:
     return torch.from_numpy(np.concatenate([unknown[:n] if own is None else own for n, own in runs]))
 
 
-def _pieces(length: int, slots: Sequence[ImageSlot]) -> Iterator[tuple[int, bool]]:
-    """The pieces of so many tokens that attend alike: their tokens, and whether they attend both ways."""
-    first = 0
-    for slot in slots:
-        if slot.bidirectional:
-            if slot.position > first:
-                yield slot.position - first, False
-            yield slot.count, True
-            first = slot.position + slot.count
-    if length > first:
-        yield length - first, False
+def _pieces(length: int, slots: Sequence[ImageSlot], cuts: Sequence[int] = ()) -> Iterator[tuple[int, bool]]:
+    """The pieces of so many tokens that attend alike, none across a cut: their tokens, and whether they attend both
+    ways."""
+    both_ways = {slot.position: slot.position + slot.count for slot in slots if slot.bidirectional}
+    for first, end in pairwise(sorted({0, *cuts, *both_ways, *both_ways.values(), length})):
+        yield end - first, first in both_ways
 
 
 def answer_ids(answer: Answer) -> Tensor:

@@ -8,18 +8,31 @@ from functools import partial
 from typing import Any
 
 from foveate.report.charts import Chart, Series
-from foveate.report.summary import format_figure
+from foveate.report.summary import format_difference, format_figure
 
 _percent = partial(format_figure, percent=True)
 
 
 @dataclass(frozen=True, slots=True)
+class WayLine:
+    """A way to use several answers to a question, such as majority@8: how often it is right, the interval of that, and
+    the paired difference to the majority with its interval, as texts."""
+
+    name: str
+    value: str
+    interval: str
+    over_majority: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelTable:
-    """Column names, lines of (label, values), and a chart where answers are boxes."""
+    """Column names, lines of (label, values), a chart where answers are boxes, and of each model the ways to use
+    several answers to a question."""
 
     names: tuple[str, ...]
     lines: tuple[tuple[str, tuple[str, ...]], ...]
     chart: Chart | None
+    ways: tuple[tuple[WayLine, ...], ...]
 
 
 def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
@@ -37,7 +50,7 @@ def model_table(summary: Mapping[str, Any]) -> ModelTable | None:
     )
     title, hint = "Accuracy by threshold", "IoU in percent"
     chart = Chart(title, hint, series, "%", smooth=False, dots=True, by_step=False) if series else None
-    return ModelTable(tuple(models), lines, chart)
+    return ModelTable(tuple(models), lines, chart, tuple(map(_ways, models.values())))
 
 
 def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -55,7 +68,9 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("answers with a box", _percent(one["with_box"])))
     sampled = one.get("sampled", {})
     told = partial(format_figure, percent="score_interval" not in one)
-    lines += [(name, told(value)) for name, value in sampled.items() if name != "n"]
+    ways = one.get("parallel", {})
+    lines += [(name, told(value)) for name, value in sampled.items() if name != "n" and name not in ways]
+    lines += [(way.name, f"{way.value} {way.interval}, {way.over_majority}") for way in _ways(one)]
     splits = one.get("splits")
     if splits:
         lines += [(name, _percent(value)) for name, value in splits["accuracy"].items()]
@@ -65,6 +80,18 @@ def _flat(one: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("tokens per row", "–" if one["tokens_per_row"] is None else f"{one['tokens_per_row']:.1f}"))
         lines.append(("seconds per row", f"{one['seconds'] / max(1, one['rows']):.2f}"))
     return lines
+
+
+def _ways(one: Mapping[str, Any]) -> tuple[WayLine, ...]:
+    percent = "score_interval" not in one
+    told, more = partial(format_figure, percent=percent), partial(format_difference, percent=percent)
+    found = []
+    for name, way in one.get("parallel", {}).items():
+        low, high = (told(value).removesuffix(" %") for value in way["interval"])
+        difference = f"{more(way['over_majority']['value'])} [{', '.join(map(more, way['over_majority']['interval']))}]"
+        over = "–" if name.startswith("majority") else difference
+        found.append(WayLine(name, told(way["value"]), f"[{low}, {high}]", over))
+    return tuple(found)
 
 
 def _with_interval(figure: Mapping[str, Any]) -> str:

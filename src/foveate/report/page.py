@@ -30,7 +30,7 @@ from foveate.log import read_metrics
 from foveate.report.charts import Chart, Series, chart_metrics
 from foveate.report.facts import metric_sentences, metric_tiles, run_facts
 from foveate.report.gallery import Card, gallery_cards, shorten
-from foveate.report.models import ModelTable, model_table
+from foveate.report.models import ModelTable, WayLine, model_table
 from foveate.report.stages import FILE, Stage, compare_stages, read_stages, stages_table
 from foveate.report.summary import Change, Comparison, compare_evaluations, format_difference, format_figure
 
@@ -248,7 +248,21 @@ def terminal_summary(run_folder: Path) -> RenderableType:
         table.add_section()
         for change in tags.greedy:
             add_row(change, f"{tags.tag}: {change.label} (greedy)")
-    return Group(Text(" ".join(comparison.sentences), style="bold"), table)
+    models = _models(run)
+    several = zip(models.names, models.ways, strict=True) if models is not None else ()
+    more = [_ways_table(name, ways) for name, ways in several if ways]
+    return Group(Text(" ".join(comparison.sentences), style="bold"), table, *more)
+
+
+def _ways_table(model: str, ways: Sequence[WayLine]) -> Table:
+    """The ways to use several answers to a question, side by side."""
+    table = Table(title=None, header_style="bold", pad_edge=False)
+    table.add_column(model, overflow="fold")
+    for name in ("right", "95 % interval", "over majority"):
+        table.add_column(name, justify="right")
+    for way in ways:
+        table.add_row(way.name, way.value, way.interval, way.over_majority)
+    return table
 
 
 def _add_change(table: Table, change: Change, label: str, with_after: bool) -> None:

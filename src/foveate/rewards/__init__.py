@@ -60,6 +60,7 @@ REWARDS: dict[str, KnownReward] = {
     "entropy_band": KnownReward(f"{_HERE}.shaping:entropy_band", quick=True),
     "weighted_sum": KnownReward(f"{_HERE}.combine:weighted_sum", f"{_HERE}.combine:weighted_sum_check", builds=True),
     "by_source": KnownReward(f"{_HERE}.combine:by_source", f"{_HERE}.combine:by_source_check", builds=True),
+    "process": KnownReward("foveate.evaluate.process:process", builds=True, quick=True),
     "judge": KnownReward(f"{_HERE}.remote:judge", builds=True, quick=True),
     "endpoint": KnownReward(f"{_HERE}.remote:endpoint", builds=True, quick=True),
 }

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +43,8 @@ FAILED = "grader failed"
 
 TruthCheck = Callable[[Task], list[tuple[str, str]]]
 """The faults of a task that a reward cannot score, as (field, what is wrong)."""
+RewardJob = tuple[Any, Task, tuple[Any, ...]]
+"""An answer, as `Reward.read` gives it, its task, and further arguments of the reward's function."""
 TRACE_FRAMES = 8
 """The last frames of a traceback that are kept."""
 
@@ -56,6 +58,8 @@ class Reward:
     """A reward of the one signature. `name` is for messages; `function` takes what `read` gives of an answer, and the
     task; it returns what `as_score` takes. reads_text: it takes the text of an answer and not the record. fetch: for a
     reward that asks a server, the request, which runs beside others; `function` takes its result as a third argument.
+    together: for a reward that reads several answers at once, with a model say: it is given those of a call, in this
+    process and those to one task together, and gives the further arguments of `function` for each.
     copies: the function gets a task of its own for each answer, so that what it changes in it reaches no other answer.
     """
 
@@ -64,6 +68,7 @@ class Reward:
     reads_text: bool = True
     fetch: Callable[[Session, Any, Task], Awaitable[Any]] | None = None
     copies: bool = False
+    together: Callable[[Sequence[RewardJob]], Sequence[tuple[Any, ...]]] | None = None
 
     def read(self, answer: Answer | str) -> Answer | str:
         """The part of an answer that the reward needs, and a worker process is sent: its text, or the record.
@@ -75,11 +80,13 @@ class Reward:
         return answer
 
     def score(self, answer: Answer | str, task: Task, *fetched: Any) -> Score:
-        """The score of an answer. What the function raises is passed on. fetched: the result of `fetch`, where it has
-        run; else it runs now."""
-        read = self.read(answer)
-        if self.fetch is not None and not fetched:
+        """The score of an answer. What the function raises is passed on. fetched: the result of `fetch` and `together`,
+        where they have run; else they run now."""
+        read, alone = self.read(answer), not fetched
+        if self.fetch is not None and alone:
             fetched = (asyncio.run(self._fetch_alone(read, task)),)
+        if self.together is not None and alone:
+            fetched = self.together([(read, task, fetched)])[0]
         if self.copies:
             task = replace(task, answer=deepcopy(task.answer), meta=deepcopy(dict(task.meta)))
         return as_score(self.function(read, task, *fetched), self.name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
 from foveate.registry import shown_name, suggestion
-from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
+from foveate.rewards.build import Reward, RewardJob, TruthCheck, build_reward, truth_check
 from foveate.rewards.requests import Session
 
 ANY_SOURCE = "*"
@@ -51,7 +51,18 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
         notes = "; ".join(f"{shown[name]}: {score.note}" for name, score in scores.items() if score.note)
         return Score(sum(weights[name] * value for name, value in values.items()), parts, notes)
 
-    return combined_reward("weighted_sum", total, fetch, rewards)
+    joint = {name: one.together for name, one in rewards.items() if one.together is not None}
+
+    def together(jobs: Sequence[RewardJob]) -> list[tuple[Any, ...]]:
+        merged: list[dict[str, Any]] = [dict(*fetched) for *_, fetched in jobs]
+        for name, look in joint.items():
+            read = [(rewards[name].read(answer), task, ()) for answer, task, _ in jobs]
+            for own, (value,) in zip(merged, look(read), strict=True):
+                own[name] = value
+        return [(own,) for own in merged]
+
+    whole = combined_reward("weighted_sum", total, fetch, rewards)
+    return replace(whole, together=together) if joint else whole
 
 
 def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006

@@ -25,7 +25,7 @@ from foveate.processes import BadMessage, GuardedProcess, WorkerJob, confine, wo
 from foveate.records import Answer, Score, Task
 from foveate.registry import unpickle
 from foveate.rewards import REWARDS
-from foveate.rewards.build import FAILED, Reward, build_reward, not_graded
+from foveate.rewards.build import FAILED, Reward, RewardJob, build_reward, not_graded
 from foveate.rewards.requests import RequestThread
 
 logger = logging.getLogger(__name__)
@@ -37,9 +37,6 @@ STARTING_LIMIT = 300.0
 """Seconds that a worker process may take to import the reward before the run gives up."""
 _TRIES = 3
 """Starts of a process in the place of one that was lost, until the reward itself must be at fault."""
-
-Graded = tuple[Answer | str, Task, tuple[Any, ...]]
-"""An answer, as `Reward.read` gives it, its task, and what was fetched for it."""
 
 PRELOADED = ["foveate.rewards.pool", "math_verify", "mathruler.grader"]
 """Imported once by the fork server for all workers, where installed."""
@@ -143,7 +140,7 @@ class Graders:
     def _grade_fetched(self, asked: Sequence[tuple[Answer | str, Task]], fetches: Sequence[Future[Any]]) -> list[Score]:
         """Grade answers whose reward asks servers: those of which a request fails are not graded."""
         scores: dict[int, Score] = {}
-        jobs: dict[int, Graded] = {}
+        jobs: dict[int, RewardJob] = {}
         for index, (one, fetch) in enumerate(zip(asked, fetches, strict=True)):
             try:
                 jobs[index] = (*one, (fetch.result(),))
@@ -152,7 +149,10 @@ class Graders:
         scores |= dict(zip(jobs, self._grade([*jobs.values()]), strict=True))
         return [scores[index] for index in range(len(asked))]
 
-    def _grade(self, jobs: Sequence[Graded]) -> list[Score]:
+    def _grade(self, jobs: Sequence[RewardJob]) -> list[Score]:
+        if self._reward.together is not None:
+            found = self._reward.together(jobs)
+            jobs = [(answer, task, own) for (answer, task, _), own in zip(jobs, found, strict=True)]
         if self._count:
             return self._grade_apart(jobs)
         return [self._reward(answer, task, *fetched) for answer, task, fetched in jobs]
@@ -174,7 +174,7 @@ class Graders:
     ) -> None:
         self.close()
 
-    def _grade_apart(self, answers: Sequence[Graded]) -> list[Score]:
+    def _grade_apart(self, answers: Sequence[RewardJob]) -> list[Score]:
         self._workers = self._workers or [_Worker(self._job) for _ in range(self._count)]
         scores: dict[int, Score] = {}
         waiting = Waiting([task for _, task, _ in answers], self._count)
@@ -187,7 +187,7 @@ class Graders:
             raise
         return [scores[index] for index in range(len(answers))]
 
-    def _hand_out(self, answers: Sequence[Graded], waiting: Waiting) -> None:
+    def _hand_out(self, answers: Sequence[RewardJob], waiting: Waiting) -> None:
         """Give each idle worker the next answer. One that died while it had nothing to do is replaced."""
         for position, worker in enumerate(self._workers):
             if worker.is_idle and worker.pipe.poll():

@@ -6,8 +6,18 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["train", "eval", "choice", "pairs", "ahead", "go on", "dropout", "vico"]
-_PURPOSES = {"train": 1, "eval": 2, "choice": 3, "pairs": 4, "ahead": 5, "go on": 6, "dropout": 7, "vico": 22}
+Purpose = Literal["train", "eval", "choice", "pairs", "ahead", "go on", "dropout", "steps", "vico"]
+_PURPOSES = {
+    "train": 1,
+    "eval": 2,
+    "choice": 3,
+    "pairs": 4,
+    "ahead": 5,
+    "go on": 6,
+    "dropout": 7,
+    "steps": 8,
+    "vico": 22,
+}
 
 
 def seed_of(purpose: Purpose, *parts: int) -> int:

@@ -94,7 +94,7 @@ class DecodeJob:
 
     @property
     def tokens(self) -> int:
-        """Those that go through the model when it joins."""
+        """Those that go through the model when it joins, at most."""
         return len(self.request.prompt) + sum(map(len, self.begun))
 
 

@@ -251,9 +251,15 @@ class BatchCache:
         self.states: dict[int, SequenceState] = {}
         self._joining: Literal["", "new", "back"] = ""
 
-    def announce(self, forest: Forest, lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> None:
+    def announce(
+        self,
+        forest: Forest,
+        lengths: Sequence[int],
+        limits: Sequence[Sequence[int]],
+        held: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> None:
         """As `Rows.announce`. The packed row comes next; should it fail, nothing has happened."""
-        self.rows.announce(forest, lengths, limits)
+        self.rows.announce(forest, lengths, limits, held)
         self._joining = "new"
 
     def announce_return(self, ones: Sequence[Kept], tokens: Sequence[int]) -> None:

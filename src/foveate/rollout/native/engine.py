@@ -24,6 +24,7 @@ from foveate.rollout.engine import Observe, Request, in_order
 from foveate.rollout.native.batch import DecodeBatch, DecodeJob
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
+from foveate.rollout.native.prefixes import Beginnings, shared_beginnings
 from foveate.rollout.native.room import Use
 from foveate.rollout.native.sampling import draw
 from foveate.rollout.native.shelves import FIRST_ROOM
@@ -44,7 +45,8 @@ _PREFILL = 4096
 @dataclass(slots=True)
 class Stats:
     """Counts of the engine's work since it was made. `prefills` and `prefill_tokens` count prompts and their tokens,
-    those of answers that go on included; `decode_steps` counts forward passes over live answers, `decode_tokens` the
+    those of answers that go on included, what several of a
+    prompt have in common once; `decode_steps` counts forward passes over live answers, `decode_tokens` the
     answer tokens that went through them (the last token of an answer is never fed back). `turns` counts answers that
     went on behind an observation from what was kept of them, `turn_tokens` what went through the model for it: the
     observation, and the token before it."""
@@ -293,10 +295,13 @@ class NativeEngine:
     def _prefill(self, batch: DecodeBatch, jobs: Sequence[DecodeJob]) -> Tensor:
         """The hidden states (T, D) of the packed row of prompts and begun answers, whose keys and values the cache
         keeps."""
-        packed = pack(batch.packed_groups(jobs)).to(self.policy.device)
+        groups = batch.packed_groups(jobs)
+        tree = Beginnings(groups, [], {}) if self._records_experts else shared_beginnings(groups)
+        packed = pack(tree.groups, tree.cuts).to(self.policy.device)
         routing = self._routing(packed.routed_experts)
         lengths = [len(job.request.prompt) for job in jobs]
-        batch.cache.announce(packed.forest, lengths, [[job.limit] * len(job.unfinished) for job in jobs])
+        limits = [[job.limit] * len(job.unfinished) for job in jobs]
+        batch.cache.announce(packed.forest, lengths, limits, tree.held)
         try:
             hidden = hidden_states(self.policy, packed, batch.cache, routing=routing)
         except BaseException:

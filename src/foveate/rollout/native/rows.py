@@ -98,10 +98,17 @@ class Rows:
 
     # -------------------------------------------------------------------------------------------- joining and leaving
 
-    def announce(self, forest: Forest, lengths: Sequence[int], limits: Sequence[Sequence[int]]) -> None:
+    def announce(
+        self,
+        forest: Forest,
+        lengths: Sequence[int],
+        limits: Sequence[Sequence[int]],
+        held: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> None:
         """Who joins: `forest` is that of the packed row. A root with the segments that continue it is a prompt, as far
         as its length says; what follows are the answers that were begun, and others come behind these. Answer i to
-        prompt g takes in at most `limits[g][i]` tokens, those that were begun included."""
+        prompt g takes in at most `limits[g][i]` tokens, those that were begun included. `held[g][i]`: the number of the
+        begun answer in the row whose first tokens are those of answer i, and how many; without it each is there."""
         starts = [start for start, above in zip(forest.start, forest.parent, strict=True) if above < 0]
         stops = [*starts[1:], forest.tokens]
         group_at = {start + length: g for g, (start, length) in enumerate(zip(starts, lengths, strict=True))}
@@ -111,9 +118,11 @@ class Rows:
             if above >= 0 and end in group_at:
                 firsts[group_at[end]].append(start)
         self._newcomers, last = [], []
-        for begin, length, own, stop, most in zip(starts, lengths, firsts, stops, limits, strict=True):
+        for g, (begin, length, own, stop, most) in enumerate(zip(starts, lengths, firsts, stops, limits, strict=True)):
             prompt = Kept(begin, length, length)
             begun = [(first, after - first) for first, after in pairwise([*own, stop])]
+            if held:
+                begun = [(own[number], tokens) for number, tokens in held[g]]
             fresh = [(begin + length - 1, 0)] * (len(most) - len(begun))
             for (first, tokens), limit in zip([*begun, *fresh], most, strict=True):
                 self._newcomers.append(Kept(first, tokens, limit, prompt, self.step - tokens))
