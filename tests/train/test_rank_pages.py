@@ -12,6 +12,7 @@ from test_ranks import Calls
 from toy import make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 import foveate.train.mpo
+import foveate.train.offline
 import foveate.train.rl
 import foveate.train.sft
 from foveate.cluster.local import LocalWorkers
@@ -53,7 +54,7 @@ def runs_on(rank, ranks, out, model, data):
             workers.call = partial(of_all, workers)
             yield workers
 
-        module.start_workers = start
+        module.start_workers = foveate.train.offline.start_workers = start
         made = vars(module)[run](settings_of(page, Path(out) / f"{page}-{rank}", model, Path(data), cluster=TWO))
         found[page] = read_metrics(made.metrics), made
     return found

@@ -74,6 +74,11 @@ class Encoder:
         self._require_short(len(prompt), task.where)
         return self.routed([self.with_pixels(prompt, media, budgets, task.where, degrade)])[0]
 
+    @property
+    def plain(self) -> Encoder:
+        """The same without `route`."""
+        return self if self.route is None else replace(self, route=None)
+
     def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts as they were encoded, with the tiles compressed that `route` chooses, if there is one."""
         if self.route is None:

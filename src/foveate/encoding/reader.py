@@ -39,7 +39,7 @@ class Reader:
         self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0, augment: Augment | None = None
     ) -> None:
         self.encoder = encoder
-        self._plain = replace(encoder, route=None)  # prompts are routed when they are taken, all together
+        self._plain = encoder.plain  # prompts are routed when they are taken, all together
         self._table, self._stream, self._augment = table, stream, augment
         self._pool: ProcessPoolExecutor | None = None
         self._first: int | None = None  # the place of the first task that was taken since the last `observe`
