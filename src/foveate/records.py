@@ -323,8 +323,10 @@ class PackedGroup:
         return [answer.trained_tokens for answer in self.answers]
 
     @property
-    def has_images(self) -> bool:
-        return self.prompt.pixels is not None or any(s.slots for answer in self.answers for s in answer.segments)
+    def tile_sides(self) -> frozenset[int]:
+        """Tokens along a side of the tiles of its images, 0 for images without such a number; none without images."""
+        seen = (part.slots for answer in self.answers for part in answer.segments)
+        return frozenset(side for slots in (self.prompt.slots, *seen) for slot in slots for side in slot.sides or (0,))
 
 
 @dataclass(frozen=True, slots=True)

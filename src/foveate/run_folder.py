@@ -105,6 +105,12 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def model(self) -> Path:
+        """Folder of the trained model; of a cascade that of its last stage."""
+        stages = (self, *(RunFolder(self.path / name) for name in ("vir", "rl")))
+        return next((run.final for run in stages if run.final.exists()), stages[-1].final)
+
+    @property
     def final(self) -> Path:
         """Folder of the trained model, in the format it came in."""
         return self.path / "final"

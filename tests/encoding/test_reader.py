@@ -117,6 +117,13 @@ class AsTheyAre:
     def __call__(self, task):
         return task
 
+    @property
+    def plain(self):
+        return self
+
+    def routed(self, prompts):
+        return prompts
+
 
 def test_scores_are_told_to_the_stream_by_the_place_of_their_task(table):
     stream = Recorded(len(table), 3, 3)

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from foveate.config.data import DataSettings
 from foveate.encoding.encode import Encoder
-from foveate.encoding.routes import routed
-from foveate.errors import DataError
+from foveate.encoding.routes import routed, seen_share
+from foveate.errors import ConfigError, DataError
 from foveate.evaluate.predict import load_engine
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.flash_folder import write_flash
@@ -21,7 +21,7 @@ from foveate.models.flash_routes import with_router
 from foveate.models.forward import embed, token_logprobs
 from foveate.models.policy import load_on_meta, load_policy, save_policy
 from foveate.parallel.packing import pack, positions
-from foveate.records import PackedGroup, SamplingParams
+from foveate.records import PackedGroup, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 
@@ -269,4 +269,10 @@ def test_models_that_answer_are_routed_and_others_are_not(folder, tiny_folder, m
     assert {*prompt.slots[0].sides} <= {1, 2}
     assert engine.generate([Request(prompt, 1)], SamplingParams(max_tokens=2))
     assert encode(make_task("no image")).slots == ()
+    for tiles, side in (("whole", 2), ("compressed", 1)):
+        slots = load_engine(str(folder), data, 6, tiles=tiles)[1](make_task("<image>?", make_image(200, 60, 1))).slots
+        assert {*slots[0].sides} == {side}
+        assert seen_share([Prompt((), slots, None, ())], (2, 1)) == (1 if side == 2 else 0.25)
+    with pytest.raises(ConfigError, match=r"--tiles whole: internvl at .* compresses none; leave it out"):
+        load_engine(str(tiny_folder), data, 6, tiles="whole")
     assert load_engine(str(tiny_folder), data, 6)[1].route is None

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from foveate.data.videos import NO_VIDEO_FILES
 from foveate.errors import ConfigError, DataError
-from foveate.records import Answer, Message, Score, Task
+from foveate.records import Answer, Message, Score, Task, Video
 from foveate.rewards import REWARDS, KnownReward
 from foveate.rewards.build import build_reward, truth_check
 from foveate.rewards.pool import Graders
@@ -320,3 +322,14 @@ def test_a_judge_needs_the_ground_truth_that_it_is_shown():
     assert needs is not None
     assert needs(bare)
     assert truth_check("judge", {"prompt": "{answer}"}) is None
+
+
+def test_a_judge_that_sees_images_refuses_rows_with_video_files():
+    clip = Task("0", "s", (), (), "1", {}, videos=(Video(Path("a.mp4"), None, 64, 64, 4, 2.0),))
+    needs = truth_check("judge", {"images": True})
+    assert needs is not None
+    assert needs(clip) == [("videos", "the judge " + NO_VIDEO_FILES)]
+    assert needs(replace(clip, videos=())) == []
+    alone = truth_check("judge", {})
+    assert alone is not None
+    assert alone(clip) == []

@@ -16,10 +16,11 @@ from pydantic import ValidationError
 from slow_cases import slow_but
 from test_resume import interrupt
 from toy import HERE, cascade_settings
+from video_cases import write_video
 
 import foveate.train.cascade as cascade
 from foveate.config.recipe import load_recipe, to_yaml
-from foveate.config.runs import MPOSettings, RLSettings, SFTSettings
+from foveate.config.runs import MPOSettings, RLSettings, SFTSettings, VirSettings
 from foveate.data.demos import check_pair
 from foveate.data.table import open_tasks
 from foveate.datasets.shapes import prepare_shapes
@@ -206,6 +207,41 @@ def test_a_killed_cascade_goes_on_with_the_same_command(tmp_path, data, whole, m
     assert_equal(RunFolder(tmp_path / "run"), whole)
 
 
+# ------------------------------------------------------------------------------------------------ fewer image tokens
+
+
+def with_flash(run: Path, data: Path, **changes: Any) -> Any:
+    """A cascade that ends in a Flash model."""
+    rows = {"train": [str(data / "train.parquet")], "test": [str(data / "test.parquet")], "max_prompt_tokens": 128}
+    train = {"steps": 2, "samples_per_step": 4, "save_every": 1, "tokens_per_micro_batch": 256, "threads": 1}
+    stages = {
+        "vico": {"data": rows, "optim": {"lr": 1e-4}, "train": train},
+        "vir": {"optim": {"lr": 1e-3}, "train": {**train, "quantile": 0.5}},
+    }
+    return cascade_settings(run, data, **{"sft": None, **stages, **changes})
+
+
+@pytest.mark.slow
+def test_a_cascade_ends_in_a_routed_model_and_is_resumed_in_its_last_stages(tmp_path, data):
+    whole = run_cascade(with_flash(tmp_path / "whole", data))
+    assert [(stage.name, stage.step) for stage in read_stages(whole.path)] == [
+        ("start", 0), ("mpo", 3), ("gspo", 5), ("vico", 7), ("vir", 9),
+    ]  # fmt: skip
+    assert [one.step for one in read_evaluations(whole.path)] == [0, 3, 5, 9]
+    assert {row.image_tokens for row in read_evaluations(whole.path)[-1].predictions} == {1.0}  # pictures of one tile
+    assert whole.model == whole.path / "vir" / "final"
+    assert load_recipe(whole.path / "vir" / "config.yaml", [], VirSettings).train.reference == str(whole.path / "flash")
+    assert "vir" in rendered(whole.path)
+    for place in ("vico", "vir"):
+        settings = with_flash(tmp_path / place, data)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(MOMENTS, place, ("foveate.train.offline.learning_rate", {"vico": 5, "vir": 7}[place]))
+            stop_in(patch, place, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run_cascade(settings)
+        assert weights(run_cascade(settings), "vir") == weights(whole, "vir")
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
@@ -231,6 +267,7 @@ def test_a_changed_recipe_is_refused(whole, data, changes):
         ({"mpo": {"optim": {"lr": 1e-3, "warmup_steps": 9}}}, "mpo.optim.warmup_steps is 9, more than train.steps=3"),
         ({"rollout": {"samples": 1}}, "rollout.samples is 1, but algorithm gspo compares answers"),
         ({"pairs": {"samples": 1}}, "greater than or equal to 2"),
+        ({"vir": {"train": {"steps": 1}}}, "vico is not set, but visual consistency learning and its router need each"),
         (
             {"mpo": {"optim": {"lr": 1e-3}, "train": {"steps": 3, "tokens_per_micro_batch": 152}}},
             "mpo.train.tokens_per_micro_batch is 152, less than one longest prompt and sampled answer: .* use 153",
@@ -256,6 +293,18 @@ def test_what_a_later_stage_refuses_is_refused_before_the_first(tmp_path, data, 
     with pytest.raises(ConfigError, match=message):
         run_cascade(cascade_settings(tmp_path / "run", data, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_with_video_files_are_refused_before_the_first_stage(tmp_path, data):
+    pytest.importorskip("av", reason="needs foveate[video]")
+    write_video(tmp_path / "clip.mp4", 30)
+    row = {"question": "<video>?", "videos": ["clip.mp4"], "answer": [1, 2]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = {"train": [str(tmp_path / "rows.jsonl")], "test": [str(data / "test.parquet")]}
+    changes = {"data": {**rows, "max_prompt_tokens": 128, "video": {"frames": 1}}, "reward": {"name": "temporal_iou"}}
+    with pytest.raises(DataError, match="field videos: a cascade, whose pairs are rows, takes no video files"):
+        run_cascade(cascade_settings(tmp_path / "run", data, **changes))
+    assert not (tmp_path / "run" / "start").exists()
 
 
 def test_a_start_that_is_always_right_leaves_no_pairs_and_is_told_so(tmp_path, data):

@@ -16,6 +16,7 @@ from worlds import HERE as WORLDS
 from worlds import with_short_turns
 
 import foveate.train.mpo
+import foveate.train.offline
 import foveate.train.rl
 import foveate.train.sft
 from foveate.cluster.local import LocalWorkers
@@ -65,7 +66,7 @@ def take_part(module, rank, ranks, row=1):
         workers.call = partial(of_all, workers)
         yield workers
 
-    module.start_workers = start
+    module.start_workers = foveate.train.offline.start_workers = start
 
 
 def runs_on(rank, ranks, out, model, data):

@@ -58,7 +58,7 @@ def rows(folder, make_task, make_image):
 
 def worker_of(folder, budget=4096):
     optim = OptimSettings(lr=1e-3, max_grad_norm=1e9)
-    return ConsistencyWorker(ModelSettings(path=str(folder)), optim, budget, reference=True)
+    return ConsistencyWorker(ModelSettings(path=str(folder)), optim, budget)
 
 
 def plain_divergence(policy, reference, row):
@@ -168,7 +168,6 @@ def test_a_run_lowers_the_divergence_and_resumes_bit_for_bit(folder, data, tmp_p
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"cluster": {"device": "cpu", "gpus_per_node": 2}}, "the passes of Flash models run on one"),
         ({"model": {"path": "m", "lora": {"rank": 2}}}, "whole weights are trained here"),
         ({"train": {"steps": 1, "trained_turns": "all"}}, "the last turn alone is compared"),
     ],

@@ -8,6 +8,7 @@ from slow_cases import slow_but
 from video_cases import write_video
 
 from foveate import api
+from foveate.api.of_run import options_of_run
 from foveate.config.runs import RLSettings, SFTSettings
 from foveate.data.answers import ScoredRow, read_answers
 from foveate.log import read_metrics
@@ -58,6 +59,7 @@ def test_rows_with_videos_are_answered_scored_and_learned(name, data, tiny_folde
     [first, *_] = [one for one in read_metrics(tmp_path / "rl" / "metrics.jsonl") if one["step"]]
     assert any("time_iou" in key for key in first)
     assert first["engine/logprob_difference_max"] < 1e-3
+    assert options_of_run(tmp_path / "rl")["video"].frames == 4
     [path] = (tmp_path / "rl" / "evals").glob("step_*1.jsonl")
     rows = list(read_answers(path, ScoredRow))
     assert [row.question for row in rows] == ["<video>\nWhen?", "<image> When in <video>?", rows[2].question, "When?"]

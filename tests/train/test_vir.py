@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import TINY
 from pydantic import ValidationError
 
 from foveate.config.runs import VirSettings
@@ -14,6 +16,7 @@ from foveate.errors import ConfigError
 from foveate.log import read_metrics
 from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.policy import load_policy
+from foveate.models.tiny import build_tiny
 from foveate.train.consistency import RouterRow, RouterWorker
 from foveate.train.vir import SlidingQuantile, run_vir
 
@@ -67,7 +70,7 @@ def test_the_threshold_is_the_quantile_of_the_latest_ratios_and_continues():
 
 def test_a_step_is_cross_entropy_of_the_router_alone(folder):
     settings = settings_of("x", folder, "a", folder)
-    worker = RouterWorker(settings.model, settings.optim, 4096, str(folder))
+    worker = RouterWorker(settings.model, settings.optim, 4096, start=str(folder))
     named = dict(worker.policy.model.named_parameters())
     assert {name.split(".")[1] for name, one in named.items() if one.requires_grad} == {
         "pooling_before_gating",
@@ -97,6 +100,9 @@ def test_a_router_learns_which_pictures_lose_nothing_and_a_run_resumes(folder, t
     run = run_vir(settings)
     metrics = read_metrics(run.metrics)
     assert metrics[-1]["eval/accuracy"] >= 0.9
+    shares = {metrics[-1][name] for name in metrics[-1] if name.endswith("/image_tokens")}
+    assert len(shares) == 1  # of all rows, and of their only source
+    assert 0.25 < shares.pop() < 1
     assert metrics[-1]["loss/total"] < metrics[0]["loss/total"] if "loss/total" in metrics[0] else True
     start, final = (load_policy(str(one)).model.state_dict() for one in (folder, run.final))
     for name, tensor in start.items():
@@ -109,6 +115,12 @@ def test_a_router_learns_which_pictures_lose_nothing_and_a_run_resumes(folder, t
     again = run_vir(settings.model_copy(update={"run": str(tmp_path / "b")}))
     for name, tensor in load_policy(str(again.final)).model.state_dict().items():
         assert torch.equal(tensor, final[name]), name
+
+
+def test_a_reference_with_another_tokenizer_is_refused(folder, data, tmp_path):
+    build_tiny(tmp_path / "other", replace(TINY, vocabulary=300))
+    with pytest.raises(ConfigError, match=r"train\.reference: the tokenizer of .*other is another than the model's"):
+        run_vir(settings_of(tmp_path / "a", folder, data, tmp_path / "other"))
 
 
 def test_parts_that_would_not_be_trained_are_refused():

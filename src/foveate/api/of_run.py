@@ -40,7 +40,7 @@ def options_of_run(
     if seen := sorted(set(map(_resolved, data)) & set(map(_resolved, own.train))):
         logger.warning("%s: these are rows that the run was trained on, not held-out ones", ", ".join(seen))
     if isinstance(settings, CascadeSettings):
-        final = folder.path / "rl" / final.name
+        final = folder.model
     found: dict[str, Any] = {
         "models": (str(final),),
         "data": tuple(map(str, data)) or own.test or own.train,
@@ -50,6 +50,7 @@ def options_of_run(
         "max_pixels": settings.model.max_pixels,
         "system": system or own.system,
         "thinking": None if system else own.thinking,
+        "video": own.video,
         "columns": own.columns,
         "image_root": own.image_root,
         "on_bad_row": own.on_bad_row,

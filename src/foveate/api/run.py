@@ -33,8 +33,7 @@ class Run:
     @property
     def model(self) -> Path:
         """Folder of the trained model; of a cascade that of its last stage."""
-        own = self.folder.final
-        return own if own.exists() else self.path / "rl" / own.name
+        return self.folder.model
 
     def push_to_hub(self, name: str) -> str:
         """Upload the trained model with its card to the repository `owner/name` of the Hugging Face Hub, a private one

@@ -83,6 +83,10 @@ EvalMaxPromptTokens = Annotated[
     int | None,
     typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt with images; by default the run's, or 8192."),
 ]
+EvalTiles = Annotated[
+    Literal["routed", "whole", "compressed"],
+    typer.Option(help="Tiles of a Flash model: compressed as its router says, none, or all."),
+]
 EvalTextFiles = Annotated[bool, typer.Option("--text-files", help="Also iou.txt, iou_detail.json, latency.txt.")]
 CLIENT_KEY = "OPENAI_API_KEY"
 """Environment variable with the key that servers ask for."""
@@ -190,6 +194,7 @@ def evaluate_command(
     max_tokens: EvalMaxTokens = None,
     max_prompt_tokens: EvalMaxPromptTokens = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    tiles: EvalTiles = "routed",
     thinking: Thinking = None,
     system: System = None,
     rows: FirstRows = None,
@@ -222,16 +227,15 @@ def evaluate_command(
         "max_prompt_tokens": max_prompt_tokens, "max_tiles": max_tiles, "system": prompt, "thinking": thinking,
         "image_root": image_root and str(image_root), "columns": columns_of(column), "on_bad_row": on_bad_row,
         "models": (*(model or ()), *known.get("models", ())), "reward": name, "settings": settings,
-        "environment": environment_of(environment), "text_files": text_files, "missing": missing, "critic": critic,
+        "environment": environment_of(environment), "text_files": text_files, "tiles": tiles, "missing": missing,
+        "critic": critic,
     }  # fmt: skip
     options = {"data": (), **known, **{key: value for key, value in given.items() if value is not None}}
-    report = api.evaluate(
-        EvalRequest(
-            **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
-            generated=tuple(generated or ()), critic_settings=settings_given(critic_setting),
-        )
+    request = EvalRequest(
+        **options, out=out, samples=samples, rows=rows, gallery=gallery, seed=seed, threads=threads,
+        generated=tuple(generated or ()), critic_settings=settings_given(critic_setting),
     )  # fmt: skip
-    print_report(out, report)
+    print_report(out, api.evaluate(request))
 
 
 def report_command(

@@ -100,6 +100,27 @@ def prepare_gui_command(
     print_rows(out, rows)
 
 
+@prepare.command("details")
+def prepare_details_command(
+    out: NewFolder,
+    train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 20_000,
+    test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no picture.")] = 1_000,
+    fine: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of pictures with four small objects.")
+    ] = 0.4,
+    side: Annotated[int, typer.Option(min=56, max=2_048, help="Side of the pictures: two tiles of the model.")] = 112,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the pictures.")] = 0,
+) -> None:
+    """Pictures with one big object, or four small ones that few image tokens lose, for vico and vir."""
+    from foveate.datasets.details import prepare_details
+    from foveate.log import progress
+
+    rows = asked_rows(train=train, test=test)
+    with progress("drawing pictures", sum(rows.values())) as advance:
+        prepare_details(out, rows, seed=seed, fine=fine, side=side, advance=advance)
+    print_rows(out, rows)
+
+
 def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
     """The kinds that --kinds names. Raises ConfigError for an unknown kind."""
     chosen = tuple(kinds.split(","))

@@ -70,6 +70,10 @@ class ColocatedEngines:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return broadcast(self._engines, RankEngine.prompt_ids, prompt)[0]
 
+    def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts of a Flash model with the tiles compressed that its router chooses, by the published weights."""
+        return scatter_gather(self._engines, RankEngine.routed, prompts, [float(len(one)) for one in prompts])
+
     def publish(self, version: int, _weights: Weights = (), /) -> dict[str, float]:
         """Every worker's engine takes over the weights of its worker. The metrics of a check, if one is due."""
         checked = broadcast(self._engines, RankEngine.publish, version)[0]

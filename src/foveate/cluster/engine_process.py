@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Concatenate, Protocol
 
 from foveate.cluster.local import P, R
+from foveate.cluster.rank_engine import routed_by
 from foveate.cluster.weights import Incoming, Outgoing, Packet
 from foveate.models.policy import Policy
 from foveate.records import Answer, Prompt, SamplingParams
@@ -135,6 +136,9 @@ class EngineProcess:
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return self._made.prompt_ids(prompt)
+
+    def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return routed_by(self._made, prompts)
 
     def close(self) -> None:
         self._current[1].stop()

@@ -15,6 +15,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.rollout import RolloutSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
+from foveate.models.flash_routes import routed_prompts
 from foveate.models.policy import Policy, load_policy
 from foveate.models.sharded import allocate, meta_policy
 from foveate.parallel.ranks import Ranks
@@ -86,6 +87,9 @@ class RankEngine:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return self._started.prompt_ids(prompt)
 
+    def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return routed_by(self._started, prompts)
+
     def publish(self, version: int) -> dict[str, float]:
         """Let the engine of this rank take over the weights of all; its metrics, and those of a check of it, if one is
         due."""
@@ -109,6 +113,17 @@ class RankEngine:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+def routed_by(engine: Engine, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts of a Flash model, routed by the weights that an engine samples with. Raises ConfigError for an engine
+    that does not have them in this process."""
+    if not isinstance(engine, NativeEngine):
+        raise ConfigError(
+            f"rollout.engine: {type(engine).__name__} does not say which tiles of a Flash model it compresses; use "
+            "native"
+        )
+    return routed_prompts(engine.policy, prompts)
 
 
 class HasEngine(Protocol):

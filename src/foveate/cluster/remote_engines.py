@@ -130,6 +130,10 @@ class RemoteEngines:
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return self._prompt_ids_of(0, prompt)
 
+    def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts of a Flash model with the tiles compressed that its router chooses, by the published weights."""
+        return self._answer(0, EngineProcess.routed, prompts)
+
     def publish(self, version: int, _weights: Weights = (), /) -> dict[str, float]:
         """Every engine takes over the trainers' weights. Metrics: how many engines were lost so far, the bytes that
         each engine got, and those of a check, if one is due."""

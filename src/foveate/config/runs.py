@@ -27,6 +27,7 @@ from foveate.config.train import (
     OptimSettings,
     RLEvalSettings,
     RLTrainSettings,
+    RouterTrainSettings,
     SFTOptimSettings,
     SFTTrainSettings,
     VicoTrainSettings,
@@ -151,13 +152,8 @@ class _FlashSettings(SFTSettings):
     """Runs of Flash models."""
 
     @model_validator(mode="after")
-    def _on_one_rank(self) -> Self:
+    def _compares_whole_answers(self) -> Self:
         refuse_any(
-            (
-                self.cluster.ranks > 1,
-                "cluster.gpus_per_node",
-                f"gives {self.cluster.ranks} ranks, but the passes of Flash models run on one; leave it out",
-            ),
             (self.model.lora is not None, "model.lora", "is set, but whole weights are trained here; leave it out"),
             (self.environment is not None, "environment", "is set, but no tools are shown here; leave it out"),
             (
@@ -237,8 +233,20 @@ class RLStage(Settings):
     train: RLTrainSettings
 
 
+class VicoStage(Settings):
+    data: DataSettings
+    optim: SFTOptimSettings = SFTOptimSettings()
+    train: VicoTrainSettings
+
+
+class VirStage(Settings):
+    optim: SFTOptimSettings = SFTOptimSettings()
+    train: RouterTrainSettings
+
+
 class CascadeSettings(Settings):
-    """SFT where it is set, pairs of the model's own answers, preference optimisation, online RL: one run each."""
+    """SFT where it is set, pairs of the model's own answers, preference optimisation, online RL, and where they are set
+    visual consistency learning and the training of a router: one run each."""
 
     run: str = Field(min_length=1, description="Folder of all stages; the same folder again continues them.")
     seed: int = Field(default=0, ge=0, description="Seed of every random choice.")
@@ -250,6 +258,10 @@ class CascadeSettings(Settings):
     pairs: PairSettings = PairSettings()
     mpo: MPOStage
     rl: RLStage
+    vico: VicoStage | None = Field(
+        default=None, description="Visual consistency learning of a Flash model; null: all tiles keep their tokens."
+    )
+    vir: VirStage | None = Field(default=None, description="The router of that model, on the rows of vico.")
     eval: RLEvalSettings = RLEvalSettings()
     cluster: ClusterSettings = ClusterSettings()
     log: LogSettings = LogSettings()
@@ -276,6 +288,11 @@ class CascadeSettings(Settings):
                 "begins one run, and each stage here merges its own; merge it first, or leave it out",
             ),
             (
+                (self.vico is None) != (self.vir is None),
+                "vico" if self.vico is None else "vir",
+                "is not set, but visual consistency learning and its router need each other; set both, or none",
+            ),
+            (
                 budget < longest,
                 "mpo.train.tokens_per_micro_batch",
                 f"is {self.mpo.train.tokens_per_micro_batch}, less than one longest prompt and sampled answer: "
@@ -283,18 +300,27 @@ class CascadeSettings(Settings):
                 f"+ 1; use {-(-longest // self.cluster.sequence_parallel)} or more, or lower those",
             ),
         )
-        for name in ("mpo", "rl") if self.sft is None else ("sft", "mpo", "rl"):
+        for name in self.stages:
             try:
-                self.stage(name, "model", ("pairs.parquet",))
+                self.stage(name, "model", ("pairs.parquet",), "reference")
             except ValidationError as error:
                 context = error.errors()[0]["ctx"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
                 path: str = context["path"]
-                own = path.split(".")[0] in ("optim", "train", "algorithm") or name == "sft"
+                own = path.split(".")[0] in ("optim", "train", "algorithm") or name in ("sft", "vico")
                 refuse(f"{name}.{path}" if own else path, context["text"])
         return self
 
-    def stage(self, name: str, model: str, pairs: tuple[str, ...] = ()) -> SFTSettings | MPOSettings | RLSettings:
-        """The settings of the run of a stage (`sft`, `mpo`, `rl`) that starts from the folder `model`."""
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the stages that are set, in order."""
+        groups = {"sft": self.sft, "mpo": self.mpo, "rl": self.rl, "vico": self.vico, "vir": self.vir}
+        return tuple(name for name, group in groups.items() if group is not None)
+
+    def stage(
+        self, name: str, model: str, pairs: tuple[str, ...] = (), reference: str = ""
+    ) -> SFTSettings | MPOSettings | RLSettings:
+        """The settings of the run of a stage (`sft`, `mpo`, `rl`, `vico`, `vir`) that starts from the folder `model`.
+        pairs: files of `mpo`; reference: the folder that `vico` has started from, for `vir`."""
         model_settings = self.model.model_copy(update={"path": model})
         common: dict[str, Any] = {
             "run": f"{self.run}/{name}",
@@ -312,6 +338,17 @@ class CascadeSettings(Settings):
         if name == "sft":
             assert self.sft is not None
             return SFTSettings(**common, **dict(self.sft), cluster=offline)
+        if name in ("vico", "vir"):
+            assert self.vico is not None
+            whole = {"lora": None, "quantization": None, "router_aux_loss_coef": 0.0}  # all weights, or the router's
+            common["model"] = model_settings.model_copy(update=whole)
+            if name == "vico":
+                return VicoSettings(**common, **dict(self.vico), cluster=offline)
+            assert self.vir is not None
+            every = ModelSettings.model_fields["trainable"].default
+            common["model"] = common["model"].model_copy(update={"trainable": every})
+            train = VirTrainSettings(**self.vir.train.model_dump(), reference=reference)
+            return VirSettings(**common, data=self.vico.data, optim=self.vir.optim, train=train, cluster=offline)
         shared = {"max_prompt_tokens", "on_bad_row", "system", "thinking", "workers"}
         data = DataSettings(train=pairs, **self.data.model_dump(include=shared))
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)

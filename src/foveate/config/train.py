@@ -133,10 +133,7 @@ class VicoTrainSettings(SFTTrainSettings):
     )
 
 
-class VirTrainSettings(SFTTrainSettings):
-    reference: str = Field(
-        min_length=1, description="Folder of the model that visual consistency learning began from: its frozen start."
-    )
+class RouterTrainSettings(SFTTrainSettings):
     quantile: float = Field(
         default=0.5,
         gt=0,
@@ -144,6 +141,12 @@ class VirTrainSettings(SFTTrainSettings):
         description="Share of the rows, by how little they lose, that is taught as compressible.",
     )
     window: int = Field(default=1024, ge=2, description="Latest rows over which that share is taken.")
+
+
+class VirTrainSettings(RouterTrainSettings):
+    reference: str = Field(
+        min_length=1, description="Folder of the model that visual consistency learning began from: its frozen start."
+    )
 
 
 class MPOTrainSettings(TrainSettings):

@@ -144,12 +144,14 @@ class GeneratedRow(PromptRow):
 class ScoredRow(PromptRow):
     """The answers to a prompt with their scores. A greedy answer stands first. `tags` group rows in the report
     (`relation: left`); `model` names the model where a file holds several; `look_box` is the part of the first image,
-    in thousandths, that an answer should look at, where the task says one."""
+    in thousandths, that an answer should look at, where the task says one; `image_tokens` is the share of the image
+    tokens that a model which compresses tiles has seen."""
 
     answers: tuple[ScoredAnswer, ...]
     tags: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
     look_box: tuple[float, float, float, float] | None = None
+    image_tokens: float | None = None
 
     @property
     def shown(self) -> ScoredAnswer:

@@ -212,13 +212,13 @@ def _opened(source: Path | bytes) -> Iterator[Any]:
         raise DataError(f"{name} is damaged or truncated ({one_line(error)[:200]})") from error
 
 
+NO_VIDEO_FILES = "takes no video files; give the frames as images (videos: [[FRAME, ...]])"
+
+
 def refuse_videos(task: Task, who: str) -> None:
     """Raise DataError for a task with video files where they cannot be shown."""
     if task.videos:
-        raise DataError(
-            f"{task.where or task.id}, field videos: {who} takes no video files; give the frames as images (videos: "
-            "[[FRAME, ...]])"
-        )
+        raise DataError(f"{task.where or task.id}, field videos: {who} {NO_VIDEO_FILES}")
 
 
 def container_of(head: bytes) -> str | None:

@@ -55,7 +55,7 @@ class Encoder:
     images of a prompt, at least one each, thumbnails not counted; pixels are those of each image after resizing.
     `max_prompt_tokens` refuses longer prompts; `system` is a system message for prompts that have none; `tools`: JSON
     schemas of functions that every prompt shows; `video`: which frames of videos are shown; `route`: what compresses
-    tiles of a prompt with its pixels, of a model that does (`length` is a bound then)."""
+    tiles of prompts with their pixels, of a model that does (`length` is a bound then)."""
 
     tokenizer: PreTrainedTokenizerBase
     family: Family
@@ -64,7 +64,7 @@ class Encoder:
     system: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
     video: VideoSettings = field(default_factory=VideoSettings)
-    route: Callable[[Prompt], Prompt] | None = None
+    route: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None
 
     def __call__(self, task: Task, degrade: Callable[[PIL.Image.Image], PIL.Image.Image] | None = None) -> Prompt:
         """Decode, tile and tokenise; `degrade` changes images, but not frames of videos, and keeps their sizes. Raises
@@ -72,8 +72,19 @@ class Encoder:
         task, media = self._unrolled(task)
         prompt, budgets = self.placed(self.rendered(task), media, task.where)
         self._require_short(len(prompt), task.where)
-        prompt = self.with_pixels(prompt, media, budgets, task.where, degrade)
-        return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
+        return self.routed([self.with_pixels(prompt, media, budgets, task.where, degrade)])[0]
+
+    @property
+    def plain(self) -> Encoder:
+        """The same without `route`."""
+        return self if self.route is None else replace(self, route=None)
+
+    def routed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts as they were encoded, with the tiles compressed that `route` chooses, if there is one."""
+        if self.route is None:
+            return [*prompts]
+        found = iter(self.route([prompt for prompt in prompts if prompt.pixels is not None]))
+        return [prompt if prompt.pixels is None else next(found) for prompt in prompts]
 
     def beside(self, task: Task, other: Prompt) -> Prompt:
         """The same for a task that shows the images of another prompt, with its pixels, which are not decoded again."""

@@ -3,7 +3,7 @@ is. `foveate.models.families` has the table of families."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -249,6 +249,10 @@ class Family:
     def router_thresholds(self) -> tuple[float, float] | None:
         """The relative and the absolute threshold of its router; None: it has none."""
         return None
+
+    def unseen(self, sides: Collection[int]) -> tuple[str, ...]:  # noqa: ARG002
+        """Submodules that no image goes through where the tiles of all have these `sides` (`ImageSlot`)."""
+        return ()
 
     def share(self, budget: int, images: int) -> int:  # noqa: ARG002
         """The part of a budget for each of several images of a prompt: a function of nothing else."""

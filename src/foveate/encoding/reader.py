@@ -39,6 +39,7 @@ class Reader:
         self, table: TaskTable, stream: Stream, encoder: Encoder, workers: int = 0, augment: Augment | None = None
     ) -> None:
         self.encoder = encoder
+        self._plain = encoder.plain  # prompts are routed when they are taken, all together
         self._table, self._stream, self._augment = table, stream, augment
         self._pool: ProcessPoolExecutor | None = None
         self._first: int | None = None  # the place of the first task that was taken since the last `observe`
@@ -46,7 +47,7 @@ class Reader:
         if workers:
             owner, self._lifeline = lifeline()
             self._pool = ProcessPoolExecutor(
-                workers, worker_context([__name__]), _begin, (owner, table, encoder, augment)
+                workers, worker_context([__name__]), _begin, (owner, table, self._plain, augment)
             )
 
     def __enter__(self) -> Self:
@@ -63,21 +64,21 @@ class Reader:
         self._first = self._stream.position if self._first is None else self._first
         if self._pool is None:
             tasks = [(self._table[place[0]], place) for place in _drawn(self._stream, wanted)]
-            return [
-                (self.encoder.for_graders(task), _encoded(task, self.encoder, self._augment, place))
-                for task, place in tasks
-            ]
+            return self._routed([(task, _encoded(task, self._plain, self._augment, place)) for task, place in tasks])
         self._submit(wanted)
         self._stream.draw(wanted)
         now = [self._ahead.popleft() for _ in range(wanted)]
         self._submit(wanted)
         try:
-            received = [_received(future.result()) for _, future in now]
-            return [(self.encoder.for_graders(task), prompt) for task, prompt in received]
+            return self._routed([_received(future.result()) for _, future in now])
         except BrokenProcessPool as error:
             raise DataError(
                 "a process that encodes images was killed (out of memory?); use fewer with data.image_workers"
             ) from error
+
+    def _routed(self, taken: Sequence[tuple[Task, Prompt]]) -> list[tuple[Task, Prompt]]:
+        prompts = self.encoder.routed([prompt for _, prompt in taken])
+        return [(self.encoder.for_graders(task), one) for (task, _), one in zip(taken, prompts, strict=True)]
 
     def observe(self, scores: Sequence[float | None]) -> None:
         """Tell the stream what the tasks scored that were taken since the last call, in their order; None for one that

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from foveate.records import ImageSlot, Prompt
+
+
+def seen_share(prompts: Iterable[Prompt], sides: tuple[int, int] | None) -> float | None:
+    """The share of their image tokens that routed prompts have; None without an image, or for a model without routes
+    (`sides` None)."""
+    slots = [slot for prompt in prompts for slot in prompt.slots]
+    if sides is None or not slots:
+        return None
+    return sum(slot.count for slot in slots) / sum(slot.tiles * sides[0] ** 2 for slot in slots)
 
 
 def routed(prompt: Prompt, routes: Sequence[Sequence[bool]], sides: tuple[int, int]) -> Prompt:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from foveate.config.data import DataSettings
+from foveate.config.data import DataSettings, VideoSettings
 from foveate.config.rollout import EnvironmentSettings
 from foveate.data.answers import GeneratedAnswer, GeneratedRow, ScoredRow, prompt_fields
 from foveate.data.table import TaskTable, open_tasks
@@ -27,6 +27,7 @@ from foveate.evaluate.predictions import Evaluation, mean, paired, write_models,
 from foveate.evaluate.shards import read_generated
 from foveate.files import atomic_write_text
 from foveate.log import progress
+from foveate.models.flash_routes import Tiles
 from foveate.records import Task
 from foveate.rewards.build import truth_check
 from foveate.rewards.pool import Graders, with_opened
@@ -86,6 +87,10 @@ class EvalRequest:
     max_pixels: int | None = None
     thinking: bool | None = None
     """As `data.thinking` of a run."""
+    video: VideoSettings = field(default_factory=VideoSettings)
+    """As `data.video` of a run; for models in process."""
+    tiles: Tiles = "routed"
+    """Of Flash models in process."""
     hold_out: float = 0.0
     """Share of the rows of `data` that a run kept aside: only these are asked."""
 
@@ -98,6 +103,8 @@ def run_eval(request: EvalRequest) -> None:
     answer unless `missing` says what they are.
     """
     _check_out(request.out)
+    if request.tiles != "routed" and not request.models:
+        raise ConfigError(f"--tiles {request.tiles}: is for models in this process, and none is asked; leave it out")
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     found: list[Evaluation] = []
@@ -161,10 +168,11 @@ def _in_process(
         max_prompt_tokens=request.max_prompt_tokens,
         system=request.system or "none",
         thinking=request.thinking,
+        video=request.video,
         columns=dict(request.columns),
     )
     environment = request.environment
-    engine, encoder = load_engine(name, data, request.max_tiles, request.max_pixels, environment)
+    engine, encoder = load_engine(name, data, request.max_tiles, request.max_pixels, environment, request.tiles)
     by_environment = environment is not None and environment.reward == "environment"
     truth = None if by_environment else truth_check(request.reward, request.settings)
     table, left_out = read_checked(request.data, data, encoder, truth)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from foveate.data.answers import ScoredAnswer, ScoredRow
-from foveate.evaluate.predictions import bootstrap, is_decided, lost_grades, mean, summarise
+from foveate.evaluate.predictions import bootstrap, is_decided, lost_grades, mean, seen_image_tokens, summarise
 from foveate.records import Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME, Box, in_thousandths, iou, parse_box, picture_size
 from foveate.rewards.refcoco import BoxFrame, answer_box
@@ -37,6 +37,7 @@ def summary_statistics(rows: Sequence[ScoredRow], seed: int = 0) -> dict[str, An
     found: dict[str, Any] = {
         "rows": len(rows),
         **lost_grades(rows),
+        **seen_image_tokens(rows),
         "score": mean(row.shown.score for row in rows),
         "decoding": sorted({"greedy" if row.shown.greedy else "sampled" for row in rows}),
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from foveate.data.images import load_image
 from foveate.data.table import TaskTable
 from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
+from foveate.encoding.routes import seen_share
 from foveate.evaluate.draw import save_thumbnail
 from foveate.evaluate.metrics import BoxReader, model_box, warn_of_lost_answers
 from foveate.evaluate.predictions import (
@@ -29,7 +31,7 @@ from foveate.evaluate.predictions import (
 )
 from foveate.evaluate.turns import kept_turns, place_to_look, turn_metrics
 from foveate.log import progress
-from foveate.models.flash_routes import with_router
+from foveate.models.flash_routes import Tiles, with_router
 from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
@@ -58,13 +60,14 @@ def load_engine(
     max_tiles: int | None,
     max_pixels: int | None = None,
     environment: EnvironmentSettings | None = None,
+    tiles: Tiles = "routed",
 ) -> tuple[NativeEngine, Encoder]:
     """The native engine with the weights of a model folder, and the encoder of its prompts, which show the tools of the
-    environment."""
+    environment. `tiles`: of a Flash model."""
     policy = load_policy(path, **best_place())
     model = ModelSettings(path=path, max_tiles=max_tiles, max_pixels=max_pixels)
     encoder = build_encoder(policy.tokenizer, policy.family, model, data, tools_of_environment(environment))
-    return NativeEngine(policy, encoder.decode), with_router(encoder, policy)
+    return NativeEngine(policy, encoder.decode), with_router(encoder, policy, tiles)
 
 
 def generate_rows(
@@ -142,7 +145,7 @@ def predict(
         scores = iter(zip(scored(graders, asked, became, credit), became, strict=True))
         drawn = [(one.text, task) for task, own in zip(some, answers, strict=True) for one in own[1:]]
         values = iter(critic.grade_many(drawn)) if critic is not None else None
-        for task, own in zip(some, answers, strict=True):
+        for task, request, own in zip(some, requests, answers, strict=True):
             keep = len(rows) < detailed
             graded = []
             for one, (score, outcome) in zip(own, scores, strict=False):
@@ -150,7 +153,8 @@ def predict(
                 made = generated_answer(one, encoder, keep and is_shown, outcome, folder if is_shown else None)
                 graded.append((made, score))
             ranks = None if values is None else [None, *(next(values).value for _ in own[1:])]
-            rows.append(scored_row(task, graded, greedy=True, detailed=keep, ranks=ranks, read_box=read_box))
+            row = scored_row(task, graded, greedy=True, detailed=keep, ranks=ranks, read_box=read_box)
+            rows.append(replace(row, image_tokens=seen_share([request.prompt], encoder.family.sides)))
         advance(len(some))
     return rows
 

@@ -125,6 +125,7 @@ def summarise(rows: Sequence[ScoredRow], step: int) -> dict[str, Any]:
         "step": step,
         "rows": len(rows),
         **lost_grades(rows),
+        **seen_image_tokens(rows),
         "greedy": {name: mean(map(_greedy(value), rows)) for name, value in figures.items()},
         "sampled": {
             "samples": max((len(row.sampled) for row in rows), default=0),
@@ -148,6 +149,12 @@ def lost_grades(rows: Sequence[ScoredRow]) -> dict[str, int]:
     """How many answers could not be graded, where there are any."""
     count = sum(not answer.graded for row in rows for answer in row.answers)
     return {"not_graded": count} if count else {}
+
+
+def seen_image_tokens(rows: Sequence[ScoredRow]) -> dict[str, float]:
+    """The mean share of the image tokens that the model has seen, where it compresses tiles."""
+    share = mean(row.image_tokens for row in rows)
+    return {} if share is None else {"image_tokens": share}
 
 
 Figure = Callable[[ScoredAnswer], float | None]
@@ -178,6 +185,7 @@ def _by_value(rows: Sequence[ScoredRow], tag: str) -> dict[str, dict[str, Any]]:
             "rows": len(group),
             f"greedy_{measure}": mean(map(_greedy(figure), group)),
             f"sampled_{measure}": mean(map(_sampled(figure), group)),
+            **seen_image_tokens(group),
         }
         for value, group in sorted(groups.items())
     }

@@ -132,7 +132,7 @@ def projected(model: Any, patches: Tensor, *, compressed: bool) -> Tensor:
     """The features (N, tokens, D) of tiles, by the second projector where they are compressed."""
     ratio = model.config.downsample_ratio
     shuffled = model.model.pixel_shuffle(patches, scale_factor=ratio**2 if compressed else ratio)
-    flat = shuffled.reshape(len(shuffled), -1, shuffled.shape[-1])
+    flat = shuffled.flatten(1, 2)  # also of no tile
     return (model.model.mlp2 if compressed else model.model.multi_modal_projector)(flat)
 
 
@@ -147,6 +147,10 @@ def route_of(model: Any, pixels: Tensor, thresholds: tuple[float, float]) -> lis
     router finds compressible by at least the second threshold, and by more than the quantile, of the first, over all
     tiles. So the route of a tile depends on those beside it, and belongs to the whole prompt."""
     pixels = pixels.to(next(model.parameters()))
-    found = compressible(model, patches_of(model, pixels)).float()
+    return route_by(compressible(model, patches_of(model, pixels)).float(), thresholds)
+
+
+def route_by(found: Tensor, thresholds: tuple[float, float]) -> list[bool]:
+    """`route_of`, by what the router has found of the tiles (N,)."""
     relative, absolute = thresholds
     return ((found > torch.quantile(found, relative)) & (found >= absolute)).tolist()

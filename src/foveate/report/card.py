@@ -110,7 +110,7 @@ def _name(path: str) -> str:
 
 def _notable(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The settings to name, in order: of a cascade those of each stage."""
-    stages = {f"{name}.": settings[name] for name in ("sft", "mpo", "rl") if settings.get(name)}
+    stages = {f"{name}.": settings[name] for name in ("sft", "mpo", "rl", "vico", "vir") if settings.get(name)}
     for prefix, own in {"": settings, **stages}.items():
         for choice in _CHOICES:
             given = {name: value for name, value in (own.get(choice) or {}).items() if name not in _LIMITS}

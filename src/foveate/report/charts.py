@@ -103,6 +103,12 @@ CATALOGUE = (
     Topic(
         "Accuracy of pairs", r"^(reward/preferred|eval/accuracy)$", "share in which the chosen answer gained more", "%"
     ),
+    Topic(
+        "Image tokens that are seen",
+        r"^(eval|vico)/image_tokens$|^source/.*/image_tokens$",
+        "share, where tiles may be compressed: of the training, of held-out rows, and of their sources",
+        "%",
+    ),
     Topic("Held-out turns and looks", r"^eval/(turns|tool)/", "turns and calls of tools per answer, and their overlap"),
     Topic("Held-out figures", r"^eval/", "as logged at each evaluation"),
     Topic("Accuracy while training", r"^reward/(accuracy|hit|parsed)$", "share of the sampled answers", "%"),

@@ -18,6 +18,7 @@ _RESULTS = (
     ("reward/mean", "Reward", ""),
     ("eval/loss", "Held-out loss", ""),
     ("eval/accuracy", "Held-out accuracy of pairs", "%"),
+    ("eval/image_tokens", "Image tokens that are seen", "%"),
     ("loss/total", "Training loss", ""),
     ("reward/accuracy", "Accuracy while training", "%"),
     ("reward/hit", "Hits while training", "%"),
@@ -83,7 +84,8 @@ def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str
         yield "in a step", _step(config)
         yield "learning rate", f"{config['optim']['lr']:g}"
     elif stage == "cascade":
-        every = {name: config[name]["train"]["steps"] for name in ("sft", "mpo", "rl") if config.get(name)}
+        stages = [name for name in ("sft", "mpo", "rl", "vico", "vir") if config.get(name)]
+        every = {name: config[name]["train"]["steps"] for name in stages}
         counts = ", ".join(f"{count} {name}" for name, count in every.items())
         yield "steps", f"{steps[-1]['step'] if steps else 0} of {sum(every.values())}: {counts}"
     seconds = sum(row.get("time/step") or 0.0 for row in steps)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from foveate.data.videos import NO_VIDEO_FILES
 from foveate.errors import ConfigError, DataError, printable
 from foveate.records import Answer, Score, Task
 from foveate.registry import bind, resolve, shown_name
@@ -187,7 +188,10 @@ def truth_check(name: str, settings: Mapping[str, Any] | None = None) -> TruthCh
         function = as_function(_resolve(name), f"reward {shown_name(name)}")
         return _needs(reward_form(f"reward {shown_name(name)}", function), inspect.signature(function).parameters)
     if not known.check:  # of those, a judge alone is shown the ground truth
-        return NeedsColumns((), truth=True) if name == "judge" and "{truth}" in given.get("prompt", "{truth}") else None
+        if name != "judge":
+            return None
+        reads_truth, sees = "{truth}" in given.get("prompt", "{truth}"), bool(given.get("images"))
+        return NeedsColumns((), reads_truth, images=sees) if reads_truth or sees else None
     check = resolve({}, known.check, "check")
     if known.builds:
         return bind(check, given, f"reward {name}")()
@@ -212,16 +216,19 @@ def _resolve(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class NeedsColumns:
-    """The check of a reward that names columns of a row as its parameters; truth: its ground truth, too. It can be sent
-    to other processes."""
+    """The check of a reward that names columns of a row as its parameters; truth: its ground truth, too; images: it is
+    shown images, and no video files. It can be sent to other processes."""
 
     columns: tuple[str, ...]
     truth: bool = False
+    images: bool = False
 
     def __call__(self, task: Task) -> list[tuple[str, str]]:
         faults = [(f"extra_info.{column}", _missing(column)) for column in self.columns if column not in task.meta]
         if self.truth and task.answer is None:
             faults.append((GROUND_TRUTH, "is missing; the reward compares answers with it"))
+        if self.images and task.videos:
+            faults.append(("videos", f"the judge {NO_VIDEO_FILES}"))
         return faults
 
 

@@ -18,6 +18,7 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError, counted
 from foveate.evaluate.predict import answer_all
 from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.flash_routes import with_router
 from foveate.models.policy import load_policy
 from foveate.plan.hardware import GIB
 from foveate.plan.memory import memory_of, sizes_of
@@ -85,6 +86,12 @@ def _stages(settings: SFTSettings | MPOSettings | RLSettings | CascadeSettings) 
         f"{train.pairs_per_step} pairs, loss {settings.mpo.loss.name}"
     )
     yield from _run(settings.stage("rl", settings.model.path))
+    if settings.vico is not None and settings.vir is not None:
+        rows, train = settings.vico.train, settings.vir.train
+        yield (
+            f"\nvico: {rows.steps} steps of {rows.samples_per_step} demonstrations; vir: {train.steps} steps of "
+            f"{train.samples_per_step}"
+        )
 
 
 def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
@@ -170,7 +177,8 @@ def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: En
     """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine."""
     rollout, cluster, model = settings.rollout, settings.cluster, settings.model
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
-    engine = NativeEngine(load_policy(model.path, **options, quantization=model.quantization), encoder.decode)
+    policy = load_policy(model.path, **options, quantization=model.quantization)
+    engine, [prompt] = NativeEngine(policy, encoder.decode), with_router(encoder, policy).routed([prompt])
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("eval", settings.seed))]
     with (

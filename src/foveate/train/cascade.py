@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,22 @@ from foveate.cluster.rank_engine import InferenceWorker
 from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.answers import CorrectnessRule, ScoredRow, read_answers
 from foveate.data.stream import Stream
+from foveate.data.table import TaskTable
+from foveate.data.validate import Check
+from foveate.data.videos import NO_VIDEO_FILES
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
 from foveate.encoding.dataset import build_encoder, keep_aside, read_checked, read_options
 from foveate.encoding.encode import Encoder
 from foveate.encoding.reader import Reader
+from foveate.errors import ConfigError
 from foveate.evaluate.predict import Evaluator
 from foveate.evaluate.predictions import predictions_path, write_evaluation
 from foveate.files import atomic_write_text
 from foveate.log import MetricsWriter, progress, read_metrics
+from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.checkpoint.inspect import inspect_model_folder
-from foveate.records import SamplingParams
+from foveate.records import SamplingParams, Task
 from foveate.report.stages import Stage, write_stages
 from foveate.rewards.build import build_reward, truth_check
 from foveate.rollout.build import choose_engine
@@ -40,11 +46,13 @@ from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.clock import Clock
 from foveate.train.mpo import build_preference_loss, run_mpo
 from foveate.train.optim import check_optimizer
-from foveate.train.rl import build_graders, new_engine, run_rl
+from foveate.train.rl import build_graders, new_engine, routed_by_engine, run_rl
 from foveate.train.rollout_records import rollout_metrics, write_rollouts
 from foveate.train.rollouts import SyncRollouts
 from foveate.train.session import check_cluster, retry_on_lost_rank
 from foveate.train.sft import run_sft
+from foveate.train.vico import run_vico
+from foveate.train.vir import run_vir
 from foveate.train.worker import use_threads
 
 CHUNK = 64
@@ -59,6 +67,8 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
     wait = settings.stage("rl", "model").disk_wait
     with open_run(settings.run, settings, frozen=True, disk_wait=wait) as run:
         model = settings.model.path
+        if not (run.path / "pairs" / MANIFEST).exists():
+            _asked_rows(settings, _encoder(settings, model))  # else the first stage would find what is wrong with them
         evaluate(settings, model, run.path / "start", step=0)
         if settings.sft is not None:
             model = _trained(run_sft, accept_changes, settings.stage("sft", model))
@@ -68,9 +78,25 @@ def run_cascade(settings: CascadeSettings, *, accept_changes: bool = False) -> R
         model = _trained(run_mpo, accept_changes, settings.stage("mpo", model, (str(pairs),)))
         gather(settings, run)
         # The last stage evaluates the model that MPO made before its first step.
-        _trained(run_rl, accept_changes, settings.stage("rl", model))
+        model = _trained(run_rl, accept_changes, settings.stage("rl", model))
         gather(settings, run)
+        if settings.vico is not None and settings.vir is not None:
+            start = _flash_model(model, run.path / "flash", settings.seed)
+            model = _trained(run_vico, accept_changes, settings.stage("vico", start))
+            gather(settings, run)
+            model = _trained(run_vir, accept_changes, settings.stage("vir", model, reference=start))
+            evaluate(settings, model, run.path / "vir", step=settings.vir.train.steps)
+            gather(settings, run)
     return run
+
+
+def _flash_model(model: str, folder: Path, seed: int) -> str:
+    """The folder of a model as one of Flash, which it may be already."""
+    if inspect_model_folder(model).family.sides is not None:
+        return model
+    if not folder.exists():
+        write_flash(model, folder, seed=seed)
+    return str(folder)
 
 
 def check_cascade(settings: CascadeSettings) -> None:
@@ -84,6 +110,9 @@ def check_cascade(settings: CascadeSettings) -> None:
     build_preference_loss(settings.mpo.loss)
     build_reward(settings.reward.name, settings.reward.settings)
     new_engine(rl)
+    family = inspect_model_folder(settings.model.path).family
+    if settings.vico is not None and family.github_type is None:
+        raise ConfigError(f"vico: {family.name} at {settings.model.path} cannot compress tiles; leave vico and vir out")
 
 
 def _trained(page: Callable[..., RunFolder], accept_changes: bool, stage: Any) -> str:
@@ -110,8 +139,9 @@ def _evaluate(settings: CascadeSettings, model: str, folder: Path, step: int, ag
     held_out = keep_aside(every, settings.data.hold_out)[1] or every
     tokens = settings.rollout.max_tokens
     with _engine(settings, model, encoder, step, again) as engine, build_graders(settings.reward) as graders:
+        routed = routed_by_engine(encoder, engine)
         evaluator = Evaluator(
-            folder, settings.eval, held_out, encoder, graders, seed=settings.seed, max_tokens=tokens, last_step=step
+            folder, settings.eval, held_out, routed, graders, seed=settings.seed, max_tokens=tokens, last_step=step
         )
         evaluator.evaluate(engine, step)
 
@@ -136,9 +166,7 @@ def make_pairs(settings: CascadeSettings, model: str, run: RunFolder) -> Path:
 def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again: bool = False) -> None:
     """`rollouts/step_*.jsonl`: answers with their scores to `pairs.prompts` training prompts, a file per 64 of them."""
     encoder = _encoder(settings, model)
-    truth = truth_check(settings.reward.name, settings.reward.settings)
-    every, _ = read_checked(settings.data.train, settings.data, encoder, truth)
-    table, _ = keep_aside(every, settings.data.hold_out)
+    table = _asked_rows(settings, encoder)
     chosen, seed = settings.pairs, seed_of("pairs", settings.seed)
     rollout = settings.rollout
     sampling = SamplingParams(chosen.samples, rollout.max_tokens, chosen.temperature, rollout.top_p, rollout.top_k)
@@ -152,7 +180,7 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
         build_graders(settings.reward) as graders,
         progress("answering for pairs", prompts) as advance,
     ):
-        reader = Reader(table, stream, encoder)
+        reader = Reader(table, stream, routed_by_engine(encoder, engine))
         sampler = SyncRollouts(reader, engine, graders, sampling, seed, False, rollout.time_limit)
         for step, first in enumerate(range(0, prompts, CHUNK), start=1):
             count = min(CHUNK, prompts - first)
@@ -165,6 +193,24 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
                 metrics.write(step, {**rollout_metrics(groups), **clock.metrics()})
             engine.publish(step)  # the same weights under the next number, which the sampler expects
             advance(count)
+
+
+@dataclass(frozen=True, slots=True)
+class _PairCheck:
+    """The check of a row of which pairs are made: its ground truth, and no video files."""
+
+    truth: Check | None
+
+    def __call__(self, task: Task) -> list[tuple[str, str]]:
+        faults = [] if self.truth is None else [*self.truth(task)]
+        return [*faults, ("videos", f"a cascade, whose pairs are rows, {NO_VIDEO_FILES}")] if task.videos else faults
+
+
+def _asked_rows(settings: CascadeSettings, encoder: Encoder) -> TaskTable:
+    """The rows of which pairs are made, every one checked."""
+    check = _PairCheck(truth_check(settings.reward.name, settings.reward.settings))
+    every, _ = read_checked(settings.data.train, settings.data, encoder, check)
+    return keep_aside(every, settings.data.hold_out)[0]
 
 
 def _encoder(settings: CascadeSettings, model: str) -> Encoder:
@@ -191,7 +237,8 @@ def _engine(
 def gather(settings: CascadeSettings, run: RunFolder) -> None:
     """Put the metrics and evaluations of the stages so far into the folder above them, their steps counted on, so that
     a report can be written of it as of any run."""
-    labels = {"sft": "sft", "mpo": settings.mpo.loss.name, "rl": settings.rl.algorithm.name}
+    named = {"mpo": settings.mpo.loss.name, "rl": settings.rl.algorithm.name}
+    labels = {name: named.get(name, name) for name in settings.stages}
     stages = [Stage("start", 0, 0.0)]
     _gather_evaluations(run, "start", 0)
     rows: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from foveate.algorithms.supervised import sft_weights
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.models.flash import compressible, patches_of
-from foveate.models.forward import evaluating, hidden_states
-from foveate.models.logprobs import Divergence, TeacherStates
-from foveate.models.policy import load_policy
-from foveate.parallel.packing import pack
+from foveate.models.forward import evaluating
+from foveate.models.logprobs import LOGP_ENTROPY, Divergence, Term
+from foveate.models.routing import Routing
+from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch, PackedGroup
 from foveate.train.worker import Worker
 
@@ -42,13 +42,25 @@ class RouterRow:
 class ConsistencyWorker(Worker):
     """A worker whose frozen reference says what the policy is to say."""
 
+    def __init__(
+        self, model: ModelSettings, optim: OptimSettings, token_budget: int, *, start: str | None = None, **more: Any
+    ) -> None:
+        """`start`: folder of the reference; None: the model itself, before it is trained."""
+        super().__init__(model, optim, token_budget, **more)
+        frozen = self._read(start or model.path)
+        frozen.model.requires_grad_(False)
+        self._start = self._ready(TeacherOutput, frozen)
+
     def update_consistency(
         self, rows: Sequence[ConsistencyRow], weighting: str, total: float, lr: float
     ) -> dict[str, float]:
         """One optimizer step towards what the reference says of the answers; `total` is the sum of the weights
-        (`foveate.algorithms.supervised.sft_total`) of the whole step."""
+        (`foveate.algorithms.supervised.sft_total`) of the whole step over all ranks."""
         losses = []
-        for batch, kl_M in self._divergences(rows):
+        for batch, members, kl_M in self._divergences(rows):
+            if not members:
+                kl_M.sum().backward()
+                continue
             weight_M = sft_weights(batch, weighting)
             loss = (weight_M * kl_M).sum() / total
             self._backward(loss)
@@ -60,55 +72,78 @@ class ConsistencyWorker(Worker):
     def divergences(self, rows: Sequence[ConsistencyRow]) -> list[Tensor]:
         """KL(reference || policy) of all trained tokens, one vector per row."""
         with evaluating(self.policy.model):
-            found = torch.cat([torch.zeros(0), *(kl_M.cpu() for _, kl_M in self._divergences(rows))])
+            found = torch.cat([torch.zeros(0), *(kl_M.cpu() for _, _, kl_M in self._divergences(rows))])
         return [*found.split([row.policy.trained_tokens for row in rows])]
 
-    def _divergences(self, rows: Sequence[ConsistencyRow]) -> Iterator[tuple[Batch, Tensor]]:
-        """Packed rows of the policy, and KL(reference || policy) over the whole vocabulary at each trained token (M,).
-        A pass is a model and a packed row: the reference has one of its own."""
-        reference = self.reference
-        assert reference is not None
+    def _divergences(self, rows: Sequence[ConsistencyRow]) -> Iterator[tuple[Batch, list[int], Tensor]]:
+        """Packed rows of the policy with the indices of their rows, and KL(reference || policy) over the whole
+        vocabulary at each trained token (M,). A pass is a model and a packed row: the reference has one of its own."""
+        head: Any = self.policy.part("head")
         for batch, members in self._batches([row.policy for row in rows]):
-            with torch.no_grad(), evaluating(reference.model):
-                whole = pack([rows[i].reference for i in members]).to(self.device)
-                hidden = hidden_states(reference, whole)[whole.source_M]
-            weight = reference.part("head").weight
-            assert isinstance(weight, Tensor)
-            (kl_M,) = self._logprobs(batch, 1.0, (Divergence("forward_kl", TeacherStates(hidden, weight)),))
-            yield batch, kl_M
+            with torch.no_grad():
+                whole = self._packed([rows[i].reference for i in members])
+                said = self._start(whole, 1.0, None, len(head.weight))
+            (kl_M,) = self._logprobs(batch, 1.0, (Divergence("forward_kl", said),))
+            yield batch, members, kl_M
+
+
+class _RouterRoot(LogProbs):
+    """The log-probs of a policy; in place of a batch tiles (N, 3, H, W), and the probabilities (N,) of its router."""
+
+    def forward(
+        self,
+        batch: Batch | Tensor,
+        temperature: float = 1.0,
+        terms: Sequence[Term] = LOGP_ENTROPY,
+        routing: Routing | None = None,
+    ) -> tuple[Tensor, ...]:
+        if isinstance(batch, Batch):
+            return LogProbs.forward(self, batch, temperature, terms, routing)
+        with torch.no_grad():
+            patches = patches_of(self.model, batch.to(next(self.model.parameters()).dtype))
+        return (compressible(self.model, patches).float(),)
 
 
 class RouterWorker(ConsistencyWorker):
     """A worker that trains the router of its policy alone, and whose reference is another model."""
 
-    def __init__(
-        self, model: ModelSettings, optim: OptimSettings, token_budget: int, reference: str, **more: Any
-    ) -> None:
+    _root: ClassVar[type[LogProbs]] = _RouterRoot
+
+    def __init__(self, model: ModelSettings, optim: OptimSettings, token_budget: int, **more: Any) -> None:
         super().__init__(model.model_copy(update={"trainable": ("router",)}), optim, token_budget, **more)
-        loaded = load_policy(reference, attention=model.attention, dtype=model.dtype, device=str(self.device))
-        loaded.model.requires_grad_(False)
-        self.reference = loaded
 
     def update_router(self, rows: Sequence[RouterRow], tiles: int, lr: float) -> dict[str, float]:
-        """One optimizer step of cross-entropy on all `rows`, which have so many tiles."""
+        """One optimizer step of cross-entropy on all `rows`; `tiles` counts those of the whole step over all ranks."""
         losses = []
-        for row in rows:
-            loss = self._cross_entropy(row)
-            self._backward(loss.sum() / tiles)
+        alike = 1 if self.ranks is None else self.ranks.cluster.sequence_parallel  # ranks that are given the same rows
+        for row, found in self._said(rows):
+            if row is None:
+                found.sum().mul(0).backward()
+                continue
+            loss = _cross_entropy(found, row)
+            self._backward(loss.sum() / tiles / alike)
             losses.append(to_metrics({"loss/total": (loss.detach().sum() / tiles, len(loss) / tiles)}))
-        return self._step(self.policy, self.optimizer, losses, lr, [])
+        return self._step(self.policy, self.optimizer, losses, lr, None)
 
     @torch.no_grad()
-    def routed_right(self, rows: Sequence[RouterRow]) -> list[tuple[float, float, int]]:
-        """For each row the sum of its loss, and how many of its tiles the router calls rightly."""
+    def routed_right(self, rows: Sequence[RouterRow]) -> list[tuple[float, float, Tensor]]:
+        """For each row the sum of its loss, how many of its tiles the router calls rightly, and what it says of each:
+        how probably it loses nothing (N,)."""
         with evaluating(self.policy.model):
-            losses = [self._cross_entropy(row) for row in rows]
-        return [(one.sum().item(), float((one < math.log(2)).sum()), len(one)) for one in losses]
+            said = [(_cross_entropy(found, row), found.cpu()) for row, found in self._said(rows) if row is not None]
+        return [(loss.sum().item(), float((loss < math.log(2)).sum()), found) for loss, found in said]
 
-    def _cross_entropy(self, row: RouterRow) -> Tensor:
-        """-log of the probability (N,) of what the tiles are taught as."""
-        model: Any = self.policy.model
-        with torch.no_grad():
-            patches = patches_of(model, row.pixels.to(self.device, next(model.parameters()).dtype))
-        found = compressible(model, patches).float()
-        return -(found if row.compressible else 1 - found).clamp_min(1e-9).log()
+    def _said(self, rows: Sequence[RouterRow]) -> Iterator[tuple[RouterRow | None, Tensor]]:
+        """For each row the router's probabilities (N,) that its tiles lose nothing. Every rank has as many as the one
+        with most: the last ones of others are of a dummy image, without a row."""
+        missing = 0 if self.ranks is None else self.ranks.most(len(rows)) - len(rows)
+        dummy = self.policy.family.dummy_image
+        assert dummy is not None
+        for row in (*rows, *[None] * missing):
+            (found,) = self._logprobs((dummy if row is None else row).pixels.to(self.device))
+            yield row, found
+
+
+def _cross_entropy(found: Tensor, row: RouterRow) -> Tensor:
+    """-log of the probability (N,) of what the tiles are taught as."""
+    return -(found if row.compressible else 1 - found).clamp_min(1e-9).log()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from foveate.config.cluster import ClusterSettings
 from foveate.config.train import OptimSettings
 from foveate.errors import ConfigError
+from foveate.models.policy import Policy, parameters_by_part
 from foveate.registry import bind, resolve
 
 OPTIMIZERS: dict[str, str] = {
@@ -185,3 +186,17 @@ def apply_gradients(
             group["updates"] = group.get("updates", 0) + 1
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+def forget_unseen(policy: Policy, sides: frozenset[int]) -> None:
+    """Clear what is 0 because nothing went through it: dummy images in a step in which no rank had a real one, and
+    projectors without a tile. As in one process, the optimizer leaves alone what was not used, where a gradient of zero
+    would go on with the momentum of before. sides: of the tiles of the whole step (`PackedGroup.tile_sides`)."""
+    if not sides:
+        parts = parameters_by_part(policy)
+        unseen = [p for part in parts.keys() - {"language", "head"} for p in parts[part].values()]
+    else:
+        modules = map(policy.model.get_submodule, policy.family.unseen(sides))
+        unseen = [parameter for module in modules for parameter in module.parameters()]
+    for parameter in unseen:
+        parameter.grad = None

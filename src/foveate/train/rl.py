@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
         inputs = Inputs.of(settings, {"data.train": table, "data.test": held_out}, accept_changes=accept_changes)
         step = resume(run, workers, stream, metrics, inputs, others)
         engine.start(make_engine, encoder, settings.rollout, step)
+        encoder = routed_by_engine(encoder, engine)
         evaluator = _evaluator(run, settings, held_out, encoder, graders, conversations)
         if step == 0 and evaluator.is_due(step):
             evaluator.evaluate(engine, step)
@@ -196,6 +197,12 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
         dtype=DTYPES[dtype],
         adapters=adapters,
     )
+
+
+def routed_by_engine(encoder: Encoder, engine: ColocatedEngines | RemoteEngines) -> Encoder:
+    """The encoder of a Flash model whose router, which is not trained, sees a prompt once, by the weights that answer
+    it: every later pass reads the route in its slots. Itself for other models."""
+    return encoder if encoder.family.sides is None else replace(encoder, route=engine.routed)
 
 
 def _conversations(

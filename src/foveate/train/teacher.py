@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from foveate.config.algorithm import TeacherSettings
-from foveate.encoding.family import Family
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.logprobs import Divergence
 from foveate.models.policy import Policy
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch
 
-_OWN = {"name", "stop_ids", "budget", "proof", "conversation"}
-"""Facts of a family in which a teacher may differ: they change no prompt that the model has encoded."""
+_OWN = {"name", "stop_ids", "budget", "proof", "conversation", "thresholds"}
+"""Facts of a family in which a frozen model may differ: they change no prompt that the model has encoded."""
 
 
 class Teachers:
@@ -67,8 +65,12 @@ def check_teachers(settings: TeacherSettings, model: str) -> None:
     own = inspect_model_folder(model)
     for path in settings.paths:
         found = inspect_model_folder(path)
-        _require_vocabulary(path, found.tokenizer, own.tokenizer)
-        _require_images(path, found.family, own.family)
+        if type(found.family) is not type(own.family):
+            raise ConfigError(
+                f"algorithm.teacher: {path} is of the family {found.family.name} and the model of {own.family.name}; a "
+                "teacher reads the prompts of the model, so take one of its family"
+            )
+        require_same_input("algorithm.teacher", path, found, own)
 
 
 def check_sources(settings: TeacherSettings, sources: Iterable[Any]) -> None:
@@ -82,30 +84,26 @@ def check_sources(settings: TeacherSettings, sources: Iterable[Any]) -> None:
             )
 
 
-def _require_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase) -> None:
-    theirs, ours = tokenizer.get_vocab(), own.get_vocab()
-    if theirs == ours:
-        return
-    token = min((theirs.items() ^ ours.items()), key=lambda item: (item[1], item[0]))[0]
-    raise ConfigError(
-        f"algorithm.teacher: the tokenizer of {path} is another than the model's: {len(theirs):,} and {len(ours):,} "
-        f"tokens, {token!r} is number {theirs.get(token, 'none')} and {ours.get(token, 'none')}; distillation compares"
-        " probabilities of the same tokens, so take a teacher with the model's tokenizer"
-    )
-
-
-def _require_images(path: str, family: Family, own: Family) -> None:
-    """A teacher is shown the tokens and pixels of the model's prompts."""
-    if type(family) is not type(own):
+def require_same_input(setting: str, path: str, found: ModelFolder, own: ModelFolder) -> None:
+    """Raise ConfigError unless a frozen model reads tokens and pixels that were encoded for the model that is trained,
+    whose family is that of the frozen one, or made of it."""
+    theirs, ours = found.tokenizer.get_vocab(), own.tokenizer.get_vocab()
+    if theirs != ours:
+        token = min((theirs.items() ^ ours.items()), key=lambda item: (item[1], item[0]))[0]
         raise ConfigError(
-            f"algorithm.teacher: {path} is of the family {family.name} and the model of {own.name}; a teacher reads "
-            "the prompts of the model, so take one of its family"
+            f"{setting}: the tokenizer of {path} is another than the model's: {len(theirs):,} and {len(ours):,} "
+            f"tokens, {token!r} is number {theirs.get(token, 'none')} and {ours.get(token, 'none')}; probabilities of "
+            "the same tokens are compared, so take one with the model's tokenizer"
         )
-    theirs, ours = asdict(family), asdict(own)
-    for name in ours.keys() - _OWN:
-        if theirs[name] != ours[name]:
+    if not isinstance(own.family, type(found.family)):
+        raise ConfigError(
+            f"{setting}: {path} is of the family {found.family.name} and the model of {own.family.name}; take one of "
+            "its family"
+        )
+    facts = asdict(own.family)
+    for name, value in asdict(found.family).items():
+        if name not in _OWN and value != facts[name]:
             raise ConfigError(
-                f"algorithm.teacher: {path} sees images otherwise than the model: {name} is {theirs[name]} and "
-                f"{ours[name]}; "
-                "a teacher reads the images of the model's prompts, so take one with its preprocessing"
+                f"{setting}: {path} sees images otherwise than the model: {name} is {value} and {facts[name]}; it "
+                "reads the images of the model's prompts, so take one with its preprocessing"
             )

@@ -45,7 +45,7 @@ def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder
     require_flash(settings.model.path, model.family)
     costs, train = Costs.of(model.config), settings.train
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
-    of_rows = partial(ConsistencyWorker, reference=True), check_response, (RESPONSE,), train.samples_per_step
+    of_rows = ConsistencyWorker, check_response, (RESPONSE,), train.samples_per_step
     with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
 
         def learn(step: int, rate: float, reader: Reader, clock: Clock) -> Learned:

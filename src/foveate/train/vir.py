@@ -23,6 +23,8 @@ from foveate.encoding.dataset import build_encoder
 from foveate.encoding.encode import Encoder
 from foveate.encoding.family import Family
 from foveate.encoding.reader import Reader
+from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.flash import route_by
 from foveate.parallel.balance import Costs
 from foveate.records import Prompt, Task
 from foveate.run_folder import RunFolder
@@ -31,6 +33,7 @@ from foveate.train.consistency import ConsistencyRow, RouterRow, RouterWorker
 from foveate.train.held_out import HeldOutLoss
 from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
 from foveate.train.session import retry_on_lost_rank
+from foveate.train.teacher import require_same_input
 from foveate.train.vico import consistency_row, require_flash
 
 LEAST = 1e-4
@@ -70,9 +73,11 @@ def run_vir(settings: VirSettings, *, accept_changes: bool = False) -> RunFolder
 def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
     model = begin_offline(settings)
     require_flash(settings.model.path, model.family)
+    reference = settings.train.reference
+    require_same_input("train.reference", reference, inspect_model_folder(reference), model)
     costs, train = Costs.of(model.config), settings.train
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
-    kind = partial(RouterWorker, reference=train.reference)
+    kind = partial(RouterWorker, start=reference)
     of_rows = kind, check_response, (RESPONSE,), train.samples_per_step
     with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
         quantile = SlidingQuantile(train.quantile, train.window)
@@ -127,7 +132,12 @@ def _update(workers: WorkerGroup[RouterWorker], rows: Sequence[RouterRow], rate:
     tiles = sum(len(row.pixels) for row in rows)
     if not rows:
         return {}
-    return next(scatter(workers, RouterWorker.update_router, rows, [1.0] * len(rows), tiles, rate))[1]
+    return next(scatter(workers, RouterWorker.update_router, rows, _sizes(rows), tiles, rate))[1]
+
+
+def _sizes(rows: Sequence[RouterRow]) -> list[float]:
+    """The costs of rows: their tiles."""
+    return [float(len(row.pixels)) for row in rows]
 
 
 def _said(ratios: Sequence[float], threshold: float) -> dict[str, float]:
@@ -144,17 +154,28 @@ def _held_out(
     quantile: SlidingQuantile,
 ) -> HeldOutLoss:
     """On held-out rows, by the threshold of the moment: `eval/loss`, the cross-entropy of a tile, and `eval/accuracy`,
-    how often the router says the more probable of both rightly."""
+    how often the router says the more probable of both rightly. And the share of the image tokens that it leaves, of
+    all rows and of those of each data source."""
+    sides, thresholds = encoder.family.sides, encoder.family.router_thresholds
+    assert sides is not None
+    assert thresholds is not None
 
     def metrics_of(tasks: Sequence[Task]) -> Metrics:
         asked = [(task, prompt) for task in tasks if (prompt := encoder(task)).pixels is not None]
         prompts, ratios = rows_of(asked)
         rows = _labelled(prompts, ratios, quantile.value)
-        found = scatter_gather(workers, RouterWorker.routed_right, rows, [1.0] * len(rows))
-        tiles = float(sum(tiles for _, _, tiles in found))
+        found = scatter_gather(workers, RouterWorker.routed_right, rows, _sizes(rows))
+        tiles = float(sum(len(said) for _, _, said in found))
+        seen: dict[str, tuple[float, float]] = {}
+        for (task, _), (_, _, said) in zip(asked, found, strict=True):
+            kept = sum(sides[is_compressed] ** 2 for is_compressed in route_by(said, thresholds))
+            for name in ("eval/image_tokens", f"source/{task.source}/image_tokens"):
+                tokens, weight = seen.get(name, (0.0, 0.0))
+                seen[name] = tokens + kept, weight + len(said) * sides[0] ** 2
         return {
             "eval/loss": (sum(loss for loss, _, _ in found), tiles),
             "eval/accuracy": (sum(right for _, right, _ in found), tiles),
+            **seen,
         }
 
     return HeldOutLoss(settings.eval, test, settings.train.steps, settings.train.samples_per_step, metrics_of)

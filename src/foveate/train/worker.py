@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
 from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
-from foveate.models.policy import DTYPES, Policy, load_policy, parameters_by_part, save_policy
+from foveate.models.policy import DTYPES, Policy, load_policy, save_policy
 from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
@@ -38,7 +38,7 @@ from foveate.records import Batch, PackedGroup
 from foveate.rollout.seeds import seed_of
 from foveate.train.checkpoint import Saving, Trained, load_checkpoint, save_checkpoint, tensors_of
 from foveate.train.critic import Critic
-from foveate.train.optim import LossScale, apply_gradients, build_optimizer, optimizer_spec
+from foveate.train.optim import LossScale, apply_gradients, build_optimizer, forget_unseen, optimizer_spec
 from foveate.train.reference import PreferenceLoss, TrainPair, pair_targets
 from foveate.train.targets import PolicyLoss, PolicyRow, ValueRow, mismatch, policy_targets, split_group
 from foveate.train.teacher import Teachers
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 class Worker:
     """Holds the model of one rank, and its `engine`. Methods take what they need and keep nothing but weights and
     optimizer state."""
+
+    _root: ClassVar[type[LogProbs]] = LogProbs
 
     def __init__(
         self,
@@ -76,7 +78,8 @@ class Worker:
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
         self._compiles, self._lora = model.compile, model.lora
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
-        again = partial(load, model.path, **model.model_dump(include={"attention", "dtype", "quantization"}))
+        self._read = partial(load, attention=model.attention, dtype=model.dtype)
+        again = partial(self._read, model.path, quantization=model.quantization)
         self.policy = again()
         self._balance = model.router_aux_loss_coef
         asked = {"algorithm.router_replay": router_replay, "model.router_aux_loss_coef": self._balance}
@@ -91,14 +94,13 @@ class Worker:
         self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
         self.reference = _frozen_copy(self.policy, again, model.lora) if reference else None
         self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
-        self._logprobs = self._ready(LogProbs, self.policy)
-        self._reference_logprobs = None
-        if self.reference is not None:
-            is_own = self.reference is self.policy
-            self._reference_logprobs = self._logprobs if is_own else self._ready(LogProbs, self.reference)
+        self._logprobs = self._ready(self._root, self.policy)
+        self._reference_logprobs = self._logprobs if self.reference is self.policy else None
+        if self.reference is not None and self._reference_logprobs is None:
+            self._reference_logprobs = self._ready(LogProbs, self.reference)
         self.teachers = None
         if teacher is not None:
-            read = partial(load, attention=model.attention, dtype=teacher.dtype or model.dtype)
+            read = partial(self._read, dtype=teacher.dtype or model.dtype)
             head: Any = self.policy.part("head")
             self.teachers = Teachers(teacher, read, self._ready, len(head.weight))
         self.optimizer = build_optimizer(self.policy.model, optim)
@@ -250,14 +252,16 @@ class Worker:
         optimizer: torch.optim.Optimizer,
         losses: Sequence[Metrics],
         lr: float,
-        groups: Sequence[PackedGroup],
+        groups: Sequence[PackedGroup] | None,
     ) -> dict[str, float]:
+        """groups: what was computed, if images of it went through projectors that are trained."""
+        seen = frozenset[int]().union(*(group.tile_sides for group in groups or ()))
         if self.ranks is not None:
-            rows = self.ranks.gather((losses, any(group.has_images for group in groups)))
-            rows = rows[:: self.ranks.cluster.sequence_parallel]
+            rows = self.ranks.gather((losses, seen))[:: self.ranks.cluster.sequence_parallel]
             losses = [record for own, _ in rows for record in own]
-            if not any(has_images for _, has_images in rows):
-                _forget_dummy_images(policy)
+            seen = seen.union(*(sides for _, sides in rows))
+        if groups is not None:
+            forget_unseen(policy, seen)
         self._saving.check()
         scale = 1.0 if self.scale is None else self.scale.value
         norm, taken = apply_gradients(optimizer, lr, self.max_grad_norm, scale)
@@ -310,9 +314,13 @@ class Worker:
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
-            batch = pack([groups[i] for i in members]) if members else empty(self._dummy_image)
-            batch = batch if replays else replace(batch, routed_experts=None)
-            yield pad_with_dummy_image(batch, self._dummy_image).to(self.device), members
+            batch = self._packed([groups[i] for i in members])
+            yield batch if replays else replace(batch, routed_experts=None), members
+
+    def _packed(self, groups: Sequence[PackedGroup]) -> Batch:
+        """The row of some groups, or of none, as this rank computes it."""
+        batch = pack(groups) if groups else empty(self._dummy_image)
+        return pad_with_dummy_image(batch, self._dummy_image).to(self.device)
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -386,12 +394,3 @@ def _frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings
         return policy
     is_start = lora is None or lora.adapter is None
     return replace(policy, model=(copy.deepcopy(policy.model) if is_start else again().model).requires_grad_(False))
-
-
-def _forget_dummy_images(policy: Policy) -> None:
-    """Clear what dummy images left in a step in which no rank had a real one: as in one process, the optimizer
-    leaves alone what was not used, where a gradient of zero would go on with the momentum of before."""
-    parts = parameters_by_part(policy)
-    for part in parts.keys() - {"language", "head"}:
-        for parameter in parts[part].values():
-            parameter.grad = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,19 +203,32 @@ class FlashInternVL(InternVL):
         side = math.isqrt(self.tokens_per_tile)
         return side, side // 2
 
+    @property
+    def dummy_image(self) -> DummyImage:
+        side = self.sides[0]
+        return DummyImage(torch.zeros(1, 3, self.tile, self.tile), ((side, side),))
+
+    def unseen(self, sides: Collection[int]) -> tuple[str, ...]:
+        large, small = self.sides
+        projectors = {large: "model.multi_modal_projector", small: "model.mlp2"}
+        return tuple(name for side, name in projectors.items() if side not in sides and 0 not in sides)
+
     def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        """Tiles go through one of two projectors. Both are in the graph, so that all ranks have the same gradients."""
         if not grids:
             return InternVL.features(self, model, pixels, grids)
         assert len(grids) == len(pixels), f"{len(grids)} grids for {len(pixels)} tiles: some prompts have no route"
         patches = patches_of(model, pixels.to(next(model.parameters()).dtype))
         index = torch.tensor([grid[0] == self.sides[1] for grid in grids], device=pixels.device)
         tiles: list[Tensor] = [patches.new_empty(0)] * len(grids)
+        nothing: list[Tensor] = []
         for compressed in (False, True):
             chosen = (index == compressed).nonzero()[:, 0]
-            seen = projected(model, patches[chosen], compressed=compressed) if len(chosen) else ()
+            seen = projected(model, patches[chosen], compressed=compressed)
+            nothing += [] if len(chosen) else [seen.flatten(0, 1)]
             for place, tile in zip(chosen.tolist(), seen, strict=True):
                 tiles[place] = tile
-        return Features(torch.cat(tiles))
+        return Features(torch.cat([*tiles, *nothing]))
 
 
 def _thresholds(folder: Path, form: Any) -> tuple[float, float]:

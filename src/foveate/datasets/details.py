@@ -1,0 +1,118 @@
+"""Pictures that are plain or fine: which colours there are, of one big object or of four small ones.
+
+A picture has four quarters, each of them a tile of a model whose tiles are half as wide. The first one holds objects,
+and the others nothing. `plain` pictures have one big object there, `fine` ones four small objects of different colours
+in two rows, whose colours are named in reading order. A model that has a fourth of the tokens for every tile must put
+what a fine quarter shows into so many fewer: what these lose is what a router of tiles can save (`foveate.train.vir`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, light_background
+from foveate.datasets.traces import write_splits
+from foveate.environments.observe import encoded
+
+ASKED_COLOURS = "<image>\nWhich colours?"
+DETAIL_SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class DetailScene:
+    """Shapes in the first quarter of a picture, in reading order."""
+
+    side: int
+    background: tuple[int, int, int]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def source(self) -> str:
+        """`plain` or `fine`."""
+        return "plain" if len(self.shapes) == 1 else "fine"
+
+    @property
+    def colours(self) -> str:
+        """The words of the right answer."""
+        return " ".join(shape.colour for shape in self.shapes)
+
+    @property
+    def number(self) -> int:
+        """A number that what is drawn decides."""
+        return int(hashlib.sha256(repr((self.side, self.background, self.shapes)).encode()).hexdigest()[:16], 16)
+
+
+def detail_scene(rng: np.random.Generator, *, fine: bool, side: int = 112) -> DetailScene:
+    """A random picture of one kind. Small objects have half-widths of about a third of their cell."""
+    quarter, cell = side // 2, side // 4
+    hues = [str(hue) for hue in rng.permutation(list(COLOURS))[: 4 if fine else 1]]
+    kinds = [SHAPES[int(one)] for one in rng.integers(len(SHAPES), size=len(hues))]
+    width, places = (cell, ((0, 0), (cell, 0), (0, cell), (cell, cell))) if fine else (quarter, ((0, 0),))
+    shapes = []
+    for kind, hue, (column, row) in zip(kinds, hues, places, strict=True):
+        r = int(rng.integers(round(0.3 * width), round(0.4 * width) + 1))
+        x, y = (int(one) for one in rng.integers(r + 1, width - r - 1, size=2))
+        shapes.append(Shape(kind, hue, column + x, row + y, r))
+    return DetailScene(side, light_background(rng), tuple(shapes))
+
+
+def detail_scenes(seed: int, split: str, count: int, *, fine: float, side: int = 112) -> Iterator[DetailScene]:
+    """`count` distinct pictures, a share `fine` of them fine, the same for the same seed. A picture belongs to one
+    split, whatever the seed: one in eight to `test`."""
+    rng = np.random.default_rng([seed, DETAIL_SPLITS.index(split)])
+    seen: set[int] = set()
+    while len(seen) < count:
+        is_fine = int(fine * (len(seen) + 1)) > int(fine * len(seen))
+        scene = detail_scene(rng, fine=is_fine, side=side)
+        if (scene.number % 8 == 0) == (split == "test") and scene.number not in seen:
+            seen.add(scene.number)
+            yield scene
+
+
+def detail_rows(seed: int, split: str, count: int, *, fine: float = 0.4, side: int = 112) -> Iterator[dict[str, Any]]:
+    """Rows in the field's parquet schema, the ground truth and the demonstrated answer the colours."""
+    for index, scene in enumerate(detail_scenes(seed, split, count, fine=fine, side=side)):
+        drawn = Scene(side, scene.background, scene.shapes, "", scene.source, "", 0, -1)
+        yield {
+            "data_source": scene.source,
+            "prompt": [{"role": "user", "content": ASKED_COLOURS}],
+            "images": [{"bytes": encoded(draw_scene(drawn)).data, "path": None}],
+            "ability": "details",
+            "reward_model": {"style": "rule", "ground_truth": scene.colours},
+            "extra_info": {
+                "split": split,
+                "index": index,
+                "id": f"{split}-{scene.number:016x}",
+                "kind": scene.source,
+                "response": scene.colours,
+            },
+        }
+
+
+def prepare_details(
+    folder: Path,
+    rows: dict[str, int],
+    *,
+    seed: int = 0,
+    fine: float = 0.4,
+    side: int = 112,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write the files of the asked splits (`train`, `test`) with so many rows each, and a manifest. `advance` is told
+    of each row."""
+    made = {split: detail_rows(seed, split, count, fine=fine, side=side) for split, count in rows.items()}
+    extra_info = {
+        "split": pa.string(),
+        "index": pa.int64(),
+        "id": pa.string(),
+        "kind": pa.string(),
+        "response": pa.string(),
+    }
+    write_splits(folder, made, extra_info, {"seed": seed, "fine": fine, "side": side, "rows": rows}, advance)
