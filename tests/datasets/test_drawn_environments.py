@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from foveate.data.images import load_image
 from foveate.datasets.gui import gui_rows, gui_scenes, prepare_gui
+from foveate.datasets.patterns import PATTERNS, make_patterns
 from foveate.datasets.zoom import (
+    LookScenes,
     draw_plates,
     make_plates,
     oracle_rows,
@@ -19,6 +22,7 @@ from foveate.datasets.zoom import (
 )
 from foveate.environments.calls import ToolCall, parse_calls
 from foveate.environments.gui import Gui
+from foveate.environments.look import LOOK_BOX
 from foveate.environments.observe import encoded
 from foveate.errors import ConfigError
 from foveate.records import Message, Task
@@ -49,7 +53,7 @@ def _apart(a, b):
 
 def test_every_trace_looks_at_the_right_plate_and_reads_it():
     kinds = set()
-    for row in zoom_traces(0, 24, side=448, tile=112, direct=0.2):
+    for row in zoom_traces(0, 24, tile=112, direct=0.2):
         kind, turns = row["extra_info"]["kind"], row["prompt"]
         kinds.add(kind)
         assert row["extra_info"]["response"] == row["reward_model"]["ground_truth"]
@@ -66,7 +70,7 @@ def test_every_trace_looks_at_the_right_plate_and_reads_it():
 
 
 def test_a_named_place_shows_the_digit_that_is_asked_for_and_no_other():
-    for row in zoom_traces(1, 60, side=400, cells=3, tile=112, search=0.0):
+    for row in zoom_traces(1, 60, LookScenes(side=400, cells=3), tile=112, search=0.0):
         if row["extra_info"]["kind"] != "place":
             continue
         left, top, right, bottom = row["extra_info"]["look_box"]
@@ -76,7 +80,7 @@ def test_a_named_place_shows_the_digit_that_is_asked_for_and_no_other():
 
 
 def test_the_oracle_rows_are_those_held_out_with_the_right_look_behind_them():
-    tasks, looks = zoom_rows(5, "test", 4, side=224), oracle_rows(5, 4, side=224, tile=112)
+    tasks, looks = zoom_rows(5, "test", 4, LookScenes(side=224)), oracle_rows(5, 4, LookScenes(side=224), 112)
     for task, row in zip(tasks, looks, strict=True):
         assert row["prompt"][0] == task["prompt"][0]
         assert row["images"][0] == task["images"][0]
@@ -95,8 +99,51 @@ def test_a_large_plate_is_readable_in_one_tile():
         assert load_image(encoded(draw_plates(scene))).size == (448, 448)
 
 
+def test_a_small_pattern_is_gray_in_one_tile_and_has_contrast_where_it_is_enlarged():
+    rng = np.random.default_rng(3)
+    for large in (False, False, False, True):
+        scene = make_patterns(rng, 448, large)
+        picture = scene.draw()
+        inside = _middle(scene.box)
+        view = np.asarray(picture.resize((112, 112), Image.Resampling.BICUBIC).crop([v // 4 for v in inside]), float)
+        part = np.asarray(picture.crop(inside), float)
+        assert part.std((0, 1)).max() > 40
+        assert (view.std((0, 1)).max() > 20) == scene.large
+
+
+def _middle(box):
+    """The middle third of a box in thousandths, in pixels of a picture of 448."""
+    left, top, right, bottom = (value * 448 / 1000 for value in box)
+    x, y, r = (left + right) / 2, (top + bottom) / 2 + (bottom - top) / 12, (right - left) / 6
+    return [round(value) for value in (x - r, y - r, x + r, y + r)]
+
+
+def test_tasks_of_patterns_ask_for_one_shape_and_some_have_a_large_one():
+    kinds = []
+    for row in zoom_rows(2, "test", 24, LookScenes("pattern", large=0.3)):
+        kinds.append(row["extra_info"]["kind"])
+        assert row["reward_model"]["ground_truth"] in PATTERNS
+        assert row["prompt"][0]["content"].startswith("<image>\nWhich pattern is on the ")
+    assert {*kinds} == {"read", "search"}
+    assert kinds.count("read") < 16
+
+
+def test_loose_boxes_hold_the_shape_and_are_wider():
+    scenes = LookScenes("pattern")
+    rows = [row["extra_info"] for row in zoom_traces(4, 24, scenes, tile=112, search=0.6, loose=1.0)]
+    drawn = zip(scenes.small(4, "traces", 24), rows, strict=True)
+    looks = [(scene.box, row[LOOK_BOX]) for scene, row in drawn if row["kind"] == "search"]
+    assert len(looks) > 6
+    for inner, outer in looks:
+        wide, wider = inner[2] - inner[0], outer[2] - outer[0]
+        assert wide - 1 <= wider <= 2 * wide + 1
+        assert all(-1 <= low <= within + 1 for low, within in zip(outer[:2], inner[:2], strict=True))
+        assert all(within - 1 <= high <= 1001 for within, high in zip(inner[2:], outer[2:], strict=True))
+    assert sum(outer[2] - outer[0] for _, outer in looks) > 1.2 * sum(inner[2] - inner[0] for inner, _ in looks)
+
+
 def test_shares_of_traces_that_are_more_than_all_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--search 0.5 and --direct 0.2 are more than 0.6 together"):
+    with pytest.raises(ConfigError, match=r"--read 0.4, --search 0.5 and --direct 0.2 are more than 1 together"):
         prepare_zoom(tmp_path, {"traces": 1}, search=0.5, direct=0.2)
 
 

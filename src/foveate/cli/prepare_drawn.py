@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,11 +58,22 @@ def prepare_zoom_command(
     side: DrawnSide = 448,
     cells: Annotated[int, typer.Option(min=2, max=8, help="Cells of a picture along each side; four have plates.")] = 4,
     tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
+    read: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of traces with a large mark, read at once.")
+    ] = 0.4,
     search: Annotated[
-        float, typer.Option(min=0, max=0.6, callback=finite, help="Share of traces that find the place themselves.")
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of traces that find the place themselves.")
     ] = 0.2,
     direct: Annotated[
-        float, typer.Option(min=0, max=0.6, callback=finite, help="Share of traces that answer small digits at once.")
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of traces that answer small marks at once.")
+    ] = 0.0,
+    loose: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Longer sides of boxes that traces find, up to this share.")
+    ] = 0.0,
+    marks: Annotated[Literal["digit", "pattern"], typer.Option(help="What is asked for.")] = "digit",
+    large: Annotated[
+        float,
+        typer.Option(min=0, max=1, callback=finite, help="Share of tasks with one large mark, read without zoom."),
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:
@@ -71,7 +82,8 @@ def prepare_zoom_command(
     from foveate.log import progress
 
     rows = asked_rows(train=train, test=test, traces=traces, oracle=oracle)
-    how: dict[str, Any] = {"side": side, "cells": cells, "tile": tile, "search": search, "direct": direct}
+    how: dict[str, Any] = {"marks": marks, "side": side, "cells": cells, "large": large, "tile": tile}
+    how |= {"read": read, "search": search, "direct": direct, "loose": loose}
     with progress("drawing scenes", sum(rows.values())) as advance:
         prepare_zoom(out, rows, seed=seed, **how, advance=advance)
     print_rows(out, rows)

@@ -93,17 +93,21 @@ def draw_scene(scene: Scene) -> Image.Image:
     image = Image.new("RGB", (scene.side, scene.side), scene.background)
     draw = ImageDraw.Draw(image)
     for shape in scene.shapes:
-        x, y, r = shape.x, shape.y, shape.r
-        fill = COLOURS[shape.colour]
-        if shape.kind == "circle":
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        elif shape.kind == "square":
-            draw.rectangle((x - r, y - r, x + r, y + r), fill=fill)
-        elif shape.kind == "triangle":
-            draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=fill)
-        else:
-            draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=fill)
+        draw_shape(draw, shape, COLOURS[shape.colour])
     return image
+
+
+def draw_shape(draw: ImageDraw.ImageDraw, shape: Shape, fill: int | tuple[int, int, int]) -> None:
+    """Fill the outline of a shape on a drawing."""
+    x, y, r = shape.x, shape.y, shape.r
+    if shape.kind == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape.kind == "square":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape.kind == "triangle":
+        draw.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=fill)
+    else:
+        draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=fill)
 
 
 def make_scene(rng: np.random.Generator, kind: str, side: int = 100) -> Scene:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from foveate.datasets.patterns import make_patterns
 from foveate.datasets.shapes import COLOURS
 from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
@@ -30,7 +31,8 @@ from foveate.environments.tool_use import ToolUse
 from foveate.errors import ConfigError
 
 ASKED = "<image>\nWhich digit is on the {} plate?"
-ASKED_AT = "<image>\nWhich digit is at {}?"
+ASKED_AT = "<image>\nWhich {} is at {}?"
+Marks = Literal["digit", "pattern"]
 GRID, PLATES = 4, 4
 """Cells of a scene along each side, unless said otherwise, and how many of them have a plate."""
 READ, SEARCH = 0.4, 0.2
@@ -70,13 +72,44 @@ class PlateScene:
         return self.plates[self.target]
 
     @property
+    def question(self) -> str:
+        return ASKED.format(self.asked.colour)
+
+    @property
+    def answer(self) -> str:
+        return str(self.asked.digit)
+
+    @property
     def box(self) -> list[int]:
         """The plate that is asked for, in thousandths of the sides."""
-        return self.in_thousandths(self.asked.box)
+        return [round(1000 * value / self.side) for value in self.asked.box]
 
-    def in_thousandths(self, box: Sequence[float]) -> list[int]:
-        """A box in pixels of this scene, in thousandths of its sides."""
-        return [round(1000 * value / self.side) for value in box]
+    @property
+    def large(self) -> bool:
+        return len(self.plates) == 1
+
+    def draw(self) -> Image.Image:
+        return draw_plates(self)
+
+
+class LookScene(Protocol):
+    """A scene with a question and its answer, which stands in `box`, in thousandths of the sides. large: it can be read
+    without a look."""
+
+    @property
+    def signature(self) -> str: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+    @property
+    def box(self) -> list[int]: ...
+    @property
+    def large(self) -> bool: ...
+    def draw(self) -> Image.Image: ...
+
+
+Scene = TypeVar("Scene", bound=LookScene)
 
 
 def draw_plates(scene: PlateScene) -> Image.Image:
@@ -115,21 +148,39 @@ def _in_cell(rng: np.random.Generator, column: int, row: int, cell: int) -> tupl
     return x, y, x + size, y + size
 
 
-def _around(rng: np.random.Generator, scene: PlateScene) -> list[int]:
-    """A box, in thousandths, that shows the plate that is asked for with some of what is around it."""
-    left, top, right, bottom = scene.asked.box
+def _around(rng: np.random.Generator, scene: LookScene) -> list[int]:
+    """A box that shows what is asked for with some of what is around it."""
+    left, top, right, bottom = scene.box
     less, more = (rng.uniform(0, _AROUND, 2) * (right - left) for _ in range(2))
     box = (left - less[0], top - less[1], right + more[0], bottom + more[1])
-    return scene.in_thousandths([min(max(value, 0), scene.side) for value in box])
+    return [round(min(max(value, 0), 1000)) for value in box]
+
+
+def _loosely(rng: np.random.Generator, box: Sequence[int], loose: float) -> list[int]:
+    """A box around another one that stands anywhere in it, with sides longer by a share of up to `loose`."""
+    left, top, right, bottom = box
+    longer = 1 + rng.uniform(0, loose)
+    starts, sides = [], []
+    for low, high in ((left, right), (top, bottom)):
+        length = min(longer * (high - low), 1000)
+        start = rng.uniform(max(high - length, 0), min(low, 1000 - length))
+        starts.append(round(start))
+        sides.append(round(length))
+    return [*starts, *(start + length for start, length in zip(starts, sides, strict=True))]
 
 
 def plate_scenes(seed: int, split: str, count: int, side: int, cells: int = GRID) -> Iterator[PlateScene]:
+    """`look_scenes` of plates."""
+    return look_scenes(seed, split, count, lambda rng: make_plates(rng, side, cells=cells))
+
+
+def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Generator], Scene]) -> Iterator[Scene]:
     """`count` distinct scenes, the same for the same seed. A scene belongs to the split that its signature falls into:
     one in eight to `test`, and of the rest one in four to `traces`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
     seen: set[str] = set()
     while len(seen) < count:
-        scene = make_plates(rng, side, cells=cells)
+        scene = make(rng)
         number = int(scene.signature, 16)
         belongs = "test" if number % 8 == 0 else "traces" if number // 8 % 4 == 0 else "train"
         if belongs == split and scene.signature not in seen:
@@ -137,52 +188,81 @@ def plate_scenes(seed: int, split: str, count: int, side: int, cells: int = GRID
             yield scene
 
 
-def zoom_rows(seed: int, split: str, count: int, *, side: int = 448, cells: int = GRID) -> Iterator[dict[str, Any]]:
-    """Rows of tasks in the field's parquet schema; the ground truth is the digit."""
-    for index, scene in enumerate(plate_scenes(seed, split, count, side, cells)):
+@dataclass(frozen=True, slots=True)
+class LookScenes:
+    """How scenes are drawn: what is on them, pictures of `side` pixels, plates in one of `cells` x `cells` cells, and
+    the share of tasks with one large mark, which need no look."""
+
+    marks: Marks = "digit"
+    side: int = 448
+    cells: int = GRID
+    large: float = 0.0
+
+    def one(self, rng: np.random.Generator, large: bool) -> LookScene:
+        """A random scene; `large`: with one mark, which is read at once."""
+        if self.marks == "pattern":
+            return make_patterns(rng, self.side, large)
+        return make_plates(rng, self.side, 1 if large else PLATES, self.cells)
+
+    def small(self, seed: int, split: str, count: int) -> Iterator[LookScene]:
+        return look_scenes(seed, split, count, lambda rng: self.one(rng, large=False))
+
+    def tasks(self, seed: int, split: str, count: int) -> Iterator[LookScene]:
+        """Scenes of tasks."""
+        share = self.large
+        return look_scenes(seed, split, count, lambda rng: self.one(rng, large=share > 0 and rng.random() < share))
+
+
+_PLAIN = LookScenes()
+
+
+def zoom_rows(seed: int, split: str, count: int, scenes: LookScenes = _PLAIN) -> Iterator[dict[str, Any]]:
+    """Rows of tasks in the field's parquet schema; the ground truth is the digit, or the name of the pattern."""
+    for index, scene in enumerate(scenes.tasks(seed, split, count)):
         content = {
-            "prompt": [{"role": "user", "content": ASKED.format(scene.asked.colour)}],
-            "images": [{"bytes": encoded(draw_plates(scene)).data, "path": None}],
+            "prompt": [{"role": "user", "content": scene.question}],
+            "images": [{"bytes": encoded(scene.draw()).data, "path": None}],
             "response": None,
         }
-        yield _row(scene, split, index, "search", scene.box, content)
+        yield _row(scene, split, index, "read" if scene.large else "search", scene.box, content)
 
 
-def oracle_rows(
-    seed: int, count: int, *, side: int = 448, cells: int = GRID, tile: int = 448
-) -> Iterator[dict[str, Any]]:
+def oracle_rows(seed: int, count: int, scenes: LookScenes = _PLAIN, tile: int = 448) -> Iterator[dict[str, Any]]:
     """The rows of `test` with the right look already taken: what a model that reads answers where it need not look."""
     environment = _environment(tile)
-    for index, scene in enumerate(plate_scenes(seed, "test", count, side, cells)):
-        task = drawn_task(ASKED.format(scene.asked.colour), encoded(draw_plates(scene)), {})
-        content = recorded_trace(environment, task, 0, [_look(scene.box), str(scene.asked.digit)])
-        yield _row(scene, "oracle", index, "oracle", scene.box, {**content, "response": None})
+    for index, scene in enumerate(scenes.tasks(seed, "test", count)):
+        task = drawn_task(scene.question, encoded(scene.draw()), {})
+        looks = [] if scene.large else [_look(scene.box)]
+        content = recorded_trace(environment, task, 0, [*looks, scene.answer])
+        yield _row(scene, "oracle", index, "oracle" if looks else "read", scene.box, {**content, "response": None})
 
 
 def zoom_traces(
     seed: int,
     count: int,
+    scenes: LookScenes = _PLAIN,
     *,
-    side: int = 448,
-    cells: int = GRID,
     tile: int = 448,
     read: float = READ,
     search: float = SEARCH,
     direct: float = 0.0,
+    loose: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Conversations to imitate: shares `read` and `direct` without a call, a share `search` that finds its plate, the
-    rest with the place in the question. tile: as in the settings of `zoom`."""
+    rest with the place in the question. tile: as in the settings of `zoom`. loose: of boxes that are searched."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index("traces"), 1])
     kinds, shares = ("read", "direct", "search", "place"), (read, direct, search, max(1 - read - direct - search, 0.0))
     environment = _environment(tile)
-    for index, small in enumerate(plate_scenes(seed, "traces", count, side, cells)):
+    for index, small in enumerate(scenes.small(seed, "traces", count)):
         kind = str(rng.choice(kinds, p=shares))
-        scene = make_plates(rng, side, plates=1) if kind == "read" else small
+        scene = scenes.one(rng, large=True) if kind == "read" else small
         box = _around(rng, scene) if kind == "place" else scene.box
+        if kind == "search" and loose:
+            box = _loosely(rng, box, loose)
         looks = [_look(box)] if kind in ("search", "place") else []
-        text = ASKED_AT.format(box) if kind == "place" else ASKED.format(scene.asked.colour)
-        task = drawn_task(text, encoded(draw_plates(scene)), {})
-        content = recorded_trace(environment, task, 0, [*looks, str(scene.asked.digit)])
+        text = ASKED_AT.format(scenes.marks, box) if kind == "place" else scene.question
+        task = drawn_task(text, encoded(scene.draw()), {})
+        content = recorded_trace(environment, task, 0, [*looks, scene.answer])
         yield _row(scene, "traces", index, kind, box, content)
 
 
@@ -195,14 +275,14 @@ def _look(box: list[int]) -> str:
 
 
 def _row(
-    scene: PlateScene, split: str, index: int, kind: str, box: list[int], content: dict[str, Any]
+    scene: LookScene, split: str, index: int, kind: str, box: list[int], content: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "data_source": "zoom",
         "prompt": content["prompt"],
         "images": content["images"],
         "ability": "reading",
-        "reward_model": {"style": "rule", "ground_truth": str(scene.asked.digit)},
+        "reward_model": {"style": "rule", "ground_truth": scene.answer},
         "extra_info": {
             "split": split,
             "index": index,
@@ -219,28 +299,36 @@ def prepare_zoom(
     rows: dict[str, int],
     *,
     seed: int = 0,
+    marks: Marks = "digit",
     side: int = 448,
     cells: int = GRID,
+    large: float = 0.0,
     tile: int = 448,
+    read: float = READ,
     search: float = SEARCH,
     direct: float = 0.0,
+    loose: float = 0.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write the files of the asked splits (`train`, `test`, `oracle`, `traces`) with so many rows each, and a manifest.
-    `search` of the traces look for the plate themselves, `direct` answer at once. `advance` is told of each row.
-    Raises ConfigError for shares of more than there is beside the traces that read."""
-    if search + direct > 1 - READ:
-        raise ConfigError(f"--search {search:g} and --direct {direct:g} are more than {1 - READ:g} together; lower one")
+    `marks`, `side`, `cells` and `large`: as in `LookScenes`. `read`, `search`, `direct`: shares of the traces; `loose`:
+    by which share the sides of boxes that they find are longer at most. `advance` is told of each row. Raises
+    ConfigError for shares that are more than 1 together."""
+    if read + search + direct > 1 + 1e-9:
+        shares = f"--read {read:g}, --search {search:g} and --direct {direct:g}"
+        raise ConfigError(f"{shares} are more than 1 together; lower one")
+
+    scenes = LookScenes(marks, side, cells, large)
 
     def made(split: str, count: int) -> Iterator[dict[str, Any]]:
         if split == "traces":
-            return zoom_traces(seed, count, side=side, cells=cells, tile=tile, search=search, direct=direct)
+            return zoom_traces(seed, count, scenes, tile=tile, read=read, search=search, direct=direct, loose=loose)
         if split == "oracle":
-            return oracle_rows(seed, count, side=side, cells=cells, tile=tile)
-        return zoom_rows(seed, split, count, side=side, cells=cells)
+            return oracle_rows(seed, count, scenes, tile)
+        return zoom_rows(seed, split, count, scenes)
 
     fields = {"split": pa.string(), "index": pa.int64(), "id": pa.string(), "kind": pa.string()}
     extra_info = {**fields, LOOK_BOX: pa.list_(pa.int64()), "response": pa.string()}
-    how = {"side": side, "cells": cells, "tile": tile, "search": search, "direct": direct}
+    how = {**asdict(scenes), "tile": tile, "read": read, "search": search, "direct": direct, "loose": loose}
     splits = {split: made(split, count) for split, count in rows.items()}
     write_splits(folder, splits, extra_info, {"seed": seed, **how, "rows": rows}, advance)

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from foveate.datasets.patterns import PATTERNS
 from foveate.datasets.shapes import COLOURS, QUESTION, RELATIONS, SHAPES
 from foveate.datasets.zoom import ASKED, ASKED_AT
 from foveate.encoding.chat import CORRECTED_TEMPLATE
@@ -88,7 +89,8 @@ def tiny_tokenizer(vocabulary: int, *, calls: bool = False) -> PreTrainedTokeniz
     if calls:
         call = hermes_call("zoom", {"image": 1, "box": []})
         inside = call.removeprefix(CALL_WORDS[0]).removesuffix(CALL_WORDS[1])
-        corpus += [inside, "tool\nImage 2", ASKED.format("red"), ASKED_AT.format([125, 250])] * 20
+        corpus += ["Which pattern is on the red square? " + " ".join(PATTERNS)] * 20
+        corpus += [inside, "tool\nImage 2", ASKED.format("red"), ASKED_AT.format("digit", [125, 250])] * 20
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(SPECIALS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
