@@ -101,8 +101,9 @@ def test_a_large_plate_is_readable_in_one_tile():
 
 def test_a_small_pattern_is_gray_in_one_tile_and_has_contrast_where_it_is_enlarged():
     rng = np.random.default_rng(3)
-    for large in (False, False, False, True):
+    for large in (False, False, False, False, True):
         scene = make_patterns(rng, 448, large)
+        assert len({*scene.patterns}) == len(scene.patterns) == (1 if large else 3)
         picture = scene.draw()
         inside = _middle(scene.box)
         view = np.asarray(picture.resize((112, 112), Image.Resampling.BICUBIC).crop([v // 4 for v in inside]), float)
@@ -142,9 +143,11 @@ def test_loose_boxes_hold_the_shape_and_are_wider():
     assert sum(outer[2] - outer[0] for _, outer in looks) > 1.2 * sum(inner[2] - inner[0] for inner, _ in looks)
 
 
-def test_shares_of_traces_that_are_more_than_all_are_refused(tmp_path):
+def test_shares_that_are_more_than_all_and_cells_of_patterns_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--read 0.4, --search 0.5 and --direct 0.2 are more than 1 together"):
         prepare_zoom(tmp_path, {"traces": 1}, search=0.5, direct=0.2)
+    with pytest.raises(ConfigError, match=r"--cells 5 is for plates"):
+        prepare_zoom(tmp_path, {"traces": 1}, marks="pattern", cells=5)
 
 
 def test_a_trace_of_gui_replays_to_the_reward():

@@ -1,8 +1,9 @@
 """Scenes of coloured shapes with a pattern of fine lines each, too fine to be seen when the picture is one small tile.
 
-The lines of a small shape are `_PERIOD` pixels of 448 apart: a tile of 112 pixels cannot show them, whatever the model,
-and a part of the picture that holds little more than the shape shows them well. All patterns are half ink, so that
-their mean says nothing. A picture with one large shape has wide lines, which one tile shows.
+A scene has two like objects, told apart by a relation word as in `foveate.datasets.shapes`, and a distractor. From line
+to line there are 4 of 448 pixels: a tile of 112 pixels cannot show them, whatever the model, and a part of the picture
+that holds little more than the shape shows them well. All patterns are half ink, so that their mean says nothing. A
+picture with one large shape has wide lines, which one tile shows.
 """
 
 from __future__ import annotations
@@ -21,20 +22,19 @@ from foveate.datasets.shapes import (
     draw_scene,
     draw_shape,
     light_background,
+    make_scene,
     other_look,
-    place_apart,
     radius_of,
     to_thousandths,
 )
 
-PATTERNS = ("rows", "columns", "rising", "falling", "checks", "rings")
-"""Horizontal and vertical lines, lines that rise or fall to the right, a chessboard, and circles around one centre."""
-PATTERN_SHAPES = 3
-"""Shapes of a scene, unless it is one large shape."""
+PATTERNS = ("rows", "columns", "rising", "falling", "checks")
+"""Horizontal and vertical lines, lines that rise or fall to the right, and a chessboard. None has a special place, such
+as a centre, that a tile would show."""
 _PERIOD = 4 / 448
 """From line to line, as a share of the picture's side."""
-_RADIUS, _LARGE = (0.1, 0.16), (0.28, 0.45)
-"""Half-widths of shapes, as shares of the picture's side."""
+_LARGE = 0.28, 0.45
+"""Half-widths of large shapes, as shares of the picture's side."""
 _INSIDE = 0.8
 """The pattern reaches over this share of the half-width, so that the shape keeps its colour and outline."""
 _CONTRAST = 0.75
@@ -98,31 +98,23 @@ def pattern_ink(pattern: str, r: int, period: float, phase: float) -> np.ndarray
     if pattern == "checks":
         wave = 2 * np.cos(turn * slope * x + phase) * np.cos(turn * slope * y + phase)
     else:
-        along = {
-            "rows": y,
-            "columns": x,
-            "rising": slope * (x + y),
-            "falling": slope * (x - y),
-            "rings": np.hypot(x, y),
-        }
+        along = {"rows": y, "columns": x, "rising": slope * (x + y), "falling": slope * (x - y)}
         wave = np.cos(turn * along[pattern] + phase)
     return np.clip(0.5 + wave, 0.0, 1.0)
 
 
 def make_patterns(rng: np.random.Generator, side: int, large: bool = False) -> PatternScene:
-    """A random scene; `large`: one shape whose pattern one tile shows."""
-    count = 1 if large else PATTERN_SHAPES
-    used: set[tuple[str, str]] = set()
-    looks = [other_look(rng, used) for _ in range(count)]
-    radii = [radius_of(rng, side, *(_LARGE if large else _RADIUS)) for _ in looks]
-    centres = None
-    while centres is None:
-        centres = place_apart(rng, side, radii)
-    shapes = tuple(Shape(kind, hue, x, y, r) for (hue, kind), (x, y), r in zip(looks, centres, radii, strict=True))
-    target = int(rng.integers(count))
-    expression = f"the {shapes[target].colour} {shapes[target].kind}"
-    kind = "large" if large else "small"
-    scene = Scene(side, light_background(rng), shapes, expression, kind, "", target, -1)
-    patterns = tuple(str(one) for one in rng.choice(PATTERNS, count))
-    period = side * _PERIOD * (rng.uniform(2.6, 5.0) if large else 1.0)
+    """A random scene: two like objects and a distractor, as `pair` of the shapes, with three patterns; `large`: one
+    shape whose pattern one tile shows."""
+    scene = _large_shape(rng, side) if large else make_scene(rng, "pair", side)
+    patterns = tuple(str(one) for one in rng.choice(PATTERNS, len(scene.shapes), replace=False))
+    period = side * _PERIOD * (rng.uniform(2.4, 5.0) if large else 1.0)
     return PatternScene(scene, patterns, period, float(rng.uniform(0, 2 * math.pi)))
+
+
+def _large_shape(rng: np.random.Generator, side: int) -> Scene:
+    colour, kind = other_look(rng, set())
+    r = radius_of(rng, side, *_LARGE)
+    x, y = (int(value) for value in rng.integers(r + 1, side - r - 1, size=2))
+    expression = f"the {colour} {kind}"
+    return Scene(side, light_background(rng), (Shape(kind, colour, x, y, r),), expression, "large", "", 0, -1)

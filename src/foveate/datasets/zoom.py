@@ -1,6 +1,7 @@
-"""Scenes whose question hangs on a glyph that is too small for one tile: a task for a tool that looks closer.
+"""Scenes whose question hangs on a mark that is too small for one tile: a task for a tool that looks closer.
 
-A scene has coloured plates with a digit each; the question asks for the digit on one of them. Its rows for supervised
+A scene has coloured plates with a digit each, and the question asks for the digit on one of them; or shapes with a
+pattern each (`foveate.datasets.patterns`), and it asks for that. Its rows for supervised
 training teach to write calls of `zoom` and to read what it shows, without an error in any of them. Four kinds are
 mixed: `read` shows one large plate and is answered at once; `place` names the box to look at; `search` asks as the task
 does and looks at the right plate; `direct` is an ordinary question with its answer, as data without tools have them.
@@ -32,7 +33,8 @@ from foveate.errors import ConfigError
 
 ASKED = "<image>\nWhich digit is on the {} plate?"
 ASKED_AT = "<image>\nWhich {} is at {}?"
-Marks = Literal["digit", "pattern"]
+MarkKind = Literal["digit", "pattern"]
+"""Digits on plates, or patterns on shapes."""
 GRID, PLATES = 4, 4
 """Cells of a scene along each side, unless said otherwise, and how many of them have a plate."""
 READ, SEARCH = 0.4, 0.2
@@ -109,7 +111,7 @@ class LookScene(Protocol):
     def draw(self) -> Image.Image: ...
 
 
-Scene = TypeVar("Scene", bound=LookScene)
+_Scene = TypeVar("_Scene", bound=LookScene)
 
 
 def draw_plates(scene: PlateScene) -> Image.Image:
@@ -174,7 +176,7 @@ def plate_scenes(seed: int, split: str, count: int, side: int, cells: int = GRID
     return look_scenes(seed, split, count, lambda rng: make_plates(rng, side, cells=cells))
 
 
-def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Generator], Scene]) -> Iterator[Scene]:
+def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Generator], _Scene]) -> Iterator[_Scene]:
     """`count` distinct scenes, the same for the same seed. A scene belongs to the split that its signature falls into:
     one in eight to `test`, and of the rest one in four to `traces`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
@@ -191,12 +193,16 @@ def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Gen
 @dataclass(frozen=True, slots=True)
 class LookScenes:
     """How scenes are drawn: what is on them, pictures of `side` pixels, plates in one of `cells` x `cells` cells, and
-    the share of tasks with one large mark, which need no look."""
+    the share of tasks with one large mark, which need no look. Raises ConfigError for cells of patterns."""
 
-    marks: Marks = "digit"
+    marks: MarkKind = "digit"
     side: int = 448
     cells: int = GRID
     large: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.marks == "pattern" and self.cells != GRID:
+            raise ConfigError(f"--cells {self.cells} is for plates with digits; leave it out for --marks pattern")
 
     def one(self, rng: np.random.Generator, large: bool) -> LookScene:
         """A random scene; `large`: with one mark, which is read at once."""
@@ -299,7 +305,7 @@ def prepare_zoom(
     rows: dict[str, int],
     *,
     seed: int = 0,
-    marks: Marks = "digit",
+    marks: MarkKind = "digit",
     side: int = 448,
     cells: int = GRID,
     large: float = 0.0,
