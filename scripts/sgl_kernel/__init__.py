@@ -80,7 +80,7 @@ def _without_pinned_memory():
 
     for name in ("tensor", "empty", "zeros", "arange"):
         setattr(torch, name, unpinned(getattr(torch, name)))
-    torch.Tensor.pin_memory = lambda self: self
+    torch.Tensor.pin_memory = lambda self, device=None: self  # noqa: ARG005
 
 
 _without_pinned_memory()

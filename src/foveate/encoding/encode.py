@@ -91,7 +91,7 @@ class Encoder:
         task, media = self._unrolled(task)
         prompt = replace(self.placed(self.rendered(task), media, task.where)[0], pixels=other.pixels)
         self._require_short(len(prompt), task.where)
-        return prompt if self.route is None or prompt.pixels is None else self.route(prompt)
+        return self.routed([prompt])[0]
 
     @property
     def opened(self) -> str:

@@ -184,9 +184,9 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
     dtype = cluster.dtype or model.dtype
     place = place_of_policy(settings.rollout, cluster.kind)
     load = partial(load_policy, model.path, attention=model.attention, dtype=dtype, device=place)
-    adapters = model.lora is not None and keeps_adapters(settings.rollout)
-    if adapters:
-        load = partial(with_adapters, load, model.trainable, model.lora)
+    lora = model.lora if keeps_adapters(settings.rollout) else None
+    if lora is not None:
+        load = partial(with_adapters, load, model.trainable, lora)
     return RemoteEngines(
         ray_backend(cluster, "engines")(cluster, startup_timeout(cluster, again)),
         workers,
@@ -195,7 +195,7 @@ def _engines(settings: RLSettings, workers: WorkerGroup[Worker], *, again: bool)
         timeout=cluster.timeout,
         asynchronous=settings.rollout.staleness > 0,
         dtype=DTYPES[dtype],
-        adapters=adapters,
+        adapters=lora is not None,
     )
 
 
