@@ -17,7 +17,7 @@ def test_a_picture_has_its_objects_in_the_first_quarter_and_their_colours_are_th
     for row in rows:
         picture = np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("RGB")).astype(int)
         assert picture.shape == (112, 112, 3)
-        drawn = np.abs(picture - np.median(picture, (0, 1))).sum(-1) > 0  # most of it is background
+        drawn = np.abs(picture - np.median(picture, (0, 1))).sum(-1) > 30  # most of it is background
         assert [drawn[y : y + 56, x : x + 56].any() for y in (0, 56) for x in (0, 56)] == [True, False, False, False]
         answer = row["reward_model"]["ground_truth"]
         assert row["extra_info"]["response"] == answer

@@ -37,9 +37,9 @@ def settings_of(page, run, folder, start, data, **cluster):
         "run": str(run),
         "model": {"path": str(folder), "max_tiles": 4},
         "data": {"train": [str(data)], "test": [str(data)], "max_prompt_tokens": 60},
-        "optim": {"lr": 1e-3, "weight_decay": 0.1},
-        "train": {"steps": 6, "samples_per_step": 2, "threads": 1, "save_every": 3, "tokens_per_micro_batch": 60},
-        "eval": {"every": 3},
+        "optim": {"lr": 1e-4, "weight_decay": 0.1},
+        "train": {"steps": 4, "samples_per_step": 2, "threads": 1, "save_every": 2, "tokens_per_micro_batch": 60},
+        "eval": {"every": 2},
         "cluster": {"device": "cpu", **cluster},
     }
     if page == "vir":

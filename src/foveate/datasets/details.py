@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, light_background
 from foveate.datasets.traces import write_splits
@@ -23,6 +24,8 @@ from foveate.environments.observe import encoded
 
 ASKED_COLOURS = "<image>\nWhich colours?"
 DETAIL_SPLITS = ("train", "test")
+GRAIN = 3
+"""Most by which a pixel differs from what is drawn, of 255."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +82,10 @@ def detail_scenes(seed: int, split: str, count: int, *, fine: float, side: int =
 def detail_rows(seed: int, split: str, count: int, *, fine: float = 0.4, side: int = 112) -> Iterator[dict[str, Any]]:
     """Rows in the field's parquet schema, the ground truth and the demonstrated answer the colours."""
     for index, scene in enumerate(detail_scenes(seed, split, count, fine=fine, side=side)):
-        drawn = Scene(side, scene.background, scene.shapes, "", scene.source, "", 0, -1)
         yield {
             "data_source": scene.source,
             "prompt": [{"role": "user", "content": ASKED_COLOURS}],
-            "images": [{"bytes": encoded(draw_scene(drawn)).data, "path": None}],
+            "images": [{"bytes": encoded(_drawn(scene)).data, "path": None}],
             "ability": "details",
             "reward_model": {"style": "rule", "ground_truth": scene.colours},
             "extra_info": {
@@ -94,6 +96,14 @@ def detail_rows(seed: int, split: str, count: int, *, fine: float = 0.4, side: i
                 "response": scene.colours,
             },
         }
+
+
+def _drawn(scene: DetailScene) -> Image.Image:
+    """The picture with a faint grain: tiles that are equal to the last bit would tie in their route, and a tile is
+    compressed only if the router says more of it than of another one."""
+    flat = draw_scene(Scene(scene.side, scene.background, scene.shapes, "", scene.source, "", 0, -1))
+    grain = np.random.default_rng(scene.number).integers(-GRAIN, GRAIN + 1, (scene.side, scene.side, 3))
+    return Image.fromarray((np.asarray(flat, np.int16) + grain).clip(0, 255).astype(np.uint8))
 
 
 def prepare_details(
