@@ -95,4 +95,4 @@ def test_runs_of_flash_models_on_two_ranks_are_those_of_one(tmp_path, tiny_folde
             moved, apart = (
                 torch.cat([(trained[key] - other[key]).flatten() for key in trained]) for other in (start, found)
             )
-            assert apart.norm() <= 0.05 * moved.norm(), (page, name)
+            assert apart.norm() <= 0.2 * moved.norm(), (page, name)

@@ -83,6 +83,9 @@ def prepare_steps_command(
     ] = None,
     max_steps: Annotated[int, typer.Option(min=1, help="Most steps of an answer; neighbours are merged.")] = 12,
     all_steps: Annotated[bool, typer.Option("--all-steps", help="Rows also hold what follows a wrong step.")] = False,
+    above: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="A step is right above this share of right ones.")
+    ] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="Of the continuations.")] = 1.0,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest prompt.")] = 8192,
@@ -106,7 +109,7 @@ def prepare_steps_command(
         sources, out, model=model, rollouts=rollouts, reward=reward, settings=settings_given(reward_setting),
         options=StepOptions(
             continuations, answers, max_tokens, temperature, max_steps, max_prompt_tokens, max_tiles,
-            system_prompt(system), seed, all_steps,
+            system_prompt(system), seed, all_steps, above,
         ),
         correctness_rule=CorrectnessRule(part, threshold), reading=reading_of(image_root, on_bad_row, workers, column),
     )  # fmt: skip

@@ -41,7 +41,9 @@ STEP_VALUES = "step_values"
 class StepOptions:
     """How steps are labelled. `continuations` of each; `answers` of a prompt, the first ones (None: all), whose texts
     differ; `max_tokens` of a whole answer; `most_steps` of one, as in `split_steps`. A row ends with the first wrong
-    step, because scores are taken behind steps that were judged right, or, with `all_steps`, with the last one."""
+    step, because scores are taken behind steps that were judged right, or, with `all_steps`, with the last one. A step
+    is right where the share of its continuations that are right is `above` a limit: 0 as in VisualPRM, or more where
+    continuations often find back from a wrong step."""
 
     continuations: int = 16
     answers: int | None = None
@@ -53,6 +55,7 @@ class StepOptions:
     system: str | None = None
     seed: int = 0
     all_steps: bool = False
+    above: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +108,8 @@ def prepare_steps(
     require(bool(answers), f"{table.names}: no answer in the rollouts belongs to one of its rows and could be labelled")
     return publish(
         out,
-        {"steps": _rows(table, labelled, options.all_steps)},
-        infer_schema(_rows(table, labelled, options.all_steps, images=False)),
+        {"steps": _rows(table, labelled, options)},
+        infer_schema(_rows(table, labelled, options, images=False)),
         total=len(answers),
         sources=table.files,
         settings={
@@ -118,7 +121,7 @@ def prepare_steps(
             **({"columns": dict(reading.columns)} if reading.columns else {}),
         },
         problems=found.problems,
-        counts=_counts(engine, answers, sum(map(len, rows.values()))),
+        counts=_counts(engine, answers, sum(map(len, rows.values())), options),
         notes=found.lines(),
     )
 
@@ -128,11 +131,13 @@ def _chosen(answers: Sequence[ScoredAnswer], options: StepOptions) -> list[Score
     return [*{answer.text: answer for answer in answers if answer.text.strip()}.values()][: options.answers]
 
 
-def _counts(engine: NativeEngine, answers: Sequence[LabelledAnswer], asked: int) -> dict[str, int]:
+def _counts(
+    engine: NativeEngine, answers: Sequence[LabelledAnswer], asked: int, options: StepOptions
+) -> dict[str, int]:
     values = [value for one in answers for value in one.values]
     return {
         "steps": len(values),
-        "right steps": sum(value > 0 for value in values),
+        "right steps": sum(value > options.above for value in values),
         "answers without labels": asked - len(answers),
         "tokens computed": engine.stats.prefill_tokens + engine.stats.decode_tokens,
         "tokens of separate continuations": sum(one.tokens_apart for one in answers),
@@ -140,13 +145,13 @@ def _counts(engine: NativeEngine, answers: Sequence[LabelledAnswer], asked: int)
 
 
 def _rows(
-    table: TaskTable, labelled: Mapping[int, Sequence[LabelledAnswer]], all_steps: bool, images: bool = True
+    table: TaskTable, labelled: Mapping[int, Sequence[LabelledAnswer]], options: StepOptions, images: bool = True
 ) -> Iterator[dict[str, Any]]:
     for task, own in zip(table.select(list(labelled)), labelled.values(), strict=True):
         for number, one in enumerate(own):
-            wrong = [place for place, value in enumerate(one.values, start=1) if value == 0]
-            values = one.values if all_steps or not wrong else one.values[: wrong[0]]
-            *before, last = [RIGHT_STEP if value > 0 else WRONG_STEP for value in values]
+            wrong = [place for place, value in enumerate(one.values, start=1) if value <= options.above]
+            values = one.values if options.all_steps or not wrong else one.values[: wrong[0]]
+            *before, last = [RIGHT_STEP if value > options.above else WRONG_STEP for value in values]
             judged = replace(judged_steps(task, one.steps[: len(values)], before), id=f"{task.id}-{number}")
             more = {RESPONSE: last, STEP_VALUES: list(values), "prompt_id": task.id}
             yield task_row(judged, images=images, **more)
