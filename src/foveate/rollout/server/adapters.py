@@ -41,7 +41,7 @@ class SeparateAdapters:
     @property
     def config(self) -> dict[str, Any]:
         """As peft has it."""
-        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
+        return {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "target_modules": self.targets}
 
 
 def adapter_name(version: int) -> str:
