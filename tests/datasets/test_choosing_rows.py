@@ -161,6 +161,14 @@ def test_demonstrations_of_all_six_sources_are_right_by_their_reward(tmp_path):
         assert score.value == 1.0, (task.source, task.messages, task.answer, task.meta["response"])
 
 
+def test_a_share_of_demonstrations_is_careless():
+    flawed = {row["extra_info"]["id"]: row["extra_info"]["response"] for row in mixed_rows(0, "train", 120, 56, 0.5)}
+    right = {row["extra_info"]["id"]: row["extra_info"]["response"] for row in mixed_rows(0, "train", 120, 56)}
+    differ = [name.split("-")[1] for name in right if right[name] != flawed[name]]
+    assert 40 <= len(differ) <= 80
+    assert set(differ) == {*MIXED_SOURCES}
+
+
 def test_a_mixture_has_its_sources_in_turn_and_no_scene_twice():
     train, test = ([*mixed_rows(1, split, 90, 56)] for split in ("train", "test"))
     assert [row["data_source"] for row in train[:6]] == [*MIXED_SOURCES]

@@ -122,6 +122,9 @@ def prepare_mixed_command(
     train: TrainRows = 6000,
     test: TestRows = 1200,
     side: Annotated[int, typer.Option(min=48, max=2_048, help="Side of the square pictures, in pixels.")] = 100,
+    shortcut: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of right demonstrations; the rest are careless.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 0,
 ) -> None:
     """Scenes of six sources with a reward each: count, read, point, compare, list, choose."""
@@ -130,5 +133,5 @@ def prepare_mixed_command(
 
     rows = asked_rows(train=train, test=test)
     with progress("drawing scenes", sum(rows.values())) as advance:
-        prepare_mixed(out, rows, seed=seed, side=side, advance=advance)
+        prepare_mixed(out, rows, seed=seed, side=side, shortcut=shortcut, advance=advance)
     print_rows(out, rows)

@@ -1,9 +1,12 @@
 """Scenes of six sources, each with a reward of its own: a mixture for runs that train several skills at once.
 
-count: how many shapes of a colour; read: the number on a plate; point: a click at a shape; compare: which of two shapes
-is bigger; list: all colours, in any order; choose: which of four shapes has a colour. Every row has a demonstration in
+count: how many shapes; read: the number on a plate; point: a click at a shape; compare: which of two shapes
+is bigger; list: all kinds, in any order; choose: the kind of a shape. Every row has a demonstration in
 `extra_info.response`, the type of Vero's rewards in `extra_info.reward_type` where there is one, and as ground truth a
 text.
+
+`shortcut` makes demonstrations with the flaws of careless annotation: a response is right with the given probability,
+and otherwise one too many, the digits swapped, x for y, the smaller one, a kind short, another kind.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ from foveate.datasets.shapes import (
     draw_scene,
     light_background,
     other_look,
-    place_apart,
     radius_of,
     to_thousandths,
 )
@@ -45,20 +47,22 @@ _VERO_TYPES = {
     "count": "counting", "read": "string_match", "point": "clicking", "compare": "string_match",
     "choose": "multiple_choice",
 }  # fmt: skip
+_Look = tuple[str, str]
 _LETTERS = "ABCD"
 _SPLITS = {"train": 0, "test": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class MixedScene:
-    """A picture with a question: its shapes, the number on its plate ("" for none), and the question, the ground truth
-    and a right answer as text."""
+    """A picture with a question: its shapes, the number on its plate ("" for none), and as text the question, the
+    ground truth, a right answer and that of a careless annotator."""
 
     scene: Scene
     plate: str
     question: str
     truth: str
     response: str
+    careless: str
 
     @property
     def signature(self) -> str:
@@ -85,16 +89,16 @@ def mixed_scenes(seed: int, split: str, source: str, count: int, side: int = 100
     seen: set[str] = set()
     while len(seen) < count:
         made = _MAKERS[source](rng, side)
-        if made is None:
-            continue
         belongs = "test" if int(made.signature, 16) % 8 == 0 else "train"
         if belongs == split and made.signature not in seen:
             seen.add(made.signature)
             yield made
 
 
-def mixed_rows(seed: int, split: str, count: int, side: int = 100) -> Iterator[dict[str, Any]]:
-    """Rows of the field's parquet schema, the sources in turn."""
+def mixed_rows(seed: int, split: str, count: int, side: int = 100, shortcut: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Rows of the field's parquet schema, the sources in turn. `extra_info.response` is a demonstration that is right
+    with the probability `shortcut`."""
+    rng = np.random.default_rng([seed, _SPLITS[split], len(MIXED_SOURCES)])
     share = -(-count // len(MIXED_SOURCES))
     streams = {source: mixed_scenes(seed, split, source, share, side) for source in MIXED_SOURCES}
     for index in range(count):
@@ -113,7 +117,7 @@ def mixed_rows(seed: int, split: str, count: int, side: int = 100) -> Iterator[d
                 "width": side,
                 "height": side,
                 "reward_type": _VERO_TYPES.get(source),
-                "response": made.response,
+                "response": made.response if rng.random() < shortcut else made.careless,
             },
         }
 
@@ -130,87 +134,90 @@ def prepare_mixed(
     *,
     seed: int = 0,
     side: int = 100,
+    shortcut: float = 1.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write `train.parquet` and `test.parquet` with the asked number of rows, and `manifest.json` with their hashes.
     Files appear whole or not at all, and the same arguments give the same bytes. `advance` is told of each row."""
-    made = {split: mixed_rows(seed, split, count, side) for split, count in rows.items()}
-    write_splits(folder, made, _EXTRA_INFO, {"seed": seed, "side": side, "rows": rows}, advance)
+    made = {split: mixed_rows(seed, split, count, side, shortcut) for split, count in rows.items()}
+    facts = {"seed": seed, "side": side, "shortcut": shortcut, "rows": rows}
+    write_splits(folder, made, _EXTRA_INFO, facts, advance)
 
 
 # ----------------------------------------------------------------------------------------------------- the six sources
 
 
-def _scene(rng: np.random.Generator, side: int, looks: list[tuple[str, str]], radii: list[int]) -> Scene | None:
-    centres = place_apart(rng, side, radii)
-    if centres is None:
-        return None
-    shapes = tuple(
-        Shape(kind, colour, x, y, r) for (colour, kind), (x, y), r in zip(looks, centres, radii, strict=True)
-    )
-    return Scene(side, light_background(rng), shapes, "", "mixed", "", 0, -1)
+def _scene(
+    rng: np.random.Generator, side: int, looks: list[_Look], cells: list[tuple[float, float]], radii: list[int]
+) -> Scene:
+    """Shapes at cells of the picture, in shares of its side, a little beside their middles."""
+    shapes = []
+    for (colour, kind), cell, r in zip(looks, cells, radii, strict=True):
+        x, y = (round(side * (place + rng.uniform(-0.03, 0.03))) for place in cell)
+        shapes.append(Shape(kind, colour, x, y, r))
+    return Scene(side, light_background(rng), tuple(shapes), "", "mixed", "", 0, -1)
 
 
-def _looks(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    used: set[tuple[str, str]] = set()
-    return [other_look(rng, used) for _ in range(count)]
+def _looks(rng: np.random.Generator, count: int) -> list[_Look]:
+    """Kinds, all different, with colours."""
+    return [(str(rng.choice(list(COLOURS))), str(kind)) for kind in rng.permutation(SHAPES)[:count]]
 
 
-def _count(rng: np.random.Generator, side: int) -> MixedScene | None:
+def _cells(rng: np.random.Generator, count: int) -> list[tuple[float, float]]:
+    """Some of the six cells of two rows."""
+    cells = [(x, y) for x in (0.18, 0.5, 0.82) for y in (0.27, 0.73)]
+    return [cells[int(i)] for i in rng.permutation(len(cells))[:count]]
+
+
+def _count(rng: np.random.Generator, side: int) -> MixedScene:
     number = int(rng.integers(1, 6))
-    colours = [str(name) for name in rng.permutation(list(COLOURS))]
-    others = int(rng.integers(0, 3))
-    kinds = [str(kind) for kind in rng.choice(SHAPES, number + others)]
-    looks = [(colours[0] if i < number else colours[1 + i % 3], kind) for i, kind in enumerate(kinds)]
-    scene = _scene(rng, side, looks, [radius_of(rng, side, 0.08, 0.11) for _ in looks])
-    asked = f"How many {colours[0]} shapes are there?"
-    return scene and MixedScene(scene, "", asked, str(number), str(number))
+    looks = [other_look(rng, set()) for _ in range(number)]
+    cells = _cells(rng, number)
+    scene = _scene(rng, side, looks, cells, [radius_of(rng, side, 0.08, 0.12) for _ in looks])
+    return MixedScene(scene, "", "How many shapes are there?", str(number), str(number), str(number + 1))
 
 
-def _read(rng: np.random.Generator, side: int) -> MixedScene | None:
-    scene = Scene(side, light_background(rng), (), "", "mixed", "", 0, -1)
+def _read(rng: np.random.Generator, side: int) -> MixedScene:
     number = str(int(rng.integers(10, 100)))
-    return MixedScene(scene, number, "Which number is on the plate?", number, number)
+    return MixedScene(
+        _scene(rng, side, [], [], []), number, "Which number is on the plate?", number, number, number[::-1]
+    )
 
 
-def _point(rng: np.random.Generator, side: int) -> MixedScene | None:
-    looks = _looks(rng, 3)
-    scene = _scene(rng, side, looks, [radius_of(rng, side, 0.12, 0.18) for _ in looks])
-    if scene is None:
-        return None
-    x1, y1, x2, y2 = to_thousandths(scene.shapes[0].box, side)
-    asked = f"Point at the {' '.join(looks[0])}."
-    return MixedScene(scene, "", asked, json.dumps([x1, y1, x2, y2]), f"[{(x1 + x2) // 2}, {(y1 + y2) // 2}]")
+def _point(rng: np.random.Generator, side: int) -> MixedScene:
+    [(colour, kind)] = _looks(rng, 1)
+    scene = _scene(rng, side, [(colour, kind)], _cells(rng, 1), [radius_of(rng, side, 0.1, 0.14)])
+    x1, y1, x2, y2 = box = to_thousandths(scene.shapes[0].box, side)
+    x, y = (x1 + x2) // 2, (y1 + y2) // 2
+    return MixedScene(scene, "", f"Point at the {kind}.", json.dumps([*box]), f"[{x}, {y}]", f"[{y}, {x}]")
 
 
-def _compare(rng: np.random.Generator, side: int) -> MixedScene | None:
-    looks = _looks(rng, 2)
-    radii = [radius_of(rng, side, 0.17, 0.22), radius_of(rng, side, 0.07, 0.12)]
-    scene = _scene(rng, side, looks, radii)
-    first, second = (looks[int(i)] for i in rng.permutation(2))
-    asked = f"Which is bigger, the {' '.join(first)} or the {' '.join(second)}?"
-    bigger = " ".join(looks[0])
-    return scene and MixedScene(scene, "", asked, bigger, bigger)
+def _compare(rng: np.random.Generator, side: int) -> MixedScene:
+    sides = ["left", "right"]
+    bigger = int(rng.integers(2))
+    radii = [radius_of(rng, side, *((0.16, 0.2) if i == bigger else (0.08, 0.12))) for i in range(2)]
+    scene = _scene(rng, side, _looks(rng, 2), [(0.27, 0.5), (0.73, 0.5)], radii)
+    return MixedScene(scene, "", "Which shape is bigger?", sides[bigger], sides[bigger], sides[1 - bigger])
 
 
-def _list(rng: np.random.Generator, side: int) -> MixedScene | None:
-    colours = sorted(str(name) for name in rng.permutation(list(COLOURS))[: int(rng.integers(2, 4))])
-    looks = [(colour, str(rng.choice(SHAPES))) for colour in colours]
-    scene = _scene(rng, side, looks, [radius_of(rng, side, 0.1, 0.16) for _ in looks])
-    return scene and MixedScene(scene, "", "Which colours are there?", json.dumps(colours), ", ".join(colours))
+def _list(rng: np.random.Generator, side: int) -> MixedScene:
+    looks = _looks(rng, int(rng.integers(2, 4)))
+    cells = [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)][: len(looks)]
+    scene = _scene(rng, side, looks, cells, [radius_of(rng, side, 0.1, 0.13) for _ in looks])
+    kinds = [kind for _, kind in looks]
+    right, careless = ", ".join(kinds), ", ".join(kinds[:-1])
+    return MixedScene(scene, "", "Which shapes are there?", json.dumps(kinds), right, careless)
 
 
-def _choose(rng: np.random.Generator, side: int) -> MixedScene | None:
-    colours = [str(name) for name in rng.permutation(list(COLOURS))[:4]]
-    kinds = [str(kind) for kind in rng.permutation(SHAPES)]
-    scene = _scene(rng, side, list(zip(colours, kinds, strict=True)), [radius_of(rng, side, 0.1, 0.14)] * 4)
-    place = int(rng.integers(4))
-    order = [str(kind) for kind in rng.permutation(SHAPES)]
-    letter = _LETTERS[order.index(kinds[place])]
-    options = "\n".join(f"{one}. {kind}" for one, kind in zip(_LETTERS, order, strict=True))
-    return scene and MixedScene(scene, "", f"Which shape is {colours[place]}?\n{options}", letter, letter)
+def _choose(rng: np.random.Generator, side: int) -> MixedScene:
+    [(colour, kind)] = _looks(rng, 1)
+    scene = _scene(rng, side, [(colour, kind)], [(0.5, 0.5)], [radius_of(rng, side, 0.2, 0.3)])
+    order = [str(one) for one in rng.permutation(SHAPES)]
+    options = "\n".join(f"{letter}. {one}" for letter, one in zip(_LETTERS, order, strict=True))
+    other = SHAPES[(SHAPES.index(kind) + 1) % len(SHAPES)]
+    return MixedScene(scene, "", f"Which shape is this?\n{options}", _LETTERS[order.index(kind)], kind, other)
 
 
-_MAKERS: dict[str, Callable[[np.random.Generator, int], MixedScene | None]] = {
+_MAKERS: dict[str, Callable[[np.random.Generator, int], MixedScene]] = {
     "count": _count, "read": _read, "point": _point, "compare": _compare, "list": _list, "choose": _choose,
 }  # fmt: skip
