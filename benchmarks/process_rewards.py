@@ -1,13 +1,12 @@
-"""A process reward model chooses among eight answers, from random weights to a table, in minutes on one core.
+"""A process reward model chooses among eight answers, from random weights to a table, in ten minutes on one core.
 
-    python examples/process_rewards.py --seed 0    # everything goes to runs/process-0; again, it continues there
+    python benchmarks/process_rewards.py --seed 0    # everything goes to runs/process-0
 
-A question is a chain of three to five sums and products, worked out from left to right on a clock of ten hours:
-`7+5*3+4*6=?`, of every result the last digit. An answer writes a line for each and then the result in a box. A tiny
-text model learns to answer from worked examples, and stops early. Its answers to other questions are labelled step by
-step by its own continuations, a copy of it learns to judge steps from these labels, and chooses among eight answers to
-each of 1,000 new questions. With the settings below, made for speed, the judge stays too weak: best-of-8 is right in
-29.9, 51.5 and 42.2 % (seeds 0 to 2), the majority in 36.6, 74.1 and 55.8 %; pass@8 is 74.1, 91.9 and 88.3 %.
+A question is a chain of three to five sums and products, worked out from left to right on a clock of seven hours:
+`5+3*4+6=?`. An answer writes a line for each and then the result in a box. A tiny text model learns to answer from
+worked examples, and stops early. Its answers to other questions are labelled step by step by its own continuations, a
+copy of it learns to judge steps from these labels, and chooses among eight answers to each of 1,000 new questions. What
+it reaches is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from foveate.evaluate.evaluate_models import EvalRequest
 from foveate.evaluate.steps import StepOptions, prepare_steps
 
 WORDS = ("### Question:", "### Solution Process:", r"\boxed{", "}", "user", "assistant", "\n", *"0123456789+-*=?")
-COUNTS = {"worked": 4000, "tried": 100, "asked": 1500, "test": 1000}
+COUNTS = {"worked": 4000, "tried": 100, "asked": 2000, "test": 1000}
 """Questions: with worked answers, to try the model on, to label its answers to, and to choose on."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-ROUND = 40
+ROUND = 20
 """Steps of the answering model between two looks at how often it is right."""
 
 
@@ -63,11 +62,11 @@ def tiny_model(folder: Path, seed: int) -> str:
 
 def worked(draw: random.Random) -> dict[str, Any]:
     """A question with its result, and the answer that works it out."""
-    value = draw.randint(0, 9)
+    value = draw.randint(0, 6)
     question, steps = str(value), []
     for _ in range(draw.randint(3, 5)):
-        sign, other = draw.choice("+*"), draw.randint(2, 9)
-        before, value = value, (value * other if sign == "*" else value + other) % 10
+        sign, other = draw.choice("+*"), draw.randint(2, 6)
+        before, value = value, (value * other if sign == "*" else value + other) % 7
         steps.append(f"{before}{sign}{other}={value}")
         question += f"{sign}{other}"
     answer = "\n".join([*steps, rf"\boxed{{{value}}}"])
@@ -122,8 +121,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where everything goes (runs/process-SEED)")
-    parser.add_argument("--share", type=float, default=0.4, help="of questions, that the answering model is to know")
-    parser.add_argument("--judge-steps", type=int, default=600, help="of the one that judges")
+    parser.add_argument("--share", type=float, default=0.55, help="of questions, that the answering model is to know")
+    parser.add_argument("--judge-steps", type=int, default=1500, help="of the one that judges")
     given = parser.parse_args()
     folder, seed = given.folder or Path(f"runs/process-{given.seed}"), given.seed
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +135,7 @@ def main() -> None:
     figures(model, files["asked"], folder / "asked", samples=4, seed=seed)
     labelled = prepare_steps(
         [files["asked"]], folder / "steps", model=model, rollouts=[folder / "asked/predictions.jsonl"],
-        reward="exact", options=StepOptions(continuations=4, max_tokens=48, seed=seed),
+        reward="exact", options=StepOptions(continuations=8, max_tokens=48, seed=seed, above=0.25),
     )  # fmt: skip
     print("\n".join(labelled.summary()), flush=True)
     judge = train(
