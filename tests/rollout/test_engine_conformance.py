@@ -330,7 +330,7 @@ def test_answers_of_three_turns_with_images_between_them_have_the_logprobs_of_th
     before = head.detach().clone()
     likely = [c.token_ids[0] for (c,) in case.engine.generate(case.requests(), SamplingParams(temperature=0.0))]
     with torch.no_grad():
-        head[stop_ids[0]] = head[likely[0]]
+        head[stop_ids[0]] = head[likely[0]] * 1.2  # the model as it was built seldom ends three turns without
     case.publish()
     crops = [make_task("<image> the crop", make_image(90, 60, 6)), make_task("so <image>", make_image(56, 120, 7))]
     shown = [observed(case.encoder(crop)) for crop in crops]
