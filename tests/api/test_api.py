@@ -68,6 +68,7 @@ def test_a_recipe_tells_its_stage(recipe):
         "cascade": CascadeSettings,
         "vico": VicoSettings,
         "_vir": VirSettings,
+        "_prm": SFTSettings,
     }
     assert isinstance(settings, next((cls for word, cls in expected.items() if word in recipe.stem), RLSettings))
 

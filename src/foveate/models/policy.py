@@ -211,7 +211,8 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     state = None if state is None else _without_tied_head(model, state)
     if policy.format == "chat":
         with tempfile.TemporaryDirectory(prefix=".hf-", dir=folder) as hf, quiet_transformers():
-            model.save_pretrained(hf, state_dict=state, save_original_format=False)
+            # the modules of Flash models, which transformers does not know, lose their names in its former format
+            model.save_pretrained(hf, state_dict=state, save_original_format=policy.family.sides is None)
             write_hf_weights_as(Path(hf), model.config, folder, "chat")
     else:
         turned, stored = _turned_as_stored(policy, state), read_headers(weight_files(policy.folder))
