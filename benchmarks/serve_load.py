@@ -1,12 +1,13 @@
 """`foveate serve` under load: short requests beside long ones, and throughput at many clients.
 
-    python benchmarks/serve_load.py [--seconds 60] [--vllm PYTHON]
+    python benchmarks/serve_load.py [--seconds 60] [--rounds 3] [--vllm PYTHON]
 
 A random model of the size of benchmarks/generation.py in float32 on one thread. First the time of requests of 16 new
 tokens, one after the other, on an idle server; then the same beside eight streams of 2,000 new tokens each, which begin
 again when they end; last the tokens per second of 32 clients that each ask for 128. With `--vllm`, the interpreter of
-an environment that has vLLM, the same against vLLM's own server on the same weights. Seconds are of the clock: nothing
-else should run. Prints one JSON object.
+an environment that has vLLM, the same against vLLM's own server on the same weights: the servers take turns at the 32
+clients, and the ratio is that of each round (median, least, most). Seconds are of the clock, where nothing else should
+run; tokens are also counted by the processor's, of all processes of a server. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ LONG, STREAMS, SHORT = 2000, 8, 16
 CLIENTS, THROUGHPUT = 32, 128
 WITHOUT_STOP = {"ignore_eos": True}
 FOVEATE = ["-m", "foveate", "serve"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+VLLM = ["-m", "vllm.entrypoints.cli.main"]
+VLLM_OPTIONS = [
+    *("--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "4096"),
+    *("--limit-mm-per-prompt", json.dumps({"video": 0})),  # or it asks for a token of videos
+]
+VLLM_ENVIRONMENT = {**ONE_THREAD, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 class Load:
@@ -90,32 +98,29 @@ class Load:
             stream.join()
         return found
 
-    def throughput(self) -> float:
-        """New tokens per second of `CLIENTS` requests at once, in two rounds."""
+    def many(self) -> int:
+        """The new tokens of `CLIENTS` clients at once, two requests each."""
         counts: list[int] = []
         clients = [
             threading.Thread(target=lambda n=n: counts.extend(self.short(n + 100 * i, THROUGHPUT) for i in range(2)))
             for n in range(CLIENTS)
         ]
-        began = time.monotonic()
         for client in clients:
             client.start()
         for client in clients:
             client.join()
-        return sum(counts) / (time.monotonic() - began)
+        assert len(counts) == 2 * CLIENTS
+        return sum(counts)
 
 
-def measure(command: Sequence[str], port: int, seconds: float, more: dict[str, Any]) -> dict[str, float]:
-    environment = dict(os.environ, OMP_NUM_THREADS="1", VLLM_CPU_KVCACHE_SPACE="2", VLLM_CPU_OMP_THREADS_BIND="0")
+@contextmanager
+def started(command: Sequence[str], port: int, environment: Mapping[str, str]) -> Iterator[int]:
+    """A server that answers; its process."""
     with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=dict(os.environ, **environment))
         try:
             _wait(server, port)
-            Load(port, more).times(3)
-            idle = Load(port, more).times(seconds)
-            beside = Load(port, more).times_beside_streams(seconds)
-            time.sleep(2)
-            throughput = Load(port, more).throughput()
+            yield server.pid
         except BaseException:
             log.seek(0)
             print(log.read()[-3000:])
@@ -124,12 +129,40 @@ def measure(command: Sequence[str], port: int, seconds: float, more: dict[str, A
             server.terminate()
             with suppress(subprocess.TimeoutExpired):
                 server.wait(30)
-    found: dict[str, float] = {"throughput": throughput}
+
+
+def latencies(port: int, seconds: float, more: dict[str, Any]) -> dict[str, float]:
+    Load(port, more).times(3)
+    idle = Load(port, more).times(seconds)
+    beside = Load(port, more).times_beside_streams(seconds)
+    time.sleep(2)
+    found: dict[str, float] = {}
     for name, times in (("idle", idle), ("beside streams", beside)):
         steps = statistics.quantiles(times, n=100)
         found |= {f"{name}: requests": len(times), f"{name}: p50": steps[49], f"{name}: p99": steps[98]}
     found["p99 ratio"] = found["beside streams: p99"] / found["idle: p99"]
     return found
+
+
+def throughput(port: int, pid: int, more: dict[str, Any]) -> dict[str, float]:
+    before, began = processor_seconds(pid), time.monotonic()
+    tokens = Load(port, more).many()
+    wall, busy = time.monotonic() - began, processor_seconds(pid) - before
+    return {"tokens a second": tokens / wall, "tokens a processor second": tokens / busy}
+
+
+def processor_seconds(pid: int) -> float:
+    """Of a process and those below it, as far as they still run."""
+    parents: dict[int, tuple[int, int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            parents[int(stat.parent.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    found, ticks = [pid], 0
+    for one in found:
+        ticks += parents.get(one, (0, 0))[1]
+        found += [child for child, (parent, _) in parents.items() if parent == one]
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _wait(server: subprocess.Popen[bytes], port: int) -> None:
@@ -145,20 +178,30 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60, help="of short requests, idle and beside streams each")
+    parser.add_argument("--rounds", type=int, default=3, help="of the 32 clients")
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
     asked = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = build_tiny(Path(folder) / "model", SIZE, padded_vocabulary=VOCABULARY)
-        port = free_port("127.0.0.1")
-        ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--port", str(port), "--no-key"]
-        found["foveate"] = measure([*ours, "--threads", "1"], port, asked.seconds, {})
+        ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--no-key", "--threads", "1"]
+        servers: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {"foveate": (ours, {}, ONE_THREAD)}
         if asked.vllm:
+            theirs = [asked.vllm, *VLLM, "serve", str(model), *VLLM_OPTIONS]
+            servers["vllm"] = (theirs, WITHOUT_STOP, VLLM_ENVIRONMENT)
+        places: dict[str, tuple[int, int, dict[str, Any]]] = {}
+        for name, (command, more, environment) in servers.items():
             port = free_port("127.0.0.1")
-            theirs = [asked.vllm, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--port", str(port)]
-            theirs += ["--served-model-name", "demo", "--dtype", "float32", "--max-model-len", "4096"]
-            found["vllm"] = measure(theirs, port, asked.seconds, WITHOUT_STOP)
-            found["ratio"] = {"throughput": found["foveate"]["throughput"] / found["vllm"]["throughput"]}
+            places[name] = port, stack.enter_context(started([*command, "--port", str(port)], port, environment)), more
+        for name, (port, _, more) in places.items():
+            found[name] = latencies(port, asked.seconds, more) if asked.seconds else {}
+        rounds = [{name: throughput(*place) for name, place in places.items()} for _ in range(asked.rounds)]
+        for measure in ("tokens a second", "tokens a processor second"):
+            for name in places:
+                found[name][measure] = statistics.median(each[name][measure] for each in rounds)
+            if asked.vllm:
+                ratios = [each["foveate"][measure] / each["vllm"][measure] for each in rounds]
+                found.setdefault("ratio", {})[measure] = statistics.median(ratios), min(ratios), max(ratios)
     print(json.dumps(found, indent=1))
 
 
