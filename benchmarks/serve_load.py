@@ -184,6 +184,9 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = build_tiny(Path(folder) / "model", SIZE, padded_vocabulary=VOCABULARY)
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        lent = {"video_token": settings["eos_token"]}  # vLLM asks for one, whatever the model knows
+        (model / "tokenizer_config.json").write_text(json.dumps(settings | lent))
         ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--no-key", "--threads", "1"]
         servers: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {"foveate": (ours, {}, ONE_THREAD)}
         if asked.vllm:
