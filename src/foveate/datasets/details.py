@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from foveate.datasets.distinct import distinct_of_split
 from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, light_background
 from foveate.datasets.traces import write_splits
 from foveate.environments.observe import encoded
@@ -70,13 +71,11 @@ def detail_scenes(seed: int, split: str, count: int, *, fine: float, side: int =
     """`count` distinct pictures, a share `fine` of them fine, the same for the same seed. A picture belongs to one
     split, whatever the seed: one in eight to `test`."""
     rng = np.random.default_rng([seed, DETAIL_SPLITS.index(split)])
-    seen: set[int] = set()
-    while len(seen) < count:
-        is_fine = int(fine * (len(seen) + 1)) > int(fine * len(seen))
-        scene = detail_scene(rng, fine=is_fine, side=side)
-        if (scene.number % 8 == 0) == (split == "test") and scene.number not in seen:
-            seen.add(scene.number)
-            yield scene
+
+    def draw(found: int) -> DetailScene:
+        return detail_scene(rng, fine=int(fine * (found + 1)) > int(fine * found), side=side)
+
+    return distinct_of_split(split, count, draw, lambda scene: scene.number)
 
 
 def detail_rows(seed: int, split: str, count: int, *, fine: float = 0.4, side: int = 112) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from foveate.datasets.distinct import distinct_of_split
 from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.gui import Gui, screen_task
@@ -24,14 +25,13 @@ def gui_scenes(
     """`count` numbers of screens with the kind of their task, the same for the same seed, each another screen. A screen
     belongs to one split, whatever the seed: one in eight to `test`, and of the rest one in four to `traces`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
-    seen: set[int] = set()
-    while len(seen) < count:
-        scene, kind = int(rng.integers(2**31)), kinds[int(rng.integers(len(kinds)))]
-        number = _signature(screen_task(scene, kind))
-        belongs = "test" if number % 8 == 0 else "traces" if number // 8 % 4 == 0 else "train"
-        if belongs == split and number not in seen:
-            seen.add(number)
-            yield scene, kind
+    return distinct_of_split(
+        split,
+        count,
+        lambda _: (int(rng.integers(2**31)), kinds[int(rng.integers(len(kinds)))]),
+        lambda one: _signature(screen_task(*one)),
+        has_traces=True,
+    )
 
 
 def _signature(task: ScreenTask) -> int:

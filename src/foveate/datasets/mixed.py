@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from foveate.datasets.distinct import distinct_of_split
 from foveate.datasets.shapes import (
     COLOURS,
     SHAPES,
@@ -86,13 +87,8 @@ def mixed_scenes(seed: int, split: str, source: str, count: int, side: int = 100
     """`count` distinct scenes of a source, the same for the same seed; no scene of one split appears in the other: one
     in eight belongs to `test`, whatever the seed."""
     rng = np.random.default_rng([seed, _SPLITS[split], MIXED_SOURCES.index(source)])
-    seen: set[str] = set()
-    while len(seen) < count:
-        made = _MAKERS[source](rng, side)
-        belongs = "test" if int(made.signature, 16) % 8 == 0 else "train"
-        if belongs == split and made.signature not in seen:
-            seen.add(made.signature)
-            yield made
+    make = _MAKERS[source]
+    return distinct_of_split(split, count, lambda _: make(rng, side), lambda scene: int(scene.signature, 16))
 
 
 def mixed_rows(seed: int, split: str, count: int, side: int = 100, shortcut: float = 1.0) -> Iterator[dict[str, Any]]:

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from foveate.data.referring import format_box
 from foveate.data.table import row_schema, write_rows
+from foveate.datasets.distinct import distinct_of_split
 from foveate.files import atomic_write_text, sha256
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -122,13 +123,12 @@ def scenes(seed: int, split: str, count: int, kinds: tuple[str, ...] = ("pair",)
     """`count` distinct scenes, the same for the same seed. No scene of one split appears in the other: a scene belongs
     to the split that its signature falls into (one in eight to `test`), whatever the seed."""
     rng = np.random.default_rng([seed, _SPLITS[split]])
-    seen: set[str] = set()
-    while len(seen) < count:
-        scene = make_scene(rng, kinds[int(rng.integers(len(kinds)))], side)
-        belongs = "test" if int(scene.signature, 16) % 8 == 0 else "train"
-        if belongs == split and scene.signature not in seen:
-            seen.add(scene.signature)
-            yield scene
+    return distinct_of_split(
+        split,
+        count,
+        lambda _: make_scene(rng, kinds[int(rng.integers(len(kinds)))], side),
+        lambda scene: int(scene.signature, 16),
+    )
 
 
 def shape_rows(

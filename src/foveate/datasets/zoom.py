@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from foveate.datasets.distinct import distinct_of_split
 from foveate.datasets.patterns import make_patterns
 from foveate.datasets.shapes import COLOURS
 from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
@@ -180,14 +181,7 @@ def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Gen
     """`count` distinct scenes, the same for the same seed. A scene belongs to the split that its signature falls into:
     one in eight to `test`, and of the rest one in four to `traces`."""
     rng = np.random.default_rng([seed, DRAWN_SPLITS.index(split)])
-    seen: set[str] = set()
-    while len(seen) < count:
-        scene = make(rng)
-        number = int(scene.signature, 16)
-        belongs = "test" if number % 8 == 0 else "traces" if number // 8 % 4 == 0 else "train"
-        if belongs == split and scene.signature not in seen:
-            seen.add(scene.signature)
-            yield scene
+    return distinct_of_split(split, count, lambda _: make(rng), lambda scene: int(scene.signature, 16), has_traces=True)
 
 
 @dataclass(frozen=True, slots=True)
