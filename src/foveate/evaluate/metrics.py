@@ -99,11 +99,8 @@ def _sampled(rows: Sequence[ScoredRow], seed: int) -> tuple[dict[str, Any], dict
     if all(max(one) > -math.inf for one in ranks):
         pairs = zip(right, ranks, strict=True)
         ways[f"best_of@{n}"] = [values[one.index(max(one))] for values, one in pairs]
-    found: dict[str, Any] = {"n": n}
-    if share:
-        found |= {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks}
-    found = {"n": n, **{name: mean(values) for name, values in ways.items()}, **found}
-    return found, {
+    passes = {f"pass@{k}": mean(pass_at(n, int(sum(one)), k) for one in right) for k in ks} if share else {}
+    return {"n": n, **{name: mean(values) for name, values in ways.items()}, **passes}, {
         name: {
             **_with_bootstrap(values, seed),
             "over_majority": _with_bootstrap([a - b for a, b in zip(values, voted, strict=True)], seed),

@@ -17,7 +17,7 @@ from foveate.data.folders import SUFFIXES, suffix_of
 from foveate.data.hub import is_hub_name
 from foveate.evaluate.predictions import mean
 from foveate.files import atomic_write_text, inside, read_inside
-from foveate.report.facts import stage_of
+from foveate.report.facts import CASCADE_STAGES, stage_of
 from foveate.report.page import Run, read_run
 from foveate.report.summary import compare_evaluations, format_difference, format_figure
 
@@ -110,7 +110,7 @@ def _name(path: str) -> str:
 
 def _notable(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The settings to name, in order: of a cascade those of each stage."""
-    stages = {f"{name}.": settings[name] for name in ("sft", "mpo", "rl", "vico", "vir") if settings.get(name)}
+    stages = {f"{name}.": settings[name] for name in CASCADE_STAGES if settings.get(name)}
     for prefix, own in {"": settings, **stages}.items():
         for choice in _CHOICES:
             given = {name: value for name, value in (own.get(choice) or {}).items() if name not in _LIMITS}

@@ -14,6 +14,8 @@ from foveate.report.charts import format_value
 
 _Rows = Sequence[Mapping[str, Any]]
 
+CASCADE_STAGES = ("sft", "mpo", "rl", "vico", "vir")
+"""The groups of a cascade's recipe that train, in order."""
 _RESULTS = (
     ("reward/mean", "Reward", ""),
     ("eval/loss", "Held-out loss", ""),
@@ -84,7 +86,7 @@ def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str
         yield "in a step", _step(config)
         yield "learning rate", f"{config['optim']['lr']:g}"
     elif stage == "cascade":
-        stages = [name for name in ("sft", "mpo", "rl", "vico", "vir") if config.get(name)]
+        stages = [name for name in CASCADE_STAGES if config.get(name)]
         every = {name: config[name]["train"]["steps"] for name in stages}
         counts = ", ".join(f"{count} {name}" for name, count in every.items())
         yield "steps", f"{steps[-1]['step'] if steps else 0} of {sum(every.values())}: {counts}"

@@ -17,7 +17,7 @@ from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.choices import given_options, named_option, options, right_option, several_options
-from foveate.rewards.plain_text import behind_thoughts, plain, statements, tagged_answer
+from foveate.rewards.plain_text import answer_part, behind_thoughts, plain, statements, tagged_answer
 
 NO_ANSWER = "no final answer in the text"
 NO_OPTION = "no option in the answer"
@@ -112,8 +112,7 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
     `<answer>...</answer>`, and without that all that stands behind `</think>`; and a box that is corrected
     behind it gives way to the correction.
     """
-    said = behind_thoughts(text)
-    tail = said if said.strip() else text
+    tail = answer_part(text)
     box = boxed_answer(tail)
     if extraction == "box":
         return box
@@ -121,7 +120,7 @@ def final_answer(text: str, extraction: Extraction) -> str | None:
         behind = tail[_boxes(tail)[-1].end :]
         return behind.strip() if _CORRECTED.search(behind) and any(statements(behind)) else box
     tagged = tagged_answer(tail)
-    return (said if tagged is None else tagged).strip() or None
+    return (behind_thoughts(text) if tagged is None else tagged).strip() or None
 
 
 # -------------------------------------------------------------------------------------------------- ground truths

@@ -45,11 +45,10 @@ _PREFILL = 4096
 @dataclass(slots=True)
 class Stats:
     """Counts of the engine's work since it was made. `prefills` and `prefill_tokens` count prompts and their tokens,
-    those of answers that go on included, what several of a
-    prompt have in common once; `decode_steps` counts forward passes over live answers, `decode_tokens` the
-    answer tokens that went through them (the last token of an answer is never fed back). `turns` counts answers that
-    went on behind an observation from what was kept of them, `turn_tokens` what went through the model for it: the
-    observation, and the token before it."""
+    those of answers that go on included, what several of a prompt have in common once; `decode_steps` counts forward
+    passes over live answers, `decode_tokens` the answer tokens that went through them (the last token of an answer is
+    never fed back). `turns` counts answers that went on behind an observation from what was kept of them, `turn_tokens`
+    what went through the model for it: the observation, and the token before it."""
 
     prefills: int = 0
     prefill_tokens: int = 0
