@@ -9,6 +9,7 @@ import pytest
 from foveate.records import SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native import engine as module
+from foveate.rollout.native import room
 from foveate.rollout.native import shelves as rows
 from foveate.rollout.native.batch import DecodeJob
 from foveate.rollout.native.engine import NativeEngine
@@ -114,6 +115,17 @@ def test_long_prompts_join_in_several_rows_while_others_are_answered(engine, job
     assert [key for keys in engine.joined for key in keys] == [1, 0, 2, 3, 4]
     assert len(engine.joined) > 2
     assert all(len(keys) == 1 or sum(len(jobs[key][0].prompt) for key in keys) <= 150 for keys in engine.joined)
+
+
+def test_many_prompts_go_through_a_processor_in_rows_that_fit_its_caches(engine, jobs, monkeypatch):
+    alone = [engine.generate([request], sampling)[0] for request, sampling in jobs]
+    lengths = {key: len(request.prompt) for key, (request, _) in enumerate(jobs)}
+    monkeypatch.setattr(room, "_ROW", most := max(lengths.values()) + 1)
+    engine.joined.clear()
+    require_same(run(engine, engine.open(), jobs, dict.fromkeys(lengths, 0)), alone)
+    assert [key for keys in engine.joined for key in keys] == [*lengths]
+    assert len(engine.joined) > 1
+    assert all(sum(lengths[key] for key in keys) <= most for keys in engine.joined)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from foveate.rollout.native.batch import DecodeBatch, DecodeJob
 from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
 from foveate.rollout.native.prefixes import Beginnings, shared_beginnings
-from foveate.rollout.native.room import Use
+from foveate.rollout.native.room import Use, row_of
 from foveate.rollout.native.sampling import draw
 from foveate.rollout.native.shelves import FIRST_ROOM
 from foveate.rollout.native.tables import with_experts
@@ -234,16 +234,18 @@ class NativeEngine:
             if batch.cache.rows.step - leaving.joined >= batch.turn:
                 batch.put_back(leaving, len(batch.waiting))
                 jobs = self._choose(batch)
-        if not jobs:
-            return []
-        del batch.waiting[: len(jobs)]
-        batch.failed = jobs
-        hidden = self._prefill(batch, jobs)
-        batch.failed = []
-        last = hidden[batch.cache.rows.last_B]
-        newcomers, order = batch.join(jobs, self.version)
-        found = batch.sample(last[order], self._draw, newcomers)
-        return batch.finish(*found, self._stop, self._paused.is_set(), newcomers)
+        finished: list[DecodeJob] = []
+        while jobs and not finished:
+            together = jobs[: row_of([job.tokens for job in jobs], self.policy.device)]
+            del batch.waiting[: len(together)], jobs[: len(together)]
+            batch.failed = together
+            hidden = self._prefill(batch, together)
+            batch.failed = []
+            last = hidden[batch.cache.rows.last_B]
+            newcomers, order = batch.join(together, self.version)
+            found = batch.sample(last[order], self._draw, newcomers)
+            finished = batch.finish(*found, self._stop, self._paused.is_set(), newcomers)
+        return finished
 
     def _go_on(self, batch: DecodeBatch, returning: Sequence[tuple[DecodeJob, int]]) -> list[DecodeJob]:
         """Let answers go on behind what they have observed: their observations go through the model as one row, which

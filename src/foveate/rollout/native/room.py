@@ -1,11 +1,17 @@
-"""How many places the rows of a running batch take, now and with more of them."""
+"""How many places the rows of a running batch take, now and with more of them, and who comes in one packed row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
 
 from foveate.rollout.native.rows import Rows
 from foveate.rollout.native.shelves import first_room, slot_size
+
+_ROW = 2048
+"""Tokens of a packed row on a processor, whose caches hold what lies between two products of matrices for so many."""
 
 
 class Use:
@@ -34,6 +40,14 @@ class Use:
             size = slot_size(first_room(tokens, limit))
             _put(self._answers, size, min(size, max(limit, 1)))
         return self.places
+
+
+def row_of(tokens: Sequence[int], device: torch.device) -> int:
+    """How many newcomers with so many tokens go through the model together: on a processor those that a row has room
+    for, but one at least."""
+    if device.type != "cpu":
+        return len(tokens)
+    return max(1, sum(end <= _ROW for end in accumulate(tokens)))
 
 
 def _put(shelves: dict[int, tuple[int, int]], size: int, places: int, more: int = 1) -> None:
