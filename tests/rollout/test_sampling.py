@@ -110,6 +110,19 @@ def test_banned_tokens_are_never_drawn_however_probable(sampling):
     assert (logp < -1000).all()  # the log-prob is of the distribution that the trainer sees, without bans
 
 
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.0), SamplingParams(top_k=9, top_p=0.8)])
+@pytest.mark.parametrize("extra", [0.0, 40.0])
+@pytest.mark.parametrize("few", [0, 4096])
+def test_what_stands_behind_the_known_tokens_is_banned(sampling, extra, few, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", few)
+    logits = torch.randn(500, 700, generator=torch.Generator().manual_seed(0))
+    logits[:, 600:] += extra
+    uniform, banned = uniforms(1, 0, 500), torch.tensor([3, 599])
+    found = draw(logits, uniform, sampling, banned, 600)
+    expected = draw(logits, uniform, sampling, torch.cat([banned, torch.arange(600, 700)]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_token_without_probability_is_not_drawn_at_the_edges():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf"), float("-inf")]]).expand(3, -1)
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-50], dtype=torch.float64)

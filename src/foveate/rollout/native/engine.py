@@ -95,8 +95,8 @@ class NativeEngine:
         self._paused = threading.Event()
         weight = policy.part("head").weight
         assert isinstance(weight, Tensor)
-        unknown = range(len(policy.tokenizer), len(weight))  # rows of the vocabulary that the tokenizer does not have
-        banned = sorted({*policy.family.placeholder_ids, *unknown})
+        self._known = min(len(policy.tokenizer), len(weight))  # the vocabulary may have more rows
+        banned = sorted(token for token in policy.family.placeholder_ids if token < self._known)
         self._banned = torch.tensor(banned, dtype=torch.int64, device=policy.device)
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
         self._record = recorder(policy)
@@ -357,7 +357,7 @@ class NativeEngine:
         assert isinstance(weight, Tensor)
         rows = max(1, _LOGITS // len(weight))
         drawn = [
-            draw(logits_of(some, weight), uniform, sampling, self._banned)
+            draw(logits_of(some, weight), uniform, sampling, self._banned, self._known)
             for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
         ]
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])

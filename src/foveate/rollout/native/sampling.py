@@ -29,13 +29,15 @@ def uniforms(seed: int, answer: int, count: int) -> Tensor:
     return torch.from_numpy(np.minimum(generator.random(count), _BELOW_ONE))
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: SamplingParams, banned: Tensor) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, sampling: SamplingParams, banned: Tensor, known: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution at the row's uniform number.
 
-    logits float32 (B, V), uniform float64 (B,), banned ids int64 (K,); returns token ids int64 (B,) and log-probs
-    float32 (B,). Logits are divided by the temperature, banned tokens leave, top-k keeps the k most probable of the
-    rest, top-p the smallest set of the most probable that holds at least that share of what top-k left. Temperature 0
-    takes the most probable allowed token.
+    logits float32 (B, V), uniform float64 (B,), banned ids int64 (K,) among the first `known` (None: V), behind which
+    all are banned; returns token ids int64 (B,) and log-probs float32 (B,). Logits are divided by the temperature,
+    banned tokens leave, top-k keeps the k most probable of the rest, top-p the smallest set of the most probable that
+    holds at least that share of what top-k left. Temperature 0 takes the most probable allowed token.
 
     The log-prob is that of the token under softmax(logits / temperature) over the whole vocabulary, at temperature 1
     where sampling is greedy: what a trainer computes, which knows no bans and no truncation. The trap: with top-k or
@@ -46,17 +48,19 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingParams, banned: Tens
     greedy = sampling.temperature == 0
     scaled = logits if greedy or sampling.temperature == 1 else logits / sampling.temperature
     if greedy:
-        token, lse = scaled.index_fill(1, banned, float("-inf")).argmax(-1), scaled.logsumexp(-1)
+        token, lse = scaled[:, :known].index_fill(1, banned, float("-inf")).argmax(-1), scaled.logsumexp(-1)
     else:
         probs = scaled.softmax(-1)
         lse = scaled.amax(-1) - probs.amax(-1).log()  # as in `foveate.rollout.native.cache.partial_attention`
-        token = _invert(_allowed(probs, scaled, banned), uniform, sampling.top_k, sampling.top_p)
+        token = _invert(_allowed(probs, scaled, banned, known), uniform, sampling.top_k, sampling.top_p)
     return token, scaled.gather(1, token[:, None])[:, 0] - lse
 
 
-def _allowed(probs: Tensor, scaled: Tensor, banned: Tensor) -> Tensor:
-    """The probabilities (B, V), those of banned tokens 0; computed anew where others are too small beside these."""
-    lost = probs[:, banned].sum(-1) if len(banned) else probs.new_zeros(1)
+def _allowed(probs: Tensor, scaled: Tensor, banned: Tensor, known: int | None) -> Tensor:
+    """The probabilities (B, known), those of banned tokens 0; computed anew where others are too small beside these."""
+    outside = 0.0 if known is None else probs[:, known:].sum(-1)
+    probs, scaled = probs[:, :known], scaled[:, :known]
+    lost = probs[:, banned].sum(-1) + outside
     if bool((lost > 1 - _LEFT).any()):
         return scaled.index_fill(1, banned, float("-inf")).softmax(-1)
     return probs.index_fill_(1, banned, 0.0)
