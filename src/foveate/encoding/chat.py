@@ -231,19 +231,20 @@ def _of_user(role: str, run: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 _deadlines: dict[int, float] = {}
-"""When the templates that run now must have ended, by thread."""
+"""When the templates that run now must have ended, by thread, on the clock of `_spent`."""
 _lock = threading.Lock()
 _watcher = threading.Thread()
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Within it this thread gets a TimeoutError after some seconds, which reaches code in Python only, such as that of
-    a template. One thread watches all, while there are any: a timer for each would take as long as a template."""
+    """Within it this thread gets a TimeoutError after some processor seconds of its own, which other programs do not
+    make longer. It reaches code in Python only, such as that of a template. One thread watches all, while there are
+    any: a timer for each would take as long as a template."""
     global _watcher
     own = threading.get_ident()
     with _lock:
-        _deadlines[own] = time.monotonic() + seconds
+        _deadlines[own] = _spent(own) + seconds
         if not _watcher.is_alive():
             _watcher = threading.Thread(target=_watch, name="templates", daemon=True)
             _watcher.start()
@@ -257,12 +258,19 @@ def _time_limit(seconds: float) -> Iterator[None]:
                 _interrupt(own, None)
 
 
+def _spent(thread: int) -> float:
+    """Processor seconds of a thread; seconds of the clock on systems that do not tell them."""
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return time.monotonic()
+    return time.clock_gettime(time.pthread_getcpuclockid(thread))
+
+
 def _watch() -> None:
     while True:
         time.sleep(_LOOK_S)
         with _lock:
             for thread, deadline in [*_deadlines.items()]:
-                if deadline < time.monotonic():
+                if deadline < _spent(thread):
                     del _deadlines[thread]
                     _interrupt(thread, TimeoutError)
             if not _deadlines:
