@@ -82,6 +82,12 @@ def test_rows_that_are_never_solved_get_their_hint_and_no_others(tmp_path, rollo
     assert [task.meta["hinted"] for task in open_tasks(easier.folder / "train.parquet")] == [1, 1, 0, 0, 0]
 
 
+def test_a_mark_of_an_image_in_a_hint_is_a_word(tmp_path, rollouts):
+    rows = jsonl(tmp_path / "rows.jsonl", [asked(i, hint="see <image>") for i in range(5)])
+    made = prepare_hints([rows], tmp_path / "out", HintRule(), rollouts=[rollouts])
+    assert next(iter(open_tasks(made.folder / "train.parquet"))).messages[-1].content == "0 + 1?\nHint: see image"
+
+
 def test_a_hint_that_nowhere_stands_is_told(tmp_path, rollouts):
     rows = jsonl(tmp_path / "rows.jsonl", [asked(i) for i in range(5)])
     with pytest.raises(DataError, match=r"no row that is never solved has a hint in extra_info\.clue"):
