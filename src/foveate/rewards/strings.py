@@ -41,12 +41,12 @@ _BESIDE = re.compile(r"(?<=\d)(?=[½¼¾⅐-⅞↉])")
 """Behind a digit, a raised figure and a fraction are numbers of their own: 10² is not 102, and 1½ not 11/2."""
 _STROKE = re.compile(r"(?<=\d)\s+/\s+(?=\d)")
 _POWER = re.compile(r"(?<=[^\W\d_])\^\{?(\w+)\}?")
-_ARROW = re.compile(r"(?<![-=])[-=]+>|<-+(?=\s)|[\u2190-\u21ff]|^\s*\+(?=\.?\d)")
-"""Arrows, and a plus before a number, which say nothing."""
+_ARROW = re.compile(r"(?<![-=])[-=]+>|<-+(?=\s)|[\u2190-\u21ff]|^\s*\+(?=\.?\d)|^\s*=")
+"""Arrows, a plus before a number and a leading equals sign, which say nothing."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _TOKEN = re.compile(
     r"(?<![\w).])-?(?=\.?\d)(?:\.\d+|[^\W_]+(?:(?<=\d)[./](?=\d)[^\W_]+)*)|[^\W_]+(?:(?<=\d)[./](?=\d)[^\W_]+)*"
-    r"|[+<>=≠≤≥≈±×÷√∞^]|(?<=[^\W\d_])#"
+    r"|[+<>=≠≤≥±×÷√∞^]|(?<=[^\W\d_])#"
 )
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 _ARTICLES = frozenset(("a", "an", "the"))
