@@ -20,12 +20,16 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from foveate.errors import ConfigError
 
+Share = Annotated[float, Field(ge=0, le=1)]
+"""The type of a setting in 0..1."""
+FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PASSED = "passed:"
 """Prefix of the names of functions that Python code has passed in a call; only this process knows them."""
 _passed: dict[str, Callable[..., Any]] = {}
@@ -218,7 +222,7 @@ def _type_hints(function: Callable[..., Any], names: Iterable[str]) -> dict[str,
     """The types of the named arguments; the others may be annotated with names that only a type checker imports."""
     annotations = inspect.get_annotations(function)
     chosen = SimpleNamespace(__annotations__={name: annotations.get(name, Any) for name in names})
-    return typing.get_type_hints(chosen, globalns=vars(sys.modules[function.__module__]))
+    return typing.get_type_hints(chosen, globalns=vars(sys.modules[function.__module__]), include_extras=True)
 
 
 def _import_module(name: str, path: str, kind: str) -> ModuleType:

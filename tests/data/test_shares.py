@@ -96,6 +96,7 @@ def test_rows_done_out_of_turn_keep_their_places():
         ({"a": 1, "b": 1, "d": 1}, "no row has data_source 'd'.* there are a, b, c"),
         ({"a": 1, "b": 1}, "names no share for data_source c; add it, 0 to leave its rows out"),
         ({"a": 0.123457, "b": 0.654323, "c": 0.22222}, "repeat only after"),
+        ({"a": 1e-9, "b": 1, "c": 1}, "repeat only after"),
     ],
 )
 def test_shares_that_do_not_fit_the_rows_are_refused(shares, message):

@@ -82,6 +82,12 @@ def test_rows_that_are_never_solved_get_their_hint_and_no_others(tmp_path, rollo
     assert [task.meta["hinted"] for task in open_tasks(easier.folder / "train.parquet")] == [1, 1, 0, 0, 0]
 
 
+def test_a_mark_of_an_image_in_a_hint_is_a_word(tmp_path, rollouts):
+    rows = jsonl(tmp_path / "rows.jsonl", [asked(i, hint="see <image>") for i in range(5)])
+    made = prepare_hints([rows], tmp_path / "out", HintRule(), rollouts=[rollouts])
+    assert next(iter(open_tasks(made.folder / "train.parquet"))).messages[-1].content == "0 + 1?\nHint: see image"
+
+
 def test_a_hint_that_nowhere_stands_is_told(tmp_path, rollouts):
     rows = jsonl(tmp_path / "rows.jsonl", [asked(i) for i in range(5)])
     with pytest.raises(DataError, match=r"no row that is never solved has a hint in extra_info\.clue"):
@@ -142,8 +148,34 @@ def test_vero_rows_of_another_form_are_told(tmp_path):
     with pytest.raises(DataError, match="'numerik' is no type of Vero's rows"):
         prepare_vero(str(tmp_path / "train.parquet"), tmp_path / "out")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "odd.parquet")
-    with pytest.raises(DataError, match=r"column image, prompt, .* is missing; Vero's rows have"):
+    with pytest.raises(DataError, match=r"column prompt, .* is missing; Vero's rows have image"):
         prepare_vero(str(tmp_path / "odd.parquet"), tmp_path / "out")
+    pq.write_table(pa.Table.from_pylist([vero_row("counting", "7", "stem") | {"image": None}]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"field image: is missing; every row of Vero has one"):
+        prepare_vero(str(tmp_path / "a.parquet"), tmp_path / "out")
+
+
+def test_vero_rows_may_come_from_its_own_script_and_in_all_forms_of_prompts(tmp_path):
+    (tmp_path / "one.png").write_bytes(png())
+    prompts = [
+        [{"role": "user", "content": "How many?"}],
+        {"role": ["user"], "content": ["<image>\nHow many?"]},
+        [{"role": "user", "content": [{"type": "image", "image": "one.png"}, {"type": "text", "text": "\nHow many?"}]}],
+        [{"role": "user", "content": ""}],
+    ]
+    boxes = '[{"bbox_2d": [-1, 5, 41, 15]}]'
+    rows = [vero_row("grounding", boxes, "stem", tolerance="0.05") | {"prompt": prompt} for prompt in prompts]
+    for row in rows:
+        row["images"] = ["one.png"]
+        del row["image"]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare_vero(str(tmp_path / "train.jsonl"), tmp_path / "out")
+    tasks = list(open_tasks(tmp_path / "out" / "train.parquet"))
+    assert {task.messages[0].content for task in tasks} == {"<image>\nHow many?"}
+    assert [len(task.images) for task in tasks] == [1, 1, 1, 1]
+    assert {json.dumps(json.loads(task.answer)) for task in tasks} == {"[[0.0, 250.0, 1000.0, 750.0]]"}
+    assert {task.meta["tolerance"] for task in tasks} == {0.05}
+    assert truth_check("vero", {})(tasks[0]) == []
 
 
 # --------------------------------------------------------------------------------------------------------------- drawn

@@ -333,3 +333,20 @@ def test_a_judge_that_sees_images_refuses_rows_with_video_files():
     alone = truth_check("judge", {})
     assert alone is not None
     assert alone(clip) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("numeric", {"tolerance": -1}, "tolerance must be at least 0.0, found -1"),
+        ("numeric", {"tolerance": float("nan")}, "tolerance must be"),
+        ("number_list", {"partial": 2.0}, "partial must be at most 1.0, found 2.0"),
+        ("grounding", {"threshold": 2.0}, "threshold must be at most 1.0"),
+        ("boxes", {"alpha": -0.5}, "alpha must be at least 0.0"),
+        ("repetition", {"size": 0}, "size must be at least 1"),
+        ("weighted_sum", {"weights": {"exact": float("inf")}}, "weights must be a finite number"),
+    ],
+)
+def test_a_setting_outside_its_range_is_refused(name, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build_reward(name, settings)

@@ -137,6 +137,31 @@ def test_a_truth_of_several_letters_wants_them_all():
     assert check_choice(task) == []
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["oak, pine", "oak; pine", "oak, or maybe pine", "A. oak B. pine", "A. oak\nB. pine\nC. elm", "A oak, B pine",
+     "A.B", "A.B.C", "A,,B", "A... B", "A -> B", "A (or B)", "A, but maybe B", "Oak, pine, elm."],
+)  # fmt: skip
+def test_an_answer_that_lists_options_names_none(said):
+    score = multiple_choice(said, choice("A", choices=["oak", "pine", "elm"]), extraction="text")
+    assert (score.value, score.parts["parsed"]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["A, I think.", "Option A, I believe.", "A. oak. B. pine is wrong because of its needles.", "oak, not pine",
+     "oak, because pine is wrong", "A. oak B. pine C. elm. The answer is A.", "A. A tree with lobed leaves.",
+     "It is an oak or a pine; the leaves have lobes.\nOak."],
+)  # fmt: skip
+def test_other_options_may_be_spoken_of_beside_the_one_that_is_chosen(said):
+    assert multiple_choice(said, choice("A", choices=["oak", "pine", "elm"]), extraction="text").value == 1.0
+
+
+def test_an_index_is_no_answer():
+    task = choice(1, choices=["1", "2", "3"])
+    assert [multiple_choice(said, task, extraction="text").value for said in ("1", "2", "B")] == [0.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("truth", ["E", "spruce", 7, -1, "A, E"])
 def test_a_truth_that_is_no_option_is_a_fault(truth):
     [(field, fault)] = check_choice(choice(truth, choices=["oak", "pine"]))

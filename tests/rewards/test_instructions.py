@@ -49,6 +49,10 @@ def test_loose_checks_try_the_answer_without_its_first_and_last_line():
         ({"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]}, "did you mean 'punctuation:no_comma'"),
         ({"instructions": [{"class": "NumberOfWords", "args": {"num_words": None}}]}, "lacks its arguments num_words"),
         ({"instructions": [{"class": "CommaChecker", "args": {"n": 1}}]}, "has no arguments n"),
+        (
+            {"instructions": [{"class": "KeywordChecker", "args": {"keywords": "cat"}}]},
+            "is a text; write a list of them",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_checked_is_a_fault(truth, message):

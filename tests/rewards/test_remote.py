@@ -62,10 +62,16 @@ def chat(text):
 
 def test_a_judge_is_asked_and_its_last_score_counts(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    server.replies = [chat("score: 2? On reflection\n**Score:** 7.5"), chat("score = 12"), chat("score: -3")]
+    json_reply = chat('{"REASONING": "fine", "SCORE": "4"}')
+    server.replies = [
+        chat("score: 2? On reflection\n**Score:** 7.5"),
+        chat("score = 12"),
+        chat("score: -3"),
+        json_reply,
+    ]
     settings = {"url": server.url + "/v1/", "model": "judge-7b", "api_key_variable": "JUDGE_KEY"}
     reward = build_reward("judge", settings)
-    assert [reward("It is {truth} 7.", asked()).value for _ in range(3)] == [0.75, 1.0, 0.0]
+    assert [reward("It is {truth} 7.", asked()).value for _ in range(4)] == [0.75, 1.0, 0.0, 0.4]
     path, headers, body = server.received[0]
     assert (path, headers["Authorization"]) == ("/v1/chat/completions", "Bearer secret")
     assert (body["model"], body["temperature"]) == ("judge-7b", 0.0)

@@ -45,6 +45,10 @@ def test_a_row_is_scored_by_its_type_and_its_form(value, kind, truth, text):
         (1.0, "counting", said("\\boxed{3}")),
         (0.5, "counting", said("\\boxed{3} \\boxed{4}")),
         (0.5, "counting", said("\\boxed{ }")),
+        (0.5, "counting", said("\\boxed{3} \\boxed{}")),
+        (0.5, "counting", said("\\boxed{3")),
+        (1.0, "counting", said("\\boxed{\\text{3}}")),
+        (1.0, "counting", said("\\boxed{\\boxed{3}}")),
         (0.5, "grounding", said("\\boxed{a}\\boxed{b}")),
         (1.0, "grounding", said("\\boxed[a]")),
         (1.0, "llm_judge", said("a picture")),
@@ -68,7 +72,7 @@ def test_rows_of_no_type_and_rows_to_judge_without_a_judge_are_faults():
     judged = truth_check("vero", {"judge": {"url": "http://localhost:1/v1", "model": "m"}})
     assert judged(task("5", "llm_judge")) == []
     assert check(task("Asia", "numeric"))[0][0] == "reward_model.ground_truth"
-    with pytest.raises(ConfigError, match=r"format_weight: must be in 0..1"):
+    with pytest.raises(ConfigError, match=r"format_weight must be at most 1.0, found 1.5"):
         build_reward("vero", {"format_weight": 1.5})
 
 

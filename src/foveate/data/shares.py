@@ -38,8 +38,8 @@ class SourcePattern:
         self.length = sum(self.counts)
         if self.length > LONGEST_PATTERN:
             raise DataError(
-                f"data.shares: {dict(shares)} repeat only after {self.length:,} prompts; write the shares with fewer "
-                "digits, such as 0.17, or as whole numbers, such as 1 and 2"
+                f"data.shares: {dict(shares)} repeat only after more than {LONGEST_PATTERN:,} prompts; write the "
+                "shares with fewer digits, such as 0.17, or as whole numbers, such as 1 and 2"
             )
         self._source_P, self._before_P = _pattern(self.counts)
 
@@ -60,7 +60,7 @@ def _simple(share: float) -> Fraction:
     """A share as the fraction that was meant: 0.16666666666666666 is a sixth."""
     exact = Fraction(repr(float(share)))
     near = exact.limit_denominator(_SIMPLE)
-    return near if abs(near - exact) < _NEAR else exact
+    return near if near and abs(near - exact) < _NEAR else exact
 
 
 def _pattern(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

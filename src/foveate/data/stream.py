@@ -121,7 +121,7 @@ class Stream:
             if state.get(name, "") != here:
                 raise DataError(
                     f"data position, field {name}: saved with {state.get(name)}, but the run now has {here}; "
-                    "go on with the same data, weights, curriculum and seed, or start a new run folder"
+                    "go on with the same data, weights, shares, rlcs, curriculum and seed, or start a new run folder"
                 )
         self.position, self._beyond = state["position"], frozenset(state.get("beyond", ()))
 

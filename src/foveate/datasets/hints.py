@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from foveate.errors import require
 from foveate.records import Task
 
 _MARK = "{hint}"
+_TAG = re.compile("<(image|video)>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,10 @@ class HintRule:
         require(_MARK in self.form, f"setting form: {self.form!r} must contain {_MARK}, the place of the hint")
 
     def hinted(self, task: Task) -> Task:
-        """The task with its hint behind the last question."""
+        """The task with its hint behind the last question; `<image>` in a hint is a word and no mark."""
         place = max(i for i, message in enumerate(task.messages) if message.role == "user")
         asked = task.messages[place]
-        hint = self.form.replace(_MARK, str(task.meta[self.field]).strip())
+        hint = _TAG.sub(r"\1", self.form.replace(_MARK, str(task.meta[self.field]).strip()))
         messages = list(task.messages)
         messages[place] = replace(asked, content=f"{asked.content}\n{hint}")
         return replace(task, messages=tuple(messages))

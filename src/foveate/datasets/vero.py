@@ -20,8 +20,8 @@ from foveate.rewards.matching import truth_boxes
 from foveate.rewards.vero import REWARD_TYPE, TYPES
 
 DATASET = "zlab-princeton/Vero-600k"
-_NEEDED = ("image", "prompt", "reward_model", "ability", "extra_info")
-_READ = (*_NEEDED, "id", "data_source")
+_NEEDED = ("prompt", "reward_model", "ability", "extra_info")
+_READ = (*_NEEDED, "image", "images", "id", "data_source")
 _IN_PIXELS = ("grounding", "clicking")
 _KEPT = (REWARD_TYPE, "tolerance", "question")
 
@@ -33,10 +33,10 @@ class VeroRows(Parser):
 
     def columns(self, names: Sequence[str]) -> list[str]:
         missing = [name for name in _NEEDED if name not in names]
-        if missing:
+        if missing or not {"image", "images"} & {*names}:
             raise DataError(
-                f"column {', '.join(missing)} is missing; Vero's rows have {', '.join(_NEEDED)}, the file has "
-                f"{', '.join(names)}"
+                f"column {', '.join(missing or ['image'])} is missing; Vero's rows have image (or images), "
+                f"{', '.join(_NEEDED)}, the file has {', '.join(names)}"
             )
         return [name for name in _READ if name in names]
 
@@ -44,12 +44,17 @@ class VeroRows(Parser):
         info = raw.get("extra_info")
         info = info if isinstance(info, Mapping) else {}
         kept = {name: info[name] for name in _KEPT if info.get(name) is not None}
+        if "tolerance" in kept:
+            kept["tolerance"] = _number(kept["tolerance"])
+        images = raw.get("images") if raw.get("image") is None else [raw["image"]]
+        if not images:
+            return None, [Problem(str(place), "image", "is missing; every row of Vero has one")]
         named = {"id": raw.get("id"), "dataset": raw.get("data_source")}
         task, told = parse_row(
             {
                 "data_source": raw.get("ability"),
-                "prompt": raw.get("prompt"),
-                "images": [raw["image"]] if raw.get("image") is not None else None,
+                "prompt": _messages(raw.get("prompt"), info.get("question")),
+                "images": images,
                 "ability": raw.get("ability"),
                 "reward_model": raw.get("reward_model"),
                 "extra_info": {**kept, **{name: str(value) for name, value in named.items() if value is not None}},
@@ -69,15 +74,44 @@ class VeroRows(Parser):
         return [[{"data_source": "ability", "images": "image"}.get(field, field)]]
 
 
+def _messages(prompt: Any, question: Any) -> Any:
+    """The messages of a row in any of the forms that Vero's own script reads: a list of them, or lists of roles and
+    contents; contents as text or in parts; without any text the question. Another value as it is."""
+    if isinstance(prompt, Mapping) and isinstance(prompt.get("role"), list) and isinstance(prompt.get("content"), list):
+        pairs = zip(prompt["role"], prompt["content"], strict=False)
+        prompt = [{"role": role, "content": content} for role, content in pairs]
+    if not isinstance(prompt, list) or not all(isinstance(message, Mapping) for message in prompt):
+        return prompt
+    read = [{**message, "content": _text(message.get("content"))} for message in prompt]
+    is_empty = not any(message["content"] for message in read)
+    return [{"role": "user", "content": question}] if is_empty and question else read
+
+
+def _text(content: Any) -> Any:
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
+        return content
+    return "".join("<image>" if part.get("type") == "image" else str(part.get("text") or "") for part in content)
+
+
+def _number(value: Any) -> Any:
+    """A tolerance as a number; the value itself where it is none, which the check of its reward tells."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
 def _in_thousandths(task: Task) -> Task:
-    """A task whose true boxes, in pixels, are written as thousandths of the sides; as it is where there are none, which
-    the check of its reward tells."""
+    """A task whose true boxes, in pixels, are written as thousandths of the sides, held inside the image as published;
+    as it is where there are none, which the check of its reward tells."""
     try:
         boxes = truth_boxes(task)
     except DataError:
         return task
     sides = (task.images[0].width, task.images[0].height) * 2 if task.images else (FRAME,) * 4
-    scaled = [[round(v * FRAME / side, 2) for v, side in zip(box, sides, strict=True)] for box in boxes]
+    scaled = [
+        [round(min(max(v * FRAME / side, 0.0), FRAME), 2) for v, side in zip(box, sides, strict=True)] for box in boxes
+    ]
     return replace(task, answer=json.dumps(scaled))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
+from foveate.registry import Share
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.box_text import Box, ordered_box, parse_box
 
@@ -194,8 +195,8 @@ def grounding_reward(
     task: Task,
     *,
     kind: Kind = "mix",
-    alpha: float = 0.5,
-    threshold: float = 0.5,
+    alpha: Share = 0.5,
+    threshold: Share = 0.5,
     answer_frame: AnswerFrame = "thousandths",
     truth_frame: TruthFrame = "thousandths",
 ) -> Score:

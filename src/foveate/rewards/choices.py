@@ -40,12 +40,19 @@ _DENIAL_BEFORE = re.compile(
     r"(?:\b(?:not|cannot|never|nor|neither|than|except|exclud\w+|eliminat\w+)|n't)(?:\s+(?:be|the))*\s*$|\band\s+so\s*$|不$",
     re.I,
 )
-_ANOTHER = re.compile(r"\s*[,;、/&]?\s*(?:or|and|&|和|或)?\s*[(\[]?([A-J])(?![A-Za-z'])")
+_ANOTHER = re.compile(
+    r"\s*(?:[,;、/&|+]|\.(?=\S)|\.\.+|-\s)*\s*[(\[]?\s*(?:(?:or|and|but|maybe|perhaps|possibly|also|even|&|和|或)\s*)*"
+    r"[(\[]?(?![AI]\s+(?!is\b|are\b|or\b|and\b)[a-z])([A-J])(?![A-Za-z'])"
+)
+"""Another letter right behind one; not `I think`, nor an article."""
+_ITEM_END = re.compile(r"\s*(?:[,;、/&|()\n]|\.(?:\s|$)|\b(?:or|and|but|maybe|perhaps|possibly)\b)\s*")
 _NEAR = 40  # characters before an option in which a denial of it may stand
 _MORE = re.compile(rf"(?:{_ANOTHER.pattern})*")
 _SEVERAL = re.compile(r"(?:[A-J](?:\s*(?:,|;|、|and|&)\s*)*)+[A-J]")
 _LONGEST_LIST = 120
 """Characters of a text that may be nothing but several letters."""
+_LONGEST_LISTING = 1000
+"""Characters of a text in which several options may be listed."""
 _MARKED = re.compile(r"[(\[【]\s*([A-J])\s*[)\]】]")
 _AROUND_SEVERAL = re.compile(
     r"^(?:(?:the\s+)?(?:correct\s+|right\s+)?(?:options?|choices?|answers?|letters?|statements?)\s+(?:are\s+)?|both\s+|only\s+|选项?)+"
@@ -152,9 +159,12 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
     text = re.sub(r"\\[()]|[$\"“”`<>{}]", " ", text)
     text = _LINES.sub("\n", _BLANKS.sub(" ", text))  # patterns below take cubic time on long runs of white space
     text = _BUT_NOT.sub("", re.sub(r" (?=[,.;:!)])", "", text).strip())
-    by_value = {_bare(value): label for label, value in values.items()}
+    by_value = {bare: label for label, value in values.items() if (bare := _bare(value))}
     by_value = {value.removesuffix("°"): label for value, label in by_value.items()} | by_value
-    for part in _parts(text):
+    listed = len(text) <= _LONGEST_LISTING and _lists_several(text, by_value)
+    for part in _chosen_parts(text, by_value) if listed else _parts(text):
+        if listed and _lists_several(part, by_value):
+            continue
         if found := _PLACE.fullmatch(part.strip()):
             return dict(enumerate(values)).get(_PLACES.index(found[1].lower()))
         label = by_value.get(_bare(part)) or _leading_label(part, values, by_value)
@@ -171,6 +181,26 @@ def named_option(answer: str, values: Mapping[str, str]) -> str | None:
             if label and not _DENIAL.search(head):
                 return label
     return None
+
+
+def _lists_several(text: str, by_value: Mapping[str, str]) -> bool:
+    """Whether a text lists several options by value, with their labels or without: `red, green`, `A. red B. green`."""
+    said = _bare(text)
+    if said in by_value or sum(value in said for value in by_value) < 2:
+        return False
+    items = {by_value.get(_bare(item)) for item in _ITEM_END.split(text)} - {None}
+    for value, label in by_value.items():
+        item = re.compile(rf"(?<![^\W_]){re.escape(label.casefold())}[.):\s]+{re.escape(value)}(?![^\W_])")
+        items |= {label for found in item.finditer(said) if not _DENIED.match(said, found.end())}
+    return len(items) > 1
+
+
+def _chosen_parts(text: str, by_value: Mapping[str, str]) -> Iterator[str]:
+    """The parts of a text that lists options which may choose one: its statements, and at the end a value again."""
+    yield from reversed([*statements(text)])
+    last = _bare([part for part in _SENTENCE.split(text) if part.strip()][-1])
+    if last in by_value and _bare(text).count(last) > 1:
+        yield last
 
 
 def _parts(text: str) -> Iterator[str]:

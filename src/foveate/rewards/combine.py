@@ -9,7 +9,7 @@ from typing import Any
 
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
-from foveate.registry import shown_name, suggestion
+from foveate.registry import FiniteNumber, shown_name, suggestion
 from foveate.rewards.build import Reward, RewardJob, TruthCheck, build_reward, truth_check
 from foveate.rewards.requests import Session
 
@@ -17,7 +17,7 @@ ANY_SOURCE = "*"
 SOURCE, _EXTRA = "data_source", "extra_info."
 
 
-def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
+def weighted_sum(*, weights: dict[str, FiniteNumber], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
     """The sum of several rewards, each times its weight.
 
     Args:
@@ -65,7 +65,7 @@ def weighted_sum(*, weights: dict[str, float], settings: dict[str, dict[str, Any
     return replace(whole, together=together) if joint else whole
 
 
-def weighted_sum_check(*, weights: dict[str, float], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
+def weighted_sum_check(*, weights: dict[str, FiniteNumber], settings: dict[str, dict[str, Any]] = {}) -> TruthCheck:  # noqa: B006
     """The faults that any of the summed rewards finds in a task."""
     return _AllChecks(tuple(check for name in weights if (check := truth_check(name, settings.get(name, {})))))
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from foveate.errors import ConfigError
 from foveate.records import Score, Task
+from foveate.registry import Share
 from foveate.rewards.math import matches
 from foveate.rewards.text import last_box, truths
 
@@ -24,7 +25,7 @@ _OPEN, _CLOSE, _BOX = "<think>", "</think>", "\\boxed{"
 
 
 def geo3k(
-    text: str, task: Task, *, format_weight: float = 0.1, grader: Literal["mathruler", "math_verify"] = "mathruler"
+    text: str, task: Task, *, format_weight: Share = 0.1, grader: Literal["mathruler", "math_verify"] = "mathruler"
 ) -> Score:
     r"""(1 - w) accuracy + w format, with w the format weight.
 

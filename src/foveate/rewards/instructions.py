@@ -162,6 +162,11 @@ def _fault(one: Instruction) -> str:
         return f"instruction {one.name} lacks its arguments {', '.join(missing)}"
     if odd:
         return f"instruction {one.name} has no arguments {', '.join(odd)}"
+    for name in ("keywords", "forbidden_words"):  # the library would look for the letters of a text
+        if isinstance(one.arguments.get(name), str):
+            return (
+                f"instruction {one.name}, argument {name}: {one.arguments[name]!r:.60} is a text; write a list of them"
+            )
     try:
         checker = kind(one.name)
         checker.build_description(**one.arguments)

@@ -10,6 +10,7 @@ import numpy as np
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
+from foveate.registry import Share
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.box_text import Box, parse_boxes
 from foveate.rewards.boxes import (
@@ -86,8 +87,8 @@ def boxes_reward(
     task: Task,
     *,
     kind: BoxesKind = "f1",
-    alpha: float = 0.5,
-    threshold: float = 0.5,
+    alpha: Share = 0.5,
+    threshold: Share = 0.5,
     answer_frame: AnswerFrame = "thousandths",
     truth_frame: TruthFrame = "thousandths",
 ) -> Score:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
+from foveate.registry import NotNegative, Share
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.number_words import in_digits
 from foveate.rewards.numbers import close
@@ -26,43 +29,65 @@ TOLERANCE_FIELD = "tolerance"
 _DIGITS = 6
 _PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d{1,60})(?:\.\d{0,60})?|\.\d{1,60}"
 _POWER = r"(?:\s*(?:[eE]|(?:\\times|×|\*|\\cdot)\s*10\s*\^)\s*\{?\s*(?P<power>[-+]?\d{1,3})\}?)?"
+_SCALES = {"hundred": 2, "thousand": 3, "k": 3, "million": 6, "mn": 6, "mln": 6, "billion": 9, "bn": 9, "trillion": 12}
+_SCALES |= {"tn": 12, "lakh": 5, "crore": 7}
+_ONE = ("a", "an", "one")
+_LETTERS = {"K": 3, "M": 6, "B": 9, "T": 12}
+"""Letters right behind a number that may scale it, and may be units: 5K, 2.5M."""
+_NO_LABEL = (
+    r"(?:or|and|not|to|plus|minus|over|divided|squared|cubed|choose|dozen|mod|factorial|(?-i:[xyznieπ]))(?![A-Za-z])"
+    r"|[A-Za-z]*(?:\^|_)?\{?\\?(?:sqrt|pi|frac|log|ln|sin|cos|tan)\b"
+)
+"""What makes of a number something else, and is no label of it."""
+_CIRC = r"\^?\{?\\circ\b\}?"
+_WORD = r"[A-Za-z$€£¥][\w^{}²³/.-]{0,20}"
 _QUANTITY = re.compile(
     rf"(?:[A-Za-z]\w{{0,20}}\s*(?:=|\\approx|≈)\s*)?(?:about|approximately|around|roughly|\\approx|≈|~)?\s*"
     rf"(?P<sign>[-+]?)\s*(?:USD|US\$|\\?[$€£¥])?\s*(?P<under>[-+]?)"
+    rf"(?:(?P<units>\d{{1,30}})(?:\s*(?=\\[dt]?frac)|\s+(?=\d{{1,30}}\s*/)))?"
     rf"(?:\\[dt]?frac\s*\{{(?P<above>{_PLAIN})\}}\s*\{{(?P<below>{_PLAIN})\}}"
+    rf"|10\s*\^\s*\{{?(?P<tens>[-+]?\d{{1,3}})(?!\d)\}}?"
     rf"|(?P<number>{_PLAIN}){_POWER}(?:\s*/\s*(?P<over>\d{{1,30}}))?)"
-    r"\s*(?P<scale>thousand|million|billion|trillion)?(?P<percent>\s*(?:\\?%|percent\b|per\s?cent\b))?"
-    r"(?:[\s\\,°]*(?:[A-Za-z$€£¥°][\w^{}²³/.-]{0,20})(?:\s+[A-Za-z$€£¥°][\w^{}²³/.-]{0,20}){0,3})?[\s°]*\.?",
+    r"(?P<letter>(?-i:[KMBT])(?![A-Za-z/²³^]))?"
+    rf"\s*(?P<scale>(?:{'|'.join(_SCALES)})\b)?(?P<percent>\s*(?:\\?%|percent\b|per\s?cent\b))?"
+    rf"(?:(?:\s|\\[,;:!]|\\(?=[ %]|degree|[mM]u\b|Omega|ohm)|[,°]|{_CIRC})*(?!{_NO_LABEL})"
+    rf"(?P<label>{_WORD}(?:\s+{_WORD}){{0,3}}))?(?:[\s°]|{_CIRC})*\.?",
     re.IGNORECASE,
 )
-_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _ANY_NUMBER = re.compile(r"(?:(?<![\w.\])])-)?(?<![A-Za-z_.\d])(?:\d+(?:\.\d+)?|\.\d+)")
 _INLINE = re.compile(r"\\[()\[\]]")
 _LONGEST = 200
 
 
 class ReadNumber(NamedTuple):
-    """A number that a text is, in percent where it says so."""
+    """A number that a text is, in percent where it says so. scaled: what it may mean as well, with a letter such as M
+    behind it, which is a million or a unit."""
 
     value: Decimal
     percent: bool
+    scaled: Decimal | None = None
 
 
 def read_number(text: str) -> ReadNumber | None:
     r"""The number that a text is, or None: in digits or words, with commas between thousands, a power of ten, a
-    fraction, money, percent, `million`, a name before it (`x = 5`) and a label of up to four words behind it."""
-    bare = _INLINE.sub("", unwrapped(unified(text[:_LONGEST]))).strip().strip("$").strip()
+    fraction, a mixed number, money, percent, `million`, a name before it (`x = 5`) and a label of up to four words
+    behind it, but no word that makes it another one (`5 or 6`, `5 squared`)."""
+    bare = " ".join(_INLINE.sub("", unwrapped(unified(text[:_LONGEST]))).strip().strip("$").split())
     found = _QUANTITY.fullmatch(bare) or _QUANTITY.fullmatch(in_digits(bare)) or _QUANTITY.fullmatch(last_value(bare))
-    if found is None:
+    if found is None or any(in_digits(word) != word for word in (found["label"] or "").split() if word not in _ONE):
         return None
-    above, below = (found["above"], found["below"]) if found["above"] else (found["number"], found["over"] or "1")
+    above, below = (
+        (found["above"], found["below"]) if found["above"] else (found["number"] or "1", found["over"] or "1")
+    )
     denominator = _decimal(below)
     if not denominator:
         return None
-    value = _decimal(above).scaleb(int(found["power"] or 0) + _SCALES.get((found["scale"] or "").lower(), 0))
-    value /= denominator
-    negative = "-" in (found["sign"], found["under"])
-    return ReadNumber(-value if negative else value, bool(found["percent"]))
+    value = _decimal(above).scaleb(int(found["power"] or found["tens"] or 0)) / denominator + int(found["units"] or 0)
+    value = value.scaleb(_SCALES.get((found["scale"] or "").lower(), 0))
+    value = -value if "-" in (found["sign"], found["under"]) else value
+    return ReadNumber(
+        value, bool(found["percent"]), value.scaleb(_LETTERS[found["letter"]]) if found["letter"] else None
+    )
 
 
 def _decimal(digits: str) -> Decimal:
@@ -72,16 +97,28 @@ def _decimal(digits: str) -> Decimal:
 def within(given: ReadNumber, wanted: ReadNumber, tolerance: float) -> bool:
     """Whether |given - wanted| <= tolerance |wanted|, exactly; with a tolerance of 0 they agree to 6 digits
     (`numbers.close`). Where one of them is in percent, the other may be so, too, or a share: 50 % is 50 and 0.5."""
-    shares = {given.value}
-    if given.percent != wanted.percent:
-        shares.add(given.value.scaleb(-2 if given.percent else 2))
+    return any(
+        _is_within(value, truth, tolerance)
+        for value, truth in itertools.product(_meanings(given, wanted.percent), _meanings(wanted, wanted.percent))
+    )
+
+
+def _meanings(number: ReadNumber, percent: bool) -> Iterator[Decimal]:
+    """The values that a number may have beside one that is, or is not, in percent."""
+    for value in (number.value, number.scaled):
+        if value is not None:
+            yield value
+            if number.percent != percent:
+                yield value.scaleb(-2 if number.percent else 2)
+
+
+def _is_within(value: Decimal, truth: Decimal, tolerance: float) -> bool:
     if not tolerance:
-        return any(close(value, wanted.value, _DIGITS) for value in shares)
-    allowed = Decimal(repr(tolerance)) * abs(wanted.value)
-    return any(abs(value - wanted.value) <= allowed for value in shares)
+        return close(value, truth, _DIGITS)
+    return abs(value - truth) <= Decimal(repr(tolerance)) * abs(truth)
 
 
-def numeric(text: str, task: Task, *, tolerance: float = RELAXED, extraction: Extraction = "text") -> Score:
+def numeric(text: str, task: Task, *, tolerance: NotNegative = RELAXED, extraction: Extraction = "text") -> Score:
     """1 if |a - t| <= tolerance |t| for the number a of the answer and the ground truth t, else 0.
 
     A row may give its own tolerance in `extra_info.tolerance`; 0 wants agreement to 6 digits. A ground truth of 0 wants
@@ -105,7 +142,7 @@ def chartqa(
     text: str,
     task: Task,
     *,
-    tolerance: float = RELAXED,
+    tolerance: NotNegative = RELAXED,
     rule: Literal["read", "published"] = "read",
     extraction: Extraction = "text",
 ) -> Score:
@@ -170,15 +207,14 @@ def numbers_of(value: Any) -> list[float]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [float(one) for one in value if isinstance(one, int | float) and not isinstance(one, bool)] or [
-            number for one in value if isinstance(one, str) for number in numbers_of(one)
-        ]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return [float(value)]
+        each = [numbers_of(one) if isinstance(one, str | int | float | np.generic) else [] for one in value]
+        return [number for numbers in each for number in numbers] if all(each) else []
+    if isinstance(value, int | float | np.generic) and not isinstance(value, bool):
+        return [float(value)] if math.isfinite(value) else []
     return [float(one) for one in _ANY_NUMBER.findall(unified(value))] if isinstance(value, str) else []
 
 
-def number_list(text: str, task: Task, *, partial: float = 0.2, extraction: Extraction = "text") -> Score:
+def number_list(text: str, task: Task, *, partial: Share = 0.2, extraction: Extraction = "text") -> Score:
     """1 for the numbers of the ground truth in their order; for the same numbers in another order `partial` times the
     share of places that are right; else 0. Vero's rule for orders (arXiv 2604.04917), as of Visual Jigsaw. Parts:
     accuracy; places, the share of right places; parsed, 1 if the answer has as many numbers."""
@@ -218,7 +254,12 @@ def check_numbers(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be a list of numbers, also as text."""
     if numbers_of(task.answer):
         return []
-    return [(GROUND_TRUTH, f"{task.answer!r:.80} holds no number; write a list of numbers, or one as text")]
+    return [
+        (
+            GROUND_TRUTH,
+            f"{task.answer!r:.80} holds no numbers, or something else beside them; write a list of finite numbers",
+        )
+    ]
 
 
 def _tolerance_fault(task: Task) -> list[tuple[str, str]]:

@@ -39,7 +39,7 @@ Answer to grade:
 Does the answer agree with the reference? Close with one line `score: N`, where N is a number from 0 (wrong) to \
 {scale} (right)."""
 
-_SCORE = re.compile(r"score\**\s*[:=]\s*\**\s*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_SCORE = re.compile(r"score[\"'*]*\s*[:=][\s\"'*]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 def judge(
@@ -63,7 +63,7 @@ def judge(
         url: base of an OpenAI-compatible server, such as `http://localhost:8000/v1`.
         model: name of the judge on that server.
         prompt: what the judge is asked; {question}, {truth}, {answer} and {scale} are filled in. It must make the judge
-            write `score: N`; the last one counts.
+            write `score: N`, also in JSON; the last one counts.
         max_tokens, temperature: of the judge's answer.
         images: whether the judge sees the images of the task.
         api_key_variable: the environment variable that holds the key; no key is sent if it is not set.

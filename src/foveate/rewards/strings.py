@@ -32,38 +32,71 @@ from foveate.rewards.text import (
     truths,
 )
 
-_MARK = re.compile("[\u0300-\u036f]")
-"""Accents, as Unicode sets them behind their letters. Other combining marks make other letters."""
-_MINUS = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-"})
+_MARK = re.compile("[\u0300-\u0337\u0339-\u036f]")
+"""Accents, as Unicode sets them behind their letters. Other combining marks make other letters, and a stroke another
+sign: ≠ is not =."""
+_ALIKE = str.maketrans({"−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "⁄": "/", "∕": "/"})
+_RAISED = re.compile(r"(?<=\d)(?=[⁰¹²³⁴-⁹])")
+_BESIDE = re.compile(r"(?<=\d)(?=[½¼¾⅐-⅞↉])")
+"""Behind a digit, a raised figure and a fraction are numbers of their own: 10² is not 102, and 1½ not 11/2."""
+_STROKE = re.compile(r"(?<=\d)\s+/\s+(?=\d)")
+_POWER = re.compile(r"(?<=[^\W\d_])\^\{?(\w+)\}?")
+_ARROW = re.compile(r"(?<![-=])[-=]+>|<-+(?=\s)|[\u2190-\u21ff]|^\s*\+(?=\.?\d)|^\s*=")
+"""Arrows, a plus before a number and a leading equals sign, which say nothing."""
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _TOKEN = re.compile(
     r"(?<![\w).])-?(?=\.?\d)(?:\.\d+|[^\W_]+(?:(?<=\d)[./](?=\d)[^\W_]+)*)|[^\W_]+(?:(?<=\d)[./](?=\d)[^\W_]+)*"
+    r"|[+<>=≠≤≥±×÷√∞^]|(?<=[^\W\d_])#"
 )
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 _ARTICLES = frozenset(("a", "an", "the"))
 _ITEM = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d+(?:\.\d+)?"
-_PYTHON_LIST = re.compile(rf"[\[(]\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*,?)?\s*[\])]")
+_PYTHON_LIST = re.compile(rf"[\[({{]\s*(?:(?:{_ITEM})\s*(?:,\s*(?:{_ITEM})\s*)*,?)?\s*[\])}}]")
 _PYTHON_ITEM = re.compile(_ITEM)
-_SEPARATOR = re.compile(r"\s*(?:[,;、，；\n]+(?:\s*and\b)?|\band\b|\\\\)\s*")
-_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/])")
+_SEPARATOR = re.compile(r"\s*(?:[,;、，；\n]+(?:\s*and\b)?|\\\\)\s*")
+_AND = re.compile(r"\s*(?:\band\b|\s&\s)\s*")
+_ITEM_MARK = re.compile(r"(?:[-*•]|\d{1,2}[.)])\s+")
+_NUMBER = re.compile(
+    r"(?<![\w.])(?P<number>-?(?:\d{1,3}(?:,\d{3}){1,6}|\d{1,20})(?:\.\d{1,20})?)(?![\d/]|\.\d|,\d{3}(?!\d)|e\d|st\b|nd\b|rd\b|th\b|\s*\\?%)"
+    r"(?:\s*(?P<scale>hundred|thousand|k|million|billion|dozen)\b)?"
+)
+_SCALES = {"hundred": 100, "thousand": 10**3, "k": 10**3, "million": 10**6, "billion": 10**9, "dozen": 12}
+_BOUND = re.compile(
+    r"(?:\bnot|n't|\bthan|\bat\s+(?:least|most)|\bover|\bunder|\bup\s+to)\s+(?:\w+\s+)?$|[<>≤≥]\s*$", re.I
+)
+"""What makes of the number behind it one that is denied, or a bound."""
 _WORD = re.compile(r"[A-Za-z][A-Za-z-]*|[\u4e00-\u9fff]+")
-_NOTHING = re.compile(r"(?:none|nothing|no\s+\w+|zero)\b", re.IGNORECASE)
+_NOTHING = re.compile(
+    r"(?:there(?:'s|\s+is|\s+are)\s+|I\s+(?:can\s+)?(?:see|count|find)\s+)?(?:none|nothing"
+    r"|no\s+(?!answer|idea|doubt|clue|problem|way|need|one\b|more|less|fewer)[\w-]+)(?:\s+(?!clear|certain|sure)[\w-]+){0,8}[.!\s]*",
+    re.IGNORECASE,
+)
 _LONGEST_LIST = 20_000
 _MOST_OFF = 10**9
 _LONGEST_COUNT = 400
-"""Characters of an answer in which a count is looked for."""
+"""Characters of an answer in which counts in words are looked for."""
+_NEAR = 30
+"""Characters before a number in which it is denied."""
 
 
 def normalised(text: str) -> str:
     r"""The normal form of a short text: characters that Unicode calls alike are one (NFKC), accents and letter case are
     gone, so are `\text{}`, bold and quotes, commas between thousands, zeros behind a whole number's point, articles and
-    all punctuation. Numbers keep their sign, point and stroke: `-5` is not `5`, and `3.5` not `3 5`. An article stays
-    at the end (`vitamin A`) and where nothing but single letters would be left."""
-    bare = unicodedata.normalize("NFKC", unwrapped(text).translate(_MINUS))
+    all punctuation. Numbers keep their sign, point and stroke: `-5` is not `5`, and `3.5` not `3 5`. Signs of
+    mathematics stay, too: `C++` is not `C#`, `x > 3` not `x < 3`, `10^2` not `102`. An article stays at the end
+    (`vitamin A`) and where nothing but single letters would be left."""
+    bare = _one_form(_BESIDE.sub(" ", _RAISED.sub("^", unwrapped(text))))
     bare = unicodedata.normalize("NFC", _MARK.sub("", unicodedata.normalize("NFD", bare))).casefold()
+    bare = _POWER.sub(r"\1", _ARROW.sub(" ", bare))
     words = [_number(word) for word in _TOKEN.findall(_THOUSANDS.sub("", bare))]
     kept = [word for word in words[:-1] if word not in _ARTICLES] + words[-1:]
     return " ".join(kept if any(len(word) > 1 for word in kept) else words)
+
+
+def _one_form(text: str) -> str:
+    same = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE)
+    same = _STROKE.sub("/", same)
+    return same.replace("<=", "≤").replace(">=", "≥").replace("!=", "≠")
 
 
 def _number(token: str) -> str:
@@ -73,18 +106,22 @@ def _number(token: str) -> str:
 
 def same_text(one: str, other: str) -> bool:
     """Whether two texts have one normal form; texts that are nothing but punctuation must be equal as they stand."""
-    a, b = normalised(one), normalised(other)
-    return a == b if a or b else one.strip() == other.strip() != ""
+    return _key(one) == _key(other) != ""
+
+
+def _key(text: str) -> str:
+    """The normal form of a text; of nothing but punctuation, the text as it stands."""
+    return normalised(text) or text.strip()
 
 
 def entries(value: object) -> list[str] | None:
-    """The entries of a list, also of one that is written as JSON or as Python writes lists of texts and numbers; None
-    for anything else."""
+    """The entries of a list, also of one that is text, as JSON or as Python writes lists and sets of texts and numbers;
+    None for anything else."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, str):
         bare = value.strip()
-        if bare[:1] not in ("[", "(") or len(bare) > _LONGEST_LIST:
+        if bare[:1] not in ("[", "(", "{") or len(bare) > _LONGEST_LIST:
             return None
         try:
             value = json.loads(bare)
@@ -128,15 +165,16 @@ def string_list(text: str, task: Task, *, extraction: Extraction = "text", parti
     (F1), or without `partial` 1 for the whole list and else 0. Entries are compared in normal form, each counted once
     per occurrence. An answer writes its list as JSON, or with commas, semicolons, line breaks and `and`. Parts:
     accuracy, precision, recall, parsed."""
-    wanted = Counter(map(normalised, accepted_texts(task)))
+    wanted = Counter(map(_key, accepted_texts(task)))
     answer = final_answer(text, extraction)
     if answer is None:
         return Score(0.0, {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "parsed": 0.0}, note=NO_ANSWER)
     written = entries(answer)
     if written is None:
         bare = unwrapped(answer).strip().strip("$[]() ").removesuffix(".")
-        written = [part for part in _SEPARATOR.split(bare) if part]
-    given = Counter(map(normalised, written))
+        parts = [_ITEM_MARK.sub("", part) for part in _SEPARATOR.split(bare) if part]
+        written = [one for part in parts for one in ([part] if _key(part) in wanted else _AND.split(part)) if one]
+    given = Counter(map(_key, written))
     common = (given & wanted).total()
     right = float(given == wanted)
     f1 = 2 * common / (given.total() + wanted.total()) if given or wanted else 1.0
@@ -171,13 +209,18 @@ def counting(text: str, task: Task, *, extraction: Extraction = "text") -> Score
 
 
 def count_in(text: str) -> Fraction | None:
-    """The one number of a text, in digits or else in words; None where there is none, or several different ones."""
-    bare = unwrapped(unicodedata.normalize("NFKC", text[:_LONGEST_COUNT]).translate(_MINUS))
-    found = {Fraction(one.replace(",", "")) for one in _NUMBER.findall(bare)}
-    if not found:
-        found = {Fraction(number) for number in _in_words(bare)}
-    if not found and _NOTHING.match(bare.strip()):
-        return Fraction(0)
+    """The one number of a text, in digits (`3`, `2 dozen`) or in words; None where there is none, or several different
+    ones, and for one that is denied or a bound (`not 3`, `more than 3`). Ordinals and percent are no counts."""
+    bare = unwrapped(_one_form(text))
+    matches = [*_NUMBER.finditer(bare)]
+    if any(_BOUND.search(bare, max(one.start() - _NEAR, 0), one.start()) for one in matches):
+        return None
+    found = {Fraction(one["number"].replace(",", "")) * _SCALES.get(one["scale"] or "", 1) for one in matches}
+    if len(bare) <= _LONGEST_COUNT:
+        said = {Fraction(number) for number in _in_words(bare)}
+        found |= said - {1} if found else said  # beside digits, one is mostly a pronoun
+        if not found and _NOTHING.fullmatch(bare.strip()):
+            return Fraction(0)
     return found.pop() if len(found) == 1 else None
 
 
@@ -190,7 +233,7 @@ def _in_words(text: str) -> Iterator[str]:
         rest = text[found.start() :]
         said = in_digits(rest)
         number = re.match(r"-?\d+(?![\d.])", said)
-        if number and said != rest:
+        if number and said != rest and not _BOUND.search(text, max(found.start() - _NEAR, 0), found.start()):
             yield number.group()
             end = len(text) - len(said[number.end() :])
 
@@ -201,8 +244,8 @@ def _in_words(text: str) -> Iterator[str]:
 def check_texts(task: Task) -> list[tuple[str, str]]:
     """The faults of a task whose ground truth must be text, a number, or a list of them, as (field, what is wrong)."""
     found = entries(task.answer)
-    if found and not all(entry.strip() for entry in found):
-        return [(GROUND_TRUTH, f"{task.answer!r:.80} has an empty entry; leave it out, or the row")]
+    if found is not None and not all(entry.strip() for entry in found or [""]):
+        return [(GROUND_TRUTH, f"{task.answer!r:.80} is empty or has an empty entry; leave it out, or the row")]
     return [] if found else check_answer(task)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
+from foveate.registry import Share
 from foveate.rewards import GROUND_TRUTH
 from foveate.rewards.plain_text import answer_part, tagged_answer
 
@@ -30,7 +31,7 @@ _SPANS = re.compile(
 )
 
 
-def temporal_iou(text: str, task: Task, *, alpha: float = 0.0, threshold: float = _HIT) -> Score:
+def temporal_iou(text: str, task: Task, *, alpha: Share = 0.0, threshold: Share = _HIT) -> Score:
     """Score the span of time that an answer gives: alpha [iou >= threshold] + (1 - alpha) iou.
 
     A span is two times with a dash, a comma, `to`, `until` or `and` between them, in seconds (`12.5`, `12.5 s`) or as a

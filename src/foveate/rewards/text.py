@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from foveate.errors import DataError
 from foveate.records import Score, Task
@@ -223,9 +224,11 @@ def multiple_choice(text: str, task: Task, *, extraction: Extraction = "box") ->
     accepted, values = truths(task), options(task, numbered=True)
     named = named_option(answer, values)
     several = several_options(answer, values) if any(several_options(truth, values) for truth in accepted) else set()
-    right = any(plain(answer) == plain(truth) for truth in accepted)
-    for truth in _entries(task.answer):
+    right = False
+    for truth, accepted_one in zip(_entries(task.answer), accepted, strict=True):
         wanted = right_option(truth, values)
+        is_index = wanted is not None and accepted_one.isdecimal() and named != wanted
+        right |= plain(answer) == plain(accepted_one) and not is_index
         right |= named is not None and named == wanted
         right |= bool(several) and wanted is None and several == several_options(str(truth), values)
     read = right or named is not None or bool(several)
@@ -254,7 +257,7 @@ def format_tags(text: str, task: Task, *, tags: list[str] = ["think", "answer"],
 # ------------------------------------------------------------------------------------------------------ repetition
 
 
-def repetition(text: str, task: Task, *, size: int = 4) -> Score:  # noqa: ARG001
+def repetition(text: str, task: Task, *, size: Annotated[int, Field(ge=1)] = 4) -> Score:  # noqa: ARG001
     """Less 0 to 1 for saying the same again: minus the share of the `size`-grams of words (white space apart, case
     folded) that occurred before. 0 for text shorter than one n-gram. Parts: repeated, the share."""
     words = text.casefold().split()

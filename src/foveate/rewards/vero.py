@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.errors import ConfigError, DataError
+from foveate.errors import DataError
 from foveate.records import Answer, Score, Task
-from foveate.registry import suggestion
+from foveate.registry import Share, suggestion
 from foveate.rewards.boxes import AnswerFrame, TruthFrame
 from foveate.rewards.build import Reward, TruthCheck, build_reward, truth_check
 from foveate.rewards.combine import combined_reward
@@ -48,15 +48,15 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 _PLACED = ("grounding", "clicking")
 _FREE = ("instruction_following", "instruction_following_llm_judge", "llm_judge")
 _JUDGED = ("instruction_following_llm_judge", "llm_judge")
-_BOXED = re.compile(r"\\boxed\s*\{(?!\s*\})")
+_BOXED = re.compile(r"\\boxed\s*\{")
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def vero(
     *,
-    format_weight: float = 0.2,
+    format_weight: Share = 0.2,
     judge: dict[str, Any] = {},  # noqa: B006
-    instruction_weight: float = 0.5,
+    instruction_weight: Share = 0.5,
     answer_frame: AnswerFrame = "thousandths",
     truth_frame: TruthFrame = "thousandths",
 ) -> Reward:
@@ -69,12 +69,9 @@ def vero(
         instruction_weight: of rows that are checked and judged, the share of the instructions.
         answer_frame, truth_frame: what coordinates of boxes and clicks are (`boxes.grounding_reward`).
 
-    Parts: accuracy (a), format (f), those of the row's reward as `TYPE/part`, and judge. Raises ConfigError for weights
-    outside 0..1; the reward raises DataError for a row of no type.
+    Parts: accuracy (a), format (f), those of the row's reward as `TYPE/part`, and judge. The reward raises DataError
+    for a row of no type.
     """
-    for name, weight in (("format_weight", format_weight), ("instruction_weight", instruction_weight)):
-        if not 0 <= weight <= 1:
-            raise ConfigError(f"reward vero, setting {name}: must be in 0..1, found {weight:g}")
     built = _Lazy(answer_frame, truth_frame)
     judging = build_reward("judge", judge) if judge else None
 
@@ -122,9 +119,9 @@ class _Lazy(dict[str, Reward]):
 
 def vero_check(
     *,
-    format_weight: float = 0.2,  # noqa: ARG001
+    format_weight: Share = 0.2,  # noqa: ARG001
     judge: dict[str, Any] = {},  # noqa: B006
-    instruction_weight: float = 0.5,  # noqa: ARG001
+    instruction_weight: Share = 0.5,  # noqa: ARG001
     answer_frame: AnswerFrame = "thousandths",  # noqa: ARG001
     truth_frame: TruthFrame = "thousandths",
 ) -> TruthCheck:
@@ -163,7 +160,23 @@ def vero_form(text: str, kind: str) -> float:
         return 1.0
     if kind in _PLACED:
         return 1.0 if answer.count(r"\boxed") < 2 else 0.5
-    return 1.0 if len(_BOXED.findall(answer)) == 1 else 0.5
+    boxes = _boxes(answer)
+    return 1.0 if len(boxes) == 1 and boxes[0] else 0.5
+
+
+def _boxes(text: str) -> list[str]:
+    """The contents of the closed boxes of a text; of nested ones the outermost."""
+    found: list[str] = []
+    end = 0
+    while opened := _BOXED.search(text, end):
+        depth, end = 1, opened.end()
+        while depth and end < len(text):
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        if depth:
+            break
+        found.append(text[opened.end() : end - 1].strip())
+    return found
 
 
 def _inside(text: str) -> str:
