@@ -49,7 +49,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\d/])
 _WORD = re.compile(r"[A-Za-z][A-Za-z-]*|[\u4e00-\u9fff]+")
 _NOTHING = re.compile(r"(?:none|nothing|no\s+\w+|zero)\b", re.IGNORECASE)
 _LONGEST_LIST = 20_000
-_MOST_OFF = 10**9
+_MOST_OFF = 100  # one wild answer does not decide the mean
 _LONGEST_COUNT = 400
 """Characters of an answer in which a count is looked for."""
 
