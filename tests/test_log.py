@@ -210,6 +210,16 @@ def test_a_step_is_told_with_its_reward_and_what_else_was_measured(caplog):
     assert last.endswith("0 s left")
 
 
+def test_a_step_is_told_with_the_reward_of_each_source(caplog):
+    metrics = {"reward/mean": 0.5, "source/box/reward": 0.75, "source/count/reward": 0.25, "source/box/length": 3.0}
+    with caplog.at_level(logging.INFO, "foveate"), progress("training", 2) as advance:
+        advance(1, metrics)
+        advance(1, {"reward/mean": 0.5})
+    first, last = (record.getMessage() for record in caplog.records)
+    assert "reward by source: box 0.750; count 0.250, " in first
+    assert "source" not in last
+
+
 def test_the_bar_of_training_shows_the_reward(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(log, "console", Console(file=screen, force_terminal=True, width=100))

@@ -286,11 +286,17 @@ _TOLD = (
 """What a line says of a step: metrics, each where it was measured."""
 
 
+_SOURCE = re.compile("source/(.*)/reward")
+
+
 def _told(metrics: Mapping[str, Metric]) -> list[str]:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     if "eval/greedy_accuracy" in numbers:
         numbers.pop("eval/greedy_score", None)
-    return [form.format(numbers[name]) for name, form in _TOLD if name in numbers] or [""]
+    told = [form.format(numbers[name]) for name, form in _TOLD if name in numbers] or [""]
+    sources = {found[1]: value for name, value in numbers.items() if (found := _SOURCE.fullmatch(name))}
+    shown = "; ".join(f"{name} {value:.3f}" for name, value in sources.items())
+    return [*told, f"reward by source: {shown}"] if len(sources) in range(2, 9) else told
 
 
 def _time(seconds: float) -> str:

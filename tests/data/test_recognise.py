@@ -104,6 +104,25 @@ def test_a_row_is_read_without_a_mapping_and_its_answer_is_not_in_the_prompt(fol
     assert all(message.role != "assistant" for message in task.messages)
 
 
+def test_a_column_source_says_the_source_and_stays_a_field(folder):
+    task = task_of(folder, {"question": "Which bird?", "image": "a.png", "answer": ANSWER, "source": "birds"})
+    assert (task.source, task.meta["source"]) == ("birds", "birds")
+    both = {"question": "Which bird?", "answer": ANSWER, "source": "https://a.b", "data_source": "birds"}
+    assert (task_of(folder, both).source, task_of(folder, both).meta["source"]) == ("birds", "https://a.b")
+
+
+def test_a_column_that_is_mapped_and_not_there_is_named(folder):
+    table = open_tasks(lines(folder, {"question": "Which?", "answer": "a"}), columns={"source": "origin"})
+    assert "field data_source: the row has no column origin, which data.columns" in str(table.inspect(0)[1][0])
+
+
+def test_a_question_beside_a_data_source_needs_no_marks(folder):
+    task = task_of(folder, {"question": "Which bird?", "image": "a.png", "answer": ANSWER, "data_source": "birds"})
+    assert (task.messages[0].content.count("<image>"), task.source) == (1, "birds")
+    verl = {**FORMATS["verl"], "prompt": [ask(text="Which bird?")]}
+    assert "0 <image> marks" in str(problems_of(folder, verl)[0])
+
+
 @pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if {"conversations", "messages"} & {*row}])
 def test_the_last_turn_is_the_response_and_the_ground_truth(folder, name):
     task = task_of(folder, FORMATS[name])

@@ -370,3 +370,12 @@ def test_refcoco_style_rows_are_read_directly():
     assert (len(table), problems) == (9, [])
     assert table[0].answer == [180 / 0.512, 60 / 0.512, 262 / 0.512, 185 / 0.512]
     assert (table[8].images[0].width, table[8].meta["height"]) == (451, 300)
+
+
+def test_rows_are_taken_from_each_source_by_turns(tmp_path):
+    names = ["a", "a", "a", "b", "c", "c"]
+    rows = [{"question": "?", "answer": str(i), "data_source": name} for i, name in enumerate(names)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = open_tasks(tmp_path / "x.jsonl")
+    taken = [[task.answer for task in table.of_each_source(count)] for count in (1, 3, 5, None)]
+    assert taken == [["0"], ["0", "3", "4"], ["0", "1", "3", "4", "5"], [str(i) for i in range(6)]]

@@ -9,6 +9,7 @@ import signal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from foveate.data.demos import MAKE_PAIRS, check_pair, check_response
 from foveate.data.table import open_tasks
@@ -17,6 +18,7 @@ from foveate.encoding.dataset import AnswerLimits, RowCheck
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.records import Task
+from foveate.rewards.build import truth_check
 from foveate.rewards.text import check_answer
 
 
@@ -153,6 +155,13 @@ def test_a_missing_column_is_one_line_with_the_line_to_type(tmp_path, caplog, na
         f"that does: --column {role}={column} (in a recipe data.columns: {{{role}: {column}}})"
     )
     assert not caplog.records
+
+
+def test_a_box_beside_a_question_is_named_where_the_ground_truth_is_missing(tmp_path):
+    Image.new("RGB", (50, 50)).save(tmp_path / "a.png")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"question": "Where?", "image": "a.png", "bbox": [1, 2, 3, 4]}) + "\n")
+    with pytest.raises(DataError, match="--column answer=bbox"):
+        validate(open_tasks(tmp_path / "x.jsonl"), check=truth_check("grounding"))
 
 
 def test_a_column_that_only_some_rows_fill_is_reported_by_row(tmp_path):

@@ -90,10 +90,19 @@ def test_a_mark_of_an_image_in_a_hint_is_a_word(tmp_path, rollouts):
 
 def test_a_hint_that_nowhere_stands_is_told(tmp_path, rollouts):
     rows = jsonl(tmp_path / "rows.jsonl", [asked(i) for i in range(5)])
-    with pytest.raises(DataError, match=r"no row that is never solved has a hint in extra_info\.clue"):
+    with pytest.raises(DataError, match=r"no hint in extra_info\.clue of 1 rows that are never solved"):
         prepare_hints([rows], tmp_path / "out", HintRule("clue"), rollouts=[rollouts])
     with pytest.raises(DataError, match=r"must contain \{hint\}"):
         HintRule(form="Hint")
+
+
+def test_rows_that_the_rollouts_do_not_name_are_told_with_both_ids(tmp_path, rollouts):
+    rows = jsonl(tmp_path / "others.jsonl", [{"question": "1 + 1?", "answer": "2", "hint": "two"}])
+    said = "no row has an answer in the rollouts; both name rows by id, here such as others-0, there s"
+    with pytest.raises(DataError, match=said):
+        prepare_hints([rows], tmp_path / "out", HintRule(), rollouts=[rollouts])
+    with pytest.raises(DataError, match=said):
+        prepare_filter([rows], tmp_path / "out", Limits(gap=(0.2, 1.0)), rollouts=[rollouts])
 
 
 # ---------------------------------------------------------------------------------------------------------------- Vero

@@ -115,7 +115,7 @@ def test_a_prediction_tells_question_truth_picture_and_tags(ask, data):
     assert [(image.path, image.width, image.height) for image in row.images] == [(None, 56, 56)]
     assert row.prompt[-1] == {"role": "user", "content": task.messages[-1].content}
     assert row.ground_truth == list(task.answer)
-    assert row.tags == {"kind": "pair", "relation": task.meta["relation"]}
+    assert row.tags == {"kind": "pair", "relation": task.meta["relation"], "source": task.source}
     assert row.sampled == ()
 
 

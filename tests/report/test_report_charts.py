@@ -60,7 +60,7 @@ def test_the_metrics_of_a_run_stand_in_charts_by_their_prefix() -> None:
         "Held-out figures": ["eval/greedy_accuracy"],
         "KL divergence": ["reward/kl", "loss/kl_ref"],
         "Reward": ["reward/mean"],
-        "Parts of the reward": ["source/a/reward"],
+        "Reward by source": ["source/a/reward"],
         "Truncated answers": ["answer/truncated"],
         "Answer length": ["answer/length", "source/a/length"],
         "Entropy": ["loss/entropy"],

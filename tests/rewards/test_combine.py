@@ -9,6 +9,7 @@ from foveate.records import Task
 from foveate.registry import ConfigError, resolve
 from foveate.rewards import REWARDS
 from foveate.rewards.build import build_reward, truth_check
+from foveate.rewards.combine import frame_doubts, unread_sources
 
 
 def task(source="a", answer="7", **meta):
@@ -100,6 +101,34 @@ def test_the_checks_of_all_summed_rewards_are_made():
     assert check is not None
     assert len(check(task(answer=None))) == 3
     assert check(task(answer="[1,2,3,4]", width=5, height=5)) == []
+
+
+def test_a_source_that_no_row_has_is_told():
+    check = truth_check("weighted_sum", {"weights": {"by_source": 1.0}, "settings": {"by_source": {
+        "rewards": {"count": "exact", "chioce": "exact", "*": "exact"}}}})  # fmt: skip
+    (line,) = unread_sources(check, ["count", "choice", "count"])
+    assert "'chioce', and no row has this source; did you mean 'choice'?; there are count, choice" in line
+    assert unread_sources(check, ["count", "chioce", "other"]) == unread_sources(None, ["a"]) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "side", "settings", "doubted"),
+    [
+        ([50, 50, 90, 90], 100, {}, True),
+        ([[50, 50, 90, 90], [1, 1, 9, 9]], 100, {}, True),
+        ([50, 50, 90, 90], 100, {"truth_frame": "pixels"}, False),
+        ([50, 50, 590, 90], 100, {}, False),
+        ([50, 50, 90, 90], 1000, {}, False),
+    ],
+)
+def test_boxes_in_pixels_that_count_as_thousandths_are_told(answer, side, settings, doubted):
+    reward = "grounding" if isinstance(answer[0], int) else "boxes"
+    routed = {"rewards": {"a": reward, "b": "exact"}, "settings": {"a": settings}}
+    tasks = [task(name, answer, width=side, height=side) for name in ("a", "b") for _ in range(20)]
+    told = frame_doubts(truth_check("by_source", routed), tasks)
+    assert len(told) == doubted
+    assert all("source 'a'" in line and "all 20" in line and "truth_frame: pixels" in line for line in told)
+    assert not frame_doubts(truth_check("by_source", routed), tasks[1:]), "too few rows say nothing"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from foveate.cli.evaluate import EvalRewardSettings, settings_given
 from foveate.cli.options import MAX_IMAGE_PIXELS, Columns, ImageRoot, MaxImagePixels, Sources, Workers, columns_of
-from foveate.errors import DataError, counted
+from foveate.errors import ConfigError, DataError, counted
 
 data = typer.Typer(help="Look at data and check them.", no_args_is_help=True)
 
@@ -45,6 +46,7 @@ def show_command(
 def check_command(
     sources: Sources,
     reward: Annotated[str | None, typer.Option(help="Reward whose ground truth is demanded: grounding.")] = None,
+    reward_setting: EvalRewardSettings = None,
     model: Annotated[str | None, typer.Option(help="Model folder whose prompts are counted, or demo.")] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt, images included.")] = 8192,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
@@ -66,9 +68,12 @@ def check_command(
     from foveate.log import print_result, progress
     from foveate.models.checkpoint.inspect import load_encoder
     from foveate.rewards.build import truth_check
+    from foveate.rewards.combine import LOOKED_AT, frame_doubts
 
     encoder = load_encoder(model, max_tiles=max_tiles, max_prompt_tokens=max_prompt_tokens) if model else None
-    check = truth_check(reward) if reward else check_answered
+    if reward_setting and not reward:
+        raise ConfigError("--reward-setting: needs --reward, the reward whose setting it is")
+    check = truth_check(reward, settings_given(reward_setting)) if reward else check_answered
     table = open_tasks(sources, image_root=image_root, columns=columns_of(column), max_image_pixels=max_image_pixels)
     for line in table.described():
         print_result(line)
@@ -77,7 +82,8 @@ def check_command(
         found = inspect_rows(table, inspection, workers=workers, progress=lambda *_: advance(1))
     for line in map(str, found.problems) if every else grouped(found.problems):
         print_result(line)
-    for line in [*(f"warning: {one}" for one in found.warning_lines()), *found.lines()]:
+    doubts = frame_doubts(check, table.select(found.kept).with_statistics(found.statistics).of_each_source(LOOKED_AT))
+    for line in [*(f"warning: {one}" for one in [*found.warning_lines(), *doubts]), *found.lines()]:
         print_result(line)
     path_of = table.select(found.kept).path_of
     parts = {
@@ -88,7 +94,8 @@ def check_command(
     if found.problems:
         bad = len(table) - len(found.kept)
         raise DataError(f"{counted(len(found.problems), 'problem')} in {bad:,} of {counted(len(table), 'row')}")
-    warnings = f", {counted(len(found.warnings), 'warning')}" if found.warnings else ""
+    told = len(found.warnings) + len(doubts)
+    warnings = f", {counted(told, 'warning')}" if told else ""
     print_result(f"{counted(len(table), 'row')}, no problem{warnings}")
 
 

@@ -165,7 +165,9 @@ class EvalSettings(Settings):
         description="Steps between evaluations; others come before the first and after the last step. 0: none, as "
         "always where it is not set and there are no held-out rows (data.test, data.hold_out).",
     )
-    prompts: int | None = Field(default=None, ge=1, description="Held-out prompts, the first ones; null: all.")
+    prompts: int | None = Field(
+        default=None, ge=1, description="Held-out prompts, the first ones of each source by turns; null: all."
+    )
 
 
 class RLEvalSettings(EvalSettings):

@@ -45,6 +45,7 @@ TARGETS = {
     "rejected": "the worse answer of a preference pair",
     "ability": "the kind of task",
 }
+_VERL = frozenset(("data_source", "reward_model"))  # beside a prompt: a row of verl's schema, with its marks
 _MEDIA_COLUMNS = frozenset((*COLUMNS["images"], *COLUMNS["videos"]))
 
 
@@ -147,7 +148,8 @@ class RecognisedRows(Parser):
         others = {"answer": ("chosen",), "response": ("answer", "chosen")}.get(role, ())
         texts = [other for other in others if isinstance(values.get(other), str) or are_messages(values.get(other))]
         named = unread_answers(row, _others(row, self._roles(row), used)) if others else ()
-        columns = (*(used[other] for other in texts), *named)
+        boxes = [name for name in BOX_FIELDS if role == "answer" and name in row]
+        columns = (*(used[other] for other in texts), *named, *boxes)
         column = next((column for column in columns if not column.startswith(CONSTANT)), None)
         return f"{role}={column}" if column is not None else ""
 
@@ -166,20 +168,21 @@ class RecognisedRows(Parser):
             return self._grounded(raw, place)
         others = _others(raw, roles, used)
         told = _unread(raw, others, values, used, place)
-        row = _schema_row(raw, roles, others, values, place)
+        named = [used["source"]] if used.get("source") not in (None, "data_source", *self.mapping.values()) else []
+        row = _schema_row(raw, roles, [*others, *named], values, place)  # a function of yours may name the column
         try:
             row["prompt"], row["images"] = without_numbers(row["prompt"], row["images"])
         except DataError as error:
             return None, [Problem(str(place), used.get("prompt", "prompt"), str(error)), *told]
         task, problems = parse_row(
             row, place,
-            marks_in_front="prompt" in self.mapping or not {"data_source", "reward_model"} & {*raw},
+            marks_in_front=used.get("prompt", "prompt") != "prompt" or "prompt" in self.mapping or not _VERL & {*raw},
         )  # fmt: skip
         if any(not problem.warning for problem in told):
             task = None
         if task is not None and "reward_model" not in raw and _is_trl_prompt(used, values, self.mapping):
             task = replace(task, conversational=True)
-        return task, [self._renamed(problem, used) for problem in problems] + told
+        return task, [self._renamed(problem, used, raw) for problem in problems] + told
 
     def _grounded(self, raw: Mapping[str, Any], place: Place) -> Parsed:
         """A row about a box, with the reply that supervised training imitates: its own, or else the box itself."""
@@ -234,9 +237,12 @@ class RecognisedRows(Parser):
             f"{', '.join(COLUMNS['prompt'])}; another one is named by data.columns: --column prompt=COLUMN"
         )
 
-    def _renamed(self, problem: Problem, used: Mapping[str, str]) -> Problem:
+    def _renamed(self, problem: Problem, used: Mapping[str, str], raw: Mapping[str, Any]) -> Problem:
         role = next((role for role, known in SCHEMA_FIELDS.items() if known == problem.field), problem.field)
         column = used.get(role, problem.field)
+        if role in self.mapping and not column.startswith(CONSTANT) and column.split(".")[0] not in raw:
+            what = f"the row has no column {column}, which data.columns or --column names for {role}"
+            return replace(problem, what=what)
         return problem if column == problem.field else replace(problem, field=f"{problem.field} (column {column})")
 
 

@@ -16,7 +16,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "images": ("images", "image", "image_path", "image_paths", "img", "imgs", "picture", "pictures"),
     "videos": ("videos", "video"),
     "answer": ("reward_model.ground_truth", "answer", "solution", "ground_truth", "answers"),
-    "source": ("data_source",),
+    "source": ("data_source", "source"),
     "id": ("extra_info.id", "id", "question_id", "uid"),
     "system": ("system", "system_prompt"),
     "response": ("extra_info.response", "response", "completion", "output"),

@@ -6,6 +6,7 @@ extra_info {...}. Rows of other forms are recognised by their columns (`recognis
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +295,17 @@ class TaskTable:
     def first(self, count: int | None) -> TaskTable:
         """The first `count` rows, all where there are fewer or `count` is None."""
         return self.select(range(len(self) if count is None else min(count, len(self))))
+
+    def of_each_source(self, count: int | None) -> TaskTable:
+        """`count` rows, the first ones of each source by turns, in the order of the table; all as for `first`."""
+        if count is None or count >= len(self):
+            return self
+        seen: Counter[str] = Counter()
+        turns = []
+        for row, name in enumerate(self.source_names()):
+            seen[name] += 1
+            turns.append((seen[name], row))
+        return self.select(sorted(row for _, row in sorted(turns)[:count]))
 
     def _parsed(self, file: TableFile, row: int, raw: Raw) -> Parsed:
         place = _place(file.source, row, file.name, self._images)

@@ -11,7 +11,7 @@ from foveate.data.answers import RIGHT, CorrectnessRule, ScoredAnswer, answers_b
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
 from foveate.datasets.prepared import Prepared, publish_tables, rollout_hashes, rows_by_id, shown_counts
-from foveate.errors import require
+from foveate.errors import DataError, require
 from foveate.records import Task
 
 
@@ -86,6 +86,7 @@ def prepare_filter(
     accuracy: dict[str, dict[str, Any]] = {}
     if limits.needs_answers:
         accuracy = accuracy_by_id(rollouts, correctness_rule)
+        require_shared_ids(table, accuracy)
         kept = _by_accuracy(table, kept, accuracy, limits, counts)
     require(bool(kept), f"{table.names}: no row is within the limits ({shown_counts(counts)})")
     return publish_tables(
@@ -123,6 +124,17 @@ def accuracy_by_id(rollouts: Sequence[Path], correctness_rule: CorrectnessRule) 
     """`accuracy_of` the answers to each row that has graded ones, by its id."""
     found = answers_by_id(rollouts)
     return {key: accuracy_of(answers, correctness_rule) for key, answers in found.items() if answers}
+
+
+def require_shared_ids(table: TaskTable, answered: Mapping[str, Any]) -> None:
+    """Raise DataError where no row has an answer: rows and answers are of different files, or their ids changed."""
+    ids = rows_by_id(table)
+    if answered and not ids.keys() & answered.keys():
+        raise DataError(
+            f"{table.names}: no row has an answer in the rollouts; both name rows by id, here such as "
+            f"{next(iter(ids))}, there {next(iter(answered))}; rows without an id are named by their file: give the "
+            "file of the run, or rows with a column id"
+        )
 
 
 def accuracy_of(answers: Sequence[ScoredAnswer], correctness_rule: CorrectnessRule) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 from foveate.data.answers import RIGHT, CorrectnessRule
 from foveate.data.table import TaskTable
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.datasets.filter import accuracy_by_id
-from foveate.datasets.prepared import Prepared, infer_schema, publish, rollout_hashes, rows_by_id, task_row
+from foveate.datasets.filter import accuracy_by_id, require_shared_ids
+from foveate.datasets.prepared import Prepared, infer_schema, publish, rollout_hashes, task_row
 from foveate.errors import require
 from foveate.records import Task
 
@@ -56,8 +56,8 @@ def prepare_hints(
     whose groups would else have equal rewards. Raises DataError for bad rows, ids that are not unique, and if no row
     gets a hint."""
     table, found = reading(sources)
-    rows_by_id(table)
     accuracy = accuracy_by_id(rollouts, correctness_rule)
+    require_shared_ids(table, accuracy)
     counts = {"rows with a hint": 0, "unsolved rows without a hint": 0}
     chosen: set[str] = set()
     for task in table:
@@ -68,7 +68,8 @@ def prepare_hints(
         counts["rows with a hint" if has_hint else "unsolved rows without a hint"] += 1
         if has_hint:
             chosen.add(task.id)
-    require(bool(chosen), f"{table.names}: no row that is never solved has a hint in extra_info.{rule.field}")
+    unsolved = sum(counts.values())
+    require(bool(chosen), f"{table.names}: no hint in extra_info.{rule.field} of {unsolved} rows that are never solved")
     schema = infer_schema(_rows(table, rule, chosen, images=False))
     return publish(
         out,

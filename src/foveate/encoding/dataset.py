@@ -27,6 +27,7 @@ from foveate.encoding.family import Family, budget_of
 from foveate.encoding.thinking import with_thinking
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
+from foveate.rewards.combine import LOOKED_AT, frame_doubts, unread_sources
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ def read_checked(
         left_out = len({problem.where for problem in found.problems})
         total = len(table) + left_out
         logger.warning("%d of %d rows are left out; the first: %s", left_out, total, found.problems[0])
+    for line in frame_doubts(truth, table.of_each_source(LOOKED_AT)):
+        logger.warning("%s", line)
     return table, found.problems
 
 
@@ -144,6 +147,8 @@ def read_data(
     as by `read_checked`."""
     data = settings.data
     every, left_out = read_checked(data.train, data, encoder, truth, answers)
+    for line in unread_sources(truth, every.source_names()):
+        logger.warning("%s", line)
     train, test = keep_aside(every, data.hold_out)
     if not settings.eval.every:
         return train, None, left_out

@@ -125,7 +125,7 @@ def run_eval(request: EvalRequest) -> None:
     atomic_write_text(request.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     if request.text_files:
         write_text_files(request.out, found, costs)
-    save_gallery(request.out, tasks.first(request.gallery))
+    save_gallery(request.out, tasks.of_each_source(request.gallery))
 
 
 def _critic(request: EvalRequest) -> Graders | None:
@@ -190,7 +190,7 @@ def _in_process(
             samples=request.samples,
             max_tokens=request.max_tokens,
             seed=request.seed,
-            detailed=request.gallery,
+            detailed=_shown(tasks, request),
             read_box=box_reader(request.reward, request.settings),
             advance=advance,
             conversations=conversations,
@@ -198,6 +198,11 @@ def _in_process(
             critic=critic,
         )
     return predictions, tasks
+
+
+def _shown(tasks: TaskTable, request: EvalRequest) -> frozenset[str]:
+    """The ids of the rows that the report shows."""
+    return frozenset(task.id for task in tasks.of_each_source(request.gallery))
 
 
 def _from_folder(
@@ -224,11 +229,12 @@ def _from_folder(
             f"{folder}: holds one greedy answer to each row, of which --critic can choose none; leave it out"
         )
     predictions: list[ScoredRow] = []
+    shown = _shown(tasks, request)
     with progress(f"scoring {folder.name}", len(chosen)) as advance:
         for begin in range(0, len(chosen), BATCH):
             some = chosen[begin : begin + BATCH]
             pairs = [(tasks[index], rows.get(index) or _no_answer(index, tasks[index])) for index in some]
-            predictions += _scored(request, folder, pairs, greedy, graders, critic, len(predictions))
+            predictions += _scored(request, folder, pairs, greedy, graders, critic, shown)
             advance(len(some))
     return predictions, tasks, _cost(list(rows.values()), len(lacking))
 
@@ -246,9 +252,9 @@ def _scored(
     greedy: bool,
     graders: Graders,
     critic: Graders | None,
-    done: int,
+    shown: frozenset[str],
 ) -> Iterator[ScoredRow]:
-    """Some rows graded together. Single tokens are kept for the gallery, of which `done` rows have been."""
+    """Some rows graded together. Single tokens are kept of the rows that are shown."""
     for task, row in pairs:
         if row.id != task.id:
             raise DataError(f"{folder}: row {row.index} is {row.id}, but {task.where} is {task.id}; the data changed")
@@ -256,11 +262,10 @@ def _scored(
     scores = iter(graders.grade_many(asked))
     ranks = iter(critic.grade_many(asked)) if critic is not None else None
     reader = box_reader(request.reward, request.settings)
-    for place, (task, row) in enumerate(pairs, start=done):
+    for task, row in pairs:
         scored = [(answer, next(scores)) for answer in row.answers]
         own = None if ranks is None else [next(ranks).value for _ in row.answers]
-        detailed = place < request.gallery
-        yield scored_row(task, scored, greedy=greedy, detailed=detailed, ranks=own, read_box=reader)
+        yield scored_row(task, scored, greedy=greedy, detailed=task.id in shown, ranks=own, read_box=reader)
 
 
 _ASKED = ("data", "image_root", "columns", "left_out", "table_rows", "sampling")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -118,7 +118,7 @@ def predict(
     samples: int,
     max_tokens: int,
     seed: int,
-    detailed: int = 0,
+    detailed: Container[str] = (),
     read_box: BoxReader = model_box,
     advance: Callable[[int], None],
     conversations: Conversations | None = None,
@@ -126,10 +126,10 @@ def predict(
     critic: Graders | None = None,
 ) -> list[ScoredRow]:
     """One row per task: the greedy answer, and `samples` answers drawn at temperature 1. The draws depend on `seed` and
-    the index of the task alone, so that two models are asked with the same luck. The first `detailed` rows keep the
-    log-probs of their greedy answers, which the report shows. `conversations`: the environments of the answers;
-    `folder`: of the run, where images that they have shown in greedy answers are kept; `critic`: gives the values that
-    best-of-N goes by, of the sampled answers."""
+    the index of the task alone, so that two models are asked with the same luck. Rows whose ids are in
+    `detailed` keep the log-probs of their greedy answers, which the report shows. `conversations`: the environments of
+    the answers; `folder`: of the run, where images that they have shown in greedy answers are kept; `critic`: gives the
+    values that best-of-N goes by, of the sampled answers."""
     rows: list[ScoredRow] = []
     for begin in range(0, len(tasks), BATCH):
         some = [encoder.for_graders(tasks[i]) for i in range(begin, min(begin + BATCH, len(tasks)))]
@@ -146,7 +146,7 @@ def predict(
         drawn = [(one.text, task) for task, own in zip(some, answers, strict=True) for one in own[1:]]
         values = iter(critic.grade_many(drawn)) if critic is not None else None
         for task, request, own in zip(some, requests, answers, strict=True):
-            keep = len(rows) < detailed
+            keep = task.id in detailed
             graded = []
             for one, (score, outcome) in zip(own, scores, strict=False):
                 is_shown = one is own[0]
@@ -200,6 +200,7 @@ def scored_row(
     has_box = any("iou" in score.parts for _, score in answers)
     asked = prompt_fields(task)
     tags = {tag: str(task.meta[tag]) for tag in TAGS if task.meta.get(tag)}
+    tags |= {"source": task.source} if task.source != tags.get("dataset") else {}
     if has_box:
         asked["ground_truth"] = list(truth_box(task))
         tags |= _box_tags(truth_box(task), asked["question"])
@@ -250,7 +251,7 @@ class Evaluator:
         """`tasks` None: the run has no evaluation. `max_tokens` bounds an answer; after `last_step` one is due."""
         self.conversations = conversations
         self.folder, self.settings, self.encoder, self.graders = folder, settings, encoder, graders
-        self.tasks = None if tasks is None else tasks.first(settings.prompts)
+        self.tasks = None if tasks is None else tasks.of_each_source(settings.prompts)
         self.seed, self.max_tokens, self.last_step = seed, max_tokens, last_step
         self._gallery_saved = False
 
@@ -262,7 +263,7 @@ class Evaluator:
         """Ask all held-out tasks with the engine's weights and write the answers; returns the headline figures."""
         assert self.tasks is not None
         if not self._gallery_saved:
-            save_gallery(self.folder, self.tasks.first(self.settings.gallery))
+            save_gallery(self.folder, self.tasks.of_each_source(self.settings.gallery))
             self._gallery_saved = True
         with progress(f"evaluating step {step}", len(self.tasks)) as advance:
             rows = predict(
@@ -285,6 +286,10 @@ class Evaluator:
             for name in ("accuracy", "mean_iou", "score")
             if summary[way][name] is not None
         }
+        sources = summary["by_tag"].get("source", {})
+        for name, found in sources.items() if len(sources) > 1 else ():
+            accuracy = found.get("greedy_accuracy")
+            figures |= {} if accuracy is None else {f"eval/source/{name}/greedy_accuracy": accuracy}
         if self.conversations is not None:
             own = turn_metrics([row.shown.turns for row in rows], [row.look_box for row in rows])
             figures |= {f"eval/{name}": value for name, value in own.items()}

@@ -121,11 +121,11 @@ def gallery_cards(run_folder: Path, ids: Sequence[str], evaluations: Sequence[Ev
 def _frame(
     run_folder: Path, evaluation: Evaluation, row: ScoredRow | None, text_room: int, piece_room: int, byte_room: int
 ) -> GalleryFrame:
-    """Outcome "h" is a hit, "m" a miss, "n" neither: right and wrong are not defined, or the row was not asked."""
+    """Outcome "h" is a hit, right by half at least, "m" a miss, "n" neither: not defined, or the row was not asked."""
     if row is None:
         return GalleryFrame(evaluation.step, "", "", (), None, "n", None)
     answer = row.shown
-    outcome = {True: "h", False: "m", None: "n"}[answer.hit]
+    outcome = "n" if answer.right is None else "h" if answer.right >= 0.5 else "m"
     thought, said = split_thinking(answer.text)
     pieces = tuple((text, round(math.exp(logprob), 3)) for text, logprob in answer.logprobs[:piece_room])
     said, thought = shorten(said, text_room), shorten(thought, text_room)

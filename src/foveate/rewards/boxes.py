@@ -178,7 +178,7 @@ def four_numbers(value: Any) -> Box | None:
 def _not_a_box(value: Any) -> str:
     return (
         f"{_shown(value)} is not a box: it must be four finite numbers [x1, y1, x2, y2] in 0..1000; the reward "
-        "grounding, the default, wants boxes: name another one with reward.name, such as exact (`foveate rewards`)"
+        "grounding (the default) wants boxes: name another one with reward.name, such as exact (`foveate rewards`)"
     )
 
 

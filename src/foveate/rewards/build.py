@@ -249,7 +249,7 @@ class NeedsTruth:
         faults = self.check(task)
         if task.answer is not None or not any(field.startswith(GROUND_TRUTH) for field, _ in faults):
             return faults
-        default = ", the default, compares answers with a box; name another one with reward.name"
+        default = " (the default) compares answers with a box; name another one with reward.name"
         hint = default if self.name == "grounding" else " compares answers with it"
         others = [fault for fault in faults if not fault[0].startswith(GROUND_TRUTH)]
         return [(GROUND_TRUTH, f"is missing; the reward {self.name}{hint}"), *others]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
 from foveate.registry import FiniteNumber, shown_name, suggestion
-from foveate.rewards.build import Reward, RewardJob, TruthCheck, build_reward, truth_check
+from foveate.rewards.build import NeedsTruth, Reward, RewardJob, TruthCheck, build_reward, truth_check
+from foveate.rewards.matching import also_pixels
 from foveate.rewards.requests import Session
 
 ANY_SOURCE = "*"
 SOURCE, _EXTRA = "data_source", "extra_info."
+_PLACED, _TELLING_ROWS = ("grounding", "boxes", "click"), 20
+LOOKED_AT = 200
+"""Rows that are looked at for doubts, those of each source by turns: reading rows from everywhere takes long."""
 
 
 def weighted_sum(*, weights: dict[str, FiniteNumber], settings: dict[str, dict[str, Any]] = {}) -> Reward:  # noqa: B006
@@ -159,6 +164,54 @@ class _SourceCheck:
             return [(self.field, _no_reward(source, self.checks))]
         chosen = self.checks.get(source, self.checks.get(ANY_SOURCE))
         return chosen(task) if chosen else []
+
+
+def unread_sources(check: TruthCheck | None, names: Sequence[str]) -> list[str]:
+    """A warning for each source that `by_source` names and no row has; `names` are those of the rows."""
+    parts = check.checks if isinstance(check, _AllChecks) else (check,)
+    known = dict.fromkeys(names)
+    return [
+        f"reward by_source names {name!r}, and no row has this source{suggestion(name, known)}; there are "
+        f"{', '.join(known)}"
+        for part in parts
+        if isinstance(part, _SourceCheck) and part.field == SOURCE
+        for name in part.checks
+        if name not in known and name != ANY_SOURCE
+    ]
+
+
+def frame_doubts(check: TruthCheck | None, tasks: Iterable[Task]) -> list[str]:
+    """A warning for each source whose boxes count as thousandths of the sides although all of them, twenty at least,
+    also lie inside their images as pixels: by chance they would not. `check` is that of the reward."""
+    if not any(map(_wants_thousandths, _checks_of(check, None))):
+        return []
+    fits: dict[str, list[bool]] = {}
+    for task in tasks:
+        if any(_wants_thousandths(one) for one in _checks_of(check, task)) and (fit := also_pixels(task)) is not None:
+            fits.setdefault(task.source, []).append(fit)
+    return [
+        f"source {name!r}: the boxes of the ground truth count as thousandths of the sides, but all {len(found)} that "
+        "were looked at also fit as pixels; if they are pixels, `foveate prepare grounding` converts them, or set "
+        "truth_frame: pixels in the settings of the reward"
+        for name, found in fits.items()
+        if len(found) >= _TELLING_ROWS and all(found)
+    ]
+
+
+def _checks_of(check: TruthCheck | None, task: Task | None) -> list[TruthCheck | None]:
+    """The checks, of single rewards, that a check of several ones holds for a task, or for any."""
+    if isinstance(check, _SourceCheck) and task is None:
+        return [one for part in check.checks.values() for one in _checks_of(part, None)]
+    if isinstance(check, _SourceCheck) and task is not None:
+        return _checks_of(check.checks.get(_field_of(task, check.field), check.checks.get(ANY_SOURCE)), task)
+    if isinstance(check, _AllChecks):
+        return [one for part in check.checks for one in _checks_of(part, task)]
+    return [check]
+
+
+def _wants_thousandths(check: TruthCheck | None) -> bool:
+    read = check.check if isinstance(check, NeedsTruth) and check.name in _PLACED else None
+    return isinstance(read, partial) and read.keywords.get("truth_frame", "thousandths") == "thousandths"
 
 
 def _no_reward(source: str, known: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from foveate.rewards.boxes import (
     to_whole_pixels,
 )
 
+_TELLING_SIDE = 800  # pixels; in larger images most boxes in thousandths would lie inside as pixels
 _BOX_NAMES = ("bbox_2d", "bbox", "box")
 BoxesKind = Literal["f1", "located"]
 MOST_BOXES = 200
@@ -157,6 +158,15 @@ def check_boxes(task: Task, *, truth_frame: TruthFrame = "thousandths") -> list[
         return [(GROUND_TRUTH, _not_boxes(task.answer)), *size_faults(task)]
     faults = [(f"{GROUND_TRUTH}[{i}]", box_fault(box, task, truth_frame)) for i, box in enumerate(boxes)]
     return [(field, fault) for field, fault in faults if fault] + size_faults(task)
+
+
+def also_pixels(task: Task) -> bool | None:
+    """Whether the boxes of a ground truth in thousandths also lie inside the image as pixels; None where that says
+    nothing: no boxes, no size, or an image of more than 800 x 800 pixels."""
+    boxes = _boxes(task.answer)
+    if not boxes or size_faults(task) or min(size := picture_size(task)) > _TELLING_SIDE:
+        return None
+    return all(box[2] <= size[0] and box[3] <= size[1] for box in boxes)
 
 
 def _boxes(value: Any) -> list[Box] | None:

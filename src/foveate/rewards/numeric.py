@@ -122,8 +122,8 @@ def numeric(text: str, task: Task, *, tolerance: NotNegative = RELAXED, extracti
     """1 if |a - t| <= tolerance |t| for the number a of the answer and the ground truth t, else 0.
 
     A row may give its own tolerance in `extra_info.tolerance`; 0 wants agreement to 6 digits. A ground truth of 0 wants
-    0. Parts: accuracy; parsed, 1 if the answer is a number; error, |a - t| / |t|. Raises DataError for a ground truth
-    that is no number.
+    0. Parts: accuracy; parsed, 1 if the answer is a number; error, |a - t| / |t|, at most 1. Raises DataError for a
+    ground truth that is no number.
     """
     own = tolerance_of(task)
     allowed = tolerance if own is None else own
@@ -135,7 +135,7 @@ def numeric(text: str, task: Task, *, tolerance: NotNegative = RELAXED, extracti
         return Score(0.0, {"accuracy": 0.0, "parsed": 0.0}, note=note)
     right = float(any(within(given, one, allowed) for one in wanted))
     off = min(abs(given.value - one.value) / (abs(one.value) or 1) for one in wanted)
-    return Score(right, {"accuracy": right, "parsed": 1.0, "error": min(float(off), 1e9)})
+    return Score(right, {"accuracy": right, "parsed": 1.0, "error": min(float(off), 1.0)})
 
 
 def chartqa(

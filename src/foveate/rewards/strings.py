@@ -72,7 +72,7 @@ _NOTHING = re.compile(
     re.IGNORECASE,
 )
 _LONGEST_LIST = 20_000
-_MOST_OFF = 10**9
+_MOST_OFF = 100  # one wild answer does not decide the mean
 _LONGEST_COUNT = 400
 """Characters of an answer in which counts in words are looked for."""
 _NEAR = 30

@@ -26,9 +26,9 @@ class HeldOutLoss:
         chunk: int,
         metrics_of: Callable[[Sequence[Task]], Metrics],
     ) -> None:
-        """`tasks`: None for a run without evaluation; the first `eval.prompts` of them are asked. After `last_step` an
+        """`tasks`: None for a run without evaluation; `eval.prompts` of them are asked. After `last_step` an
         evaluation is due."""
-        self.tasks = None if tasks is None else tasks.first(settings.prompts)
+        self.tasks = None if tasks is None else tasks.of_each_source(settings.prompts)
         self._every, self._last, self._chunk, self._metrics_of = settings.every, last_step, chunk, metrics_of
 
     def is_due(self, step: int) -> bool:

@@ -62,7 +62,7 @@ def _run(settings: MPOSettings, accept_changes: bool, again: bool) -> RunFolder:
         logprobs = partial(_logprobs, its.workers, costs)
         reference_of = partial(_reference, its.run, settings, model.folder, encoder, logprobs)
         reference = reference_of(its.table, "train")  # by the start, not yet replaced
-        asked = None if its.test is None else its.test.first(settings.eval.prompts)
+        asked = None if its.test is None else its.test.of_each_source(settings.eval.prompts)
         test_reference = None if asked is None else reference_of(asked, "test")
         shift = RewardShift()
 
