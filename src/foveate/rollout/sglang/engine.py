@@ -51,7 +51,10 @@ _GROUP = "weights"
 _ON_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph"),
+    "--sleep-on-idle",  # or its scheduler keeps a core busy that the trainer needs
 )
+_CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"}
+"""Compiling takes longer there than it saves."""
 
 
 class SGLangEngine(ServedEngine):
@@ -107,7 +110,7 @@ class SGLangEngine(ServedEngine):
         self._counters: dict[Server, Path] = {}
         self._cached, self._lock = Counter[Server](), threading.Lock()
         on_cpu = (device or policy.device.type) == "cpu"
-        self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
+        self.environment = {"HF_HUB_OFFLINE": "1", **(_CPU_ENVIRONMENT if on_cpu else {})}
         self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}
         self.command = [
             *(str(shutil.which(program)), "-m", "sglang.launch_server", "--model-path", str(model)),
