@@ -28,7 +28,7 @@ FAMILIES = {
     "qwen2": "foveate.models.families.text:ServedText",
     "qwen3": "foveate.models.families.text:ServedText",
     "llama": "foveate.models.families.text:ServedText",
-    "qwen3_moe": "foveate.models.families.text:MixtureOnVLLM",
+    "qwen3_moe": "foveate.models.families.text:ServedMixture",
     "qwen3_5_text": "foveate.models.families.text:Qwen35Text",
     "qwen3_5_moe_text": "foveate.models.families.text:Qwen35Text",
     "gpt_oss": "foveate.models.families.text:TextOnly",

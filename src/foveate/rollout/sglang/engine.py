@@ -14,7 +14,7 @@ import shutil
 import threading
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +154,7 @@ class SGLangEngine(ServedEngine):
         self.abort(server)
         matrices = {name: tensor for name, tensor in weights if is_matrix(name)}
         own = [(self._served.weight_name(name), tensor) for name, tensor in weights if name not in matrices]
-        named = chat_weights(own) if self._served.layout == "chat" else own
+        named = [*single_experts(chat_weights(own) if self._served.layout == "chat" else own)]
         if not named:
             pass
         elif self._transfer == "disk":
@@ -311,6 +311,20 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         parts.setdefault(target, {})[part] = tensor.detach()
     joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
     return list(zip(parts, joined, strict=True))
+
+
+def single_experts(weights: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights, the experts of a layer one by one, as checkpoints hold them: transformers has them in one tensor, a name
+    that SGLang drops without a word."""
+    for name, tensor in weights:
+        base, _, last = name.rpartition(".")
+        if not base.endswith(".experts") or last not in ("gate_up_proj", "down_proj"):
+            yield name, tensor
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for number, expert in enumerate(tensor.detach()):
+            for part, own in zip(parts, expert.chunk(len(parts)), strict=True):
+                yield f"{base}.{number}.{part}.weight", own
 
 
 def _text(tensor: Tensor) -> tuple[str, list[int], str]:

@@ -23,6 +23,7 @@ from sglang.srt.configs.internvl import InternVLChatConfig
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -76,15 +77,21 @@ def _tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
 
 
 def _tie_embeddings() -> None:
-    """The head of an InternVL is the embedding where config.json says so: SGLang takes none to be."""
-    plain = InternVLChatConfig.__init__
+    """The head of an InternVL or a mixture is the embedding where config.json says so: SGLang takes none to be."""
+    plain, plain_mixture = InternVLChatConfig.__init__, Qwen3MoeForCausalLM.__init__
 
     def init(self: Any, *args: Any, llm_config: Any = None, **kwargs: Any) -> None:
         plain(self, *args, llm_config=llm_config, **kwargs)
         is_tied = bool(llm_config) and llm_config["tie_word_embeddings"]
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings = is_tied
 
+    def init_mixture(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        plain_mixture(self, config, *args, **kwargs)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
     InternVLChatConfig.__init__ = init
+    Qwen3MoeForCausalLM.__init__ = init_mixture
 
 
 def _check_buckets() -> None:
