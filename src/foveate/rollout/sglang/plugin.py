@@ -22,6 +22,7 @@ import torch
 from sglang.srt.configs.internvl import InternVLChatConfig
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
+from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
@@ -36,6 +37,7 @@ def register() -> None:
     _tie_embeddings()
     _check_buckets()
     _report_trainers_logprobs()
+    _keep_experts_without_cuda()
 
 
 def _take_images() -> None:
@@ -155,3 +157,9 @@ def _counter() -> Callable[[int], None]:
         shared[0][:8] = (int.from_bytes(shared[0][:8], "little") + tokens).to_bytes(8, "little")
 
     return add
+
+
+def _keep_experts_without_cuda() -> None:
+    """The memory in which SGLang keeps the experts of tokens is made known to CUDA, also where there is none."""
+    if not torch.accelerator.is_available():
+        common._cuda_host_register = lambda *_: None
