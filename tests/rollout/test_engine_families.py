@@ -32,6 +32,7 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
 }
 VLLM_SIZES = {
     "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
+    "smolvlm": HEADS,
     "idefics3": HEADS,
     "qwen3_vl_moe": SIZES["qwen3_vl"],
 }

@@ -22,7 +22,7 @@ FAMILIES = {
     "glm4v": "foveate.models.families.glm_vl:Glm4V",
     "glm4v_moe": "foveate.models.families.glm_vl:Glm4VMoe",
     "smolvlm": "foveate.models.families.smolvlm:SmolVLM",
-    "idefics3": "foveate.models.families.smolvlm:Idefics3",
+    "idefics3": "foveate.models.families.smolvlm:SmolVLM",
     "gemma3": "foveate.models.families.gemma3:Gemma3",
     "llava_onevision": "foveate.models.families.llava:LlavaOneVision",
     "qwen2": "foveate.models.families.text:ServedText",
