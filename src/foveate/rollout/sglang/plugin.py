@@ -24,6 +24,7 @@ from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.models.internvl import InternVLChatModel
 from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -38,6 +39,7 @@ def register() -> None:
     _check_buckets()
     _report_trainers_logprobs()
     _keep_experts_without_cuda()
+    _adapt_the_language_model()
 
 
 def _take_images() -> None:
@@ -163,3 +165,10 @@ def _keep_experts_without_cuda() -> None:
     """The memory in which SGLang keeps the experts of tokens is made known to CUDA, also where there is none."""
     if not torch.accelerator.is_available():
         common._cuda_host_register = lambda *_: None
+
+
+def _adapt_the_language_model() -> None:
+    """SGLang's InternVL says neither that adapters are of its language model nor which configuration that has."""
+    InternVLChatModel.should_apply_lora = lambda _, name: name.startswith("language_model.")
+    plain = InternVLChatConfig.get_text_config  # for a configuration that is being made
+    InternVLChatConfig.get_text_config = lambda self, *_, **__: vars(self).get("llm_config") or plain(self)
