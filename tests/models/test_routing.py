@@ -231,5 +231,9 @@ def test_what_has_no_routers_or_unknown_ones_is_refused_by_name(tiny_policy):
     config = Ernie4_5_MoeConfig(**small, num_attention_heads=2, num_key_value_heads=1, vocab_size=50, moe_num_experts=4)
     with pytest.raises(ConfigError, match=r"routers in Ernie4_5_MoeSparseMoeBlock that are not known; known are "):
         follow_routers(AutoModelForCausalLM.from_config(config), "record_experts")
-    with pytest.raises(ConfigError, match="router_replay: engine vllm does not tell which experts it chose"):
-        choose_engine(RolloutSettings(engine="vllm"), 64, given={"record_experts": True})
+    for settings in (
+        {"engine": "foveate.rollout.build:weights_for"},
+        {"engine": "vllm", "engine_settings": {"record_experts": False}},
+    ):
+        with pytest.raises(ConfigError, match=rf"engine {settings['engine']} does not tell which experts it chose"):
+            choose_engine(RolloutSettings(**settings), 64, given={"record_experts": True})

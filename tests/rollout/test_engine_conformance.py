@@ -134,7 +134,7 @@ def start(name, policy, encoder, **settings):
         return VLLMEngine(policy, encoder.decode, **settings)
     from foveate.rollout.sglang.engine import SGLangEngine
 
-    settings |= {"version": 3, "program": program, "longest": 2048, "memory_fraction": 0.1, "cache_tokens": 65536}
+    settings |= {"version": 3, "program": program, "longest": 2048, "memory_fraction": 0.5, "cache_tokens": 65536}
     settings |= {"shared": True}
     return SGLangEngine(policy, encoder.decode, **settings)
 

@@ -28,11 +28,12 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "qwen2": HEADS,  # has biases
     "qwen3": {**HEADS, "head_dim": 32},  # has none
     "llama": {**HEADS, "head_dim": 32},
+    "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
 }
 VLLM_SIZES = {
     "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
+    "smolvlm": HEADS,
     "idefics3": HEADS,
-    "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
     "qwen3_vl_moe": SIZES["qwen3_vl"],
 }
 """Those that vLLM alone takes."""
@@ -52,7 +53,7 @@ PAIRS = [
     *(("vllm", name) for name in (*CHAT, *MODELS) if name not in NO_VLLM),
     *(("sglang", name) for name in (*CHAT, *MODELS) if name not in VLLM_SIZES),
 ]
-THROUGH_A_FILE = ("qwen3", "qwen3-tied")
+THROUGH_A_FILE = ("qwen3", "qwen3-tied", "qwen3_moe-tied")
 """Whose weights travel through a file."""
 pytestmark = pytest.mark.slow
 

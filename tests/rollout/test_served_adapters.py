@@ -124,9 +124,10 @@ def test_packets_bring_everything_once_and_then_what_training_changes(tiny_folde
 # ------------------------------------------------------------------------------------------------------ real servers
 
 SERVED = [
-    *(("vllm", name, ALL) for name in ("chat", "qwen2_5_vl", "qwen3_vl", "qwen2_vl", "idefics3")),
+    *(("vllm", name, ALL) for name in ("chat", "qwen2_5_vl", "qwen3_vl", "qwen2_vl", "smolvlm", "idefics3")),
     *(("vllm", name, ("language",)) for name in ("chat-tied", "qwen2-nine-tied", "qwen3", "llama")),
     *(("sglang", name, ("language",)) for name in ("qwen2-nine-tied", "qwen3")),
+    *(("sglang", name, ALL) for name in ("chat", "chat-tied", "qwen2_5_vl", "qwen3_vl")),
 ]
 THROUGH_A_FILE = ("llama",)
 

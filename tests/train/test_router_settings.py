@@ -121,9 +121,8 @@ def test_settings_of_mixtures_are_refused_where_they_cannot_act(tiny_folder, mix
         Worker(model, OptimSettings(lr=1e-3), 64)
     with pytest.raises(ConfigError, match="router_replay needs a mixture of experts, but the model is none"):
         Worker(ModelSettings(path=str(tiny_folder)), OptimSettings(lr=1e-3), 64, router_replay=True)
-    settings = rl_settings(
-        tmp_path / "run", mixture, data, algorithm={"router_replay": True}, rollout={"engine": "vllm", "samples": 4}
-    )
+    told = {"engine": "vllm", "samples": 4, "engine_settings": {"record_experts": False}}
+    settings = rl_settings(tmp_path / "run", mixture, data, algorithm={"router_replay": True}, rollout=told)
     with pytest.raises(ConfigError, match="engine vllm does not tell which experts it chose; use native"):
         run_rl(settings)
     split = {"cluster": {"device": "cpu", "gpus_per_node": 2, "sequence_parallel": 2}}

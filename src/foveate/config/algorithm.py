@@ -140,7 +140,7 @@ class AlgorithmSettings(Named):
     router_replay: bool = Field(
         default=False,
         description="A mixture of experts computes the old log-probs and the updates with the experts that the sampler "
-        "chose (R3); needs the native engine.",
+        "chose (R3).",
     )
     turn_discount: float = Field(
         default=1.0,

@@ -10,6 +10,7 @@ Replay of the sampler's experts in training: Rollout Routing Replay (R3), arXiv 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,3 +153,11 @@ def follow_routers(model: nn.Module, asked: str = "") -> int:
         modules[layer].register_forward_pre_hook(hooks.before_layer, with_kwargs=True)
         router.register_forward_hook(hooks)
     return len(found)
+
+
+def router_layers(model: nn.Module, asked: str) -> list[int]:
+    """The numbers, among all layers of the language model, of those that have a router, in order. `asked` and errors as
+    of `follow_routers`."""
+    follow_routers(model, asked)
+    names = (name for name, module in model.named_modules() if type(module).__name__ in ROUTERS)
+    return [int(re.findall(r"\.layers\.(\d+)\.", name)[-1]) for name in names]

@@ -41,10 +41,10 @@ def choose_engine(
     function = make.__init__ if inspect.isclass(make) else make
     keywords = bind(function, rollout.engine_settings, f"engine {rollout.engine}").keywords
     known = inspect.signature(function).parameters
-    if given.get("record_experts") and "record_experts" not in known:
+    if given.get("record_experts") and ("record_experts" not in known or "record_experts" in rollout.engine_settings):
         raise ConfigError(
-            f"algorithm.router_replay: engine {rollout.engine} does not tell which experts it chose; use native, or "
-            "leave it out"
+            f"algorithm.router_replay: engine {rollout.engine} does not tell which experts it chose; use native, vllm "
+            "or sglang, without record_experts in rollout.engine_settings"
         )
     given = {"longest": max_prompt_tokens + rollout.max_tokens, **given}
     if keywords.get("shared") and (asynchronous or "device" in given):

@@ -75,11 +75,7 @@ class InternVL(Family):
             options=("--limit-mm-per-prompt", json.dumps({"video": 0, "image": 64})), lent=("video_token",)
         ),
         # SGLang would build the processor that this names, and knows the GitHub layout only
-        "sglang": ServedAs(
-            layout="chat",
-            hidden=("processor_class",),
-            no_adapters="SGLang's InternVL does not tell layers of the vision tower from those of the language model",
-        ),
+        "sglang": ServedAs(layout="chat", hidden=("processor_class",)),
     }
 
     @classmethod

@@ -51,10 +51,7 @@ _VLLM = ServedAs(
         "--no-mm-device-do-normalize",  # pixels come normalised
     )
 )
-_SGLANG = ServedAs(
-    prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")),
-    no_adapters="on SGLang they are proven for models without images alone",
-)
+_SGLANG = ServedAs(prefixes=(("model.language_model.", "model."), ("model.visual.", "visual.")))
 _SERVERS = {"vllm": _VLLM, "sglang": _SGLANG}
 
 

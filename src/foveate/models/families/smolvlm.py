@@ -57,6 +57,9 @@ class SmolVLM(Family):
         "language": ("model.text_model",),
         "head": ("lm_head",),
     }
+    servers: ClassVar[Mapping[str, ServedAs]] = {  # each tile is an image there
+        "vllm": ServedAs(options=("--limit-mm-per-prompt", json.dumps({"image": 16 * (_SIDE**2 + 1)})))
+    }
     image_text = f"{_EDGE}{_WHOLE}<image>{_EDGE}"
     reserved = (_EDGE, _WHOLE, *(f"<row_{i}_col_{j}>" for i in range(1, _SIDE + 1) for j in range(1, _SIDE + 1)))
     control_words = (*Family.control_words, "<end_of_utterance>")
@@ -187,13 +190,6 @@ class SmolVLM(Family):
             return max(1, math.ceil(int(columns * self.tile / ratio) / self.tile)), columns
         rows = math.ceil(high / self.tile)
         return rows, max(1, math.ceil(int(rows * self.tile * ratio) / self.tile))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Idefics3(SmolVLM):
-    servers: ClassVar[Mapping[str, ServedAs]] = {  # each tile is an image there
-        "vllm": ServedAs(options=("--limit-mm-per-prompt", json.dumps({"image": 16 * (_SIDE**2 + 1)})))
-    }
 
 
 def _is_edge(value: Any) -> bool:

@@ -43,10 +43,13 @@ class ServedText(TextOnly):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MixtureOnVLLM(TextOnly):
+class ServedMixture(TextOnly):
     """One whose feed-forward layers are mixtures of experts."""
 
-    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs(no_adapters=VLLM_EXPERTS)}
+    servers: ClassVar[Mapping[str, ServedAs]] = {
+        "vllm": ServedAs(no_adapters=VLLM_EXPERTS),
+        "sglang": ServedAs(no_adapters="on SGLang they are not proven beside experts"),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

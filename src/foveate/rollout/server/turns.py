@@ -14,6 +14,7 @@ from foveate.parallel.packing import answer_slots
 from foveate.records import Answer, Prompt, SamplingParams, Segment
 from foveate.rollout.engine import Observe, Request, behind, has_turn_ended
 from foveate.rollout.seeds import seed_of
+from foveate.rollout.server.experts import begun_with
 
 _LOOK = 0.1
 """Seconds after which an answer that waits for an observation notices that its stream has ended."""
@@ -86,6 +87,7 @@ class GroupTurns:
         more = self.ask(Request(extended(self.request.prompt, before), seed), rest)
         last = before.segments[-1]
         turn = tuple(last.token_ids.tolist()) if last.trained else ()
+        before = begun_with(self.request.prompt, before, more)
         return before.continued_by(more, self.decode(turn + more.token_ids))
 
     def _wait(self, future: Future[Segment | None]) -> Segment | bool | None:

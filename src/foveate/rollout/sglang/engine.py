@@ -12,12 +12,13 @@ import json
 import pickle
 import shutil
 import threading
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from foveate.rollout.server.adapters import (
     served_adapters,
 )
 from foveate.rollout.server.engine import ServedEngine
+from foveate.rollout.server.experts import told_layers, with_told_experts
 from foveate.rollout.server.launch import (
     BAN,
     DEFAULT_MEMORY_FRACTION,
@@ -51,7 +53,10 @@ _GROUP = "weights"
 _ON_CPU = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"),
     *("--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph"),
+    "--sleep-on-idle",  # or its scheduler keeps a core busy that the trainer needs
 )
+_CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCH_COMPILE_DISABLE": "1"}
+"""Compiling takes longer there than it saves."""
 
 
 class SGLangEngine(ServedEngine):
@@ -80,6 +85,7 @@ class SGLangEngine(ServedEngine):
         transfer: Literal["broadcast", "disk"] = "broadcast",
         bucket_mb: int = 64,
         adapters: AdapterTransfer = "auto",
+        record_experts: bool = False,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -101,13 +107,12 @@ class SGLangEngine(ServedEngine):
         model, plugin = write_launch_files(
             self.folder, policy, self._served, plugin_file, "sglang", "sglang.srt.plugins"
         )
-        self._banned = banned_ids(policy)
+        self._banned, self._routers = banned_ids(policy), told_layers(policy, record_experts)
         self.adapters = served_adapters(policy, "sglang", self._served, adapters)
         memory_fraction = memory_fraction or (DEFAULT_MEMORY_FRACTION if shared else 0.8)
-        self._counters: dict[Server, Path] = {}
-        self._cached, self._lock = Counter[Server](), threading.Lock()
+        self._counters, self._cached, self._lock = dict[Server, Path](), Counter[Server](), threading.Lock()
         on_cpu = (device or policy.device.type) == "cpu"
-        self.environment = {"HF_HUB_OFFLINE": "1", **({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})}
+        self.environment = {"HF_HUB_OFFLINE": "1", **(_CPU_ENVIRONMENT if on_cpu else {})}
         self.environment |= {**(environment or {}), "PYTHONPATH": python_path(plugin)}
         self.command = [
             *(str(shutil.which(program)), "-m", "sglang.launch_server", "--model-path", str(model)),
@@ -116,7 +121,7 @@ class SGLangEngine(ServedEngine):
             *("--tp-size", str(tensor_parallel), "--mem-fraction-static", str(memory_fraction)),
             *("--grammar-backend", "none", "--skip-server-warmup", "--log-level", "warning"),
             *(_ON_CPU if on_cpu else ("--enable-memory-saver",) if shared else ()),
-            *(() if self.adapters is None else _adapter_options(self.adapters, on_cpu, shared)),
+            *_model_options(self.adapters, record_experts, on_cpu, shared),
             *(("--context-length", str(longest)) if longest else ()),
             *(("--max-total-tokens", str(cache_tokens)) if cache_tokens else ()),
             *(arguments or ()),
@@ -151,7 +156,7 @@ class SGLangEngine(ServedEngine):
         self.abort(server)
         matrices = {name: tensor for name, tensor in weights if is_matrix(name)}
         own = [(self._served.weight_name(name), tensor) for name, tensor in weights if name not in matrices]
-        named = chat_weights(own) if self._served.layout == "chat" else own
+        named = [*single_experts(chat_weights(own) if self._served.layout == "chat" else own)]
         if not named:
             pass
         elif self._transfer == "disk":
@@ -231,7 +236,18 @@ class SGLangEngine(ServedEngine):
         answers = self._generate(server, request, sampling)
         if any(answer["meta_info"]["finish_reason"]["type"] not in self.finishes for answer in answers):
             raise ServerLostError("an answer was cut off")
-        return tuple(map(self._completion, answers))
+        found = tuple(map(self._completion, answers))
+        if not self._routers:
+            return found
+        told = (answer["meta_info"].get("routed_experts") for answer in answers)
+        return with_told_experts(request.prompt, found, [text and self._experts(text) for text in told])
+
+    def _experts(self, text: str) -> np.ndarray:
+        """The experts (tokens, layers with a router, experts per token), of which SGLang tells the numbers one behind
+        the other, of all layers."""
+        config: Any = self._policy.model.config.get_text_config()
+        rows = np.frombuffer(b64decode(text), np.int32)
+        return rows.reshape(-1, config.num_hidden_layers, config.num_experts_per_tok)[:, self._routers]
 
     def _completion(self, answer: dict[str, Any]) -> Answer:
         token_ids, about = tuple(answer["output_ids"]), answer["meta_info"]
@@ -264,6 +280,8 @@ class SGLangEngine(ServedEngine):
             "return_logprob": True,
             self.SALT: version,
         }
+        if self._routers:
+            body["return_routed_experts"] = True
         if self.adapters is not None:
             body["lora_path"] = adapter_name(self.version)
         if request.prompt.pixels is not None:
@@ -286,10 +304,16 @@ class SGLangEngine(ServedEngine):
         return items
 
 
-def _adapter_options(adapters: SeparateAdapters, on_cpu: bool, shared: bool) -> tuple[str, ...]:
-    """One adapter at a time, in the layers that have one. A server that sleeps keeps its weights in host memory, since
-    they are not published again."""
+def _model_options(
+    adapters: SeparateAdapters | None, record_experts: bool, on_cpu: bool, shared: bool
+) -> tuple[str, ...]:
+    """Whether experts are told; and one adapter at a time, in the layers that have one. With adapters, a server that
+    sleeps keeps its weights in host memory, since they are not published again."""
+    experts = ("--enable-return-routed-experts",) if record_experts else ()
+    if adapters is None:
+        return experts
     return (
+        *experts,
         *("--enable-lora", "--max-loras-per-batch", "1", "--max-lora-rank", str(adapters.rank)),
         *("--lora-target-modules", *adapters.targets, "--lora-strict-loading"),
         *(("--lora-backend", "torch_native") if on_cpu else ("--enable-weights-cpu-backup",) if shared else ()),
@@ -308,6 +332,20 @@ def chat_weights(weights: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
         parts.setdefault(target, {})[part] = tensor.detach()
     joined = (found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)]) for found in parts.values())
     return list(zip(parts, joined, strict=True))
+
+
+def single_experts(weights: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights, the experts of a layer one by one, as checkpoints hold them: transformers has them in one tensor, a name
+    that SGLang drops without a word."""
+    for name, tensor in weights:
+        base, _, last = name.rpartition(".")
+        if not base.endswith(".experts") or last not in ("gate_up_proj", "down_proj"):
+            yield name, tensor
+            continue
+        parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+        for number, expert in enumerate(tensor.detach()):
+            for part, own in zip(parts, expert.chunk(len(parts)), strict=True):
+                yield f"{base}.{number}.{part}.weight", own
 
 
 def _text(tensor: Tensor) -> tuple[str, list[int], str]:

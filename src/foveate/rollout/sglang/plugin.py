@@ -22,7 +22,10 @@ import torch
 from sglang.srt.configs.internvl import InternVLChatConfig
 from sglang.srt.layers.logprob_processor import OutputLogprobProcessor
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
+from sglang.srt.mem_cache.pool_host import common
 from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+from sglang.srt.models.internvl import InternVLChatModel
+from sglang.srt.models.qwen3_moe import Qwen3MoeForCausalLM
 from sglang.srt.multimodal.processors.base_processor import BaseMultimodalProcessor
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -35,6 +38,8 @@ def register() -> None:
     _tie_embeddings()
     _check_buckets()
     _report_trainers_logprobs()
+    _keep_experts_without_cuda()
+    _adapt_the_language_model()
 
 
 def _take_images() -> None:
@@ -76,15 +81,21 @@ def _tensor(dtype: str, shape: list[int], data: str) -> torch.Tensor:
 
 
 def _tie_embeddings() -> None:
-    """The head of an InternVL is the embedding where config.json says so: SGLang takes none to be."""
-    plain = InternVLChatConfig.__init__
+    """The head of an InternVL or a mixture is the embedding where config.json says so: SGLang takes none to be."""
+    plain, plain_mixture = InternVLChatConfig.__init__, Qwen3MoeForCausalLM.__init__
 
     def init(self: Any, *args: Any, llm_config: Any = None, **kwargs: Any) -> None:
         plain(self, *args, llm_config=llm_config, **kwargs)
         is_tied = bool(llm_config) and llm_config["tie_word_embeddings"]
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings = is_tied
 
+    def init_mixture(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        plain_mixture(self, config, *args, **kwargs)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
     InternVLChatConfig.__init__ = init
+    Qwen3MoeForCausalLM.__init__ = init_mixture
 
 
 def _check_buckets() -> None:
@@ -148,3 +159,16 @@ def _counter() -> Callable[[int], None]:
         shared[0][:8] = (int.from_bytes(shared[0][:8], "little") + tokens).to_bytes(8, "little")
 
     return add
+
+
+def _keep_experts_without_cuda() -> None:
+    """The memory in which SGLang keeps the experts of tokens is made known to CUDA, also where there is none."""
+    if not torch.accelerator.is_available():
+        common._cuda_host_register = lambda *_: None
+
+
+def _adapt_the_language_model() -> None:
+    """SGLang's InternVL says neither that adapters are of its language model nor which configuration that has."""
+    InternVLChatModel.should_apply_lora = lambda _, name: name.startswith("language_model.")
+    plain = InternVLChatConfig.get_text_config  # for a configuration that is being made
+    InternVLChatConfig.get_text_config = lambda self, *_, **__: vars(self).get("llm_config") or plain(self)

@@ -8,15 +8,17 @@ weight-transfer API; foveate adds a small plug-in (`plugin.py`), and nothing of 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 import shutil
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from msgspec import msgpack
 from torch import Tensor
@@ -35,6 +37,7 @@ from foveate.rollout.server.adapters import (
     served_adapters,
 )
 from foveate.rollout.server.engine import ServedEngine
+from foveate.rollout.server.experts import told_layers, with_told_experts
 from foveate.rollout.server.launch import (
     BAN,
     DEFAULT_MEMORY_FRACTION,
@@ -58,6 +61,8 @@ _ON_CPU = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # scheduler and worker in one process: half the time to start
     "TORCH_COMPILE_DISABLE": "1",
 }
+_TELL_EXPERTS = ("--enable-return-routed-experts", "--no-async-scheduling")
+"""It was not tried with steps that begin before the tokens of the one before are counted."""
 _GENERATE = "/inference/v1/generate"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes that vLLM has for adapters."""
@@ -93,6 +98,7 @@ class VLLMEngine(ServedEngine):
         transfer: Literal["broadcast", "ipc", "disk"] = "broadcast",
         bucket_mb: int = 64,
         adapters: AdapterTransfer = "auto",
+        record_experts: bool = False,
         start_s: float = 600.0,
         stall_s: float = 120.0,
         logs: str | None = None,
@@ -101,15 +107,15 @@ class VLLMEngine(ServedEngine):
     ) -> None:
         """`program` is the `vllm` command of its environment; `longest` the tokens of prompt and answer together (None:
         as the model's configuration says); `device` where the server computes (None: where the policy is);
-        `memory_fraction` the part of a GPU's memory that it may fill, `memory_mb` the key-value cache of one worker
-        (None: vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each server, such as
+        `memory_fraction` the part of a GPU's memory to fill, `memory_mb` the key-value cache of one worker (None:
+        vLLM's choice on GPUs; on CPUs 1 GB, or four of the longest); `devices` the GPUs of each server, such as
         ["4,5", "6,7"] (None: all see what the trainer sees, and weights travel through host memory); `shared` whether
         the server computes on the trainer's GPU and gives its memory back while the trainer learns, `memory_fraction`
-        0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a file in the
-        folder for temporary ones, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc`
-        but for the largest tensor (a server takes as much, and the largest tensor); `adapters` are `merged` into the
-        weights, or travel as they are where vLLM applies them (auto); `arguments` are added to the command line of
-        `vllm serve`, `environment` to its variables; `logs` is the folder of its output (None: a temporary one)."""
+        0.4 then; `transfer` how weights travel: by a broadcast, within a shared GPU by `ipc`, or through a temporary
+        file, where that fails; `bucket_mb` bounds the memory that publishing takes here, by `ipc` but for the largest
+        tensor (a server takes as much, and that one); `adapters` are `merged` into the weights, or travel as they are
+        where vLLM applies them (auto); with `record_experts` answers tell the experts of their tokens; `arguments` and
+        `environment` are added to its command line and variables; `logs` is its folder of output (None: temporary)."""
         self._served = served_as(policy.family, "vllm")
         _require(program)
         super().__init__(
@@ -118,7 +124,7 @@ class VLLMEngine(ServedEngine):
         )  # fmt: skip
         plugin_file, group = Path(__file__).with_name("plugin.py"), "vllm.general_plugins"
         model, plugin = write_launch_files(self.folder, policy, self._served, plugin_file, "vllm", group)
-        self._banned = banned_ids(policy)
+        self._banned, self._routers = banned_ids(policy), told_layers(policy, record_experts)
         self.adapters = served_adapters(policy, "vllm", self._served, adapters, _RANKS[-1])
         on_cpu = (device or policy.device.type) == "cpu"
         self.environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
@@ -128,7 +134,7 @@ class VLLMEngine(ServedEngine):
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),
             *("--tensor-parallel-size", str(tensor_parallel)),
             *("--weight-transfer-config", json.dumps({"backend": "foveate"}), "--enable-scale-out"),
-            *(self._served.options + _adapter_options(self.adapters)),
+            *(self._served.options + _adapter_options(self.adapters) + (_TELL_EXPERTS if record_experts else ())),
             *(_cpu_options(policy, longest, memory_mb) if on_cpu else _gpu_options(memory_fraction, shared, memory_mb)),
             *(("--max-model-len", str(longest)) if longest else ()),
             *(arguments or ()),
@@ -211,7 +217,12 @@ class VLLMEngine(ServedEngine):
         choices = sorted(server.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
         if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
             raise ServerLostError("an answer was cut off")
-        return tuple(map(self._completion, choices))
+        answers = tuple(map(self._completion, choices))
+        if not self._routers:
+            return answers
+        told = (None if one["routed_experts"] is None else _array(one["routed_experts"]) for one in choices)
+        experts = [rows if rows is None else rows[:, self._routers] for rows in told]
+        return with_told_experts(request.prompt, answers, experts)
 
     def _completion(self, choice: dict[str, Any]) -> Answer:
         token_ids = tuple(choice["token_ids"])
@@ -253,6 +264,11 @@ class VLLMEngine(ServedEngine):
         hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
         data = [b64encode(item).decode() for item in items]
         return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+
+def _array(text: str) -> np.ndarray:
+    """An array as vLLM writes it: base64 of the .npy format."""
+    return np.load(io.BytesIO(b64decode(text)), allow_pickle=False)
 
 
 def _counted(server: Server, counters: str) -> float:

@@ -18,13 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -50,6 +53,7 @@ def register() -> None:
     # vLLM warns of each layer without new weights: beside adapters most have none, else `Receiver` raises
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _report_trainers_logprobs()
+    _tell_experts()
 
 
 @dataclass
@@ -299,3 +303,54 @@ def _report_trainers_logprobs() -> None:
             del self.compute_logprobs
 
     Sampler.forward = forward  # type: ignore[method-assign]
+
+
+def _tell_experts() -> None:
+    """With `--enable-return-routed-experts` answers say which experts their tokens were computed with. vLLM joins its
+    recorder to its second model runner alone, which has another sampler, and kernels for it that CPUs lack: here the
+    first one is joined to it."""
+    if current_platform.is_cpu():
+        import vllm.v1.worker.cpu.shm  # noqa: F401  (as vLLM's worker does, before the runner)
+    from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    accept, prepare = VllmConfig._verify_aux_output_compatibility, GPUModelRunner.initialize_kv_cache
+    execute, sample = GPUModelRunner.execute_model, GPUModelRunner.sample_tokens
+    recorders: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def accepted(self: Any) -> None:
+        second = VllmConfig.use_v2_model_runner
+        VllmConfig.use_v2_model_runner = True
+        try:
+            accept(self)
+        finally:
+            VllmConfig.use_v2_model_runner = second
+
+    def prepared(self: Any, kv_cache_config: Any, is_profiling: bool = False, **more: Any) -> None:
+        prepare(self, kv_cache_config, is_profiling, **more)
+        if self.vllm_config.aux_output_config.enabled and not is_profiling:
+            recorders[self] = get_aux_output_connector(self.model, self.vllm_config, kv_cache_config)
+
+    def executed(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self in recorders:
+            recorders[self].begin_step(scheduler_output.aux_output_connector_metadata)
+        return execute(self, scheduler_output, *args, **kwargs)
+
+    def sampled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in recorders or self.execute_model_state is None:
+            return sample(self, *args, **kwargs)
+        batch, scheduled = self.input_batch, self.execute_model_state.scheduler_output.num_scheduled_tokens
+        ends = np.cumsum([0, *(scheduled[name] for name in batch.req_ids)])
+        places = batch.num_computed_tokens_cpu[: len(batch.req_ids)].copy()
+        about = SimpleNamespace(req_ids=batch.req_ids, query_start_loc_np=ends, num_computed_tokens_np=places)
+        pending = recorders[self].prepare_output(about)
+        output = sample(self, *args, **kwargs)
+        if pending is not None:  # of the worker that answers
+            tokens = np.array([len(ids) for ids in output.sampled_token_ids])
+            pending.enqueue_cpu_copy(tokens, np.zeros_like(tokens))
+            output.aux_output_connector_output = pending.process_output()
+        return output
+
+    VllmConfig._verify_aux_output_compatibility = accepted  # type: ignore[method-assign]
+    GPUModelRunner.initialize_kv_cache = prepared  # type: ignore[method-assign]
+    GPUModelRunner.execute_model, GPUModelRunner.sample_tokens = executed, sampled  # type: ignore[method-assign]
