@@ -56,7 +56,9 @@ def prepare_zoom_command(
     traces: TraceRows = 0,
     oracle: Annotated[int, typer.Option(min=0, help="Rows of test with the right look in their prompts.")] = 0,
     side: DrawnSide = 448,
-    cells: Annotated[int, typer.Option(min=2, max=8, help="Cells of a picture along each side; four have plates.")] = 4,
+    cells: Annotated[
+        int, typer.Option(min=2, max=8, help="Cells of a picture along each side: four have plates, or one.")
+    ] = 4,
     tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
     read: Annotated[
         float, typer.Option(min=0, max=1, callback=finite, help="Share of traces with a large mark, read at once.")
