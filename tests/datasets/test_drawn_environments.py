@@ -168,6 +168,15 @@ def test_a_trace_of_gui_replays_to_the_reward():
         assert json.loads(row["reward_model"]["ground_truth"]) == environment._screen.values()
 
 
+def test_careless_traces_press_ok_at_once():
+    rows = [*gui_rows(2, "traces", 24, side=112, kinds=("slider",), careless=0.5)]
+    calls = [row["extra_info"]["calls"] for row in rows]
+    assert {*calls} == {1, 2}
+    pressed = [parse_calls(row["extra_info"]["response"])[0].arguments for row in rows]
+    assert {(one["x"], one["y"]) for one in pressed} == {(740, 917)}
+    assert [len(row["images"]) for row in rows] == calls
+
+
 def test_the_same_arguments_give_the_same_files(tmp_path):
     rows = {"train": 3, "test": 2, "traces": 4}
     more = {"oracle": 2}

@@ -99,6 +99,9 @@ def prepare_gui_command(
     traces: TraceRows = 0,
     side: DrawnSide = 448,
     kinds: Annotated[str, typer.Option(help="Kinds of task, with commas.")] = "toggle,slider,field,list",
+    careless: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of traces that press OK at once.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the screens.")] = 0,
 ) -> None:
     """Drawn screens with a task each, for the environment gui."""
@@ -110,7 +113,7 @@ def prepare_gui_command(
     rows = asked_rows(train=train, test=test, traces=traces)
     with progress("drawing screens", sum(rows.values())) as advance:
         chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
-        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
+        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, careless=careless, advance=advance)
     print_rows(out, rows)
 
 
