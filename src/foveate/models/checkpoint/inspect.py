@@ -20,7 +20,7 @@ from foveate.models.checkpoint.small_files import TEMPLATE_BYTES, WEIGHTS, bound
 from foveate.models.families import family_class
 from foveate.records import Message
 
-SHIPPED = ("demo", "demo-tools")
+SHIPPED_MODELS = ("demo", "demo-tools")
 """The cold starts that are shipped with foveate, by the names under which settings take them."""
 
 
@@ -36,9 +36,9 @@ class ModelFolder:
 
 
 def resolve_folder(path: str) -> Path:
-    """The folder of a checkpoint: one of `SHIPPED`; a name of the Hugging Face Hub (`owner/name`,
+    """The folder of a checkpoint: one of `SHIPPED_MODELS`; a name of the Hugging Face Hub (`owner/name`,
     `owner/name@revision`) that is no folder here is downloaded, unless it has been already."""
-    if path in SHIPPED:
+    if path in SHIPPED_MODELS:
         return Path(str(files("foveate") / "assets" / path))
     return model_folder(path) if is_hub_name(path) else Path(path)
 
