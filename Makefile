@@ -9,7 +9,7 @@ SLOW ?=
 # Spinning threads starve their neighbours; one thread per test worker is fastest.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow journeys lint docs bench bench-quick coldstart clean
+.PHONY: demo test test-slow journeys lint docs bench bench-quick coldstart coldstart-tools clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,6 +67,19 @@ coldstart: $(VENV)/ready
 	$(BIN)/foveate sft shapes_coldstart_relations run=runs/coldstart-relations-2 model.path=runs/coldstart-shortcut/final \
 		'data.train=[runs/coldstart-relations-data-2/train.parquet]' train.steps=2000
 	$(BIN)/foveate sft shapes_coldstart_shortcut run=runs/coldstart-shortcut-2 model.path=runs/coldstart-relations-2/final
+
+# The cold start of `foveate demo --tools`.
+coldstart-tools: $(VENV)/ready
+	$(BIN)/foveate prepare tiny runs/zoom-coldstart-tiny --from demo --calls --max-tiles 1
+	$(BIN)/foveate prepare zoom runs/zoom-coldstart-data --marks pattern --cells 3 --tile 112 --train 0 --test 0 \
+		--traces 6000 --read 0.5 --search 0.12 --direct 0.38 --loose 0.5
+	$(BIN)/foveate sft zoom_coldstart
+	$(BIN)/foveate prepare zoom runs/zoom-coldstart-loose-data --marks pattern --cells 3 --tile 112 --train 0 --test 0 \
+		--traces 3600 --read 0.5 --search 0.1 --direct 0.4 --loose 2 --seed 1
+	$(BIN)/foveate sft zoom_coldstart run=runs/zoom-coldstart-loose model.path=runs/zoom-coldstart/final \
+		'data.train=[runs/zoom-coldstart-loose-data/traces.parquet]' optim.lr=5e-4 optim.warmup_steps=10 \
+		train.steps=300 train.save_every=100
+	$(BIN)/foveate export runs/zoom-coldstart-loose/checkpoints/step_000100 runs/demo-tools-start
 
 clean:
 	rm -rf $(VENV) .ruff_cache

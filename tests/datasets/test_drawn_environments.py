@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -99,32 +100,35 @@ def test_a_large_plate_is_readable_in_one_tile():
         assert load_image(encoded(draw_plates(scene))).size == (448, 448)
 
 
-def test_a_small_pattern_is_gray_in_one_tile_and_has_contrast_where_it_is_enlarged():
-    rng = np.random.default_rng(3)
-    for large in (False, False, False, False, True):
-        scene = make_patterns(rng, 448, large)
-        assert len({*scene.patterns}) == len(scene.patterns) == (1 if large else 3)
-        picture = scene.draw()
-        inside = _middle(scene.box)
-        view = np.asarray(picture.resize((112, 112), Image.Resampling.BICUBIC).crop([v // 4 for v in inside]), float)
-        part = np.asarray(picture.crop(inside), float)
-        assert part.std((0, 1)).max() > 40
-        assert (view.std((0, 1)).max() > 20) == scene.large
+def test_small_patterns_look_alike_in_one_tile_and_have_contrast_where_they_are_enlarged():
+    scene = make_patterns(np.random.default_rng(3), 448, 3)
+    pictures = [replace(scene, pattern=pattern).draw() for pattern in PATTERNS]
+    x, y, r = scene.x // 4, scene.y // 4, scene.r // 2
+    tiles = [picture.resize((112, 112), Image.Resampling.BICUBIC) for picture in pictures]
+    views = np.stack([np.asarray(tile.crop((x - 2, y - 2, x + 2, y + 2)), float) for tile in tiles])
+    assert views.std((0, 1, 2)).max() < 2
+    for picture in pictures:
+        part = picture.crop((scene.x - r, scene.y - r, scene.x + r, scene.y + r))
+        assert np.asarray(part, float).std((0, 1)).max() > 40
 
 
-def _middle(box):
-    """The middle third of a box in thousandths, in pixels of a picture of 448."""
-    left, top, right, bottom = (value * 448 / 1000 for value in box)
-    x, y, r = (left + right) / 2, (top + bottom) / 2 + (bottom - top) / 12, (right - left) / 6
-    return [round(value) for value in (x - r, y - r, x + r, y + r)]
+def test_a_large_pattern_is_a_part_that_holds_the_square():
+    rng = np.random.default_rng(4)
+    for _ in range(12):
+        scene = make_patterns(rng, 448, 3, 1.0)
+        left, top, right, bottom = scene.box
+        assert scene.draw().size == (112, 112)
+        assert right - left >= 480
+        assert bottom - top >= 480
+        assert not make_patterns(rng, 448, 3).large
 
 
-def test_tasks_of_patterns_ask_for_one_shape_and_some_have_a_large_one():
+def test_tasks_of_patterns_ask_for_one_square_and_some_have_a_large_one():
     kinds = []
     for row in zoom_rows(2, "test", 24, LookScenes("pattern", large=0.3)):
         kinds.append(row["extra_info"]["kind"])
         assert row["reward_model"]["ground_truth"] in PATTERNS
-        assert row["prompt"][0]["content"].startswith("<image>\nWhich pattern is on the ")
+        assert row["prompt"][0]["content"] == "<image>\nWhich pattern is on the square?"
     assert {*kinds} == {"read", "search"}
     assert kinds.count("read") < 16
 
@@ -143,11 +147,9 @@ def test_loose_boxes_hold_the_shape_and_are_wider():
     assert sum(outer[2] - outer[0] for _, outer in looks) > 1.2 * sum(inner[2] - inner[0] for inner, _ in looks)
 
 
-def test_shares_that_are_more_than_all_and_cells_of_patterns_are_refused(tmp_path):
+def test_shares_that_are_more_than_all_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--read 0.4, --search 0.5 and --direct 0.2 are more than 1 together"):
         prepare_zoom(tmp_path, {"traces": 1}, search=0.5, direct=0.2)
-    with pytest.raises(ConfigError, match=r"--cells 5 is for plates"):
-        prepare_zoom(tmp_path, {"traces": 1}, marks="pattern", cells=5)
 
 
 def test_a_trace_of_gui_replays_to_the_reward():
@@ -164,6 +166,15 @@ def test_a_trace_of_gui_replays_to_the_reward():
         pictures = [image.data for step in steps[:-1] for message in step.messages for image in message.images]
         assert [image["bytes"] for image in row["images"][1:]] == pictures
         assert json.loads(row["reward_model"]["ground_truth"]) == environment._screen.values()
+
+
+def test_careless_traces_press_ok_at_once():
+    rows = [*gui_rows(2, "traces", 24, side=112, kinds=("slider",), careless=0.5)]
+    calls = [row["extra_info"]["calls"] for row in rows]
+    assert {*calls} == {1, 2}
+    pressed = [parse_calls(row["extra_info"]["response"])[0].arguments for row in rows]
+    assert {(one["x"], one["y"]) for one in pressed} == {(740, 917)}
+    assert [len(row["images"]) for row in rows] == calls
 
 
 def test_the_same_arguments_give_the_same_files(tmp_path):

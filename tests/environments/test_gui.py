@@ -43,11 +43,11 @@ def test_pressing_a_button_too_early_ends_a_task_without_a_reward(kind):
 
 
 def test_a_change_of_another_widget_costs_the_reward():
-    task = screen_task(2, "toggle")
+    task = screen_task(4, "toggle")
     other = next(i for i, widget in enumerate(task.screen.widgets) if i != task.target and widget.kind == "slider")
     row = sum(widget.rows for widget in task.screen.widgets[:other])
     value = task.screen.widgets[other].value
-    environment = played(2, "toggle")
+    environment = played(4, "toggle")
     calls = [("click", {"x": 420 if value else 800, "y": 1000 * (row + 0.5) / ROWS}), *solution(task)]
     for call in calls:
         step = environment.step(hermes_call(*call))

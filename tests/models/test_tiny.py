@@ -70,7 +70,9 @@ def test_words_for_calls_leave_the_others_what_they_were(tmp_path):
     call = hermes_call("zoom", {"image": 1, "box": [100, 200, 345, 999]})
     ids = after.tokenizer.encode(call)
     assert len(ids) == 2 + 3 + 12 < len(before.tokenizer.encode(call)) / 3
-    assert {*after.tokenizer.convert_tokens_to_ids([*CALL_WORDS[2:]])} <= {*ids}
+    click = after.tokenizer.encode(hermes_call("click", {"x": 740, "y": 917}))
+    assert len(click) == 3 + 6
+    assert {*after.tokenizer.convert_tokens_to_ids([*CALL_WORDS[2:]])} <= {*ids, *click}
     other = hermes_call("mark", {"box": [1, 2]})
     assert after.tokenizer.decode(after.tokenizer.encode(other), skip_special_tokens=True) == other
     assert after.tokenizer.decode(ids, skip_special_tokens=True) == call

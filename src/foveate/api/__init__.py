@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False) -> Run:
-    """Train the shipped model to ground by GSPO, in minutes on a CPU; `cascade`: with preference optimisation first.
-    The scenes are drawn in a folder beside `run`."""
+def demo(run: str | Path, *overrides: str, seed: int = 0, cascade: bool = False, tools: bool = False) -> Run:
+    """Train a shipped model by GSPO, in minutes on a CPU: to ground, `cascade` with preference optimisation first, or
+    with `tools` to look closer before it answers. The scenes are drawn in a folder beside `run`. Raises ConfigError for
+    both."""
     from foveate.tools.demo import run_demo
 
-    return finished(run_demo(Path(run), seed, overrides, cascade))
+    return finished(run_demo(Path(run), seed, overrides, cascade=cascade, tools=tools))
 
 
 def prepare_upload(name: str) -> None:

@@ -56,7 +56,9 @@ def prepare_zoom_command(
     traces: TraceRows = 0,
     oracle: Annotated[int, typer.Option(min=0, help="Rows of test with the right look in their prompts.")] = 0,
     side: DrawnSide = 448,
-    cells: Annotated[int, typer.Option(min=2, max=8, help="Cells of a picture along each side; four have plates.")] = 4,
+    cells: Annotated[
+        int, typer.Option(min=2, max=8, help="Cells of a picture along each side: four have plates, or one.")
+    ] = 4,
     tile: Annotated[int, typer.Option(min=28, max=2_048, help="The setting tile of zoom in the traces.")] = 448,
     read: Annotated[
         float, typer.Option(min=0, max=1, callback=finite, help="Share of traces with a large mark, read at once.")
@@ -97,6 +99,9 @@ def prepare_gui_command(
     traces: TraceRows = 0,
     side: DrawnSide = 448,
     kinds: Annotated[str, typer.Option(help="Kinds of task, with commas.")] = "toggle,slider,field,list",
+    careless: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of traces that press OK at once.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the screens.")] = 0,
 ) -> None:
     """Drawn screens with a task each, for the environment gui."""
@@ -108,7 +113,7 @@ def prepare_gui_command(
     rows = asked_rows(train=train, test=test, traces=traces)
     with progress("drawing screens", sum(rows.values())) as advance:
         chosen: list[WidgetKind] = [kind for kind in WIDGET_KINDS if kind in asked]
-        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, advance=advance)
+        prepare_gui(out, rows, seed=seed, side=side, kinds=chosen, careless=careless, advance=advance)
     print_rows(out, rows)
 
 

@@ -25,13 +25,16 @@ from foveate.log import print_result
 
 def demo_command(
     seed: Annotated[int, typer.Option(help="Seed of the training run; the scenes stay the same.")] = 0,
-    run: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/demo or runs/cascade.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run; by default runs/demo, cascade or demo-tools.")
+    ] = None,
     cascade: Annotated[bool, typer.Option("--cascade", help="Preference optimisation on pairs before GSPO.")] = False,
+    tools: Annotated[bool, typer.Option("--tools", help="Learn to zoom in on what is too small to see.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a small InternVL to ground by GSPO on this machine, in minutes, and write a report with pictures."""
-    folder = run or Path("runs/cascade" if cascade else "runs/demo")
-    _print_run(api.demo(folder, *(overrides or ()), seed=seed, cascade=cascade))
+    folder = run or Path("runs/cascade" if cascade else "runs/demo-tools" if tools else "runs/demo")
+    _print_run(api.demo(folder, *(overrides or ()), seed=seed, cascade=cascade, tools=tools))
 
 
 def sft_command(

@@ -38,7 +38,7 @@ class ModelSettings(Settings):
     path: str = Field(
         min_length=1,
         description='Folder of a model, or its name on the Hugging Face Hub, owner/name or owner/name@revision; "demo" '
-        "is the small one shipped with foveate.",
+        "is a small one shipped with foveate.",
     )
     attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
         default="auto",

@@ -39,15 +39,24 @@ def _signature(task: ScreenTask) -> int:
 
 
 def gui_rows(
-    seed: int, split: str, count: int, *, side: int = 448, kinds: Sequence[WidgetKind] = WIDGET_KINDS
+    seed: int,
+    split: str,
+    count: int,
+    *,
+    side: int = 448,
+    kinds: Sequence[WidgetKind] = WIDGET_KINDS,
+    careless: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Rows in the field's parquet schema. Those of `traces` are whole conversations: the shortest calls that fulfil the
-    task, with the screen after each. The ground truth is the state that is asked for, as JSON."""
-    environment = Gui(side=side)
+    task, with the screen after each; a share `careless` of them presses OK at once. The ground truth is the state that
+    is asked for, as JSON."""
+    environment, rng = Gui(side=side), np.random.default_rng([seed, DRAWN_SPLITS.index(split), 1])
     for index, (scene, kind) in enumerate(gui_scenes(seed, split, count, kinds)):
         task = screen_task(scene, kind)
         calls = [hermes_call(name, arguments) for name, arguments in solution(task)]
         answers = calls if split == "traces" else calls[:1]
+        if split == "traces" and rng.random() < careless:
+            answers = calls[-1:]
         picture = encoded(draw_screen(task.screen, side))
         row = drawn_task(f"<image>\n{task.sentence}", picture, {"scene": scene, "kind": kind})
         content = recorded_trace(environment, row, 0, answers)
@@ -63,7 +72,7 @@ def gui_rows(
                 "id": f"{split}-{scene}-{kind}",
                 "scene": scene,
                 "kind": kind,
-                "calls": len(calls),
+                "calls": len(answers) if split == "traces" else len(calls),
                 "response": content["response"] if split == "traces" else None,
             },
         }
@@ -76,11 +85,14 @@ def prepare_gui(
     seed: int = 0,
     side: int = 448,
     kinds: Sequence[WidgetKind] = WIDGET_KINDS,
+    careless: float = 0.0,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write the files of the asked splits (`train`, `test`, `traces`) with so many rows each, and a manifest. `side`
-    must be that of the environment. `advance` is told of each row."""
-    made = {split: gui_rows(seed, split, count, side=side, kinds=kinds) for split, count in rows.items()}
+    must be that of the environment; `careless`: as in `gui_rows`. `advance` is told of each row."""
+    made = {
+        split: gui_rows(seed, split, count, side=side, kinds=kinds, careless=careless) for split, count in rows.items()
+    }
     extra_info = {
         "split": pa.string(),
         "index": pa.int64(),
@@ -90,4 +102,10 @@ def prepare_gui(
         "calls": pa.int64(),
         "response": pa.string(),
     }
-    write_splits(folder, made, extra_info, {"seed": seed, "side": side, "kinds": [*kinds], "rows": rows}, advance)
+    write_splits(
+        folder,
+        made,
+        extra_info,
+        {"seed": seed, "side": side, "kinds": [*kinds], "careless": careless, "rows": rows},
+        advance,
+    )

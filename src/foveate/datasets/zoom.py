@@ -1,7 +1,7 @@
 """Scenes whose question hangs on a mark that is too small for one tile: a task for a tool that looks closer.
 
-A scene has coloured plates with a digit each, and the question asks for the digit on one of them; or shapes with a
-pattern each (`foveate.datasets.patterns`), and it asks for that. Its rows for supervised
+A scene has coloured plates with a digit each, and the question asks for the digit on one of them; or one square with a
+pattern (`foveate.datasets.patterns`), and it asks for that. Its rows for supervised
 training teach to write calls of `zoom` and to read what it shows, without an error in any of them. Four kinds are
 mixed: `read` shows one large plate and is answered at once; `place` names the box to look at; `search` asks as the task
 does and looks at the right plate; `direct` is an ordinary question with its answer, as data without tools have them.
@@ -35,7 +35,7 @@ from foveate.errors import ConfigError
 ASKED = "<image>\nWhich digit is on the {} plate?"
 ASKED_AT = "<image>\nWhich {} is at {}?"
 MarkKind = Literal["digit", "pattern"]
-"""Digits on plates, or patterns on shapes."""
+"""Digits on plates, or a pattern on a square."""
 GRID, PLATES = 4, 4
 """Cells of a scene along each side, unless said otherwise, and how many of them have a plate."""
 READ, SEARCH = 0.4, 0.2
@@ -186,22 +186,18 @@ def look_scenes(seed: int, split: str, count: int, make: Callable[[np.random.Gen
 
 @dataclass(frozen=True, slots=True)
 class LookScenes:
-    """How scenes are drawn: what is on them, pictures of `side` pixels, plates in one of `cells` x `cells` cells, and
-    the share of tasks with one large mark, which need no look. Raises ConfigError for cells of patterns."""
+    """How scenes are drawn: what is on them, pictures of `side` pixels, marks in some of `cells` x `cells` cells, and
+    the share of tasks with one large mark, which need no look."""
 
     marks: MarkKind = "digit"
     side: int = 448
     cells: int = GRID
     large: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.marks == "pattern" and self.cells != GRID:
-            raise ConfigError(f"--cells {self.cells} is for plates with digits; leave it out for --marks pattern")
-
     def one(self, rng: np.random.Generator, large: bool) -> LookScene:
         """A random scene; `large`: with one mark, which is read at once."""
         if self.marks == "pattern":
-            return make_patterns(rng, self.side, large)
+            return make_patterns(rng, self.side, self.cells, 1.0 if large else -1.0)
         return make_plates(rng, self.side, 1 if large else PLATES, self.cells)
 
     def small(self, seed: int, split: str, count: int) -> Iterator[LookScene]:

@@ -214,9 +214,9 @@ _DRAWN: dict[WidgetKind, Callable[[Image.Image, Widget, float, float, bool], Non
 def make_screen_task(rng: np.random.Generator, kind: WidgetKind) -> ScreenTask:
     """A random screen with a task for a widget of one kind, which is not fulfilled yet."""
     kinds: list[WidgetKind] = [kind]
-    while sum(VISIBLE if one == "list" else 1 for one in kinds) < ROWS - 1 and len(kinds) < 4:
-        more = WIDGET_KINDS[int(rng.integers(len(WIDGET_KINDS)))]
-        if "list" not in (more, *kinds) or (more != "list" and len(kinds) < 3):
+    for place in rng.permutation(len(WIDGET_KINDS)):
+        more = WIDGET_KINDS[int(place)]
+        if more not in kinds and sum(VISIBLE if one == "list" else 1 for one in (more, *kinds)) < ROWS:
             kinds.append(more)
     order = [int(place) for place in rng.permutation(len(kinds))]
     labels = [str(label) for label in rng.choice(LABELS, len(kinds), replace=False)]

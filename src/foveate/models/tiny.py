@@ -36,9 +36,10 @@ SPECIALS = (
 )  # fmt: skip
 CALL_WORDS = (
     "<tool_call>", "</tool_call>", '<tool_call>\n{"name": "zoom", "arguments": {"image": 1, "box": [', ", ",
-    "]}}\n</tool_call>",
+    "]}}\n</tool_call>", '<tool_call>\n{"name": "click", "arguments": {"x": ', ', "y": ', "}}\n</tool_call>",
 )  # fmt: skip
-"""Tokens for calls of tools, the whole beginning and end of a look among them: a call is short enough for a laptop."""
+"""Tokens for calls of tools, the whole beginning and end of a look and a click among them: a call is short enough for a
+laptop."""
 PREPROCESSOR = "preprocessor_config.json"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -89,7 +90,7 @@ def tiny_tokenizer(vocabulary: int, *, calls: bool = False) -> PreTrainedTokeniz
     if calls:
         call = hermes_call("zoom", {"image": 1, "box": []})
         inside = call.removeprefix(CALL_WORDS[0]).removesuffix(CALL_WORDS[1])
-        corpus += ["Which pattern is on the red square? " + " ".join(PATTERNS)] * 20
+        corpus += ["Which pattern is on the square?", *PATTERNS] * 40
         corpus += [inside, "tool\nImage 2", ASKED.format("red"), ASKED_AT.format("digit", [125, 250])] * 20
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - len(SPECIALS),
@@ -202,15 +203,17 @@ def retile(model_path: str, folder: Path, tile: int, max_tiles: int) -> Path:
 
 def add_call_words(folder: Path) -> None:
     """Give the tiny InternVL in a folder of transformers a tokenizer with tokens for calls of tools. The embedding of a
-    new token, and its row of the head, is the mean of those of the tokens that spelled it before."""
+    new token, and its row of the head, is the mean of those of the tokens that spelled it before; calls
+    begin, go on and end like a box in an answer."""
     with quiet_transformers():
         old, model = AutoTokenizer.from_pretrained(folder), InternVLForConditionalGeneration.from_pretrained(folder)
         own: Any = model.config.text_config
         tokenizer = tiny_tokenizer(TinySize().vocabulary, calls=True)
-        known = old.get_vocab()
+        known, like = old.get_vocab(), dict(zip(CALL_WORDS[2:], ("[[", ",", "]]") * 2, strict=True))
+        words = ((like.get(word, word), number) for word, number in tokenizer.get_vocab().items())
         spelled = [
             [known[word]] if word in known else old.encode(tokenizer.decode([number]), add_special_tokens=False)
-            for word, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+            for word, number in sorted(words, key=lambda pair: pair[1])
         ]
         weights = model.state_dict()
         for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):

@@ -17,7 +17,7 @@ from foveate.config.runs import MPOSettings, RLSettings, SFTSettings, VicoSettin
 from foveate.config.train import OptimSettings
 from foveate.encoding.family import Family
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.checkpoint.inspect import SHIPPED_MODELS, inspect_model_folder
 from foveate.models.policy import DTYPES
 from foveate.models.quantize import Quantization
 from foveate.models.sizes import OTHER_MODELS, PUBLISHED_SIZES, published_config
@@ -140,7 +140,7 @@ def _applies_adapters(settings: RLSettings, family: Family) -> bool:
 
 def _config_of(path: str) -> Any:
     """The configuration in a model folder, or the published one where the name says the size (InternVL3_5-8B-MPO)."""
-    if path == "demo" or Path(path).is_dir():
+    if path in SHIPPED_MODELS or Path(path).is_dir():
         return inspect_model_folder(path).config
     name = Path(path).name
     if known := next((known for known in OTHER_MODELS if name.startswith(known)), None):

@@ -20,6 +20,9 @@ from foveate.models.checkpoint.small_files import TEMPLATE_BYTES, WEIGHTS, bound
 from foveate.models.families import family_class
 from foveate.records import Message
 
+SHIPPED_MODELS = ("demo", "demo-tools")
+"""The cold starts that are shipped with foveate, by the names under which settings take them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
@@ -33,10 +36,10 @@ class ModelFolder:
 
 
 def resolve_folder(path: str) -> Path:
-    """The folder of a checkpoint: `demo` is the cold start that is shipped with foveate; a name of the Hugging Face Hub
-    (`owner/name`, `owner/name@revision`) that is no folder here is downloaded, unless it has been already."""
-    if path == "demo":
-        return Path(str(files("foveate") / "assets" / "demo"))
+    """The folder of a checkpoint: one of `SHIPPED_MODELS`; a name of the Hugging Face Hub (`owner/name`,
+    `owner/name@revision`) that is no folder here is downloaded, unless it has been already."""
+    if path in SHIPPED_MODELS:
+        return Path(str(files("foveate") / "assets" / path))
     return model_folder(path) if is_hub_name(path) else Path(path)
 
 
