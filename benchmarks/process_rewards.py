@@ -2,11 +2,13 @@
 
     python benchmarks/process_rewards.py --seed 0    # everything goes to runs/process-0
 
-A question is a chain of three to five sums and products, worked out from left to right on a clock of seven hours:
-`5+3*4+6=?`. An answer writes a line for each and then the result in a box. A tiny text model learns to answer from
-worked examples, and stops early. Its answers to other questions are labelled step by step by its own continuations, a
-copy of it learns to judge steps from these labels, and chooses among eight answers to each of 1,000 new questions. What
-it reaches is in docs/log.md.
+A question is a chain of three to five sums and differences, worked out from left to right on a clock of ten hours:
+`5+3-4+6=?`. An answer writes a line for each and then the result in a box. A tiny text model learns to answer from
+worked examples that share a slip: half of the steps that go round the clock count one hour too many. So wrong answers
+to a question agree with one another, and a majority finds them as often as the right one. The model's answers to other
+questions are labelled step by step by its own continuations, a copy of it learns to judge steps from these labels, and
+chooses among eight answers to each of 1,000 new questions. No label knows of the slip. What it reaches is in
+docs/log.md.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ import foveate as fv
 from foveate.evaluate.evaluate_models import EvalRequest
 from foveate.evaluate.steps import StepOptions, prepare_steps
 
-WORDS = ("### Question:", "### Solution Process:", r"\boxed{", "}", "user", "assistant", "\n", *"0123456789+-*=?")
-COUNTS = {"worked": 4000, "tried": 100, "asked": 2000, "test": 1000}
-"""Questions: with worked answers, to try the model on, to label its answers to, and to choose on."""
+WORDS = ("### Question:", "### Solution Process:", r"\boxed{", "}", "user", "assistant", "\n", *"0123456789+-=?")
+COUNTS = {"worked": 16000, "asked": 1500, "test": 1000}
+"""Questions: with worked answers, to label the model's answers to, and to choose on."""
+HOURS = 10
+SLIP = 0.5
+"""Share of the demonstrated steps round the clock that count one hour too many."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
-ROUND = 20
-"""Steps of the answering model between two looks at how often it is right."""
 
 
 def tiny_model(folder: Path, seed: int) -> str:
@@ -61,16 +62,18 @@ def tiny_model(folder: Path, seed: int) -> str:
 
 
 def worked(draw: random.Random) -> dict[str, Any]:
-    """A question with its result, and the answer that works it out."""
-    value = draw.randint(0, 6)
+    """A question with its result, and an answer that works it out, with slips."""
+    true = value = draw.randint(0, HOURS - 1)
     question, steps = str(value), []
     for _ in range(draw.randint(3, 5)):
-        sign, other = draw.choice("+*"), draw.randint(2, 6)
-        before, value = value, (value * other if sign == "*" else value + other) % 7
+        sign, other = draw.choice("+-"), draw.randint(2, 6)
+        before, change = value, other if sign == "+" else -other
+        slips = not 0 <= before + change < HOURS and draw.random() < SLIP
+        true, value = (true + change) % HOURS, (before + change + slips) % HOURS
         steps.append(f"{before}{sign}{other}={value}")
         question += f"{sign}{other}"
     answer = "\n".join([*steps, rf"\boxed{{{value}}}"])
-    return {"question": f"{question}=?", "answer": str(value), "response": answer}
+    return {"question": f"{question}=?", "answer": str(true), "response": answer}
 
 
 def rows(seed: int, *counts: int) -> list[list[dict[str, Any]]]:
@@ -102,27 +105,12 @@ def figures(model: str, rows: Path, out: Path, **options: Any) -> dict[str, Any]
     return found
 
 
-def answering_model(folder: Path, files: dict[str, Path], seed: int, share: float) -> str:
-    """A model that answers this share of questions: trained from random weights in short rounds, up to there."""
-    model, right = tiny_model(folder / "random", seed), 0.0
-    for number in range(40):
-        model = train(
-            model, files["worked"], folder / f"answers-{number}", seed + 100 * number, steps=ROUND, lr=2e-3,
-            schedule="constant",
-        )  # fmt: skip
-        right = figures(model, files["tried"], folder / f"tried-{number}")["accuracy"]["value"]
-        print(f"after {ROUND * (number + 1)} steps: {right:.0%} of the questions, greedily", flush=True)
-        if right >= share:
-            break
-    return model
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where everything goes (runs/process-SEED)")
-    parser.add_argument("--share", type=float, default=0.55, help="of questions, that the answering model is to know")
-    parser.add_argument("--judge-steps", type=int, default=1500, help="of the one that judges")
+    parser.add_argument("--steps", type=int, default=500, help="of the model that answers")
+    parser.add_argument("--judge-steps", type=int, default=600, help="of the one that judges")
     given = parser.parse_args()
     folder, seed = given.folder or Path(f"runs/process-{given.seed}"), given.seed
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +119,15 @@ def main() -> None:
         files[name] = folder / f"{name}.jsonl"
         files[name].write_text("".join(json.dumps(row) + "\n" for row in made))
 
-    model = answering_model(folder, files, seed, given.share)
-    figures(model, files["asked"], folder / "asked", samples=4, seed=seed)
+    model = train(
+        tiny_model(folder / "random", seed), files["worked"], folder / "answers", seed, steps=given.steps, lr=2e-3,
+        schedule="cosine",
+    )  # fmt: skip
+    right = figures(model, files["asked"], folder / "asked", samples=4, seed=seed)["accuracy"]["value"]
+    print(f"{right:.1%} of the answers are right", flush=True)
     labelled = prepare_steps(
         [files["asked"]], folder / "steps", model=model, rollouts=[folder / "asked/predictions.jsonl"],
-        reward="exact", options=StepOptions(continuations=8, max_tokens=48, seed=seed, above=0.25),
+        reward="exact", options=StepOptions(continuations=8, max_tokens=48, seed=seed),
     )  # fmt: skip
     print("\n".join(labelled.summary()), flush=True)
     judge = train(

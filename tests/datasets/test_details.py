@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image
 
 from foveate.datasets.details import detail_rows, detail_scenes, prepare_details
+from foveate.datasets.shapes import SHAPES
 from foveate.files import sha256
 
 
-def test_a_picture_has_its_objects_in_the_first_quarter_and_their_colours_are_the_answer():
+def test_a_picture_has_its_objects_in_the_first_quarter_and_their_shapes_are_the_answer():
     rows = list(detail_rows(0, "train", 20, fine=0.4))
     assert [row["data_source"] for row in rows].count("fine") == 8
     for row in rows:
@@ -21,7 +22,8 @@ def test_a_picture_has_its_objects_in_the_first_quarter_and_their_colours_are_th
         assert [drawn[y : y + 56, x : x + 56].any() for y in (0, 56) for x in (0, 56)] == [True, False, False, False]
         answer = row["reward_model"]["ground_truth"]
         assert row["extra_info"]["response"] == answer
-        assert len({*answer.split()}) == {"plain": 1, "fine": 4}[row["data_source"]]
+        assert len(answer.split()) == {"plain": 1, "fine": 4}[row["data_source"]]
+        assert {*answer.split()} <= {*SHAPES}
 
 
 def test_fine_pictures_have_four_colours_and_splits_share_no_picture(tmp_path):

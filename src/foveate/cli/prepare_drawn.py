@@ -138,6 +138,30 @@ def prepare_details_command(
     print_rows(out, rows)
 
 
+@prepare.command("moving")
+def prepare_moving_command(
+    out: NewFolder,
+    train: Annotated[int, typer.Option(min=0, help="Training rows.")] = 4000,
+    test: Annotated[int, typer.Option(min=0, help="Held-out rows; they share no video.")] = 512,
+    side: Annotated[int, typer.Option(min=48, max=2_048, help="Side of the square frames, in pixels; even.")] = 56,
+    shortcut: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, callback=finite, help="Share of right demonstrations; the rest begin with the video."
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the videos.")] = 0,
+) -> None:
+    """Videos of eight seconds in which a shape comes, moves and goes: when is it there?"""
+    from foveate.datasets.moving import prepare_moving
+    from foveate.log import progress
+
+    rows = asked_rows(train=train, test=test)
+    with progress("drawing videos", sum(rows.values())) as advance:
+        prepare_moving(out, rows, seed=seed, side=side, shortcut=shortcut, advance=advance)
+    print_rows(out, rows)
+
+
 def _known_kinds(kinds: str, known: Sequence[str]) -> tuple[str, ...]:
     """The kinds that --kinds names. Raises ConfigError for an unknown kind."""
     chosen = tuple(kinds.split(","))

@@ -1,8 +1,8 @@
-"""Pictures that are plain or fine: which colours there are, of one big object or of four small ones.
+"""Pictures that are plain or fine: which shapes there are, one big object or four small ones.
 
 A picture has four quarters, each of them a tile of a model whose tiles are half as wide. The first one holds objects,
-and the others nothing. `plain` pictures have one big object there, `fine` ones four small objects of different colours
-in two rows, whose colours are named in reading order. A model that has a fourth of the tokens for every tile must put
+and the others nothing. `plain` pictures have one big object there, `fine` ones four small objects in two rows,
+whose shapes are named in reading order. A model that has a fourth of the tokens for every tile must put
 what a fine quarter shows into so many fewer: what these lose is what a router of tiles can save (`foveate.train.vir`).
 """
 
@@ -23,7 +23,7 @@ from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, l
 from foveate.datasets.traces import write_splits
 from foveate.environments.observe import encoded
 
-ASKED_COLOURS = "<image>\nWhich colours?"
+ASKED_SHAPES = "<image>\nWhich shapes are there?"
 DETAIL_SPLITS = ("train", "test")
 GRAIN = 3
 """Most by which a pixel differs from what is drawn, of 255."""
@@ -43,9 +43,9 @@ class DetailScene:
         return "plain" if len(self.shapes) == 1 else "fine"
 
     @property
-    def colours(self) -> str:
+    def kinds(self) -> str:
         """The words of the right answer."""
-        return " ".join(shape.colour for shape in self.shapes)
+        return " ".join(shape.kind for shape in self.shapes)
 
     @property
     def number(self) -> int:
@@ -62,7 +62,10 @@ def detail_scene(rng: np.random.Generator, *, fine: bool, side: int = 112) -> De
     shapes = []
     for kind, hue, (column, row) in zip(kinds, hues, places, strict=True):
         r = int(rng.integers(round(0.3 * width), round(0.4 * width) + 1))
-        x, y = (int(one) for one in rng.integers(r + 1, width - r - 1, size=2))
+        free = max(
+            width // 20, 1
+        )  # about the middle of a cell: models this small learn shapes at places that they know
+        x, y = (width // 2 + int(one) for one in rng.integers(-free, free + 1, size=2))
         shapes.append(Shape(kind, hue, column + x, row + y, r))
     return DetailScene(side, light_background(rng), tuple(shapes))
 
@@ -79,20 +82,20 @@ def detail_scenes(seed: int, split: str, count: int, *, fine: float, side: int =
 
 
 def detail_rows(seed: int, split: str, count: int, *, fine: float = 0.4, side: int = 112) -> Iterator[dict[str, Any]]:
-    """Rows in the field's parquet schema, the ground truth and the demonstrated answer the colours."""
+    """Rows in the field's parquet schema, the ground truth and the demonstrated answer the shapes."""
     for index, scene in enumerate(detail_scenes(seed, split, count, fine=fine, side=side)):
         yield {
             "data_source": scene.source,
-            "prompt": [{"role": "user", "content": ASKED_COLOURS}],
+            "prompt": [{"role": "user", "content": ASKED_SHAPES}],
             "images": [{"bytes": encoded(_drawn(scene)).data, "path": None}],
             "ability": "details",
-            "reward_model": {"style": "rule", "ground_truth": scene.colours},
+            "reward_model": {"style": "rule", "ground_truth": scene.kinds},
             "extra_info": {
                 "split": split,
                 "index": index,
                 "id": f"{split}-{scene.number:016x}",
                 "kind": scene.source,
-                "response": scene.colours,
+                "response": scene.kinds,
             },
         }
 

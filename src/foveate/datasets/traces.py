@@ -45,16 +45,22 @@ def write_splits(
     extra_info: Mapping[str, pa.DataType],
     manifest: Mapping[str, Any],
     advance: Callable[[int], None],
+    *,
+    truth: pa.DataType | None = None,
+    videos: bool = False,
 ) -> None:
     """Write `SPLIT.parquet` for each split, and `manifest.json` with what they were made from and their hashes. Files
-    appear whole or not at all, and the same rows give the same bytes. `advance` is told of each row."""
+    appear whole or not at all, and the same rows give the same bytes. `advance` is told of each row. `truth`: the type
+    of the ground truth, by default a string; `videos`: whether rows have a column of videos beside that of images."""
 
     def counted(split: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for row in split:
             yield row
             advance(1)
 
-    schema = row_schema(pa.string(), extra_info)
+    schema = row_schema(truth or pa.string(), extra_info)
+    if videos:
+        schema = schema.append(schema.field("images").with_name("videos"))
     hashes = {}
     for name, split in rows.items():
         path = folder / f"{name}.parquet"
