@@ -62,6 +62,7 @@ class Workload:
     quantization: Quantization | None = None
     served: bool = False
     applies_adapters: bool = False
+    offloads_activations: bool = False
     teachers: tuple[Any, ...] = ()
     teacher_dtype: torch.dtype = torch.float32
 
@@ -102,7 +103,8 @@ def workload_of(
     common: dict[str, Any] = {
         "config": config, "trainable": model.trainable, "lora": model.lora, "quantization": model.quantization,
         "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
-        "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
+        "checkpointing": model.gradient_checkpointing,
+        "offloads_activations": model.offload_activations, "budget": train.tokens_per_micro_batch, "steps": train.steps,
         "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
     if not isinstance(settings, RLSettings):

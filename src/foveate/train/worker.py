@@ -27,6 +27,7 @@ from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
 from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
+from foveate.models.offload import kept_activations
 from foveate.models.policy import DTYPES, Policy, load_policy, save_policy
 from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
@@ -76,7 +77,7 @@ class Worker:
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
-        self._compiles, self._lora = model.compile, model.lora
+        self._compiles, self._lora, self._kept = model.compile, model.lora, kept_activations(model, self.device)
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         self._read = partial(load, attention=model.attention, dtype=model.dtype)
         again = partial(self._read, model.path, quantization=model.quantization)
@@ -295,7 +296,8 @@ class Worker:
                 asked = replace(batch, routed_experts=None)  # these are of the model itself
                 terms = (*terms, self.teachers.divergence(teacher, asked, temperature))
             routing = Routing(batch.routed_experts, balances=True) if self._balance else None
-            found = self._logprobs(batch, temperature, terms, routing=routing)
+            with self._kept():
+                found = self._logprobs(batch, temperature, terms, routing=routing)
             if members:
                 yield batch, members, found, routing
             else:
