@@ -122,7 +122,7 @@ def workload_of(
     algorithm = build_algorithm(settings.algorithm, longest)
     needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
     if teacher is not None:
-        common["teachers"] = tuple(map(_config_of, teacher.paths))
+        common["teachers"] = tuple(map(_config_of, teacher.folders))
         common["teacher_dtype"] = DTYPES[teacher.dtype or model.dtype]
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,

@@ -102,8 +102,7 @@ class Worker:
         self.teachers = None
         if teacher is not None:
             read = partial(self._read, dtype=teacher.dtype or model.dtype)
-            head: Any = self.policy.part("head")
-            self.teachers = Teachers(teacher, read, self._ready, len(head.weight))
+            self.teachers = Teachers(teacher, read, self._ready, self.policy)
         self.optimizer = build_optimizer(self.policy.model, optim)
         self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
@@ -153,6 +152,9 @@ class Worker:
         found: dict[int, Tensor] = {}
         for name in self.teachers.names:
             own = [i for i, (_, teacher) in enumerate(asked) if teacher == name]
+            if name in self.teachers.servers:
+                found |= zip(own, self.teachers.servers[name].logprobs([asked[i][0] for i in own]), strict=True)
+                continue
             for batch, members in self._batches([asked[i][0] for i in own]):
                 logp_M = self.teachers.logprobs(name, batch, self.temperature).cpu()
                 sizes = [asked[own[i]][0].trained_tokens for i in members]
