@@ -193,8 +193,7 @@ def memory_of(work: Workload) -> Memory:
     one_answer += state_bytes_of(work.config)
     parallel = cluster.engine_tensor_parallel
     offloaded = (weights + 2 * gradients + moments if rest else 0) + _pixels(work) / cluster.ranks
-    if work.offloads_activations:
-        offloaded += activation_memory(replace(work, offloads_activations=False)).activations - step.activations
+    offloaded += moved_activations(work)
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
@@ -221,6 +220,15 @@ def activation_memory(work: Workload) -> StepMemory:
     on_gpu = work.cluster.device != "cpu"
     model = ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
     return _extrapolated(*model, work.checkpointing, on_gpu, work.offloads_activations)  # pyright: ignore[reportArgumentType]
+
+
+def moved_activations(work: Workload) -> float:
+    """Bytes of a row's activations that rest in host memory between its forward and its backward pass."""
+    if not work.offloads_activations:
+        return 0.0
+    return (
+        activation_memory(replace(work, offloads_activations=False)).activations - activation_memory(work).activations
+    )
 
 
 @lru_cache(maxsize=256)
