@@ -173,6 +173,17 @@ def test_memory_grows_with_the_row_and_shrinks_with_checkpointing(config):
     assert total(1024, True) < 0.7 * total(1024, False)
 
 
+def test_offloading_leaves_the_inputs_of_all_blocks_but_the_one_in_work_to_the_host(config):
+    """float32 (T, D) for each block of the language model, and of the tower with its class token and its own width."""
+    row, depth = RowShape(512, 512, 2), config.text_config.num_hidden_layers
+    kept, moved = (
+        step_memory(config, row, dtype=torch.float32, train=ALL, checkpointing=True, offloads=offloads)
+        for offloads in (False, True)
+    )
+    inputs = 4 * 1024 * config.text_config.hidden_size * depth
+    assert kept.activations - moved.activations == pytest.approx(inputs, rel=0.5)
+
+
 def test_published_sizes_have_the_papers_parameters():
     billions = {size: sizes_of(published_config(size), ALL).total / 1e9 for size in PUBLISHED_SIZES}
     paper = {"1B": 1.1, "2B": 2.3, "4B": 4.7, "8B": 8.5, "14B": 15.1, "38B": 38.4, "20B-A4B": 21.2, "30B-A3B": 30.8}

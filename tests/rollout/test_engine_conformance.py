@@ -26,11 +26,13 @@ from foveate.encoding.encode import Encoder
 from foveate.errors import EngineError
 from foveate.models.policy import load_policy
 from foveate.models.tiny import TinySize, build_tiny
-from foveate.records import SamplingParams, Segment
+from foveate.records import PackedGroup, SamplingParams, Segment
 from foveate.rollout.check import check_engine, logprob_differences
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
+from foveate.rollout.server.engine import ServedEngine
 from foveate.rollout.server.weights import plan_buckets
+from foveate.train.remote_teacher import RemoteTeacher
 
 SIZE = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, ffn=96)
 """Heads of 32, the smallest that vLLM computes on CPUs."""
@@ -137,6 +139,19 @@ def start(name, policy, encoder, **settings):
     settings |= {"version": 3, "program": program, "longest": 2048, "memory_fraction": 0.5, "cache_tokens": 65536}
     settings |= {"shared": True}
     return SGLangEngine(policy, encoder.decode, **settings)
+
+
+def test_a_server_says_how_probable_it_finds_answers_as_a_teacher(case):
+    if not isinstance(case.engine, ServedEngine) or case.engine._kind != "vllm":
+        pytest.skip("teachers are asked at servers of vLLM")
+    groups = case.engine.generate(case.requests(), replace(SAMPLING, temperature=1.0))
+    packed = [PackedGroup(prompt, answers) for prompt, answers in zip(case.prompts, groups, strict=True)]
+    url, dtype = f"http://127.0.0.1:{case.engine.servers[0].port}", next(case.policy.model.parameters()).dtype
+    found = torch.cat(RemoteTeacher(url, case.policy.family, dtype).logprobs(packed))
+    sampled = np.concatenate([answer.logprobs for answers in groups for answer in answers])
+    difference = (found - torch.from_numpy(sampled)).abs().max().item()
+    assert difference < 5e-5, difference
+    RemoteTeacher(url, case.policy.family, dtype).check(case.policy.tokenizer)
 
 
 def test_groups_are_complete_and_in_order(case):

@@ -9,11 +9,13 @@ from family_cases import QUICK, TEXT_MODELS, VISION_MODELS, build_family
 from pretend_gpu import OnGpu, pretend_gpu
 from safetensors.torch import load_file
 from slow_cases import slow_but
+from torch.autograd.graph import saved_tensors_hooks
 from toy import make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
 from foveate.log import read_metrics
+from foveate.models import offload
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
 from foveate.parallel.packing import pack
@@ -93,6 +95,37 @@ def test_adapters_learn_on_a_gpu_and_go_on_from_a_checkpoint(tmp_path, tiny_fold
     run = run_rl(rl_settings(tmp_path / "gpu", tiny_folder, data, **changes))
     alone = run_rl(rl_settings(tmp_path / "cpu", tiny_folder, data, **{**changes, "cluster": {"device": "cpu"}}))
     require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_inputs_of_blocks_wait_in_host_memory_for_the_backward_pass(tmp_path, tiny_folder, data, monkeypatch):
+    moved = []
+
+    def spy(tensor):
+        kept = offload._to_host(tensor)
+        moved.append(tensor.shape if callable(kept) else None)
+        return kept
+
+    monkeypatch.setattr(offload.HostActivations, "__init__", lambda self: saved_tensors_hooks.__init__(self, spy, back))
+    back = offload._from_host
+    model = {"path": str(tiny_folder), "gradient_checkpointing": True}
+    changes = {"eval": {"every": 0}, "train": {"steps": 1}}
+    own = {"model": {**model, "offload_activations": True}, "cluster": {"device": "cuda"}}
+    run = run_rl(rl_settings(tmp_path / "gpu", tiny_folder, data, **changes, **own))
+    alone = run_rl(rl_settings(tmp_path / "cpu", tiny_folder, data, **changes, model=model, cluster={"device": "cpu"}))
+    require_same(run, alone, ("reward/mean", "loss/policy", "optim/grad_norm"))
+    text = load_policy(str(tiny_folder)).model.config.text_config
+    inputs = [shape for shape in moved if shape is not None and len(shape) == 3 and shape[-1] == text.hidden_size]
+    assert len(inputs) >= text.num_hidden_layers
+
+
+@pytest.mark.parametrize("cluster", [{"device": "cpu"}, {}])
+def test_inputs_of_blocks_of_a_cpu_have_nowhere_to_go(tmp_path, tiny_folder, data, cluster):
+    model = {"path": str(tiny_folder), "gradient_checkpointing": True, "offload_activations": True}
+    with pytest.raises(ValueError, match=r"offload_activations.* is true, but"):
+        run_rl(rl_settings(tmp_path / "run", tiny_folder, data, model=model, cluster=cluster))
+    with pytest.raises(ValueError, match=r"offload_activations.* set model.gradient_checkpointing=true"):
+        rl_settings(tmp_path / "run", tiny_folder, data, model={**model, "gradient_checkpointing": False})
 
 
 @pytest.mark.parametrize("save_async", slow_but([True], [False, True]))

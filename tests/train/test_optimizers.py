@@ -153,6 +153,13 @@ def test_an_optimizer_that_is_not_installed_is_named_with_the_command_that_insta
         check_optimizer(settings_of("adamw8bit"), ONE)
 
 
+@WITH_BNB
+def test_pages_of_moments_are_refused_on_a_cpu():
+    optim = OptimSettings(name="adamw8bit", lr=1e-3, settings={"paged": True})
+    with pytest.raises(ConfigError, match=r"optim.settings.paged is true, but pages are those of a GPU"):
+        build_optimizer(torch.nn.Linear(2, 2), optim)
+
+
 def test_an_optimizer_that_cannot_be_sharded_is_refused_on_several_ranks(monkeypatch):
     spec = OptimizerSpec(torch.optim.SGD, lambda *_: {}, sharded=False)
     monkeypatch.setattr("foveate.train.optim._bound", lambda *_: None)

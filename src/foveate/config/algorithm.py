@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from foveate.config.base import Named, Settings, refuse_any
+from foveate.config.base import Named, Settings, is_http_address, refuse_any
 
 
 class RewardKLSettings(Settings):
@@ -49,7 +49,8 @@ class CriticSettings(Settings):
 class TeacherSettings(Settings):
     path: str = Field(
         min_length=1,
-        description="The frozen teacher: a model folder, a name on the Hugging Face Hub, or a checkpoint of a run.",
+        description="The frozen teacher: a model folder, a name on the Hugging Face Hub, a checkpoint of a run, or the "
+        "address of a vLLM server.",
     )
     sources: dict[str, str] = Field(
         default={}, description="Other teachers for the rows of some data_source: {geo3k: models/geometry}."
@@ -74,7 +75,7 @@ class TeacherSettings(Settings):
     )
     coefficient: float = Field(default=1.0, gt=0, description="Weight of that term beside those of the rewards.")
     dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="Type of the teacher's weights; null: model.dtype."
+        default=None, description="Type of the teacher's weights, also at a server; null: model.dtype."
     )
 
     @model_validator(mode="after")
@@ -93,6 +94,12 @@ class TeacherSettings(Settings):
                 "that, or term=loss",
             ),
             (
+                bool(self.servers) and self.term == "loss",
+                f"{path}.term",
+                f"is loss, but {next(iter(self.servers), '')} is a server, which tells log-probs of sampled tokens "
+                "alone; use term=advantage, or a teacher in a folder",
+            ),
+            (
                 self.term == "advantage" and self.top_k is not None,
                 f"{path}.top_k",
                 f"is {self.top_k}, but term=advantage compares sampled tokens alone; leave it out, or use term=loss",
@@ -104,6 +111,16 @@ class TeacherSettings(Settings):
     def paths(self) -> tuple[str, ...]:
         """All teachers, each once."""
         return tuple(dict.fromkeys((self.path, *self.sources.values())))
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The teachers that are addresses."""
+        return tuple(path for path in self.paths if is_http_address(path))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The teachers that are not."""
+        return tuple(path for path in self.paths if not is_http_address(path))
 
     def of(self, source: str) -> str:
         """The teacher of the rows of a data_source."""

@@ -85,6 +85,11 @@ class ModelSettings(Settings):
         default=False,
         description="Recompute activations in the backward pass: less memory, about a third more time.",
     )
+    offload_activations: bool = Field(
+        default=False,
+        description="What gradient_checkpointing keeps, the input of each block, rests in host memory until the "
+        "backward pass; GPUs only.",
+    )
 
 
 def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
@@ -93,6 +98,16 @@ def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
     path, start = "model.quantization", f"is {model.quantization}, "
     quantized, balance = model.quantization is not None, model.router_aux_loss_coef
     refuse_any(
+        (
+            model.offload_activations and not model.gradient_checkpointing,
+            "model.offload_activations",
+            "is true, but moves the inputs of blocks that are computed again: set model.gradient_checkpointing=true",
+        ),
+        (
+            model.offload_activations and cluster.device == "cpu",
+            "model.offload_activations",
+            "is true, but the trainer computes on a CPU, whose activations are in host memory: leave it out",
+        ),
         (
             quantized and model.lora is None and bool(frozen),
             path,

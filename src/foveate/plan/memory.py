@@ -193,6 +193,7 @@ def memory_of(work: Workload) -> Memory:
     one_answer += state_bytes_of(work.config)
     parallel = cluster.engine_tensor_parallel
     offloaded = (weights + 2 * gradients + moments if rest else 0) + _pixels(work) / cluster.ranks
+    offloaded += moved_activations(work)
     return Memory(
         weights=0 if rest else weights,
         gradients=0 if rest else gradients,
@@ -218,7 +219,16 @@ def activation_memory(work: Workload) -> StepMemory:
     """The real step, traced in small depths and extrapolated: every further block adds the same."""
     on_gpu = work.cluster.device != "cpu"
     model = ByText(work.config), work.row, work.compute_dtype, work.trainable, work.lora
-    return _extrapolated(*model, work.checkpointing, on_gpu)  # pyright: ignore[reportArgumentType]
+    return _extrapolated(*model, work.checkpointing, on_gpu, work.offloads_activations)  # pyright: ignore[reportArgumentType]
+
+
+def moved_activations(work: Workload) -> float:
+    """Bytes of a row's activations that rest in host memory between its forward and its backward pass."""
+    if not work.offloads_activations:
+        return 0.0
+    return (
+        activation_memory(replace(work, offloads_activations=False)).activations - activation_memory(work).activations
+    )
 
 
 @lru_cache(maxsize=256)
@@ -230,10 +240,12 @@ def _extrapolated(
     lora: LoraSettings | None,
     checkpointing: bool,
     on_gpu: bool,
+    offloads: bool,
 ) -> StepMemory:
     family, text = family_of(held.config), held.config.get_text_config()
     vision = held.config.vision_config.to_dict()[family.vision_depth] if family.sees_images else 1
-    how = {"dtype": dtype, "train": train, "checkpointing": checkpointing, "on_gpu": on_gpu, "lora": lora}
+    how: dict[str, Any] = {"dtype": dtype, "train": train, "lora": lora}
+    how |= {"checkpointing": checkpointing, "on_gpu": on_gpu, "offloads": offloads}
     counts = [text.num_hidden_layers - recurrent_layers(text), recurrent_layers(text)]
     kinds = [kind for kind, count in enumerate(counts) if count]
     uneven = family.uneven_blocks(held.config)

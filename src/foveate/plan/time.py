@@ -16,6 +16,7 @@ from foveate.plan.memory import (
     ByText,
     Memory,
     key_value_bytes,
+    moved_activations,
     optimizer_bytes,
     sizes_of,
     state_bytes_of,
@@ -93,13 +94,14 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
         work.groups * (work.prompt * pieces + group) / (row * ranks / work.cluster.sequence_parallel),
     )
     gather = _gather(work, machines)
+    moved = batches * 2 * moved_activations(work) / (machines.gpu.host * BANDWIDTH_SHARE)
     taught = [language_flops(one, work.prompt, work.answer, work.answers) for one in work.teachers]
     taught += [vision_flops(one, work.tiles) for one in work.teachers]
     teachers = sum(taught) / max(1, len(work.teachers)) * work.epochs / rate  # each row has one of them
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
         forward=work.forwards * max((language + vision) / rate, batches * gather) + teachers,
-        update=work.epochs * max(trained / rate, batches * 3 * gather) + _optimizer(work, machines),
+        update=work.epochs * (max(trained / rate, batches * 3 * gather) + moved) + _optimizer(work, machines),
         publish=_publish(work, machines),
         overlaps=work.overlaps,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -26,6 +27,7 @@ from foveate.models.families import family_class
 from foveate.models.forward import token_logprobs
 from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
 from foveate.models.lora import train_parts
+from foveate.models.offload import HostActivations
 from foveate.models.policy import Policy
 from foveate.parallel.packing import pack
 from foveate.records import Batch, ImageSlot, PackedGroup, Prompt
@@ -128,9 +130,10 @@ def step_memory(
     kernel: str = "auto",
     on_gpu: bool = False,
     lora: LoraSettings | None = None,
+    offloads: bool = False,
 ) -> StepMemory:
     """Memory of one micro-batch of the real step (`token_logprobs` and its backward) in a model of `config`. `on_gpu`:
-    log-probs are computed in the larger chunks of GPUs.
+    log-probs are computed in the larger chunks of GPUs. `offloads`: without what rests in host memory.
 
     The gradient of each weight is dropped as soon as it is whole: the plan counts gradients by themselves.
     """
@@ -147,7 +150,8 @@ def step_memory(
     batch = _meta_batch(row, piece)
     marked = {len(batch.token_ids_T): len(batch.slot_index)}
     with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()], marked) as step:
-        logp_M, entropy_M = token_logprobs(policy, batch)
+        with HostActivations() if offloads else nullcontext():
+            logp_M, entropy_M = token_logprobs(policy, batch)
         loss = (logp_M - entropy_M).sum()
         loss.backward()
     head: Any = policy.part("head").weight

@@ -62,6 +62,7 @@ class Workload:
     quantization: Quantization | None = None
     served: bool = False
     applies_adapters: bool = False
+    offloads_activations: bool = False
     teachers: tuple[Any, ...] = ()
     teacher_dtype: torch.dtype = torch.float32
 
@@ -102,7 +103,8 @@ def workload_of(
     common: dict[str, Any] = {
         "config": config, "trainable": model.trainable, "lora": model.lora, "quantization": model.quantization,
         "dtype": DTYPES[model.dtype], "cluster": settings.cluster,
-        "checkpointing": model.gradient_checkpointing, "budget": train.tokens_per_micro_batch, "steps": train.steps,
+        "checkpointing": model.gradient_checkpointing,
+        "offloads_activations": model.offload_activations, "budget": train.tokens_per_micro_batch, "steps": train.steps,
         "prompt": prompt, "tiles": tiles, "optim": settings.optim,
     }  # fmt: skip
     if not isinstance(settings, RLSettings):
@@ -120,7 +122,7 @@ def workload_of(
     algorithm = build_algorithm(settings.algorithm, longest)
     needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
     if teacher is not None:
-        common["teachers"] = tuple(map(_config_of, teacher.paths))
+        common["teachers"] = tuple(map(_config_of, teacher.folders))
         common["teacher_dtype"] = DTYPES[teacher.dtype or model.dtype]
     return Workload(
         **common, groups=settings.train.prompts_per_step, answers=settings.rollout.samples, updates=updates,

@@ -80,7 +80,7 @@ def judge(
         raise ConfigError("reward judge: prompt must contain {answer}; it may contain {question}, {truth} and {scale}")
     if scale <= 0:
         raise ConfigError(f"reward judge: scale must be greater than 0, found {scale:g}")
-    server = RemoteServer(url, "judge", api_key_variable, retries, timeout, concurrency, patience)
+    server = RemoteServer(url, "reward judge", api_key_variable, retries, timeout, concurrency, patience)
 
     async def fetch(session: Session, text: str, task: Task) -> str:
         values = {"{question}": question(task), "{truth}": str(jsonable(task.answer)), "{answer}": text}
@@ -128,7 +128,7 @@ def endpoint(
         api_key_variable: the environment variable that holds a bearer token; "" sends none.
         retries, timeout, concurrency, patience: as with `judge`.
     """
-    server = RemoteServer(url, "endpoint", api_key_variable, retries, timeout, concurrency, patience)
+    server = RemoteServer(url, "reward endpoint", api_key_variable, retries, timeout, concurrency, patience)
 
     async def fetch(session: Session, text: str, task: Task) -> str:
         body = {

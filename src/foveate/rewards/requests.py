@@ -94,7 +94,7 @@ class ServerReply:
 
 @dataclass(frozen=True, slots=True)
 class RemoteServer:
-    """A server that the reward `name` asks, with the limits of its requests.
+    """A server that is asked for `name`, such as "reward judge", with the limits of its requests.
 
     api_key_variable: environment variable that holds the key, which is not sent where it is not set. retries: how often
     a request is repeated at once, with growing pauses, when the server is busy or does not answer. patience: seconds
@@ -114,16 +114,14 @@ class RemoteServer:
 
     def __post_init__(self) -> None:
         if not is_http_address(self.url):
-            raise ConfigError(
-                f"reward {self.name}: url must begin with http:// or https:// and a host, found {self.url!r}"
-            )
+            raise ConfigError(f"{self.name}: url must begin with http:// or https:// and a host, found {self.url!r}")
         if self.concurrency < 1 or self.retries < 0 or not (self.timeout > 0 and self.patience >= 0):
             raise ConfigError(
-                f"reward {self.name}: concurrency must be at least 1, timeout greater than 0, and retries and patience "
+                f"{self.name}: concurrency must be at least 1, timeout greater than 0, and retries and patience "
                 f"at least 0; found {self.concurrency}, {self.timeout:g}, {self.retries} and {self.patience:g}"
             )
         if find_spec("openai") is None:
-            raise ConfigError(f"reward {self.name} needs openai; run pip install 'foveate[client]'")
+            raise ConfigError(f"{self.name} needs openai; run pip install 'foveate[client]'")
 
 
 ServerRequest = Callable[["AsyncOpenAI", dict[str, Any]], Awaitable[ServerReply]]

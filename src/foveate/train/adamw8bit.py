@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from foveate.config.train import OptimSettings
+from foveate.errors import ConfigError
 from foveate.train.optim import OptimizerSpec, decay_groups
 
 
-def adamw8bit(named: Mapping[str, Tensor], optim: OptimSettings, *, min_8bit_size: int = 4096) -> torch.optim.Optimizer:
+def adamw8bit(
+    named: Mapping[str, Tensor], optim: OptimSettings, *, min_8bit_size: int = 4096, paged: bool = False
+) -> torch.optim.Optimizer:
     """AdamW with moments quantised in blocks of 256 (arXiv 2110.02861).
 
-    min_8bit_size: parameters with fewer elements keep moments in float32.
+    min_8bit_size: parameters with fewer elements keep moments in float32. paged: those of a GPU lie in memory that it
+    shares with the host, to which they are moved while it lacks room (arXiv 2305.14314); a plan counts them as there.
     """
+    devices = {parameter.device.type for parameter in named.values()}
+    if paged and "cpu" in devices:
+        raise ConfigError("optim.settings.paged is true, but pages are those of a GPU: leave it out on a CPU")
     bitsandbytes: Any = import_module("bitsandbytes")  # an extra, and slow to import
-    return bitsandbytes.optim.AdamW8bit(
-        decay_groups(named.values(), optim), lr=optim.lr, betas=optim.betas, min_8bit_size=min_8bit_size
-    )
+    how = {"min_8bit_size": min_8bit_size, "is_paged": paged and devices == {"cuda"}}
+    return bitsandbytes.optim.AdamW8bit(decay_groups(named.values(), optim), lr=optim.lr, betas=optim.betas, **how)
 
 
 def _first_state(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:

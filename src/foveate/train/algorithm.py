@@ -138,7 +138,7 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
     """Raise ConfigError where the algorithm and the rest of a run's settings do not fit together."""
     rollout = settings.rollout
     if method.teacher is not None:
-        check_teachers(method.teacher, settings.model.path)
+        check_teachers(method.teacher, settings.model.path, settings.rollout.temperature)
     if method.resample_rounds and (rollout.samples == 1 or rollout.top_k == 1):
         name = "samples" if rollout.samples == 1 else "top_k"
         raise ConfigError(

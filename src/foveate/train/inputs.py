@@ -70,7 +70,7 @@ class Inputs:
         if isinstance(settings, VirSettings):
             found |= _folder("reference", resolve_folder(settings.train.reference))
         teacher = settings.algorithm.teacher if isinstance(settings, RLSettings) else None
-        for number, path in enumerate(teacher.paths if teacher is not None else (), start=1):
+        for number, path in enumerate(teacher.folders if teacher is not None else (), start=1):
             found |= _folder(f"teacher {number}", resolve_folder(path))
         return cls(json.loads(json.dumps(found)), accept_changes)
 

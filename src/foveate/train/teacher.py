@@ -13,10 +13,13 @@ from foveate.config.algorithm import TeacherSettings
 from foveate.errors import ConfigError
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.logprobs import Divergence
-from foveate.models.policy import Policy
+from foveate.models.policy import DTYPES, Policy
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch
+from foveate.registry import resolve
 
+SERVERS = {"vllm": "foveate.train.remote_teacher:RemoteTeacher"}
+"""Teachers behind servers of each kind."""
 _OWN = {"name", "stop_ids", "budget", "proof", "conversation", "thresholds"}
 """Facts of a family in which a frozen model may differ: they change no prompt that the model has encoded."""
 
@@ -29,15 +32,18 @@ class Teachers:
         settings: TeacherSettings,
         read: Callable[[str], Policy],
         ready: Callable[[Any, Policy], Any],
-        vocabulary: int,
+        model: Policy,
     ) -> None:
         """`read` gives the policy in a folder; `ready` makes the module that computes one, and shards its weights where
-        there are several ranks; `vocabulary`: the length of the model's head."""
+        there are several ranks; `model`: the one that learns."""
         self.names = settings.paths
-        self._settings, self._vocabulary = settings, vocabulary
+        head: Any = model.part("head")
+        self._settings, self._vocabulary = settings, len(head.weight)
+        dtype = DTYPES[settings.dtype] if settings.dtype else next(model.model.parameters()).dtype
+        self.servers = {url: resolve(SERVERS, "vllm", "teacher")(url, model.family, dtype) for url in settings.servers}
         kind = LogProbs if settings.term == "advantage" else TeacherOutput
         self._modules: dict[str, Any] = {}
-        for name in self.names:
+        for name in settings.folders:
             policy = read(name)
             policy.model.requires_grad_(False)
             self._modules[name] = ready(kind, policy)
@@ -59,11 +65,18 @@ class Teachers:
         return self._modules[name](batch, temperature, ("logp",))[0]
 
 
-def check_teachers(settings: TeacherSettings, model: str) -> None:
+def check_teachers(settings: TeacherSettings, model: str, temperature: float) -> None:
     """Raise ConfigError unless each teacher reads the tokens and images that the model in the folder `model` reads, and
-    DataError for one that is no model folder."""
+    DataError for one that is no model folder. A server is asked; its log-probs are those of a `temperature` of 1."""
     own = inspect_model_folder(model)
-    for path in settings.paths:
+    for url in settings.servers:
+        if temperature != 1:
+            raise ConfigError(
+                f"rollout.temperature is {temperature:g}, but the log-probs of the teacher at {url} are those of "
+                "temperature 1; set it to 1, or use a teacher in a folder"
+            )
+        resolve(SERVERS, "vllm", "teacher")(url, own.family, torch.float32, patience=0).check(own.tokenizer)
+    for path in settings.folders:
         found = inspect_model_folder(path)
         if type(found.family) is not type(own.family):
             raise ConfigError(

@@ -27,6 +27,7 @@ from foveate.models.adapters import trained_tensors, write_adapter
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
 from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
+from foveate.models.offload import kept_activations
 from foveate.models.policy import DTYPES, Policy, load_policy, save_policy
 from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
@@ -76,7 +77,7 @@ class Worker:
         self.ranks = Ranks.of(cluster) if cluster is not None and cluster.ranks > 1 else None
         self.device = torch.device("cpu" if cluster is None else cluster.kind)
         self._autocast = DTYPES[cluster.dtype] if cluster is not None and cluster.dtype else None
-        self._compiles, self._lora = model.compile, model.lora
+        self._compiles, self._lora, self._kept = model.compile, model.lora, kept_activations(model, self.device)
         load = partial(load_policy, device=str(self.device)) if self.ranks is None else meta_policy
         self._read = partial(load, attention=model.attention, dtype=model.dtype)
         again = partial(self._read, model.path, quantization=model.quantization)
@@ -101,8 +102,7 @@ class Worker:
         self.teachers = None
         if teacher is not None:
             read = partial(self._read, dtype=teacher.dtype or model.dtype)
-            head: Any = self.policy.part("head")
-            self.teachers = Teachers(teacher, read, self._ready, len(head.weight))
+            self.teachers = Teachers(teacher, read, self._ready, self.policy)
         self.optimizer = build_optimizer(self.policy.model, optim)
         self._bound_to_ranks = "" if optimizer_spec(optim).portable else optim.name
         self.max_grad_norm = optim.max_grad_norm
@@ -152,6 +152,9 @@ class Worker:
         found: dict[int, Tensor] = {}
         for name in self.teachers.names:
             own = [i for i, (_, teacher) in enumerate(asked) if teacher == name]
+            if name in self.teachers.servers:
+                found |= zip(own, self.teachers.servers[name].logprobs([asked[i][0] for i in own]), strict=True)
+                continue
             for batch, members in self._batches([asked[i][0] for i in own]):
                 logp_M = self.teachers.logprobs(name, batch, self.temperature).cpu()
                 sizes = [asked[own[i]][0].trained_tokens for i in members]
@@ -295,7 +298,8 @@ class Worker:
                 asked = replace(batch, routed_experts=None)  # these are of the model itself
                 terms = (*terms, self.teachers.divergence(teacher, asked, temperature))
             routing = Routing(batch.routed_experts, balances=True) if self._balance else None
-            found = self._logprobs(batch, temperature, terms, routing=routing)
+            with self._kept():
+                found = self._logprobs(batch, temperature, terms, routing=routing)
             if members:
                 yield batch, members, found, routing
             else:

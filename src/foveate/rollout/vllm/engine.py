@@ -23,6 +23,7 @@ import torch
 from msgspec import msgpack
 from torch import Tensor
 
+from foveate.encoding.family import Family
 from foveate.errors import ConfigError
 from foveate.models.families import served_as
 from foveate.models.policy import Policy
@@ -63,7 +64,7 @@ _ON_CPU = {
 }
 _TELL_EXPERTS = ("--enable-return-routed-experts", "--no-async-scheduling")
 """It was not tried with steps that begin before the tokens of the one before are counted."""
-_GENERATE = "/inference/v1/generate"
+GENERATE = "/inference/v1/generate"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes that vLLM has for adapters."""
 _RAW = 3
@@ -208,13 +209,13 @@ class VLLMEngine(ServedEngine):
 
     def read(self, server: Server, prompt: Prompt) -> tuple[int, ...]:
         body = self._body(Request(prompt, 0), SamplingParams(max_tokens=1))
-        answer = server.call("POST", _GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
+        answer = server.call("POST", GENERATE, {**body, "return_token_ids": True}, timeout_s=TRANSFER_S)
         return tuple(answer["prompt_token_ids"])
 
     def ask(self, server: Server, request: Request, sampling: SamplingParams) -> tuple[Answer, ...]:
         alike = sampling.samples if sampling.temperature == 0 else 1  # vLLM gives one greedy answer
         body = self._body(request, replace(sampling, samples=sampling.samples // alike))
-        choices = sorted(server.call("POST", _GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
+        choices = sorted(server.call("POST", GENERATE, body)["choices"], key=lambda choice: choice["index"]) * alike
         if len(choices) != sampling.samples or any(choice["finish_reason"] not in self.finishes for choice in choices):
             raise ServerLostError("an answer was cut off")
         answers = tuple(map(self._completion, choices))
@@ -249,21 +250,22 @@ class VLLMEngine(ServedEngine):
         if self.adapters is not None:
             body["model"] = adapter_name(self.version)
         if request.prompt.pixels is not None:
-            body["features"] = self._images(request.prompt, version)
+            dtype = next(self._policy.model.parameters()).dtype
+            body["features"] = image_features(self._policy.family, request.prompt, dtype, version)
         return body
 
-    def _images(self, prompt: Prompt, version: str) -> dict[str, Any]:
-        """The images as the model eats them. Their hashes name the weights, too: features of another version are never
-        taken from a cache."""
-        assert prompt.pixels is not None
-        dtype = next(self._policy.model.parameters()).dtype
-        images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
-        places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
-        fields = map(self._policy.family.vllm_fields, images, prompt.slots)
-        items = [_image_item(one, slot.tiles) for one, slot in zip(fields, prompt.slots, strict=True)]
-        hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
-        data = [b64encode(item).decode() for item in items]
-        return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
+
+def image_features(family: Family, prompt: Prompt, dtype: torch.dtype, version: str = "") -> dict[str, Any]:
+    """The images of a prompt as the model eats them, `features` of a request. Their hashes name the weights, too:
+    features of another version are never taken from a cache."""
+    assert prompt.pixels is not None
+    images = prompt.pixels.to(dtype).split([slot.tiles for slot in prompt.slots])
+    places = [{"offset": slot.position, "length": slot.count} for slot in prompt.slots]
+    fields = map(family.vllm_fields, images, prompt.slots)
+    items = [_image_item(one, slot.tiles) for one, slot in zip(fields, prompt.slots, strict=True)]
+    hashes = [hashlib.sha256(item + version.encode()).hexdigest() for item in items]
+    data = [b64encode(item).decode() for item in items]
+    return {"mm_hashes": {"image": hashes}, "mm_placeholders": {"image": places}, "kwargs_data": {"image": data}}
 
 
 def _array(text: str) -> np.ndarray:
