@@ -17,18 +17,22 @@ import random
 from pathlib import Path
 from typing import Any
 
+from peers.toy import sized
+
 import foveate as fv
 from foveate.evaluate.evaluate_models import EvalRequest
 from foveate.evaluate.steps import StepOptions, prepare_steps
 
 WORDS = ("### Question:", "### Solution Process:", r"\boxed{", "}", "user", "assistant", "\n", *"0123456789+-*=?")
-COUNTS = {"worked": 4000, "tried": 100, "asked": 2000, "test": 1000}
+COUNTS = sized(
+    {"worked": 4000, "tried": 100, "asked": 2000, "test": 1000}, toy={"worked": 100, "tried": 4, "asked": 8, "test": 4}
+)
 """Questions: with worked answers, to try the model on, to label its answers to, and to choose on."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-ROUND = 20
-"""Steps of the answering model between two looks at how often it is right."""
+ROUND, WARM_UP = sized((20, 20), toy=(4, 0))
+"""Steps of the answering model between two looks at how often it is right, and of the growth of a learning rate."""
 
 
 def tiny_model(folder: Path, seed: int) -> str:
@@ -85,7 +89,7 @@ def rows(seed: int, *counts: int) -> list[list[dict[str, Any]]]:
 
 def train(model: str, rows: Path, run: Path, seed: int, **settings: Any) -> str:
     """A short run of supervised training on one core; returns the folder of its model."""
-    optim = {"lr": settings.pop("lr"), "weight_decay": 0.05, "betas": [0.9, 0.95], "warmup_steps": 20}
+    optim = {"lr": settings.pop("lr"), "weight_decay": 0.05, "betas": [0.9, 0.95], "warmup_steps": WARM_UP}
     made = fv.train_sft(
         model, [rows], run_dir=run, seed=seed, samples_per_step=32, trainable=["language"],
         optim={**optim, "schedule": settings.pop("schedule")}, train={"threads": 1, "save_every": 0},
