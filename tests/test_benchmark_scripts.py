@@ -52,7 +52,10 @@ SCRIPTS = {
     "process_rewards": (["--folder", "{folder}/out", "--share", "0", "--judge-steps", "2"], "over majority"),
     "publish": (["transfer", "--mb", "8", "--buckets", "2", "4", "--pairs", "1"], "bucket_mb 4:"),
     "quick": (["--repeats", "1", "--works", "text"], "| update: text, share of the matrix speed |"),
-    "rewards": (["--answers", "48", "--hostile", "0", "--workers", "1"], "grounding  48 answers in"),
+    "rewards": (
+        ["--answers", "32", "--hostile", "0", "--workers", "1", "--time-limit", "60"],
+        "grounding  32 answers in",
+    ),
     "soak_serve": (["--minutes", "0.05", "--clients", "2"], "at the end:"),
     "soak_train": (["--steps", "4", "--early", "2"], "step 4:"),
     "staleness": (["curves", "--steps", "1", "--seeds", "0", "--staleness", "1", "--out", "{folder}"], "held out"),
