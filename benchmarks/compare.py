@@ -73,8 +73,8 @@ class System:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process, self._said:
+            self._process.kill()
 
 
 def python_of(name: str) -> str:
