@@ -130,8 +130,8 @@ class Ours:
         answers = [answer for (answer,) in groups]
         return {
             "prompt_tokens": [len(prompt) for prompt in self._prompts],
-            "token_ids": [list(answer.token_ids) for answer in answers],
-            "logprobs": [list(answer.logprobs) for answer in answers],
+            "token_ids": [[*map(int, answer.token_ids)] for answer in answers],
+            "logprobs": [[*map(float, answer.logprobs)] for answer in answers],
         }
 
     def step(self) -> dict[str, Any]:
