@@ -45,7 +45,7 @@ docs: $(VENV)/ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 # Side by side with TRL, verl, transformers and vLLM, each in an environment of its own under build/peers; rewrites
-# docs/performance.md. Over an hour of one core.
+# docs/performance.md and the section "Measured" of README. Over two hours of one core.
 bench: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py
 

@@ -7,6 +7,7 @@ from html import escape
 
 WIDTH, LABEL, BAR, GAP, TOP = 760, 250, 16, 12, 44
 COLOURS = {"foveate": "#1b6ca8", "TRL": "#e08e2b", "verl": "#7a5195", "transformers": "#c0504d", "vLLM": "#4f8a4f"}
+COLOURS["vLLM, eager"] = "#8fbf8f"
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> str:

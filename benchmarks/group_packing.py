@@ -4,7 +4,7 @@ The copies go through plain transformers with SDPA attention, as systems do that
 placeholders and pixel values repeated for each answer, one group after the other (up to 10 GB of memory). Both ways
 compute the same loss; the benchmark checks that too.
 
-    python benchmarks/group_packing.py [--size wide-head] [--turns 3]
+    python benchmarks/group_packing.py [--size wide-head] [--turns 3] [--pairs 3] [--json]
 
 With several turns an answer has so many of `ANSWER_TOKENS` sampled tokens, each with an image of `SEEN_TILES` tiles
 that is only read behind it, as a tool shows one.
@@ -13,6 +13,7 @@ that is only read behind it, as a tool shows one.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers.toy import sized
 from transformers import InternVLForConditionalGeneration
 
 from foveate.models.checkpoint.small_files import quiet_transformers
@@ -47,7 +49,10 @@ SIZES = {
 2.3 times what it costs the language model (there 2.8), and the head has 0.33 times the parameters of the layers below
 it (there 0.35). In `wide-head` these are 0.8 and 2.7: the answers' logits, which no packing can share and which the
 packed way computes once more in backward, are then most of its work."""
-GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS, SEEN_TILES = 2, 16, 1024, 60, 64, 4
+GROUPS, ANSWERS, PROMPT_TOKENS, TILES, ANSWER_TOKENS, SEEN_TILES = sized(
+    (2, 16, 1024, 60, 64, 4), toy=(2, 3, 48, 2, 8, 1)
+)
+TOLERANCE = 1e-4
 
 
 def make_groups(policy: Policy, vocabulary: int, generator: torch.Generator, turns: int) -> list[PackedGroup]:
@@ -129,49 +134,65 @@ def gradient_norm(model: torch.nn.Module) -> float:
     return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="like-1b", help="widths of the model")
-    parser.add_argument("--turns", type=int, default=1, help="turns of each answer, with an image behind each")
-    parser.add_argument("--repeats", type=int, default=3, help="pairs of timed runs")
-    parser.add_argument("--packed-only", action="store_true", help="skip the copies: for work on the packed way")
-    arguments = parser.parse_args()
+def run(size_name: str, turns: int, pairs: int, *, packed_only: bool) -> dict[str, Any]:
+    """Seconds of each way; SystemExit where losses or norms of gradients differ."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    size, vocabulary = SIZES[arguments.size]
+    size, vocabulary = SIZES[size_name]
     with tempfile.TemporaryDirectory() as name:
         folder = build_tiny(Path(name), size, padded_vocabulary=vocabulary)
         policy = load_policy(str(folder))
         with quiet_transformers():
             plain = InternVLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    packed_groups = make_groups(policy, vocabulary, generator, arguments.turns)
-    counts = {name: sum(p.numel() for p in policy.part(name).parameters()) for name in policy.family.parts}
-    print("parameters:", ", ".join(f"{name} {count:,}" for name, count in counts.items()))
-    answer_tokens = len(packed_groups[0].answers[0])
-    print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {answer_tokens}, n = {ANSWERS}, one thread")
-
-    packed_s: list[float] = []
-    padded_s: list[float] = []
+    packed_groups = make_groups(policy, vocabulary, generator, turns)
+    seconds: dict[str, list[float]] = {"packed": [], "copies": []}
     timed(lambda: packed_step(policy, packed_groups), policy.model)
-    for _ in range(arguments.repeats):
-        seconds, packed_loss = timed(lambda: packed_step(policy, packed_groups), policy.model)
-        packed_s.append(seconds)
-        if arguments.packed_only:
+    for _ in range(pairs):
+        took, packed_loss = timed(lambda: packed_step(policy, packed_groups), policy.model)
+        seconds["packed"].append(took)
+        if packed_only:
             continue
-        seconds, padded_loss = timed(lambda: padded_step(plain, packed_groups), plain)
-        padded_s.append(seconds)
-        print(f"loss {packed_loss:.7f} packed, {padded_loss:.7f} copies; gradient norm", end=" ")
-        print(f"{gradient_norm(policy.model):.7f} packed, {gradient_norm(plain):.7f} copies")
-    print(f"packed forest: median {statistics.median(packed_s):.2f} s ({min(packed_s):.2f} .. {max(packed_s):.2f})")
-    if arguments.packed_only:
+        took, padded_loss = timed(lambda: padded_step(plain, packed_groups), plain)
+        seconds["copies"].append(took)
+        norms = gradient_norm(policy.model), gradient_norm(plain)
+        for what, ours, theirs in (("losses", packed_loss, padded_loss), ("norms of gradients", *norms)):
+            if not abs(ours - theirs) <= TOLERANCE * abs(theirs):
+                raise SystemExit(f"{what} differ: {ours} packed, {theirs} of copies")
+    answer_tokens = len(packed_groups[0].answers[0])
+    seen = turns * SEEN_TILES if turns > 1 else 0
+    return {
+        "size": size_name, "turns": turns, "groups": GROUPS, "prompt_tokens": PROMPT_TOKENS, "tiles": TILES,
+        "answer_tokens": answer_tokens, "answers": ANSWERS, "seconds": seconds,
+        "parameters": {part: sum(p.numel() for p in policy.part(part).parameters()) for part in policy.family.parts},
+        "ideal_tokens": ANSWERS * (PROMPT_TOKENS + answer_tokens) / (PROMPT_TOKENS + ANSWERS * answer_tokens),
+        "ideal_tiles": ANSWERS * (TILES + seen) / (TILES + ANSWERS * seen),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="like-1b", help="widths of the model")
+    parser.add_argument("--turns", type=int, default=1, help="turns of each answer, with an image behind each")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs of timed runs")
+    parser.add_argument("--packed-only", action="store_true", help="skip the copies: for work on the packed way")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    options = parser.parse_args()
+    found = run(options.size, options.turns, options.pairs, packed_only=options.packed_only)
+    if options.json:
+        print(json.dumps(found))
         return
-    ratios = [slow / fast for slow, fast in zip(padded_s, packed_s, strict=True)]
-    ideal = ANSWERS * (PROMPT_TOKENS + answer_tokens) / (PROMPT_TOKENS + ANSWERS * answer_tokens)
-    seen = arguments.turns * SEEN_TILES if arguments.turns > 1 else 0
-    ideal_tiles = ANSWERS * (TILES + seen) / (TILES + ANSWERS * seen)
-    print(f"padded copies: median {statistics.median(padded_s):.2f} s ({min(padded_s):.2f} .. {max(padded_s):.2f})")
+    print("parameters:", ", ".join(f"{name} {count:,}" for name, count in found["parameters"].items()))
+    print(f"{GROUPS} groups, P = {PROMPT_TOKENS} ({TILES} tiles), R = {found['answer_tokens']}, n = {ANSWERS}", end="")
+    print(", one thread")
+    for way, seconds in found["seconds"].items():
+        if seconds:
+            print(f"{way}: median {statistics.median(seconds):.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})")
+    if options.packed_only:
+        return
+    ratios = [slow / fast for fast, slow in zip(*found["seconds"].values(), strict=True)]
     print(f"ratio: {statistics.median(ratios):.1f} ({min(ratios):.1f} .. {max(ratios):.1f})")
-    print(f"ideal by language tokens: n(P+R)/(P+nR) = {ideal:.1f}; by image tiles: {ideal_tiles:.1f}")
+    print(f"ideal by language tokens: n(P+R)/(P+nR) = {found['ideal_tokens']:.1f}", end="; ")
+    print(f"by image tiles: {found['ideal_tiles']:.1f}")
 
 
 if __name__ == "__main__":

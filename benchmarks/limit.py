@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peers.toy import sized
 from scaling import measure, worker_of
 
 from foveate.models.checkpoint.formats import hf_form, model_config
@@ -26,21 +27,25 @@ from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS
 from foveate.plan.time import active_parameters, language_flops, vision_flops
 
-WIDE = {"width": 1024, "n": 16, "P": 1024, "R": 64, "vocabulary": 4096}
+WIDE = sized(
+    {"width": 1024, "n": 16, "P": 1024, "R": 64, "vocabulary": 4096},
+    toy={"width": 64, "n": 2, "P": 32, "R": 8, "vocabulary": 4096},
+)
+SIDE, NUMBERS = sized((2048, 1 << 27), toy=(128, 1 << 16))
+"""Of the square matrices whose product is timed, and numbers that are read from memory."""
 PUBLISHED, PUBLISHED_TILES, PUBLISHED_PROMPT = ("1B", "8B"), 4, 1088
 GROUPS, ANSWERS, ANSWER = 32, 16, 64
 
 
 def matrix_speed(repeats: int) -> float:
     """float32 operations per second of a product of square matrices, the best of some."""
-    side = 2048
-    left, right = torch.randn(side, side), torch.randn(side, side)
-    return 2 * side**3 / min(_seconds(lambda: left @ right) for _ in range(3 * repeats))
+    left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    return 2 * SIDE**3 / min(_seconds(lambda: left @ right) for _ in range(3 * repeats))
 
 
 def memory_speed(repeats: int) -> float:
     """Bytes per second that one thread reads from memory: the sum of 512 MB, the best of some."""
-    values = torch.ones(1 << 27)
+    values = torch.ones(NUMBERS)
     return 4 * len(values) / min(_seconds(values.sum) for _ in range(3 * repeats))
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
-from convert_memory import synthesise
+import torch.multiprocessing as mp
+from convert_memory import synthesise, tiny
+from peers.toy import sized
 from transformers import InternVLConfig
 
 from foveate.config.cluster import ClusterSettings
@@ -29,7 +30,7 @@ from foveate.models.sizes import IMAGE_TOKEN_ID, PUBLISHED_SIZES
 from foveate.parallel.fsdp import LogProbs, mesh_of, shard
 
 LAYERS = 8
-MARGIN = 150 * 10**6
+RANKS, MARGIN = sized(((1, 2, 4), 150 * 10**6), toy=((2,), 10**9))
 
 
 def main() -> None:
@@ -37,13 +38,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to put the 1 GB; else a temporary folder")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as name:
         folder, failed = Path(name), False
-        vision, text = ({**one, "num_hidden_layers": LAYERS} for one in PUBLISHED_SIZES["1B"])
-        config = InternVLConfig(
-            vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
-        )
-        largest, total = synthesise(folder / "chat", config)
+        largest, total = synthesise(folder / "chat", sized(shallow, toy=tiny)())
         print(f"checkpoint {total / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB")
-        for ranks in (1, 2, 4):
+        for ranks in RANKS:
             for how in ("whole", "filled"):
                 meeting = folder / f"{how}-{ranks}"
                 mp.start_processes(on_rank, (ranks, how, str(folder), str(meeting)), ranks, start_method="spawn")
@@ -54,6 +51,13 @@ def main() -> None:
                 print(f"{ranks} ranks, {how:6}: {peak / 1e6:7,.0f} MB a rank, {seconds:5.1f} s; {limit / 1e6:,.0f} MB")
         if failed:
             raise SystemExit("too much memory")
+
+
+def shallow() -> InternVLConfig:
+    vision, text = ({**one, "num_hidden_layers": LAYERS} for one in PUBLISHED_SIZES["1B"])
+    return InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
+    )
 
 
 def on_rank(rank: int, ranks: int, how: str, folder: str, meeting: str) -> None:

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import page_engine
+import page_limit
 from chart import bars
+from page_figures import NAMES, Result, median, middle_ratio, of_pairs, peak_mb, ratios, spread, table, updates
 from page_gpu import gpu_section
 from work import WORKS
 
-Result = dict[str, Any]
 _WRAP: Any = {"break_long_words": False, "break_on_hyphens": False}
-NAMES = {"foveate": "foveate", "trl": "TRL", "verl": "verl", "vllm": "vLLM", "transformers": "transformers"}
+
+
+def read_results(results: Path) -> dict[str, Result]:
+    """What was measured, by the names of the files."""
+    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    return {name: result for name, result in read.items() if "load" in result}  # others are pages' of their own
 
 
 def write_page(results: Path, docs: Path) -> None:
     """Write `performance.md` and `performance.svg` into `docs`."""
-    read = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    found = {name: result for name, result in read.items() if "load" in result}  # others are pages' of their own
+    found = read_results(results)
     sections = [INTRODUCTION.format(conditions=conditions(found)), *_goals(found)]
-    for section in (_update, _threads, _memory, _step, _generation, _engine, _scaling, _limit, _h100):
+    answers = (page_engine.generation, page_engine.engine, page_engine.turns, page_engine.gated_delta_net)
+    others = (page_engine.serve, page_engine.start, page_limit.scaling, page_limit.limit, page_limit.h100)
+    for section in (_update, _threads, _memory, _step, *answers, *others):
         sections.append("\n".join(section(found)))
     sections.insert(-1, "\n".join(gpu_section(results, table)))
     page = "\n\n".join(part.rstrip() for part in sections) + "\n"
@@ -66,50 +74,21 @@ def conditions(found: dict[str, Result]) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------- figures
-
-
-def ratios(steps: dict[str, list[Result]], name: str, key: str = "cpu") -> list[float]:
-    """What a system took in each round, as multiples of foveate's."""
-    return [theirs[key] / ours[key] for theirs, ours in zip(steps[name], steps["foveate"], strict=True)]
-
-
-def spread(values: Sequence[float]) -> str:
-    """`13.8 (13.2 to 14.4)`, or one value alone."""
-    middle = f"{statistics.median(values):.1f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.1f} to {max(values):.1f})"
-
-
-def median(records: Sequence[Result], key: str) -> float:
-    return statistics.median(record[key] for record in records)
-
-
-def peak_mb(records: Sequence[Result]) -> float:
-    return max(record["peak_mb"] for record in records)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
-
-
-def _updates(found: dict[str, Result], kind: str) -> Iterator[Result]:
-    yield from (found[f"{kind}-{work}"] for work in WORKS if f"{kind}-{work}" in found)
-
-
 def chart_rows(found: dict[str, Result]) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     """What the chart shows: a group of bars for each measured thing."""
-    for result in _updates(found, "update"):
+    for result in updates(found, "update"):
         steps = result["steps"]
         yield f"update, {result['work']}", [(NAMES[n], statistics.median(ratios(steps, n))) for n in steps]
     if "step" in found:
         steps = found["step"]["steps"]
         yield "whole GRPO step", [(NAMES[n], statistics.median(ratios(steps, n))) for n in steps]
     for one in found.get("generation", {}).get("prompts", ()):
-        values = [theirs / ours for ours, theirs in one["pairs"]]
+        values = of_pairs(one["pairs"])
         yield f"generation, {one['prompt']}", [("foveate", 1.0), ("transformers", statistics.median(values))]
-    if "engine" in found:
-        steps = found["engine"]["steps"]
-        yield "generation, 64 prompts", [(NAMES[n], statistics.median(ratios(steps, n))) for n in steps]
+    for work in page_engine.ENGINE_WORKS:
+        steps = found.get(f"engine-{work}", {}).get("steps", {})
+        if steps:
+            yield f"generation, {work}", [(NAMES[n], statistics.median(ratios(steps, n))) for n in steps]
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -127,20 +106,16 @@ def _goals(found: dict[str, Result]) -> Iterator[str]:
     ):  # fmt: skip
         for kind, many in (("update", "one thread"), ("threads", "two threads")):
             for name in ("trl", "verl"):
-                if f"{kind}-{work}" in found:
-                    ratio = statistics.median(ratios(found[f"{kind}-{work}"]["steps"], name))
+                ratio = middle_ratio(found, f"{kind}-{work}", name)
+                if ratio is not None:
                     goal(f"update, {work}, {many}: at least {least:g} times {NAMES[name]}", ratio, ratio >= least)
-    if "step" in found:
-        ratio = statistics.median(ratios(found["step"]["steps"], "trl"))
+    ratio = middle_ratio(found, "step", "trl")
+    if ratio is not None:
         goal("whole GRPO step: at least 8 times TRL", ratio, ratio >= 8)
-    for one in found.get("generation", {}).get("prompts", ()):
-        ratio = statistics.median([theirs / ours for ours, theirs in one["pairs"]])
-        goal(f"generation, n = 16, {one['prompt']}: at least 3 times transformers", ratio, ratio >= 3)
-    if "engine" in found:
-        ratio = statistics.median(ratios(found["engine"]["steps"], "vllm"))
-        goal("generation, 64 prompts at once: at least as fast as vLLM", ratio, ratio >= 1)
-    if "memory" in found:
-        steps = found["memory"]["steps"]
+    for one in page_engine.goals(found):
+        goal(*one)
+    steps = found.get("memory", {}).get("steps", {})
+    if "trl" in steps:
         share = peak_mb(steps["foveate"]) / peak_mb(steps["trl"])
         goal("memory of the update, vocabulary 151,936: at most a third of TRL's", share, share <= 1 / 3)
     if "limit" in found:
@@ -168,7 +143,7 @@ def _threads(found: dict[str, Result]) -> Iterator[str]:
 
 def _update_tables(found: dict[str, Result], kind: str) -> Iterator[str]:
     rows = []
-    for result in _updates(found, kind):
+    for result in updates(found, kind):
         work, steps = WORKS[result["work"]], result["steps"]
         shape = f"{work.groups} x (P {work.prompt:,}, {sum(work.images)} tiles; {work.answers} x R {work.answer:,})"
         shape += f", micro {work.micro}" if work.micro else ""
@@ -237,146 +212,3 @@ def _step(found: dict[str, Result]) -> Iterator[str]:
         ],
         rows,
     )  # fmt: skip
-
-
-def _generation(found: dict[str, Result]) -> Iterator[str]:
-    yield "## Generation against transformers"
-    if "generation" not in found:
-        yield "\nNot measured."
-        return
-    result = found["generation"]
-    rows = []
-    for one in result["prompts"]:
-        ours, theirs = ([pair[i] for pair in one["pairs"]] for i in (0, 1))
-        tokens = result["samples"] * result["new_tokens"]
-        rows.append([
-            f"{one['prompt']}, {one['prompt_tokens']:,} tokens", f"{statistics.median(ours):.2f}",
-            f"{statistics.median(theirs):.2f}", f"{tokens / statistics.median(ours):,.0f}",
-            f"{tokens / statistics.median(theirs):,.0f}",
-            spread([b / a for a, b in one["pairs"]]), str(len(one["pairs"])),
-        ])  # fmt: skip
-    yield (
-        f"\n{result['samples']} answers of {result['new_tokens']} tokens to one prompt, "
-        f"{result['vocabulary']:,} tokens in "
-        "the vocabulary, one thread (`benchmarks/generation.py`). transformers gets as many copies of the prompt."
-    )
-    yield from table(
-        ["prompt", "foveate s", "transformers s", "tokens per s", "transformers'", "ratio", "rounds"], rows
-    )
-
-
-def _engine(found: dict[str, Result]) -> Iterator[str]:
-    yield "## Generation against vLLM"
-    if "engine" not in found:
-        yield "\nNot measured."
-        return
-    result = found["engine"]
-    steps, tokens = result["steps"], result["prompts"] * result["answer_tokens"]
-    how = "eager" if result["eager"] else "compiled, as it is by default"
-    yield (
-        f"\n{result['prompts']} different prompts of {result['prompt_tokens']} tokens at once, one answer of "
-        f"{result['answer_tokens']} tokens each, the tiny model of `prepare tiny`, one thread; vLLM in "
-        f"one process, {how}."
-    )
-    rows = [
-        [NAMES[n], f"{median(r, 'cpu'):.2f}", f"{median(r, 'wall'):.2f}", f"{tokens / median(r, 'cpu'):,.0f}",
-         spread(ratios(steps, n)), str(len(r))]
-        for n, r in steps.items()
-    ]  # fmt: skip
-    yield from table(["engine", "processor s", "wall s", "tokens per s", "times foveate's seconds", "rounds"], rows)
-
-
-def _scaling(found: dict[str, Result]) -> Iterator[str]:
-    yield "## How time and memory grow"
-    if "scaling" not in found:
-        yield "\nNot measured."
-        return
-    result = found["scaling"]
-    base = ", ".join(f"{name} = {value:,}" for name, value in result["base"].items())
-    yield f"\nForward and backward of one group of text; where nothing else is said, {base}. x^k is the fitted power."
-    rows = []
-    for name, points in result["curves"].items():
-        fitted, with_memory = result["exponents"][name], points[0]["mb"] is not None
-        rows.append([
-            name, ", ".join(f"{point['at']:,}" for point in points),
-            ", ".join(f"{point['seconds']:.2f}" for point in points), f"{fitted['seconds']:.2f}",
-            ", ".join(f"{point['mb']:,.0f}" for point in points) if with_memory else "not measured",
-            f"{fitted['mb']:.2f}" if with_memory else "",
-        ])  # fmt: skip
-    yield from table(["over", "at", "processor s", "k of time", "memory, MB", "k of memory"], rows)
-    answer, prompt = result["answer_token_seconds"], result["prompt_token_seconds"]
-    own = result["base"]["R"] * answer
-    yield (
-        f"\nOne more answer takes {1000 * own:.1f} ms, {1e6 * answer:.0f} microseconds for each of its "
-        f"tokens. A token more "
-        f"in the prompt takes {1e6 * prompt:.0f} microseconds, once, whatever n is: were the prompt "
-        f"computed again for each "
-        f"answer, one more answer would take {1000 * (own + result['base']['P'] * prompt):.0f} ms."
-    )
-    yield (
-        "\nMemory is beside weights and gradients, each point in a process of its own. A fitted power below 1 is a "
-        "constant and a line: of n, the prompt that is computed once."
-    )
-
-
-def _limit(found: dict[str, Result]) -> Iterator[str]:
-    yield "## How far from the machine's limit"
-    if "limit" not in found:
-        yield "\nNot measured."
-        return
-    result = found["limit"]
-    wide, shape = result["wide_update"], result["wide"]
-    yield (
-        f"\nMeasured, one thread: {result['matrix_flops'] / 1e9:.0f} GFLOP/s in a float32 product of matrices, "
-        f"{result['memory_bytes'] / 1e9:.1f} GB/s read from memory. Counted as `foveate plan` counts: "
-        f"products of matrices "
-        "and attention, forward once and backward twice that; what is computed again does not count."
-    )
-    rows = [[
-        f"width {shape['width']:,}, n = {shape['n']}, P = {shape['P']:,}, R = {shape['R']}",
-        f"{wide['flops'] / 1e9:,.0f}",
-        f"{wide['seconds']:.2f}", f"{wide['share']:.2f} ({wide['lowest']:.2f} to {wide['highest']:.2f})", "",
-    ]]  # fmt: skip
-    for one in _updates(found, "update"):
-        counts, seconds = result["works"][one["work"]], median(one["steps"]["foveate"], "cpu")
-        rows.append([
-            one["work"], f"{counts['shared'] / 1e9:,.0f}", f"{seconds:.2f}",
-            f"{counts['shared'] / seconds / result['matrix_flops']:.2f}", f"{counts['copies'] / counts['shared']:.1f}",
-        ])  # fmt: skip
-    head = ["update", "GFLOP", "processor s", "share of the matrix speed", "GFLOP of copies, as a multiple"]
-    yield from table(head, rows)
-    if "step" in found:
-        sampling, seconds = result["sampling"], median(found["step"]["steps"]["foveate"], "generate")
-        least = sampling["prefill_flops"] / result["matrix_flops"] + max(
-            sampling["decode_seconds"], sampling["decode_flops"] / result["matrix_flops"]
-        )
-        yield (
-            f"\nSampling in the whole step: {sampling['prefill_flops'] / 1e9:.0f} GFLOP for prompts and images, "
-            f"{sampling['decode_flops'] / 1e9:.0f} GFLOP and {sampling['decode_bytes'] / 1e9:.2f} GB "
-            f"for the answers: at "
-            f"least {least:.2f} s by this machine's speeds; measured {seconds:.2f} s."
-        )
-
-
-def _h100(found: dict[str, Result]) -> Iterator[str]:
-    yield "## An H100 on paper"
-    if "limit" not in found:
-        yield "\nNot computed."
-        return
-    result = found["limit"]
-    shape = result["h100_shape"]
-    yield (
-        f"\n**Not measured.** The same counts, at the shares of the data sheet that `foveate plan` "
-        f"assumes (40 % of 989 "
-        f"TFLOP/s bfloat16, 60 % of 3.35 TB/s): {shape['groups']} groups of {shape['answers']} answers "
-        f"of {shape['answer']} "
-        f"tokens, prompts of {shape['prompt']:,} tokens with {shape['tiles']} tiles. Communication, memory limits and "
-        "overheads are left out; copies stand for systems that compute the prompt for each answer. Seconds:"
-    )
-    head = ["size", "update", "with copies", "ratio", "prompts read", "tokens of the answers", "with copies"]
-    rows = [
-        [size, f"{one['update']:.2f}", f"{one['update_copies']:.2f}", f"{one['update_copies'] / one['update']:.1f}",
-         f"{one['prefill']:.2f}", f"{one['decode']:.2f}", f"{one['decode_copies']:.2f}"]
-        for size, one in result["h100"].items()
-    ]  # fmt: skip
-    yield from table(head, rows)

@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peers.toy import sized
+
 MIB = 2**20
 SIZES = {
     "12 M": {"width": 192, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32, "ffn": 576, "vocabulary": 8192},
@@ -26,6 +28,7 @@ SHAPES = {  # prompt tokens, tiles of 16 tokens, answers, tokens of an answer, g
     "mostly answers": (128, 4, 4, 192, False),
     "checkpointed": (512, 24, 8, 128, True),
 }
+SIZES, SHAPES = sized((SIZES, SHAPES), toy=({"12 M": SIZES["12 M"]}, {"toy": (40, 2, 2, 8, False)}))
 
 
 def case(size: str, shape: str) -> tuple[float, float]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from peers.toy import sized
+
 from foveate.config.recipe import read_recipe
 from foveate.plan.hardware import GIB, parse_machines
 from foveate.plan.memory import memory_of, sizes_of
 from foveate.plan.time import active_parameters, seconds_of
 from foveate.plan.workload import workload_of
 
-SIZES = ("1b", "2b", "4b", "8b", "14b", "30b_a3b", "38b", "241b_a28b")
+SIZES = sized(("1b", "2b", "4b", "8b", "14b", "30b_a3b", "38b", "241b_a28b"), toy=("1b",))
 COLUMNS = (
     "recipe", "GPUs", "parameters", "active", "trained", "weights", "gradients", "optimizer", "gathered", "activations",
     "log-prob chunk", "while training", "while generating", "GPU hours",

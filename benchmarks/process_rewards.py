@@ -19,17 +19,21 @@ import random
 from pathlib import Path
 from typing import Any
 
+from peers.toy import sized
+
 import foveate as fv
 from foveate.evaluate.evaluate_models import EvalRequest
 from foveate.evaluate.steps import StepOptions, prepare_steps
 
 WORDS = ("### Question:", "### Solution Process:", r"\boxed{", "}", "user", "assistant", "\n", *"0123456789+-=?")
-COUNTS = {"worked": 16000, "asked": 1500, "test": 1000}
+COUNTS = sized({"worked": 16000, "asked": 1500, "test": 1000}, toy={"worked": 100, "asked": 8, "test": 4})
 """Questions: with worked answers, to label the model's answers to, and to choose on."""
 HOURS = 10
 SLIP = 0.5
 """Share of the demonstrated steps round the clock that count one hour too many."""
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WARM_UP = sized(20, toy=0)
+"""Steps in which a learning rate grows."""
 
 
 def tiny_model(folder: Path, seed: int) -> str:
@@ -88,7 +92,7 @@ def rows(seed: int, *counts: int) -> list[list[dict[str, Any]]]:
 
 def train(model: str, rows: Path, run: Path, seed: int, **settings: Any) -> str:
     """A short run of supervised training on one core; returns the folder of its model."""
-    optim = {"lr": settings.pop("lr"), "weight_decay": 0.05, "betas": [0.9, 0.95], "warmup_steps": 20}
+    optim = {"lr": settings.pop("lr"), "weight_decay": 0.05, "betas": [0.9, 0.95], "warmup_steps": WARM_UP}
     made = fv.train_sft(
         model, [rows], run_dir=run, seed=seed, samples_per_step=32, trainable=["language"],
         optim={**optim, "schedule": settings.pop("schedule")}, train={"threads": 1, "save_every": 0},

@@ -63,6 +63,7 @@ def measure_transfer(megabytes: int, buckets_mb: list[int], pairs: int) -> dict[
     found: dict[int, dict[str, list[float]]] = {mb: {"plain": [], "ours": [], "memory_mb": []} for mb in buckets_mb}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as receiver:
         assert receiver.stdout is not None
+        assert receiver.stdout.readline() == "started\n"  # the sender waits for two minutes at most
         sender.connect("weights")
         flat, of = torch.randint(0, 255, (total,), dtype=torch.uint8), buckets_mb[0]
         for number, (kind, mb) in enumerate(arguments["rounds"]):
@@ -89,6 +90,7 @@ def receive(port: int, megabytes: int, rounds: Rounds) -> None:
     torch.set_num_threads(1)
     weights = model_like(megabytes)
     total = sum(4 * tensor.numel() for _, tensor in weights)
+    print("started", flush=True)
     group: Any = ProcessGroupGloo(
         PrefixStore("weights", TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)), 1, 2, PATIENCE
     )

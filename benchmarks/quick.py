@@ -25,7 +25,7 @@ from statistics import median
 import torch
 from compare import running
 from generation import SIZE, VOCABULARY, image_prompt, native, seconds, text_prompt
-from limit import matrix_speed, works
+from limit import SIDE, matrix_speed, works
 from two_nodes import write_recipe
 
 from foveate.models.policy import load_policy
@@ -39,7 +39,7 @@ STARTS = {
     "start: foveate rl, one tiny step": ["rl", "recipe.yaml"],
 }
 COMMAND = [sys.executable, "-c", "from foveate.cli.app import main; main()"]
-PRODUCT = 2 * 2048**3
+PRODUCT = 2 * SIDE**3
 """Operations of the product that seconds are divided by."""
 
 

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from foveate_step import SIZE
+from toy import sized
 from work import CLIP, peak, reset_peak
 
 from foveate.algorithms.policy_losses import grpo
@@ -34,14 +35,20 @@ from foveate.records import PackedGroup, Prompt
 from foveate.train.targets import PolicyRow
 from foveate.train.worker import Worker
 
-BASE = {"n": 8, "P": 512, "R": 64, "vocabulary": 4096, "width": 256}
-CURVES = {
-    "n": (2, 4, 8, 16, 32),
-    "P": (128, 256, 512, 1024, 2048),
-    "R": (16, 32, 64, 128, 256),
-    "vocabulary": (8192, 16_384, 32_768, 65_536, 131_072),
-    "width": (128, 256, 512, 1024),
-}
+BASE = sized(
+    {"n": 8, "P": 512, "R": 64, "vocabulary": 4096, "width": 256},
+    toy={"n": 2, "P": 16, "R": 4, "vocabulary": 4096, "width": 64},
+)
+CURVES = sized(
+    {
+        "n": (2, 4, 8, 16, 32),
+        "P": (128, 256, 512, 1024, 2048),
+        "R": (16, 32, 64, 128, 256),
+        "vocabulary": (8192, 16_384, 32_768, 65_536, 131_072),
+        "width": (128, 256, 512, 1024),
+    },
+    toy={"n": (2, 16), "P": (16, 128)},
+)
 """One group of text, so that an image's share hides nothing; what a curve does not vary is as in `BASE`."""
 
 
@@ -74,7 +81,7 @@ def measure(worker: Worker, n: int, prompt: int, answer: int, repeats: int) -> d
         found = [p.grad for p in worker.policy.model.parameters() if p.grad is not None]
         gradients = sum(grad.nbytes for grad in found)
         worker.optimizer.zero_grad()
-    return {"seconds": statistics.median(seconds[1:]), "mb": peak() - loaded - gradients / 2**20}
+    return {"seconds": statistics.median(seconds[1:]), "mb": max(0.01, peak() - loaded - gradients / 2**20)}
 
 
 def exponent(points: list[tuple[float, float]]) -> float:

@@ -1,6 +1,6 @@
 """`foveate serve` under load: short requests beside long ones, and throughput at many clients.
 
-    python benchmarks/serve_load.py [--seconds 60] [--rounds 3] [--vllm PYTHON]
+    python benchmarks/serve_load.py [--seconds 60] [--pairs 3] [--vllm PYTHON] [--json]
 
 A random model of the size of benchmarks/generation.py in float32 on one thread. First the time of requests of 16 new
 tokens, one after the other, on an idle server; then the same beside eight streams of 2,000 new tokens each, which begin
@@ -27,14 +27,17 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from compare import vllm_python
 from generation import SIZE, VOCABULARY
+from peers.toy import sized
 from soak_serve import PATH, body
 
 from foveate.models.tiny import build_tiny
 from foveate.rollout.server.process import free_port
 
-LONG, STREAMS, SHORT = 2000, 8, 16
-CLIENTS, THROUGHPUT = 32, 128
+LONG, STREAMS, SHORT = sized((2000, 8, 16), toy=(40, 2, 4))
+CLIENTS, THROUGHPUT = sized((32, 128), toy=(3, 6))
+SECONDS, WARM_UP = sized((60.0, 3.0), toy=(2.0, 0.5))
 WITHOUT_STOP = {"ignore_eos": True}
 FOVEATE = ["-m", "foveate", "serve"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -90,7 +93,7 @@ class Load:
         streams = [threading.Thread(target=self._stream, args=(seed,)) for seed in range(STREAMS)]
         for stream in streams:
             stream.start()
-        while self.streamed < 10 * STREAMS:
+        while self.streamed < 5 * STREAMS:
             time.sleep(0.1)
         found = self.times(seconds)
         self.is_over.set()
@@ -132,7 +135,7 @@ def started(command: Sequence[str], port: int, environment: Mapping[str, str]) -
 
 
 def latencies(port: int, seconds: float, more: dict[str, Any]) -> dict[str, float]:
-    Load(port, more).times(3)
+    Load(port, more).times(WARM_UP)
     idle = Load(port, more).times(seconds)
     beside = Load(port, more).times_beside_streams(seconds)
     time.sleep(2)
@@ -177,10 +180,12 @@ def _wait(server: subprocess.Popen[bytes], port: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="of short requests, idle and beside streams each")
-    parser.add_argument("--rounds", type=int, default=3, help="of the 32 clients")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of short requests, idle and beside streams")
+    parser.add_argument("--pairs", type=int, default=3, help="rounds of the 32 clients")
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
+    parser.add_argument("--json", action="store_true", help="on one line, with vLLM's server")
     asked = parser.parse_args()
+    program = asked.vllm or (vllm_python() if asked.json else None)
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = build_tiny(Path(folder) / "model", SIZE, padded_vocabulary=VOCABULARY)
@@ -189,8 +194,8 @@ def main() -> None:
         (model / "tokenizer_config.json").write_text(json.dumps(settings | lent))
         ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--no-key", "--threads", "1"]
         servers: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {"foveate": (ours, {}, ONE_THREAD)}
-        if asked.vllm:
-            theirs = [asked.vllm, *VLLM, "serve", str(model), *VLLM_OPTIONS]
+        if program:
+            theirs = [program, *VLLM, "serve", str(model), *VLLM_OPTIONS]
             servers["vllm"] = (theirs, WITHOUT_STOP, VLLM_ENVIRONMENT)
         places: dict[str, tuple[int, int, dict[str, Any]]] = {}
         for name, (command, more, environment) in servers.items():
@@ -198,14 +203,16 @@ def main() -> None:
             places[name] = port, stack.enter_context(started([*command, "--port", str(port)], port, environment)), more
         for name, (port, _, more) in places.items():
             found[name] = latencies(port, asked.seconds, more) if asked.seconds else {}
-        rounds = [{name: throughput(*place) for name, place in places.items()} for _ in range(asked.rounds)]
+        rounds = [{name: throughput(*place) for name, place in places.items()} for _ in range(asked.pairs)]
         for measure in ("tokens a second", "tokens a processor second"):
             for name in places:
                 found[name][measure] = statistics.median(each[name][measure] for each in rounds)
-            if asked.vllm:
+            if program:
                 ratios = [each["foveate"][measure] / each["vllm"][measure] for each in rounds]
                 found.setdefault("ratio", {})[measure] = statistics.median(ratios), min(ratios), max(ratios)
-    print(json.dumps(found, indent=1))
+    shape = {"streams": STREAMS, "long": LONG, "short": SHORT, "clients": CLIENTS, "tokens": THROUGHPUT}
+    whole = {"shape": shape, "rounds": asked.pairs, "servers": found}
+    print(json.dumps(whole) if asked.json else json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def main() -> None:
     traffic.is_over.set()
     server.terminate()
     with suppress(subprocess.TimeoutExpired):
-        server.wait(30)
+        server.wait(300)  # it answers what it has begun
     for kind, found in sorted(traffic.statuses.items()):
         print(kind, dict(found))
     if len(traffic.short) > 1:

@@ -25,6 +25,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from peers.toy import sized
 from torch import Tensor
 
 from foveate.algorithms.advantages import grpo
@@ -44,6 +45,7 @@ from foveate.train.rollouts import SyncRollouts
 
 HERE = Path(__file__)
 SECONDS = "FOVEATE_BENCHMARK_SECONDS"
+SCENES = sized({"train": 2000, "test": 320}, toy={"train": 32, "test": 4})
 
 
 class SleepingEngine(NativeEngine):
@@ -93,7 +95,7 @@ def measure_time(seconds: float, steps: int) -> None:
 
 
 class Numbers:
-    """A reader whose tasks are the numbers of its stream."""
+    """A reader whose tasks are the numbers of its stream, and what grades their answers."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -102,8 +104,14 @@ class Numbers:
         rows = self._stream.draw(count)
         return [(Task(str(row), "made up", (), (), row), Prompt((row,), (), None, (row,))) for row in rows]
 
-    def grade_many(self, pairs: Sequence[tuple[Answer, Task]]) -> list[Score]:
+    def prefetch(self, _: Sequence[tuple[Answer, Task]]) -> list[Any]:
+        return []
+
+    def grade_many(self, pairs: Sequence[tuple[Answer, Task]], _: Sequence[Any] = ()) -> list[Score]:
         return [Score(0.0) for _ in pairs]
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
 
 class TailEngine:
@@ -170,7 +178,7 @@ def measure_tail(tick: float, steps: int) -> None:
 def measure_curves(steps: int, seeds: Sequence[int], staleness: Sequence[int], partial: bool, out: Path) -> None:
     data = out / "data"
     if not data.exists():
-        prepare_shapes(data, {"train": 2000, "test": 320})
+        prepare_shapes(data, SCENES)
     for seed in seeds:
         for k in staleness:
             changes: dict[str, Any] = {"seed": seed, "train.steps": steps, "train.save_every": 0}

@@ -1,14 +1,16 @@
 """Sampling of answers with several turns by the native engine: keys and values kept between turns, against every turn
 as a request of its own, whose tokens go through the model again.
 
-    python benchmarks/turns.py [--turns 3]
+    python benchmarks/turns.py [--turns 3] [--pairs 2] [--json]
 
-Both ways sample the same answers; the benchmark checks that too.
+Both ways sample the same answers; the benchmark ends if they do not. Seconds are of processor time, one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import tempfile
 import time
 from concurrent.futures import Future
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from group_packing import SIZES, TILE, make_groups
+from peers.toy import sized
 
 from foveate.models.policy import load_policy
 from foveate.models.tiny import build_tiny
@@ -27,13 +30,11 @@ from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.rounds import stream_in_rounds
 
-ANSWERS, TURN_TOKENS, SEEN_TILES = 16, 64, 4
+ANSWERS, TURN_TOKENS, SEEN_TILES = sized((16, 64, 4), toy=(3, 8, 1))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3, help="turns of each answer, with an image between them")
-    turns = parser.parse_args().turns
+def run(turns: int, pairs: int) -> dict[str, Any]:
+    """Seconds of each pair, (keys and values kept, every turn again), and the tokens through the model of both ways."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     size, vocabulary = SIZES["like-1b"]
@@ -55,22 +56,42 @@ def main() -> None:
         return future
 
     requests, sampling = [Request(group.prompt, 0)], SamplingParams(ANSWERS, 4 * turns * (TURN_TOKENS + len(ids)))
-    found = {}
-    for way in ("kept", "again", "kept", "again"):
-        engine = NativeEngine(policy, lambda ids: f"{len(ids)} tokens")
-        begin = time.process_time()
-        if way == "kept":
-            [answers] = engine.generate(requests, sampling, observe)
-        else:
-            [(_, answers)] = stream_in_rounds(engine.stream, requests, sampling, observe, stop_ids)
-        seconds = time.process_time() - begin
-        found[way] = [answer.token_ids for answer in answers]
-        stats = asdict(engine.stats)
-        tokens = sum(stats[name] for name in ("prefill_tokens", "decode_tokens", "turn_tokens"))
-        print(f"{way}: {seconds:.2f} s of one core, {tokens:,} tokens through the model, {stats}")
-    sampled = sum(answer.trained_tokens for answer in answers)
-    same = found["kept"] == found["again"]
-    print(f"{ANSWERS} answers, {sampled:,} sampled tokens, prompt {len(group.prompt):,}; equal: {same}")
+    seconds: dict[str, list[float]] = {"kept": [], "again": []}
+    tokens: dict[str, int] = {}
+    for pair in range(pairs + 1):
+        answers: dict[str, tuple[Answer, ...]] = {}
+        for way in seconds:
+            engine = NativeEngine(policy, lambda ids: f"{len(ids)} tokens")
+            begin = time.process_time()
+            if way == "kept":
+                [answers[way]] = engine.generate(requests, sampling, observe)
+            else:
+                [(_, answers[way])] = stream_in_rounds(engine.stream, requests, sampling, observe, stop_ids)
+            if pair:
+                seconds[way].append(time.process_time() - begin)
+            stats = asdict(engine.stats)
+            tokens[way] = sum(stats[name] for name in ("prefill_tokens", "decode_tokens", "turn_tokens"))
+        kept, again = ([answer.token_ids for answer in answers[way]] for way in seconds)
+        if kept != again:
+            raise SystemExit("the two ways sample different answers")
+    sampled = sum(answer.trained_tokens for answer in answers["kept"])
+    shape = {"turns": turns, "answers": ANSWERS, "prompt_tokens": len(group.prompt), "sampled_tokens": sampled}
+    return {**shape, "seen_tokens": len(ids), "model_tokens": tokens, "pairs": [*zip(*seconds.values(), strict=True)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=3, help="turns of each answer, with an image between them")
+    parser.add_argument("--pairs", type=int, default=2, help="measured pairs")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    options = parser.parse_args()
+    found = run(options.turns, options.pairs)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{ANSWERS} answers, {found['sampled_tokens']:,} sampled tokens, prompt {found['prompt_tokens']:,}")
+    for way, seconds in zip(("kept", "again"), zip(*found["pairs"], strict=True), strict=True):
+        print(f"{way}: {statistics.median(seconds):.2f} s, {found['model_tokens'][way]:,} tokens through the model")
 
 
 if __name__ == "__main__":

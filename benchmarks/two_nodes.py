@@ -137,12 +137,17 @@ class Nodes:
             return subprocess.Popen(words, env=self._environment, stdout=file, stderr=subprocess.STDOUT, text=True)
 
     def run(self, recipe: Path, *overrides: str, log: Path) -> int:
-        """The exit code of a run."""
-        job = self.submit(recipe, *overrides, log=log)
-        while job.poll() is None:
-            self.keep()  # a node ends that wants to join before the head is there
-            time.sleep(1)
-        return job.returncode
+        """The exit code of a run, which is submitted again while the head is not there yet."""
+        for _ in range(20):
+            before = log.stat().st_size if log.exists() else 0
+            job = self.submit(recipe, *overrides, log=log)
+            while job.poll() is None:
+                self.keep()  # a node ends that wants to join before the head is there
+                time.sleep(1)
+            if not job.returncode or "no cluster answers" not in log.read_bytes()[before:].decode(errors="replace"):
+                return job.returncode
+            time.sleep(5)
+        return 1
 
     def processes(self) -> dict[int, str]:
         """All processes of these nodes with their command lines."""

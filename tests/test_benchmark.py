@@ -6,6 +6,8 @@ import gzip
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,8 +20,10 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "peers")]
 
 import bench  # noqa: E402
 import compare  # noqa: E402
+import engine  # noqa: E402
 import foveate_step  # noqa: E402
 import page  # noqa: E402
+import page_readme  # noqa: E402
 from work import WORKS  # noqa: E402
 
 RECORDED = json.loads(gzip.decompress((Path(__file__).parent / "data" / "peer_updates.json.gz").read_bytes()))
@@ -102,6 +106,30 @@ def test_every_work_has_room_for_its_images():
         assert work.answers % work.rows == 0
 
 
+def said(token_ids=(4, 5, 6), logprobs=(-1.0, -2.0, -3.0), prompt_tokens=7):
+    """What an engine says of one prompt and its greedy answer."""
+    return {"prompt_tokens": [prompt_tokens], "token_ids": [[*token_ids]], "logprobs": [[*logprobs]]}
+
+
+def test_engines_that_do_the_same_are_timed():
+    assert engine.check("w", said(), said(logprobs=(-1.0, -2.00005, -3.0))) == pytest.approx(5e-5)
+    parted = said(token_ids=(4, 9, 1), logprobs=(-1.0, -2.00005, -8.0))  # two tokens as likely; what follows differs
+    assert engine.check("w", said(), parted) == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (said(prompt_tokens=8), r"w: prompts have \[8\] tokens, in foveate \[7\]: nothing is timed"),
+        (said(logprobs=(-1.0, -2.001, -3.0)), "w: answer 0, place 1: token 5 with -2.001000, of foveate 5"),
+        (said(token_ids=(4, 9, 6), logprobs=(-1.0, -2.5, -3.0)), "w: answer 0, place 1: token 9 with -2.500000"),
+    ],
+)
+def test_engines_that_do_something_else_are_not_timed(theirs, message):
+    with pytest.raises(SystemExit, match=message):
+        engine.check("w", said(), theirs)
+
+
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
@@ -131,7 +159,7 @@ def test_the_page_says_what_was_measured_and_what_was_not(written):
     assert "| update, text, one thread: at least 1 times verl | 0.50 | **no** |" in text
     assert "4,096" in text.split("trained tokens")[1]
     assert "Not measured: grounding-short, grounding-reasoning, reasoning, several-images." in text
-    assert text.count("\nNot measured.") == 8
+    assert text.count("\nNot measured.") == 12
     assert "a processor" in text
     assert "TRL 1.5" in chart
 
@@ -160,6 +188,17 @@ def test_the_page_that_is_kept_is_that_of_the_results_that_are_kept(tmp_path):
     root = Path(page.__file__).parent.parent
     page.write_page(root / "benchmarks" / "results", tmp_path)
     assert (tmp_path / "performance.md").read_text() == (root / "docs" / "performance.md").read_text()
+
+
+def test_readme_says_what_the_page_says(tmp_path):
+    root = Path(page.__file__).parent.parent
+    shutil.copy(root / "README.md", tmp_path)
+    found = page.read_results(root / "benchmarks" / "results")
+    page_readme.write_section(found, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (root / "README.md").read_text()
+    figures = re.findall(r"\d[\d,]*\.?\d*", page_readme.section(found).split("| --- |\n")[1])
+    text = (root / "docs" / "performance.md").read_text()
+    assert [figure for figure in figures if figure.strip(",") not in text] == []
 
 
 def test_a_page_of_nothing_claims_nothing(written):

@@ -7,12 +7,14 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image
+from toy import sized
 
 QUESTION = "Where is the small red circle left of the big blue square?"
-COLUMNS, ROWS, TILE = 10, 6, 112
+COLUMNS, ROWS, TILE = sized((10, 6, 112), toy=(2, 1, 112))
 TILES = COLUMNS * ROWS
 """The picture is cut into these and a thumbnail."""
-GROUPS, ANSWERS, ANSWER_TOKENS, LEARNING_RATE = 2, 16, 64, 1e-6
+GROUPS, ANSWERS, ANSWER_TOKENS = sized((2, 16, 64), toy=(2, 4, 6))
+LEARNING_RATE = 1e-6
 
 
 def picture(seed: int) -> bytes:

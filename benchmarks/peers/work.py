@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from toy import is_toy
 
 TILE, PATCH, TOKENS_PER_TILE = 112, 14, 16
 Prints = dict[str, tuple[float, float]]
@@ -51,6 +52,9 @@ WORKS = {
     "text": PendingGroup(groups=2, prompt=128, images=(), answer=512, answers=8),
     "several-images": PendingGroup(groups=1, prompt=1024, images=(15, 15, 15, 15), answer=64, answers=16),
 }
+if is_toy():
+    WORKS = {name: replace(work, prompt=96, images=(1,) * len(work.images), answer=8, answers=4, micro=2)
+             for name, work in WORKS.items()}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +71,24 @@ class Done:
 clock = time.process_time
 
 
-def serve(step: Callable[[], Done], gradients: Callable[[], tuple[Done, Prints]] | None = None) -> None:
+def serve(
+    step: Callable[[], Done],
+    gradients: Callable[[], tuple[Done, Prints]] | None = None,
+    more: Mapping[str, Callable[[], dict[str, Any]]] | None = None,
+) -> None:
     """Answer each line on standard input with one JSON line. `step`: a step's loss, gradient norm, seconds by wall
     clock, seconds of processor time and its peak of memory above what the process had before its first step (MB), so
-    that gradients, moments and what an allocator keeps count. `gradients`: loss, gradient norm and their prints."""
+    that gradients, moments and what an allocator keeps count. `gradients`: loss, gradient norm and their prints. The
+    names of `more`: what its functions give."""
     print("ready", flush=True)
     loaded = reset_peak()
     for line in sys.stdin:
         if line.strip() == "gradients" and gradients is not None:
             done, prints = gradients()
             print(json.dumps({"loss": done.loss, "grad_norm": done.grad_norm, "gradients": prints}), flush=True)
+            continue
+        if more and line.strip() in more:
+            print(json.dumps(more[line.strip()]()), flush=True)
             continue
         reset_peak()
         wall, cpu = time.perf_counter(), clock()

@@ -40,19 +40,6 @@ def test_readme_says_it_of_every_recipe_for_one_gpu():
     assert {name for name, *_ in MEMORY} == {path.stem for path in (ROOT / "src/foveate/recipes").glob("geo3k_*.yaml")}
 
 
-def test_readme_says_the_speed_that_was_measured():
-    goals = (ROOT / "docs/performance.md").read_text()
-    measured = {
-        name: float(value)
-        for name, value in re.findall(r"^\| ([^|]+): at least [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
-    }
-    updates = re.findall(r"^\| update, [\w-]+, one thread: [^|]*\| ([\d.]+) \|", goals, re.MULTILINE)
-    low, high = min(map(float, updates)), max(map(float, updates))
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"The update is {low:.1f} to {high:.0f} times as fast as TRL's and verl's" in text
-    assert f"The whole step is {measured['whole GRPO step']:.0f} times as fast as TRL's" in text
-
-
 def test_a_page_begins_with_the_command_that_most_readers_come_for():
     without = {"decisions", "families", "log", "performance", "security"}
     pages = {path.stem: path.read_text().split("\n\n")[1] for path in (ROOT / "docs").glob("*.md")}

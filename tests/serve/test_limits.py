@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from foveate.serve.hosts import is_known_host
-from foveate.serve.limits import Budget
+from foveate.serve.limits import Budget, tell
 
 
 def test_who_asks_for_more_than_is_left_waits_and_keeps_the_order():
@@ -66,3 +66,12 @@ def test_addresses_and_own_names_are_known_hosts(header):
 )
 def test_other_names_are_not(header):
     assert not is_known_host(header, ("mine",))
+
+
+def test_a_loop_that_has_ended_is_told_nothing():
+    loop, heard = asyncio.new_event_loop(), list[int]()
+    tell(loop, heard.append, 1)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    tell(loop, heard.append, 2)
+    assert heard == [1]

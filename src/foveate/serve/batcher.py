@@ -7,13 +7,13 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.batch import DecodeBatch, DecodeJob
+from foveate.serve.limits import tell
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ class Job:
         return "stop" if self.heard(answer, token, logprob) else ""
 
     def settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and its clients with it
-            self.loop.call_soon_threadsafe(self._settle, outcome)
+        tell(self.loop, self._settle, outcome)
 
     def _settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
         if self.future.done():  # the client has gone

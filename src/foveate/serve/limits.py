@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -22,6 +23,12 @@ class ServeLimits:
     decoded_pixels: int = 32 * 10**6
     body_s: float = 30.0
     whole_body_s: float = 300.0
+
+
+def tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function in an event loop from another thread, unless the loop has ended, and its clients with it."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *arguments)
 
 
 def give_memory_back() -> None:
