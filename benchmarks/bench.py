@@ -30,7 +30,7 @@ import torch
 from compare import PEERS, Steps, System, compare, present, python_of
 from page import read_results, write_page
 from page_readme import write_section
-from peers.toy import is_toy
+from peers.toy_sizes import is_toy
 from work import WORKS
 
 HERE = Path(__file__).parent
@@ -61,14 +61,14 @@ def _processor() -> str:
 
 def update(options: argparse.Namespace) -> None:
     """The update of every work in foveate, TRL and verl, one thread."""
-    for work in filter(WORKS.__contains__, options.works):
+    for work in [one for one in options.works if one in WORKS]:
         steps = compare(work, ["foveate", "trl", "verl"], options.pairs, 1, VOCABULARY)
         store(options, f"update-{work}", {"work": work, "threads": 1, "vocabulary": VOCABULARY, "steps": steps})
 
 
 def threads(options: argparse.Namespace) -> None:
     """The same with two threads."""
-    for work in filter(WORKS.__contains__, options.works):
+    for work in [one for one in options.works if one in WORKS]:
         steps = compare(work, ["foveate", "trl", "verl"], options.pairs, 2, VOCABULARY)
         store(options, f"threads-{work}", {"work": work, "threads": 2, "vocabulary": VOCABULARY, "steps": steps})
 
@@ -100,7 +100,7 @@ def step(options: argparse.Namespace) -> None:
 
 def engines(options: argparse.Namespace) -> None:
     """Generation against vLLM, work by work."""
-    for work in filter(engine.WORKS.__contains__, options.works):
+    for work in [one for one in options.works if one in engine.WORKS]:
         [found] = _said("engine", options, "--works", work)["works"]
         store(options, f"engine-{work}", found)
 

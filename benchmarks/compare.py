@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 sys.path.insert(0, str(PEERS))
 
-from toy import is_toy  # noqa: E402
+from toy_sizes import is_toy  # noqa: E402
 from work import WORKS  # noqa: E402
 
 SYSTEMS = ("foveate", "trl", "verl")

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 from transformers import InternVLConfig
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from compare import System, vllm_python
 from generation import COLUMNS, ROWS, SIZE, VOCABULARY, image_prompt, picture
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 from foveate.models.policy import Policy, load_policy
 from foveate.models.tiny import build_tiny

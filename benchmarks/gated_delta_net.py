@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.toy import sized
+from peers.toy_sizes import sized
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from foveate.models.attention.gated_delta_net import replace_layers

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.toy import sized
+from peers.toy_sizes import sized
 from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 from transformers.utils import logging as transformers_logging

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.toy import is_toy, sized
+from peers.toy_sizes import is_toy, sized
 from torch.profiler import ProfilerActivity, profile
 
 from foveate.algorithms.policy_losses import grpo

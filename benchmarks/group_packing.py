@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers.toy import sized
+from peers.toy_sizes import sized
 from transformers import InternVLForConditionalGeneration
 
 from foveate.models.checkpoint.small_files import quiet_transformers

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from peers.toy import sized
+from peers.toy_sizes import sized
 from scaling import measure, worker_of
 
 from foveate.models.checkpoint.formats import hf_form, model_config

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from convert_memory import synthesise, tiny
-from peers.toy import sized
+from peers.toy_sizes import sized
 from transformers import InternVLConfig
 
 from foveate.config.cluster import ClusterSettings
@@ -43,7 +43,7 @@ def main() -> None:
         for ranks in RANKS:
             for how in ("whole", "filled"):
                 meeting = folder / f"{how}-{ranks}"
-                mp.start_processes(on_rank, (ranks, how, str(folder), str(meeting)), ranks, start_method="spawn")
+                mp.start_processes(on_rank, (ranks, how, str(folder), str(meeting)), ranks, start_method="spawn")  # pyright: ignore[reportPrivateImportUsage]
                 found = [torch.load(f"{meeting}.{rank}") for rank in range(ranks)]
                 peak, seconds = max(one[0] for one in found), max(one[1] for one in found)
                 limit = total / ranks + 2 * largest + MARGIN

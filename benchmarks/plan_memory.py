@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 MIB = 2**20
 SIZES = {

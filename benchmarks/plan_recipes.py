@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 from foveate.config.recipe import read_recipe
 from foveate.plan.hardware import GIB, parse_machines

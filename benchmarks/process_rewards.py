@@ -19,7 +19,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 import foveate as fv
 from foveate.evaluate.evaluate_models import EvalRequest

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from foveate_step import SIZE
-from toy import sized
+from toy_sizes import sized
 from work import CLIP, peak, reset_peak
 
 from foveate.algorithms.policy_losses import grpo

@@ -29,7 +29,7 @@ from typing import Any
 
 from compare import vllm_python
 from generation import SIZE, VOCABULARY
-from peers.toy import sized
+from peers.toy_sizes import sized
 from soak_serve import PATH, body
 
 from foveate.models.tiny import build_tiny

@@ -25,7 +25,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 from torch import Tensor
 
 from foveate.algorithms.advantages import grpo

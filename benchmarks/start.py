@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 HERE = Path(__file__).resolve().parent
 FOVEATE = [sys.executable, "-c", "from foveate.cli.app import main; main()"]

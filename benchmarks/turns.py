@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from group_packing import SIZES, TILE, make_groups
-from peers.toy import sized
+from peers.toy_sizes import sized
 
 from foveate.models.policy import load_policy
 from foveate.models.tiny import build_tiny

@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image
-from toy import sized
+from toy_sizes import sized
 
 QUESTION = "Where is the small red circle left of the big blue square?"
 COLUMNS, ROWS, TILE = sized((10, 6, 112), toy=(2, 1, 112))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toy import is_toy
+from toy_sizes import is_toy
 
 TILE, PATCH, TOKENS_PER_TILE = 112, 14, 16
 Prints = dict[str, tuple[float, float]]

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from foveate.serve.hosts import is_known_host
-from foveate.serve.limits import Budget, tell
+from foveate.serve.limits import Budget, tell_loop
 
 
 def test_who_asks_for_more_than_is_left_waits_and_keeps_the_order():
@@ -70,8 +70,8 @@ def test_other_names_are_not(header):
 
 def test_a_loop_that_has_ended_is_told_nothing():
     loop, heard = asyncio.new_event_loop(), list[int]()
-    tell(loop, heard.append, 1)
+    tell_loop(loop, heard.append, 1)
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
-    tell(loop, heard.append, 2)
+    tell_loop(loop, heard.append, 2)
     assert heard == [1]

@@ -209,7 +209,8 @@ def add_call_words(folder: Path) -> None:
         old, model = AutoTokenizer.from_pretrained(folder), InternVLForConditionalGeneration.from_pretrained(folder)
         own: Any = model.config.text_config
         tokenizer = tiny_tokenizer(TinySize().vocabulary, calls=True)
-        known, like = old.get_vocab(), dict(zip(CALL_WORDS[2:], ("[[", ",", "]]") * 2, strict=True))
+        known: dict[str, int] = old.get_vocab()
+        like: dict[str, str] = dict(zip(CALL_WORDS[2:], ("[[", ",", "]]") * 2, strict=True))
         words = ((like.get(word, word), number) for word, number in tokenizer.get_vocab().items())
         spelled = [
             [known[word]] if word in known else old.encode(tokenizer.decode([number]), add_special_tokens=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from foveate.encoding.encode import Encoder
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.serve.batcher import Job
-from foveate.serve.limits import tell
+from foveate.serve.limits import tell_loop
 from foveate.serve.protocol import ChatRequest
 from foveate.serve.replies import TokenText
 from foveate.serve.text import GrowingText
@@ -71,7 +71,7 @@ class Answering:
             self._unsaid[answer].append((self._encoder.pieces((token,))[0], logprob))
         if text and self._asked.stream:
             piece = Piece(answer, text, self._take_entries(answer))
-            tell(self._loop, self.pieces.put_nowait, piece)
+            tell_loop(self._loop, self.pieces.put_nowait, piece)
         return growing.done
 
     def _take_entries(self, answer: int) -> list[TokenText] | None:

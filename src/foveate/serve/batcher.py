@@ -13,7 +13,7 @@ from typing import Protocol
 from foveate.records import Answer, Prompt, SamplingParams
 from foveate.rollout.engine import Request
 from foveate.rollout.native.batch import DecodeBatch, DecodeJob
-from foveate.serve.limits import tell
+from foveate.serve.limits import tell_loop
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Job:
         return "stop" if self.heard(answer, token, logprob) else ""
 
     def settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
-        tell(self.loop, self._settle, outcome)
+        tell_loop(self.loop, self._settle, outcome)
 
     def _settle(self, outcome: tuple[Answer, ...] | Exception) -> None:
         if self.future.done():  # the client has gone

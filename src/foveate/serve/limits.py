@@ -25,7 +25,7 @@ class ServeLimits:
     whole_body_s: float = 300.0
 
 
-def tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
+def tell_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> None:
     """Call a function in an event loop from another thread, unless the loop has ended, and its clients with it."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *arguments)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.records import Prompt, SamplingParams, Task
-from foveate.serve.limits import Budget, ServeLimits, give_memory_back, tell
+from foveate.serve.limits import Budget, ServeLimits, give_memory_back, tell_loop
 from foveate.serve.protocol import ChatRequest, Refused, read_request
 
 _THREADS = 2
@@ -55,7 +55,7 @@ class Preparing:
             pixels = await self._pixels.take(max((image.width * image.height for image in task.images), default=0))
             loop = asyncio.get_running_loop()
             work = self._threads.submit(_refusing, lambda: self._encoded(task, pixels))
-            work.add_done_callback(lambda _: tell(loop, self._pixels.give_back, pixels))
+            work.add_done_callback(lambda _: tell_loop(loop, self._pixels.give_back, pixels))
             yield await asyncio.wrap_future(work), sampling
         finally:
             self._tensors.give_back(held)

@@ -24,7 +24,7 @@ def adamw8bit(
     """
     devices = {parameter.device.type for parameter in named.values()}
     if paged and "cpu" in devices:
-        raise ConfigError("optim.settings.paged is true, but pages are those of a GPU: leave it out on a CPU")
+        raise ConfigError("optim.settings={paged: true}, but pages are those of a GPU: leave it out on a CPU")
     bitsandbytes: Any = import_module("bitsandbytes")  # an extra, and slow to import
     how = {"min_8bit_size": min_8bit_size, "is_paged": paged and devices == {"cuda"}}
     return bitsandbytes.optim.AdamW8bit(decay_groups(named.values(), optim), lr=optim.lr, betas=optim.betas, **how)

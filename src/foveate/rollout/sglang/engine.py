@@ -245,7 +245,8 @@ class SGLangEngine(ServedEngine):
     def _experts(self, text: str) -> np.ndarray:
         """The experts (tokens, layers with a router, experts per token), of which SGLang tells the numbers one behind
         the other, of all layers."""
-        config: Any = self._policy.model.config.get_text_config()
+        model: Any = self._policy.model
+        config = model.config.get_text_config()
         rows = np.frombuffer(b64decode(text), np.int32)
         return rows.reshape(-1, config.num_hidden_layers, config.num_experts_per_tok)[:, self._routers]
 
