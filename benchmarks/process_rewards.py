@@ -3,12 +3,12 @@
     python benchmarks/process_rewards.py --seed 0    # everything goes to runs/process-0
 
 A question is a chain of three to five sums and differences, worked out from left to right on a clock of ten hours:
-`5+3-4+6=?`. An answer writes a line for each and then the result in a box. A tiny text model learns to answer from
-worked examples that share a slip: half of the steps that go round the clock count one hour too many. So wrong answers
-to a question agree with one another, and a majority finds them as often as the right one. The model's answers to other
-questions are labelled step by step by its own continuations, a copy of it learns to judge steps from these labels, and
-chooses among eight answers to each of 1,000 new questions. No label knows of the slip. What it reaches is in
-docs/log.md.
+`5+3-4+8=?`. An answer writes a line for each, `5+3=8`, `8-4=4`, `4+8=12-10=2`, and then the result in a box. A tiny
+text model learns to answer from worked examples that share a slip: half of the steps that go round the clock count one
+hour too many, `4+8=12-9=3`. So wrong answers to a question agree with one another, and a majority often takes them. The
+model's answers to other questions are labelled step by step by its own continuations, a copy of it learns to judge
+steps from these labels, and chooses among eight answers to each of 1,000 new questions. No label knows of the slip.
+What it reaches is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -71,10 +71,12 @@ def worked(draw: random.Random) -> dict[str, Any]:
     question, steps = str(value), []
     for _ in range(draw.randint(3, 5)):
         sign, other = draw.choice("+-"), draw.randint(2, 6)
-        before, change = value, other if sign == "+" else -other
-        slips = not 0 <= before + change < HOURS and draw.random() < SLIP
-        true, value = (true + change) % HOURS, (before + change + slips) % HOURS
-        steps.append(f"{before}{sign}{other}={value}")
+        change = other if sign == "+" else -other
+        before, moved = value, value + change
+        back = HOURS if moved < 0 else -HOURS if moved >= HOURS else 0
+        back += back != 0 and draw.random() < SLIP
+        true, value = (true + change) % HOURS, (moved + back) % HOURS
+        steps.append(f"{before}{sign}{other}={moved}" + (f"{back:+}={value}" if back else ""))
         question += f"{sign}{other}"
     answer = "\n".join([*steps, rf"\boxed{{{value}}}"])
     return {"question": f"{question}=?", "answer": str(true), "response": answer}
@@ -103,7 +105,7 @@ def train(model: str, rows: Path, run: Path, seed: int, **settings: Any) -> str:
 
 def figures(model: str, rows: Path, out: Path, **options: Any) -> dict[str, Any]:
     """What `foveate eval` says of a model."""
-    asked: dict[str, Any] = {"models": (model,), "data": (str(rows),), "reward": "exact", "max_tokens": 48}
+    asked: dict[str, Any] = {"models": (model,), "data": (str(rows),), "reward": "exact", "max_tokens": 80}
     fv.evaluate(EvalRequest(out=out, threads=1, gallery=0, **asked, **options))
     [found] = json.loads((out / "summary.json").read_text())["models"].values()
     return found
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where everything goes (runs/process-SEED)")
     parser.add_argument("--steps", type=int, default=500, help="of the model that answers")
-    parser.add_argument("--judge-steps", type=int, default=600, help="of the one that judges")
+    parser.add_argument("--judge-steps", type=int, default=500, help="of the one that judges")
     given = parser.parse_args()
     folder, seed = given.folder or Path(f"runs/process-{given.seed}"), given.seed
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def main() -> None:
     print(f"{right:.1%} of the answers are right", flush=True)
     labelled = prepare_steps(
         [files["asked"]], folder / "steps", model=model, rollouts=[folder / "asked/predictions.jsonl"],
-        reward="exact", options=StepOptions(continuations=8, max_tokens=48, seed=seed),
+        reward="exact", options=StepOptions(continuations=8, max_tokens=80, seed=seed),
     )  # fmt: skip
     print("\n".join(labelled.summary()), flush=True)
     judge = train(
