@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -370,5 +371,8 @@ def test_engines_with_the_trainers_adapters_get_the_base_once_and_then_what_trai
             if version == 5:
                 processes.lost[0].set()
             found = engines.generate(requests, SAMPLING)
-            assert found == alone(trainer, encode, version).generate(requests, SAMPLING)
+            wanted = alone(trainer, encode, version).generate(requests, SAMPLING)
+            for ours, theirs in zip(chain(*found), chain(*wanted), strict=True):
+                assert (ours.token_ids, ours.finish, ours.version) == (theirs.token_ids, theirs.finish, theirs.version)
+                assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)  # batches differ
         assert processes.starts == [0, 1, 0]

@@ -37,7 +37,7 @@ def test_the_student_has_a_quarter_of_the_parameters_of_the_demo_and_its_tokens(
     student, teacher = load_policy(str(build_tiny(tmp_path, tiny.SMALL))), load_policy("demo")
     sizes = [sum(parameter.numel() for parameter in policy.model.parameters()) for policy in (student, teacher)]
     assert sizes[0] == pytest.approx(sizes[1] / 4, rel=0.01)
-    check_teachers(TeacherSettings(path="demo"), str(tmp_path))
+    check_teachers(TeacherSettings(path="demo"), str(tmp_path), 1.0)
 
 
 def test_building_leaves_the_global_generator_alone_and_prints_nothing(tmp_path, capfd):

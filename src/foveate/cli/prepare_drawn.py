@@ -152,7 +152,7 @@ def prepare_moving_command(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the videos.")] = 0,
 ) -> None:
-    """Videos of eight seconds in which a shape comes, moves and goes: when is it there?"""
+    """Videos of eight seconds in which a shape comes, moves and goes: when it is there is asked."""
     from foveate.datasets.moving import prepare_moving
     from foveate.log import progress
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -260,7 +261,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _spent(thread: int) -> float:
     """Processor seconds of a thread; seconds of the clock on systems that do not tell them."""
-    if not hasattr(time, "pthread_getcpuclockid"):
+    if sys.platform != "linux":
         return time.monotonic()
     return time.clock_gettime(time.pthread_getcpuclockid(thread))
 
