@@ -46,6 +46,16 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("counts", "said"),
+    [("function", "exact"), ("environment", "that of environment gui"), ("both", "exact and that of environment gui")],
+)
+def test_the_reward_that_is_said_is_the_one_that_counts(tmp_path, counts, said):
+    environment = {"name": "gui", "reward": counts}
+    config = rl_settings("r", "demo", tmp_path, reward={"name": "exact"}).model_dump() | {"environment": environment}
+    assert ("reward", said) in run_facts(config, [])
+
+
+@pytest.mark.parametrize(
     ("name", "headline"),
     [
         ("rl", "Reward rose from 0.1 to 1 over 10 steps."),

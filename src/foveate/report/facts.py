@@ -67,6 +67,14 @@ def run_facts(config: Mapping[str, Any], metrics: _Rows) -> list[tuple[str, str]
         return []
 
 
+def _reward(reward: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """Which rewards count: the function's, or the parts of a sum; the environment's own; or both."""
+    weights, counts = (reward.get("settings") or {}).get("weights"), environment.get("reward", "function")
+    named = shown_names(", ".join(weights) if weights else reward["name"]).rpartition("/")[2]
+    own = f"that of environment {shown_names(environment.get('name', '')).rpartition('/')[2]}"
+    return {"function": named, "environment": own}.get(counts, f"{named} and {own}")
+
+
 def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str]]:
     stage, data = stage_of(config), config.get("data") or {}
     chosen = config.get("algorithm") or config.get("loss") or {}
@@ -78,8 +86,7 @@ def _facts(config: Mapping[str, Any], metrics: _Rows) -> Iterator[tuple[str, str
         held_out = ", ".join(Path(name).name for name in data.get("test") or ())
         yield "held out", f"{100 * share:g} % of them" if share else held_out
     if reward := config.get("reward"):
-        weights = (reward.get("settings") or {}).get("weights")
-        yield "reward", shown_names(", ".join(weights) if weights else reward["name"]).rpartition("/")[2]
+        yield "reward", _reward(reward, config.get("environment") or {})
     steps = [row for row in metrics if row["step"]]
     if train := config.get("train"):
         yield "steps", f"{steps[-1]['step'] if steps else 0} of {train['steps']}"
