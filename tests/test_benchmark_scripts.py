@@ -49,7 +49,7 @@ SCRIPTS = {
     "load_memory": ([], "2 ranks, filled"),
     "plan_memory": ([], "| 12 M | toy |"),
     "plan_recipes": (["gspo"], "| `1b_gspo` |"),
-    "process_rewards": (["--folder", "{folder}/out", "--share", "0", "--judge-steps", "2"], "over majority"),
+    "process_rewards": (["--folder", "{folder}/out", "--steps", "20", "--judge-steps", "2"], "over majority"),
     "publish": (["transfer", "--mb", "8", "--buckets", "2", "4", "--pairs", "1"], "bucket_mb 4:"),
     "quick": (["--repeats", "1", "--works", "text"], "| update: text, share of the matrix speed |"),
     "rewards": (
