@@ -263,3 +263,22 @@ def test_tools_run_in_worker_processes():
         last = pool.step("a", hermes_call("calculator", {"expression": "6*"})).result(60)
         assert last.done
         assert "is no arithmetic expression" in last.messages[0].content
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="two tools are called 'zoom'"):
+        ToolUse(tools=["zoom", {"name": "zoom", "settings": {"tile": 112}}])
+
+
+@pytest.mark.parametrize(("side", "pixels"), [("tile", 0), ("tile", -5), ("tile", 10**6), ("min_side", 100_000)])
+def test_sides_that_no_part_of_an_image_has_are_refused(side, pixels):
+    with pytest.raises(ConfigError, match=side):
+        ToolUse(tools=[{"name": "zoom", "settings": {side: pixels}}])
+
+
+def test_an_argument_that_nests_without_end_is_an_observation(make_task, make_image):
+    environment = ToolUse(tools=["zoom"])
+    environment.reset(make_task("<image>", make_image(56, 56)), 0)
+    box = "[" * 100_000
+    step = environment.step(f"<tool_call><function=zoom><parameter=box>{box}</parameter></function></tool_call>")
+    assert [info["error"] for info in step.info["calls"]] == [True]

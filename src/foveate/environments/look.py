@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from PIL import Image, ImageDraw
+from pydantic import Field
 
 from foveate.environments.tools import ImageBox
 
@@ -14,9 +16,11 @@ LONGEST_SIDE = 2_048
 """Pixels of the longer side of an image that a tool shows whole."""
 ZOOM_BLOCK = 28
 """Pixels that the sides of an enlarged part are a multiple of: models that keep an image's shape do not resize it."""
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
+"""Pixels of a side, as a setting."""
 
 
-def zoom(image: Image.Image, box: ImageBox, *, tile: int = 448, min_side: int = 16) -> Image.Image:
+def zoom(image: Image.Image, box: ImageBox, *, tile: Side = 448, min_side: Side = 16) -> Image.Image:
     """Shows a part of an image enlarged.
 
     Args:

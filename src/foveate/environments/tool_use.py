@@ -33,7 +33,11 @@ class Calling(Environment):
     def __init__(self, tools: Iterable[Tool], frame: Frame, max_calls: int, shown: bool) -> None:
         if max_calls < 1:
             raise ConfigError(f"max_calls must be at least 1, found {max_calls}")
-        self._tools = {tool.name: tool for tool in tools}
+        self._tools: dict[str, Tool] = {}
+        for tool in tools:
+            if tool.name in self._tools:
+                raise ConfigError(f"two tools are called {tool.name!r}, and a call could mean either: rename one")
+            self._tools[tool.name] = tool
         self._frame: Frame = frame
         self._max_calls, self._shown_tools = max_calls, shown
         self._images: list[Image] = []

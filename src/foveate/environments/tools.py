@@ -157,7 +157,7 @@ class Tool:
         if as_text and hint is not str:
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = value.strip()
         try:
             return TypeAdapter(hint).validate_python(value)
