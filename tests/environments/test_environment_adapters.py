@@ -333,6 +333,15 @@ def test_every_environment_keeps_to_the_protocol(conforming):
         assert not pool.failures, name
 
 
+@pytest.mark.parametrize("reward", ["environment", "both"])
+def test_rewards_of_an_environment_that_has_none_are_refused(reward):
+    environment = {"name": "tools", "settings": {"tools": ["zoom"]}, "reward": reward}
+    values = {"run": "r", "model.path": "demo", "data.train": ["a"], "steps": 1, "environment": environment}
+    settings = settings_of(values, RLSettings)
+    with pytest.raises(ConfigError, match=f"reward is {reward}, but the environment tools gives no rewards"):
+        check_run(build_algorithm(settings.algorithm, settings.rollout.max_tokens), settings)
+
+
 @pytest.mark.parametrize("reward", ["function", "environment", "both"])
 def test_a_class_with_get_reward_beside_a_reward_function_needs_a_word_which_counts(doors, reward):
     def check(factory, **more):

@@ -164,8 +164,14 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
 
 
 def _check_reward_of_environment(settings: RLSettings) -> None:
-    """A class with `get_reward` and a reward function: which of them counts is said, and not the default's to say."""
+    """A class with `get_reward` and a reward function: which of them counts is said, and not the default's to say. The
+    environment `tools` has no rewards that could."""
     environment = settings.environment
+    if environment is not None and environment.name == "tools" and environment.reward != "function":
+        raise ConfigError(
+            f"environment.reward is {environment.reward}, but the environment tools gives no rewards, and "
+            f"{settings.reward.name} scores its answers: leave it out"
+        )
     if environment is None or environment.name != "trl" or "reward" in environment.model_fields_set:
         return
     factory = environment.settings.get("factory")
