@@ -8,7 +8,6 @@ what a fine quarter shows into so many fewer: what these lose is what a router o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from foveate.datasets.distinct import distinct_of_split
+from foveate.datasets.distinct import distinct_of_split, drawn_number
 from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, light_background
 from foveate.datasets.traces import write_splits
 from foveate.environments.observe import encoded
@@ -50,7 +49,7 @@ class DetailScene:
     @property
     def number(self) -> int:
         """A number that what is drawn decides."""
-        return int(hashlib.sha256(repr((self.side, self.background, self.shapes)).encode()).hexdigest()[:16], 16)
+        return drawn_number((self.side, self.background, self.shapes))
 
 
 def detail_scene(rng: np.random.Generator, *, fine: bool, side: int = 112) -> DetailScene:
@@ -60,11 +59,9 @@ def detail_scene(rng: np.random.Generator, *, fine: bool, side: int = 112) -> De
     kinds = [SHAPES[int(one)] for one in rng.integers(len(SHAPES), size=len(hues))]
     width, places = (cell, ((0, 0), (cell, 0), (0, cell), (cell, cell))) if fine else (quarter, ((0, 0),))
     shapes = []
+    free = max(width // 20, 1)  # about the middle of a cell: models this small learn shapes at places that they know
     for kind, hue, (column, row) in zip(kinds, hues, places, strict=True):
         r = int(rng.integers(round(0.3 * width), round(0.4 * width) + 1))
-        free = max(
-            width // 20, 1
-        )  # about the middle of a cell: models this small learn shapes at places that they know
         x, y = (width // 2 + int(one) for one in rng.integers(-free, free + 1, size=2))
         shapes.append(Shape(kind, hue, column + x, row + y, r))
     return DetailScene(side, light_background(rng), tuple(shapes))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 _Drawn = TypeVar("_Drawn")
+
+
+def drawn_number(drawn: object) -> int:
+    """A number that what is drawn decides, by its representation."""
+    return int(hashlib.sha256(repr(drawn).encode()).hexdigest()[:16], 16)
 
 
 def distinct_of_split(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foveate.datasets.distinct import distinct_of_split
+from foveate.datasets.distinct import distinct_of_split, drawn_number
 from foveate.datasets.traces import DRAWN_SPLITS, drawn_task, recorded_trace, write_splits
 from foveate.environments.calls import hermes_call
 from foveate.environments.gui import Gui, screen_task
@@ -29,13 +28,13 @@ def gui_scenes(
         split,
         count,
         lambda _: (int(rng.integers(2**31)), kinds[int(rng.integers(len(kinds)))]),
-        lambda one: _signature(screen_task(*one)),
+        lambda one: _number(screen_task(*one)),
         has_traces=True,
     )
 
 
-def _signature(task: ScreenTask) -> int:
-    return int(hashlib.sha256(repr((task.screen, task.sentence)).encode()).hexdigest()[:16], 16)
+def _number(task: ScreenTask) -> int:
+    return drawn_number((task.screen, task.sentence))
 
 
 def gui_rows(

@@ -7,7 +7,6 @@ right with the given probability, and otherwise begins where the video begins. T
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from foveate.datasets.distinct import distinct_of_split
+from foveate.datasets.distinct import distinct_of_split, drawn_number
 from foveate.datasets.shapes import COLOURS, SHAPES, Scene, Shape, draw_scene, light_background, radius_of
 from foveate.datasets.traces import write_splits
 from foveate.errors import DataError
@@ -43,7 +42,7 @@ class MovingScene:
     @property
     def number(self) -> int:
         """A number that what is drawn decides."""
-        return int(hashlib.sha256(repr(self).encode()).hexdigest()[:16], 16)
+        return drawn_number(self)
 
     def frames(self) -> Iterator[np.ndarray]:
         """The frames in order, uint8 (side, side, 3)."""
