@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 FAILED = "grader failed"
 """How the note of an answer begins that could not be graded."""
 
-TruthCheck = Callable[[Task], list[tuple[str, str]]]
+TruthCheck = Callable[[Task], Sequence[tuple[str, str]]]
 """The faults of a task that a reward cannot score, as (field, what is wrong)."""
 RewardJob = tuple[Any, Task, tuple[Any, ...]]
 """An answer, as `Reward.read` gives it, its task, and further arguments of the reward's function."""
@@ -245,7 +245,7 @@ class NeedsTruth:
     check: TruthCheck
     name: str
 
-    def __call__(self, task: Task) -> list[tuple[str, str]]:
+    def __call__(self, task: Task) -> Sequence[tuple[str, str]]:
         faults = self.check(task)
         if task.answer is not None or not any(field.startswith(GROUND_TRUTH) for field, _ in faults):
             return faults

@@ -158,7 +158,7 @@ class _SourceCheck:
     checks: Mapping[str, TruthCheck | None]
     field: str = SOURCE
 
-    def __call__(self, task: Task) -> list[tuple[str, str]]:
+    def __call__(self, task: Task) -> Sequence[tuple[str, str]]:
         source = _field_of(task, self.field)
         if source not in self.checks and ANY_SOURCE not in self.checks:
             return [(self.field, _no_reward(source, self.checks))]
@@ -166,7 +166,7 @@ class _SourceCheck:
         return chosen(task) if chosen else []
 
 
-def unread_sources(check: Any, names: Sequence[str]) -> list[str]:
+def unread_sources(check: TruthCheck | None, names: Sequence[str]) -> list[str]:
     """A warning for each source that `by_source` names and no row has; `names` are those of the rows."""
     parts = check.checks if isinstance(check, _AllChecks) else (check,)
     known = dict.fromkeys(names)
@@ -180,7 +180,7 @@ def unread_sources(check: Any, names: Sequence[str]) -> list[str]:
     ]
 
 
-def frame_doubts(check: Any, tasks: Iterable[Task]) -> list[str]:
+def frame_doubts(check: TruthCheck | None, tasks: Iterable[Task]) -> list[str]:
     """A warning for each source whose boxes count as thousandths of the sides although all of them, twenty at least,
     also lie inside their images as pixels: by chance they would not. `check` is that of the reward."""
     if not any(map(_wants_thousandths, _checks_of(check, None))):

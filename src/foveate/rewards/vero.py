@@ -9,7 +9,7 @@ answer stands in a box it is 0.5 unless that is one box, and of boxes and clicks
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,7 @@ class _TypeCheck:
     truth_frame: TruthFrame
     has_judge: bool
 
-    def __call__(self, task: Task) -> list[tuple[str, str]]:
+    def __call__(self, task: Task) -> Sequence[tuple[str, str]]:
         kind = str(task.meta.get(REWARD_TYPE, ""))
         if kind not in TYPES:
             return [(f"extra_info.{REWARD_TYPE}", _no_type(kind))]
