@@ -64,6 +64,8 @@ _ON_CPU = {
 }
 _TELL_EXPERTS = ("--enable-return-routed-experts", "--no-async-scheduling")
 """It was not tried with steps that begin before the tokens of the one before are counted."""
+_ASK_PLUGIN = {"FOVEATE_TELL_EXPERTS": "1"}
+"""What has the plug-in join vLLM's recorder of experts; without it vLLM's runner stays as it is."""
 GENERATE = "/inference/v1/generate"
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes that vLLM has for adapters."""
@@ -129,7 +131,7 @@ class VLLMEngine(ServedEngine):
         self.adapters = served_adapters(policy, "vllm", self._served, adapters, _RANKS[-1])
         on_cpu = (device or policy.device.type) == "cpu"
         self.environment = {**_ENVIRONMENT, **(_ON_CPU if on_cpu else {}), **(environment or {})}
-        self.environment["PYTHONPATH"] = python_path(plugin)
+        self.environment |= {"PYTHONPATH": python_path(plugin), **(_ASK_PLUGIN if record_experts else {})}
         self.command = [
             *(str(shutil.which(program)), "serve", str(model), "--host", HOST, "--port", PORT),
             *("--load-format", "dummy", "--dtype", dtype_name(next(policy.model.parameters()))),

@@ -10,6 +10,7 @@ finds out where another version differs.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from base64 import b64decode
 from collections import Counter
@@ -53,7 +54,8 @@ def register() -> None:
     # vLLM warns of each layer without new weights: beside adapters most have none, else `Receiver` raises
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _report_trainers_logprobs()
-    _tell_experts()
+    if "FOVEATE_TELL_EXPERTS" in os.environ:
+        _tell_experts()
 
 
 @dataclass
