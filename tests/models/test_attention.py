@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from foveate.models.attention import kernels
 from foveate.models.attention.kernels import AttentionOptions, forest_attention, forest_mask, reference_attention
 from foveate.models.attention.runs import parts, path_positions
 from foveate.records import Forest
@@ -141,6 +142,15 @@ def test_windows_and_sinks_equal_the_reference_in_float64(forest, window):
     require_reference_with_sinks(forest_attention, forest, window)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_halves_of_long_segments_equal_the_reference_in_float64(window):
+    for forest in (
+        forest_of([(600, [(257, []), (257, []), (390, [(30, [])])])]),
+        forest_of([(512, [(512, []), (512, [])])]),
+    ):
+        require_reference_with_sinks(forest_attention, forest, window)
+
+
 @pytest.mark.parametrize("window", [1, 4, 30])
 @pytest.mark.parametrize("forest", CASES.values(), ids=CASES)
 def test_a_window_shows_the_last_tokens_of_the_path(forest, window):
@@ -224,11 +234,16 @@ def test_any_memory_forest_of_inputs_and_gradient_is_right(name):
         torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
 
 
+def true_tokens(runs, row):
+    taken = runs.take(row[:, None]).flatten()
+    return taken if runs.real is None else taken[runs.real]
+
+
 @pytest.mark.parametrize("forest", EVERY.values(), ids=EVERY)
 def test_first_calls_cover_every_token_once_and_padding_is_bounded(forest):
     calls = parts(forest, torch.device("cpu"))
     row = torch.arange(forest.tokens)
-    covered = torch.cat([row[part.query.tokens] for part in calls if part.first])
+    covered = torch.cat([true_tokens(part.query, row) for part in calls if part.first])
     assert [part.first for part in calls] == sorted((part.first for part in calls), reverse=True)
     assert sorted(covered.tolist()) == row.tolist()
     done = sum(part.query.batch * part.query.length * part.key.length for part in calls)
@@ -242,11 +257,33 @@ def test_first_calls_cover_every_token_once_and_padding_is_bounded(forest):
 def test_a_short_answer_is_not_padded_to_the_length_of_a_prompt():
     forest = forest_of([(1024, [(64, [])] * 4), (1024, [(64, [])] * 4)])
     causal = [part.query for part in parts(forest, torch.device("cpu")) if part.causal]
-    assert sorted((runs.batch, runs.length) for runs in causal) == [(2, 1024), (8, 64)]
+    assert sorted((runs.batch, runs.length) for runs in causal) == [(8, 64), (8, 256)]
 
 
-def test_runs_that_stand_back_to_back_are_taken_without_a_copy():
-    forest = forest_of([(200, [(60, []), (60, []), (60, [])])])
+@pytest.mark.parametrize("length", [512, 1024, 1500, 4096])
+def test_a_long_causal_segment_computes_little_that_its_mask_hides(length):
+    calls = parts(forest_of([(length, [])]), torch.device("cpu"))
+    done = sum(part.query.batch * part.query.length * part.key.length for part in calls)
+    assert done <= length * (length + 1) / 2 + 128 * length
+
+
+def test_gradients_over_many_keys_come_some_keys_at_a_time(monkeypatch):
+    forest = forest_of([(500, [(9, []), (9, []), (70, [])]), (37, [(9, [])])])
+    calls = []
+
+    def counted(*arguments, **options):
+        calls.append(arguments[2].shape[2])
+        return flash_backward(*arguments, **options)
+
+    flash_backward = kernels._flash_backward
+    monkeypatch.setattr(kernels, "_flash_backward", counted)
+    value_and_gradients(forest_attention, inputs(forest, torch.float32), forest)
+    assert max(calls) <= 384
+
+
+@pytest.mark.parametrize("length", [60, 1024])
+def test_runs_at_equal_distances_are_taken_without_a_copy(length):
+    forest = forest_of([(200, [(length, [])] * 3)])
     rows = torch.randn(forest.tokens, 2, 4)
     for part in parts(forest, torch.device("cpu")):
         for runs in (part.query, part.key):

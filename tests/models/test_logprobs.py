@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError
 from foveate.models.logprobs import (
+    CPU_CHUNK_ROWS,
     Divergence,
     TeacherStates,
     TeacherTopK,
@@ -294,6 +295,16 @@ def test_a_divergence_stays_finite_for_logits_of_hundreds():
             (found,) = chunked_terms(hidden, weight, token_ids, 1.0, (term,), 4 * V)
             for values in (found, *torch.autograd.grad(found.sum(), (hidden, weight))):
                 assert torch.isfinite(values).all()
+
+
+def test_a_small_vocabulary_takes_few_rows_at_a_time_and_gives_the_same_values():
+    hidden, weight, token_ids = inputs(m=2 * CPU_CHUNK_ROWS + 3)
+    largest = Largest()
+    with largest:
+        logp, entropy = chunked_logprobs(hidden, weight, token_ids)
+    assert largest.elements == CPU_CHUNK_ROWS * V
+    for got, wanted in zip((logp, entropy), plain_logprobs(hidden, weight, token_ids, 1.0), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_a_divergence_that_cannot_be_is_refused_by_name():

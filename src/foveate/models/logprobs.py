@@ -20,6 +20,8 @@ from foveate.errors import ConfigError
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
+CPU_CHUNK_ROWS = 512
+"""Rows held at a time at most on processors: the passes over more leave their caches where the vocabulary is small."""
 GPU_CHUNK_ELEMENTS = 1 << 26
 """The same on GPUs, where each chunk reads the whole head anew: 256 MB."""
 
@@ -172,8 +174,13 @@ def chunked_terms(
 def _rows(hidden: Tensor, weight: Tensor, chunk_elements: int | None) -> int:
     """Rows of a chunk."""
     if chunk_elements is None:
-        chunk_elements = GPU_CHUNK_ELEMENTS if hidden.device.type == "cuda" else CHUNK_ELEMENTS
-    return max(1, chunk_elements // weight.shape[0])
+        chunk_elements = {"cuda": GPU_CHUNK_ELEMENTS, "cpu": cpu_chunk(weight)}.get(hidden.device.type, CHUNK_ELEMENTS)
+    return max(1, chunk_elements // len(weight))
+
+
+def cpu_chunk(weight: Tensor) -> int:
+    """Logits held at a time on a processor."""
+    return min(CHUNK_ELEMENTS, CPU_CHUNK_ROWS * len(weight))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -75,13 +75,22 @@ def on_machines(cluster: ClusterSettings, machines: Machines) -> ClusterSettings
 
 
 def _largest(work: Workload, machines: Machines, memory: Memory) -> int:
-    """On the line through the memory of this micro-batch and of one half as long."""
-    half = memory_of(replace(work, budget=max(2, work.budget // 2)))
-    slope = (memory.training - half.training) / max(1, work.budget - work.budget // 2)
-    room = machines.usable - memory.training
+    """On the line through the memory of this micro-batch and of one half as long. Where more fit than this one, on the
+    line to the memory of that length: a longer one computes its logits in more chunks, not in larger ones."""
+    half = max(2, work.budget // 2)
+    found = _on_the_line(work.budget, memory.training, half, memory_of(replace(work, budget=half)).training, machines)
+    if found <= work.budget:
+        return found
+    further = memory_of(replace(work, budget=found)).training
+    return _on_the_line(found, further, work.budget, memory.training, machines)
+
+
+def _on_the_line(tokens: int, bytes_: float, fewer: int, less: float, machines: Machines) -> int:
+    slope = (bytes_ - less) / max(1, tokens - fewer)
+    room = machines.usable - bytes_
     if slope <= 0:
-        return work.budget if room >= 0 else 0
-    return max(0, int(work.budget + room / slope))
+        return tokens if room >= 0 else 0
+    return max(0, int(tokens + room / slope))
 
 
 def _better(work: Workload, machines: Machines) -> Iterator[Workload]:

@@ -3,7 +3,8 @@
 `foveate_reference` builds the dense T x T mask of the forest: it is the truth. On a CPU, `foveate_forest` computes the
 same without padding the row, without a mask of T x T and without copying the keys of a prompt for each answer:
 
-- every segment attends to itself, causally unless it is bidirectional (segments of like length share one call), and
+- every segment attends to itself, causally unless it is bidirectional (segments of like length share one call; a long
+  causal one is halved, its second half attends to the first without a mask, and each half to itself), and
 - all descendants of a segment, which stand together in the row, attend to it in one call, without any mask.
 
 With a sliding window, where a token sees the last `window` tokens of its path (from the root to itself), segments are
@@ -151,6 +152,8 @@ def reference_attention(
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_BACKWARD_KEYS = 256
+"""About how many keys a call of the backward kernel has, of which it holds scores for 256 queries."""
 
 
 class _ForestAttention(torch.autograd.Function):
@@ -173,15 +176,13 @@ class _ForestAttention(torch.autograd.Function):
                 part.query.take(query), part.key.take(key), part.key.take(value),
                 0.0, part.causal, attn_mask=_bias(part, query), scale=scale,
             )  # fmt: skip
-            tokens, rows, rows_lse = part.query.tokens, part.query.flat(partial), part.query.flat(partial_lse)
-            if part.first:
-                out[tokens], lse[tokens] = rows, rows_lse
-                continue
-            before = lse[tokens]
-            merged = torch.logaddexp(before, rows_lse)
-            kept, added = (before - merged).exp()[..., None], (rows_lse - merged).exp()[..., None]
-            out[tokens] = (out[tokens] * kept + rows * added).to(out.dtype)
-            lse[tokens] = merged
+            if not part.first:
+                before, before_lse = part.query.take(out).to(lse.dtype), part.query.take(lse)
+                added = torch.sigmoid(partial_lse - before_lse)[..., None]
+                partial = torch.lerp(before, partial.to(lse.dtype), added).to(out.dtype)
+                partial_lse = torch.logaddexp(before_lse, partial_lse)
+            part.query.write(out, partial)
+            part.query.write(lse, partial_lse)
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype))
             out, lse = (out * (lse - merged).exp()[..., None]).to(out.dtype), merged
@@ -196,28 +197,46 @@ class _ForestAttention(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
         for part in ctx.calls:
-            grad = part.query.take(grad_out)
-            if part.query.real is not None:
-                grad = grad * part.query.real.view(part.query.batch, 1, part.query.length, 1)
-            grad_q, grad_k, grad_v = _flash_backward(
-                grad, part.query.take(query), part.key.take(key), part.key.take(value),
-                part.query.take(out), part.query.take(lse),
-                0.0, part.causal, attn_mask=_bias(part, query), scale=ctx.scale,
-            )  # fmt: skip
-            for total, runs, share in (
-                (grad_query, part.query, grad_q), (grad_key, part.key, grad_k), (grad_value, part.key, grad_v),
-            ):  # fmt: skip
+            grads = _part_backward(part, grad_out, query, key, value, out, lse, scale=ctx.scale)
+            for total, runs, share in zip(
+                (grad_query, grad_key, grad_value), (part.query, part.key, part.key), grads, strict=True
+            ):
                 if part.first:
-                    total[runs.tokens] = runs.flat(share)
-                elif part.shared and isinstance(runs.tokens, Tensor):
-                    total.index_add_(0, runs.tokens, runs.flat(share))
+                    runs.write(total, share)
                 else:
-                    total[runs.tokens] += runs.flat(share)
+                    runs.add(total, share)
         grad_sinks = None
         if sinks is not None:  # the sink's share of a row's probability, whose value is 0
             share = (sinks.to(lse.dtype) - lse).exp()
             grad_sinks = -(share * (grad_out * out).sum(-1)).sum(0).to(sinks.dtype)
         return grad_query, grad_key, grad_value, grad_sinks, None, None
+
+
+def _part_backward(
+    part: Part, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The part's share of the gradients, for its runs of query, key and value. Of many keys some at a time: the scores
+    of one call then stay in a core's cache."""
+    grad = part.query.take(grad_out)
+    if part.query.real is not None:
+        grad = grad * part.query.real.view(part.query.batch, 1, part.query.length, 1)
+    queries, outs, sums = (part.query.take(rows) for rows in (query, out, lse))
+    keys, values, bias = part.key.take(key), part.key.take(value), _bias(part, query)
+    pieces = max(1, round(part.key.length / _BACKWARD_KEYS)) if not part.causal else 1
+    size = -(-part.key.length // pieces)
+    shares = [
+        _flash_backward(
+            grad, queries, keys[:, :, first : first + size], values[:, :, first : first + size],
+            outs, sums, 0.0, part.causal,
+            attn_mask=None if bias is None else bias[..., first : first + size], scale=scale,
+        )
+        for first in range(0, part.key.length, size)
+    ]  # fmt: skip
+    if len(shares) == 1:
+        return shares[0]
+    for share in shares[1:]:
+        shares[0][0].add_(share[0])
+    return shares[0][0], torch.cat([share[1] for share in shares], 2), torch.cat([share[2] for share in shares], 2)
 
 
 def _bias(part: Part, query: Tensor) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 Every segment against itself, and the descendants of a segment, which stand together in the row, against it. With a
 sliding window, segments are cut into chunks of a window's length: each against itself, and against what lies before.
+A long causal run is halved, again and again: a kernel computes much of the half of its scores that a causal mask hides,
+and nothing is hidden where the second half attends to the first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,11 @@ import torch
 from torch import Tensor
 
 from foveate.records import Forest
+
+_LONGEST_CAUSAL = 256
+"""Tokens of a causal run that is not halved."""
+_ROUND = 64
+"""Halves are multiples of this many tokens, so that those of segments of other lengths share calls."""
 
 
 def path_positions(forest: Forest) -> Tensor:
@@ -41,27 +48,53 @@ def subtree_ends(forest: Forest) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """B runs of tokens, as a (B, L) batch for the flash kernel.
+class Spaced:
+    """Where runs of equal length begin that stand at equal distances in the row: `first`, `first + step`, ..."""
 
-    Runs of equal length that stand back to back are one slice of the row, taken without a copy. Others are taken by
-    index, the shorter ones filled up with copies of their last token, whose scores and log-sum-exp are finite."""
+    first: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """B runs of L tokens, as a (B, H, L, ...) batch for the flash kernel.
+
+    Spaced ones are views of the row, taken without a copy. Others are taken by index, the shorter ones filled up with
+    copies of their last token, whose scores and log-sum-exp are finite."""
 
     batch: int
     length: int
-    tokens: slice | Tensor  # the true tokens, n of them
-    filled: Tensor | None  # index (B * L,), None for a slice
+    at: Spaced | Tensor  # an index (n,) of the true tokens, where they are not spaced
+    filled: Tensor | None  # index (B * L,), None where they are
     real: Tensor | None  # (B * L,) marks the true tokens, None where all are true
+    kept: Tensor | None = None  # (n,) their places, None where all are true
 
     def take(self, rows: Tensor) -> Tensor:
-        """Rows (T, H, ...) of these runs, as (B, H, L, ...)."""
-        taken = rows[self.tokens] if self.filled is None else rows.index_select(0, self.filled)
-        return taken.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+        """Rows (T, H, ...) of these runs, as (B, H, L, ...); a view where they are spaced."""
+        if isinstance(self.at, Spaced):
+            size, stride = (self.batch, self.length, *rows.shape[1:]), (self.at.step * rows.stride(0), *rows.stride())
+            taken = rows.as_strided(size, stride, rows.storage_offset() + self.at.first * rows.stride(0))
+        else:
+            taken = rows.index_select(0, self.filled).unflatten(0, (self.batch, self.length))  # type: ignore[arg-type]
+        return taken.transpose(1, 2)
 
-    def flat(self, values: Tensor) -> Tensor:
-        """The values (B, H, L, ...) of the true tokens, as (n, H, ...)."""
+    def write(self, rows: Tensor, values: Tensor) -> None:
+        """The values (B, H, L, ...) of the true tokens, in place of their rows."""
+        if isinstance(self.at, Spaced):
+            self.take(rows).copy_(values)
+        else:
+            rows[self.at] = self._flat(values)
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        """The same, on top of their rows. Runs may share tokens."""
+        if isinstance(self.at, Spaced):
+            self.take(rows).add_(values)
+        else:
+            rows.index_add_(0, self.at, self._flat(values))
+
+    def _flat(self, values: Tensor) -> Tensor:
         rows = values.transpose(1, 2).flatten(0, 1)
-        return rows if self.real is None else rows[self.real]
+        return rows if self.kept is None else rows.index_select(0, self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +103,13 @@ class Part:
     against themselves, cover every token of the row exactly once.
 
     `bias` (B, 1, 1 or L_q, L_k) is -inf at the copies that fill up shorter runs of keys, and outside of the window;
-    None where nothing is masked. `shared` says that several runs of queries may have the same keys."""
+    None where nothing is masked."""
 
     query: Runs
     key: Runs
     first: bool
     causal: bool
     bias: Tensor | None
-    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +133,25 @@ def _own_runs(forest: Forest, window: int | None, *, bidirectional: bool) -> lis
         for step in [length if window is None or bidirectional else window]
         for first in range(0, length, step)
     ]
+
+
+def _halved(runs: list[_Run]) -> tuple[list[_Run], list[list[_Run]]]:
+    """Causal runs against themselves as short ones, and the second half of each against its first, by depth: the
+    halves of halves have tokens of their own."""
+    short: list[_Run] = []
+    levels: list[list[_Run]] = []
+    while runs:
+        short += [run for run in runs if run.q_length <= _LONGEST_CAUSAL]
+        pairs = [_halves(run) for run in runs if run.q_length > _LONGEST_CAUSAL]
+        levels.append([_Run(second.q, second.q_length, first.k, first.k_length) for first, second in pairs])
+        runs = [half for pair in pairs for half in pair]
+    return short, levels
+
+
+def _halves(run: _Run) -> tuple[_Run, _Run]:
+    first = -(-run.q_length // (2 * _ROUND)) * _ROUND
+    rest = run.q_length - first
+    return _Run(run.q, first, run.k, first), _Run(run.q + first, rest, run.k + first, rest)
 
 
 def _inner_runs(forest: Forest) -> list[list[_Run]]:
@@ -168,15 +219,17 @@ def _buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
 
 def _as_batch(starts: list[int], lengths: list[int], device: torch.device) -> Runs:
     batch, longest = len(starts), max(lengths)
-    if starts == [starts[0] + i * longest for i in range(batch)] and min(lengths) == longest:
-        return Runs(batch, longest, slice(starts[0], starts[0] + batch * longest), None, None)
+    step = starts[1] - starts[0] if batch > 1 else longest
+    if step >= longest == min(lengths) and starts == [starts[0] + i * step for i in range(batch)]:
+        return Runs(batch, longest, Spaced(starts[0], step), None, None)
     offsets, length = torch.arange(longest), torch.tensor(lengths)[:, None]
     filled = (torch.tensor(starts)[:, None] + offsets.minimum(length - 1)).flatten()
     real = (offsets < length).flatten()
     if bool(real.all()):
         filled = filled.to(device)
         return Runs(batch, longest, filled, filled, None)
-    return Runs(batch, longest, filled[real].to(device), filled.to(device), real.to(device))
+    kept = real.nonzero()[:, 0]
+    return Runs(batch, longest, filled[kept].to(device), filled.to(device), real.to(device), kept.to(device))
 
 
 def _part(bucket: list[_Run], device: torch.device, window: int | None, *, first: bool, causal: bool) -> Part:
@@ -192,7 +245,7 @@ def _part(bucket: list[_Run], device: torch.device, window: int | None, *, first
     if window is not None and not first:
         band = _band(bucket, query.length, key.length, window).to(device)
         bias = band if bias is None else band + bias
-    return Part(query, key, first, causal, bias, shared=window is not None)
+    return Part(query, key, first, causal, bias)
 
 
 def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
@@ -215,13 +268,15 @@ def parts(forest: Forest, device: torch.device, window: int | None = None) -> tu
 
 @lru_cache(maxsize=64)
 def _parts(forest: Forest, device: torch.device, window: int | None) -> tuple[Part, ...]:
-    own = [
-        _part(bucket, device, window, first=True, causal=not bidirectional)
-        for bidirectional in (False, True)
-        for bucket in _buckets(_own_runs(forest, window, bidirectional=bidirectional))
+    causal, halves = _halved(_own_runs(forest, window, bidirectional=False))
+    calls = [
+        _part(bucket, device, None, first=True, causal=is_causal)
+        for is_causal, runs in ((True, causal), (False, _own_runs(forest, window, bidirectional=True)))
+        for bucket in _buckets(runs)
     ]
-    levels = _inner_runs(forest) if window is None else _window_runs(forest, window)
-    return (
-        *own,
-        *(_part(bucket, device, window, first=False, causal=False) for runs in levels for bucket in _buckets(runs)),
-    )
+    above = _inner_runs(forest) if window is None else _window_runs(forest, window)
+    for levels, band in ((halves, None), (above, window)):
+        calls += [
+            _part(bucket, device, band, first=False, causal=False) for runs in levels for bucket in _buckets(runs)
+        ]
+    return tuple(calls)
