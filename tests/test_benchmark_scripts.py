@@ -24,6 +24,7 @@ PARTS = {
     "threads": (["--works", "text"], "The same with two threads", ["threads-text"]),
     "memory": ([], "Memory with a large vocabulary", ["memory"]),
     "step": ([], "The whole GRPO step", ["step"]),
+    "real_step": ([], "The whole GRPO step of a real model", ["real_step"]),
     "generation": ([], "Generation against transformers", ["generation"]),
     "engine": ([], "Generation against vLLM", [f"engine-{work}" for work in page_engine.ENGINE_WORKS]),
     "turns": ([], "Answers of several turns", ["turns"]),

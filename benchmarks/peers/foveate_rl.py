@@ -1,15 +1,17 @@
-"""foveate's whole GRPO step on `picture_task`: read the pictures, answer, grade, learn, publish.
+"""foveate's whole GRPO step on `picture_task` or `sums_task`: read the rows, answer, grade, learn, publish.
 
-foveate_rl.py make MODEL VOCABULARY      foveate_rl.py run MODEL THREADS
+foveate_rl.py make MODEL VOCABULARY      foveate_rl.py run MODEL THREADS [TASK]
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import picture_task as task
+import picture_task
 import torch
 from foveate_step import BUDGET, SIZE
 from work import CLIP, Done, clock, serve
@@ -29,7 +31,9 @@ from foveate.train.update import compute_advantages, update
 from foveate.train.worker import Worker
 
 
-def tasks() -> list[Task]:
+def tasks(task: Any) -> list[Task]:
+    if task is not picture_task:
+        return [Task(str(i), "bench", (Message("user", task.question(i)),), (), None) for i in range(task.GROUPS)]
     size = task.COLUMNS * task.TILE, task.ROWS * task.TILE
     text = f"<image>\n{task.QUESTION}"
     return [
@@ -38,7 +42,7 @@ def tasks() -> list[Task]:
     ]
 
 
-def run(folder: str, threads: int) -> None:
+def run(folder: str, threads: int, task: Any) -> None:
     torch.set_num_threads(threads)
     worker = Worker(ModelSettings(path=folder), OptimSettings(lr=task.LEARNING_RATE), BUDGET)
     workers, policy = LocalWorkers(worker), worker.policy
@@ -49,7 +53,7 @@ def run(folder: str, threads: int) -> None:
     loss = {"clip_low": CLIP, "clip_high": CLIP}
     method = build_algorithm(AlgorithmSettings(name="grpo", loss=loss), task.ANSWER_TOKENS)
     sampling = SamplingParams(samples=task.ANSWERS, max_tokens=task.ANSWER_TOKENS)
-    rows, steps = tasks(), 0
+    rows, steps = tasks(task), 0
 
     def step() -> Done:
         nonlocal steps
@@ -78,6 +82,6 @@ def run(folder: str, threads: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
-        build_tiny(Path(sys.argv[2]), replace(SIZE, max_tiles=task.TILES), padded_vocabulary=int(sys.argv[3]))
+        build_tiny(Path(sys.argv[2]), replace(SIZE, max_tiles=picture_task.TILES), padded_vocabulary=int(sys.argv[3]))
     else:
-        run(sys.argv[2], int(sys.argv[3]))
+        run(sys.argv[2], int(sys.argv[3]), import_module((sys.argv[4:] or ["picture_task"])[0]))
