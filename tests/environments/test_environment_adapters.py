@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from foveate.config.recipe import settings_of
 from foveate.config.runs import RLSettings
+from foveate.data.images import load_image
 from foveate.environments import ENVIRONMENTS
 from foveate.environments.build import build_environment, schema_of
 from foveate.environments.calls import hermes_call
@@ -52,6 +54,12 @@ class Doors:
 
     async def get_reward(self):
         return float(self.opened == self.right)
+
+class Painted:
+    """Its reset shows an image of which the row knows nothing."""
+
+    def reset(self):
+        return [{"type": "image", "image": Image.new("RGB", (20, 20), (255, 0, 0))}]
 
 class Silent:
     def reset(self):
@@ -123,6 +131,16 @@ def test_a_class_of_trl_is_an_environment(doors):
     assert step_of(pool, "a", hermes_call("wait", {})).messages[0].content == "waited"
     last = step_of(pool, "a", "It is door 2.")
     assert (last.done, last.reward) == (True, 1.0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_images_that_reset_shows_are_numbered_behind_those_of_the_row(doors, number):
+    row = replace(TASK, messages=(Message("user", "<image>\nLook."),), images=(encoded(Image.new("RGB", (20, 20))),))
+    pool, opened = begun("trl", {"factory": f"{doors}:Painted", "tools": ["zoom"]}, row)
+    assert len(opened.messages[0].images) == 2
+    step = step_of(pool, "a", hermes_call("zoom", {"image": number, "box": [0, 0, 500, 500]}))
+    assert step.messages[0].content == "<image>\nImage 3"
+    assert load_image(step.messages[0].images[0]).getpixel((0, 0)) == ((0, 0, 0), (255, 0, 0))[number - 1]
 
 
 def test_a_class_of_trl_without_a_reward_leaves_it_to_the_run(doors):

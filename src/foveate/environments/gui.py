@@ -59,8 +59,7 @@ class Gui(Calling):
         self._task: ScreenTask
         self._screen: Screen
 
-    def reset(self, task: Task, seed: int) -> Sequence[Observation]:
-        super().reset(task, seed)
+    def opening(self, task: Task, seed: int) -> Sequence[Observation]:
         kind = task.meta.get(KIND, self._kinds[seed % len(self._kinds)])
         scene = task.meta.get(SCENE, seed)
         if kind not in WIDGET_KINDS or not isinstance(scene, int) or scene < 0:

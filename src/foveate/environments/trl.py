@@ -64,8 +64,7 @@ class _TRL(Calling):
         super().__init__(tools, frame, max_calls, shown)
         self._reset, self._reward = methods["reset"], methods.get("get_reward")
 
-    def reset(self, task: Task, seed: int) -> Sequence[Observation]:
-        super().reset(task, seed)
+    def opening(self, task: Task, seed: int) -> Sequence[Observation]:
         row = {name: read(task) for name, read in ROW_COLUMNS.items()} | dict(task.meta) | {"seed": seed}
         row["prompt"] = [{"role": message.role, "content": message.content} for message in task.messages]
         return continued_prompt(task, _called(self._reset, row))
