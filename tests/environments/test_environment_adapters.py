@@ -133,6 +133,20 @@ def test_a_class_of_trl_is_an_environment(doors):
     assert (last.done, last.reward) == (True, 1.0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_of_trl_that_a_limit_ends_has_the_reward_of_its_state(doors, workers):
+    with Environments("trl", {"factory": f"{doors}:Doors", "max_turns": 1}, workers=workers) as pool:
+        assert pool.has_last_reward
+        rewards = []
+        for number in (1, 2):
+            pool.open(TASK, 0, number).result(60)
+            step = step_of(pool, number, hermes_call("open_door", {"number": number}))
+            assert (step.done, step.reward) == (True, None)
+            rewards.append(pool.last_reward(number).result(60).reward)
+            assert len(pool.state(number).answers) == 1
+        assert rewards == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_images_that_reset_shows_are_numbered_behind_those_of_the_row(doors, number):
     row = replace(TASK, messages=(Message("user", "<image>\nLook."),), images=(encoded(Image.new("RGB", (20, 20))),))
@@ -172,6 +186,15 @@ def test_an_environment_of_gymnasium_is_walked_by_actions(walk):
     assert wrong.info["calls"] == [{"name": "action", "error": True}]
     last = step_of(pool, "a", "2")
     assert (last.reward, last.done, last.messages) == (3.0, True, ())
+
+
+def test_the_steps_of_an_environment_of_gymnasium_are_its_reward_where_a_limit_ends_it(walk):
+    settings = {"make": f"{walk}:Walk", "action": "integer", "settings": {"goal": 9}, "max_turns": 2}
+    pool, _ = begun("gymnasium", settings)
+    assert not pool.has_last_reward
+    steps = [step_of(pool, "a", "1"), step_of(pool, "a", "1")]
+    assert [step.reward for step in steps] == [1.0, 2.0]
+    assert steps[-1].info["turn_limit"]
 
 
 @pytest.mark.parametrize(

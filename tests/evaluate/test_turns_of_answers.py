@@ -77,6 +77,26 @@ def test_an_environment_that_fails_refuses_its_row(data):
         asyncio.run(converse(pool, task, 0, SamplingParams(1, 30), ask))
 
 
+@pytest.mark.parametrize(("finish", "reward"), [("length", 7.0), ("stop", 7.0)])
+def test_an_answer_of_a_server_that_a_limit_ends_has_its_environments_last_reward(tmp_path, data, finish, reward):
+    (tmp_path / "ending.py").write_text(
+        "from foveate.environments import Environment, Step\n"
+        "from foveate.environments.observe import task_messages\n"
+        "class Ending(Environment):\n"
+        "    def reset(self, task, seed):\n        return task_messages(task)\n"
+        "    def step(self, answer):\n        return Step()\n"
+        "    def last_reward(self):\n        return 7\n"
+    )
+
+    async def ask(_talk, _number, _left):
+        return GeneratedAnswer("abc", finish, 1)
+
+    task = open_tasks(data / "test.parquet")[0]
+    with Environments(f"{tmp_path / 'ending.py'}:Ending", {"max_turns": 1}, workers=0) as pool:
+        [answer] = asyncio.run(converse(pool, task, 0, SamplingParams(1, 30), ask))
+    assert answer.turns[-1].reward == reward
+
+
 def test_generate_and_eval_run_environments_in_process(tmp_path, data, model):
     files = (str(data / "test.parquet"),)
     request = GenerateRequest(

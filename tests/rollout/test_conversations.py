@@ -23,7 +23,7 @@ SAMPLING = SamplingParams(samples=3, max_tokens=160)
 class Pool:
     """Environments that say "again" twice and end; `fails` holds (number of the answer, turn) and the kind, once."""
 
-    tools = ()
+    tools, has_last_reward = (), False
 
     def __init__(self, fails=None, opening="start"):
         self.fails, self.opening, self.failures = dict(fails or {}), opening, Counter()
@@ -172,6 +172,65 @@ def test_answers_that_never_come_to_their_reward_have_none_of_it_and_are_graded(
     [answers] = engine.generate([request], replace(SAMPLING, max_tokens=max_tokens), partial(talks.observe, ["g"]))
     _, outcomes = talks.finish("g", answers)
     assert [talks.credit.score(outcome, Score(None)).value for outcome in outcomes] == [0.0] * 3
+
+
+class Judging(Pool):
+    """Gives a reward for the end of an answer, and none for its turns."""
+
+    has_last_reward = True
+
+    def __init__(self, fails=None, **settings):
+        super().__init__(**settings)
+        self.asked, self.end = [], fails
+
+    def step(self, key, answer):
+        step = super().step(key, answer).result()
+        return done(replace(step, reward=None, info={"turn_limit": True} if step.done else {}))
+
+    def last_reward(self, key):
+        self.asked.append(key)
+        return done(self.end or Step(reward=3.0, done=True))
+
+
+@pytest.mark.parametrize("max_tokens", [8, 40, 160])
+def test_an_answer_that_a_limit_has_ended_has_its_environments_last_reward_on_its_last_turn(talk, engine, max_tokens):
+    pool = Judging()
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], replace(SAMPLING, max_tokens=max_tokens), partial(talks.observe, ["g"]))
+    answers, outcomes = talks.finish("g", answers)
+    assert sorted(pool.asked) == [("g", 0), ("g", 1), ("g", 2)]
+    for answer, outcome in zip(answers, outcomes, strict=True):
+        own = [segment.reward for segment in answer.segments if segment.trained]
+        worth = 3.0 * 0.5 ** (len(own) - 1)
+        assert own == [*[None] * (len(own) - 1), worth]
+        assert [turn.reward for turn in outcome.turns if turn.role == "assistant"] == own
+        assert talks.credit.score(outcome, Score(None)).value == worth
+
+
+def test_an_environment_that_fails_at_the_end_of_an_answer_costs_it(talk, engine):
+    pool = Judging(EnvironmentFailure("raised", "no judge"))
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    _, outcomes = talks.finish("g", answers)
+    assert {outcome.note for outcome in outcomes} == {"environment: no judge"}
+
+
+def test_an_environment_whose_rewards_do_not_count_or_that_is_done_is_not_asked_for_its_last_one(talk, engine):
+    class Over(Judging):
+        def step(self, _key, _answer):
+            return done(Step(reward=1.0, done=True))
+
+    pool = Over()
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    talks.finish("g", answers)
+    assert len(pool.asked) == sum(answer.finish == "length" for answer in answers) < 3
+    pool = Judging()
+    talks, request = talk(pool)
+    talks.credit = AnswerCredit()
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    talks.finish("g", answers)
+    assert not pool.asked
 
 
 def test_an_environment_that_is_done_without_a_reward_leaves_its_answer_ungraded(talk, engine):

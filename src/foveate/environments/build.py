@@ -72,8 +72,9 @@ def _limits(
     return limits
 
 
-def tools_of(name: str, make: MakeEnvironment) -> tuple[Mapping[str, Any], ...]:
-    """The schemas that an environment shows in prompts. Raises ConfigError where it cannot be made."""
+def made_once(name: str, make: MakeEnvironment) -> tuple[tuple[Mapping[str, Any], ...], bool]:
+    """The schemas that an environment shows in prompts, and whether it has a `last_reward` of its own. Raises
+    ConfigError where it cannot be made."""
     try:
         made = make()
         shown = tuple(made.tools())
@@ -84,4 +85,4 @@ def tools_of(name: str, make: MakeEnvironment) -> tuple[Mapping[str, Any], ...]:
         raise ConfigError(
             f"environment {name} cannot be made with these settings: {type(error).__name__}: {one_line(error)}"
         ) from error
-    return shown
+    return shown, type(made).last_reward is not Environment.last_reward

@@ -29,10 +29,10 @@ LONGEST_NOTE = 500
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentCommand:
-    """One call for the environment of a number: reset with (task, seed), restore with a state, step with a text, close.
-    reset makes the environment, and close ends it."""
+    """One call for the environment of a number: reset with (task, seed), restore with a state, step with a text,
+    last_reward, close. reset makes the environment, and close ends it."""
 
-    name: Literal["reset", "restore", "step", "close"]
+    name: Literal["reset", "restore", "step", "last_reward", "close"]
     number: int
     argument: Any = None
 
@@ -91,6 +91,9 @@ class EnvironmentHost:
                 environment = self._open[number]
                 step = checked_step(environment.step(command.argument), self._limits)
                 return EnvironmentReply(step, digest_of(step.messages, step.done), _state(environment))
+            case "last_reward":
+                last = Step(reward=self._open[number].last_reward(), done=True)
+                return EnvironmentReply(checked_step(last, self._limits))
             case "close":
                 self._close(number)
                 return EnvironmentReply()

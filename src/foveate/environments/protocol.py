@@ -62,6 +62,11 @@ class Environment:
         """Take the text that the policy wrote in this turn."""
         raise NotImplementedError(f"{type(self).__name__} does not say what an answer does")
 
+    def last_reward(self) -> float | None:
+        """The reward for an answer that a limit of turns, tokens or time has ended before the environment was done: it
+        is asked for once, and added to that of the last turn. None: the rewards of the steps are all."""
+        return None
+
     def close(self) -> None:
         """Let go of what it holds. Called once, also after a failure."""
 
@@ -144,6 +149,8 @@ class EnvironmentPool(Protocol):
     tools: tuple[Mapping[str, Any], ...]
     """Schemas of the tools of every environment; empty for none."""
     max_turns: int
+    has_last_reward: bool
+    """Whether an environment has more to say of an answer that a limit has ended than the rewards of its steps."""
 
     def open(self, task: Task, seed: int, key: Hashable) -> Future[Opened | EnvironmentFailure]:
         """Make the environment of one answer, and reset it."""
@@ -151,6 +158,10 @@ class EnvironmentPool(Protocol):
 
     def step(self, key: Hashable, answer: str) -> Future[Step | EnvironmentFailure]:
         """Give an environment the text of a turn."""
+        ...
+
+    def last_reward(self, key: Hashable) -> Future[Step | EnvironmentFailure]:
+        """The reward for an answer that a limit has ended, as a step without messages."""
         ...
 
     def close(self, key: Hashable) -> None:

@@ -70,8 +70,10 @@ class _TRL(Calling):
         return continued_prompt(task, _called(self._reset, row))
 
     def answered(self, answer: str) -> Step:  # noqa: ARG002
-        reward = None if self._reward is None else _called(self._reward, {})
-        return Step(reward=reward, done=True)
+        return Step(reward=self.last_reward(), done=True)
+
+    def last_reward(self) -> float | None:
+        return None if self._reward is None else _called(self._reward, {})
 
 
 def _called(method: Callable[..., Any], row: Mapping[str, Any]) -> Any:

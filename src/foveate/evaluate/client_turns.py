@@ -14,8 +14,8 @@ from typing import Any
 from foveate.data.answers import GeneratedAnswer
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
 from foveate.encoding.chat import with_tools
-from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, with_opening
-from foveate.environments.turns import Turn, observed_turns
+from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, Step, with_opening
+from foveate.environments.turns import Turn, is_over, observed_turns
 from foveate.errors import DataError
 from foveate.evaluate.turns import kept_turns
 from foveate.records import Message, SamplingParams, Task
@@ -44,6 +44,7 @@ async def _converse(
         if isinstance(opened, EnvironmentFailure):
             raise DataError(f"environment: {opened.note}")
         talk, turns, left = with_opening(task, [opened]), list[Turn](), sampling.max_tokens
+        taken: list[Step] = []
         while True:
             answer = await ask(_shown(talk, pool.tools), number, left)
             left -= answer.tokens or 0
@@ -53,6 +54,7 @@ async def _converse(
             step = await asyncio.wrap_future(pool.step(key, answer.text))
             if isinstance(step, EnvironmentFailure):
                 raise DataError(f"environment: {step.note}")
+            taken.append(step)
             turns[-1] = turns[-1].stepped(step, step.reward)
             if step.done or left <= 0:
                 break
@@ -61,6 +63,11 @@ async def _converse(
             read = tuple(Message(one.role, one.content) for one in step.messages)
             images = tuple(image for one in step.messages for image in one.images)
             talk = replace(talk, messages=(*talk.messages, said, *read), images=talk.images + images)
+        if pool.has_last_reward and not is_over(taken):
+            last = await asyncio.wrap_future(pool.last_reward(key))
+            if isinstance(last, EnvironmentFailure):
+                raise DataError(f"environment: {last.note}")
+            turns[-1] = turns[-1].rewarded(last.reward)
     finally:
         pool.close(key)
     return replace(answer, tokens=sampling.max_tokens - left, turns=kept_turns(turns, None))

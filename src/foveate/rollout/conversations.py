@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings
 from foveate.encoding.encode import Encoder
 from foveate.encoding.turns import TurnReply, Turns
-from foveate.environments.build import build_environment, tools_of
+from foveate.environments.build import build_environment, made_once
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import (
     EnvironmentFailure,
@@ -30,7 +30,7 @@ from foveate.environments.protocol import (
     Step,
     with_opening,
 )
-from foveate.environments.turns import Turn, observed_turns
+from foveate.environments.turns import Turn, is_over, observed_turns, with_last_reward
 from foveate.errors import DataError
 from foveate.records import Answer, Message, SamplingParams, Score, Segment, Task
 from foveate.rewards.pool import Graders
@@ -282,7 +282,10 @@ class Conversations:
 
     def finish(self, key: Hashable, answers: Sequence[Answer]) -> tuple[tuple[Answer, ...], tuple[Outcome, ...]]:
         """The answers of a group with the rewards of their turns, and what became of each. Their environments end."""
-        found = [self._finished(self._open[key, number], answer) for number, answer in enumerate(answers)]
+        talks = [self._open[key, number] for number in range(len(answers))]
+        taken = [[*talk.steps] for talk in talks]  # one that comes late is no part of the answer any more
+        last = [self._ask_last(talk, taken[number], (key, number)) for number, talk in enumerate(talks)]
+        found = [self._finished(*one) for one in zip(talks, answers, taken, last, strict=True)]
         self.drop(key, len(answers))
         return tuple(answer for answer, _ in found), tuple(outcome for _, outcome in found)
 
@@ -292,8 +295,22 @@ class Conversations:
             if self._open.pop((key, number), None) is not None:
                 self._pool.close((key, number))
 
-    def _finished(self, talk: _Talk, answer: Answer) -> tuple[Answer, Outcome]:
-        taken = [*talk.steps]  # one that comes late is no part of the answer any more
+    def _ask_last(
+        self, talk: _Talk, taken: Sequence[Step], key: tuple[Hashable, int]
+    ) -> Future[Step | EnvironmentFailure] | None:
+        """The reward of an answer that a limit has ended, where its environment has one."""
+        asks = self._pool.has_last_reward and self.credit.steps != "none" and talk.failure is None
+        return self._pool.last_reward(key) if asks and not is_over(taken) else None
+
+    def _finished(
+        self, talk: _Talk, answer: Answer, taken: Sequence[Step], last: Future[Step | EnvironmentFailure] | None
+    ) -> tuple[Answer, Outcome]:
+        end = None if last is None else last.result()
+        if isinstance(end, EnvironmentFailure):
+            talk.failure = end
+        is_silent = is_over(taken) and all(step.reward is None for step in taken)  # else it never came to its reward
+        if isinstance(end, Step):
+            taken = with_last_reward(taken, sum(segment.trained for segment in answer.segments), end.reward)
         rewards = self.credit.of_turns(taken)
         segments, turns = list[Segment](), list[Turn]()
         steps, read = iter(zip(taken, rewards, strict=True)), iter(talk.read)
@@ -307,8 +324,6 @@ class Conversations:
             else:
                 segments.append(segment)
                 turns += observed_turns(next(read))
-        is_over = bool(taken) and taken[-1].done and not taken[-1].info.get("turn_limit")
-        is_silent = is_over and all(step.reward is None for step in taken)  # else it never came to its reward
         total = None if is_silent else sum(reward or 0.0 for reward in rewards)
         note = "" if talk.failure is None else f"environment: {talk.failure.note}"
         is_full = answer.finish == "length" and len(talk.asked) == sum(segment.trained for segment in answer.segments)
@@ -351,7 +366,7 @@ def tools_of_environment(settings: EnvironmentChoice | None) -> tuple[Mapping[st
     if settings is None:
         return ()
     make, _ = build_environment(settings.name, settings.settings)
-    return tools_of(settings.name, make)
+    return made_once(settings.name, make)[0]
 
 
 @contextmanager
