@@ -13,7 +13,7 @@ from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.protocol import EnvironmentFailure, Observation, Opened, Step
 from foveate.errors import DataError
 from foveate.records import Answer, Message, SamplingParams, Score, Segment
-from foveate.rollout.conversations import AnswerCredit, Conversations
+from foveate.rollout.conversations import AnswerCredit, Conversations, Outcome
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 
@@ -231,6 +231,13 @@ def test_an_environment_whose_rewards_do_not_count_or_that_is_done_is_not_asked_
     [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
     talks.finish("g", answers)
     assert not pool.asked
+
+
+def test_rewards_that_do_not_count_are_an_error_unless_the_settings_say_so():
+    outcome = Outcome((), 0.0, "", unread=True)
+    with pytest.raises(DataError, match=r"set environment\.reward to environment or to both, or to function"):
+        AnswerCredit().score(outcome, Score(1.0))
+    assert AnswerCredit(chosen=True).score(outcome, Score(1.0)) == Score(1.0)
 
 
 def test_an_environment_that_is_done_without_a_reward_leaves_its_answer_ungraded(talk, engine):

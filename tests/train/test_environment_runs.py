@@ -112,7 +112,7 @@ def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, dat
 
 
 def test_rewards_that_do_not_count_are_refused(tmp_path, model, data):
-    with pytest.raises(DataError, match=r"set environment.reward to environment, or to both"):
+    with pytest.raises(DataError, match=r"set environment\.reward to environment or to both"):
         run_rl(
             settings_of(tmp_path / "run", model, data, {**CORNERS, "settings": {"rewards": True}}, eval={"every": 0})
         )

@@ -55,11 +55,13 @@ class Outcome:
 @dataclass(frozen=True, slots=True)
 class AnswerCredit:
     """How an answer is scored. Rewards of its environment's steps count where `steps` is "sum" or "final", step t
-    `discount`**t times; where `function`, the value of the reward function is added."""
+    `discount`**t times; where `function`, the value of the reward function is added. `chosen`: the settings say in so
+    many words that only the function counts."""
 
     steps: Literal["none", "final", "sum"] = "none"
     discount: float = 1.0
     function: bool = True
+    chosen: bool = False
 
     def of_turns(self, steps: Sequence[Step]) -> list[float | None]:
         """The reward that counts of each turn; None: nothing."""
@@ -73,10 +75,10 @@ class AnswerCredit:
         if outcome.note:
             return Score(None, note=outcome.note)
         if self.steps == "none":
-            if outcome.unread:
+            if outcome.unread and not self.chosen:
                 raise DataError(
-                    "the environment gives rewards, which do not count: set environment.reward to environment, or to "
-                    "both"
+                    "the environment gives rewards, which do not count: set environment.reward to environment or to "
+                    "both, or to function to leave them out"
                 )
             return graded
         if outcome.reward is None:
@@ -382,7 +384,8 @@ def open_conversations(
         yield make_encoder(()), None
         return
     steps = "none" if settings.reward == "function" else settings.credit
-    credit = AnswerCredit(steps, turn_discount, settings.reward != "environment")
+    chosen = "reward" in settings.model_fields_set
+    credit = AnswerCredit(steps, turn_discount, settings.reward != "environment", chosen)
     limits = settings.model_dump(include={"workers", "time_limit", "memory_limit"})
     with Environments(settings.name, settings.settings, **limits) as pool:
         encoder = make_encoder(pool.tools)
