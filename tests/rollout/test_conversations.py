@@ -13,7 +13,8 @@ from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.protocol import EnvironmentFailure, Observation, Opened, Step
 from foveate.errors import DataError
 from foveate.records import Answer, Message, SamplingParams, Score, Segment
-from foveate.rollout.conversations import AnswerCredit, Conversations, Outcome
+from foveate.rollout.conversations import Conversations
+from foveate.rollout.credit import AnswerCredit, Outcome
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 

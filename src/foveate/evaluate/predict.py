@@ -36,13 +36,8 @@ from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
-from foveate.rollout.conversations import (
-    FUNCTION_ALONE,
-    Conversations,
-    Outcome,
-    scored,
-    tools_of_environment,
-)
+from foveate.rollout.conversations import Conversations, tools_of_environment
+from foveate.rollout.credit import FUNCTION_ALONE, Outcome, scored
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of

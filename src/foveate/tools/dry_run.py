@@ -24,7 +24,8 @@ from foveate.plan.hardware import GIB
 from foveate.plan.memory import memory_of, sizes_of
 from foveate.plan.workload import workload_of
 from foveate.records import Prompt, SamplingParams, Task
-from foveate.rollout.conversations import FUNCTION_ALONE, open_conversations, scored, tools_of_environment
+from foveate.rollout.conversations import open_conversations, tools_of_environment
+from foveate.rollout.credit import FUNCTION_ALONE, scored
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
