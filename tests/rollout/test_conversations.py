@@ -266,6 +266,8 @@ def test_whole_calls_begin_an_answer_anew_too(encode, make_task, engine):
     task = make_task("?")
     requests = [Request(encode(task), 3)]
     talks = Conversations(Pool(fails={(1, 2): "start_again"}), encode, AnswerCredit("sum", 0.5, False))
-    [(_, outcomes)] = talks.generate(engine, [task], requests, SAMPLING)
-    assert [outcome.note for outcome in outcomes] == [""] * 3
+    [found] = talks.generate(engine, [task], requests, SAMPLING)
+    assert [outcome.note for outcome in found.outcomes] == [""] * 3
+    assert found.task.messages == (Message("user", "start"),)
+    assert found.prompt.token_ids == encode(found.task).token_ids
     assert talks.metrics() == {"environment/failures": 0.0, "environment/restarts": 1.0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from test_online import rows_of
 from test_resume import MOMENTS, interrupt, stop_at
@@ -96,6 +98,20 @@ def test_a_dry_run_shows_the_tools_and_what_was_said(tmp_path, model, data):
     told = describe_run(settings_of(tmp_path / "run", model, data, environment, data={"max_prompt_tokens": 600}))
     assert '"name": "zoom"' in told
     assert "\nassistant:\n" in told
+
+
+def test_a_dry_run_shows_the_prompt_that_the_environment_makes_and_the_run_has(tmp_path, model, data):
+    environment = {"name": f"{HERE}:Drawn", "reward": "environment", "workers": 0}
+    settings = settings_of(tmp_path / "run", model, data, environment, eval={"every": 0})
+    told = describe_run(settings)
+    shown = re.search(r"what is \d\?", told)
+    assert shown is not None
+    assert "  | Be brief." in told
+    assert rows_of(run_rl(settings), 1)[0]["prompt"][1]["content"] == f"<image>\n{shown[0]}"
+    long = settings_of(tmp_path / "other", model, data, {**environment, "name": f"{HERE}:Lengthy"}, eval={"every": 0})
+    assert re.search(
+        r"not graded \(environment: .*, field prompt: \d+ tokens with its images, the limit", describe_run(long)
+    )
 
 
 def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, data):

@@ -32,7 +32,7 @@ from foveate.environments.protocol import (
 )
 from foveate.environments.turns import Turn, is_over, observed_turns, with_last_reward
 from foveate.errors import DataError
-from foveate.records import Answer, Message, SamplingParams, Segment, Task
+from foveate.records import Answer, Message, Prompt, SamplingParams, Segment, Task
 from foveate.rollout.credit import AnswerCredit, Outcome
 from foveate.rollout.engine import Engine, Request
 
@@ -43,6 +43,17 @@ _ENCODERS = 2
 def _reply(messages: Sequence[Observation]) -> TurnReply:
     texts = tuple(Message(one.role, one.content) for one in messages)
     return TurnReply(texts, tuple(image for one in messages for image in one.images))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversed:
+    """The answers to a task. task, prompt: as the environment began it; outcomes: what became of each answer, none
+    without environments."""
+
+    task: Task
+    prompt: Prompt
+    answers: tuple[Answer, ...]
+    outcomes: tuple[Outcome, ...] = ()
 
 
 @dataclass(slots=True)
@@ -99,6 +110,7 @@ class Conversations:
             begun = with_opening(task, opened) if opened else task
             if (begun.messages, begun.images) != (task.messages, task.images):
                 try:
+                    begun = self._encoder.for_graders(begun)
                     request = replace(request, prompt=self._encoder(begun))
                 except DataError as error:  # it costs this group, and no run
                     begun, results = task, [self._unreadable(error)] * samples
@@ -250,15 +262,17 @@ class Conversations:
 
     def generate(
         self, engine: Engine, tasks: Sequence[Task], requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[tuple[tuple[Answer, ...], tuple[Outcome, ...]]]:
+    ) -> list[Conversed]:
         """The answers to each request with what became of them, when all are there."""
         keys = [("generate", index) for index in range(len(requests))]
-        begun = [request for _, request in self.begin(keys, tasks, requests, sampling.samples)]
+        found = self.begin(keys, tasks, requests, sampling.samples)
+        begun = [request for _, request in found]
         while True:
             groups = engine.generate(begun, sampling, partial(self.observe, keys))
             anew = [self.restart(key, group) for key, group in zip(keys, groups, strict=True)]
             if not any(anew):
-                return [self.finish(key, group) for key, group in zip(keys, groups, strict=True)]
+                ends = [self.finish(key, group) for key, group in zip(keys, groups, strict=True)]
+                return [Conversed(task, request.prompt, *end) for (task, request), end in zip(found, ends, strict=True)]
             begun = [
                 replace(request, partial_answers=again or group)
                 for request, again, group in zip(begun, anew, groups, strict=True)
