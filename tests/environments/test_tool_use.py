@@ -67,6 +67,8 @@ def test_calls_of_other_families_are_read(text):
         ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "name must be a text"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "arguments an object"),
         ("<tool_call><function=f>what</function></tool_call>", "'what' is no argument"),
+        (r'<tool_call>{"name": "f", "arguments": {"a": ["\ud800"]}}</tool_call>', "is not valid Unicode"),
+        (r'<tool_call>{"name": "\udfff", "arguments": {}}</tool_call>', "is not valid Unicode"),
         ("<tool_call>{" + '"a":[' * 9_999 + "</tool_call>", "is no JSON object"),
         ('<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5_000 + "}}</tool_call>", "is no JSON object"),
     ],

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from foveate.data.conversations import valid_unicode
 from foveate.environments.observe import observation
 from foveate.environments.protocol import Environment, Observation, Step
 from foveate.environments.tools import result_parts
@@ -68,7 +69,9 @@ def _integer(text: str) -> int:
 def _json(text: str) -> Any:
     lines = text.strip().splitlines()
     try:
-        return json.loads(lines[-1] if lines else "")
+        action = json.loads(lines[-1] if lines else "")
+        valid_unicode(json.dumps(action, ensure_ascii=False))
+        return action
     except (ValueError, RecursionError):
         raise UnreadableAction("its last line is no JSON") from None
 

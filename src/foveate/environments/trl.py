@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from foveate.data.conversations import with_words
 from foveate.environments.observe import observation, task_messages
 from foveate.environments.protocol import Environment, Observation, Step
 from foveate.environments.tool_use import Calling
@@ -66,7 +67,7 @@ class _TRL(Calling):
 
     def opening(self, task: Task, seed: int) -> Sequence[Observation]:
         row = {name: read(task) for name, read in ROW_COLUMNS.items()} | dict(task.meta) | {"seed": seed}
-        row["prompt"] = [{"role": message.role, "content": message.content} for message in task.messages]
+        row["prompt"] = [{"role": message.role, "content": with_words(message.content)} for message in task.messages]
         return continued_prompt(task, _called(self._reset, row))
 
     def answered(self, answer: str) -> Step:  # noqa: ARG002
