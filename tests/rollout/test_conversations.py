@@ -251,7 +251,7 @@ def test_an_environment_that_is_done_without_a_reward_leaves_its_answer_ungraded
     answers, outcomes = talks.finish("g", answers)
     ended = [outcome for answer, outcome in zip(answers, outcomes, strict=True) if answer.finish == "stop"]
     assert ended
-    assert {talks.credit.score(outcome, Score(None)).note for outcome in ended} == {"the environment gave no reward"}
+    assert {talks.credit.score(outcome, Score(None)).note for outcome in ended} == {"environment: it gave no reward"}
 
 
 def test_a_beginning_that_cannot_be_encoded_costs_its_group_and_no_run(talk, engine):

@@ -49,6 +49,13 @@ class Drawn(Environment):
         return Step((), float(len(answer) % 3), True)
 
 
+class Broken(Drawn):
+    """Fails with every task."""
+
+    def reset(self, task: Any, seed: int) -> Any:  # noqa: ARG002
+        return [observation("user", task.meta["goal"])]
+
+
 class Lengthy(Drawn):
     """Its prompt has no room."""
 

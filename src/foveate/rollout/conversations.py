@@ -33,7 +33,7 @@ from foveate.environments.protocol import (
 from foveate.environments.turns import Turn, is_over, observed_turns, with_last_reward
 from foveate.errors import DataError
 from foveate.records import Answer, Message, Prompt, SamplingParams, Segment, Task
-from foveate.rollout.credit import AnswerCredit, Outcome
+from foveate.rollout.credit import OF_ENVIRONMENT, AnswerCredit, Outcome
 from foveate.rollout.engine import Engine, Request
 
 _ENCODERS = 2
@@ -251,12 +251,13 @@ class Conversations:
                 segments.append(segment)
                 turns += observed_turns(next(read))
         total = None if is_silent else sum(reward or 0.0 for reward in rewards)
-        note = "" if talk.failure is None else f"environment: {talk.failure.note}"
+        note = "" if talk.failure is None else f"{OF_ENVIRONMENT}{talk.failure.note}"
         is_full = answer.finish == "length" and len(talk.asked) == sum(segment.trained for segment in answer.segments)
         if is_full and self._when_full == "leave_out" and not note:
-            note = "environment: the next observation had no room in rollout.max_tokens"
+            note = f"{OF_ENVIRONMENT}the next observation had no room in rollout.max_tokens"
+        trace = "" if talk.failure is None else talk.failure.trace
         unread = self.credit.steps == "none" and any(step.reward is not None for step in taken)
-        return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread)
+        return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread, trace)
 
     # ----------------------------------------------------------------------------------------------------- whole calls
 

@@ -13,17 +13,21 @@ from foveate.errors import DataError
 from foveate.records import Answer, Score, Task
 from foveate.rewards.pool import Graders
 
+OF_ENVIRONMENT = "environment: "
+"""How the note of an answer begins that its environment leaves ungraded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The end of an answer with its environment. `reward`: of all of its steps as they count, 0 where the answer ended
     before it came to one, None where its environment was done and gave none; `note`: why it is not graded, or nothing;
-    `unread`: its environment gave a reward that does not count."""
+    `unread`: its environment gave a reward that does not count; `trace`: where its environment failed."""
 
     turns: tuple[Turn, ...]
     reward: float | None
     note: str
     unread: bool = False
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class AnswerCredit:
     def score(self, outcome: Outcome, graded: Score) -> Score:
         """The score of an answer. Raises DataError for rewards that do not count."""
         if outcome.note:
-            return Score(None, note=outcome.note)
+            return Score(None, note=outcome.note, trace=outcome.trace)
         if self.steps == "none":
             if outcome.unread and not self.chosen:
                 raise DataError(
@@ -56,7 +60,7 @@ class AnswerCredit:
                 )
             return graded
         if outcome.reward is None:
-            return Score(None, note="the environment gave no reward")
+            return Score(None, note=f"{OF_ENVIRONMENT}it gave no reward")
         parts = {"environment": outcome.reward}
         if not self.function:
             return Score(outcome.reward, parts)
