@@ -93,6 +93,20 @@ def test_an_environment_that_fails_costs_its_answer_alone(tmp_path, model, data)
     assert all("advantage" not in answer for answer in lost)
 
 
+def test_an_environment_that_fails_always_is_what_must_be_fixed(tmp_path, model, data):
+    broken = {"name": f"{HERE}:Broken", "reward": "environment", "workers": 0}
+    with pytest.raises(DataError, match=r"(?s)environment: KeyError: .*; fix the environment\n.*in reset"):
+        run_rl(settings_of(tmp_path / "run", model, data, broken, eval={"every": 0}))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_value_that_no_message_can_show_ends_the_run_by_name(tmp_path, model, data, workers):
+    (tmp_path / "odd.py").write_text("class Odd:\n    def reset(self):\n        return b'PNG'\n")
+    odd = {"name": "trl", "settings": {"factory": f"{tmp_path / 'odd.py'}:Odd"}, "workers": workers}
+    with pytest.raises(DataError, match=r"^environment trl: reset returned a bytes; allowed: a text, a number"):
+        run_rl(settings_of(tmp_path / "run", model, data, odd, eval={"every": 0}))
+
+
 def test_a_dry_run_shows_the_tools_and_what_was_said(tmp_path, model, data):
     environment = {"name": "tools", "settings": {"tools": ["zoom"]}, "workers": 0}
     told = describe_run(settings_of(tmp_path / "run", model, data, environment, data={"max_prompt_tokens": 600}))

@@ -56,6 +56,7 @@ class Gui(Calling):
         self._side, self._kinds = side, kinds or [*WIDGET_KINDS]
         methods = {"click": self._click, "type": self._type, "scroll": self._scroll}
         super().__init__([method_tool(name, method) for name, method in methods.items()], frame, max_calls, shown)
+        self.shows_images = "its screen"
         self._task: ScreenTask
         self._screen: Screen
 

@@ -17,7 +17,14 @@ from foveate.environments.observe import (
     digest_of,
     plain_json,
 )
-from foveate.environments.protocol import Environment, EnvironmentFailure, EnvironmentLimits, Opened, Step
+from foveate.environments.protocol import (
+    Environment,
+    EnvironmentFailure,
+    EnvironmentFault,
+    EnvironmentLimits,
+    Opened,
+    Step,
+)
 from foveate.errors import DataError, one_line, printable
 from foveate.processes import WorkerJob, confine
 from foveate.records import Task
@@ -67,6 +74,8 @@ class EnvironmentHost:
             reply = self._handle(command)
         except BeyondLimits as error:
             reply = EnvironmentFailure("limit", _note(error))
+        except EnvironmentFault as error:
+            reply = EnvironmentFailure("fault", _note(error))
         except DataError as error:
             reply = EnvironmentFailure("invalid", _note(error))
         except BaseException as error:  # SystemExit too: other environments live here

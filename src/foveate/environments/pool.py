@@ -193,6 +193,8 @@ class Environments:
     ) -> None:
         """Take the result of a command."""
         if isinstance(reply, EnvironmentFailure):
+            if reply.kind == "fault":
+                self._give_up(DataError(f"environment {self._job.name}: {reply.note}"))
             self._fail(instance, reply, job)
             return
         result = reply.result
@@ -238,7 +240,7 @@ class Environments:
         if instance.worker is not None:
             instance.worker.forget(instance)
         for one in [*([job] if job else []), *instance.waiting]:
-            resolve_future(one.future, failure)
+            resolve_future(one.future, self._fault or failure)
         instance.waiting.clear()
         instance.rebuilding.clear()
 

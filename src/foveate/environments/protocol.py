@@ -48,6 +48,9 @@ class Environment:
     The keyword-only arguments of its `__init__` are the schema of its settings, which are bound, and refused, when a
     run starts. What a method raises ends the answer, which is then not graded."""
 
+    shows_images = ""
+    """A part of it by which images are always shown, for the message where `max_images` is 0."""
+
     def tools(self) -> Sequence[Mapping[str, Any]]:
         """JSON schemas of functions that every prompt shows to the model, in the form of
         `transformers.utils.get_json_schema`. They follow from the settings: a run asks once."""
@@ -80,14 +83,19 @@ class Environment:
         raise NotImplementedError(f"{type(self).__name__} has a state and does not say how it is restored")
 
 
-FailureKind = Literal["raised", "timed_out", "died", "limit", "invalid", "start_again"]
+class EnvironmentFault(DataError):
+    """The code of an environment is at fault for every answer: it ends the run."""
+
+
+FailureKind = Literal["raised", "timed_out", "died", "limit", "invalid", "start_again", "fault"]
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFailure:
     """In the place of a result: the environment of this answer is gone, and the answer is left out of baseline and loss
     with `note` (one line). kind "start_again": a rebuilt environment did not show what the first one had shown, so that
-    the answer must be sampled anew from its prompt; all others end the answer.
+    the answer must be sampled anew from its prompt; all others end the answer. kind "fault" is an `EnvironmentFault`:
+    the pool raises DataError in its place.
 
     The kinds: it raised; took too long; lost two processes; broke `EnvironmentLimits`; returned what is no reply."""
 

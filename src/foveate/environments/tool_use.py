@@ -39,6 +39,7 @@ class Calling(Environment):
             if tool.name in self._tools:
                 raise ConfigError(f"two tools are called {tool.name!r}, and a call could mean either: rename one")
             self._tools[tool.name] = tool
+        self.shows_images = next((f"tool {one.name}" for one in self._tools.values() if one.returns_image), "")
         self._frame: Frame = frame
         self._max_calls, self._shown_tools = max_calls, shown
         self._images: list[Image] = []

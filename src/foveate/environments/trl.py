@@ -10,8 +10,9 @@ from typing import Any
 from foveate.data.conversations import with_words
 from foveate.environments.observe import observation, task_messages
 from foveate.environments.protocol import Environment, Observation, Step
+from foveate.environments.results import result_parts
 from foveate.environments.tool_use import Calling
-from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool, result_parts
+from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 from foveate.registry import resolve
@@ -84,12 +85,12 @@ def _called(method: Callable[..., Any], row: Mapping[str, Any]) -> Any:
     return finished(method(**{key: value for key, value in row.items() if takes_any or key in parameters}))
 
 
-def continued_prompt(task: Task, shown: Any) -> tuple[Observation, ...]:
+def continued_prompt(task: Task, shown: Any, who: str = "reset") -> tuple[Observation, ...]:
     """The messages of a task, the last one continued by what an environment shows: None, a text, images, or parts."""
     messages = task_messages(task)
     if shown is None:
         return messages
-    text, pictures = result_parts(shown)
+    text, pictures = result_parts(shown, who)
     more = observation("user", text, *pictures)
     last = messages[-1]
     if last.role != "user":
