@@ -71,7 +71,8 @@ def _plain(value: Any, who: str, inside: str) -> Any:
 def _described(value: Any, inside: str) -> str:
     kind = type(value)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return f"{inside} with a {name} in it" if inside else f"a {name}"
+    one = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    return f"{inside} with {one} in it" if inside else one
 
 
 def _advice(value: Any) -> str:
