@@ -172,3 +172,34 @@ def test_an_interrupted_run_with_environments_ends_as_the_uninterrupted_one(tmp_
         for step in range(1, 5):
             texts = [[[a["text"] for a in row["answers"]] for row in rows_of(run, step)] for run in (whole, cut)]
             assert texts[0] == texts[1]
+
+
+GYM = """
+import numpy as np
+
+class Walk:
+    def reset(self, seed=None):
+        self.steps = 0
+        return np.full((28, 28, 3), seed % 200, np.uint8), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full((28, 28, 3), self.steps, np.uint8), np.float32(0.5), False, self.steps >= 3, {}
+
+    def close(self):
+        pass
+"""
+
+
+def test_a_run_with_several_worker_processes_has_the_rewards_of_every_step(tmp_path, model, data):
+    (tmp_path / "walk.py").write_text(GYM)
+    settings = {"make": f"{tmp_path / 'walk.py'}:Walk", "max_turns": 2}
+    walk = {"name": "gymnasium", "settings": settings, "workers": 2, "reward": "environment"}
+    run = run_rl(settings_of(tmp_path / "run", model, data, walk, eval={"every": 0}))
+    assert metrics_of(run)[0]["environment/failures"] == 0
+    for answer in (answer for row in rows_of(run, 1) for answer in row["answers"]):
+        turns = [turn for turn in answer["turns"] if turn["role"] == "assistant"]
+        rewarded = [turn["reward"] for turn in turns if "reward" in turn]
+        assert set(rewarded) <= {0.5}
+        assert answer["score"] == sum(rewarded)
+        assert len(turns) <= 2
