@@ -280,7 +280,7 @@ def test_a_file_goes_before_a_shipped_recipe(tmp_path, monkeypatch):
 
 def test_an_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
     write(tmp_path, RECIPE, "shapes_gspo.yaml")
-    with pytest.raises(ConfigError, match=r"no recipe 'shape_gspo'; did you mean 'shapes_gspo'\?; give the path"):
+    with pytest.raises(ConfigError, match=r"no recipe 'shape_gspo'; did you mean 'shapes_gspo'\? Give the path"):
         find_recipe("shape_gspo", tmp_path)
 
 

@@ -351,7 +351,7 @@ def test_a_process_that_does_not_start_is_one_error(file, monkeypatch):
         (
             "Counter",
             {"max_turn": 1},
-            "unknown setting 'max_turn'; did you mean 'max_turns'.; its settings: start, log, max",
+            "unknown setting 'max_turn'; did you mean 'max_turns'. Its settings: start, log, max",
         ),
     ],
 )

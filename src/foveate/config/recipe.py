@@ -109,9 +109,9 @@ def _find_shipped(name: Path, shipped: Path) -> Path:
     if name.parent in (Path(), Path("recipes")) and stem in known:
         return shipped / f"{stem}.yaml"
     alike = [one for one in known if stem and stem in one]
-    near = f"; did you mean {' or '.join(alike)}?" if 0 < len(alike) < 6 else suggestion(stem, known)
+    near = f"; did you mean {' or '.join(alike)}? Give" if 0 < len(alike) < 6 else suggestion(stem, known, then="give")
     raise ConfigError(
-        f"no recipe {str(name)!r}{near}; give the path of a YAML file or one of the shipped: {', '.join(known)}"
+        f"no recipe {str(name)!r}{near} the path of a YAML file or one of the shipped: {', '.join(known)}"
     )
 
 

@@ -33,8 +33,8 @@ def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvir
     shared = [field.name for field in fields(EnvironmentLimits) if field.name not in own]
     for key in settings:
         if key not in (known := [*own, *shared]):
-            what = f"unknown setting {key!r}{suggestion(key, known)}"
-            raise ConfigError(f"{where}: {what}; its settings: {', '.join(known)}")
+            what = f"unknown setting {key!r}{suggestion(key, known, then='its settings')}"
+            raise ConfigError(f"{where}: {what}: {', '.join(known)}")
     bound = bind(schema, {key: value for key, value in settings.items() if key not in shared}, where)
     limits = bind(_limits, {key: value for key, value in settings.items() if key in shared}, where)()
 

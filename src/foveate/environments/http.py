@@ -82,8 +82,8 @@ class _HTTP(Environment):
     def _require_known(self, reply: Mapping[str, Any], known: Sequence[str]) -> None:
         for key in reply:
             if key not in known:
-                what = f"{key[:40]!r}{suggestion(key, known)}"
-                raise DataError(f"{self._url} replied with the unknown field {what}; known: {', '.join(known)}")
+                what = f"{key[:40]!r}{suggestion(key, known, then='known')}"
+                raise DataError(f"{self._url} replied with the unknown field {what}: {', '.join(known)}")
 
     def _post(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         request = urllib.request.Request(

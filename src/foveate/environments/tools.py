@@ -160,7 +160,7 @@ class Tool:
         for key in call.arguments:
             if key not in self.parameters:
                 raise CallError(
-                    f"{self.name} has no argument {key[:40]!r}{suggestion(key, self.parameters)}; {allowed}"
+                    f"{self.name} has no argument {key[:40]!r}{suggestion(key, self.parameters, then=allowed)}"
                 )
         for key, parameter in self.parameters.items():
             if parameter.default is parameter.empty and key not in call.arguments:
@@ -237,5 +237,5 @@ def method_tool(name: str, method: Callable[..., Any]) -> Tool:
 def tool_named(tools: Mapping[str, Tool], name: str) -> Tool:
     """The tool of a call. Raises CallError for one that there is not."""
     if name not in tools:
-        raise CallError(f"there is no tool {name[:40]!r}{suggestion(name, tools)}; tools: {', '.join(tools)}")
+        raise CallError(f"there is no tool {name[:40]!r}{suggestion(name, tools, then='tools')}: {', '.join(tools)}")
     return tools[name]
