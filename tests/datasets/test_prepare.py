@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from reading import read_tasks
+from video_cases import write_video
 
 import foveate
 from foveate.config.recipe import load_recipe
@@ -331,6 +332,29 @@ def test_own_rows_are_prepared_with_a_share_held_out(tmp_path, pictures):
     assert sorted(task.answer for task in tasks) == list(range(10))
     assert tasks[0].meta["difficulty"] == tasks[0].answer / 10
     assert manifest_of(tmp_path / "out")["columns"] == columns
+
+
+def test_videos_are_prepared_by_path_or_embedded_where_they_were(tmp_path, pictures):
+    pytest.importorskip("av", reason="needs foveate[video]")
+    clip = write_video(tmp_path / "clip.mp4", 12)
+    embedded = {"question": "<video>When?", "videos": [{"bytes": clip.read_bytes()}], "answer": "1", "id": "b"}
+    pq.write_table(pa.Table.from_pylist([embedded]), tmp_path / "b.parquet")
+    rows = [
+        {"question": "<video>When?", "videos": ["clip.mp4"], "answer": "2", "id": "a"},
+        {"question": "<image>What?", "images": [str(pictures / "a.png")], "answer": "3", "id": "c"},
+    ]
+    sources = [jsonl(tmp_path / "a.jsonl", rows), tmp_path / "b.parquet"]
+    made = prepare_rows(sources, tmp_path / "out")
+    assert made.rows == {"train": 3}
+    by_path, image, inside = open_tasks(tmp_path / "out" / "train.parquet")
+    assert ([video.path for video in by_path.videos], by_path.videos[0].frames) == ([clip], 12)
+    assert (len(image.images), image.videos) == (1, ())
+    assert [video.data for video in inside.videos] == [clip.read_bytes()]
+
+    asked = jsonl(tmp_path / "asked.jsonl", [scored("b", [answered("1", 1.0), answered("2", 0.0)])])
+    prepare_pairs([tmp_path / "b.parquet"], tmp_path / "pairs", rollouts=[asked])
+    [pair] = open_tasks(tmp_path / "pairs" / "pairs.parquet")
+    assert (pair_of(pair).chosen, pair.videos[0].data) == ("1", clip.read_bytes())
 
 
 def test_answers_of_different_types_are_refused(tmp_path):

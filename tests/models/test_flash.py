@@ -16,7 +16,7 @@ from foveate.evaluate.predict import load_engine
 from foveate.models.checkpoint.convert import convert
 from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.checkpoint.inspect import inspect_model_folder
-from foveate.models.flash import begin_as_mean, compressible, patches_of, projected
+from foveate.models.flash import begin_as_mean, compressible, patches_of, projected, route_by
 from foveate.models.flash_routes import with_router
 from foveate.models.forward import embed, token_logprobs
 from foveate.models.policy import load_on_meta, load_policy, save_policy
@@ -146,6 +146,19 @@ def test_the_router_says_a_probability_for_each_tile_by_itself(policy, prompt):
         alone = torch.cat([compressible(policy.model, one[None]) for one in patches])
     assert ((every > 0) & (every < 1)).all()
     torch.testing.assert_close(every, alone)
+
+
+def test_the_types_of_a_comparison_are_those_of_the_released_code():
+    """It compares a router in bfloat16 with a quantile that is computed in float32 and then rounded."""
+    first, second, third = (1 - step / 256 for step in (3, 2, 1))  # neighbours in bfloat16
+    found = torch.tensor([third, first, second, third, third, third, third], dtype=torch.bfloat16)
+    bound = torch.quantile(found.float(), 0.1)  # 0.6 of the way from the first to the second
+    assert first < bound < second
+    assert route_by(found, (0.1, 0.5)) == [True, False, False, True, True, True, True]
+    assert route_by(found.float(), (0.1, 0.5)) == [True, False, True, True, True, True, True]
+    low = torch.tensor([0.5, 0.69921875, 0.8], dtype=torch.bfloat16)  # the second is the number nearest to 0.7
+    assert route_by(low, (0.0, 0.7)) == [False, True, True]
+    assert route_by(low.float(), (0.0, 0.7)) == [False, False, True]
 
 
 def test_only_an_internvl_becomes_a_flash_model_and_only_once(folder, tmp_path):

@@ -15,7 +15,9 @@ def scene(index, width, height):
     return frame
 
 
-def write_video(path, frames, *, fps=10, size=(96, 64), codec="libx264", gop=12, times=None, sound=False, quality=18):
+def write_video(
+    path, frames, *, fps=10, size=(96, 64), codec="libx264", gop=12, times=None, sound=False, quality=18, frame_of=scene
+):
     """A video of `scene`s; `times`: those of the frames in milliseconds, for other rates than constant ones."""
     import av
 
@@ -34,7 +36,7 @@ def write_video(path, frames, *, fps=10, size=(96, 64), codec="libx264", gop=12,
             container.mux(voice.encode(heard))
             container.mux(voice.encode())
         for index in range(frames):
-            frame = av.VideoFrame.from_ndarray(scene(index, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(frame_of(index, *size), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))

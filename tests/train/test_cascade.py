@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 from pages import Page, rendered
 from pydantic import ValidationError
@@ -295,16 +298,42 @@ def test_what_a_later_stage_refuses_is_refused_before_the_first(tmp_path, data, 
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_with_video_files_are_refused_before_the_first_stage(tmp_path, data):
+def still_videos(data: Path, folder: Path) -> dict[str, list[str]]:
+    """The rows of `data` with a video of two equal frames in place of each image, as JSONL."""
+    found = {}
+    for split in ("train", "test"):
+        rows = []
+        for number, task in enumerate(open_tasks(data / f"{split}.parquet")):
+            [shown] = task.images
+            assert shown.data is not None
+            pixels = np.asarray(PIL.Image.open(io.BytesIO(shown.data)).convert("RGB"))
+            size, still = (shown.width, shown.height), lambda *_, pixels=pixels: pixels
+            clip = write_video(folder / f"{split}{number}.mp4", 2, size=size, quality=1, frame_of=still)
+            question = "<video>\n" + task.messages[-1].content.replace("<image>", "").strip()
+            row = {"question": question, "answer": task.answer, "videos": [clip.name]}
+            about = {"id": task.id, "response": task.meta["response"], "width": size[0], "height": size[1]}
+            rows.append(json.dumps({**row, "extra_info": about}))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+        found[split] = [str(folder / f"{split}.jsonl")]
+    return found
+
+
+@pytest.mark.slow
+def test_rows_with_video_files_go_through_every_stage(tmp_path, data):
     pytest.importorskip("av", reason="needs foveate[video]")
-    write_video(tmp_path / "clip.mp4", 30)
-    row = {"question": "<video>?", "videos": ["clip.mp4"], "answer": [1, 2]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
-    rows = {"train": [str(tmp_path / "rows.jsonl")], "test": [str(data / "test.parquet")]}
-    changes = {"data": {**rows, "max_prompt_tokens": 128, "video": {"frames": 1}}, "reward": {"name": "temporal_iou"}}
-    with pytest.raises(DataError, match="field videos: a cascade, whose pairs are rows, takes no video files"):
-        run_cascade(cascade_settings(tmp_path / "run", data, **changes))
-    assert not (tmp_path / "run" / "start").exists()
+    rows = {**still_videos(data, tmp_path), "max_prompt_tokens": 128, "video": {"frames": 1}}
+    train = {"steps": 1, "tokens_per_micro_batch": 512, "threads": 1}
+    flash = {
+        "vico": {"data": rows, "optim": {"lr": 1e-4}, "train": {**train, "samples_per_step": 2}},
+        "vir": {"train": {**train, "samples_per_step": 2}},
+    }
+    run = run_cascade(cascade_settings(tmp_path / "run", tmp_path, data=rows, sft=None, **flash))
+    assert [stage.name for stage in read_stages(run.path)] == ["start", "mpo", "gspo", "vico", "vir"]
+    pairs = list(open_tasks(run.path / "pairs" / "pairs.parquet"))
+    assert {task.videos[0].path for task in pairs} <= {*tmp_path.glob("train*.mp4")}
+    assert load_recipe(run.path / "mpo" / "config.yaml", [], MPOSettings).data.video.frames == 1
+    assert json.loads((run.path / "gallery.json").read_text()) == []  # it shows images
+    assert len(read_evaluations(run.path)) == 4  # of all but vico, whose router is new
 
 
 def test_a_start_that_is_always_right_leaves_no_pairs_and_is_told_so(tmp_path, data):

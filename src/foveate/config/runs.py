@@ -349,8 +349,9 @@ class CascadeSettings(Settings):
             common["model"] = common["model"].model_copy(update={"trainable": every})
             train = VirTrainSettings(**self.vir.train.model_dump(), reference=reference)
             return VirSettings(**common, data=self.vico.data, optim=self.vir.optim, train=train, cluster=offline)
-        shared = {"max_prompt_tokens", "on_bad_row", "system", "thinking", "workers"}
-        data = DataSettings(train=pairs, **self.data.model_dump(include=shared))
+        # all but what the pairs are made from, and the order in which its prompts come
+        of_rows = {"train", "test", "hold_out", "image_root", "columns", "weights", "shares", "rlcs", "curriculum"}
+        data = DataSettings(train=pairs, **self.data.model_dump(exclude=of_rows))
         return MPOSettings(**common, **dict(self.mpo), data=data, cluster=offline)
 
 

@@ -41,8 +41,8 @@ FIRST_ROWS = 200  # of a file, which are looked at when it is opened, where that
 # ------------------------------------------------------------------------------------------------------------ write
 
 
-def row_schema(ground_truth: pa.DataType, extra_info: Mapping[str, pa.DataType]) -> pa.Schema:
-    """The parquet schema with this type of `reward_model.ground_truth` and these fields of `extra_info`."""
+def row_schema(ground_truth: pa.DataType, extra_info: Mapping[str, pa.DataType], *, videos: bool = False) -> pa.Schema:
+    """The schema of parquet files with this type of `reward_model.ground_truth`, these fields and a column `videos`."""
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.schema(
@@ -53,6 +53,7 @@ def row_schema(ground_truth: pa.DataType, extra_info: Mapping[str, pa.DataType])
             ("ability", pa.string()),
             ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", ground_truth)])),
             ("extra_info", pa.struct(list(extra_info.items()))),
+            *([("videos", pa.list_(image))] if videos else []),
         ]
     )
 
@@ -62,9 +63,9 @@ def write_rows(
 ) -> int:
     """Write rows of the parquet schema and return how many there were; `advance` is told of each group of rows.
 
-    `rows` is consumed group by group, so it may be larger than memory. An image is a path, bytes or {bytes, path}. The
-    file appears under its name only when it is complete: after an error, a kill or a full disk an older file of that
-    name is still there, whole. The same rows give the same bytes. Raises DataError for a row that does not fit
+    `rows` is consumed group by group, so it may be larger than memory. Images and videos are paths, bytes or {bytes,
+    path}. The file appears under its name only when it is complete: after an error, a kill or a full disk an older file
+    of that name is still there, whole. The same rows give the same bytes. Raises DataError for a row that does not fit
     `schema`, and DiskError where the file cannot be written.
     """
     count = 0
@@ -102,7 +103,7 @@ def _groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     size = 0
     for row in rows:
         group.append(row)
-        size += sum(_embedded(image) for image in row["images"])
+        size += sum(_embedded(image) for image in (*row["images"], *row.get("videos", ())))
         if len(group) == GROUP_ROWS or size >= GROUP_BYTES:
             yield group
             group, size = [], 0
@@ -116,13 +117,13 @@ def _embedded(image: Any) -> int:
 
 
 def _table(path: Path, group: list[dict[str, Any]], first: int, schema: pa.Schema) -> pa.Table:
-    fields = set(schema.names)
+    fields, media = set(schema.names), {"images", "videos"} & set(schema.names)  # rows of images need no videos
     extra = {field.name for field in schema.field("extra_info").type}
     for offset, row in enumerate(group):
-        if set(row) != fields or not set(row["extra_info"]) <= extra:
-            odd = sorted((set(row) ^ fields) | (set(row.get("extra_info", ())) - extra))
+        if (own := set(row) | media) != fields or not set(row["extra_info"]) <= extra:
+            odd = sorted((own ^ fields) | (set(row.get("extra_info", ())) - extra))
             raise DataError(f"{path}, row {first + offset}: fields {', '.join(odd)} do not fit the schema of the file")
-    ready = [{**row, "images": [_image_entry(image) for image in row["images"]]} for row in group]
+    ready = [{**row, **{name: [_image_entry(one) for one in row.get(name, ())] for name in media}} for row in group]
     try:
         return pa.Table.from_pylist(ready, schema=schema)
     except (

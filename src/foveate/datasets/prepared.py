@@ -19,7 +19,6 @@ from foveate.data.rows import Problem
 from foveate.data.statistics import Statistics, shared_lines
 from foveate.data.table import TaskTable, row_schema, write_rows
 from foveate.data.validate import AS_IS, ReadOptions
-from foveate.data.videos import refuse_videos
 from foveate.errors import DataError, one_line, printable, require
 from foveate.files import atomic_write_text, sha256
 from foveate.log import progress
@@ -129,9 +128,9 @@ def _earlier(out: Path) -> list[str]:
 
 
 def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]:
-    """A task as a row of the schema. Images in files are named by absolute path, others are embedded, and with
-    `images` false left out (for the types of the other fields); `extra` joins `extra_info`, over what is there."""
-    refuse_videos(task, "a prepared dataset")
+    """A task as a row of the schema, with `videos` where it has some. Images and videos in files are named by absolute
+    path, others are embedded, and with `images` false left out (for the types of the other fields); `extra` joins
+    `extra_info`, over what is there."""
     meta = {name: value for name, value in task.meta.items() if name != "ability"}
     return {
         "data_source": task.source,
@@ -140,11 +139,12 @@ def task_row(task: Task, *, images: bool = True, **extra: Any) -> dict[str, Any]
         "ability": task.meta.get("ability"),
         "reward_model": {"style": "rule", "ground_truth": task.answer},
         "extra_info": {**meta, "id": task.id, **extra},
+        **({"videos": [image_value(video) for video in task.videos] if images else []} if task.videos else {}),
     }
 
 
 def image_value(image: Image) -> str | bytes:
-    """An image as a row has it: its absolute path, or its bytes."""
+    """An image or a video as a row has it: its absolute path, or its bytes."""
     if image.path is not None:
         return str(image.path.resolve())
     assert image.data is not None, "an image has a path or bytes"
@@ -152,11 +152,11 @@ def image_value(image: Image) -> str | bytes:
 
 
 def infer_schema(rows: Iterable[dict[str, Any]]) -> pa.Schema:
-    """The parquet schema that fits all rows: the types of the ground truth and of extra_info are found by looking.
-    Raises DataError where rows differ in the type of a field."""
+    """The parquet schema that fits all rows: the types of the ground truth and of extra_info are found by looking, and
+    whether there are videos. Raises DataError where rows differ in the type of a field."""
     rows = iter(rows)
     found: list[pa.Schema] = []
-    first = 0
+    first, videos = 0, False
     while some := list(islice(rows, _INFERRED_ROWS)):
         where = f"rows {first}..{first + len(some) - 1}"
         found.append(_types(some, where))
@@ -165,10 +165,11 @@ def infer_schema(rows: Iterable[dict[str, Any]]) -> pa.Schema:
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(_of_different_types(where, "a field", error)) from error
         first += len(some)
+        videos |= any("videos" in row for row in some)
     types = {field.name: field.type for field in found[0]} if found else {}
     truth = types.pop("answer", pa.null())
     extra = {name.removeprefix("extra."): _or_text(kind) for name, kind in sorted(types.items())}
-    return row_schema(_or_text(truth), extra)
+    return row_schema(_or_text(truth), extra, videos=videos)
 
 
 def _or_text(kind: pa.DataType) -> pa.DataType:

@@ -58,9 +58,7 @@ def write_splits(
             yield row
             advance(1)
 
-    schema = row_schema(truth or pa.string(), extra_info)
-    if videos:
-        schema = schema.append(schema.field("images").with_name("videos"))
+    schema = row_schema(truth or pa.string(), extra_info, videos=videos)
     hashes = {}
     for name, split in rows.items():
         path = folder / f"{name}.parquet"

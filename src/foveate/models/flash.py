@@ -147,10 +147,11 @@ def route_of(model: Any, pixels: Tensor, thresholds: tuple[float, float]) -> lis
     router finds compressible by at least the second threshold, and by more than the quantile, of the first, over all
     tiles. So the route of a tile depends on those beside it, and belongs to the whole prompt."""
     pixels = pixels.to(next(model.parameters()))
-    return route_by(compressible(model, patches_of(model, pixels)).float(), thresholds)
+    return route_by(compressible(model, patches_of(model, pixels)), thresholds)
 
 
 def route_by(found: Tensor, thresholds: tuple[float, float]) -> list[bool]:
-    """`route_of`, by what the router has found of the tiles (N,)."""
+    """`route_of`, by what the router has found of the tiles (N,). The quantile is computed in float32, but compared in
+    the router's own type, as are thresholds: in bfloat16 it may round to a neighbouring tile's probability."""
     relative, absolute = thresholds
-    return ((found > torch.quantile(found, relative)) & (found >= absolute)).tolist()
+    return ((found > torch.quantile(found.float(), relative)) & (found >= absolute)).tolist()

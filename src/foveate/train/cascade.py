@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from foveate.config.runs import CascadeSettings, RLSettings
 from foveate.data.answers import CorrectnessRule, ScoredRow, read_answers
 from foveate.data.stream import Stream
 from foveate.data.table import TaskTable
-from foveate.data.validate import Check
-from foveate.data.videos import NO_VIDEO_FILES
 from foveate.datasets.pairs import prepare_pairs
 from foveate.datasets.prepared import MANIFEST
 from foveate.encoding.dataset import build_encoder, keep_aside, read_checked, read_options
@@ -36,7 +33,7 @@ from foveate.files import atomic_write_text
 from foveate.log import MetricsWriter, progress, read_metrics
 from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.checkpoint.inspect import inspect_model_folder
-from foveate.records import SamplingParams, Task
+from foveate.records import SamplingParams
 from foveate.report.stages import Stage, write_stages
 from foveate.rewards.build import build_reward, truth_check
 from foveate.rollout.build import choose_engine
@@ -195,20 +192,9 @@ def answer_prompts(settings: CascadeSettings, model: str, run: RunFolder, again:
             advance(count)
 
 
-@dataclass(frozen=True, slots=True)
-class _PairCheck:
-    """The check of a row of which pairs are made: its ground truth, and no video files."""
-
-    truth: Check | None
-
-    def __call__(self, task: Task) -> list[tuple[str, str]]:
-        faults = [] if self.truth is None else [*self.truth(task)]
-        return [*faults, ("videos", f"a cascade, whose pairs are rows, {NO_VIDEO_FILES}")] if task.videos else faults
-
-
 def _asked_rows(settings: CascadeSettings, encoder: Encoder) -> TaskTable:
     """The rows of which pairs are made, every one checked."""
-    check = _PairCheck(truth_check(settings.reward.name, settings.reward.settings))
+    check = truth_check(settings.reward.name, settings.reward.settings)
     every, _ = read_checked(settings.data.train, settings.data, encoder, check)
     return keep_aside(every, settings.data.hold_out)[0]
 
@@ -259,7 +245,9 @@ def gather(settings: CascadeSettings, run: RunFolder) -> None:
         stages.append(Stage(label, rows[-1]["step"], seconds))
     atomic_write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_stages(run.path, stages)
-    shutil.copytree(run.path / "start" / "gallery", run.path / "gallery", dirs_exist_ok=True)
+    pictures = run.path / "start" / "gallery"
+    if pictures.exists():  # else its rows have no images, only text or videos
+        shutil.copytree(pictures, run.path / "gallery", dirs_exist_ok=True)
     shutil.copyfile(run.path / "start" / "gallery.json", run.path / "gallery.json")
 
 

@@ -25,6 +25,7 @@ from foveate.encoding.family import Family
 from foveate.encoding.reader import Reader
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.flash import route_by
+from foveate.models.policy import DTYPES
 from foveate.parallel.balance import Costs
 from foveate.records import Prompt, Task
 from foveate.run_folder import RunFolder
@@ -168,7 +169,8 @@ def _held_out(
         tiles = float(sum(len(said) for _, _, said in found))
         seen: dict[str, tuple[float, float]] = {}
         for (task, _), (_, _, said) in zip(asked, found, strict=True):
-            kept = sum(sides[is_compressed] ** 2 for is_compressed in route_by(said, thresholds))
+            route = route_by(said.to(DTYPES[settings.model.dtype]), thresholds)
+            kept = sum(sides[is_compressed] ** 2 for is_compressed in route)
             for name in ("eval/image_tokens", f"source/{task.source}/image_tokens"):
                 tokens, weight = seen.get(name, (0.0, 0.0))
                 seen[name] = tokens + kept, weight + len(said) * sides[0] ** 2
