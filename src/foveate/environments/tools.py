@@ -210,7 +210,7 @@ def finished(result: Any) -> Any:
 
 def _explained(error: ValidationError, hint: Any, value: Any) -> str:
     """The rest of a sentence about an argument of the wrong type."""
-    first = dict(error.errors()[0])
+    first: dict[str, Any] = dict(error.errors()[0])
     if hint == _BOX:
         return f"must be four numbers, [left, top, right, bottom]; found {shown(value)}"
     where = [f"entry {one + 1}" if isinstance(one, int) else f"{one!r:.40}" for one in first["loc"]]
