@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from foveate.errors import DataError, one_line
+from foveate.models.attention.fla_rule import binds_kernels
 from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.attention.runs import path_positions
@@ -86,10 +87,14 @@ def _packed(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
 
 
 def _alone(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
-    """The same by transformers alone: each path by itself, because some models look at the longest of several rows."""
+    """The same by transformers alone: each path by itself, because some models look at the longest of several rows.
+    Where transformers binds kernels of GPUs to its recurrent layers, those of the reference here stand in for them."""
     found = torch.empty(len(ids_T), _VOCABULARY)
+    if is_bound := binds_kernels():
+        model = replace_layers(copy.deepcopy(model), KERNELS["reference"])
     for path in _paths(forest):
-        found[path] = model(input_ids=ids_T[path][None], use_cache=False).logits[0]
+        more = {"forest": Forest((0,), (len(path),), (-1,))} if is_bound else {}
+        found[path] = model(input_ids=ids_T[path][None], use_cache=False, **more).logits[0]
     return torch.log_softmax(found, -1)
 
 
