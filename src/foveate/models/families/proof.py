@@ -59,14 +59,16 @@ def _difference(text: str) -> float | str:
             if stand_in.lm_head.bias is not None:
                 return "its head has a bias, which the log-probs in chunks do not know"
             ids_T = torch.randint(1, _VOCABULARY, (forest.tokens,))
-            wanted = _alone(stand_in, ids_T, forest)
+            paths = _paths(forest)
+            wanted = _alone(stand_in, ids_T, paths)
             stand_in.set_attn_implementation(KERNELS["auto"])
             got = _packed(replace_layers(stand_in), ids_T, forest)
             if not torch.equal(_packed(stand_in.train(), ids_T, forest), got):
                 return "it computes otherwise while it is trained; set dropout and noise in config.json to 0"
     except Exception as error:  # models of any kind, each with refusals of its own
         return f"its stand-in fails ({type(error).__name__}: {one_line(error)[:200]})"
-    found = (got - wanted).abs().max().item()
+    # tokens of several paths are compared in each: rotary positions may depend on how long a row is
+    found = (got[torch.cat(paths)] - wanted).abs().max().item()
     if not found <= MOST_NATS:
         return (
             f"log-probs in a forest differ from transformers' by up to {found:.2g} nats ({MOST_NATS:g} may be). Known "
@@ -86,16 +88,16 @@ def _packed(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
     return torch.log_softmax(nn.functional.linear(out.last_hidden_state[0], model.lm_head.weight), -1)
 
 
-def _alone(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
+def _alone(model: Any, ids_T: Tensor, paths: list[Tensor]) -> Tensor:
     """The same by transformers alone: each path by itself, because some models look at the longest of several rows.
     Where transformers binds kernels of GPUs to its recurrent layers, those of the reference here stand in for them."""
-    found = torch.empty(len(ids_T), _VOCABULARY)
+    found = list[Tensor]()
     if is_bound := binds_kernels():
         model = replace_layers(copy.deepcopy(model), KERNELS["reference"])
-    for path in _paths(forest):
+    for path in paths:
         more = {"forest": Forest((0,), (len(path),), (-1,))} if is_bound else {}
-        found[path] = model(input_ids=ids_T[path][None], use_cache=False, **more).logits[0]
-    return torch.log_softmax(found, -1)
+        found.append(model(input_ids=ids_T[path][None], use_cache=False, **more).logits[0])
+    return torch.log_softmax(torch.cat(found), -1)
 
 
 def _paths(forest: Forest) -> list[Tensor]:
@@ -145,13 +147,16 @@ def _shortened(value: Any) -> Any:
     for key, size in made.items():
         if key.endswith(_WINDOWS) and isinstance(size, int) and not isinstance(size, bool) and size > _SHORT:
             made[key] = _SHORT
-    kind = made.get("rope_type") or made.get("type")
-    rope = made.get("rope_parameters")
-    if kind in _GROWING and "original_max_position_embeddings" in made:
-        made["original_max_position_embeddings"] = 2 * _SHORT
-    if isinstance(rope, dict) and rope.get("rope_type") in _GROWING:
+    if _grows(made):
         made |= {key: 2 * _SHORT for key in _LENGTHS if key in made}
     return made
+
+
+def _grows(value: Any) -> bool:
+    """Whether rotary positions somewhere in a configuration depend on the length of the longest row."""
+    if not isinstance(value, dict):
+        return False
+    return (value.get("rope_type") or value.get("type")) in _GROWING or any(map(_grows, value.values()))
 
 
 def _fewer_layers(content: dict[str, Any]) -> dict[str, Any]:
