@@ -128,6 +128,7 @@ REFUSED = {
         LONGER,
     ),
     "a head with a bias": ("phi", {}, "its head has a bias"),
+    "two sets of keys in a layer": ("diffllama", {}, "its layers do not have one set of keys and values each"),
     "dropout": ("opt", {"dropout": 0.1}, "it computes otherwise while it is trained"),
     "other modules": ("gpt2", {}, "its modules are not called model and lm_head"),
 }

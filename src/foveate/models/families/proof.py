@@ -23,6 +23,7 @@ from foveate.models.attention.fla_rule import binds_kernels
 from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.attention.runs import path_positions
+from foveate.models.checkpoint.formats import grows_with_length
 from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.records import Forest
 
@@ -30,8 +31,6 @@ MOST_NATS = 1e-4
 """Nats by which a log-prob of the stand-in may differ, in float32."""
 _VOCABULARY, _SHORT, _LAYERS = 97, 7, 6
 _WINDOWS = ("window", "window_size", "chunk_size")
-_GROWING = ("dynamic", "longrope")
-"""Rotary positions that depend on the length of the longest row."""
 _LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -62,7 +61,8 @@ def _difference(text: str) -> float | str:
             paths = _paths(forest)
             wanted = _alone(stand_in, ids_T, paths)
             stand_in.set_attn_implementation(KERNELS["auto"])
-            got = _packed(replace_layers(stand_in), ids_T, forest)
+            calls = _Calls()
+            got = _packed(replace_layers(stand_in), ids_T, forest, cache=calls)
             if not torch.equal(_packed(stand_in.train(), ids_T, forest), got):
                 return "it computes otherwise while it is trained; set dropout and noise in config.json to 0"
     except Exception as error:  # models of any kind, each with refusals of its own
@@ -74,16 +74,32 @@ def _difference(text: str) -> float | str:
             f"log-probs in a forest differ from transformers' by up to {found:.2g} nats ({MOST_NATS:g} may be). Known "
             "are causal attention, sliding windows and sinks, and a head without scale or cap"
         )
+    if sorted(calls.layers) != [*range(stand_in.config.num_hidden_layers)]:
+        return "its layers do not have one set of keys and values each, which the native engine keeps"
     return found
 
 
-def _packed(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
+class _Calls:
+    """A `KeyValueCache` that lets the kernels compute, and counts: the number of the layer of each call."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def attend(self, layer: int, *_: Any) -> None:
+        self.layers.append(layer)
+
+    def recur(self, layer: int, *_: Any) -> None:
+        self.layers.append(layer)
+
+
+def _packed(model: Any, ids_T: Tensor, forest: Forest, **more: Any) -> Tensor:
     """Log-probs (T, V) behind each token of the forest, as training computes them."""
     out = model.model(
         inputs_embeds=model.get_input_embeddings()(ids_T)[None],
         position_ids=path_positions(forest)[None],
         forest=forest,
         use_cache=False,
+        **more,
     )
     return torch.log_softmax(nn.functional.linear(out.last_hidden_state[0], model.lm_head.weight), -1)
 
@@ -147,16 +163,9 @@ def _shortened(value: Any) -> Any:
     for key, size in made.items():
         if key.endswith(_WINDOWS) and isinstance(size, int) and not isinstance(size, bool) and size > _SHORT:
             made[key] = _SHORT
-    if _grows(made):
+    if grows_with_length(made):
         made |= {key: 2 * _SHORT for key in _LENGTHS if key in made}
     return made
-
-
-def _grows(value: Any) -> bool:
-    """Whether rotary positions somewhere in a configuration depend on the length of the longest row."""
-    if not isinstance(value, dict):
-        return False
-    return (value.get("rope_type") or value.get("type")) in _GROWING or any(map(_grows, value.values()))
 
 
 def _fewer_layers(content: dict[str, Any]) -> dict[str, Any]:
