@@ -82,6 +82,7 @@ class Features:
 
 VLLM_EXPERTS = "beside adapters, vLLM computes experts by kernels that GPUs alone have"
 """Why it is handed mixtures of experts with their adapters merged."""
+NO_PREFIXES = "--no-enable-prefix-caching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class ServedAs:
         servers on CPUs do not take."""
         return replace(
             self,
-            options=(*self.options, "--no-enable-prefix-caching"),
+            options=(*self.options, NO_PREFIXES),
             no_adapters="beside adapters, vLLM computes Gated DeltaNet by kernels that GPUs alone have",
         )
 
