@@ -4,9 +4,11 @@ doctor."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
 from checkpoint_cases import write_chat_folder
 from family_cases import VISION_MODELS, build_family
 from safetensors.torch import load_file, save_file
@@ -173,6 +175,35 @@ def test_quantised_weights_are_refused(name, damaged):
     changes = {part: {**content[part], "quantization_config": how}} if part else {"quantization_config": how}
     change_config(folder, **changes)
     assert "config.json: the weights are quantised (mxfp4), which cannot be trained" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["internvl-chat", "qwen2_5_vl", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_tensors_without_a_word_in_the_configuration_are_refused(name, dtype, damaged):
+    folder = damaged(name)
+    change_head(folder, name, lambda weights, key: weights.update({key: weights[key].to(dtype)}))
+    assert re.search(r"lm_head\.weight is (I8|F8_E4M3); quantised weights cannot be trained", refusal(folder))
+
+
+@pytest.mark.parametrize("name", ["internvl-hf", "qwen3_vl", "gemma3", "qwen3"])
+@pytest.mark.parametrize("setting", [{"return_dict": False}, {"output_attentions": True}])
+def test_settings_that_change_what_a_model_returns_are_refused(name, setting, damaged):
+    folder = damaged(name)
+    change_config(folder, **setting)
+    assert f"config.json: {min(setting)} is {setting[min(setting)]}; it changes what" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "gemma3", "llava_onevision", "smolvlm"])
+def test_positions_that_depend_on_the_longest_row_are_refused(name, damaged):
+    folder = damaged(name)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    layers = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    more = {key: value for key, value in text["rope_parameters"].items() if key.startswith(("mrope", "partial"))}
+    change_config(folder, text_config={**text, "rope_parameters": layers if name == "gemma3" else {**rope, **more}})
+    assert re.search(
+        r"config\.json: (rotary positions of type dynamic|(llama|qwen2) cannot be trained here)", refusal(folder)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -94,6 +94,8 @@ def test_it_is_saved_in_the_layout_that_it_came_in_and_the_doctor_says_the_proof
     assert facts["stop tokens"].startswith("<|im_end|> = ")
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+LONGER = r"differ from transformers' by up to \d"
 REFUSED = {
     "scores are capped": ("gemma2", {}, r"log-probs in a forest differ from transformers' by up to \d"),
     "logits are scaled": ("cohere", {}, r"differ from transformers' by up to \d"),
@@ -103,7 +105,30 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
         r"differ from transformers' by up to \d",
     ),
+    "positions of the longest row, in some of the layers": (
+        "gemma3_text",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e6},
+            },
+        },
+        r"differ from transformers' by up to \d",
+    ),
+    "positions of long rows": (
+        "llama",
+        {"head_dim": 96, "rope_parameters": {**LONG, "factor": 4.0, "original_max_position_embeddings": 4096}},
+        LONGER,
+    ),
+    "positions of long rows, as Phi-3 has them": (
+        "phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 4096, "max_position_embeddings": 131072},
+        LONGER,
+    ),
     "a head with a bias": ("phi", {}, "its head has a bias"),
+    "two sets of keys in a layer": ("diffllama", {}, "its layers do not have one set of keys and values each"),
     "dropout": ("opt", {"dropout": 0.1}, "it computes otherwise while it is trained"),
     "other modules": ("gpt2", {}, "its modules are not called model and lm_head"),
 }

@@ -30,11 +30,20 @@ SIZES = {  # heads of 32, the smallest that vLLM computes on CPUs
     "llama": {**HEADS, "head_dim": 32},
     "qwen3_moe": {**HEADS, "head_dim": 32},  # experts 48 wide, which vLLM pads
 }
+RECURRENT = {
+    **HEADS,
+    "head_dim": 32,
+    "rope_parameters": {**ROTARY, "mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5},
+}
 VLLM_SIZES = {
     "qwen2_vl": {**HEADS, "rope_parameters": ROTARY},
     "smolvlm": HEADS,
     "idefics3": HEADS,
     "qwen3_vl_moe": SIZES["qwen3_vl"],
+    "qwen3_5": RECURRENT,
+    "qwen3_5_moe": RECURRENT,
+    "qwen3_5_text": RECURRENT,
+    "qwen3_5_moe_text": RECURRENT,
 }
 """Those that vLLM alone takes."""
 MODELS = {

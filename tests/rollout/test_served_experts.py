@@ -16,7 +16,7 @@ from test_engine_families import build
 from toy import make_data, rl_settings
 
 from foveate.encoding.encode import Encoder
-from foveate.errors import EngineError
+from foveate.errors import ConfigError, EngineError
 from foveate.log import read_metrics
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
@@ -28,6 +28,7 @@ from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.server.experts import with_told_experts
 from foveate.rollout.server.turns import GroupTurns, unbegun
 from foveate.rollout.sglang.engine import single_experts
+from foveate.rollout.vllm.engine import VLLMEngine
 from foveate.train.rl import run_rl
 
 TURNS = SamplingParams(samples=3, max_tokens=40)
@@ -103,6 +104,11 @@ def test_turns_and_what_is_observed_between_them_have_the_experts_of_their_own_t
     answers = turns.finish(TURNS)
     assert max(len(answer.segments) for answer in answers) > 2
     require_told(policy, PLAIN, answers)
+
+
+def test_experts_of_a_model_that_vllm_serves_without_prefixes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"router_replay: vLLM tells experts .* qwen3_5_moe_text without; leave"):
+        VLLMEngine(mixture(tmp_path, "qwen3_5_moe_text"), str, record_experts=True)
 
 
 def test_layers_with_a_router_go_by_their_number_among_all(policy):

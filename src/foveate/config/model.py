@@ -43,7 +43,8 @@ class ModelSettings(Settings):
     attention: Literal["auto", "sdpa", "flex", "reference"] = Field(
         default="auto",
         description="Attention kernel: sdpa on CPUs, flex (FlexAttention) on GPUs; auto takes the one for the device, "
-        "reference is the slow one that tests compare the others with.",
+        "reference is the slow one that tests compare the others with. With auto, flash-linear-attention computes "
+        "Gated DeltaNet on GPUs in 16 bits where it is installed.",
     )
     trainable: Modules = Field(
         default=("vision", "projector", "language"),

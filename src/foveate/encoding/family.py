@@ -4,7 +4,7 @@ is. `foveate.models.families` has the table of families."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -82,6 +82,7 @@ class Features:
 
 VLLM_EXPERTS = "beside adapters, vLLM computes experts by kernels that GPUs alone have"
 """Why it is handed mixtures of experts with their adapters merged."""
+NO_PREFIXES = "--no-enable-prefix-caching"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,15 @@ class ServedAs:
     lent: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     no_adapters: str = ""
+
+    def recurrent(self) -> ServedAs:
+        """The same of a model with Gated DeltaNet on vLLM: its cache of prefixes asks for prompts in pieces, which
+        servers on CPUs do not take."""
+        return replace(
+            self,
+            options=(*self.options, NO_PREFIXES),
+            no_adapters="beside adapters, vLLM computes Gated DeltaNet by kernels that GPUs alone have",
+        )
 
     def weight_name(self, name: str) -> str:
         """The server's name of a weight of the module in memory."""

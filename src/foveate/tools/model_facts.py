@@ -7,6 +7,8 @@ from typing import Any
 
 from foveate.encoding.chat import opened_by, some_prompt
 from foveate.encoding.family import PER_MILLE
+from foveate.models.attention.fla_rule import described_rule
+from foveate.models.attention.gated_delta_net import ForestGatedDeltaNet
 from foveate.models.checkpoint.names import CHECKPOINT_FORMATS
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
 from foveate.models.checkpoint.small_files import links_out
@@ -21,12 +23,14 @@ def model_facts(policy: Policy) -> dict[str, str]:
     words = {word: tokenizer.convert_tokens_to_ids(word) for word in family.reserved}
     stored = read_headers(weight_files(policy.folder))
     untrained = sorted(name for name in stored if name.startswith(family.untrained))
+    is_recurrent = any(isinstance(layer, ForestGatedDeltaNet) for layer in policy.model.modules())
     relative = family.box_frame(700, 700, family.budget) == PER_MILLE
     return {
         "folder": str(policy.folder),
         "format": CHECKPOINT_FORMATS[policy.format],
         "family": f"{family.name}, {config.get_text_config().model_type} language model",
         **({} if family.proof is None else {"proof": f"{family.proof:.1e} nats from transformers at most"}),
+        **({"gated delta rule": described_rule()} if is_recurrent else {}),
         "parameters": f"{sum(counts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in counts.items()},
         "image": family.image_summary(),

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from foveate.models.attention.delta_rule import (
+    DeltaRule,
     chunked_delta_rule,
     delta_step,
     forest_convolution,
@@ -27,6 +28,7 @@ from foveate.models.attention.delta_rule import (
     unit_length,
     window_convolution,
 )
+from foveate.models.attention.fla_rule import fla_computes, fla_delta_rule
 from foveate.models.attention.kernels import KERNELS, KeyValueCache, SequenceParallelAttention
 from foveate.records import Forest
 
@@ -37,7 +39,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ForestGatedDeltaNet(nn.Module):
-    """A Gated DeltaNet layer with the parameters of transformers'. `reference`: token by token.
+    """A Gated DeltaNet layer with the parameters of transformers'. `attention` is one of `KERNELS`: the reference takes
+    token by token, and "auto" fla's kernels where they suit.
 
     There are `key_heads` heads of queries and of keys, of `key_width` numbers, and `value_heads`, a multiple of them,
     of `value_width` numbers."""
@@ -52,7 +55,7 @@ class ForestGatedDeltaNet(nn.Module):
     norm: nn.Module
     out_proj: nn.Linear
 
-    def __init__(self, layer: Any, *, reference: bool) -> None:
+    def __init__(self, layer: Any, *, attention: str) -> None:
         super().__init__()
         for name, parameter in layer.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
@@ -62,7 +65,7 @@ class ForestGatedDeltaNet(nn.Module):
         self.key_heads, self.key_width = layer.num_k_heads, layer.head_k_dim
         self.value_heads, self.value_width = layer.num_v_heads, layer.head_v_dim
         self.activation = ACT2FN[layer.activation]
-        self.reference = reference
+        self.attention = attention
 
     def forward(
         self,
@@ -85,9 +88,9 @@ class ForestGatedDeltaNet(nn.Module):
                 assert cache is not None, "the language model was called without forest="
                 out = cache.recur(self.layer_idx, (), (mixed, partial(self._step, weight, decay, beta)))
             elif split is not None:
-                out = self._split(split, mixed.float(), weight, decay, beta, forest)
+                out = self._split(split, mixed, weight, decay, beta, forest)
             else:
-                out, ends = self._mix(mixed.float(), weight, decay, beta, forest, ends=cache is not None)
+                out, ends = self._mix(mixed, weight, decay, beta, forest, ends=cache is not None)
                 if cache is not None:
                     tails = path_tails(forest, weight.shape[1], rows.device)
                     cache.recur(self.layer_idx, (tails[:, -1], rows_at(mixed, tails), ends), ())
@@ -100,9 +103,12 @@ class ForestGatedDeltaNet(nn.Module):
         """Rows of queries, keys and values side by side (T, channels), the weight (channels, size) of their
         convolution, decay and beta (T, heads) to the output (T, heads, value_width) and the states that the rule
         gives. There may be fewer heads than in the layer."""
-        convolution = reference_convolution if self.reference else forest_convolution
-        rule = recurrent_delta_rule if self.reference else chunked_delta_rule
-        return rule(*self._heads(convolution(mixed, weight, forest)), decay, beta, forest, ends=ends)
+        is_reference = self.attention == KERNELS["reference"]
+        convolution = reference_convolution if is_reference else forest_convolution
+        rule: DeltaRule = recurrent_delta_rule if is_reference else chunked_delta_rule
+        if self.attention == KERNELS["auto"] and fla_computes(mixed.device, mixed.dtype, self.key_width):
+            rule = partial(fla_delta_rule, dtype=mixed.dtype)
+        return rule(*self._heads(convolution(mixed.float(), weight, forest)), decay, beta, forest, ends=ends)
 
     def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The inputs of the rule (T, heads, width) from rows (T, channels)."""
@@ -150,14 +156,14 @@ class ForestGatedDeltaNet(nn.Module):
         return split.exchange(out.transpose(0, 1), to_heads=False).transpose(0, 1)
 
 
-def replace_layers(model: Model) -> Model:
-    """The model with a `ForestGatedDeltaNet` in place of each such layer of transformers."""
+def replace_layers(model: Model, attention: str | None = None) -> Model:
+    """The model with a `ForestGatedDeltaNet` in place of each such layer of transformers. `attention` is one of
+    `KERNELS`: by default, the model's own."""
     for name, module in [*model.named_modules()]:
         if type(module).__name__ in _REPLACED:
             config: Any = model.config
-            attention = config.get_text_config()._attn_implementation
-            layer = ForestGatedDeltaNet(module, reference=attention == KERNELS["reference"])
-            model.set_submodule(name, layer.train(module.training))
+            kernel = attention or config.get_text_config()._attn_implementation
+            model.set_submodule(name, ForestGatedDeltaNet(module, attention=kernel).train(module.training))
     return model
 
 

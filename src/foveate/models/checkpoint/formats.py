@@ -32,6 +32,11 @@ from foveate.models.sizes import meta_model
 Mapped = TypeVar("Mapped")
 
 IMAGE_WORDS = ("<img>", "<IMG_CONTEXT>", "</img>")
+_QUANTISED = ("F8", "F6", "F4", "I8", "U8")
+"""How dtypes of numbers begin that mean nothing without their scales."""
+_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""Settings of config.json that change what a model returns, and their defaults."""
+_GROWING = ("dynamic", "longrope")
 
 
 def detect_format(folder: Path) -> CheckpointFormat:
@@ -42,6 +47,11 @@ def detect_format(folder: Path) -> CheckpointFormat:
     at, so that a folder that one reader refuses is refused by every other.
     """
     model_type, names = read_config(folder)["model_type"], read_headers(weight_files(folder))
+    for name, stored in names.items():
+        if stored.dtype.startswith(_QUANTISED):
+            raise DataError(
+                f"{folder}: {name} is {stored.dtype}; quantised weights cannot be trained, take the bfloat16 ones"
+            )
     github_type = family_class(model_type).github_type
     if github_type is None or model_type == github_type:
         return "hf" if github_type is None else "chat"
@@ -76,6 +86,9 @@ def read_config(folder: Path) -> Json:
             raise DataError(
                 f"{path}: the weights are quantised ({how}), which cannot be trained; take the bfloat16 ones"
             )
+        for name, usual in _OUTPUTS.items():
+            if part.get(name, usual) not in (usual, None):
+                raise DataError(f"{path}: {name} is {part[name]}; it changes what the model returns: leave it out")
         for name, value in part.items():
             is_small = value is None or (isinstance(value, int | float) and 0 <= value < 1)
             if name.endswith(("_eps", "_epsilon")) and not is_small:
@@ -104,7 +117,19 @@ def read_hf_config(folder: Path, towers: Collection[str]) -> Any:
         config.tie_word_embeddings = tied(form)  # what only the text model says counts for the whole
     if towers:
         check_tower(folder, config.get_text_config().model_type, towers)
+        if grows_with_length(form):
+            raise DataError(
+                f"{folder / 'config.json'}: rotary positions of type {' or '.join(_GROWING)} depend on the longest row "
+                "of a batch, which packed rows cannot be held to"
+            )
     return config
+
+
+def grows_with_length(form: Any) -> bool:
+    """Whether rotary positions somewhere in a configuration depend on the length of the longest row."""
+    if not isinstance(form, dict):
+        return False
+    return (form.get("rope_type") or form.get("type")) in _GROWING or any(map(grows_with_length, form.values()))
 
 
 def check_tower(folder: Path, kind: str | None, towers: Collection[str]) -> None:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from foveate.errors import DataError, one_line
+from foveate.models.attention.fla_rule import binds_kernels
 from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.attention.runs import path_positions
+from foveate.models.checkpoint.formats import grows_with_length
 from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.records import Forest
 
@@ -29,8 +31,6 @@ MOST_NATS = 1e-4
 """Nats by which a log-prob of the stand-in may differ, in float32."""
 _VOCABULARY, _SHORT, _LAYERS = 97, 7, 6
 _WINDOWS = ("window", "window_size", "chunk_size")
-_GROWING = ("dynamic", "longrope")
-"""Rotary positions that depend on the length of the longest row."""
 _LENGTHS = ("max_position_embeddings", "original_max_position_embeddings")
 _SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -58,39 +58,62 @@ def _difference(text: str) -> float | str:
             if stand_in.lm_head.bias is not None:
                 return "its head has a bias, which the log-probs in chunks do not know"
             ids_T = torch.randint(1, _VOCABULARY, (forest.tokens,))
-            wanted = _alone(stand_in, ids_T, forest)
+            paths = _paths(forest)
+            wanted = _alone(stand_in, ids_T, paths)
             stand_in.set_attn_implementation(KERNELS["auto"])
-            got = _packed(replace_layers(stand_in), ids_T, forest)
+            calls = _Calls()
+            got = _packed(replace_layers(stand_in), ids_T, forest, cache=calls)
             if not torch.equal(_packed(stand_in.train(), ids_T, forest), got):
                 return "it computes otherwise while it is trained; set dropout and noise in config.json to 0"
     except Exception as error:  # models of any kind, each with refusals of its own
         return f"its stand-in fails ({type(error).__name__}: {one_line(error)[:200]})"
-    found = (got - wanted).abs().max().item()
+    # tokens of several paths are compared in each: rotary positions may depend on how long a row is
+    found = (got[torch.cat(paths)] - wanted).abs().max().item()
     if not found <= MOST_NATS:
         return (
             f"log-probs in a forest differ from transformers' by up to {found:.2g} nats ({MOST_NATS:g} may be). Known "
             "are causal attention, sliding windows and sinks, and a head without scale or cap"
         )
+    if sorted(calls.layers) != [*range(stand_in.config.num_hidden_layers)]:
+        return "its layers do not have one set of keys and values each, which the native engine keeps"
     return found
 
 
-def _packed(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
+class _Calls:
+    """A `KeyValueCache` that lets the kernels compute, and counts: the number of the layer of each call."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    def attend(self, layer: int, *_: Any) -> None:
+        self.layers.append(layer)
+
+    def recur(self, layer: int, *_: Any) -> None:
+        self.layers.append(layer)
+
+
+def _packed(model: Any, ids_T: Tensor, forest: Forest, **more: Any) -> Tensor:
     """Log-probs (T, V) behind each token of the forest, as training computes them."""
     out = model.model(
         inputs_embeds=model.get_input_embeddings()(ids_T)[None],
         position_ids=path_positions(forest)[None],
         forest=forest,
         use_cache=False,
+        **more,
     )
     return torch.log_softmax(nn.functional.linear(out.last_hidden_state[0], model.lm_head.weight), -1)
 
 
-def _alone(model: Any, ids_T: Tensor, forest: Forest) -> Tensor:
-    """The same by transformers alone: each path by itself, because some models look at the longest of several rows."""
-    found = torch.empty(len(ids_T), _VOCABULARY)
-    for path in _paths(forest):
-        found[path] = model(input_ids=ids_T[path][None], use_cache=False).logits[0]
-    return torch.log_softmax(found, -1)
+def _alone(model: Any, ids_T: Tensor, paths: list[Tensor]) -> Tensor:
+    """The same by transformers alone: each path by itself, because some models look at the longest of several rows.
+    Where transformers binds kernels of GPUs to its recurrent layers, those of the reference here stand in for them."""
+    found = list[Tensor]()
+    if is_bound := binds_kernels():
+        model = replace_layers(copy.deepcopy(model), KERNELS["reference"])
+    for path in paths:
+        more = {"forest": Forest((0,), (len(path),), (-1,))} if is_bound else {}
+        found.append(model(input_ids=ids_T[path][None], use_cache=False, **more).logits[0])
+    return torch.log_softmax(torch.cat(found), -1)
 
 
 def _paths(forest: Forest) -> list[Tensor]:
@@ -140,11 +163,7 @@ def _shortened(value: Any) -> Any:
     for key, size in made.items():
         if key.endswith(_WINDOWS) and isinstance(size, int) and not isinstance(size, bool) and size > _SHORT:
             made[key] = _SHORT
-    kind = made.get("rope_type") or made.get("type")
-    rope = made.get("rope_parameters")
-    if kind in _GROWING and "original_max_position_embeddings" in made:
-        made["original_max_position_embeddings"] = 2 * _SHORT
-    if isinstance(rope, dict) and rope.get("rope_type") in _GROWING:
+    if grows_with_length(made):
         made |= {key: 2 * _SHORT for key in _LENGTHS if key in made}
     return made
 

@@ -349,6 +349,7 @@ class Qwen35(QwenVL):
 
     timed = True
     towers = ("qwen3_5_text",)
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM.recurrent()}
     untrained = ("mtp.",)
 
 
@@ -356,4 +357,5 @@ class Qwen35(QwenVL):
 class Qwen35Moe(QwenVL):
     timed = True
     towers = ("qwen3_5_moe_text",)
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": _VLLM.recurrent()}
     untrained = ("mtp.",)

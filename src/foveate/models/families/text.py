@@ -56,4 +56,5 @@ class ServedMixture(TextOnly):
 class Qwen35Text(TextOnly):
     """The language model of Qwen3.5 by itself. Checkpoints hold layers for multi-token prediction."""
 
+    servers: ClassVar[Mapping[str, ServedAs]] = {"vllm": ServedAs().recurrent()}
     untrained = ("mtp.",)

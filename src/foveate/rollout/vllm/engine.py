@@ -23,7 +23,7 @@ import torch
 from msgspec import msgpack
 from torch import Tensor
 
-from foveate.encoding.family import Family
+from foveate.encoding.family import NO_PREFIXES, Family
 from foveate.errors import ConfigError
 from foveate.models.families import served_as
 from foveate.models.policy import Policy
@@ -120,6 +120,11 @@ class VLLMEngine(ServedEngine):
         where vLLM applies them (auto); with `record_experts` answers tell the experts of their tokens; `arguments` and
         `environment` are added to its command line and variables; `logs` is its folder of output (None: temporary)."""
         self._served = served_as(policy.family, "vllm")
+        if record_experts and NO_PREFIXES in self._served.options:
+            raise ConfigError(
+                "algorithm.router_replay: vLLM tells experts beside its cache of prefixes alone, but it serves "
+                f"{policy.family.name} without; leave it out, or set rollout.engine=native"
+            )
         _require(program)
         super().__init__(
             "vllm", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, tensor_parallel=tensor_parallel,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from torch.nn import functional
 from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -54,6 +55,8 @@ def register() -> None:
     # vLLM warns of each layer without new weights: beside adapters most have none, else `Receiver` raises
     logging.getLogger(initialize_layerwise_reload.__module__).setLevel(logging.ERROR)
     _report_trainers_logprobs()
+    if current_platform.is_cpu():
+        _recur_in_float32()
     if "FOVEATE_TELL_EXPERTS" in os.environ:
         _tell_experts()
 
@@ -356,3 +359,42 @@ def _tell_experts() -> None:
     VllmConfig._verify_aux_output_compatibility = accepted  # type: ignore[method-assign]
     GPUModelRunner.initialize_kv_cache = prepared  # type: ignore[method-assign]
     GPUModelRunner.execute_model, GPUModelRunner.sample_tokens = executed, sampled  # type: ignore[method-assign]
+
+
+def _recur_in_float32() -> None:
+    """On CPUs vLLM computes Gated DeltaNet (Qwen3.5) in bfloat16 alone; in other types, `_recur` does."""
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+
+    plain = gdn_attention.cpu_gdn_attention_core
+
+    def core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, layer_name: Any) -> None:
+        context = gdn_attention.get_forward_context()
+        if mixed_qkv.dtype == torch.bfloat16 or context.attn_metadata is None:
+            return plain(mixed_qkv, b, a, core_attn_out, layer_name)
+        layer = context.no_compile_layers[gdn_attention._resolve_layer_name(layer_name)]
+        tails = layer.kv_cache[0].transpose(1, 2) if gdn_attention.is_conv_state_dim_first() else layer.kv_cache[0]
+        return _recur(layer, context.attn_metadata[layer.prefix], tails, mixed_qkv, b.sigmoid(), a, core_attn_out)
+
+    core.__annotations__ = {**get_type_hints(plain), "return": None}  # of which vLLM makes a schema
+    gdn_attention.cpu_gdn_attention_core = core
+
+
+def _recur(layer: Any, about: Any, tails: Any, mixed: Any, beta: Any, a: Any, out: Any) -> None:
+    """The convolution and the gated delta rule (arXiv 2412.06464), one token after the other: rows (T, channels) and
+    their gates (T, heads) to `out` (T, heads, width), from the states of each sequence to those that it leaves."""
+    states = layer.kv_cache[1].view(*layer.kv_cache[1].shape[:2], layer.head_k_dim, layer.head_v_dim)
+    decay = (-layer.A_log.exp() * functional.softplus(a + layer.dt_bias)).exp()[..., None, None]
+    kernel, starts = layer.conv1d.weight[:, 0], about.non_spec_query_start_loc.tolist()
+    for number, slot in enumerate(about.non_spec_state_indices_tensor[: len(starts) - 1].tolist()):
+        if number >= about.num_decodes and not about.has_initial_state[number]:
+            tails[slot], states[slot] = 0, 0
+        rows, state = torch.cat([tails[slot], mixed[starts[number] : starts[number + 1]]]), states[slot]
+        convolved = functional.silu((rows.unfold(0, kernel.shape[1], 1) * kernel).sum(-1))
+        query, key, value = (part[0] for part in layer.rearrange_mixed_qkv(convolved))
+        query, key = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (query, key))
+        query, key = (part.repeat_interleave(value.shape[1] // part.shape[1], 1)[:, :, None] for part in (query, key))
+        for t, (q, k, v) in enumerate(zip(query * query.shape[-1] ** -0.5, key, value, strict=True), starts[number]):
+            state = state * decay[t]
+            state = state + k.transpose(1, 2) * ((v[:, None] - k @ state) * beta[t, :, None, None])
+            out[t] = (q @ state)[:, 0]
+        tails[slot], states[slot] = rows[1 - kernel.shape[1] :], state
