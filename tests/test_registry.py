@@ -51,7 +51,7 @@ def test_an_import_path_needs_no_row():
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
     with pytest.raises(
-        ConfigError, match=r"unknown reward 'gsn'; did you mean 'gsm'\?; known: gsm, iou; your own code is named"
+        ConfigError, match=r"unknown reward 'gsn'; did you mean 'gsm'\? Known: gsm, iou; your own code is named"
     ):
         resolve(TABLE, "gsn", "reward")
 
@@ -112,7 +112,7 @@ def test_null_and_lists_are_taken_where_the_annotation_has_them():
 
 def test_an_unknown_setting_names_the_nearest_and_all():
     assert problem({"kind": "mix", "alfa": 1}) == (
-        "reward mine: unknown setting 'alfa'; did you mean 'alpha'?; its settings: kind, alpha, times, strict, tag"
+        "reward mine: unknown setting 'alfa'; did you mean 'alpha'? Its settings: kind, alpha, times, strict, tag"
     )
     assert problem({"x": 1}, no_settings) == "reward mine: unknown setting 'x'; it has no settings"
 

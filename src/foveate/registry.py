@@ -62,7 +62,7 @@ def resolve(table: Mapping[str, Any], name: str, kind: str) -> Any:
     module_name, colon, attribute = path.rpartition(":")
     if not colon:
         raise ConfigError(
-            f"unknown {kind} {name!r}{suggestion(name, table)}; known: {', '.join(sorted(table))}; "
+            f"unknown {kind} {name!r}{suggestion(name, table, then='known')}: {', '.join(sorted(table))}; "
             "your own code is named path/to/file.py:object or module:object"
         )
     is_file = module_name.endswith(".py")
@@ -158,7 +158,7 @@ def bind(function: Callable[..., Any], settings: Mapping[str, Any], kind: str) -
     allowed = f"its settings: {', '.join(keywords)}" if keywords else "it has no settings"
     for key in settings:
         if key not in keywords:
-            raise ConfigError(f"{kind}: unknown setting {key!r}{suggestion(key, keywords)}; {allowed}")
+            raise ConfigError(f"{kind}: unknown setting {key!r}{suggestion(key, keywords, then=allowed)}")
     for key, parameter in keywords.items():
         if parameter.default is inspect.Parameter.empty and key not in settings:
             raise ConfigError(f"{kind}: setting {key!r} is missing and has no default; {allowed}")
@@ -166,10 +166,13 @@ def bind(function: Callable[..., Any], settings: Mapping[str, Any], kind: str) -
     return partial(function, **{key: _checked(value, hints[key], f"{kind}: {key}") for key, value in settings.items()})
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean NAME?` for the nearest known name, or nothing when none is near."""
+def suggestion(name: str, known: Iterable[str], then: str = "") -> str:
+    """`; did you mean NAME?` for the nearest known name, or nothing when none is near. then: the words that follow,
+    as a new sentence behind the question, else behind a semicolon."""
     near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    if near:
+        return f"; did you mean {near[0]!r}?{then and f' {then[0].upper()}{then[1:]}'}"
+    return then and f"; {then}"
 
 
 def explain(problem: Mapping[str, Any]) -> str:
@@ -180,6 +183,9 @@ def explain(problem: Mapping[str, Any]) -> str:
         "missing": "is missing",
         "int_type": "must be a whole number",
         "int_from_float": "must be a whole number",
+        "int_parsing": "must be a whole number",
+        "float_parsing": "must be a number",
+        "bool_parsing": "must be true or false",
         "float_type": "must be a number",
         "finite_number": "must be a finite number",
         "bool_type": "must be true or false",

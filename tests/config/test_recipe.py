@@ -108,6 +108,50 @@ def test_naming_another_algorithm_drops_the_settings_of_the_former(tmp_path):
     assert (both.name, both.loss) == ("dapo", {"clip_low": 0.5})
 
 
+@pytest.mark.parametrize(
+    ("group", "base", "override", "left"),
+    [
+        ("environment", "{name: tools, settings: {tools: [zoom]}, workers: 3}", "environment.name=gui", {}),
+        ("environment", "{name: tools, settings: {tools: [zoom]}, workers: 3}", "environment=gui", {}),
+        ("environment", "{name: gui, settings: {side: 112}}", "environment=GUI", {"side": 112}),
+        ("environment", "gui", "environment.settings.side=112", {"side": 112}),
+        ("reward", "{name: iou, settings: {a: 1}}", "reward.name=math", {}),
+        ("optim", "{name: muon, settings: {a: 1}}", "optim.name=adamw", {}),
+        ("optim", "{settings: {a: 1}}", "optim.name=muon", {}),
+        ("optim", "{settings: {a: 1}}", "optim.name=adamw", {"a": 1}),
+    ],
+)
+@pytest.mark.parametrize("way", ["override", "base"])
+def test_every_choice_by_name_drops_the_settings_of_the_former(tmp_path, group, base, override, left, way):
+    recipe = RECIPE.replace("optim:\n  lr: 1e-6\n", "")
+    path, overrides = write(tmp_path, f"{recipe}{group}: {base}\n"), [override]
+    if way == "base":
+        names, _, value = override.partition("=")
+        upper = "\n".join(f"{'  ' * depth}{name}:" for depth, name in enumerate(names.split(".")))
+        path, overrides = write(tmp_path, f"base: {path.name}\n{upper} {value}\n", "upper.yaml"), []
+    settings = load_recipe(path, overrides, RLSettings)
+    found = {"environment": settings.environment, "reward": settings.reward, "optim": settings.optim}[group]
+    assert found.settings == left
+    if "workers" in base:
+        assert (found.name, found.workers) == ("gui", None)
+
+
+def test_another_engine_drops_the_settings_of_the_former_and_nothing_else(tmp_path):
+    path = write(tmp_path, RECIPE + "rollout: {engine: vllm, engine_settings: {servers: 2}, samples: 4}\n")
+    rollout = load_recipe(path, ["rollout.engine=native"], RLSettings).rollout
+    assert (rollout.engine, rollout.engine_settings, rollout.samples) == ("native", {}, 4)
+
+
+def test_overrides_of_one_command_do_not_drop_each_other(tmp_path):
+    path = write(tmp_path, RECIPE)
+    given = ["environment.settings.side=112", "environment.name=gui", "optim.settings.a=1", "optim.name=muon"]
+    for overrides in (given, given[::-1]):
+        settings = load_recipe(path, [*overrides, "algorithm.loss.clip_low=0.5", "algorithm=dapo"], RLSettings)
+        assert settings.environment.settings == {"side": 112}
+        assert settings.optim.settings == {"a": 1}
+        assert settings.algorithm.loss == {"clip_low": 0.5}
+
+
 def test_settings_of_the_default_algorithm_survive_naming_it(tmp_path):
     path = write(tmp_path, RECIPE + "algorithm:\n  loss: {clip_high: 1.0}\n")
     assert load_recipe(path, ["algorithm=gspo"], RLSettings).algorithm.loss == {"clip_high": 1.0}
@@ -236,7 +280,7 @@ def test_a_file_goes_before_a_shipped_recipe(tmp_path, monkeypatch):
 
 def test_an_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
     write(tmp_path, RECIPE, "shapes_gspo.yaml")
-    with pytest.raises(ConfigError, match=r"no recipe 'shape_gspo'; did you mean 'shapes_gspo'\?; give the path"):
+    with pytest.raises(ConfigError, match=r"no recipe 'shape_gspo'; did you mean 'shapes_gspo'\? Give the path"):
         find_recipe("shape_gspo", tmp_path)
 
 

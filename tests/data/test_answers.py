@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_run import a_row, an_answer
+from PIL import Image
 
 from foveate.data.answers import (
     GeneratedAnswer,
     GeneratedRow,
     ScoredAnswer,
+    ScoredRow,
     answers_by_id,
     prompt_fields,
     read_answers,
@@ -20,9 +22,11 @@ from foveate.data.answers import (
     score_fields,
     write_answers,
 )
+from foveate.environments import observation
 from foveate.errors import DataError
 from foveate.records import Message, Score, Task
 from foveate.rewards.build import FAILED
+from foveate.rewards.text import question
 
 
 def a_generated_row(task: Task, text: str = "yes", index: int = 0) -> GeneratedRow:
@@ -81,3 +85,13 @@ def test_sampled_answers_count_before_the_greedy_one_and_failed_ones_never(tmp_p
     )
     found = answers_by_id([tmp_path])
     assert {key: [one.text for one in answers] for key, answers in found.items()} == {"a": ["drawn"], "b": ["greedy"]}
+
+
+def test_a_word_image_is_written_as_the_word_that_it_is(tmp_path):
+    words = observation("user", "what is <image>?", Image.new("RGB", (4, 4)))
+    task = Task("id", "s", (Message("user", words.content),), words.images, "1", {}, "file, row 3")
+    fields = prompt_fields(task)
+    assert fields["prompt"][0]["content"] == fields["question"] == "<image>\nwhat is <image>?"
+    assert question(task) == "what is <image>?"
+    write_answers(tmp_path / "a.jsonl", [ScoredRow(**fields, answers=())])
+    assert "\ufdd0" not in (tmp_path / "a.jsonl").read_text()

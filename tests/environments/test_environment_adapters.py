@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import json
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
@@ -13,13 +15,14 @@ from PIL import Image
 
 from foveate.config.recipe import settings_of
 from foveate.config.runs import RLSettings
+from foveate.data.images import load_image
 from foveate.environments import ENVIRONMENTS
 from foveate.environments.build import build_environment, schema_of
 from foveate.environments.calls import hermes_call
 from foveate.environments.observe import encoded
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import Environment, EnvironmentFailure, Opened, Step
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, DataError
 from foveate.records import Message, Task
 from foveate.registry import resolve
 from foveate.train.algorithm import build_algorithm, check_run
@@ -52,6 +55,12 @@ class Doors:
 
     async def get_reward(self):
         return float(self.opened == self.right)
+
+class Painted:
+    """Its reset shows an image of which the row knows nothing."""
+
+    def reset(self):
+        return [{"type": "image", "image": Image.new("RGB", (20, 20), (255, 0, 0))}]
 
 class Silent:
     def reset(self):
@@ -125,6 +134,30 @@ def test_a_class_of_trl_is_an_environment(doors):
     assert (last.done, last.reward) == (True, 1.0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_answer_of_trl_that_a_limit_ends_has_the_reward_of_its_state(doors, workers):
+    with Environments("trl", {"factory": f"{doors}:Doors", "max_turns": 1}, workers=workers) as pool:
+        assert pool.has_last_reward
+        rewards = []
+        for number in (1, 2):
+            pool.open(TASK, 0, number).result(60)
+            step = step_of(pool, number, hermes_call("open_door", {"number": number}))
+            assert (step.done, step.reward) == (True, None)
+            rewards.append(pool.last_reward(number).result(60).reward)
+            assert len(pool.state(number).answers) == 1
+        assert rewards == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_images_that_reset_shows_are_numbered_behind_those_of_the_row(doors, number):
+    row = replace(TASK, messages=(Message("user", "<image>\nLook."),), images=(encoded(Image.new("RGB", (20, 20))),))
+    pool, opened = begun("trl", {"factory": f"{doors}:Painted", "tools": ["zoom"]}, row)
+    assert len(opened.messages[0].images) == 2
+    step = step_of(pool, "a", hermes_call("zoom", {"image": number, "box": [0, 0, 500, 500]}))
+    assert step.messages[0].content == "<image>\nImage 3"
+    assert load_image(step.messages[0].images[0]).getpixel((0, 0)) == ((0, 0, 0), (255, 0, 0))[number - 1]
+
+
 def test_a_class_of_trl_without_a_reward_leaves_it_to_the_run(doors):
     pool, opened = begun("trl", {"factory": f"{doors}:Silent"})
     assert opened.messages[0].content == "Find it."
@@ -156,6 +189,15 @@ def test_an_environment_of_gymnasium_is_walked_by_actions(walk):
     assert (last.reward, last.done, last.messages) == (3.0, True, ())
 
 
+def test_the_steps_of_an_environment_of_gymnasium_are_its_reward_where_a_limit_ends_it(walk):
+    settings = {"make": f"{walk}:Walk", "action": "integer", "settings": {"goal": 9}, "max_turns": 2}
+    pool, _ = begun("gymnasium", settings)
+    assert not pool.has_last_reward
+    steps = [step_of(pool, "a", "1"), step_of(pool, "a", "1")]
+    assert [step.reward for step in steps] == [1.0, 2.0]
+    assert steps[-1].info["turn_limit"]
+
+
 @pytest.mark.parametrize(
     ("action", "answer", "content"),
     [("text", " text ", "some text"), ("json", "so:\n1", '{"place": 1'), ("words", "a b", "")],
@@ -169,6 +211,89 @@ def test_an_answer_becomes_an_action_as_the_settings_say(walk, action, answer, c
         assert step.messages[0].images[0].width == 4
     else:
         assert step.done
+
+
+GYMS = """
+import numpy as np
+
+class Space:
+    def contains(self, action):
+        return isinstance(action, int) and 0 <= action < 2
+
+    def __str__(self):
+        return "Discrete(2)"
+
+class Room:
+    action_space = Space()
+
+    def __init__(self, what="picture"):
+        self.what = what
+
+    def reset(self, seed=None):
+        return self.shown(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        if self.what == "old":
+            return self.shown(), 1.0, False, {}
+        return self.shown(), np.float32(0.5), np.bool_(False), np.bool_(self.what == "late"), {"info": object()}
+
+    def shown(self):
+        return {
+            "picture": {"view": np.full((4, 6, 3), 9, np.uint8), "mission": "go", "place": np.array([1, 2])},
+            "grey": np.full((4, 6, 1), 9, np.uint8), "alpha": {"a": np.full((4, 6, 4), 9, np.uint8)},
+            "object": {"a": object()},
+        }.get(self.what, "text")
+
+    def close(self):
+        pass
+"""
+
+
+@pytest.fixture
+def room(tmp_path):
+    (tmp_path / "room.py").write_text(GYMS)
+    return lambda what: {"make": f"{tmp_path / 'room.py'}:Room", "action": "integer", "settings": {"what": what}}
+
+
+@pytest.mark.parametrize(
+    ("what", "content"),
+    [("picture", '<image>\n{"mission": "go", "place": [1, 2]}'), ("grey", "<image>"), ("alpha", "<image>")],
+)
+def test_pictures_among_the_observations_of_gymnasium_are_images(room, what, content):
+    pool, opened = begun("gymnasium", room(what))
+    assert opened.messages[0].content == f"Find it.\n{content}"
+    step = step_of(pool, "a", "1")
+    assert (step.messages[0].content, step.reward) == (content, 0.5)
+    assert (step.messages[0].images[0].width, step.messages[0].images[0].height) == (6, 4)
+
+
+def test_an_action_that_is_none_of_the_space_is_told_to_the_model(room):
+    pool, _ = begun("gymnasium", room("text"))
+    step = step_of(pool, "a", "I go 7.")
+    assert step.messages[0].content == "Error: the answer is no action: 7 is not one of Discrete(2)."
+    assert step.info["calls"][0]["error"]
+    assert step_of(pool, "a", "1").messages[0].content == "text"
+
+
+def test_an_environment_of_gymnasium_that_truncates_is_done(room):
+    pool, _ = begun("gymnasium", room("late"))
+    step = step_of(pool, "a", "1")
+    assert (step.done, step.reward, step.info.get("turn_limit")) == (True, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("what", "answer", "message"),
+    [
+        ("old", "1", r"gymnasium: step returned 4 values; it must return \(observation, reward, terminated, truncated"),
+        ("object", None, "gymnasium: reset returned a dict with an object in it; allowed: "),
+    ],
+)
+def test_what_is_no_environment_of_gymnasium_ends_the_run_by_name(room, what, answer, message):
+    with Environments("gymnasium", room(what), workers=0) as pool:
+        opened = pool.open(TASK, 0, "a")
+        with pytest.raises(DataError, match=message):
+            (opened if answer is None else pool.step("a", answer)).result()
 
 
 def test_an_id_needs_gymnasium(monkeypatch):
@@ -193,6 +318,10 @@ class _Server(BaseHTTPRequestHandler):
         self.asked.append(body)
         reply = self.replies.get(body["op"], {})
         status, text = reply if isinstance(reply, tuple) else (200, json.dumps(reply))
+        if isinstance(text, bytes):  # all that is sent
+            with contextlib.suppress(OSError):
+                self.wfile.write(text)
+            return
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "http://127.0.0.1:1/")
@@ -248,6 +377,13 @@ def test_a_server_is_an_environment(server):
         ({"messages": "hello"}, "invalid", "must be a list of"),
         ({"reward": "much"}, "invalid", "the reward of a step is 'much'"),
         ({"done": "yes"}, "invalid", "done or info of another type"),
+        ({"rewards": 1.0}, "invalid", "replied with the unknown field 'rewards'; did you mean 'reward'?"),
+        ((200, ""), "invalid", "replied to a step with none of messages, reward and done"),
+        ((200, b"GARBAGE\r\n\r\n"), "raised", "does not answer: GARBAGE"),
+        ((200, b"HTTP/1.1 200 OK\r\nX: " + b"a" * 100_000), "raised", "does not answer: got more than 65536 bytes"),
+        ((200, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "raised", "not answer: Incomplete"),
+        ((200, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"), "invalid", "it must be a JSON object"),
+        ((200, b"HTTP/1.1 200 OK\r\n\r\n" + b" " * (2**25 + 1)), "invalid", "with more than 33,554,432 bytes"),
     ],
 )  # fmt: skip
 def test_a_bad_reply_costs_one_answer(server, reply, kind, note):
@@ -264,6 +400,24 @@ def test_a_server_that_does_not_answer_costs_one_answer():
         failure = pool.open(TASK, 0, "a").result()
         assert isinstance(failure, EnvironmentFailure)
         assert failure.note.startswith("ConnectionError: http://127.0.0.1:1/ does not answer")
+
+
+def test_a_server_that_has_hung_is_not_waited_for_again_to_be_closed(server):
+    release = threading.Event()
+
+    class Hanging(dict):
+        def get(self, name, default=None):
+            if name == "step":
+                release.wait(60)
+            return super().get(name, default)
+
+    _Server.replies = Hanging(reset={"session": 1, "messages": [{"role": "user", "content": "?"}]})
+    pool, _ = begun("http", {"url": server, "timeout": 0.2})
+    failure = pool.step("a", "x").result(60)
+    release.set()
+    assert "does not answer: timed out" in failure.note
+    pool.close("a")
+    assert [body["op"] for body in _Server.asked] == ["reset", "step"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +445,7 @@ def test_every_line_of_the_table_leads_to_an_environment_with_settings():
 
 @pytest.fixture
 def conforming(doors, walk, server):
-    _Server.replies = {"reset": {"messages": [{"role": "user", "content": "?"}]}}
+    _Server.replies = {"reset": {"messages": [{"role": "user", "content": "?"}]}, "step": {"done": False}}
     return {
         "tools": {"tools": ["zoom", "calculator"]},
         "gui": {"side": 112},

@@ -20,6 +20,7 @@ from foveate.records import Message, Task
 ENVIRONMENT = """
 import os, signal, sys, time
 from pathlib import Path
+import numpy as np
 from PIL import Image
 from foveate.environments.observe import observation
 from foveate.environments.protocol import Environment, Observation, Step
@@ -51,6 +52,11 @@ class Counter(Environment):
             case ["marks"]: return Step((Observation("user", "<image>"),))
             case ["role"]: return Step((Observation("assistant", "hm"),))
             case ["half"]: return Step((Observation("user", "\\ud800"),))
+            case ["numpy"]: return Step(reward=np.float32(0.5))
+            case ["numpy_bool"]: return Step(reward=np.bool_(True))
+            case ["array"]: return Step(reward=np.zeros(2))
+            case ["torch"]: return Step(reward=__import__("torch").tensor(0.25))
+            case ["text"]: return Step(reward="1")
             case ["nan"]: return Step(reward=float("nan"))
             case ["info"]: return Step(info={"a": object()})
             case ["secret"]: return Step((observation("user", f"{os.getpid()}"),))
@@ -115,6 +121,8 @@ FAULTS = [
     ("role", "invalid", "a message has the role 'assistant'; allowed: system, user, tool"),
     ("half", "invalid", ""),
     ("nan", "invalid", "the reward of a step is nan; it must be a finite number or None"),
+    ("array", "invalid", "the reward of a step is array([0., 0.]); it must be"),
+    ("text", "invalid", "the reward of a step is '1'; it must be"),
     ("info", "invalid", "info must hold what JSON can hold"),
 ]
 
@@ -134,6 +142,14 @@ def test_a_bad_environment_costs_its_answer_and_no_other(file):
             pool.close(number)
             assert said(pool.step("good", "0").result(60)) == str(total)
         assert sum(pool.failures.values()) == len(FAULTS)
+
+
+def test_a_number_of_numpy_or_torch_is_a_reward(file):
+    with Environments(f"{file}:Counter", {}, workers=0) as pool:
+        opened(pool, "a")
+        found = [pool.step("a", what).result().reward for what in ("numpy", "torch", "numpy_bool")]
+        assert found == [0.5, 0.25, 1.0]
+        assert all(type(reward) is float for reward in found)
 
 
 def test_an_environment_that_hangs_costs_its_answer_and_no_other(file):
@@ -327,7 +343,16 @@ def test_a_process_that_does_not_start_is_one_error(file, monkeypatch):
         ("Counter", {"start": "1"}, "start must be a whole number, found '1'"),
         ("Counter", {"max_turns": 0}, "max_turns must be at least 1, found 0"),
         ("Step", {}, "must be a subclass of foveate.environments.Environment"),
-        ("Environment", {"start": 1}, "unknown setting 'start'; it has no settings"),
+        (
+            "Environment",
+            {"start": 1},
+            "unknown setting 'start'; its settings: max_turns, max_text, max_images, max_pixels",
+        ),
+        (
+            "Counter",
+            {"max_turn": 1},
+            "unknown setting 'max_turn'; did you mean 'max_turns'. Its settings: start, log, max",
+        ),
     ],
 )
 def test_settings_are_refused_when_a_run_starts(file, name, settings, message):

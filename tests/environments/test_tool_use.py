@@ -12,8 +12,8 @@ from foveate.environments.calls import MalformedCall, ToolCall, hermes_call, par
 from foveate.environments.observe import encoded
 from foveate.environments.pool import Environments
 from foveate.environments.tool_use import ToolUse
-from foveate.environments.tools import Tool, build_tool
-from foveate.errors import ConfigError
+from foveate.environments.tools import CallError, Tool, build_tool
+from foveate.errors import ConfigError, DataError
 from foveate.records import Message, Task
 
 
@@ -67,6 +67,8 @@ def test_calls_of_other_families_are_read(text):
         ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "name must be a text"),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "arguments an object"),
         ("<tool_call><function=f>what</function></tool_call>", "'what' is no argument"),
+        (r'<tool_call>{"name": "f", "arguments": {"a": ["\ud800"]}}</tool_call>', "is not valid Unicode"),
+        (r'<tool_call>{"name": "\udfff", "arguments": {}}</tool_call>', "is not valid Unicode"),
         ("<tool_call>{" + '"a":[' * 9_999 + "</tool_call>", "is no JSON object"),
         ('<tool_call>{"name": "f", "arguments": {"a": ' + "9" * 5_000 + "}}</tool_call>", "is no JSON object"),
     ],
@@ -282,3 +284,110 @@ def test_an_argument_that_nests_without_end_is_an_observation(make_task, make_im
     box = "[" * 100_000
     step = environment.step(f"<tool_call><function=zoom><parameter=box>{box}</parameter></function></tool_call>")
     assert [info["error"] for info in step.info["calls"]] == [True]
+
+
+RETURNED = """
+import pathlib
+import numpy as np
+from PIL import Image
+
+PICTURE = Image.new("RGB", (4, 4))
+VALUES = {
+    "mixed": ["one", PICTURE, "two", PICTURE], "tuple": (PICTURE, "text"), "number": np.float32(0.5),
+    "count": {"n": np.int64(3)}, "plain": [1, "a", None],
+    "parts": [{"type": "text", "text": "t"}, {"type": "image", "image": PICTURE}],
+    "data": {"type": "text", "length": 3}, "kind": {"type": "image", "width": 4},
+    "in_dict": {"picture": PICTURE}, "generator": (i for i in range(3)), "bytes": b"PNG",
+    "array": np.zeros((4, 4, 3), np.uint8),
+    "path": pathlib.Path("a.png"), "url": [{"type": "image_url", "image_url": {"url": "http://x"}}],
+    "file": [{"type": "image", "image": "a.png"}], "set": {1, 2},
+}
+
+def give(what: str, /, more: int = 1):
+    \"\"\"Gives something.
+
+    Args:
+        what: What.
+        more: How much of it.
+    \"\"\"
+    return VALUES[what]
+"""
+
+
+@pytest.fixture
+def giving(tmp_path):
+    (tmp_path / "giving.py").write_text(RETURNED)
+    return f"{tmp_path / 'giving.py'}:give"
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "images"),
+    [
+        ("mixed", "one\ntwo", 2), ("tuple", "text", 1), ("number", "0.5", 0), ("count", '{"n": 3}', 0),
+        ("plain", '[1, "a", null]', 0), ("parts", "t", 1), ("data", '{"type": "text", "length": 3}', 0),
+        ("kind", '{"type": "image", "width": 4}', 0),
+    ],
+)  # fmt: skip
+def test_what_can_be_meant_in_one_way_is_taken_from_a_tool(giving, what, text, images):
+    [message] = begun([giving]).step(hermes_call("give", {"what": what})).messages
+    assert message.content.endswith(text)
+    assert len(message.images) == images
+
+
+@pytest.mark.parametrize(
+    ("what", "found"),
+    [
+        ("in_dict", "a dict with a PIL.Image.Image in it; allowed: a text, a number, a PIL image"),
+        ("generator", "a generator;"), ("bytes", "a bytes;"), ("array", "a numpy.ndarray;"), ("path", "PosixPath;"),
+        ("url", "a part of type 'image_url' without a PIL image"),
+        ("file", "a part of type 'image' without a PIL image"),
+        ("set", "a set;"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_type_that_a_tool_returns_ends_the_run_by_name(giving, what, found, workers):
+    if workers and what != "generator":
+        return
+    with Environments("tools", {"tools": [giving]}, workers=workers) as pool:
+        for key in "ab":
+            pool.open(task(), 0, key).result(60)
+        with pytest.raises(DataError, match="environment tools: tool give returned ") as caught:
+            pool.step("a", hermes_call("give", {"what": what})).result(60)
+        assert found in str(caught.value)
+        with pytest.raises(DataError, match="tool give returned"):
+            pool.step("b", "done").result(60)
+
+
+def test_parameters_by_position_alone_are_filled_in(giving):
+    tool = build_tool(giving)
+    assert tool.schema()["function"]["parameters"]["required"] == ["what"]
+    assert tool(ToolCall("give", {"more": 2, "what": "number"}), (), "model").text == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "what"),
+    [("tools", {"tools": ["calculator", "zoom"]}, "tool zoom"), ("gui", {}, "its screen")],
+)
+def test_images_that_no_step_may_show_are_refused_when_a_run_starts(name, settings, what):
+    with pytest.raises(ConfigError, match=f"environment {name}: max_images is 0, but {what} shows images"):
+        Environments(name, {**settings, "max_images": 0}, workers=0)
+    Environments("tools", {"tools": ["calculator"], "max_images": 0}, workers=0).shutdown()
+
+
+def test_an_argument_of_the_wrong_type_is_told_with_its_place():
+    step = begun().step(hermes_call("zoom", {"image": 1, "box": [1, 2, 3]}))
+    assert step.messages[0].content == (
+        "Error: zoom: box must be four numbers, [left, top, right, bottom]; found [1, 2, 3]"
+    )
+    tool = Tool("add", add)
+    with pytest.raises(CallError, match="add: numbers entry 2 must be a whole number"):
+        tool(ToolCall("add", {"numbers": [1, "x"]}), (), "model")
+
+
+def add(numbers: list[int]) -> int:
+    """Adds.
+
+    Args:
+        numbers: What.
+    """
+    return sum(numbers)

@@ -52,7 +52,8 @@ def test_a_server_is_asked_for_each_turn_with_all_that_was_said_and_shown(data):
         return GeneratedAnswer(f"turn {len(talk.messages)} <image>", "stop", 7)
 
     with Environments(CORNERS.name, {"rewards": True}, workers=0) as pool:
-        answers = asyncio.run(converse(pool, task, 0, SamplingParams(2, 30), ask))
+        begun, answers = asyncio.run(converse(pool, task, 0, SamplingParams(2, 30), ask))
+    assert begun.messages == task.messages
     assert len(answers) == 2
     for answer in answers:
         assert answer.tokens == 21
@@ -75,6 +76,51 @@ def test_an_environment_that_fails_refuses_its_row(data):
     task, refused = open_tasks(data / "test.parquet")[0], "environment: RuntimeError: no such corner"
     with Environments(CORNERS.name, {"fails_at": 1}, workers=0) as pool, pytest.raises(DataError, match=refused):
         asyncio.run(converse(pool, task, 0, SamplingParams(1, 30), ask))
+
+
+@pytest.mark.parametrize(("finish", "reward"), [("length", 7.0), ("stop", 7.0)])
+def test_an_answer_of_a_server_that_a_limit_ends_has_its_environments_last_reward(tmp_path, data, finish, reward):
+    (tmp_path / "ending.py").write_text(
+        "from foveate.environments import Environment, Step\n"
+        "from foveate.environments.observe import task_messages\n"
+        "class Ending(Environment):\n"
+        "    def reset(self, task, seed):\n        return task_messages(task)\n"
+        "    def step(self, answer):\n        return Step()\n"
+        "    def last_reward(self):\n        return 7\n"
+    )
+
+    async def ask(_talk, _number, _left):
+        return GeneratedAnswer("abc", finish, 1)
+
+    task = open_tasks(data / "test.parquet")[0]
+    with Environments(f"{tmp_path / 'ending.py'}:Ending", {"max_turns": 1}, workers=0) as pool:
+        _, [answer] = asyncio.run(converse(pool, task, 0, SamplingParams(1, 30), ask))
+    assert answer.turns[-1].reward == reward
+
+
+def test_what_is_kept_of_an_answer_is_the_prompt_that_its_environment_began_with(tmp_path, data, model):
+    environment = EnvironmentSettings(name=f"{HERE}:Drawn", workers=0, reward="environment")
+    files = (str(data / "test.parquet"),)
+
+    async def ask(_talk, _number, _left):
+        return GeneratedAnswer("abc", "stop", 1)
+
+    task = open_tasks(files[0])[0]
+    with Environments(environment.name, {}, workers=0) as pool:
+        begun, _ = asyncio.run(converse(pool, task, 3, SamplingParams(2, 30), ask))
+    assert [message.content for message in begun.messages] == ["Be brief.", "<image>\nwhat is 3?"]
+    request = GenerateRequest(
+        RowsRequest(files, rows=2), tmp_path / "out", SamplingParams(1, 20, 1.0), str(model), environment=environment
+    )
+    run_generate(request)
+    asked = EvalRequest(
+        (str(model),), files, tmp_path / "eval", samples=1, max_tokens=20, rows=2, environment=environment
+    )
+    run_eval(asked)
+    [evaluation] = read_evaluations(tmp_path / "eval")
+    for row in (*read_generated(tmp_path / "out"), *evaluation.predictions):
+        assert row.prompt[0]["content"] == "Be brief."
+        assert row.prompt[1]["content"].startswith("<image>\nwhat is ")
 
 
 def test_generate_and_eval_run_environments_in_process(tmp_path, data, model):

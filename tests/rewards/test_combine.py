@@ -92,7 +92,7 @@ def test_a_source_without_reward_is_a_fault_of_the_row():
     assert [field for field, _ in check(task("boxes"))] == ["reward_model.ground_truth", "images"]
     ((field, what),) = check(task("box"))
     assert field == "data_source"
-    assert "no reward for source 'box'; did you mean 'boxes'?; known: a, boxes" in what
+    assert "no reward for source 'box'; did you mean 'boxes'? Known: a, boxes" in what
     assert "no reward for source 'box'" in build_reward("by_source", settings)("7", task("box")).note
 
 
@@ -107,7 +107,7 @@ def test_a_source_that_no_row_has_is_told():
     check = truth_check("weighted_sum", {"weights": {"by_source": 1.0}, "settings": {"by_source": {
         "rewards": {"count": "exact", "chioce": "exact", "*": "exact"}}}})  # fmt: skip
     (line,) = unread_sources(check, ["count", "choice", "count"])
-    assert "'chioce', and no row has this source; did you mean 'choice'?; there are count, choice" in line
+    assert "'chioce', and no row has this source; did you mean 'choice'? There are count, choice" in line
     assert unread_sources(check, ["count", "chioce", "other"]) == unread_sources(None, ["a"]) == []
 
 

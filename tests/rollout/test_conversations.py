@@ -13,7 +13,8 @@ from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.protocol import EnvironmentFailure, Observation, Opened, Step
 from foveate.errors import DataError
 from foveate.records import Answer, Message, SamplingParams, Score, Segment
-from foveate.rollout.conversations import AnswerCredit, Conversations
+from foveate.rollout.conversations import Conversations
+from foveate.rollout.credit import AnswerCredit, Outcome
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 
@@ -23,7 +24,7 @@ SAMPLING = SamplingParams(samples=3, max_tokens=160)
 class Pool:
     """Environments that say "again" twice and end; `fails` holds (number of the answer, turn) and the kind, once."""
 
-    tools = ()
+    tools, has_last_reward = (), False
 
     def __init__(self, fails=None, opening="start"):
         self.fails, self.opening, self.failures = dict(fails or {}), opening, Counter()
@@ -174,6 +175,72 @@ def test_answers_that_never_come_to_their_reward_have_none_of_it_and_are_graded(
     assert [talks.credit.score(outcome, Score(None)).value for outcome in outcomes] == [0.0] * 3
 
 
+class Judging(Pool):
+    """Gives a reward for the end of an answer, and none for its turns."""
+
+    has_last_reward = True
+
+    def __init__(self, fails=None, **settings):
+        super().__init__(**settings)
+        self.asked, self.end = [], fails
+
+    def step(self, key, answer):
+        step = super().step(key, answer).result()
+        return done(replace(step, reward=None, info={"turn_limit": True} if step.done else {}))
+
+    def last_reward(self, key):
+        self.asked.append(key)
+        return done(self.end or Step(reward=3.0, done=True))
+
+
+@pytest.mark.parametrize("max_tokens", [8, 40, 160])
+def test_an_answer_that_a_limit_has_ended_has_its_environments_last_reward_on_its_last_turn(talk, engine, max_tokens):
+    pool = Judging()
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], replace(SAMPLING, max_tokens=max_tokens), partial(talks.observe, ["g"]))
+    answers, outcomes = talks.finish("g", answers)
+    assert sorted(pool.asked) == [("g", 0), ("g", 1), ("g", 2)]
+    for answer, outcome in zip(answers, outcomes, strict=True):
+        own = [segment.reward for segment in answer.segments if segment.trained]
+        worth = 3.0 * 0.5 ** (len(own) - 1)
+        assert own == [*[None] * (len(own) - 1), worth]
+        assert [turn.reward for turn in outcome.turns if turn.role == "assistant"] == own
+        assert talks.credit.score(outcome, Score(None)).value == worth
+
+
+def test_an_environment_that_fails_at_the_end_of_an_answer_costs_it(talk, engine):
+    pool = Judging(EnvironmentFailure("raised", "no judge"))
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    _, outcomes = talks.finish("g", answers)
+    assert {outcome.note for outcome in outcomes} == {"environment: no judge"}
+
+
+def test_an_environment_whose_rewards_do_not_count_or_that_is_done_is_not_asked_for_its_last_one(talk, engine):
+    class Over(Judging):
+        def step(self, _key, _answer):
+            return done(Step(reward=1.0, done=True))
+
+    pool = Over()
+    talks, request = talk(pool)
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    talks.finish("g", answers)
+    assert len(pool.asked) == sum(answer.finish == "length" for answer in answers) < 3
+    pool = Judging()
+    talks, request = talk(pool)
+    talks.credit = AnswerCredit()
+    [answers] = engine.generate([request], SAMPLING, partial(talks.observe, ["g"]))
+    talks.finish("g", answers)
+    assert not pool.asked
+
+
+def test_rewards_that_do_not_count_are_an_error_unless_the_settings_say_so():
+    outcome = Outcome((), 0.0, "", unread=True)
+    with pytest.raises(DataError, match=r"set environment\.reward to environment or to both, or to function"):
+        AnswerCredit().score(outcome, Score(1.0))
+    assert AnswerCredit(chosen=True).score(outcome, Score(1.0)) == Score(1.0)
+
+
 def test_an_environment_that_is_done_without_a_reward_leaves_its_answer_ungraded(talk, engine):
     class Silent(Pool):
         def step(self, key, answer):
@@ -184,7 +251,7 @@ def test_an_environment_that_is_done_without_a_reward_leaves_its_answer_ungraded
     answers, outcomes = talks.finish("g", answers)
     ended = [outcome for answer, outcome in zip(answers, outcomes, strict=True) if answer.finish == "stop"]
     assert ended
-    assert {talks.credit.score(outcome, Score(None)).note for outcome in ended} == {"the environment gave no reward"}
+    assert {talks.credit.score(outcome, Score(None)).note for outcome in ended} == {"environment: it gave no reward"}
 
 
 def test_a_beginning_that_cannot_be_encoded_costs_its_group_and_no_run(talk, engine):
@@ -199,6 +266,8 @@ def test_whole_calls_begin_an_answer_anew_too(encode, make_task, engine):
     task = make_task("?")
     requests = [Request(encode(task), 3)]
     talks = Conversations(Pool(fails={(1, 2): "start_again"}), encode, AnswerCredit("sum", 0.5, False))
-    [(_, outcomes)] = talks.generate(engine, [task], requests, SAMPLING)
-    assert [outcome.note for outcome in outcomes] == [""] * 3
+    [found] = talks.generate(engine, [task], requests, SAMPLING)
+    assert [outcome.note for outcome in found.outcomes] == [""] * 3
+    assert found.task.messages == (Message("user", "start"),)
+    assert found.prompt.token_ids == encode(found.task).token_ids
     assert talks.metrics() == {"environment/failures": 0.0, "environment/restarts": 1.0}

@@ -49,6 +49,20 @@ class Drawn(Environment):
         return Step((), float(len(answer) % 3), True)
 
 
+class Broken(Drawn):
+    """Fails with every task."""
+
+    def reset(self, task: Any, seed: int) -> Any:  # noqa: ARG002
+        return [observation("user", task.meta["goal"])]
+
+
+class Lengthy(Drawn):
+    """Its prompt has no room."""
+
+    def reset(self, task: Any, seed: int) -> Any:  # noqa: ARG002
+        return [observation("user", "red " * 4000)]
+
+
 def with_short_turns(folder: Path, target: Path, every: int = 8) -> Path:
     """A copy of a model folder in which one token of so many ends a turn."""
     shutil.copytree(folder, target)

@@ -72,5 +72,5 @@ def test_one_name_is_listed_alone_and_an_unknown_one_with_the_nearest():
     assert [entry.name for entry in algorithms_list("grpo")] == ["algorithm grpo", "advantage grpo", "loss grpo"]
     assert [entry.name for entry in environments_list("zoom")] == ["tool zoom"]
     for listed, name in ((rewards_list, "exat"), (algorithms_list, "grpoo"), (environments_list, "gym")):
-        with pytest.raises(ConfigError, match=rf"'{name}'.*known: "):
+        with pytest.raises(ConfigError, match=rf"'{name}'.*[Kk]nown: "):
             listed(name)

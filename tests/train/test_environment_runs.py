@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from test_online import rows_of
 from test_resume import MOMENTS, interrupt, stop_at
@@ -91,11 +93,39 @@ def test_an_environment_that_fails_costs_its_answer_alone(tmp_path, model, data)
     assert all("advantage" not in answer for answer in lost)
 
 
+def test_an_environment_that_fails_always_is_what_must_be_fixed(tmp_path, model, data):
+    broken = {"name": f"{HERE}:Broken", "reward": "environment", "workers": 0}
+    with pytest.raises(DataError, match=r"(?s)environment: KeyError: .*; fix the environment\n.*in reset"):
+        run_rl(settings_of(tmp_path / "run", model, data, broken, eval={"every": 0}))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_value_that_no_message_can_show_ends_the_run_by_name(tmp_path, model, data, workers):
+    (tmp_path / "odd.py").write_text("class Odd:\n    def reset(self):\n        return b'PNG'\n")
+    odd = {"name": "trl", "settings": {"factory": f"{tmp_path / 'odd.py'}:Odd"}, "workers": workers}
+    with pytest.raises(DataError, match=r"^environment trl: reset returned a bytes; allowed: a text, a number"):
+        run_rl(settings_of(tmp_path / "run", model, data, odd, eval={"every": 0}))
+
+
 def test_a_dry_run_shows_the_tools_and_what_was_said(tmp_path, model, data):
     environment = {"name": "tools", "settings": {"tools": ["zoom"]}, "workers": 0}
     told = describe_run(settings_of(tmp_path / "run", model, data, environment, data={"max_prompt_tokens": 600}))
     assert '"name": "zoom"' in told
     assert "\nassistant:\n" in told
+
+
+def test_a_dry_run_shows_the_prompt_that_the_environment_makes_and_the_run_has(tmp_path, model, data):
+    environment = {"name": f"{HERE}:Drawn", "reward": "environment", "workers": 0}
+    settings = settings_of(tmp_path / "run", model, data, environment, eval={"every": 0})
+    told = describe_run(settings)
+    shown = re.search(r"what is \d\?", told)
+    assert shown is not None
+    assert "  | Be brief." in told
+    assert rows_of(run_rl(settings), 1)[0]["prompt"][1]["content"] == f"<image>\n{shown[0]}"
+    long = settings_of(tmp_path / "other", model, data, {**environment, "name": f"{HERE}:Lengthy"}, eval={"every": 0})
+    assert re.search(
+        r"not graded \(environment: .*, field prompt: \d+ tokens with its images, the limit", describe_run(long)
+    )
 
 
 def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, data):
@@ -112,7 +142,7 @@ def test_an_environment_may_draw_the_prompt_and_score_alone(tmp_path, model, dat
 
 
 def test_rewards_that_do_not_count_are_refused(tmp_path, model, data):
-    with pytest.raises(DataError, match=r"set environment.reward to environment, or to both"):
+    with pytest.raises(DataError, match=r"set environment\.reward to environment or to both"):
         run_rl(
             settings_of(tmp_path / "run", model, data, {**CORNERS, "settings": {"rewards": True}}, eval={"every": 0})
         )
@@ -142,3 +172,34 @@ def test_an_interrupted_run_with_environments_ends_as_the_uninterrupted_one(tmp_
         for step in range(1, 5):
             texts = [[[a["text"] for a in row["answers"]] for row in rows_of(run, step)] for run in (whole, cut)]
             assert texts[0] == texts[1]
+
+
+GYM = """
+import numpy as np
+
+class Walk:
+    def reset(self, seed=None):
+        self.steps = 0
+        return np.full((28, 28, 3), seed % 200, np.uint8), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.full((28, 28, 3), self.steps, np.uint8), np.float32(0.5), False, self.steps >= 3, {}
+
+    def close(self):
+        pass
+"""
+
+
+def test_a_run_with_several_worker_processes_has_the_rewards_of_every_step(tmp_path, model, data):
+    (tmp_path / "walk.py").write_text(GYM)
+    settings = {"make": f"{tmp_path / 'walk.py'}:Walk", "max_turns": 2}
+    walk = {"name": "gymnasium", "settings": settings, "workers": 2, "reward": "environment"}
+    run = run_rl(settings_of(tmp_path / "run", model, data, walk, eval={"every": 0}))
+    assert metrics_of(run)[0]["environment/failures"] == 0
+    for answer in (answer for row in rows_of(run, 1) for answer in row["answers"]):
+        turns = [turn for turn in answer["turns"] if turn["role"] == "assistant"]
+        rewarded = [turn["reward"] for turn in turns if "reward" in turn]
+        assert set(rewarded) <= {0.5}
+        assert answer["score"] == sum(rewarded)
+        assert len(turns) <= 2

@@ -283,7 +283,7 @@ def _scoring(
     from foveate.registry import suggestion
 
     if task not in TASKS:
-        raise ConfigError(f"--task {task}: unknown{suggestion(task, TASKS)}; allowed: {', '.join(TASKS)}")
+        raise ConfigError(f"--task {task}: unknown{suggestion(task, TASKS, then='allowed')}: {', '.join(TASKS)}")
     name, settings = known or ((reward, {}) if reward else TASKS[task])
     if rule is not None and name == "grounding" and reward is None:
         name, settings = "refcoco", {}

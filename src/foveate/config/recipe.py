@@ -19,9 +19,10 @@ import yaml
 import yaml.composer
 from pydantic import ValidationError
 
-from foveate.config.base import Named, Settings
+from foveate.config.base import Settings
+from foveate.config.layers import merged_layers
 from foveate.config.problems import PYTHON, Entry, first_problem
-from foveate.config.runs import STAGES, StageName, is_group, walk
+from foveate.config.runs import STAGES, StageName, walk
 from foveate.errors import ConfigError, one_line
 from foveate.registry import suggestion
 
@@ -34,9 +35,6 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _CONSTANTS = {"": None, "~": None, "null": None, "true": True, "false": False, ".inf": math.inf, "-.inf": -math.inf}
 
 logger = logging.getLogger(__name__)
-BARE = {"model": "path", "data": "train"}
-"""The groups that a bare value may stand for, and its setting in them."""
-
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -44,14 +42,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str], cls: type[SettingsT]
     """The settings of a recipe, a file or the name of a shipped one (`shapes_gspo`): its base, its own, and each
     override (`group.name=value`, see `read_value`) in turn. Raises ConfigError with the file and line, or the override,
     of the first problem."""
-    return _combined(_layers(path, overrides), cls, str(path))
+    layers, own = _layers(path, overrides)
+    return _combined(layers, own, cls, str(path))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], stage: StageName | None = None) -> Any:
     """`load_recipe` with the settings of `stage`; None: of the first stage that has all groups, and all settings of
     `data` and `train`, that are given."""
-    layers = _layers(path, overrides)
-    return _combined(layers, STAGES[stage] if stage else _first_fitting(layers), str(path))
+    layers, own = _layers(path, overrides)
+    return _combined(layers, own, STAGES[stage] if stage else _first_fitting(layers), str(path))
 
 
 def _first_fitting(layers: Sequence[Entry]) -> type[Settings]:
@@ -68,8 +67,8 @@ def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Pat
     has it (`lr`). Raises ConfigError as `load_recipe`, for a key that names nothing, and for one that names several.
     """
     given = [_python_layer(key, value, cls) for key, value in values.items()]
-    layers = [*(_layers(base, ()) if base is not None else ()), *given]
-    return _combined([*layers, *_shorter_warmups(layers, len(given))], cls, PYTHON)
+    layers = [*(_layers(base, ())[0] if base is not None else ()), *given]
+    return _combined([*layers, *(more := _shorter_warmups(layers, len(given)))], len(given) + len(more), cls, PYTHON)
 
 
 def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
@@ -110,9 +109,9 @@ def _find_shipped(name: Path, shipped: Path) -> Path:
     if name.parent in (Path(), Path("recipes")) and stem in known:
         return shipped / f"{stem}.yaml"
     alike = [one for one in known if stem and stem in one]
-    near = f"; did you mean {' or '.join(alike)}?" if 0 < len(alike) < 6 else suggestion(stem, known)
+    near = f"; did you mean {' or '.join(alike)}? Give" if 0 < len(alike) < 6 else suggestion(stem, known, then="give")
     raise ConfigError(
-        f"no recipe {str(name)!r}{near}; give the path of a YAML file or one of the shipped: {', '.join(known)}"
+        f"no recipe {str(name)!r}{near} the path of a YAML file or one of the shipped: {', '.join(known)}"
     )
 
 
@@ -179,9 +178,11 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _layers(path: str | Path, overrides: Sequence[str]) -> list[Entry]:
+def _layers(path: str | Path, overrides: Sequence[str]) -> tuple[list[Entry], int]:
+    """The layers of a recipe with overrides, and how many of them, the last, come from these."""
     layers = [*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)]
-    return [*layers, *_shorter_warmups(layers, len(overrides))]
+    shorter = _shorter_warmups(layers, len(overrides))
+    return [*layers, *shorter], len(overrides) + len(shorter)
 
 
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> list[Entry]:
@@ -306,13 +307,9 @@ def _scalar(text: str) -> Any:
 # -------------------------------------------------------------------------------------------------------- merging
 
 
-def _combined(layers: Sequence[Entry], cls: type[SettingsT], where: str) -> SettingsT:
-    """The settings of layers, each of which adds to those before it. Lists are replaced whole. A choice by name
-    (`algorithm`) that names another one drops the settings of the former. where: the place of what no layer has."""
-    named = _default_names(cls)
-    merged = Entry({}, where)
-    for layer in layers:
-        merged = _merge(merged, _spell_out(layer, named, ""), named, "")
+def _combined(layers: Sequence[Entry], own: int, cls: type[SettingsT], where: str) -> SettingsT:
+    """The settings of layers, as `merged_layers`."""
+    merged = merged_layers(layers, own, cls, where)
     try:
         return cls.model_validate(_plain(merged))
     except ValidationError as error:
@@ -349,36 +346,3 @@ def _last_given(layers: Sequence[Entry], path: str) -> tuple[Any, str]:
 
 def _plain(entry: Entry) -> Any:
     return {key: _plain(e) for key, e in entry.value.items()} if isinstance(entry.value, dict) else entry.value
-
-
-def _default_names(cls: type[Settings]) -> dict[str, str]:
-    """The choices by name, by dotted path, each with the name that stands when none is given."""
-    fields = dict(walk(cls))
-    return {path: fields[f"{path}.name"].default for path, field in fields.items() if is_group(field, Named)}
-
-
-def _spell_out(entry: Entry, named: Mapping[str, str], path: str) -> Entry:
-    """Bare names as mappings: `algorithm: gspo` becomes `algorithm: {name: gspo}`, `model: demo` `{path: demo}`."""
-    bare = "name" if path in named else BARE.get(path)
-    if bare is not None and isinstance(entry.value, str | list):
-        return Entry({bare: entry}, entry.where)
-    if not isinstance(entry.value, dict):
-        return entry
-    return Entry({key: _spell_out(e, named, _join(path, key)) for key, e in entry.value.items()}, entry.where)
-
-
-def _merge(lower: Entry, upper: Entry, named: Mapping[str, str], path: str) -> Entry:
-    if not (isinstance(lower.value, dict) and isinstance(upper.value, dict)):
-        return upper
-    if path in named and "name" in upper.value:
-        former = lower.value["name"].value if "name" in lower.value else named[path]
-        if upper.value["name"].value != former:
-            return upper
-    merged = dict(lower.value)
-    for key, entry in upper.value.items():
-        merged[key] = _merge(merged[key], entry, named, _join(path, key)) if key in merged else entry
-    return Entry(merged, lower.where)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from foveate.data.conversations import with_words
 from foveate.errors import DataError
 from foveate.files import atomic_write_bytes
 
@@ -181,8 +182,8 @@ def prompt_fields(task: Task) -> dict[str, Any]:
         "id": task.id,
         "source": task.source,
         "where": task.where,
-        "question": str(task.meta.get("question") or last),
-        "prompt": tuple({"role": message.role, "content": message.content} for message in task.messages),
+        "question": str(task.meta.get("question") or with_words(last)),
+        "prompt": tuple({"role": message.role, "content": with_words(message.content)} for message in task.messages),
         "images": tuple(ImageReference(str(i.path) if i.path else None, i.width, i.height) for i in task.images),
         "ground_truth": _plain(task.answer),
     }

@@ -115,6 +115,11 @@ def valid_unicode(text: str) -> str:
     return text
 
 
+def with_words(text: str) -> str:
+    """The text as its readers see it: `<image>` where it is a word, too."""
+    return text.replace(IMAGE_WORD, IMAGE_TAG)
+
+
 def shown(value: Any) -> str:
     """A value for a message."""
     text = repr(value)

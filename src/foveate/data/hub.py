@@ -147,14 +147,16 @@ def _choose(name: str, files: Sequence[str], config: str | None, split: str | No
     chosen = config if config is not None else configs[0]
     if chosen not in configs:
         raise DataError(
-            f"{name}: no configuration {chosen!r}{suggestion(chosen, configs)}; there are {', '.join(configs)}"
+            f"{name}: no configuration {chosen!r}{suggestion(chosen, configs, then='there')} are {', '.join(configs)}"
         )
     splits = sorted({place[1] for place in placed.values() if place[0] == chosen})
     if split is None and len(splits) > 1:
         raise DataError(f"{name}: has the splits {', '.join(splits)}; choose one: {name}@{splits[-1]}")
     wanted = split if split is not None else splits[0]
     if wanted not in splits:
-        raise DataError(f"{name}: no split {wanted!r}{suggestion(wanted, splits)}; there are {', '.join(splits)}")
+        raise DataError(
+            f"{name}: no split {wanted!r}{suggestion(wanted, splits, then='there')} are {', '.join(splits)}"
+        )
     return sorted(file for file, place in placed.items() if place == (chosen, wanted))
 
 
@@ -187,8 +189,8 @@ def _explained(kind: str, name: str, repo: str, *, writing: bool = False) -> Ite
         raise DataError(f"{name}: the {kind} {repo} has no such revision") from None
     except errors.RepositoryNotFoundError:
         raise DataError(
-            f"{name}: no such folder here, and no {kind} {repo} on the hub{suggestion(repo, _alike(kind, repo))}; a "
-            "private one needs HF_TOKEN"
+            f"{name}: no such folder here, and no {kind} {repo} on the hub"
+            f"{suggestion(repo, _alike(kind, repo), then='a private one needs HF_TOKEN')}"
         ) from None
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
         raise DataError(

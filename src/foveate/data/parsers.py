@@ -101,8 +101,8 @@ class RecognisedRows(Parser):
         for target, column in self.mapping.items():
             if not column.startswith(CONSTANT) and (name := column.split(".")[0]) not in names:
                 raise DataError(
-                    f"column {name!r}, named by data.columns as {target}, is missing{suggestion(name, names)}; "
-                    f"the file has {', '.join(names)}"
+                    f"column {name!r}, named by data.columns as {target}, is missing"
+                    f"{suggestion(name, names, then='the file has')} {', '.join(names)}"
                 )
         roles = self._roles(names)
         given = f"data.columns: has {', '.join(self.mapping)}" if self.mapping else f"the file has {', '.join(names)}"

@@ -156,7 +156,8 @@ def _check_names(sources: Sequence[str], shares: Mapping[str, float]) -> None:
     for name in shares:
         if name not in found:
             raise DataError(
-                f"data.shares: no row has data_source {name!r}{suggestion(name, found)}; there are {', '.join(found)}"
+                f"data.shares: no row has data_source {name!r}"
+                f"{suggestion(name, found, then='there are')} {', '.join(found)}"
             )
     left_out = [name for name in found if name not in shares]
     if left_out:

@@ -10,7 +10,7 @@ from typing import Any
 from foveate.environments import ENVIRONMENTS
 from foveate.environments.protocol import Environment, EnvironmentLimits
 from foveate.errors import ConfigError, one_line
-from foveate.registry import bind, resolve
+from foveate.registry import bind, resolve, suggestion
 
 MakeEnvironment = Callable[[], Environment]
 _DEFAULT = EnvironmentLimits()
@@ -29,8 +29,12 @@ def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvir
             f"found {found!r:.60}; others are adapted by the environments trl, gymnasium and http"
         )
     schema = _schema(found) if is_class else found
-    own = {p.name for p in inspect.signature(schema).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    shared = {field.name for field in fields(EnvironmentLimits)} - own
+    own = [p.name for p in inspect.signature(schema).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    shared = [field.name for field in fields(EnvironmentLimits) if field.name not in own]
+    for key in settings:
+        if key not in (known := [*own, *shared]):
+            what = f"unknown setting {key!r}{suggestion(key, known, then='its settings')}"
+            raise ConfigError(f"{where}: {what}: {', '.join(known)}")
     bound = bind(schema, {key: value for key, value in settings.items() if key not in shared}, where)
     limits = bind(_limits, {key: value for key, value in settings.items() if key in shared}, where)()
 
@@ -38,6 +42,8 @@ def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvir
         made = found(**bound.keywords)
         if not isinstance(made, Environment):
             raise ConfigError(f"{where} returned {made!r:.60}; it must return a foveate.environments.Environment")
+        if made.shows_images and not limits.max_images:
+            raise ConfigError(f"{where}: max_images is 0, but {made.shows_images} shows images; leave one of them out")
         return made
 
     return make, limits
@@ -72,8 +78,9 @@ def _limits(
     return limits
 
 
-def tools_of(name: str, make: MakeEnvironment) -> tuple[Mapping[str, Any], ...]:
-    """The schemas that an environment shows in prompts. Raises ConfigError where it cannot be made."""
+def made_once(name: str, make: MakeEnvironment) -> tuple[tuple[Mapping[str, Any], ...], bool]:
+    """The schemas that an environment shows in prompts, and whether it has a `last_reward` of its own. Raises
+    ConfigError where it cannot be made."""
     try:
         made = make()
         shown = tuple(made.tools())
@@ -84,4 +91,4 @@ def tools_of(name: str, make: MakeEnvironment) -> tuple[Mapping[str, Any], ...]:
         raise ConfigError(
             f"environment {name} cannot be made with these settings: {type(error).__name__}: {one_line(error)}"
         ) from error
-    return shown
+    return shown, type(made).last_reward is not Environment.last_reward

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from foveate.data.conversations import valid_unicode
+from foveate.errors import DataError
+
 _OPEN, _CLOSE, _THOUGHT = "<tool_call>", "</tool_call>", "</think>"
 _FUNCTION = re.compile(r"\s*<function=([^>\s]+)>(.*?)(?:</function>)?\s*", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
@@ -59,6 +62,9 @@ def _of_json(body: str) -> ToolCall | MalformedCall:
         arguments = value.get("arguments", value.get("parameters", {}))
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
         name = value.get("name")
+        valid_unicode(json.dumps([name, arguments], ensure_ascii=False))
+    except DataError as error:
+        return MalformedCall(f"{body.strip()[:_SHOWN]!r} {error}")
     except (ValueError, AttributeError, RecursionError):
         return MalformedCall(f"{body.strip()[:_SHOWN]!r} is no JSON object with name and arguments")
     if not isinstance(name, str) or not isinstance(arguments, dict):

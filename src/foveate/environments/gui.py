@@ -56,11 +56,11 @@ class Gui(Calling):
         self._side, self._kinds = side, kinds or [*WIDGET_KINDS]
         methods = {"click": self._click, "type": self._type, "scroll": self._scroll}
         super().__init__([method_tool(name, method) for name, method in methods.items()], frame, max_calls, shown)
+        self.shows_images = "its screen"
         self._task: ScreenTask
         self._screen: Screen
 
-    def reset(self, task: Task, seed: int) -> Sequence[Observation]:
-        super().reset(task, seed)
+    def opening(self, task: Task, seed: int) -> Sequence[Observation]:
         kind = task.meta.get(KIND, self._kinds[seed % len(self._kinds)])
         scene = task.meta.get(SCENE, seed)
         if kind not in WIDGET_KINDS or not isinstance(scene, int) or scene < 0:

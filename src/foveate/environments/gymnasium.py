@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from foveate.data.conversations import valid_unicode
 from foveate.environments.observe import observation
-from foveate.environments.protocol import Environment, Observation, Step
-from foveate.environments.tools import result_parts
+from foveate.environments.protocol import Environment, EnvironmentFault, Observation, Step
+from foveate.environments.results import json_text, result_parts
 from foveate.environments.trl import continued_prompt
 from foveate.errors import ConfigError, one_line
 from foveate.records import Task
@@ -32,7 +33,7 @@ def gymnasium(
     terminated, truncated, info)`. make: an id of gymnasium's registry, or the import path of what makes it; settings:
     its arguments; action: how an answer becomes an action (text; integer: its last whole number; json: its last line;
     or the import path of a function of the text); render: show what its `render` draws, too. Observations that are
-    arrays of bytes (height, width, 3) are images."""
+    arrays of bytes (height, width, 3), also in a dict, are images."""
     read = _ACTIONS.get(action) or resolve({}, action, "action")
     return _Gymnasium(_made(make, settings or {}), read, render)
 
@@ -68,7 +69,9 @@ def _integer(text: str) -> int:
 def _json(text: str) -> Any:
     lines = text.strip().splitlines()
     try:
-        return json.loads(lines[-1] if lines else "")
+        action = json.loads(lines[-1] if lines else "")
+        valid_unicode(json.dumps(action, ensure_ascii=False))
+        return action
     except (ValueError, RecursionError):
         raise UnreadableAction("its last line is no JSON") from None
 
@@ -79,41 +82,81 @@ _ACTIONS: dict[str, Callable[[str], Any]] = {"text": str.strip, "integer": _inte
 class _Gymnasium(Environment):
     def __init__(self, inner: Any, read: Callable[[str], Any], render: bool) -> None:
         self._inner, self._read, self._render = inner, read, render
+        self.shows_images = "render" if render else ""
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:
-        shown, _ = self._inner.reset(seed=seed % 2**31)
-        return continued_prompt(task, self._parts(shown))
+        shown, _ = _values(self._inner.reset(seed=seed % 2**31), ("observation", "info"), "reset")
+        return continued_prompt(task, self._parts(shown, "reset"))
 
     def step(self, answer: str) -> Step:
         try:
-            action = self._read(answer.rpartition("</think>")[2])
+            action = self._action(answer)
         except ValueError as error:
             message = observation("user", f"Error: the answer is no action: {one_line(error)[:200]}.")
             return Step((message,), 0.0, info={"calls": [{"name": "action", "error": True}]})
-        shown, reward, terminated, truncated, _ = self._inner.step(action)
+        shown, reward, terminated, truncated, _ = _values(self._inner.step(action), _STEP, "step")
         done = bool(terminated or truncated)
-        text, pictures = ("", ()) if done else result_parts(self._parts(shown))
+        text, pictures = ("", ()) if done else result_parts(self._parts(shown, "step"), "step")
         messages = () if done else (observation("user", text, *pictures),)
-        return Step(messages, float(reward), done, {"calls": [{"name": "action", "error": False}]})
+        return Step(messages, reward, done, {"calls": [{"name": "action", "error": False}]})
 
     def close(self) -> None:
         self._inner.close()
 
-    def _parts(self, shown: Any) -> list[Any]:
+    def _action(self, answer: str) -> Any:
+        """The action that an answer is. Raises ValueError for one that is none of the environment's."""
+        action = self._read(answer.rpartition("</think>")[2])
+        try:
+            space = self._inner.action_space
+        except AttributeError:  # it does not say what its actions are
+            return action
+        if isinstance(action, int | str) and not space.contains(action):
+            raise UnreadableAction(f"{action!r:.60} is not one of {space!s:.100}")
+        return action
+
+    def _parts(self, shown: Any, who: str) -> list[Any]:
         """An observation, and the drawing of it, as the parts of a message."""
         values = [shown, self._inner.render()] if self._render else [shown]
-        return [_part(value) for value in values if value is not None]
+        return [part for value in values if value is not None for part in _parts_of(value, who)]
 
 
-def _part(value: Any) -> dict[str, Any]:
-    if isinstance(value, Image.Image):
-        return {"type": "image", "image": value}
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
-        return {"type": "image", "image": Image.fromarray(value)}
+_STEP = ("observation", "reward", "terminated", "truncated", "info")
+
+
+def _values(result: Any, names: Sequence[str], who: str) -> Any:
+    if not isinstance(result, tuple) or len(result) != len(names):
+        found = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise EnvironmentFault(f"{who} returned {found}; it must return ({', '.join(names)}), as in gymnasium")
+    return result
+
+
+def _parts_of(value: Any, who: str) -> list[dict[str, Any]]:
+    """An observation as parts: pictures, also those in a dict, are images, and the rest is text."""
     if isinstance(value, str):
-        return {"type": "text", "text": value}
-    return {"type": "text", "text": json.dumps(value, default=_plain, ensure_ascii=False)}
+        return [{"type": "text", "text": value}]
+    if _is_picture(value):
+        return [_image(value)]
+    pictures = {key: one for key, one in value.items() if _is_picture(one)} if isinstance(value, Mapping) else {}
+    rest = {key: one for key, one in value.items() if key not in pictures} if pictures else value
+    written = [{"type": "text", "text": json_text(_lists(rest), who)}] if rest is not None and rest != {} else []
+    return [*map(_image, pictures.values()), *written]
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
+def _is_picture(value: Any) -> bool:
+    is_bytes = isinstance(value, np.ndarray) and value.dtype == np.uint8
+    return isinstance(value, Image.Image) or (is_bytes and value.ndim == 3 and value.shape[2] in (1, 3, 4))
+
+
+def _image(value: Any) -> dict[str, Any]:
+    if isinstance(value, np.ndarray):
+        value = Image.fromarray(value[:, :, 0] if value.shape[2] == 1 else value)
+    return {"type": "image", "image": value}
+
+
+def _lists(value: Any) -> Any:
+    """A value with lists in the place of arrays."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _lists(one) for key, one in value.items()}
+    return [_lists(one) for one in value] if isinstance(value, list | tuple) else value

@@ -17,7 +17,14 @@ from foveate.environments.observe import (
     digest_of,
     plain_json,
 )
-from foveate.environments.protocol import Environment, EnvironmentFailure, EnvironmentLimits, Opened, Step
+from foveate.environments.protocol import (
+    Environment,
+    EnvironmentFailure,
+    EnvironmentFault,
+    EnvironmentLimits,
+    Opened,
+    Step,
+)
 from foveate.errors import DataError, one_line, printable
 from foveate.processes import WorkerJob, confine
 from foveate.records import Task
@@ -29,10 +36,10 @@ LONGEST_NOTE = 500
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentCommand:
-    """One call for the environment of a number: reset with (task, seed), restore with a state, step with a text, close.
-    reset makes the environment, and close ends it."""
+    """One call for the environment of a number: reset with (task, seed), restore with a state, step with a text,
+    last_reward, close. reset makes the environment, and close ends it."""
 
-    name: Literal["reset", "restore", "step", "close"]
+    name: Literal["reset", "restore", "step", "last_reward", "close"]
     number: int
     argument: Any = None
 
@@ -67,6 +74,8 @@ class EnvironmentHost:
             reply = self._handle(command)
         except BeyondLimits as error:
             reply = EnvironmentFailure("limit", _note(error))
+        except EnvironmentFault as error:
+            reply = EnvironmentFailure("fault", _note(error))
         except DataError as error:
             reply = EnvironmentFailure("invalid", _note(error))
         except BaseException as error:  # SystemExit too: other environments live here
@@ -91,6 +100,9 @@ class EnvironmentHost:
                 environment = self._open[number]
                 step = checked_step(environment.step(command.argument), self._limits)
                 return EnvironmentReply(step, digest_of(step.messages, step.done), _state(environment))
+            case "last_reward":
+                last = Step(reward=self._open[number].last_reward(), done=True)
+                return EnvironmentReply(checked_step(last, self._limits))
             case "close":
                 self._close(number)
                 return EnvironmentReply()

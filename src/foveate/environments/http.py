@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from foveate.data.videos import refuse_videos
 from foveate.environments.protocol import Environment, Observation, Step
 from foveate.errors import ConfigError, DataError, one_line
 from foveate.records import Image, Task
+from foveate.registry import suggestion
 from foveate.rewards.text import jsonable
 
 LONGEST_REPLY = 2**25
 """Bytes of the longest reply that is read."""
+_OPENED, _STEPPED = ("session", "messages"), ("session", "messages", "reward", "done", "info")
 
 
 def http(*, url: str, timeout: float = 8.0) -> Environment:
@@ -44,6 +47,7 @@ class _HTTP(Environment):
     def __init__(self, url: str, timeout: float) -> None:
         self._url, self._timeout = url, timeout
         self._session: Any = None
+        self._answers = True
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def reset(self, task: Task, seed: int) -> Sequence[Observation]:
@@ -57,33 +61,41 @@ class _HTTP(Environment):
             "extra_info": jsonable(dict(task.meta)),
         }
         reply = self._post({"op": "reset", "task": shown, "seed": seed})
+        self._require_known(reply, _OPENED)
         self._session = reply.get("session")
         return _messages(reply)
 
     def step(self, answer: str) -> Step:
         reply = self._post({"op": "step", "session": self._session, "answer": answer})
+        self._require_known(reply, _STEPPED)
+        if not reply.keys() & {"messages", "reward", "done"}:
+            raise DataError(f"{self._url} replied to a step with none of messages, reward and done")
         info = reply.get("info") or {}
         if not isinstance(info, Mapping) or not isinstance(reply.get("done", False), bool):
             raise DataError(f"{self._url} replied with done or info of another type than true or false, and an object")
         return Step(_messages(reply), reply.get("reward"), reply.get("done", False), info)
 
     def close(self) -> None:
-        if self._session is not None:
+        if self._session is not None and self._answers:  # else this would wait for it again
             self._post({"op": "close", "session": self._session})
+
+    def _require_known(self, reply: Mapping[str, Any], known: Sequence[str]) -> None:
+        for key in reply:
+            if key not in known:
+                what = f"{key[:40]!r}{suggestion(key, known, then='known')}"
+                raise DataError(f"{self._url} replied with the unknown field {what}: {', '.join(known)}")
 
     def _post(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         request = urllib.request.Request(
             self._url, json.dumps(body).encode(), {"Content-Type": "application/json", "Accept": "application/json"}
         )
         try:
-            with self._opener.open(request, timeout=self._timeout) as response:
-                text = response.read(LONGEST_REPLY + 1)
-        except urllib.error.HTTPError as error:
-            with error:
-                said = error.read(200).decode("utf-8", "replace")
-            raise ConnectionError(f"{self._url} replied {error.code}: {said}") from None
-        except OSError as error:
+            status, text = self._reply_to(request)
+        except (OSError, HTTPException) as error:
+            self._answers = False
             raise ConnectionError(f"{self._url} does not answer: {one_line(error)}") from None
+        if status is not None:
+            raise ConnectionError(f"{self._url} replied {status}: {text[:200].decode('utf-8', 'replace')}")
         if len(text) > LONGEST_REPLY:
             raise DataError(f"{self._url} replied with more than {LONGEST_REPLY:,} bytes")
         try:
@@ -93,6 +105,15 @@ class _HTTP(Environment):
         if not isinstance(reply, Mapping):
             raise DataError(f"{self._url} replied with {text[:60]!r}; it must be a JSON object")
         return reply
+
+    def _reply_to(self, request: urllib.request.Request) -> tuple[int | None, bytes]:
+        """The body of a reply, with its status where that is an error."""
+        try:
+            with self._opener.open(request, timeout=self._timeout) as response:
+                return None, response.read(LONGEST_REPLY + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read(200)
 
 
 def _in_base64(image: Image) -> str:

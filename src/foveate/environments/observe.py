@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import PIL.Image
@@ -65,15 +66,22 @@ def checked_step(step: Any, limits: EnvironmentLimits) -> Step:
     finite number, and for info that JSON cannot hold."""
     if not isinstance(step, Step):
         raise DataError(f"step returned {type(step).__name__} {step!r:.60}; it must return a Step")
-    reward = step.reward
-    if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
-        raise DataError(f"the reward of a step is {reward!r:.60}; it must be a finite number or None")
+    reward = _number(step.reward)
     if not isinstance(step.done, bool | np.bool_):
         raise DataError(f"done of a step is {step.done!r:.60}; it must be true or false")
     info = plain_json(dict(step.info), "info", MOST_INFO)
-    return Step(
-        checked_messages(step.messages, (), limits), None if reward is None else float(reward), bool(step.done), info
-    )
+    return Step(checked_messages(step.messages, (), limits), reward, bool(step.done), info)
+
+
+def _number(reward: Any) -> float | None:
+    """A reward as a number: also one of NumPy or a tensor of one value."""
+    number = math.nan
+    if isinstance(reward, SupportsFloat) and not (isinstance(reward, np.ndarray) and reward.ndim):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+            number = float(reward)
+    if reward is not None and not math.isfinite(number):
+        raise DataError(f"the reward of a step is {reward!r:.60}; it must be a finite number or None")
+    return None if reward is None else number
 
 
 def checked_messages(

@@ -24,7 +24,7 @@ from threading import Thread, current_thread
 from types import TracebackType
 from typing import Any, Self
 
-from foveate.environments.build import build_environment, tools_of
+from foveate.environments.build import build_environment, made_once
 from foveate.environments.host import CannotBuild, EnvironmentCommand, EnvironmentHost, EnvironmentReply
 from foveate.environments.instances import (
     TRIES,
@@ -54,7 +54,7 @@ class Environments:
         memory_limit: GB of memory that one worker may allocate; one that asks for more gets a MemoryError.
 
     Attributes:
-        tools, max_turns: as in `EnvironmentPool`.
+        tools, max_turns, has_last_reward: as in `EnvironmentPool`.
         failures: how many answers lost their environment so far, by kind.
         rebuilt: how many environments were rebuilt so far.
 
@@ -72,7 +72,8 @@ class Environments:
     ) -> None:
         self._count = worker_count("environment", workers, time_limit, memory_limit)
         make, limits = build_environment(name, settings)
-        self.tools, self.max_turns = tools_of(name, make), limits.max_turns
+        self.tools, self.has_last_reward = made_once(name, make)
+        self.max_turns = limits.max_turns
         self.failures: Counter[FailureKind] = Counter()
         self.rebuilt = 0
         self._job = WorkerJob.here("environment", name, settings, time_limit, memory_limit)
@@ -98,6 +99,10 @@ class Environments:
     def step(self, key: Hashable, answer: str) -> Future[Step | EnvironmentFailure]:
         instance = self._instances[key]
         return self._ask(instance, EnvironmentCommand("step", instance.number, answer))
+
+    def last_reward(self, key: Hashable) -> Future[Step | EnvironmentFailure]:
+        instance = self._instances[key]
+        return self._ask(instance, EnvironmentCommand("last_reward", instance.number))
 
     def restore(self, task: Task, record: EnvironmentRecord, key: Hashable) -> Future[Opened | EnvironmentFailure]:
         instance = self._new(task, record, key)
@@ -188,6 +193,8 @@ class Environments:
     ) -> None:
         """Take the result of a command."""
         if isinstance(reply, EnvironmentFailure):
+            if reply.kind == "fault":
+                self._give_up(DataError(f"environment {self._job.name}: {reply.note}"))
             self._fail(instance, reply, job)
             return
         result = reply.result
@@ -214,7 +221,7 @@ class Environments:
         instance.retried = False
         if isinstance(step, Opened):
             instance.record = replace(record, digests=(reply.digest,))
-        if isinstance(step, Step):
+        if isinstance(step, Step) and command.name == "step":
             answers, digests = (*record.answers, command.argument), (*record.digests, reply.digest)
             instance.record = EnvironmentRecord(record.seed, answers, digests, reply.state)
             if len(answers) >= self.max_turns and not step.done:
@@ -233,7 +240,7 @@ class Environments:
         if instance.worker is not None:
             instance.worker.forget(instance)
         for one in [*([job] if job else []), *instance.waiting]:
-            resolve_future(one.future, failure)
+            resolve_future(one.future, self._fault or failure)
         instance.waiting.clear()
         instance.rebuilding.clear()
 

@@ -48,6 +48,9 @@ class Environment:
     The keyword-only arguments of its `__init__` are the schema of its settings, which are bound, and refused, when a
     run starts. What a method raises ends the answer, which is then not graded."""
 
+    shows_images = ""
+    """A part of it by which images are always shown, for the message where `max_images` is 0."""
+
     def tools(self) -> Sequence[Mapping[str, Any]]:
         """JSON schemas of functions that every prompt shows to the model, in the form of
         `transformers.utils.get_json_schema`. They follow from the settings: a run asks once."""
@@ -62,6 +65,11 @@ class Environment:
         """Take the text that the policy wrote in this turn."""
         raise NotImplementedError(f"{type(self).__name__} does not say what an answer does")
 
+    def last_reward(self) -> float | None:
+        """The reward for an answer that a limit of turns, tokens or time has ended before the environment was done: it
+        is asked for once, and added to that of the last turn. None: the rewards of the steps are all."""
+        return None
+
     def close(self) -> None:
         """Let go of what it holds. Called once, also after a failure."""
 
@@ -75,14 +83,19 @@ class Environment:
         raise NotImplementedError(f"{type(self).__name__} has a state and does not say how it is restored")
 
 
-FailureKind = Literal["raised", "timed_out", "died", "limit", "invalid", "start_again"]
+class EnvironmentFault(DataError):
+    """The code of an environment is at fault for every answer: it ends the run."""
+
+
+FailureKind = Literal["raised", "timed_out", "died", "limit", "invalid", "start_again", "fault"]
 
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentFailure:
     """In the place of a result: the environment of this answer is gone, and the answer is left out of baseline and loss
     with `note` (one line). kind "start_again": a rebuilt environment did not show what the first one had shown, so that
-    the answer must be sampled anew from its prompt; all others end the answer.
+    the answer must be sampled anew from its prompt; all others end the answer. kind "fault" is an `EnvironmentFault`:
+    the pool raises DataError in its place.
 
     The kinds: it raised; took too long; lost two processes; broke `EnvironmentLimits`; returned what is no reply."""
 
@@ -144,6 +157,8 @@ class EnvironmentPool(Protocol):
     tools: tuple[Mapping[str, Any], ...]
     """Schemas of the tools of every environment; empty for none."""
     max_turns: int
+    has_last_reward: bool
+    """Whether an environment has more to say of an answer that a limit has ended than the rewards of its steps."""
 
     def open(self, task: Task, seed: int, key: Hashable) -> Future[Opened | EnvironmentFailure]:
         """Make the environment of one answer, and reset it."""
@@ -151,6 +166,10 @@ class EnvironmentPool(Protocol):
 
     def step(self, key: Hashable, answer: str) -> Future[Step | EnvironmentFailure]:
         """Give an environment the text of a turn."""
+        ...
+
+    def last_reward(self, key: Hashable) -> Future[Step | EnvironmentFailure]:
+        """The reward for an answer that a limit has ended, as a step without messages."""
         ...
 
     def close(self, key: Hashable) -> None:

@@ -28,7 +28,8 @@ def _decoded(image: Image) -> PIL.Image.Image:
 
 class Calling(Environment):
     """The base of environments whose answers call tools: an answer without a call is the last one. Images of the
-    conversation are numbered from 1, those of the task first. `shown`: whether prompts show the tools."""
+    conversation are numbered from 1 in the order in which the model sees them, those of the prompt first. `shown`:
+    whether prompts show the tools."""
 
     def __init__(self, tools: Iterable[Tool], frame: Frame, max_calls: int, shown: bool) -> None:
         if max_calls < 1:
@@ -38,6 +39,7 @@ class Calling(Environment):
             if tool.name in self._tools:
                 raise ConfigError(f"two tools are called {tool.name!r}, and a call could mean either: rename one")
             self._tools[tool.name] = tool
+        self.shows_images = next((f"tool {one.name}" for one in self._tools.values() if one.returns_image), "")
         self._frame: Frame = frame
         self._max_calls, self._shown_tools = max_calls, shown
         self._images: list[Image] = []
@@ -47,10 +49,15 @@ class Calling(Environment):
         schemas = [tool.schema(self._frame) for tool in self._tools.values()]
         return schemas if self._shown_tools else []
 
-    def reset(self, task: Task, seed: int) -> Sequence[Observation]:  # noqa: ARG002
-        self._images = [*task.images]
+    def reset(self, task: Task, seed: int) -> Sequence[Observation]:
         right, bottom = task.meta.get(BOX_FRAME, IN_THOUSANDTHS)
         self._first_frame = float(right), float(bottom)
+        messages = self.opening(task, seed)
+        self._images = [image for message in messages for image in message.images]
+        return messages
+
+    def opening(self, task: Task, seed: int) -> Sequence[Observation]:  # noqa: ARG002
+        """The messages of the prompt, as `reset`."""
         return task_messages(task)
 
     def step(self, answer: str) -> Step:

@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import json
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,12 +21,15 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from foveate.data.conversations import shown
 from foveate.environments import TOOLS
 from foveate.environments.calls import ToolCall
+from foveate.environments.results import result_parts
 from foveate.errors import ConfigError, one_line
 from foveate.registry import bind, explain, resolve, suggestion
 
 Frame = Literal["model", "thousandths", "pixels"]
+_BOX = tuple[float, float, float, float]
 
 
 class ImageBox(tuple[float, float, float, float]):
@@ -86,22 +90,28 @@ class Tool:
         """The first parameter that is an image, which boxes are parts of."""
         return next((key for key, hint in self.hints.items() if hint is Image.Image), None)
 
+    @property
+    def returns_image(self) -> bool:
+        """Whether it says that every result is an image."""
+        function = self.function.func if isinstance(self.function, partial) else self.function
+        return typing.get_type_hints(function).get("return") is Image.Image
+
     def schema(self, frame: Frame = "model") -> dict[str, Any]:
         """The JSON schema that the prompt shows. Raises ConfigError where the docstring leaves out a parameter."""
         from transformers.utils.chat_template_utils import get_json_schema  # seconds, and workers need none of it
 
         plain: dict[Any, Any] = {Image.Image: int, ImageBox: list[float]}
 
-        def shown() -> None: ...
+        def described() -> None: ...
 
         function = self.function.func if isinstance(self.function, partial) else self.function
-        shown.__name__, shown.__doc__ = self.name, inspect.getdoc(function)
-        shown.__annotations__ = {key: plain.get(hint, hint) for key, hint in self.hints.items()}
-        vars(shown)["__signature__"] = inspect.Signature(
-            [one.replace(annotation=shown.__annotations__[key]) for key, one in self.parameters.items()]
+        described.__name__, described.__doc__ = self.name, inspect.getdoc(function)
+        described.__annotations__ = {key: plain.get(hint, hint) for key, hint in self.hints.items()}
+        vars(described)["__signature__"] = inspect.Signature(
+            [one.replace(annotation=described.__annotations__[key]) for key, one in self.parameters.items()]
         )
         try:
-            schema = get_json_schema(shown)
+            schema = get_json_schema(described)
         except Exception as error:  # its classes are not exported
             raise ConfigError(f"tool {self.name}: {one_line(error)}; see docs/environments.md for an example") from None
         for key, hint in self.hints.items():
@@ -133,11 +143,16 @@ class Tool:
                     sides = (seen.picture.width, seen.picture.height) * 2
                     info["box"] = [round(1000 * value / side, 1) for value, side in zip(given[key], sides, strict=True)]
         try:
-            result = finished(self.function(**given))
+            result = finished(self._called(given))
         except ValueError as error:
             raise CallError(f"{self.name}: {one_line(error)[:300]}") from None
-        text, pictures = result_parts(result)
+        text, pictures = result_parts(result, f"tool {self.name}")
         return ToolResult(text, pictures, info)
+
+    def _called(self, given: Mapping[str, Any]) -> Any:
+        bound = inspect.BoundArguments(inspect.signature(self.function), OrderedDict(given))  # some are by position
+        bound.apply_defaults()
+        return self.function(*bound.args, **bound.kwargs)
 
     def _arguments(self, call: ToolCall) -> dict[str, Any]:
         """The arguments of a call with the types of the parameters; images still as numbers."""
@@ -145,7 +160,7 @@ class Tool:
         for key in call.arguments:
             if key not in self.parameters:
                 raise CallError(
-                    f"{self.name} has no argument {key[:40]!r}{suggestion(key, self.parameters)}; {allowed}"
+                    f"{self.name} has no argument {key[:40]!r}{suggestion(key, self.parameters, then=allowed)}"
                 )
         for key, parameter in self.parameters.items():
             if parameter.default is parameter.empty and key not in call.arguments:
@@ -153,7 +168,7 @@ class Tool:
         return {key: self._read(key, value, call.as_text) for key, value in call.arguments.items()}
 
     def _read(self, key: str, value: Any, as_text: bool) -> Any:
-        hint = {Image.Image: int, ImageBox: tuple[float, float, float, float]}.get(self.hints[key], self.hints[key])
+        hint = {Image.Image: int, ImageBox: _BOX}.get(self.hints[key], self.hints[key])
         if as_text and hint is not str:
             try:
                 value = json.loads(value)
@@ -162,7 +177,7 @@ class Tool:
         try:
             return TypeAdapter(hint).validate_python(value)
         except ValidationError as error:
-            raise CallError(f"{self.name}: {key} {explain(dict(error.errors()[0]))}") from None
+            raise CallError(f"{self.name}: {key} {_explained(error, hint, value)}") from None
 
     def _image(self, key: str, number: int, images: Sequence[Seen]) -> Seen:
         if not 1 <= number <= len(images):
@@ -193,23 +208,13 @@ def finished(result: Any) -> Any:
     return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
-def result_parts(result: Any) -> tuple[str, tuple[Image.Image, ...]]:
-    """The text and the pictures of what a tool returned: one value, several, or parts as in chat messages."""
-    parts = result if isinstance(result, list | tuple) and any(map(_is_part, result)) else [result]
-    texts, pictures = [], []
-    for part in parts:
-        value = part.get(part["type"]) if isinstance(part, Mapping) and _is_part(part) else part
-        if isinstance(value, Image.Image):
-            pictures.append(value)
-        elif value is not None:
-            texts.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-    return "\n".join(texts), tuple(pictures)
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, Image.Image) or (
-        isinstance(value, Mapping) and value.get("type") in ("text", "image") and value.get(value["type"]) is not None
-    )
+def _explained(error: ValidationError, hint: Any, value: Any) -> str:
+    """The rest of a sentence about an argument of the wrong type."""
+    first = dict(error.errors()[0])
+    if hint == _BOX:
+        return f"must be four numbers, [left, top, right, bottom]; found {shown(value)}"
+    where = [f"entry {one + 1}" if isinstance(one, int) else f"{one!r:.40}" for one in first["loc"]]
+    return " ".join([*where, explain(first)])
 
 
 def build_tool(given: str | Mapping[str, Any]) -> Tool:
@@ -232,5 +237,5 @@ def method_tool(name: str, method: Callable[..., Any]) -> Tool:
 def tool_named(tools: Mapping[str, Tool], name: str) -> Tool:
     """The tool of a call. Raises CallError for one that there is not."""
     if name not in tools:
-        raise CallError(f"there is no tool {name[:40]!r}{suggestion(name, tools)}; tools: {', '.join(tools)}")
+        raise CallError(f"there is no tool {name[:40]!r}{suggestion(name, tools, then='tools')}: {', '.join(tools)}")
     return tools[name]

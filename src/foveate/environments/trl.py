@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from foveate.data.conversations import with_words
 from foveate.environments.observe import observation, task_messages
 from foveate.environments.protocol import Environment, Observation, Step
+from foveate.environments.results import result_parts
 from foveate.environments.tool_use import Calling
-from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool, result_parts
+from foveate.environments.tools import Frame, Tool, build_tool, finished, method_tool
 from foveate.errors import ConfigError, DataError
 from foveate.records import Task
 from foveate.registry import resolve
@@ -64,15 +66,16 @@ class _TRL(Calling):
         super().__init__(tools, frame, max_calls, shown)
         self._reset, self._reward = methods["reset"], methods.get("get_reward")
 
-    def reset(self, task: Task, seed: int) -> Sequence[Observation]:
-        super().reset(task, seed)
+    def opening(self, task: Task, seed: int) -> Sequence[Observation]:
         row = {name: read(task) for name, read in ROW_COLUMNS.items()} | dict(task.meta) | {"seed": seed}
-        row["prompt"] = [{"role": message.role, "content": message.content} for message in task.messages]
+        row["prompt"] = [{"role": message.role, "content": with_words(message.content)} for message in task.messages]
         return continued_prompt(task, _called(self._reset, row))
 
     def answered(self, answer: str) -> Step:  # noqa: ARG002
-        reward = None if self._reward is None else _called(self._reward, {})
-        return Step(reward=reward, done=True)
+        return Step(reward=self.last_reward(), done=True)
+
+    def last_reward(self) -> float | None:
+        return None if self._reward is None else _called(self._reward, {})
 
 
 def _called(method: Callable[..., Any], row: Mapping[str, Any]) -> Any:
@@ -82,12 +85,12 @@ def _called(method: Callable[..., Any], row: Mapping[str, Any]) -> Any:
     return finished(method(**{key: value for key, value in row.items() if takes_any or key in parameters}))
 
 
-def continued_prompt(task: Task, shown: Any) -> tuple[Observation, ...]:
+def continued_prompt(task: Task, shown: Any, who: str = "reset") -> tuple[Observation, ...]:
     """The messages of a task, the last one continued by what an environment shows: None, a text, images, or parts."""
     messages = task_messages(task)
     if shown is None:
         return messages
-    text, pictures = result_parts(shown)
+    text, pictures = result_parts(shown, who)
     more = observation("user", text, *pictures)
     last = messages[-1]
     if last.role != "user":

@@ -28,6 +28,25 @@ class Turn:
         is_list = isinstance(calls, list | tuple)
         return replace(self, reward=reward, calls=tuple(c for c in calls if isinstance(c, Mapping)) if is_list else ())
 
+    def rewarded(self, reward: float | None) -> Turn:
+        """A turn with one more reward."""
+        return self if reward is None else replace(self, reward=(self.reward or 0.0) + reward)
+
+
+def with_last_reward(steps: Sequence[Step], turns: int, reward: float | None) -> list[Step]:
+    """The replies to an answer of so many turns that a limit has ended, with the reward for its end: a part of that of
+    the last turn, also where the environment has not replied to it."""
+    if reward is None:
+        return [*steps]
+    if len(steps) < max(turns, 1):
+        return [*steps, Step(reward=reward)]
+    return [*steps[:-1], replace(steps[-1], reward=(steps[-1].reward or 0.0) + reward)]
+
+
+def is_over(steps: Sequence[Step]) -> bool:
+    """Whether the environment itself has ended the answer, and no limit on turns."""
+    return bool(steps) and steps[-1].done and not steps[-1].info.get("turn_limit")
+
 
 def observed_turns(messages: Sequence[Observation]) -> list[Turn]:
     """The messages of an environment as turns."""

@@ -161,7 +161,7 @@ class ChatClient:
             started = time.monotonic()
             server.busy += 1
             try:
-                answers, used = await self._answers_of(server, task, index)
+                asked, answers, used = await self._answers_of(server, task, index)
             except Exception as error:  # the border around a server
                 status = _status(error)
                 if status in _FATAL:
@@ -174,7 +174,7 @@ class ChatClient:
                 server.failures = 0
                 taken = time.monotonic() - started
                 return GeneratedRow(
-                    **prompt_fields(task),
+                    **prompt_fields(asked),
                     answers=answers,
                     index=index,
                     prompt_tokens=used.get("prompt"),
@@ -189,13 +189,13 @@ class ChatClient:
 
     async def _answers_of(
         self, server: Endpoint, task: Task, index: int
-    ) -> tuple[tuple[GeneratedAnswer, ...], Mapping[str, int]]:
-        """All answers to a row, and the tokens that the server counts."""
+    ) -> tuple[Task, tuple[GeneratedAnswer, ...], Mapping[str, int]]:
+        """A row as its environments began it, all answers to it, and the tokens that the server counts."""
         if self.environments is None:
             reply = await self._request(server, task, index, self.sampling)
             usage = reply.usage
             counts = {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens} if usage else {}
-            return _answers(reply, self.sampling.samples), counts
+            return task, _answers(reply, self.sampling.samples), counts
         one = replace(self.sampling, samples=1)
 
         async def ask(asked: Task, number: int, left: int) -> GeneratedAnswer:
@@ -204,7 +204,7 @@ class ChatClient:
             return answer
 
         seed = seed_of("eval", self.seed, index)
-        return await converse(self.environments, task, seed, self.sampling, ask), {}
+        return *await converse(self.environments, task, seed, self.sampling, ask), {}
 
     async def _request(self, server: Endpoint, task: Task, index: int, sampling: SamplingParams) -> Any:
         extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}

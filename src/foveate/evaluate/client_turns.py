@@ -14,8 +14,8 @@ from typing import Any
 from foveate.data.answers import GeneratedAnswer
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
 from foveate.encoding.chat import with_tools
-from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, with_opening
-from foveate.environments.turns import Turn, observed_turns
+from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, Opened, Step, with_opening
+from foveate.environments.turns import Turn, is_over, observed_turns
 from foveate.errors import DataError
 from foveate.evaluate.turns import kept_turns
 from foveate.records import Message, SamplingParams, Task
@@ -28,41 +28,51 @@ _ENDS = ("stop", "tool_calls")
 
 async def converse(
     pool: EnvironmentPool, task: Task, seed: int, sampling: SamplingParams, ask: Ask
-) -> tuple[GeneratedAnswer, ...]:
-    """All answers to a row, side by side, each with an environment of its own. Raises DataError for an answer
-    whose environment failed."""
-    found = [_converse(pool, task, seed, number, sampling, ask) for number in range(sampling.samples)]
-    return tuple(await asyncio.gather(*found))
+) -> tuple[Task, tuple[GeneratedAnswer, ...]]:
+    """The task as its environments began it, and all answers, side by side, each with an environment of its own. Raises
+    DataError for an answer whose environment failed, and where they begin differently."""
+    keys = [object() for _ in range(sampling.samples)]  # a row that is asked again has others
+    try:
+        opened = [await one for one in [asyncio.wrap_future(pool.open(task, seed, key)) for key in keys]]
+        for one in opened:
+            if isinstance(one, EnvironmentFailure):
+                raise DataError(f"environment: {one.note}")
+        begun = with_opening(task, [one for one in opened if isinstance(one, Opened)])
+        found = [_converse(pool, begun, key, number, sampling, ask) for number, key in enumerate(keys)]
+        return begun, tuple(await asyncio.gather(*found))
+    finally:
+        for key in keys:
+            pool.close(key)
 
 
 async def _converse(
-    pool: EnvironmentPool, task: Task, seed: int, number: int, sampling: SamplingParams, ask: Ask
+    pool: EnvironmentPool, begun: Task, key: object, number: int, sampling: SamplingParams, ask: Ask
 ) -> GeneratedAnswer:
-    key = object()  # a row that is asked again has others
-    try:
-        opened = await asyncio.wrap_future(pool.open(task, seed, key))
-        if isinstance(opened, EnvironmentFailure):
-            raise DataError(f"environment: {opened.note}")
-        talk, turns, left = with_opening(task, [opened]), list[Turn](), sampling.max_tokens
-        while True:
-            answer = await ask(_shown(talk, pool.tools), number, left)
-            left -= answer.tokens or 0
-            turns.append(Turn("assistant", answer.text, tokens=answer.tokens))
-            if answer.finish not in _ENDS:
-                break
-            step = await asyncio.wrap_future(pool.step(key, answer.text))
-            if isinstance(step, EnvironmentFailure):
-                raise DataError(f"environment: {step.note}")
-            turns[-1] = turns[-1].stepped(step, step.reward)
-            if step.done or left <= 0:
-                break
-            turns += observed_turns(step.messages)
-            said = Message("assistant", answer.text.replace(IMAGE_TAG, IMAGE_WORD))
-            read = tuple(Message(one.role, one.content) for one in step.messages)
-            images = tuple(image for one in step.messages for image in one.images)
-            talk = replace(talk, messages=(*talk.messages, said, *read), images=talk.images + images)
-    finally:
-        pool.close(key)
+    talk, turns, left = begun, list[Turn](), sampling.max_tokens
+    taken: list[Step] = []
+    while True:
+        answer = await ask(_shown(talk, pool.tools), number, left)
+        left -= answer.tokens or 0
+        turns.append(Turn("assistant", answer.text, tokens=answer.tokens))
+        if answer.finish not in _ENDS:
+            break
+        step = await asyncio.wrap_future(pool.step(key, answer.text))
+        if isinstance(step, EnvironmentFailure):
+            raise DataError(f"environment: {step.note}")
+        taken.append(step)
+        turns[-1] = turns[-1].stepped(step, step.reward)
+        if step.done or left <= 0:
+            break
+        turns += observed_turns(step.messages)
+        said = Message("assistant", answer.text.replace(IMAGE_TAG, IMAGE_WORD))
+        read = tuple(Message(one.role, one.content) for one in step.messages)
+        images = tuple(image for one in step.messages for image in one.images)
+        talk = replace(talk, messages=(*talk.messages, said, *read), images=talk.images + images)
+    if pool.has_last_reward and not is_over(taken):
+        last = await asyncio.wrap_future(pool.last_reward(key))
+        if isinstance(last, EnvironmentFailure):
+            raise DataError(f"environment: {last.note}")
+        turns[-1] = turns[-1].rewarded(last.reward)
     return replace(answer, tokens=sampling.max_tokens - left, turns=kept_turns(turns, None))
 
 

@@ -36,13 +36,8 @@ from foveate.models.policy import best_place, load_policy
 from foveate.records import Answer, SamplingParams, Score, Task
 from foveate.rewards.boxes import Box, truth_box
 from foveate.rewards.pool import Graders
-from foveate.rollout.conversations import (
-    FUNCTION_ALONE,
-    Conversations,
-    Outcome,
-    scored,
-    tools_of_environment,
-)
+from foveate.rollout.conversations import Conversations, Conversed, tools_of_environment
+from foveate.rollout.credit import FUNCTION_ALONE, Outcome, scored
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
@@ -89,19 +84,19 @@ def generate_rows(
         prompts = [encoder(task) for task in tasks]
         requests = [Request(p, seed_of("eval", seed, i)) for p, i in zip(prompts, some, strict=True)]
         start = time.monotonic()
-        groups, outcomes = answer_all(engine, tasks, requests, sampling, conversations)
+        found = answer_all(engine, tasks, requests, sampling, conversations)
         seconds = round(time.monotonic() - start, 4)
-        for index, task, prompt, group, own in zip(some, tasks, prompts, groups, outcomes, strict=True):
-            turns = own or [None] * len(group)
+        for index, one in zip(some, found, strict=True):
+            turns = one.outcomes or [None] * len(one.answers)
             yield GeneratedRow(
-                **prompt_fields(task),
+                **prompt_fields(one.task),
                 answers=tuple(
                     generated_answer(answer, encoder, logprobs, outcome)
-                    for answer, outcome in zip(group, turns, strict=True)
+                    for answer, outcome in zip(one.answers, turns, strict=True)
                 ),
                 index=index,
-                prompt_tokens=len(prompt),
-                answer_tokens=sum(answer.trained_tokens for answer in group),
+                prompt_tokens=len(one.prompt),
+                answer_tokens=sum(answer.trained_tokens for answer in one.answers),
                 seconds=seconds,
                 tries=1,
                 server="in process",
@@ -137,15 +132,16 @@ def predict(
         ways = [SamplingParams(1, max_tokens, temperature=0.0)]
         ways += [SamplingParams(samples, max_tokens, temperature=1.0)] if samples else []
         found = [answer_all(engine, some, requests, way, conversations) for way in ways]
-        answers = [tuple(chain(*own)) for own in zip(*(groups for groups, _ in found), strict=True)]
-        outcomes = [tuple(chain(*own)) for own in zip(*(outcomes for _, outcomes in found), strict=True)]
+        some, prompts = [one.task for one in found[0]], [one.prompt for one in found[0]]
+        answers = [tuple(chain(*(one.answers for one in own))) for own in zip(*found, strict=True)]
+        outcomes = [tuple(chain(*(one.outcomes for one in own))) for own in zip(*found, strict=True)]
         asked = [(one, task) for task, own in zip(some, answers, strict=True) for one in own]
         became = [one for own, talks in zip(answers, outcomes, strict=True) for one in talks or [None] * len(own)]
         credit = FUNCTION_ALONE if conversations is None else conversations.credit
         scores = iter(zip(scored(graders, asked, became, credit), became, strict=True))
         drawn = [(one.text, task) for task, own in zip(some, answers, strict=True) for one in own[1:]]
         values = iter(critic.grade_many(drawn)) if critic is not None else None
-        for task, request, own in zip(some, requests, answers, strict=True):
+        for task, prompt, own in zip(some, prompts, answers, strict=True):
             keep = task.id in detailed
             graded = []
             for one, (score, outcome) in zip(own, scores, strict=False):
@@ -154,7 +150,7 @@ def predict(
                 graded.append((made, score))
             ranks = None if values is None else [None, *(next(values).value for _ in own[1:])]
             row = scored_row(task, graded, greedy=True, detailed=keep, ranks=ranks, read_box=read_box)
-            rows.append(replace(row, image_tokens=seen_share([request.prompt], encoder.family.sides)))
+            rows.append(replace(row, image_tokens=seen_share([prompt], encoder.family.sides)))
         advance(len(some))
     return rows
 
@@ -165,12 +161,12 @@ def answer_all(
     requests: Sequence[Request],
     sampling: SamplingParams,
     conversations: Conversations | None,
-) -> tuple[list[tuple[Answer, ...]], list[tuple[Outcome, ...]]]:
-    """The answers to each request, and what became of them with their environments, or nothing without these."""
-    if conversations is None:
-        return engine.generate(requests, sampling), [()] * len(requests)
-    found = conversations.generate(engine, tasks, requests, sampling)
-    return [answers for answers, _ in found], [outcomes for _, outcomes in found]
+) -> list[Conversed]:
+    """The answers to each request, with their environments, if there are any."""
+    if conversations is not None:
+        return conversations.generate(engine, tasks, requests, sampling)
+    groups = engine.generate(requests, sampling)
+    return [Conversed(task, r.prompt, own) for task, r, own in zip(tasks, requests, groups, strict=True)]
 
 
 def generated_answer(

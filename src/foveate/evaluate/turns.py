@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.data.answers import AnswerTurn, ImageReference
-from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
+from foveate.data.conversations import IMAGE_TAG, with_words
 from foveate.data.images import load_image
 from foveate.environments.look import LOOK_BOX
 from foveate.environments.turns import Turn
@@ -36,7 +36,7 @@ def kept_turns(turns: Iterable[Turn], run_folder: Path | None) -> tuple[AnswerTu
 
 def _without_marks(text: str) -> str:
     """The words of an observation; its images are kept beside them."""
-    return text.replace(IMAGE_TAG, "").replace(IMAGE_WORD, IMAGE_TAG).strip()
+    return with_words(text.replace(IMAGE_TAG, "")).strip()
 
 
 def _kept(image: Image, run_folder: Path | None) -> ImageReference:

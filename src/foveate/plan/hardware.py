@@ -74,6 +74,8 @@ def parse_machines(text: str) -> Machines:
         )
     if name not in GPUS:
         known = ", ".join(GPUS)
-        raise ConfigError(f"--gpus {text}: unknown GPU {name!r}{suggestion(name, list(GPUS))}; known are {known}")
+        raise ConfigError(
+            f"--gpus {text}: unknown GPU {name!r}{suggestion(name, list(GPUS), then='known')} are {known}"
+        )
     nodes, per_node = ([1, 1, *map(int, counts)])[-2:]
     return Machines(nodes, per_node, name, GPUS[name])

@@ -54,7 +54,9 @@ def plot(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Picture:
     known = {one.label: one for one in collect(rows) if one.values}
     for name in names:
         if name not in known:
-            raise ConfigError(f"no metric {name!r}{suggestion(name, known)}; measured: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"no metric {name!r}{suggestion(name, known, then='measured')}: {', '.join(sorted(known))}"
+            )
     usual = [name for name in USUAL if name in known]
     if "eval/greedy_accuracy" in usual and "eval/greedy_score" in usual:
         usual.remove("eval/greedy_score")

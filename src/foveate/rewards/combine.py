@@ -171,7 +171,7 @@ def unread_sources(check: TruthCheck | None, names: Sequence[str]) -> list[str]:
     parts = check.checks if isinstance(check, _AllChecks) else (check,)
     known = dict.fromkeys(names)
     return [
-        f"reward by_source names {name!r}, and no row has this source{suggestion(name, known)}; there are "
+        f"reward by_source names {name!r}, and no row has this source{suggestion(name, known, then='there')} are "
         f"{', '.join(known)}"
         for part in parts
         if isinstance(part, _SourceCheck) and part.field == SOURCE
@@ -216,7 +216,7 @@ def _wants_thousandths(check: TruthCheck | None) -> bool:
 
 def _no_reward(source: str, known: Mapping[str, Any]) -> str:
     return (
-        f"no reward for source {source!r}{suggestion(source, known)}; known: {', '.join(known)}; "
+        f"no reward for source {source!r}{suggestion(source, known, then='known')}: {', '.join(known)}; "
         f"add it under `rewards`, or '{ANY_SOURCE}' for any other source"
     )
 
@@ -227,6 +227,6 @@ def _require(name: str, field: str, chosen: Mapping[str, Any], settings: Mapping
     for key in settings:
         if key not in chosen:
             raise ConfigError(
-                f"reward {name}: settings for {key!r}, which is not in {field}{suggestion(key, chosen)}; "
-                f"{field}: {', '.join(chosen)}"
+                f"reward {name}: settings for {key!r}, which is not in {field}{suggestion(key, chosen, then='there')} "
+                f"are {', '.join(chosen)}"
             )

@@ -150,7 +150,9 @@ def _fault(one: Instruction) -> str:
     kind = _class_of(one.name)
     if kind is None:
         known = [*INSTRUCTION_DICT, *_CLASSES]
-        return f"instruction {one.name!r:.60} is not known{suggestion(one.name, known)}; known are those of IFEval"
+        return (
+            f"instruction {one.name!r:.60} is not known{suggestion(one.name, known, then='known')} are those of IFEval"
+        )
     if kind.__name__ in _NEEDS_PUNKT and not _has_punkt():
         return (
             f"instruction {one.name} needs NLTK's {_PUNKT}, which is not here; get it with: "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from foveate.data.conversations import with_words
 from foveate.errors import ConfigError, DataError
 from foveate.records import Answer, Score, Task
 from foveate.registry import shown_name
@@ -89,7 +90,7 @@ def _trl(name: str, function: _Function, parameters: _Parameters) -> _Adapted:
         as_messages = "dict" in written or (task.conversational and "str" not in written)
         batch: dict[str, Any] = {column: [value] for column, value in wanted(task).items()}
         if with_prompts:
-            messages = [{"role": message.role, "content": message.content} for message in task.messages]
+            messages = [{"role": message.role, "content": with_words(message.content)} for message in task.messages]
             batch["prompts"] = [messages if as_messages else question(task)]
         result = function(completions=[[{"role": "assistant", "content": text}] if as_messages else text], **batch)
         found = _only(result, name, "completion")

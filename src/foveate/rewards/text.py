@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from foveate.data.conversations import with_words
 from foveate.errors import DataError
 from foveate.records import Score, Task
 from foveate.rewards import GROUND_TRUTH
@@ -269,7 +270,7 @@ def repetition(text: str, task: Task, *, size: Annotated[int, Field(ge=1)] = 4) 
 def question(task: Task) -> str:
     """The text of a task's last user message, without image marks."""
     asked = [message.content for message in task.messages if message.role == "user"]
-    return asked[-1].replace("<image>", "").strip() if asked else ""
+    return with_words(asked[-1].replace("<image>", "")).strip() if asked else ""
 
 
 def jsonable(value: Any) -> Any:

@@ -196,4 +196,4 @@ _NO_JUDGE = "the row is to be judged; give the reward vero its setting judge: {u
 
 def _no_type(kind: str) -> str:
     known: Mapping[str, str] = TYPES
-    return f"{kind!r} is no type of Vero's rows{suggestion(kind, known)}; known: {', '.join(known)}"
+    return f"{kind!r} is no type of Vero's rows{suggestion(kind, known, then='known')}: {', '.join(known)}"

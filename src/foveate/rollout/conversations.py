@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.config.rollout import EnvironmentChoice, EnvironmentSettings
 from foveate.encoding.encode import Encoder
 from foveate.encoding.turns import TurnReply, Turns
-from foveate.environments.build import build_environment, tools_of
+from foveate.environments.build import build_environment, made_once
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import (
     EnvironmentFailure,
@@ -30,105 +30,30 @@ from foveate.environments.protocol import (
     Step,
     with_opening,
 )
-from foveate.environments.turns import Turn, observed_turns
+from foveate.environments.turns import Turn, is_over, observed_turns, with_last_reward
 from foveate.errors import DataError
-from foveate.records import Answer, Message, SamplingParams, Score, Segment, Task
-from foveate.rewards.pool import Graders
+from foveate.records import Answer, Message, Prompt, SamplingParams, Segment, Task
+from foveate.rollout.credit import OF_ENVIRONMENT, AnswerCredit, Outcome
 from foveate.rollout.engine import Engine, Request
 
 _ENCODERS = 2
 """Threads that turn observations into tokens."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The end of an answer with its environment. `reward`: of all of its steps as they count, 0 where the answer ended
-    before it came to one, None where its environment was done and gave none; `note`: why it is not graded, or nothing;
-    `unread`: its environment gave a reward that does not count."""
-
-    turns: tuple[Turn, ...]
-    reward: float | None
-    note: str
-    unread: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerCredit:
-    """How an answer is scored. Rewards of its environment's steps count where `steps` is "sum" or "final", step t
-    `discount`**t times; where `function`, the value of the reward function is added."""
-
-    steps: Literal["none", "final", "sum"] = "none"
-    discount: float = 1.0
-    function: bool = True
-
-    def of_turns(self, steps: Sequence[Step]) -> list[float | None]:
-        """The reward that counts of each turn; None: nothing."""
-        if self.steps == "none":
-            return [None] * len(steps)
-        counted = [None if one.reward is None else self.discount**t * one.reward for t, one in enumerate(steps)]
-        return counted if self.steps == "sum" else [*[None] * (len(counted) - 1), *counted[-1:]]
-
-    def score(self, outcome: Outcome, graded: Score) -> Score:
-        """The score of an answer. Raises DataError for rewards that do not count."""
-        if outcome.note:
-            return Score(None, note=outcome.note)
-        if self.steps == "none":
-            if outcome.unread:
-                raise DataError(
-                    "the environment gives rewards, which do not count: set environment.reward to environment, or to "
-                    "both"
-                )
-            return graded
-        if outcome.reward is None:
-            return Score(None, note="the environment gave no reward")
-        parts = {"environment": outcome.reward}
-        if not self.function:
-            return Score(outcome.reward, parts)
-        if graded.value is None:
-            return graded
-        parts = {**graded.parts, **parts, "function": graded.value}
-        return replace(graded, value=graded.value + outcome.reward, parts=parts)
-
-
-FUNCTION_ALONE = AnswerCredit()
-
-
-def scored(
-    graders: Graders,
-    answers: Sequence[tuple[Answer, Task]],
-    outcomes: Sequence[Outcome | None],
-    credit: AnswerCredit = FUNCTION_ALONE,
-    fetches: Sequence[Future[Any]] = (),
-) -> list[Score]:
-    """The score of each answer; with what became of it with its environment, if it had one. fetches: of the answers
-    that the reward function grades, where it was foreseen (`Graders.prefetch`)."""
-    asked = places_to_grade(outcomes, credit)
-    found = graders.grade_many([_without_tiles(*answers[place]) for place in asked], fetches)
-    graded = dict(zip(asked, found, strict=True))
-    return [
-        graded[place] if one is None else credit.score(one, graded.get(place, Score(None)))
-        for place, one in enumerate(outcomes)
-    ]
-
-
-def places_to_grade(outcomes: Sequence[Outcome | None], credit: AnswerCredit) -> list[int]:
-    """Which answers the reward function grades: not those whose environment failed, or whose reward is its alone."""
-    return [
-        place for place, one in enumerate(outcomes) if one is None or (not one.note and (credit.function or one.unread))
-    ]
-
-
-def _without_tiles(answer: Answer, task: Task) -> tuple[Answer, Task]:
-    """For graders, which read tokens and texts: pixels and the experts of tokens are large."""
-    if all(segment.tiles is None and segment.routed_experts is None for segment in answer.segments):
-        return answer, task
-    light = tuple(replace(segment, tiles=None, routed_experts=None) for segment in answer.segments)
-    return replace(answer, segments=light, prompt_experts=None), task
-
-
 def _reply(messages: Sequence[Observation]) -> TurnReply:
     texts = tuple(Message(one.role, one.content) for one in messages)
     return TurnReply(texts, tuple(image for one in messages for image in one.images))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversed:
+    """The answers to a task. task, prompt: as the environment began it; outcomes: what became of each answer, none
+    without environments."""
+
+    task: Task
+    prompt: Prompt
+    answers: tuple[Answer, ...]
+    outcomes: tuple[Outcome, ...] = ()
 
 
 @dataclass(slots=True)
@@ -185,6 +110,7 @@ class Conversations:
             begun = with_opening(task, opened) if opened else task
             if (begun.messages, begun.images) != (task.messages, task.images):
                 try:
+                    begun = self._encoder.for_graders(begun)
                     request = replace(request, prompt=self._encoder(begun))
                 except DataError as error:  # it costs this group, and no run
                     begun, results = task, [self._unreadable(error)] * samples
@@ -282,7 +208,10 @@ class Conversations:
 
     def finish(self, key: Hashable, answers: Sequence[Answer]) -> tuple[tuple[Answer, ...], tuple[Outcome, ...]]:
         """The answers of a group with the rewards of their turns, and what became of each. Their environments end."""
-        found = [self._finished(self._open[key, number], answer) for number, answer in enumerate(answers)]
+        talks = [self._open[key, number] for number in range(len(answers))]
+        taken = [[*talk.steps] for talk in talks]  # one that comes late is no part of the answer any more
+        last = [self._ask_last(talk, taken[number], (key, number)) for number, talk in enumerate(talks)]
+        found = [self._finished(*one) for one in zip(talks, answers, taken, last, strict=True)]
         self.drop(key, len(answers))
         return tuple(answer for answer, _ in found), tuple(outcome for _, outcome in found)
 
@@ -292,8 +221,22 @@ class Conversations:
             if self._open.pop((key, number), None) is not None:
                 self._pool.close((key, number))
 
-    def _finished(self, talk: _Talk, answer: Answer) -> tuple[Answer, Outcome]:
-        taken = [*talk.steps]  # one that comes late is no part of the answer any more
+    def _ask_last(
+        self, talk: _Talk, taken: Sequence[Step], key: tuple[Hashable, int]
+    ) -> Future[Step | EnvironmentFailure] | None:
+        """The reward of an answer that a limit has ended, where its environment has one."""
+        asks = self._pool.has_last_reward and self.credit.steps != "none" and talk.failure is None
+        return self._pool.last_reward(key) if asks and not is_over(taken) else None
+
+    def _finished(
+        self, talk: _Talk, answer: Answer, taken: Sequence[Step], last: Future[Step | EnvironmentFailure] | None
+    ) -> tuple[Answer, Outcome]:
+        end = None if last is None else last.result()
+        if isinstance(end, EnvironmentFailure):
+            talk.failure = end
+        is_silent = is_over(taken) and all(step.reward is None for step in taken)  # else it never came to its reward
+        if isinstance(end, Step):
+            taken = with_last_reward(taken, sum(segment.trained for segment in answer.segments), end.reward)
         rewards = self.credit.of_turns(taken)
         segments, turns = list[Segment](), list[Turn]()
         steps, read = iter(zip(taken, rewards, strict=True)), iter(talk.read)
@@ -307,29 +250,30 @@ class Conversations:
             else:
                 segments.append(segment)
                 turns += observed_turns(next(read))
-        is_over = bool(taken) and taken[-1].done and not taken[-1].info.get("turn_limit")
-        is_silent = is_over and all(step.reward is None for step in taken)  # else it never came to its reward
         total = None if is_silent else sum(reward or 0.0 for reward in rewards)
-        note = "" if talk.failure is None else f"environment: {talk.failure.note}"
+        note = "" if talk.failure is None else f"{OF_ENVIRONMENT}{talk.failure.note}"
         is_full = answer.finish == "length" and len(talk.asked) == sum(segment.trained for segment in answer.segments)
         if is_full and self._when_full == "leave_out" and not note:
-            note = "environment: the next observation had no room in rollout.max_tokens"
+            note = f"{OF_ENVIRONMENT}the next observation had no room in rollout.max_tokens"
+        trace = "" if talk.failure is None else talk.failure.trace
         unread = self.credit.steps == "none" and any(step.reward is not None for step in taken)
-        return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread)
+        return replace(answer, segments=tuple(segments)), Outcome(tuple(turns), total, note, unread, trace)
 
     # ----------------------------------------------------------------------------------------------------- whole calls
 
     def generate(
         self, engine: Engine, tasks: Sequence[Task], requests: Sequence[Request], sampling: SamplingParams
-    ) -> list[tuple[tuple[Answer, ...], tuple[Outcome, ...]]]:
+    ) -> list[Conversed]:
         """The answers to each request with what became of them, when all are there."""
         keys = [("generate", index) for index in range(len(requests))]
-        begun = [request for _, request in self.begin(keys, tasks, requests, sampling.samples)]
+        found = self.begin(keys, tasks, requests, sampling.samples)
+        begun = [request for _, request in found]
         while True:
             groups = engine.generate(begun, sampling, partial(self.observe, keys))
             anew = [self.restart(key, group) for key, group in zip(keys, groups, strict=True)]
             if not any(anew):
-                return [self.finish(key, group) for key, group in zip(keys, groups, strict=True)]
+                ends = [self.finish(key, group) for key, group in zip(keys, groups, strict=True)]
+                return [Conversed(task, request.prompt, *end) for (task, request), end in zip(found, ends, strict=True)]
             begun = [
                 replace(request, partial_answers=again or group)
                 for request, again, group in zip(begun, anew, groups, strict=True)
@@ -351,7 +295,7 @@ def tools_of_environment(settings: EnvironmentChoice | None) -> tuple[Mapping[st
     if settings is None:
         return ()
     make, _ = build_environment(settings.name, settings.settings)
-    return tools_of(settings.name, make)
+    return made_once(settings.name, make)[0]
 
 
 @contextmanager
@@ -367,7 +311,8 @@ def open_conversations(
         yield make_encoder(()), None
         return
     steps = "none" if settings.reward == "function" else settings.credit
-    credit = AnswerCredit(steps, turn_discount, settings.reward != "environment")
+    chosen = "reward" in settings.model_fields_set
+    credit = AnswerCredit(steps, turn_discount, settings.reward != "environment", chosen)
     limits = settings.model_dump(include={"workers", "time_limit", "memory_limit"})
     with Environments(settings.name, settings.settings, **limits) as pool:
         encoder = make_encoder(pool.tools)

@@ -23,8 +23,9 @@ from foveate.models.policy import load_policy
 from foveate.plan.hardware import GIB
 from foveate.plan.memory import memory_of, sizes_of
 from foveate.plan.workload import workload_of
-from foveate.records import Prompt, SamplingParams, Task
-from foveate.rollout.conversations import FUNCTION_ALONE, open_conversations, scored, tools_of_environment
+from foveate.records import Prompt, SamplingParams, Score, Task
+from foveate.rollout.conversations import Conversed, open_conversations, tools_of_environment
+from foveate.rollout.credit import FUNCTION_ALONE, scored
 from foveate.rollout.engine import Request
 from foveate.rollout.native.engine import NativeEngine
 from foveate.rollout.seeds import seed_of
@@ -108,6 +109,9 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     train, test, left_out = read_data(settings, encoder, check, limits)
     [first] = build_stream(train, settings.data, settings.seed, per_step).draw(1)
     task, prompt = encoder.for_graders(train[first]), encoder(train[first])
+    sampled = _answered(settings, task, prompt, encoder) if isinstance(settings, RLSettings) else None
+    if sampled is not None:
+        task, prompt = sampled[0].task, sampled[0].prompt
     evaluation = "none" if test is None else f"{len(test):,} held-out rows, every {settings.eval.every} steps"
     yield f"\n{stage}: {settings.train.steps} steps of {step}"
     yield f"folder: {settings.run}{_resumes(settings)}"
@@ -118,8 +122,8 @@ def _run(settings: SFTSettings | MPOSettings | RLSettings) -> Iterator[str]:
     yield f"first prompt, {task.where}: {len(prompt)} tokens, {counted(len(task.images), 'image')} among them"
     yield f"  tokens: {_tokens(prompt.token_ids)}"
     yield _text(str(encoder.tokenizer.decode(list(prompt.engine_ids))))
-    if isinstance(settings, RLSettings):
-        yield from _graded_answer(settings, task, prompt, encoder)
+    if isinstance(settings, RLSettings) and sampled is not None:
+        yield from _graded_answer(settings, *sampled)
     for name in fields:
         ids = encoder.answer_ids(task.meta[name])
         yield f"{name}, {'trained' if name == RESPONSE else 'compared'}: {len(ids)} tokens"
@@ -173,29 +177,37 @@ def _memory(settings: SFTSettings | MPOSettings | RLSettings, prompt: Prompt) ->
     return f"{told}; {sizes.total:,} parameters, {sizes.trained:,} trained"
 
 
-def _graded_answer(settings: RLSettings, task: Task, prompt: Prompt, encoder: Encoder) -> Iterator[str]:
-    """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine."""
+def _answered(settings: RLSettings, task: Task, prompt: Prompt, encoder: Encoder) -> tuple[Conversed, Score]:
+    """One answer of the start to the first prompt, sampled and graded as in the run, by the native engine; with an
+    environment it begins as in the run, too."""
     rollout, cluster, model = settings.rollout, settings.cluster, settings.model
     options = {"attention": model.attention, "dtype": cluster.dtype or model.dtype, "device": cluster.kind}
     policy = load_policy(model.path, **options, quantization=model.quantization)
-    engine, [prompt] = NativeEngine(policy, encoder.decode), with_router(encoder, policy).routed([prompt])
+    encoder = with_router(encoder, policy)
+    engine, [prompt] = NativeEngine(policy, encoder.decode), encoder.routed([prompt])
     sampling = SamplingParams(1, rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("eval", settings.seed))]
+    discount, requests = settings.algorithm.turn_discount, [Request(prompt, seed_of("train", settings.seed, 1, 0))]
     with (
         build_graders(settings.reward) as graders,
         open_conversations(settings.environment, lambda _: encoder, turn_discount=discount) as (_, talks),
     ):
-        [[answer]], [outcomes] = answer_all(engine, [task], requests, sampling, talks)
+        [found] = answer_all(engine, [task], requests, sampling, talks)
         credit = FUNCTION_ALONE if talks is None else talks.credit
-        [score] = scored(graders, [(answer, task)], outcomes or [None], credit)
-    yield f"sampled answer at temperature {rollout.temperature:g}: {len(answer)} tokens, finish {answer.finish}"
+        [score] = scored(graders, [(found.answers[0], found.task)], found.outcomes or [None], credit)
+    return found, score
+
+
+def _graded_answer(settings: RLSettings, found: Conversed, score: Score) -> Iterator[str]:
+    [answer], outcomes = found.answers, found.outcomes
+    temperature = settings.rollout.temperature
+    yield f"sampled answer at temperature {temperature:g}: {len(answer)} tokens, finish {answer.finish}"
     for turn in outcomes[0].turns if outcomes else ():
         images = f", {counted(len(turn.images), 'image')}" if turn.images else ""
         yield f"{turn.role}{images}:"
         yield _text(turn.text)
     if not outcomes:
         yield _text(answer.text)
-    yield f"ground truth: {task.answer!r:.400}"
+    yield f"ground truth: {found.task.answer!r:.400}"
     parts = "".join(f", {name} {value:g}" for name, value in score.parts.items())
     value = "not graded" if score.value is None else f"{score.value:g}"
     yield f"reward {settings.reward.name}: {value}{parts}{f' ({score.note})' if score.note else ''}"

@@ -47,7 +47,7 @@ def only(listed: Sequence[ListEntry], name: str | None, kind: str) -> list[ListE
     found = [entry for entry in listed if entry.name in names]
     if not found:
         known = dict.fromkeys(entry.name.rpartition(" ")[2] for entry in listed)
-        raise ConfigError(f"no {kind} {name!r}{suggestion(name.lower(), known)}; known: {', '.join(known)}")
+        raise ConfigError(f"no {kind} {name!r}{suggestion(name.lower(), known, then='known')}: {', '.join(known)}")
     return found
 
 
@@ -62,7 +62,7 @@ def settings_list(stage: str = "rl", group: str | None = None) -> list[ListEntry
         if not chosen:
             groups = {path.partition(".")[0] for path, _ in listed}
             raise ConfigError(
-                f"no setting {group!r} in stage {stage}{suggestion(group, [*groups, *dict(listed)])}; groups: "
+                f"no setting {group!r} in stage {stage}{suggestion(group, [*groups, *dict(listed)], then='groups')}: "
                 f"{', '.join(sorted(groups))}"
             )
         listed = chosen

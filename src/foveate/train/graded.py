@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from foveate.errors import DataError
 from foveate.records import Answer, Group
+from foveate.rollout.credit import OF_ENVIRONMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ def require_grades(groups: Sequence[Group]) -> None:
     if any(score.value is not None for _, score in scores):
         return
     group, score = next(((group, score) for group, score in scores if score.trace), scores[0])
+    by_environment = score.note.startswith(OF_ENVIRONMENT)
+    fix = "environment" if by_environment else "reward, or the ground truth that it reads"
     raise DataError(
         f"none of the {len(scores)} answers of a step could be graded; the first, to {group.task.where}: {score.note}; "
-        f"fix the reward, or the ground truth that it reads\n{score.trace}".rstrip()
+        f"fix the {fix}\n{score.trace}".rstrip()
     )

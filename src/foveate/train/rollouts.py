@@ -18,7 +18,8 @@ from foveate.environments.turns import Turn
 from foveate.errors import DataError
 from foveate.records import Answer, Group, Prompt, SamplingParams, Score, Task
 from foveate.rewards.pool import Graders
-from foveate.rollout.conversations import FUNCTION_ALONE, AnswerCredit, Conversations, Outcome, places_to_grade, scored
+from foveate.rollout.conversations import Conversations
+from foveate.rollout.credit import FUNCTION_ALONE, AnswerCredit, Outcome, places_to_grade, scored
 from foveate.rollout.engine import Engine, Request
 from foveate.rollout.seeds import seed_of
 from foveate.train.clock import Clock
