@@ -11,7 +11,7 @@ import PIL.Image
 from foveate.data.images import load_image
 from foveate.environments.calls import MalformedCall, ToolCall, parse_calls
 from foveate.environments.observe import encoded, observation, task_messages
-from foveate.environments.protocol import Environment, Observation, Step
+from foveate.environments.protocol import Environment, EnvironmentFault, Observation, Step
 from foveate.environments.tools import CallError, Frame, Seen, Tool, ToolResult, build_tool, tool_named
 from foveate.errors import ConfigError
 from foveate.records import Image, Task
@@ -88,12 +88,15 @@ class Calling(Environment):
             result = tool(call, self._Numbered(self), self._frame)
         except CallError as error:
             return observation("tool", f"Error: {error}"), {"name": name, "error": True}
-        return self._shown(result), {"name": name, "error": False, **result.info}
+        return self._shown(name, result), {"name": name, "error": False, **result.info}
 
-    def _shown(self, result: ToolResult) -> Observation:
+    def _shown(self, name: str, result: ToolResult) -> Observation:
         """A result with the numbers of its images."""
         first = len(self._images) + 1
-        images = [encoded(picture) for picture in result.pictures]
+        try:
+            images = [encoded(picture) for picture in result.pictures]
+        except EnvironmentFault as error:
+            raise EnvironmentFault(f"tool {name}: {error}") from None
         self._images += images
         numbers = [f"Image {first + index}" for index in range(len(images))]
         text = "\n".join(part for part in (", ".join(numbers), result.text) if part)
