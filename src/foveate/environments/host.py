@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -63,8 +64,9 @@ class CannotBuild:
 class EnvironmentHost:
     """The environments of a process by their numbers. A failure ends the environment and no other one."""
 
-    def __init__(self, make: MakeEnvironment, limits: EnvironmentLimits) -> None:
-        self._make, self._limits = make, limits
+    def __init__(self, make: MakeEnvironment, limits: EnvironmentLimits, *, in_run: bool = False) -> None:
+        """`in_run`: it is in the process of the run, where Ctrl-C is meant for the run."""
+        self._make, self._limits, self._in_run = make, limits, in_run
         self._open: dict[int, Environment] = {}
 
     def handle(self, command: EnvironmentCommand) -> EnvironmentReply | EnvironmentFailure:
@@ -79,6 +81,8 @@ class EnvironmentHost:
         except DataError as error:
             reply = EnvironmentFailure("invalid", _note(error))
         except BaseException as error:  # SystemExit too: other environments live here
+            if self._in_run and isinstance(error, KeyboardInterrupt) and os.getpid() == own:
+                raise
             note = f"{type(error).__name__}: {_note(error)}"
             reply = EnvironmentFailure("raised", note, printable(traceback.format_exc(limit=-TRACE_FRAMES)[-4_000:]))
         if os.getpid() != own:  # the environment forked, and this is the copy
@@ -109,7 +113,8 @@ class EnvironmentHost:
 
     def _reset(self, number: int, task: Task, seed: int) -> EnvironmentReply:
         environment = self._open[number] = self._make()
-        messages = checked_opening(environment.reset(task, seed), task, self._limits)
+        own = replace(task, answer=deepcopy(task.answer), meta=deepcopy(dict(task.meta)))  # it may change what it gets
+        messages = checked_opening(environment.reset(own, seed), task, self._limits)
         digest = digest_of(messages)
         return EnvironmentReply(Opened(messages, digest), digest)
 
