@@ -445,3 +445,13 @@ def test_an_environment_that_was_never_reset_need_not_be_able_to_close(others):
 def test_schemas_that_are_none_are_refused_when_a_run_starts(others):
     with pytest.raises(ConfigError, match=r"tools\(\) gives \{'name': 'look'\}; it must give schemas of functions"):
         Environments(f"{others}:Showing", {}, workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_environment_that_restores_another_state_starts_the_answer_again(file, workers):
+    Path(file).write_text(ENVIRONMENT + "\nclass Forgetting(Remembering):\n    def restore(self, state): pass\n")
+    with Environments(f"{file}:Forgetting", {}, workers=workers) as pool:
+        opened(pool, "a")
+        pool.step("a", "5").result(60)
+        failure = pool.restore(TASK, pool.state("a"), "b").result(60)
+    assert (failure.kind, "another state after restore" in failure.note) == ("start_again", True)

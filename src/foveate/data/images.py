@@ -190,7 +190,7 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
         with open_picture(source, MOST_PIXELS) as (picture, _):
             if sorted(picture.size) != sorted((image.width, image.height)):
                 raise DataError(_changed(image, picture.size))
-            rgb = as_shown(picture)
+            rgb = upright_rgb(picture)
     except DataError as error:
         raise DataError(f"{place}: {name} {error}") from error
     except _BROKEN as error:
@@ -200,7 +200,7 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
     return rgb
 
 
-def as_shown(picture: PIL.Image.Image) -> PIL.Image.Image:
+def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     """A picture in 8-bit RGB, upright, and without metadata, by which others would turn it a second time. Raises
     DataError, without a name in front, for 32-bit floats."""
     if picture.mode == "F":

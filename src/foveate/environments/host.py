@@ -91,15 +91,14 @@ class EnvironmentHost:
             self._close(command.number)
         return reply
 
-    def _handle(self, command: EnvironmentCommand) -> EnvironmentReply:
+    def _handle(self, command: EnvironmentCommand) -> EnvironmentReply | EnvironmentFailure:
         number = command.number
         match command.name:
             case "reset":
                 task, seed = command.argument
                 return self._reset(number, task, seed)
             case "restore":
-                self._open[number].restore(command.argument)
-                return EnvironmentReply()
+                return self._restore(self._open[number], command.argument)
             case "step":
                 environment = self._open[number]
                 step = checked_step(environment.step(command.argument), self._limits)
@@ -117,6 +116,13 @@ class EnvironmentHost:
         messages = checked_opening(environment.reset(own, seed), task, self._limits)
         digest = digest_of(messages)
         return EnvironmentReply(Opened(messages, digest), digest)
+
+    def _restore(self, environment: Environment, state: Any) -> EnvironmentReply | EnvironmentFailure:
+        environment.restore(deepcopy(state))
+        if _state(environment) != state:
+            note = "the environment has another state after restore than it was given; the answer starts again"
+            return EnvironmentFailure("start_again", note)
+        return EnvironmentReply()
 
     def _close(self, number: int) -> None:
         environment = self._open.pop(number, None)

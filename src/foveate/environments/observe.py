@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD, valid_unicode
-from foveate.data.images import as_shown, has_16_bits, read_image
+from foveate.data.images import has_16_bits, read_image, upright_rgb
 from foveate.environments.protocol import EnvironmentFault, EnvironmentLimits, Observation, Step
 from foveate.errors import DataError
 from foveate.records import Image, Task
@@ -47,7 +47,7 @@ def encoded(picture: PIL.Image.Image) -> Image:
             f"an image has pixels of Pillow's mode {picture.mode} beyond 0 to 255, which have no agreed white; scale "
             "them and convert it to RGB"
         )
-    buffer, shown = BytesIO(), as_shown(picture)
+    buffer, shown = BytesIO(), upright_rgb(picture)
     shown.save(buffer, format="PNG", compress_level=1)
     return Image(None, buffer.getvalue(), shown.width, shown.height)
 

@@ -215,7 +215,7 @@ def _graded_answer(settings: RLSettings, found: Conversed, score: Score) -> Iter
 
 
 def _scored_by(settings: RLSettings) -> str:
-    """What the score of an answer comes from."""
+    """A few words for where the score of an answer comes from."""
     name, own = f"reward {settings.reward.name}", settings.environment
     if own is None or own.reward == "function":
         return name
