@@ -516,3 +516,24 @@ def test_an_async_tool_is_called_beside_a_loop_that_runs(pictures):
         return begun([f"{pictures}:later"]).step(hermes_call("later", {"words": "w"}))
 
     assert asyncio.run(in_a_notebook()).messages[0].content == "w"
+
+
+@pytest.mark.parametrize(("limits", "shown"), [({"max_images": 2}, 2), ({}, 3)])
+def test_a_turn_of_more_results_than_it_may_show_says_so_and_loses_no_answer(limits, shown):
+    look = hermes_call("zoom", {"image": 1, "box": [0, 0, 500, 500]})
+    with Environments("tools", {"tools": ["zoom"], **limits}, workers=0) as pool:
+        pool.open(task(), 0, "a")
+        step = pool.step("a", look * 3).result()
+        assert [one["error"] for one in step.info["calls"]] == [False] * shown + [True] * (3 - shown)
+        assert [one.content for one in step.messages[:shown]] == [f"<image>\nImage {2 + one}" for one in range(shown)]
+        for message in step.messages[shown:]:
+            assert message.content == "Error: the result has no room in this turn."
+        assert pool.step("a", look).result().messages[0].content == f"<image>\nImage {2 + shown}"
+
+
+def test_a_turn_of_more_text_than_it_may_show_says_so_and_loses_no_answer(pictures):
+    said = hermes_call("later", {"words": "w" * 90})
+    with Environments("tools", {"tools": [f"{pictures}:later"], "max_text": 200}, workers=0) as pool:
+        pool.open(task(), 0, "a")
+        contents = [one.content for one in pool.step("a", said * 3).result().messages]
+    assert contents == ["w" * 90, *["Error: the result has no room in this turn."] * 2]

@@ -46,6 +46,7 @@ def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvir
             raise ConfigError(f"{where} returned {made!r:.60}; it must return a foveate.environments.Environment")
         if made.shows_images and not limits.max_images:
             raise ConfigError(f"{where}: max_images is 0, but {made.shows_images} shows images; leave one of them out")
+        made.step_limits = limits
         return made
 
     return make, limits
