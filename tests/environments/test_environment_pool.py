@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from foveate.data.images import load_image
 from foveate.environments import instances
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import EnvironmentFailure, EnvironmentRecord, Opened, with_opening
@@ -119,7 +120,7 @@ FAULTS = [
     ("garbage", "invalid", "step returned dict {'reward': 1}; it must return a Step"),
     ("marks", "invalid", "a message with 0 images must have one <image> in its text for each"),
     ("role", "invalid", "a message has the role 'assistant'; allowed: system, user, tool"),
-    ("half", "invalid", ""),
+    ("half", "invalid", "the text of a message is not valid Unicode: "),
     ("nan", "invalid", "the reward of a step is nan; it must be a finite number or None"),
     ("array", "invalid", "the reward of a step is array([0., 0.]); it must be"),
     ("text", "invalid", "the reward of a step is '1'; it must be"),
@@ -359,3 +360,98 @@ def test_settings_are_refused_when_a_run_starts(file, name, settings, message):
     path = name if name == "counter" else f"{file}:{name}"
     with pytest.raises(ConfigError, match=message):
         Environments(path, settings, workers=0)
+
+
+OTHERS = """
+from pathlib import Path
+from foveate.environments import Environment, Observation, Step, observation
+from foveate.records import Image
+
+class Careless(Environment):
+    def reset(self, task, seed):
+        task.meta.setdefault("seen", []).append(seed)
+        task.answer.append("mine")
+        return [observation("user", f"{task.meta} {task.answer}")]
+
+    def step(self, answer):
+        raise KeyboardInterrupt
+
+class Overwriting(Environment):
+    def __init__(self, *, folder: str):
+        self.file = Path(folder) / "screen.png"
+
+    def reset(self, task, seed):
+        self.shade = 0
+        return [observation("user", "look")]
+
+    def step(self, answer):
+        self.shade += 100
+        made = observation("user", "", __import__("PIL.Image").Image.new("L", (4, 4), self.shade)).images[0]
+        self.file.write_bytes(made.data)
+        return Step((Observation("user", "<image>", (Image(self.file, None, 4, 4),)),))
+
+class Holding(Environment):
+    def reset(self, task, seed):
+        self.held = object()
+        return [observation("user", "go")]
+
+    def close(self):
+        del self.held
+
+class Showing(Environment):
+    def tools(self):
+        return [{"name": "look"}]
+"""
+
+
+@pytest.fixture
+def others(tmp_path):
+    (tmp_path / "others.py").write_text(OTHERS)
+    return str(tmp_path / "others.py")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_an_environment_changes_of_its_task_changes_no_other(others, workers):
+    task = Task("t", "s", (Message("user", "?"),), (), ["truth"], {"size": 3})
+    with Environments(f"{others}:Careless", {}, workers=workers) as pool:
+        found = [pool.open(task, 1, key).result(60).messages[0].content for key in "ab"]
+    assert found == ["{'size': 3, 'seen': [1]} ['truth', 'mine']"] * 2
+    assert (task.answer, task.meta) == (["truth"], {"size": 3})
+
+
+def test_an_interrupt_is_meant_for_the_run_where_environments_live_in_it(others):
+    task = Task("t", "s", (Message("user", "?"),), (), [], {})
+    with Environments(f"{others}:Careless", {}, workers=0) as pool:
+        pool.open(task, 1, "a").result()
+        with pytest.raises(KeyboardInterrupt):
+            pool.step("a", "x")
+    with Environments(f"{others}:Careless", {}, workers=1) as pool:
+        pool.open(task, 1, "a").result(60)
+        assert pool.step("a", "x").result(60).note == "KeyboardInterrupt: KeyboardInterrupt"
+
+
+def test_an_image_of_a_file_is_what_the_file_held_when_it_was_shown(others, tmp_path):
+    with Environments(f"{others}:Overwriting", {"folder": str(tmp_path)}, workers=0) as pool:
+        opened(pool, "a")
+        shown = [pool.step("a", "x").result().messages[0].images[0] for _ in range(2)]
+    assert [load_image(image).getpixel((0, 0)) for image in shown] == [(100,) * 3, (200,) * 3]
+
+
+def test_an_environment_that_was_never_reset_need_not_be_able_to_close(others):
+    with Environments(f"{others}:Holding", {}, workers=0) as pool:
+        assert opened(pool, "a")[0].messages[0].content == "go"
+
+
+def test_schemas_that_are_none_are_refused_when_a_run_starts(others):
+    with pytest.raises(ConfigError, match=r"tools\(\) gives \{'name': 'look'\}; it must give schemas of functions"):
+        Environments(f"{others}:Showing", {}, workers=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_environment_that_restores_another_state_starts_the_answer_again(file, workers):
+    Path(file).write_text(ENVIRONMENT + "\nclass Forgetting(Remembering):\n    def restore(self, state): pass\n")
+    with Environments(f"{file}:Forgetting", {}, workers=workers) as pool:
+        opened(pool, "a")
+        pool.step("a", "5").result(60)
+        failure = pool.restore(TASK, pool.state("a"), "b").result(60)
+    assert (failure.kind, "another state after restore" in failure.note) == ("start_again", True)

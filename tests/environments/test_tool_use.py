@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import json
+from io import BytesIO
 from typing import Literal
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from foveate.data.images import load_image
+from foveate.data.images import load_image, read_image
 from foveate.environments.calculator import calculator
 from foveate.environments.calls import MalformedCall, ToolCall, hermes_call, parse_calls
 from foveate.environments.observe import encoded
@@ -391,3 +393,147 @@ def add(numbers: list[int]) -> int:
         numbers: What.
     """
     return sum(numbers)
+
+
+PICTURES = """
+import numpy as np
+from PIL import Image, ImageOps
+
+def made(kind: str) -> Image.Image:
+    \"\"\"Makes a picture.
+
+    Args:
+        kind: Which.
+    \"\"\"
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    return {
+        "float": lambda: Image.fromarray(values / 6),
+        "depth": lambda: Image.fromarray((values * 4000).astype(np.uint16)),
+        "negative": lambda: Image.fromarray((values - 3).astype(np.int32)),
+        "small": lambda: Image.fromarray((values * 40).astype(np.uint16)),
+        "empty": lambda: Image.new("RGB", (0, 5)),
+    }[kind]()
+
+def upright(image: Image.Image) -> Image.Image:
+    \"\"\"Turns a picture upright, as careful code does.
+
+    Args:
+        image: Which.
+    \"\"\"
+    return ImageOps.exif_transpose(image)
+
+def maybe(image: Image.Image | None = None, *, unused: int = 0) -> str:
+    \"\"\"Says what it was given.
+
+    Args:
+        image: Which.
+    \"\"\"
+    return "nothing" if image is None else f"{image.width} x {image.height}"
+
+def several(images: list[Image.Image]) -> str:
+    \"\"\"Takes several.
+
+    Args:
+        images: Which.
+    \"\"\"
+    return ""
+
+def unknown(words: "Nothing") -> str:
+    \"\"\"Takes what nobody knows.
+
+    Args:
+        words: Which.
+    \"\"\"
+    return words
+
+async def later(words: str) -> str:
+    \"\"\"Says it back.
+
+    Args:
+        words: What.
+    \"\"\"
+    return words
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "pictures.py").write_text(PICTURES)
+    return str(tmp_path / "pictures.py")
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("float", "F"), ("depth", "I;16"), ("negative", "I")])
+def test_pixels_that_8_bits_do_not_hold_end_the_run_by_name(pictures, kind, mode):
+    with pytest.raises(DataError, match=f"tool made: an image has pixels of Pillow's mode {mode} beyond 0 to 255"):
+        begun([f"{pictures}:made"]).step(hermes_call("made", {"kind": kind}))
+
+
+def test_wide_pixels_within_8_bits_are_shown_as_they_are(pictures):
+    step = begun([f"{pictures}:made"]).step(hermes_call("made", {"kind": "small"}))
+    assert load_image(step.messages[0].images[0]).getpixel((2, 1)) == (200, 200, 200)
+
+
+def test_an_image_without_pixels_is_told_to_the_model(pictures):
+    step = begun([f"{pictures}:made"]).step(hermes_call("made", {"kind": "empty"}))
+    assert step.messages[0].content == "Error: made: the result is an image without pixels"
+    assert step.info["calls"] == [{"name": "made", "error": True}]
+
+
+def with_orientation(turned):
+    """A picture of 6 x 4 pixels whose file says that it is to be shown turned."""
+    exif, buffer = Image.Exif(), BytesIO()
+    exif[ExifTags.Base.Orientation] = turned
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+def test_a_picture_is_turned_upright_once_whoever_does_it(pictures):
+    row = read_image({"bytes": with_orientation(6)}, ())
+    about = Task("t", "s", (Message("user", "<image>"),), (row,), None, {})
+    step = begun([f"{pictures}:upright"], about).step(hermes_call("upright", {"image": 1}))
+    assert [(one.width, one.height) for one in (row, *step.messages[0].images)] == [(4, 6)] * 2
+    opened = encoded(Image.open(BytesIO(with_orientation(6))))
+    assert (opened.width, opened.height) == load_image(opened).size == (4, 6)
+
+
+def test_an_image_may_be_left_out_where_its_type_says_so(pictures):
+    environment = begun([f"{pictures}:maybe"])
+    (schema,) = environment.tools()
+    assert schema["function"]["parameters"]["properties"]["image"]["type"] == "integer"
+    for arguments, text in (({}, "nothing"), ({"image": None}, "nothing"), ({"image": 1}, "200 x 100")):
+        assert environment.step(hermes_call("maybe", arguments)).messages[0].content == text
+
+
+def test_types_that_no_call_can_give_are_refused_when_a_run_starts(pictures):
+    with pytest.raises(ConfigError, match=r"tool several: parameter images has the type list\[.*Image\]; allowed: PIL"):
+        build_tool(f"{pictures}:several")
+    with pytest.raises(ConfigError, match=r"tool unknown: its type hints cannot be read .*'Nothing'"):
+        build_tool(f"{pictures}:unknown")
+
+
+def test_an_async_tool_is_called_beside_a_loop_that_runs(pictures):
+    async def in_a_notebook():
+        return begun([f"{pictures}:later"]).step(hermes_call("later", {"words": "w"}))
+
+    assert asyncio.run(in_a_notebook()).messages[0].content == "w"
+
+
+@pytest.mark.parametrize(("limits", "shown"), [({"max_images": 2}, 2), ({}, 3)])
+def test_a_turn_of_more_results_than_it_may_show_says_so_and_loses_no_answer(limits, shown):
+    look = hermes_call("zoom", {"image": 1, "box": [0, 0, 500, 500]})
+    with Environments("tools", {"tools": ["zoom"], **limits}, workers=0) as pool:
+        pool.open(task(), 0, "a")
+        step = pool.step("a", look * 3).result()
+        assert [one["error"] for one in step.info["calls"]] == [False] * shown + [True] * (3 - shown)
+        assert [one.content for one in step.messages[:shown]] == [f"<image>\nImage {2 + one}" for one in range(shown)]
+        for message in step.messages[shown:]:
+            assert message.content == "Error: the result has no room in this turn."
+        assert pool.step("a", look).result().messages[0].content == f"<image>\nImage {2 + shown}"
+
+
+def test_a_turn_of_more_text_than_it_may_show_says_so_and_loses_no_answer(pictures):
+    said = hermes_call("later", {"words": "w" * 90})
+    with Environments("tools", {"tools": [f"{pictures}:later"], "max_text": 200}, workers=0) as pool:
+        pool.open(task(), 0, "a")
+        contents = [one.content for one in pool.step("a", said * 3).result().messages]
+    assert contents == ["w" * 90, *["Error: the result has no room in this turn."] * 2]

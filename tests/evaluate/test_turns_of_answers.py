@@ -205,3 +205,9 @@ def test_an_environment_is_named_on_the_command_line_with_its_settings():
     assert (settings.settings, settings.reward) == ({"tools": ["zoom"]}, "both")
     with pytest.raises(ConfigError, match=r"^--environment .*: turns: Extra inputs"):
         environment_of("{name: tools, turns: 3}")
+
+
+def test_a_tool_whose_name_is_that_of_a_metric_does_not_take_its_place():
+    calls = ({"name": "calls", "error": False}, {"name": "errors", "error": True}, {"name": 7, "error": False})
+    found = turn_metrics([[Turn("assistant", "x", calls=calls)]])
+    assert (found["tool/calls"], found["tool/errors"], found["tool/7"]) == (3, 1, 1)

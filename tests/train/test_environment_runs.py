@@ -121,6 +121,8 @@ def test_a_dry_run_shows_the_prompt_that_the_environment_makes_and_the_run_has(t
     shown = re.search(r"what is \d\?", told)
     assert shown is not None
     assert "  | Be brief." in told
+    assert f"\nreward of environment {HERE}:Drawn: " in told
+    assert "string_match" not in told.rpartition("ground truth")[2]
     assert rows_of(run_rl(settings), 1)[0]["prompt"][1]["content"] == f"<image>\n{shown[0]}"
     long = settings_of(tmp_path / "other", model, data, {**environment, "name": f"{HERE}:Lengthy"}, eval={"every": 0})
     assert re.search(

@@ -136,7 +136,7 @@ def _header(source: Path | bytes, max_pixels: int) -> _Header:
             fault = structure_fault(picture, file)
             width, height = picture.size
             turned = _orientation(picture) in _TURNED
-            remarks = (_SIXTEEN_BITS,) if _has_16_bits(picture) else ()
+            remarks = (_SIXTEEN_BITS,) if has_16_bits(picture) else ()
     except DataError as error:
         raise DataError(f"{name} {error}") from error
     except _BROKEN as error:
@@ -190,18 +190,27 @@ def load_image(image: Image, where: str = "") -> PIL.Image.Image:
         with open_picture(source, MOST_PIXELS) as (picture, _):
             if sorted(picture.size) != sorted((image.width, image.height)):
                 raise DataError(_changed(image, picture.size))
-            if picture.mode == "F":
-                raise DataError("has 32-bit float pixels, which have no agreed white; save it with 8 bits")
-            rgb = picture.convert("RGB")
-            orientation = _orientation(picture)
+            rgb = upright_rgb(picture)
     except DataError as error:
         raise DataError(f"{place}: {name} {error}") from error
     except _BROKEN as error:
         raise DataError(f"{place}: {name} cannot be decoded ({one_line(error)}); replace the file") from error
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
     if rgb.size != (image.width, image.height):
         raise DataError(f"{place}: {name} {_changed(image, rgb.size)}")
+    return rgb
+
+
+def upright_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture in 8-bit RGB, upright, and without metadata, by which others would turn it a second time. Raises
+    DataError, without a name in front, for 32-bit floats."""
+    if picture.mode == "F":
+        raise DataError("has 32-bit float pixels, which have no agreed white; save it with 8 bits")
+    rgb, orientation = picture.convert("RGB"), _orientation(picture)
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    elif rgb is picture:
+        rgb = picture.copy()
+    rgb.info.clear()
     return rgb
 
 
@@ -212,7 +221,7 @@ def _changed(image: Image, size: tuple[int, int]) -> str:
     )
 
 
-def _has_16_bits(picture: PIL.Image.Image) -> bool:
+def has_16_bits(picture: PIL.Image.Image) -> bool:
     return picture.mode == "I" or picture.mode.startswith("I;16")
 
 

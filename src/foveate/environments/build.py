@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -44,6 +46,7 @@ def build_environment(name: str, settings: Mapping[str, Any]) -> tuple[MakeEnvir
             raise ConfigError(f"{where} returned {made!r:.60}; it must return a foveate.environments.Environment")
         if made.shows_images and not limits.max_images:
             raise ConfigError(f"{where}: max_images is 0, but {made.shows_images} shows images; leave one of them out")
+        made.step_limits = limits
         return made
 
     return make, limits
@@ -78,13 +81,30 @@ def _limits(
     return limits
 
 
+def _checked_schema(name: str, schema: Any) -> Mapping[str, Any]:
+    """The schema of a function for prompts. Raises ConfigError for anything else, which a template would write into
+    every prompt as it is."""
+    function = schema.get("function") if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ConfigError(
+            f"environment {name}: tools() gives {schema!r:.80}; it must give schemas of functions, as "
+            "transformers.utils.get_json_schema makes them: {type: function, function: {name, description, parameters}}"
+        )
+    try:
+        json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"environment {name}: the schema of {function['name']} is no JSON ({error})") from None
+    return schema
+
+
 def made_once(name: str, make: MakeEnvironment) -> tuple[tuple[Mapping[str, Any], ...], bool]:
     """The schemas that an environment shows in prompts, and whether it has a `last_reward` of its own. Raises
     ConfigError where it cannot be made."""
     try:
         made = make()
-        shown = tuple(made.tools())
-        made.close()
+        shown = tuple(_checked_schema(name, one) for one in made.tools())
+        with suppress(Exception):  # of one that was not reset, as later of all
+            made.close()
     except ConfigError:
         raise
     except Exception as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -63,8 +64,9 @@ class CannotBuild:
 class EnvironmentHost:
     """The environments of a process by their numbers. A failure ends the environment and no other one."""
 
-    def __init__(self, make: MakeEnvironment, limits: EnvironmentLimits) -> None:
-        self._make, self._limits = make, limits
+    def __init__(self, make: MakeEnvironment, limits: EnvironmentLimits, *, in_run: bool = False) -> None:
+        """`in_run`: it is in the process of the run, where Ctrl-C is meant for the run."""
+        self._make, self._limits, self._in_run = make, limits, in_run
         self._open: dict[int, Environment] = {}
 
     def handle(self, command: EnvironmentCommand) -> EnvironmentReply | EnvironmentFailure:
@@ -79,6 +81,8 @@ class EnvironmentHost:
         except DataError as error:
             reply = EnvironmentFailure("invalid", _note(error))
         except BaseException as error:  # SystemExit too: other environments live here
+            if self._in_run and isinstance(error, KeyboardInterrupt) and os.getpid() == own:
+                raise
             note = f"{type(error).__name__}: {_note(error)}"
             reply = EnvironmentFailure("raised", note, printable(traceback.format_exc(limit=-TRACE_FRAMES)[-4_000:]))
         if os.getpid() != own:  # the environment forked, and this is the copy
@@ -87,15 +91,14 @@ class EnvironmentHost:
             self._close(command.number)
         return reply
 
-    def _handle(self, command: EnvironmentCommand) -> EnvironmentReply:
+    def _handle(self, command: EnvironmentCommand) -> EnvironmentReply | EnvironmentFailure:
         number = command.number
         match command.name:
             case "reset":
                 task, seed = command.argument
                 return self._reset(number, task, seed)
             case "restore":
-                self._open[number].restore(command.argument)
-                return EnvironmentReply()
+                return self._restore(self._open[number], command.argument)
             case "step":
                 environment = self._open[number]
                 step = checked_step(environment.step(command.argument), self._limits)
@@ -109,9 +112,17 @@ class EnvironmentHost:
 
     def _reset(self, number: int, task: Task, seed: int) -> EnvironmentReply:
         environment = self._open[number] = self._make()
-        messages = checked_opening(environment.reset(task, seed), task, self._limits)
+        own = replace(task, answer=deepcopy(task.answer), meta=deepcopy(dict(task.meta)))  # it may change what it gets
+        messages = checked_opening(environment.reset(own, seed), task, self._limits)
         digest = digest_of(messages)
         return EnvironmentReply(Opened(messages, digest), digest)
+
+    def _restore(self, environment: Environment, state: Any) -> EnvironmentReply | EnvironmentFailure:
+        environment.restore(deepcopy(state))
+        if _state(environment) != state:
+            note = "the environment has another state after restore than it was given; the answer starts again"
+            return EnvironmentFailure("start_again", note)
+        return EnvironmentReply()
 
     def _close(self, number: int) -> None:
         environment = self._open.pop(number, None)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from typing import Any, SupportsFloat
 
@@ -14,12 +15,13 @@ import numpy as np
 import PIL.Image
 
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD, valid_unicode
-from foveate.data.images import read_image
-from foveate.environments.protocol import EnvironmentLimits, Observation, Step
+from foveate.data.images import has_16_bits, read_image, upright_rgb
+from foveate.environments.protocol import EnvironmentFault, EnvironmentLimits, Observation, Step
 from foveate.errors import DataError
 from foveate.records import Image, Task
 
 OBSERVED_ROLES = ("system", "user", "tool")
+MOST_OF_8_BITS = 255
 MOST_INFO, MOST_STATE, MOST_MESSAGES = 20_000, 1_000_000, 1000
 """Characters of the JSON of a step's info, and of a state; messages of a step, and of an opening."""
 
@@ -36,10 +38,23 @@ def observation(role: str, text: str, *pictures: PIL.Image.Image | Image) -> Obs
 
 
 def encoded(picture: PIL.Image.Image) -> Image:
-    """A picture as a record: PNG without loss, RGB."""
-    buffer = BytesIO()
-    picture.convert("RGB").save(buffer, format="PNG", compress_level=1)
-    return Image(None, buffer.getvalue(), picture.width, picture.height)
+    """A picture as a record: PNG without loss, 8-bit RGB, upright. Raises DataError for one without pixels, and
+    EnvironmentFault for pixels that 8 bits do not hold: the code that made it is to say what is white."""
+    if not picture.width or not picture.height:
+        raise DataError(f"an image has {picture.width} x {picture.height} pixels; each side must have at least 1")
+    if picture.mode == "F" or (has_16_bits(picture) and _beyond_8_bits(picture)):
+        raise EnvironmentFault(
+            f"an image has pixels of Pillow's mode {picture.mode} beyond 0 to 255, which have no agreed white; scale "
+            "them and convert it to RGB"
+        )
+    buffer, shown = BytesIO(), upright_rgb(picture)
+    shown.save(buffer, format="PNG", compress_level=1)
+    return Image(None, buffer.getvalue(), shown.width, shown.height)
+
+
+def _beyond_8_bits(picture: PIL.Image.Image) -> bool:
+    values = np.asarray(picture)
+    return bool(values.min() < 0 or values.max() > MOST_OF_8_BITS)
 
 
 def task_messages(task: Task) -> tuple[Observation, ...]:
@@ -112,14 +127,18 @@ def _checked_message(
     if not isinstance(message.content, str) or message.content.count(IMAGE_TAG) != len(message.images):
         raise DataError(f"a message with {len(message.images)} images must have one {IMAGE_TAG} in its text for each")
     images = tuple(image if image in known else _checked_image(image, limits) for image in message.images)
-    return Observation(message.role, valid_unicode(message.content), images)
+    try:
+        return Observation(message.role, valid_unicode(message.content), images)
+    except DataError as error:
+        raise DataError(f"the text of a message {error}") from None
 
 
 def _checked_image(image: Any, limits: EnvironmentLimits) -> Image:
     if not isinstance(image, Image):
         raise DataError(f"an image is {type(image).__name__}; it must be a foveate.records.Image (see `observation`)")
     _limit(image.width * image.height, limits.max_pixels, "pixels of an image", "max_pixels")
-    return read_image(image.data if image.path is None else image.path, (), limits.max_pixels)
+    found = read_image(image.data if image.path is None else image.path, (), limits.max_pixels)
+    return found if found.path is None else replace(found, path=None, data=found.path.read_bytes())  # as it is now
 
 
 def _limit(found: int, most: int, what: str, setting: str) -> None:

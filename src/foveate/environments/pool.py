@@ -77,7 +77,7 @@ class Environments:
         self.failures: Counter[FailureKind] = Counter()
         self.rebuilt = 0
         self._job = WorkerJob.here("environment", name, settings, time_limit, memory_limit)
-        self._host = None if self._count else EnvironmentHost(make, limits)
+        self._host = None if self._count else EnvironmentHost(make, limits, in_run=True)
         self._instances: dict[Hashable, EnvironmentInstance] = {}
         self._numbers = iter(range(2**62))
         self._fault: DataError | None = None

@@ -50,6 +50,8 @@ class Environment:
 
     shows_images = ""
     """A part of it by which images are always shown, for the message where `max_images` is 0."""
+    step_limits: EnvironmentLimits | None = None
+    """What one step may show, told by the run that makes it."""
 
     def tools(self) -> Sequence[Mapping[str, Any]]:
         """JSON schemas of functions that every prompt shows to the model, in the form of

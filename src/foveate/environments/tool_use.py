@@ -11,13 +11,14 @@ import PIL.Image
 from foveate.data.images import load_image
 from foveate.environments.calls import MalformedCall, ToolCall, parse_calls
 from foveate.environments.observe import encoded, observation, task_messages
-from foveate.environments.protocol import Environment, Observation, Step
+from foveate.environments.protocol import Environment, EnvironmentFault, EnvironmentLimits, Observation, Step
 from foveate.environments.tools import CallError, Frame, Seen, Tool, ToolResult, build_tool, tool_named
 from foveate.errors import ConfigError
 from foveate.records import Image, Task
 from foveate.rewards.boxes import BOX_FRAME, FRAME
 
 IN_THOUSANDTHS = (FRAME, FRAME)
+_NO_ROOM = "Error: the result has no room in this turn."
 
 
 @lru_cache(maxsize=2)
@@ -64,11 +65,27 @@ class Calling(Environment):
         calls = parse_calls(answer)
         if not calls:
             return self.answered(answer)
-        done = [self._carried_out(call) for call in calls[: self._max_calls]]
-        messages = [message for message, _ in done]
+        messages, done = list[Observation](), list[dict[str, Any]]()
+        taken = calls[: self._max_calls]
+        for left, call in zip(reversed(range(len(taken))), taken, strict=True):
+            before = len(self._images)
+            message, info = self._carried_out(call)
+            if messages and self._is_too_much([*messages, message], left):
+                del self._images[before:]
+                message = observation("tool", _NO_ROOM)
+                info = {"name": info["name"], "error": True}
+            messages.append(message)
+            done.append(info)
         if len(calls) > self._max_calls:
             messages.append(observation("tool", f"Error: at most {self._max_calls} calls of a turn are carried out."))
-        return self.called(messages, {"calls": [info for _, info in done]})
+        return self.called(messages, {"calls": done})
+
+    def _is_too_much(self, messages: Sequence[Observation], left: int) -> bool:
+        """Whether results that a step may show one by one are too many together, with `left` calls still to come."""
+        most = self.step_limits or EnvironmentLimits()
+        texts = sum(len(one.content) for one in messages) + left * len(_NO_ROOM)
+        images = sum(len(one.images) for one in messages)
+        return images > most.max_images or texts > most.max_text
 
     def answered(self, answer: str) -> Step:  # noqa: ARG002
         """The end of a conversation: an answer that calls nothing."""
@@ -88,12 +105,15 @@ class Calling(Environment):
             result = tool(call, self._Numbered(self), self._frame)
         except CallError as error:
             return observation("tool", f"Error: {error}"), {"name": name, "error": True}
-        return self._shown(result), {"name": name, "error": False, **result.info}
+        return self._shown(name, result), {"name": name, "error": False, **result.info}
 
-    def _shown(self, result: ToolResult) -> Observation:
+    def _shown(self, name: str, result: ToolResult) -> Observation:
         """A result with the numbers of its images."""
         first = len(self._images) + 1
-        images = [encoded(picture) for picture in result.pictures]
+        try:
+            images = [encoded(picture) for picture in result.pictures]
+        except EnvironmentFault as error:
+            raise EnvironmentFault(f"tool {name}: {error}") from None
         self._images += images
         numbers = [f"Image {first + index}" for index in range(len(images))]
         text = "\n".join(part for part in (", ".join(numbers), result.text) if part)

@@ -14,12 +14,14 @@ import json
 import typing
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import NoneType, UnionType
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from foveate.data.conversations import shown
 from foveate.environments import TOOLS
@@ -36,6 +38,17 @@ class ImageBox(tuple[float, float, float, float]):
     """A part of an image, as the type of a tool's parameter: (left, top, right, bottom) in pixels of it."""
 
     __slots__ = ()
+
+
+_VALUES: dict[Any, Any] = {Image.Image: int, ImageBox: _BOX}
+"""What a call gives for a parameter of these types."""
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of an image or a box that may be left out."""
+    is_union = typing.get_origin(hint) in (typing.Union, UnionType)
+    kinds = [one for one in typing.get_args(hint) if one is not NoneType] if is_union else []
+    return kinds[0] if len(kinds) == 1 and kinds[0] in _VALUES else hint
 
 
 class CallError(ValueError):
@@ -63,7 +76,7 @@ class ToolResult:
 class Tool:
     """A function with its settings filled in, under the name by which the model calls it.
 
-    Raises ConfigError for a parameter without a type hint."""
+    Raises ConfigError for a parameter without a type hint, or with one of a type that no call can give."""
 
     name: str
     function: Callable[..., Any]
@@ -72,6 +85,14 @@ class Tool:
         for key in self.parameters:
             if key not in self.hints:
                 raise ConfigError(f"tool {self.name}: parameter {key} has no type hint, which the model is shown")
+        for key, hint in self.hints.items():
+            try:
+                TypeAdapter(_VALUES.get(hint, hint))
+            except (PydanticUserError, TypeError):
+                raise ConfigError(
+                    f"tool {self.name}: parameter {key} has the type {inspect.formatannotation(hint)}; allowed: "
+                    "PIL.Image.Image and ImageBox, alone or with None, and texts, numbers, lists, dicts and Literal"
+                ) from None
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -83,7 +104,11 @@ class Tool:
     @cached_property
     def hints(self) -> dict[str, Any]:
         function = self.function.func if isinstance(self.function, partial) else self.function
-        return {key: hint for key, hint in typing.get_type_hints(function).items() if key in self.parameters}
+        try:
+            found = typing.get_type_hints(function)
+        except (NameError, TypeError, AttributeError) as error:
+            raise ConfigError(f"tool {self.name}: its type hints cannot be read ({one_line(error)})") from None
+        return {key: _without_none(hint) for key, hint in found.items() if key in self.parameters}
 
     @cached_property
     def image_parameter(self) -> str | None:
@@ -147,6 +172,8 @@ class Tool:
         except ValueError as error:
             raise CallError(f"{self.name}: {one_line(error)[:300]}") from None
         text, pictures = result_parts(result, f"tool {self.name}")
+        if any(not picture.width or not picture.height for picture in pictures):
+            raise CallError(f"{self.name}: the result is an image without pixels")
         return ToolResult(text, pictures, info)
 
     def _called(self, given: Mapping[str, Any]) -> Any:
@@ -165,10 +192,15 @@ class Tool:
         for key, parameter in self.parameters.items():
             if parameter.default is parameter.empty and key not in call.arguments:
                 raise CallError(f"{self.name} needs the argument {key}; {allowed}")
-        return {key: self._read(key, value, call.as_text) for key, value in call.arguments.items()}
+        given = {  # null for what is None where it is left out
+            key: value
+            for key, value in call.arguments.items()
+            if value is not None or self.parameters[key].default is not None
+        }
+        return {key: self._read(key, value, call.as_text) for key, value in given.items()}
 
     def _read(self, key: str, value: Any, as_text: bool) -> Any:
-        hint = {Image.Image: int, ImageBox: _BOX}.get(self.hints[key], self.hints[key])
+        hint = _VALUES.get(self.hints[key], self.hints[key])
         if as_text and hint is not str:
             try:
                 value = json.loads(value)
@@ -200,12 +232,19 @@ class Tool:
 
 
 def finished(result: Any) -> Any:
-    """The result of a call, which may be a coroutine."""
+    """The result of a call, which may be a coroutine, also where this thread runs a loop already, as notebooks do."""
+    if not inspect.isawaitable(result):
+        return result
 
     async def awaited() -> Any:
         return await result
 
-    return asyncio.run(awaited()) if inspect.isawaitable(result) else result
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(awaited())
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: asyncio.run(awaited())).result()
 
 
 def _explained(error: ValidationError, hint: Any, value: Any) -> str:

@@ -66,11 +66,11 @@ def turn_metrics(answers: Sequence[Sequence[Turn | AnswerTurn]], places: Iterabl
         for look in looks_of(turns)
     ]
     return {
+        **{f"tool/{name}": sum(str(call.get("name")) == name for call in calls) / count for name in names},
         "turns/mean": sum(turn.role == "assistant" for turns in answers for turn in turns) / count,
         "turns/max": float(max(sum(turn.role == "assistant" for turn in turns) for turns in answers)),
         "tool/calls": len(calls) / count,
         "tool/errors": sum(bool(call.get("error")) for call in calls) / count,
-        **{f"tool/{name}": sum(call.get("name") == name for call in calls) / count for name in names},
         **({"tool/iou": sum(overlaps) / len(overlaps)} if overlaps else {}),
     }
 

@@ -210,7 +210,16 @@ def _graded_answer(settings: RLSettings, found: Conversed, score: Score) -> Iter
     yield f"ground truth: {found.task.answer!r:.400}"
     parts = "".join(f", {name} {value:g}" for name, value in score.parts.items())
     value = "not graded" if score.value is None else f"{score.value:g}"
-    yield f"reward {settings.reward.name}: {value}{parts}{f' ({score.note})' if score.note else ''}"
+    by = _scored_by(settings)
+    yield f"{by}: {value}{parts}{f' ({score.note})' if score.note else ''}"
+
+
+def _scored_by(settings: RLSettings) -> str:
+    """A few words for where the score of an answer comes from."""
+    name, own = f"reward {settings.reward.name}", settings.environment
+    if own is None or own.reward == "function":
+        return name
+    return f"reward of environment {own.name}" if own.reward == "environment" else f"{name} and environment {own.name}"
 
 
 def _tokens(ids: Sequence[int]) -> str:
