@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from io import BytesIO
 from typing import Literal
 
@@ -537,3 +538,34 @@ def test_a_turn_of_more_text_than_it_may_show_says_so_and_loses_no_answer(pictur
         pool.open(task(), 0, "a")
         contents = [one.content for one in pool.step("a", said * 3).result().messages]
     assert contents == ["w" * 90, *["Error: the result has no room in this turn."] * 2]
+
+
+def test_a_parameter_that_no_call_fills_in_is_refused_by_name():
+    def many(*numbers: int) -> str:
+        """Add numbers.
+
+        Args:
+            numbers: What to add.
+        """
+        return str(sum(numbers))
+
+    def loose(one: int, **rest: int) -> str:
+        """Add numbers.
+
+        Args:
+            one: The first.
+        """
+        return str(one + sum(rest.values()))
+
+    def needs(one: int, *, factor: int) -> str:
+        """Multiply.
+
+        Args:
+            one: A number.
+        """
+        return str(one * factor)
+
+    for function, said in ((many, "numbers"), (loose, "rest"), (needs, "factor")):
+        with pytest.raises(ConfigError, match=f"no call fills in its parameter .*{said}"):
+            Tool(function.__name__, function)
+    assert Tool("needs", partial(needs, factor=3)).parameters.keys() == {"one"}

@@ -76,12 +76,19 @@ class ToolResult:
 class Tool:
     """A function with its settings filled in, under the name by which the model calls it.
 
-    Raises ConfigError for a parameter without a type hint, or with one of a type that no call can give."""
+    Raises ConfigError for a parameter without a type hint, with one of a type that no call can give, or that no call
+    fills in."""
 
     name: str
     function: Callable[..., Any]
 
     def __post_init__(self) -> None:
+        for key, one in inspect.signature(self.function).parameters.items():
+            if key not in self.parameters and (one.kind is not one.KEYWORD_ONLY or one.default is one.empty):
+                raise ConfigError(
+                    f"tool {self.name}: no call fills in its parameter {one}; name each that the model gives, and give "
+                    "those behind `*` a default or a place in the tool's settings"
+                )
         for key in self.parameters:
             if key not in self.hints:
                 raise ConfigError(f"tool {self.name}: parameter {key} has no type hint, which the model is shown")
