@@ -59,8 +59,7 @@ def _plain(value: Any, who: str, inside: str) -> Any:
         kind = value.get("type")
         if kind in _MEDIA and any(key in value for key in (kind, *_SOURCES)):
             raise EnvironmentFault(
-                f"{who} returned a part of type {kind!r} without a PIL image; return the image itself, opened with "
-                "PIL.Image.open"
+                f"{who} returned a part of type {kind!r} without a PIL image; return the image itself, decoded by PIL"
             )
         return {key: _plain(one, who, "a dict") for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -81,5 +80,5 @@ def _advice(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return " (an array that is a picture: PIL.Image.fromarray(array); another one: array.tolist())"
     if isinstance(value, bytes | bytearray):
-        return " (bytes that are a picture: PIL.Image.open(io.BytesIO(data)))"
+        return " (bytes that are a picture: decode them with PIL)"
     return ""

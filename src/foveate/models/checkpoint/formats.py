@@ -32,7 +32,7 @@ from foveate.models.sizes import meta_model
 Mapped = TypeVar("Mapped")
 
 IMAGE_WORDS = ("<img>", "<IMG_CONTEXT>", "</img>")
-_QUANTISED = ("F8", "F6", "F4", "I8", "U8")
+_QUANTISED = ("F8_", "F6_", "F4", "I8", "U8")
 """How dtypes of numbers begin that mean nothing without their scales."""
 _OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """Settings of config.json that change what a model returns, and their defaults."""

@@ -23,7 +23,7 @@ import torch
 from msgspec import msgpack
 from torch import Tensor
 
-from foveate.encoding.family import NO_PREFIXES, Family
+from foveate.encoding.family import NO_PREFIXES, Family, ServedAs
 from foveate.errors import ConfigError
 from foveate.models.families import served_as
 from foveate.models.policy import Policy
@@ -119,12 +119,7 @@ class VLLMEngine(ServedEngine):
         tensor (a server takes as much, and that one); `adapters` are `merged` into the weights, or travel as they are
         where vLLM applies them (auto); with `record_experts` answers tell the experts of their tokens; `arguments` and
         `environment` are added to its command line and variables; `logs` is its folder of output (None: temporary)."""
-        self._served = served_as(policy.family, "vllm")
-        if record_experts and NO_PREFIXES in self._served.options:
-            raise ConfigError(
-                "algorithm.router_replay: vLLM tells experts beside its cache of prefixes alone, but it serves "
-                f"{policy.family.name} without; leave it out, or set rollout.engine=native"
-            )
+        self._served = _served(policy, record_experts)
         _require(program)
         super().__init__(
             "vllm", policy, decode, servers=servers, start_s=start_s, stall_s=stall_s, tensor_parallel=tensor_parallel,
@@ -284,6 +279,17 @@ def _counted(server: Server, counters: str) -> float:
     """The sum of the server's counters whose names match."""
     text = server.call("GET", "/metrics", timeout_s=10)
     return sum(map(float, re.findall(rf"^vllm:{counters}_total\{{.*?\}} (\S+)$", text, re.MULTILINE)))
+
+
+def _served(policy: Policy, record_experts: bool) -> ServedAs:
+    """How vLLM takes the policy's family. Raises ConfigError where it does not, or tells no experts of it."""
+    served = served_as(policy.family, "vllm")
+    if record_experts and NO_PREFIXES in served.options:
+        raise ConfigError(
+            "algorithm.router_replay: vLLM tells experts beside its cache of prefixes alone, but it serves "
+            f"{policy.family.name} without; leave it out, or set rollout.engine=native"
+        )
+    return served
 
 
 def _require(program: str) -> None:
