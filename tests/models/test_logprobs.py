@@ -17,6 +17,7 @@ from foveate.models.logprobs import (
     chunked_logprobs,
     chunked_terms,
     chunked_top_k,
+    logits_of,
     plain_logprobs,
 )
 
@@ -305,6 +306,16 @@ def test_a_small_vocabulary_takes_few_rows_at_a_time_and_gives_the_same_values()
     assert largest.elements == CPU_CHUNK_ROWS * V
     for got, wanted in zip((logp, entropy), plain_logprobs(hidden, weight, token_ids, 1.0), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [2047, 2048, 5000])
+def test_logits_by_columns_are_those_of_one_product(vocabulary, dtype):
+    hidden, weight, _ = inputs(dtype, m=5, d=8, v=vocabulary)
+    with torch.no_grad():
+        found = logits_of(hidden, weight)
+        torch.testing.assert_close(found, (hidden @ weight.T).float())
+    assert found.dtype == torch.float32
 
 
 def test_a_divergence_that_cannot_be_is_refused_by_name():

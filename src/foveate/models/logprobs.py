@@ -22,6 +22,8 @@ CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
 CPU_CHUNK_ROWS = 512
 """Rows held at a time at most on processors: the passes over more leave their caches where the vocabulary is small."""
+_CPU_COLUMNS = 1024
+"""Tokens of the vocabulary whose logits a processor computes at a time: products of few rows with many are slow."""
 GPU_CHUNK_ELEMENTS = 1 << 26
 """The same on GPUs, where each chunk reads the whole head anew: 256 MB."""
 
@@ -192,7 +194,12 @@ def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
     its sums are taken as they are; elsewhere, those of bfloat16 come rounded to 8 bits."""
     if hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).to(_compute_dtype(hidden))
+    if hidden.device.type != "cpu" or len(weight) < 2 * _CPU_COLUMNS or torch.is_grad_enabled():
+        return (hidden @ weight.T).to(_compute_dtype(hidden))
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=_compute_dtype(hidden))
+    for first in range(0, len(weight), _CPU_COLUMNS):
+        logits[:, first : first + _CPU_COLUMNS] = hidden @ weight[first : first + _CPU_COLUMNS].T
+    return logits
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
