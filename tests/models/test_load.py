@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import shutil
 
 import pytest
@@ -276,3 +278,16 @@ def test_the_stop_tokens_are_the_end_of_turn_and_the_tokenizers_own(folder, tiny
 def test_image_words_may_not_be_sampled(tiny_policy):
     banned = tiny_policy.tokenizer.convert_ids_to_tokens(list(tiny_policy.family.placeholder_ids))
     assert set(banned) == {"<img>", "<IMG_CONTEXT>", "</img>"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks of glibc's allocator")
+def test_a_process_that_computes_on_a_processor_keeps_the_memory_of_its_last_step(tiny_policy):
+    assert tiny_policy.device.type == "cpu"  # loaded, so that memory is kept from here on
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(1 << 22).fill_(1.0)  # 16 MB, 4,096 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 1000

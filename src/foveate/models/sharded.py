@@ -24,7 +24,7 @@ from foveate.models.checkpoint.formats import hf_tensors, require_fit
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, read_tensor, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers
-from foveate.models.policy import Policy, keep_float32, load_errors, model_options
+from foveate.models.policy import Policy, keep_float32, keep_freed_memory, load_errors, model_options
 
 
 def meta_policy(path: str, *, attention: str = "auto", dtype: str = "float32", quantization: None = None) -> Policy:
@@ -45,6 +45,7 @@ def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None
     arbitrary; buffers that follow from the configuration are computed. `computing`: where buffers are to be, if not on
     the `device` on which the weights rest."""
     keep_float32(computing or device)
+    keep_freed_memory(computing or device)
     root.to_empty(device=device)
     model: Any = policy.model
     model.tie_weights()
