@@ -103,6 +103,22 @@ def test_a_judge_without_a_verdict_gives_no_grade_and_a_note(server):
     assert score.note == "grader failed: ValueError: the judge wrote no `score: N`: 'I cannot tell.'"
 
 
+def test_a_reply_of_a_judge_that_was_cut_gives_no_grade(server):
+    choice = {"finish_reason": "length", "message": {"role": "assistant", "content": "score: 1? The unit is"}}
+    server.replies = [(200, {"choices": [choice]}), (200, {"choices": [{**choice, "finish_reason": "stop"}]})]
+    judge = build_reward("judge", {"url": server.url, "model": "m", "max_tokens": 9})
+    cut, whole = judge("x", asked()), judge("x", asked())
+    assert (cut.value, whole.value) == (None, 0.1)
+    assert cut.note == "grader failed: ValueError: the judge's reply was cut at max_tokens=9"
+
+
+@pytest.mark.parametrize("reply", [{"choices": []}, {"choices": None}, {"error": "busy"}])
+def test_a_reply_of_a_judge_without_choices_says_so(server, reply):
+    server.replies = [(200, reply)]
+    score = build_reward("judge", {"url": server.url, "model": "m"})("x", asked())
+    assert (score.value, score.note) == (None, "grader failed: ValueError: the judge's reply has no choices")
+
+
 def test_a_reply_without_content_is_asked_for_again(server):
     server.replies = [(200, {"choices": []}), chat("score: 5")]
     with Graders("judge", {"url": server.url, "model": "m"}) as graders:
@@ -149,7 +165,8 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
     [
         ("endpoint", {"url": "localhost:80"}, "url must begin with http"),
         ("judge", {"url": "http://x", "model": "m", "prompt": "?"}, r"prompt must contain \{answer\}"),
-        ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be greater than 0"),
+        ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be a finite number greater than 0"),
+        ("judge", {"url": "http://x", "model": "m", "scale": float("inf")}, "scale must be a finite number"),
         ("judge", {"url": "http://x"}, "setting 'model' is missing"),
         ("endpoint", {"url": "http://x", "concurrency": 0}, "concurrency must be at least 1"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -72,14 +73,14 @@ def judge(
         concurrency: requests that are under way at once.
         patience: seconds for which the server may be down before answers are not graded.
 
-    An answer without a score, and a server that refuses, raise ValueError and ConnectionError: the answer is not
-    graded, with the reason as its note. Raises ConfigError for a prompt without {answer} and a scale that is not
-    positive.
+    A reply without a score, one that was cut at `max_tokens`, and a server that refuses, raise ValueError and
+    ConnectionError: the answer is not graded, with the reason as its note. Raises ConfigError for a prompt without
+    {answer} and a scale that is not positive.
     """
     if "{answer}" not in prompt:
         raise ConfigError("reward judge: prompt must contain {answer}; it may contain {question}, {truth} and {scale}")
-    if scale <= 0:
-        raise ConfigError(f"reward judge: scale must be greater than 0, found {scale:g}")
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"reward judge: scale must be a finite number greater than 0, found {scale:g}")
     server = RemoteServer(url, "reward judge", api_key_variable, retries, timeout, concurrency, patience)
 
     async def fetch(session: Session, text: str, task: Task) -> str:
@@ -104,9 +105,13 @@ def judge(
 
 async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
     reply = await client.chat.completions.create(**asked, extra_headers=headers)
-    used = reply.usage
+    if not reply.choices:
+        raise ValueError("the judge's reply has no choices")
+    choice, used = reply.choices[0], reply.usage
+    if choice.finish_reason == "length":  # a score in it may be one that it was still weighing, or half of a number
+        raise ValueError(f"the judge's reply was cut at max_tokens={asked['max_tokens']}")
     tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
-    return ServerReply(reply.choices[0].message.content or "", *tokens)
+    return ServerReply(choice.message.content or "", *tokens)
 
 
 def endpoint(
