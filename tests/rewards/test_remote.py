@@ -112,11 +112,40 @@ def test_a_reply_of_a_judge_that_was_cut_gives_no_grade(server):
     assert cut.note == "grader failed: ValueError: the judge's reply was cut at max_tokens=9"
 
 
-@pytest.mark.parametrize("reply", [{"choices": []}, {"choices": None}, {"error": "busy"}])
-def test_a_reply_of_a_judge_without_choices_says_so(server, reply):
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": []}, {"choices": None}, {"error": "busy"}, [1], "score: 3", {"choices": [None]},
+        {"choices": [{"message": None}]}, {"choices": [{"message": {"content": [{"text": "score: 3"}]}}]},
+    ],
+)  # fmt: skip
+def test_a_reply_of_a_judge_that_is_none_says_so(server, reply):
     server.replies = [(200, reply)]
     score = build_reward("judge", {"url": server.url, "model": "m"})("x", asked())
-    assert (score.value, score.note) == (None, "grader failed: ValueError: the judge's reply has no choices")
+    assert score.value is None
+    assert score.note.startswith("grader failed: ValueError: the judge's reply is no chat completion with a text")
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 3}, {"prompt_tokens": "a", "completion_tokens": None}])
+def test_a_judge_need_not_count_its_tokens(server, usage):
+    server.replies = [(200, {**chat("score: 5")[1], "usage": usage})]
+    with Graders("judge", {"url": server.url, "model": "m"}) as graders:
+        assert graders("x", asked()).value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("score: 8/10", 0.8), ("Score: 8 / 10.", 0.8), ("score: +8", 0.8), ("score: .5", 0.05), ("score：8", 0.8),
+        ("score: 1e1!", 1.0), ("score: 7, of 10", 0.7), ("(score: 7.)", 0.7), ("score: 2 or score: N", 0.2),
+        ("`score: 8`", 0.8), ("score: 8</done>", 0.8), ("score: 8分。", 0.8), ("score: 1e1", 1.0),
+        ("score: 80%", None), ("score: 7,5", None), ("score: 8/100", None), ("score: 0.9.1", None),
+        ("score: 1_0", None), ("score: 0x10", None), ("score: 5 / 5", None), ("score: 8/ten", None),
+    ],
+)  # fmt: skip
+def test_a_score_is_a_whole_number_of_the_scale_or_none(server, text, value):
+    server.replies = [chat(text)]
+    assert build_reward("judge", {"url": server.url, "model": "m"})("x", asked()).value == value
 
 
 def test_a_reply_without_content_is_asked_for_again(server):

@@ -40,7 +40,11 @@ Answer to grade:
 Does the answer agree with the reference? Close with one line `score: N`, where N is a number from 0 (wrong) to \
 {scale} (right)."""
 
-_SCORE = re.compile(r"score[\"'*]*\s*[:=][\s\"'*]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+"
+_SCORE = re.compile(
+    rf"score[\"'*]*\s*[:=：][\s\"'*]*([+-]?(?:{_NUMBER}))(?:\s*/\s*({_NUMBER}))?([%％_x/]|[.,]\d)?", re.IGNORECASE
+)
+"""A score, the scale that stands behind it, and what makes another number of it."""
 
 
 def judge(
@@ -98,20 +102,27 @@ def judge(
         marks = _SCORE.findall(reply)
         if not marks:
             raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
-        return Score(min(max(float(marks[-1]) / scale, 0.0), 1.0))
+        number, out_of, more = marks[-1]
+        if more or float(out_of or scale) != scale:
+            read = number + (out_of and f"/{out_of}") + more
+            raise ValueError(f"the judge wrote score: {read[:40]}, which is no number of 0 to {scale:g}")
+        return Score(min(max(float(number) / scale, 0.0), 1.0))
 
     return Reward("judge", reward, fetch=fetch)
 
 
 async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
-    reply = await client.chat.completions.create(**asked, extra_headers=headers)
-    if not reply.choices:
-        raise ValueError("the judge's reply has no choices")
-    choice, used = reply.choices[0], reply.usage
-    if choice.finish_reason == "length":  # a score in it may be one that it was still weighing, or half of a number
+    try:
+        reply = await client.chat.completions.create(**asked, extra_headers=headers)
+        choice, used = reply.choices[0], reply.usage  # openai takes what servers send without a look at it
+        why, text = choice.finish_reason, choice.message.content or ""
+        assert isinstance(text, str)
+    except (AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"the judge's reply is no chat completion with a text ({type(error).__name__})") from error
+    if why == "length":  # a score in it may be one that it was still weighing, or half of a number
         raise ValueError(f"the judge's reply was cut at max_tokens={asked['max_tokens']}")
-    tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
-    return ServerReply(choice.message.content or "", *tokens)
+    tokens = (used.prompt_tokens, used.completion_tokens) if used else ()
+    return ServerReply(text, *(count if isinstance(count, int) else 0 for count in tokens))
 
 
 def endpoint(
