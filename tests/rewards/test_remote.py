@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -187,6 +188,14 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
     gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1, "patience": 0.0})("7", asked())
     assert gone.value is None
     assert "http://127.0.0.1:9 does not answer" in gone.note
+    assert gone.trace == ""  # the note says all
+
+
+@pytest.mark.usefixtures("server")
+def test_a_server_that_never_replies_is_said_to():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {"retries": 0, "patience": 0.0, "timeout": 0.05, "url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        assert build_reward("endpoint", settings)("7", asked()).note.endswith("does not answer: Request timed out.")
 
 
 @pytest.mark.parametrize(
