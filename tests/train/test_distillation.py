@@ -30,6 +30,7 @@ from foveate.parallel.packing import pack
 from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.rl import run_rl
+from foveate.train.teacher import require_another
 from foveate.train.update import compute_advantages
 from foveate.train.worker import Worker
 
@@ -275,6 +276,19 @@ def test_a_teacher_of_rows_that_are_not_there_is_refused(tmp_path, tiny_folder, 
         ConfigError, match=r"algorithm.teacher.sources names 'geo3k', but no row of data.train has that"
     ):
         run_rl(settings.model_copy(update={"algorithm": algorithm}))
+
+
+def test_a_model_that_would_learn_from_itself_alone_is_refused(tmp_path, tiny_folder, teachers, data):
+    link = tmp_path / "link"
+    link.symlink_to(tiny_folder)
+    settings = settings_of(tmp_path / "run", tiny_folder, data, link)
+    assert f"algorithm.teacher.path is {link}, the model itself, from which there is nothing to learn" in refusal(
+        settings
+    )
+    teacher, model = settings.algorithm.teacher, settings.model
+    require_another(teacher.model_copy(update={"sources": {"geometry": teachers[0]}}), model)
+    require_another(teacher, model.model_copy(update={"quantization": "int8"}))
+    require_another(teacher.model_copy(update={"dtype": "bfloat16"}), model)
 
 
 def test_distillation_without_a_teacher_is_refused():

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.config.algorithm import TeacherSettings
+from foveate.config.model import ModelSettings
 from foveate.errors import ConfigError
-from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
+from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder, resolve_folder
 from foveate.models.logprobs import Divergence
 from foveate.models.policy import DTYPES, Policy
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
@@ -84,6 +85,19 @@ def check_teachers(settings: TeacherSettings, model: str, temperature: float) ->
                 "teacher reads the prompts of the model, so take one of its family"
             )
         require_same_input("algorithm.teacher", path, found, own)
+
+
+def require_another(settings: TeacherSettings, model: ModelSettings) -> None:
+    """Raise ConfigError where the only teacher is the model as it begins: their divergence is 0, and an optimizer that
+    divides by the size of gradients would follow its rounding errors."""
+    changes = (model.quantization, model.lora and model.lora.adapter, settings.dtype not in (None, model.dtype))
+    if settings.servers or any(changes):
+        return
+    if {resolve_folder(path).resolve() for path in settings.folders} == {resolve_folder(model.path).resolve()}:
+        raise ConfigError(
+            f"algorithm.teacher.path is {settings.path}, the model itself, from which there is nothing to learn; name "
+            "another one, or an algorithm that learns from rewards beside it"
+        )
 
 
 def check_sources(settings: TeacherSettings, sources: Iterable[Any]) -> None:
