@@ -17,7 +17,7 @@ from torch import Tensor
 from foveate.config.model import LoraSettings
 from foveate.data.hub import is_hub_name, model_folder
 from foveate.errors import DataError, one_line
-from foveate.models.checkpoint.safetensors_io import read_headers
+from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor
 from foveate.models.checkpoint.small_files import content_of, write_json
 from foveate.models.policy import Policy
 from foveate.models.sharded import put
@@ -95,7 +95,6 @@ def load_adapter(policy: Policy, settings: LoraSettings, path: str) -> None:
     `check_adapter`, and DataError unless it holds these tensors and no others."""
     check_adapter(path, settings)
     weights = adapter_folder(path) / ADAPTER_WEIGHTS
-    _warn_of_base(policy, weights)
     stored = read_headers([weights]) if weights.is_file() else {}
     own = {f"{_PREFIX}{name.replace(_ADAPTER, '.')}": tensor for name, tensor in trained_tensors(policy).items()}
     for kind, names in (("lacks", own.keys() - stored.keys()), ("also holds", stored.keys() - own.keys())):
@@ -108,14 +107,15 @@ def load_adapter(policy: Policy, settings: LoraSettings, path: str) -> None:
         if tuple(stored[name].shape) != tuple(tensor.shape):
             shapes = f"shape {tuple(stored[name].shape)} and not {tuple(tensor.shape)}"
             raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} has {shapes}; was it another model?")
-        put(tensor, stored[name])
+        if not (value := read_tensor(stored[name])).isfinite().all():
+            raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} holds numbers that are not finite; it is damaged")
+        put(tensor, value)
+    _warn_of_base(policy, weights)
 
 
 def _warn_of_base(policy: Policy, weights: Path) -> None:
     """Say where an adapter of foveate was trained over other weights than those of the policy's folder, whose layers
     may have the same names and shapes. It may be the same model in another layout; adapters of peft do not say."""
-    if not weights.is_file():
-        return
     with safe_open(weights, framework="pt") as file:
         trained_over = (file.metadata() or {}).get(_BASE)
     base = _base_of(policy.folder)
