@@ -11,9 +11,9 @@ from torch import Tensor
 
 from foveate.config.algorithm import TeacherSettings
 from foveate.config.model import ModelSettings
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, DataError
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder, resolve_folder
-from foveate.models.logprobs import Divergence
+from foveate.models.logprobs import Divergence, TeacherStates
 from foveate.models.policy import DTYPES, Policy
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch
@@ -58,12 +58,23 @@ class Teachers:
     def divergence(self, name: str, batch: Batch, temperature: float) -> Divergence:
         """How far the policy is from a teacher at each trained token of a batch, as a term of its head."""
         output = self._modules[name](batch, temperature, self._settings.top_k, self._vocabulary)
+        _require_finite(name, output.hidden if isinstance(output, TeacherStates) else output.logprobs)
         return Divergence(self._settings.divergence, output, self._settings.beta or 0.5)
 
     @torch.no_grad()
     def logprobs(self, name: str, batch: Batch, temperature: float) -> Tensor:
         """Log-probs (M,) of the trained tokens of a batch under a teacher."""
-        return self._modules[name](batch, temperature, ("logp",))[0]
+        logp_M = self._modules[name](batch, temperature, ("logp",))[0]
+        _require_finite(name, logp_M)
+        return logp_M
+
+
+def _require_finite(name: str, output: Tensor) -> None:
+    if not output.isfinite().all():
+        raise DataError(
+            f"algorithm.teacher: {name} computes numbers that are not finite (NaN), so that nothing can be learned "
+            "from it; its weights are damaged, or algorithm.teacher.dtype is too small for them: try float32"
+        )
 
 
 def check_teachers(settings: TeacherSettings, model: str, temperature: float) -> None:
