@@ -99,16 +99,21 @@ def judge(
         return (await session.ask(server, json.dumps(asked), partial(_chat, asked))).text
 
     def reward(_text: str, _task: Task, reply: str) -> Score:
-        marks = _SCORE.findall(reply)
-        if not marks:
-            raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
-        number, out_of, more = marks[-1]
-        if more or float(out_of or scale) != scale:
-            read = number + (out_of and f"/{out_of}") + more
-            raise ValueError(f"the judge wrote score: {read[:40]}, which is no number of 0 to {scale:g}")
-        return Score(min(max(float(number) / scale, 0.0), 1.0))
+        return _last_score(reply, scale)
 
     return Reward("judge", reward, fetch=fetch)
+
+
+def _last_score(reply: str, scale: float) -> Score:
+    """The last score that a judge has written. Raises ValueError where there is none, or where it is another number."""
+    marks = _SCORE.findall(reply)
+    if not marks:
+        raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
+    number, out_of, more = marks[-1]
+    if more or float(out_of or scale) != scale:
+        read = number + (out_of and f"/{out_of}") + more
+        raise ValueError(f"the judge wrote score: {read[:40]}, which is no number of 0 to {scale:g}")
+    return Score(min(max(float(number) / scale, 0.0), 1.0))
 
 
 async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
