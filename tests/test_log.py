@@ -101,6 +101,12 @@ def test_a_second_set_up_replaces_the_first(package_logger):
     assert package_logger.level == logging.DEBUG
 
 
+@pytest.mark.usefixtures("package_logger")
+def test_advice_of_bitsandbytes_to_fetch_kernels_is_not_shown():
+    setup_logging()
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+
+
 def test_progress_outside_a_terminal_logs_at_most_once_per_interval(caplog):
     with caplog.at_level(logging.INFO, "foveate"):
         with progress("scoring", 4, interval=0.0) as advance:

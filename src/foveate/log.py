@@ -62,6 +62,7 @@ def setup_logging(level: int = logging.INFO) -> None:
     package = logging.getLogger("foveate")
     package.handlers[:] = [handler]
     package.setLevel(level)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advises a kernel that is not used here
 
 
 def _clean(record: logging.LogRecord) -> bool:

@@ -29,6 +29,7 @@ from foveate.errors import ConfigError
 Share = Annotated[float, Field(ge=0, le=1)]
 """The type of a setting in 0..1."""
 FiniteNumber = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PASSED = "passed:"
 """Prefix of the names of functions that Python code has passed in a call; only this process knows them."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load, save_file
 from test_forward import padded_logprobs, plain_model, random_group
 
 from foveate.config.model import LoraSettings, ModelSettings
@@ -112,6 +114,34 @@ def test_an_adapter_of_other_layers_is_refused(tiny_folder, tmp_path):
         train_parts(load_policy(str(tiny_folder)), PARTS, LORA.model_copy(update={"adapter": str(folder)}))
     with pytest.raises(DataError, match=r"no adapter in peft's layout"):
         train_parts(load_policy(str(tiny_folder)), PARTS, LORA.model_copy(update={"adapter": str(tmp_path / "none")}))
+
+
+def test_an_adapter_of_another_model_of_the_same_shapes_is_told(tiny_folder, tmp_path, caplog):
+    folder = written(trained(tiny_folder), tmp_path / "adapter")
+    lora = LORA.model_copy(update={"adapter": str(folder)})
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    train_parts(load_policy(str(other)), PARTS, lora)
+    assert not caplog.records
+    weights = load((other / "model.safetensors").read_bytes())
+    weights[min(weights)] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    train_parts(load_policy(str(other)), PARTS, lora)
+    [record] = caplog.records
+    assert f"was trained over the weights of {tiny_folder}, and those of {other} are others" in record.message
+
+
+def test_a_damaged_adapter_is_refused(tiny_folder, tmp_path):
+    folder = written(trained(tiny_folder), tmp_path / "adapter")
+    content = (folder / ADAPTER_WEIGHTS).read_bytes()
+    matrices = load(content)
+    lora = LORA.model_copy(update={"adapter": str(folder)})
+    (folder / ADAPTER_WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=ADAPTER_WEIGHTS):
+        train_parts(load_policy(str(tiny_folder)), PARTS, lora)
+    matrices[min(matrices)][0, 0] = float("nan")
+    save_file(matrices, folder / ADAPTER_WEIGHTS)
+    with pytest.raises(DataError, match=r"holds numbers that are not finite; it is damaged"):
+        train_parts(load_policy(str(tiny_folder)), PARTS, lora)
 
 
 @pytest.mark.parametrize("save", ["merged", "adapter", "both"])

@@ -29,7 +29,7 @@ def front(text: str) -> dict:
 def test_a_card_says_base_licence_data_settings_curve_and_evaluation(tmp_path):
     run = settled(
         tmp_path, "model.path=acme/base@v1", "data.train=[acme/rows@train, /home/me/secret/mine.parquet]",
-        "data.test=[acme/rows@test]", "model.lora={rank: 8}",
+        "data.test=[acme/rows@test]", "model.lora={rank: 8}", "model.quantization=nf4",
     )  # fmt: skip
     (run / "final/README.md").write_text(BASE)
     text = write_card(run, run / "final").read_text()
@@ -43,6 +43,7 @@ def test_a_card_says_base_licence_data_settings_curve_and_evaluation(tmp_path):
         "| training data | acme/rows@train, secret/mine.parquet |",
         "| optim.lr | 0.0003 |",
         "| model.lora.rank | 8 |",
+        "| model.quantization | nf4 |",
         "| reward.name | grounding |",
         "| torch | 2.13.0 |",
         "| 1 to 2 | ",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,6 +104,51 @@ def test_a_judge_without_a_verdict_gives_no_grade_and_a_note(server):
     assert score.note == "grader failed: ValueError: the judge wrote no `score: N`: 'I cannot tell.'"
 
 
+def test_a_reply_of_a_judge_that_was_cut_gives_no_grade(server):
+    choice = {"finish_reason": "length", "message": {"role": "assistant", "content": "score: 1? The unit is"}}
+    server.replies = [(200, {"choices": [choice]}), (200, {"choices": [{**choice, "finish_reason": "stop"}]})]
+    judge = build_reward("judge", {"url": server.url, "model": "m", "max_tokens": 9})
+    cut, whole = judge("x", asked()), judge("x", asked())
+    assert (cut.value, whole.value) == (None, 0.1)
+    assert cut.note == "grader failed: ValueError: the judge's reply was cut at max_tokens=9"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": []}, {"choices": None}, {"error": "busy"}, [1], "score: 3", {"choices": [None]},
+        {"choices": [{"message": None}]}, {"choices": [{"message": {"content": [{"text": "score: 3"}]}}]},
+    ],
+)  # fmt: skip
+def test_a_reply_of_a_judge_that_is_none_says_so(server, reply):
+    server.replies = [(200, reply)]
+    score = build_reward("judge", {"url": server.url, "model": "m"})("x", asked())
+    assert score.value is None
+    assert score.note.startswith("grader failed: ValueError: the judge's reply is no chat completion with a text")
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 3}, {"prompt_tokens": "a", "completion_tokens": None}])
+def test_a_judge_need_not_count_its_tokens(server, usage):
+    server.replies = [(200, {**chat("score: 5")[1], "usage": usage})]
+    with Graders("judge", {"url": server.url, "model": "m"}) as graders:
+        assert graders("x", asked()).value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("score: 8/10", 0.8), ("Score: 8 / 10.", 0.8), ("score: +8", 0.8), ("score: .5", 0.05), ("score：8", 0.8),
+        ("score: 1e1!", 1.0), ("score: 7, of 10", 0.7), ("(score: 7.)", 0.7), ("score: 2 or score: N", 0.2),
+        ("`score: 8`", 0.8), ("score: 8</done>", 0.8), ("score: 8分。", 0.8), ("score: 1e1", 1.0),
+        ("score: 80%", None), ("score: 7,5", None), ("score: 8/100", None), ("score: 0.9.1", None),
+        ("score: 1_0", None), ("score: 0x10", None), ("score: 5 / 5", None), ("score: 8/ten", None),
+    ],
+)  # fmt: skip
+def test_a_score_is_a_whole_number_of_the_scale_or_none(server, text, value):
+    server.replies = [chat(text)]
+    assert build_reward("judge", {"url": server.url, "model": "m"})("x", asked()).value == value
+
+
 def test_a_reply_without_content_is_asked_for_again(server):
     server.replies = [(200, {"choices": []}), chat("score: 5")]
     with Graders("judge", {"url": server.url, "model": "m"}) as graders:
@@ -142,6 +188,14 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
     gone = build_reward("endpoint", {"url": "http://127.0.0.1:9", "retries": 1, "patience": 0.0})("7", asked())
     assert gone.value is None
     assert "http://127.0.0.1:9 does not answer" in gone.note
+    assert gone.trace == ""  # the note says all
+
+
+@pytest.mark.usefixtures("server")
+def test_a_server_that_never_replies_is_said_to():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = {"retries": 0, "patience": 0.0, "timeout": 0.05, "url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        assert build_reward("endpoint", settings)("7", asked()).note.endswith("does not answer: Request timed out.")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +203,8 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
     [
         ("endpoint", {"url": "localhost:80"}, "url must begin with http"),
         ("judge", {"url": "http://x", "model": "m", "prompt": "?"}, r"prompt must contain \{answer\}"),
-        ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be greater than 0"),
+        ("judge", {"url": "http://x", "model": "m", "scale": 0.0}, "scale must be a finite number greater than 0"),
+        ("judge", {"url": "http://x", "model": "m", "scale": float("inf")}, "scale must be a finite number"),
         ("judge", {"url": "http://x"}, "setting 'model' is missing"),
         ("endpoint", {"url": "http://x", "concurrency": 0}, "concurrency must be at least 1"),
     ],

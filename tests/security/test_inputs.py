@@ -16,8 +16,9 @@ from foveate.config.recipe import to_yaml
 from foveate.data.table import open_tasks, write_rows
 from foveate.errors import ConfigError, DataError
 from foveate.log import read_metrics
+from foveate.models.checkpoint.small_files import content_of
 from foveate.train.checkpoint import checkpoints
-from foveate.train.inputs import Inputs, content_of
+from foveate.train.inputs import Inputs
 from foveate.train.sft import run_sft
 
 REWARD = "from helper import worth\n\ndef score(text, task):\n    return worth(text)\n"
@@ -195,7 +196,7 @@ def test_a_moved_folder_has_the_same_content(made):
 
 
 def test_a_large_file_is_told_by_its_size_and_by_blocks_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("foveate.train.inputs.WHOLE_BYTES", 1000)
+    monkeypatch.setattr("foveate.models.checkpoint.small_files.WHOLE_BYTES", 1000)
     file = tmp_path / "large"
     file.write_bytes(bytes(10_000_000))
     before = content_of(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, build_sharp
+from safetensors.torch import load, save_file
 from test_resume import assert_equal, interrupt, stop_at
 from test_rl import metrics_of
 from toy import make_data, rl_settings
@@ -22,7 +23,7 @@ from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.data.table import open_tasks
 from foveate.encoding.encode import Encoder
-from foveate.errors import ConfigError
+from foveate.errors import ConfigError, DataError
 from foveate.models.forward import hidden_states
 from foveate.models.policy import load_policy
 from foveate.parallel.balance import Costs
@@ -30,6 +31,7 @@ from foveate.parallel.packing import pack
 from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import build_algorithm, check_run
 from foveate.train.rl import run_rl
+from foveate.train.teacher import require_another
 from foveate.train.update import compute_advantages
 from foveate.train.worker import Worker
 
@@ -275,6 +277,32 @@ def test_a_teacher_of_rows_that_are_not_there_is_refused(tmp_path, tiny_folder, 
         ConfigError, match=r"algorithm.teacher.sources names 'geo3k', but no row of data.train has that"
     ):
         run_rl(settings.model_copy(update={"algorithm": algorithm}))
+
+
+def test_a_model_that_would_learn_from_itself_alone_is_refused(tmp_path, tiny_folder, teachers, data):
+    link = tmp_path / "link"
+    link.symlink_to(tiny_folder)
+    settings = settings_of(tmp_path / "run", tiny_folder, data, link)
+    assert f"algorithm.teacher.path is {link}, the model itself, from which there is nothing to learn" in refusal(
+        settings
+    )
+    teacher, model = settings.algorithm.teacher, settings.model
+    require_another(teacher.model_copy(update={"sources": {"geometry": teachers[0]}}), model)
+    require_another(teacher, model.model_copy(update={"quantization": "int8"}))
+    require_another(teacher.model_copy(update={"dtype": "bfloat16"}), model)
+
+
+@pytest.mark.parametrize("given", [{"term": "loss"}, {"term": "loss", "top_k": 4}, {"term": "advantage"}])
+def test_a_teacher_whose_numbers_are_not_finite_ends_the_run(tmp_path, tiny_folder, teachers, data, given):
+    damaged = shutil.copytree(teachers[0], tmp_path / "damaged")
+    weights = load((damaged / "model.safetensors").read_bytes())
+    next(tensor for name, tensor in weights.items() if "down_proj" in name)[0, 0] = float("nan")
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    settings = settings_of(tmp_path / "run", tiny_folder, data, damaged)
+    teacher = TeacherSettings(path=str(damaged), **given)
+    settings = settings.model_copy(update={"algorithm": settings.algorithm.model_copy(update={"teacher": teacher})})
+    with pytest.raises(DataError, match=r"algorithm.teacher: .*damaged computes numbers that are not finite"):
+        run_rl(settings)
 
 
 def test_distillation_without_a_teacher_is_refused():

@@ -141,6 +141,26 @@ def test_an_unknown_setting_is_refused_before_a_run_starts(name):
         check_optimizer(settings_of(name, settings={"speed": 1}), ONE)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("adamw", {"eps": 0}, "eps must be at least 1e-20"),  # a weight without a gradient would become 0 / 0
+        ("adamw", {"eps": -1.0}, "eps must be at least 1e-20"),
+        ("adamw", {"eps": float("inf")}, "eps must be a finite number"),
+        pytest.param("adamw8bit", {"min_8bit_size": -5}, "min_8bit_size must be at least 0", marks=WITH_BNB),
+        ("muon", {"lr_scale": -1}, "lr_scale must be greater than 0"),
+        ("muon", {"lr_scale": float("nan")}, "lr_scale must be"),
+        ("muon", {"momentum": 1.5}, "momentum must be less than 1"),
+        ("muon", {"momentum": -3}, "momentum must be at least 0"),
+        ("muon", {"ns_steps": 0}, "ns_steps must be at least 1"),
+        ("muon", {"ns_steps": 100}, "ns_steps must be less than 100"),
+    ],
+)
+def test_a_setting_that_would_ruin_the_weights_is_refused(name, setting, said):
+    with pytest.raises(ConfigError, match=rf"optimizer {name}: {said}"):
+        check_optimizer(settings_of(name, settings=setting), ONE)
+
+
 def test_an_unknown_optimizer_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"unknown optimizer 'adam'; did you mean 'adamw'\?"):
         check_optimizer(settings_of("adam"), ONE)

@@ -38,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
         found = self.text if self.path == "/detokenize" else self.logprobs
-        body = json.dumps({} if self.server.fails else found(asked)).encode()
+        said = {} if self.server.fails else found(asked)
+        body = (json.dumps(said) if self.server.garble is None else self.server.garble(said)).encode()
         self.send_response(503 if self.server.fails else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -80,7 +81,7 @@ def serve():
 
     def start(folder):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.policy, server.asked, server.fails = load_policy(str(folder)), [], False
+        server.policy, server.asked, server.fails, server.garble = load_policy(str(folder)), [], False, None
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -152,3 +153,43 @@ def test_what_a_server_cannot_teach_is_refused(tmp_path, tiny_folder, teachers, 
     own.add_tokens(["<one more>"])
     with pytest.raises(ConfigError, match=r"the tokenizer of http://.* is another than the model's"):
         RemoteTeacher(server.url, family, torch.float32, patience=0).check(own)
+
+
+def with_logprob(value):
+    def garble(said):
+        return json.dumps(
+            {"prompt_logprobs": [one and {k: {"logprob": value} for k in one} for one in said["prompt_logprobs"]]}
+        )
+
+    return garble
+
+
+@pytest.mark.parametrize(
+    ("garble", "said"),
+    [
+        (with_logprob(None), "gave None as a log-prob"),
+        (with_logprob("-1"), "gave '-1' as a log-prob"),
+        (with_logprob(float("nan")), "gave nan as a log-prob"),
+        (with_logprob(float("-inf")), "gave -inf as a log-prob"),
+        (with_logprob(0.5), "gave 0.5 as a log-prob"),
+        (lambda _: "<html>busy</html>", "replied what is no mapping in JSON: '<html>busy</html>'"),
+        (lambda _: "[1, 2]", r"replied what is no mapping in JSON: '\[1, 2\]'"),
+        (lambda _: '{"prompt_logprobs": [null, 7]}', "has read other tokens"),
+        (lambda _: "{}", "has read other tokens"),
+    ],
+)
+def test_log_probs_that_are_none_end_a_run_with_the_reason(teachers, groups, serve, garble, said):  # noqa: F811
+    server = serve(teachers[0])
+    server.garble = garble
+    teacher = RemoteTeacher(server.url, server.policy.family, torch.float32, patience=0)
+    with pytest.raises(EngineError, match=said):
+        teacher.logprobs([PackedGroup(groups[0].prompt, groups[0].answers)])
+
+
+@pytest.mark.parametrize("reply", ["[1, 2]", "<html>", "null", '{"prompt": 3}'])
+def test_a_server_that_is_no_teacher_is_refused_before_the_run(teachers, serve, reply):  # noqa: F811
+    server = serve(teachers[0])
+    server.garble = lambda _: reply
+    teacher = RemoteTeacher(server.url, server.policy.family, torch.float32, patience=0)
+    with pytest.raises(ConfigError, match=r"algorithm.teacher: "):
+        teacher.check(server.policy.tokenizer)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.config.model import LoraSettings
 from foveate.data.hub import is_hub_name, model_folder
 from foveate.errors import DataError, one_line
-from foveate.models.checkpoint.safetensors_io import read_headers
-from foveate.models.checkpoint.small_files import write_json
+from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor
+from foveate.models.checkpoint.small_files import content_of, write_json
 from foveate.models.policy import Policy
 from foveate.models.sharded import put
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
+_BASE = "foveate_base"
+"""The entry of the file's metadata that says over which weights an adapter was trained."""
 _PREFIX, _ADAPTER = "base_model.model.", ".default."
 _PLAIN = {
     "peft_type": "LORA", "use_dora": False, "use_rslora": False, "bias": "none", "lora_bias": False,
@@ -55,7 +61,8 @@ def write_adapter(policy: Policy, settings: LoraSettings, folder: Path, tensors:
     }
     write_json(folder / ADAPTER_CONFIG, config)
     stored = {f"{_PREFIX}{name.replace(_ADAPTER, '.')}": tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    base = _base_of(policy.folder)
+    save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", **({_BASE: base} if base else {})})
 
 
 def check_adapter(path: str, settings: LoraSettings) -> dict[str, Any]:
@@ -100,7 +107,33 @@ def load_adapter(policy: Policy, settings: LoraSettings, path: str) -> None:
         if tuple(stored[name].shape) != tuple(tensor.shape):
             shapes = f"shape {tuple(stored[name].shape)} and not {tuple(tensor.shape)}"
             raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} has {shapes}; was it another model?")
-        put(tensor, stored[name])
+        if not (value := read_tensor(stored[name])).isfinite().all():
+            raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} holds numbers that are not finite; it is damaged")
+        put(tensor, value)
+    _warn_of_base(policy, weights)
+
+
+def _warn_of_base(policy: Policy, weights: Path) -> None:
+    """Say where an adapter of foveate was trained over other weights than those of the policy's folder, whose layers
+    may have the same names and shapes. It may be the same model in another layout; adapters of peft do not say."""
+    with safe_open(weights, framework="pt") as file:
+        trained_over = (file.metadata() or {}).get(_BASE)
+    base = _base_of(policy.folder)
+    if trained_over is not None and base and trained_over != base:
+        named = json.loads((weights.parent / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        logger.warning(
+            "%s: this adapter was trained over the weights of %s, and those of %s are others; unless it is the same "
+            "model in another format, begin with a new adapter (model.lora.adapter=null)",
+            weights.parent,
+            named,
+            policy.folder,
+        )
+
+
+def _base_of(folder: Path) -> str:
+    """A digest of the weights in a model folder, by size and content; "" for a folder without any."""
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("\n".join(map(content_of, files)).encode()).hexdigest()[:16] if files else ""
 
 
 def adapter_folder(path: str) -> Path:

@@ -35,7 +35,7 @@ _STAGES = {
 NOTABLE = (
     "optim.name", "optim.lr", "optim.schedule", "train.steps", "train.prompts_per_step", "train.samples_per_step",
     "train.pairs_per_step", "rollout.samples", "rollout.max_tokens", "rollout.temperature", "model.trainable",
-    "model.lora.rank", "model.dtype", "seed",
+    "model.lora.rank", "model.quantization", "model.dtype", "seed",
 )  # fmt: skip
 """The settings that a card names; those of the algorithm, the loss and the reward join them where they are set."""
 _CHOICES, _LIMITS = ("algorithm", "loss", "reward"), ("workers", "time_limit", "memory_limit")

@@ -106,17 +106,24 @@ class Reward:
         except WrongResult:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning("%s: the grader failed (%s); the answer is not graded", task.where, reason)
-            return not_graded(reason, raised=True)
+            score = grader_failed(error)
+            logger.warning("%s: %s; the answer is not graded", task.where, score.note)
+            return score
         if score.value is not None and not math.isfinite(score.value):
             return not_graded(f"gave {score.value}")
         return score
 
 
-def not_graded(reason: str, *, raised: bool = False) -> Score:
-    """The score of an answer that could not be graded. raised: the exception that is being handled is the cause."""
-    return Score(None, note=f"{FAILED}: {reason}", trace=traceback.format_exc(limit=-TRACE_FRAMES) if raised else "")
+def grader_failed(error: BaseException) -> Score:
+    """The score of an answer whose grader has raised the exception that is being handled, with its traceback; of a
+    server that is down or refuses, the message says all."""
+    trace = "" if isinstance(error, ConnectionError) else traceback.format_exc(limit=-TRACE_FRAMES)
+    return replace(not_graded(f"{type(error).__name__}: {error}"), trace=trace)
+
+
+def not_graded(reason: str) -> Score:
+    """The score of an answer that could not be graded."""
+    return Score(None, note=f"{FAILED}: {reason}")
 
 
 def as_score(result: Any, name: str) -> Score:

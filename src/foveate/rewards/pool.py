@@ -25,7 +25,7 @@ from foveate.processes import BadMessage, GuardedProcess, WorkerJob, confine, wo
 from foveate.records import Answer, Score, Task
 from foveate.registry import unpickle
 from foveate.rewards import REWARDS
-from foveate.rewards.build import FAILED, Reward, RewardJob, build_reward, not_graded
+from foveate.rewards.build import FAILED, Reward, RewardJob, build_reward, grader_failed, not_graded
 from foveate.rewards.requests import RequestThread
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class Graders:
             try:
                 jobs[index] = (*one, (fetch.result(),))
             except Exception as error:
-                scores[index] = not_graded(f"{type(error).__name__}: {error}", raised=True)
+                scores[index] = grader_failed(error)
         scores |= dict(zip(jobs, self._grade([*jobs.values()]), strict=True))
         return [scores[index] for index in range(len(asked))]
 
@@ -372,4 +372,4 @@ def _graded(reward: Reward, answer: Answer | str, task: Task, *fetched: Any) -> 
     except DataError as error:
         return Failure(str(error))
     except (Exception, KeyboardInterrupt) as error:
-        return not_graded(f"{type(error).__name__}: {error}", raised=True)
+        return grader_failed(error)

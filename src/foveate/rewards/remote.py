@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -39,7 +40,11 @@ Answer to grade:
 Does the answer agree with the reference? Close with one line `score: N`, where N is a number from 0 (wrong) to \
 {scale} (right)."""
 
-_SCORE = re.compile(r"score[\"'*]*\s*[:=][\s\"'*]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+_NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+"
+_SCORE = re.compile(
+    rf"score[\"'*]*\s*[:=：][\s\"'*]*([+-]?(?:{_NUMBER}))(?:\s*/\s*({_NUMBER}))?([%％_x/]|[.,]\d)?", re.IGNORECASE
+)
+"""A score, the scale that stands behind it, and what makes another number of it."""
 
 
 def judge(
@@ -72,14 +77,14 @@ def judge(
         concurrency: requests that are under way at once.
         patience: seconds for which the server may be down before answers are not graded.
 
-    An answer without a score, and a server that refuses, raise ValueError and ConnectionError: the answer is not
-    graded, with the reason as its note. Raises ConfigError for a prompt without {answer} and a scale that is not
-    positive.
+    A reply without a score, one that was cut at `max_tokens`, and a server that refuses, raise ValueError and
+    ConnectionError: the answer is not graded, with the reason as its note. Raises ConfigError for a prompt without
+    {answer} and a scale that is not positive.
     """
     if "{answer}" not in prompt:
         raise ConfigError("reward judge: prompt must contain {answer}; it may contain {question}, {truth} and {scale}")
-    if scale <= 0:
-        raise ConfigError(f"reward judge: scale must be greater than 0, found {scale:g}")
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"reward judge: scale must be a finite number greater than 0, found {scale:g}")
     server = RemoteServer(url, "reward judge", api_key_variable, retries, timeout, concurrency, patience)
 
     async def fetch(session: Session, text: str, task: Task) -> str:
@@ -94,19 +99,35 @@ def judge(
         return (await session.ask(server, json.dumps(asked), partial(_chat, asked))).text
 
     def reward(_text: str, _task: Task, reply: str) -> Score:
-        marks = _SCORE.findall(reply)
-        if not marks:
-            raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
-        return Score(min(max(float(marks[-1]) / scale, 0.0), 1.0))
+        return _last_score(reply, scale)
 
     return Reward("judge", reward, fetch=fetch)
 
 
+def _last_score(reply: str, scale: float) -> Score:
+    """The last score that a judge has written. Raises ValueError where there is none, or where it is another number."""
+    marks = _SCORE.findall(reply)
+    if not marks:
+        raise ValueError(f"the judge wrote no `score: N`: {reply[-80:]!r}")
+    number, out_of, more = marks[-1]
+    if more or float(out_of or scale) != scale:
+        read = number + (out_of and f"/{out_of}") + more
+        raise ValueError(f"the judge wrote score: {read[:40]}, which is no number of 0 to {scale:g}")
+    return Score(min(max(float(number) / scale, 0.0), 1.0))
+
+
 async def _chat(asked: dict[str, Any], client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
-    reply = await client.chat.completions.create(**asked, extra_headers=headers)
-    used = reply.usage
-    tokens = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
-    return ServerReply(reply.choices[0].message.content or "", *tokens)
+    try:
+        reply = await client.chat.completions.create(**asked, extra_headers=headers)
+        choice, used = reply.choices[0], reply.usage  # openai takes what servers send without a look at it
+        why, text = choice.finish_reason, choice.message.content or ""
+        assert isinstance(text, str)
+    except (AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"the judge's reply is no chat completion with a text ({type(error).__name__})") from error
+    if why == "length":  # a score in it may be one that it was still weighing, or half of a number
+        raise ValueError(f"the judge's reply was cut at max_tokens={asked['max_tokens']}")
+    tokens = (used.prompt_tokens, used.completion_tokens) if used else ()
+    return ServerReply(text, *(count if isinstance(count, int) else 0 for count in tokens))
 
 
 def endpoint(

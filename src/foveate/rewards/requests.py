@@ -194,7 +194,7 @@ class Session:
             said = f"{server.url} replied {reply.status_code} {reply.reason_phrase}: {reply.text[:200]}"
             may_come_back = reply.status_code == 429 or reply.status_code >= 500
         elif isinstance(error, openai.APIConnectionError):
-            said, may_come_back = f"{server.url} does not answer: {error.__cause__ or error}", True
+            said, may_come_back = f"{server.url} does not answer: {str(error.__cause__ or '') or error}", True
         else:
             raise error
         now = time.monotonic()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from foveate.config.train import OptimSettings
@@ -15,7 +16,11 @@ from foveate.train.optim import OptimizerSpec, decay_groups
 
 
 def adamw8bit(
-    named: Mapping[str, Tensor], optim: OptimSettings, *, min_8bit_size: int = 4096, paged: bool = False
+    named: Mapping[str, Tensor],
+    optim: OptimSettings,
+    *,
+    min_8bit_size: Annotated[int, Field(ge=0)] = 4096,
+    paged: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW with moments quantised in blocks of 256 (arXiv 2110.02861).
 

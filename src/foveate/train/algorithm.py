@@ -21,7 +21,7 @@ from foveate.environments.trl import gives_reward
 from foveate.errors import ConfigError
 from foveate.registry import bind, resolve
 from foveate.train.targets import PolicyLoss
-from foveate.train.teacher import check_teachers
+from foveate.train.teacher import check_teachers, require_another
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +139,8 @@ def check_run(method: ResolvedAlgorithm, settings: RLSettings) -> None:
     rollout = settings.rollout
     if method.teacher is not None:
         check_teachers(method.teacher, settings.model.path, settings.rollout.temperature)
+        if method.name == "distill":
+            require_another(method.teacher, settings.model)
     if method.resample_rounds and (rollout.samples == 1 or rollout.top_k == 1):
         name = "samples" if rollout.samples == 1 else "top_k"
         raise ConfigError(

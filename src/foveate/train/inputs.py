@@ -28,14 +28,12 @@ from foveate.files import add_json_line
 from foveate.log import read_metrics
 from foveate.models.adapters import adapter_folder
 from foveate.models.checkpoint.inspect import resolve_folder
+from foveate.models.checkpoint.small_files import content_of
 from foveate.records import Task
 from foveate.run_folder import RunFolder, change_in_words, lasting_settings, settings_changes
 
 logger = logging.getLogger(__name__)
 
-WHOLE_BYTES = 64 * 2**20
-"""Files up to this size are hashed whole, of larger ones `BLOCKS` blocks from the first to the last."""
-BLOCKS, BLOCK_BYTES = 64, 2**16
 SAMPLED_ROWS = 256
 _MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 MOST_CODE_FILES = 1000
@@ -124,20 +122,6 @@ def _accepted(run: RunFolder) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints
-
-
-def content_of(file: Path) -> str:
-    """The size of a file, and a digest of all of it, or of some blocks of a large one."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        if size <= WHOLE_BYTES:
-            digest = hashlib.file_digest(stream, "sha256")
-        else:
-            digest = hashlib.sha256()
-            for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS).astype(int):
-                stream.seek(int(start))
-                digest.update(stream.read(BLOCK_BYTES))
-    return f"{size:,} bytes, {digest.hexdigest()[:16]}"
 
 
 def _folder(name: str, folder: Path) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from foveate.config.train import OptimSettings
 from foveate.parallel.fsdp import full_tensor
+from foveate.registry import Positive
 from foveate.train.optim import OptimizerSpec, adamw_state, decay_groups, implementation
 
 
@@ -50,11 +52,11 @@ def muon(
     named: Mapping[str, Tensor],
     optim: OptimSettings,
     *,
-    momentum: float = 0.95,
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95,
     nesterov: bool = True,
-    ns_steps: int = 5,
+    ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5,
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
-    lr_scale: float = 1.0,
+    lr_scale: Positive = 1.0,
 ) -> torch.optim.Optimizer:
     """torch's Muon (Jordan 2024; arXiv 2502.16982), with AdamW beside it.
 

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -112,7 +113,12 @@ def implementation(parameters: Iterable[Tensor]) -> dict[str, Any]:
     return {"fused": True} if devices == {"cuda"} else {"foreach": True}
 
 
-def adamw(named: Mapping[str, Tensor], optim: OptimSettings, *, eps: float = 1e-8) -> torch.optim.AdamW:
+def adamw(
+    named: Mapping[str, Tensor],
+    optim: OptimSettings,
+    *,
+    eps: Annotated[float, Field(ge=1e-20, allow_inf_nan=False)] = 1e-8,
+) -> torch.optim.AdamW:
     """torch's AdamW."""
     groups = decay_groups(named.values(), optim)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=eps, **implementation(named.values()))

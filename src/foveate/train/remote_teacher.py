@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ class RemoteTeacher:
         try:
             text = self._fetched(self._post, "/detokenize", {"tokens": ids}).get("prompt")
             given = self._fetched(self._post, GENERATE, _body(ids[:2])).get("prompt_logprobs")
-        except (EngineError, ValueError) as error:
+        except EngineError as error:
             raise ConfigError(
                 f"{_SETTING}: {error}; a teacher behind a server needs vLLM's (vllm serve MODEL --enable-scale-out)"
             ) from error
@@ -99,6 +100,9 @@ class RemoteTeacher:
             except (LookupError, TypeError):
                 raise EngineError(f"{_SETTING}: {self.url} has read other tokens than it was sent") from None
             at += len(segment)
+        for logp in found:
+            if not (isinstance(logp, int | float) and math.isfinite(logp) and logp < 1e-3):
+                raise EngineError(f"{_SETTING}: {self.url} gave {logp!r:.40} as a log-prob, which is none")
         return found
 
     def _features(self, prompt: Prompt) -> dict[str, Any] | None:
@@ -113,9 +117,15 @@ class RemoteTeacher:
         tokens = body.get("token_ids") or body["tokens"]
         content = hashlib.sha256(json.dumps([path, tokens, hashes]).encode()).hexdigest()
         try:
-            return json.loads((await session.ask(self._server, content, request)).text)
+            reply = (await session.ask(self._server, content, request)).text
+            found = json.loads(reply)
         except ConnectionError as error:
             raise EngineError(str(error)) from error
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise EngineError(f"{_SETTING}: {self.url}{path} replied what is no mapping in JSON: {reply[:80]!r}")
+        return found
 
 
 def _body(token_ids: Sequence[int], features: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from foveate.config.algorithm import TeacherSettings
-from foveate.errors import ConfigError
-from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
-from foveate.models.logprobs import Divergence
+from foveate.config.model import ModelSettings
+from foveate.errors import ConfigError, DataError
+from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder, resolve_folder
+from foveate.models.logprobs import Divergence, TeacherStates
 from foveate.models.policy import DTYPES, Policy
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch
@@ -57,12 +58,23 @@ class Teachers:
     def divergence(self, name: str, batch: Batch, temperature: float) -> Divergence:
         """How far the policy is from a teacher at each trained token of a batch, as a term of its head."""
         output = self._modules[name](batch, temperature, self._settings.top_k, self._vocabulary)
+        _require_finite(name, output.hidden if isinstance(output, TeacherStates) else output.logprobs)
         return Divergence(self._settings.divergence, output, self._settings.beta or 0.5)
 
     @torch.no_grad()
     def logprobs(self, name: str, batch: Batch, temperature: float) -> Tensor:
         """Log-probs (M,) of the trained tokens of a batch under a teacher."""
-        return self._modules[name](batch, temperature, ("logp",))[0]
+        logp_M = self._modules[name](batch, temperature, ("logp",))[0]
+        _require_finite(name, logp_M)
+        return logp_M
+
+
+def _require_finite(name: str, output: Tensor) -> None:
+    if not output.isfinite().all():
+        raise DataError(
+            f"algorithm.teacher: {name} computes numbers that are not finite (NaN), so that nothing can be learned "
+            "from it; its weights are damaged, or algorithm.teacher.dtype is too small for them: try float32"
+        )
 
 
 def check_teachers(settings: TeacherSettings, model: str, temperature: float) -> None:
@@ -84,6 +96,19 @@ def check_teachers(settings: TeacherSettings, model: str, temperature: float) ->
                 "teacher reads the prompts of the model, so take one of its family"
             )
         require_same_input("algorithm.teacher", path, found, own)
+
+
+def require_another(settings: TeacherSettings, model: ModelSettings) -> None:
+    """Raise ConfigError where the only teacher is the model as it begins: their divergence is 0, and an optimizer that
+    divides by the size of gradients would follow its rounding errors."""
+    changes = (model.quantization, model.lora and model.lora.adapter, settings.dtype not in (None, model.dtype))
+    if settings.servers or any(changes):
+        return
+    if {resolve_folder(path).resolve() for path in settings.folders} == {resolve_folder(model.path).resolve()}:
+        raise ConfigError(
+            f"algorithm.teacher.path is {settings.path}, the model itself, from which there is nothing to learn; name "
+            "another one, or an algorithm that learns from rewards beside it"
+        )
 
 
 def check_sources(settings: TeacherSettings, sources: Iterable[Any]) -> None:

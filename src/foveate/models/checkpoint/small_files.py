@@ -4,6 +4,7 @@ Every refusal is a DataError that names the file."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +42,10 @@ MOST_GROWTH, MOST_PARTS, MOST_PADDING = 64, 64, 2**20
 """How many times longer a tokenizer may make a text, in how many parts, and to how many tokens it may fill it."""
 _ONLY = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 """Settings of the image processor that have one value: pixels resized, in 0..1, normalised."""
+
+WHOLE_BYTES = 64 * 2**20
+"""Files up to this size are hashed whole, of larger ones `BLOCKS` blocks from the first to the last."""
+BLOCKS, BLOCK_BYTES = 64, 2**16
 
 
 @contextmanager
@@ -325,3 +331,17 @@ def require_tiles(where: str, value: Any) -> int:
     if not is_count(value) or value > MOST_TILES:
         raise DataError(f"{where} is {value!r:.60}; it must be a whole number, {MOST_TILES} at most")
     return value
+
+
+def content_of(file: Path) -> str:
+    """The size of a file, and a digest of all of it, or of some blocks of a large one."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE_BYTES:
+            digest = hashlib.file_digest(stream, "sha256")
+        else:
+            digest = hashlib.sha256()
+            for start in np.linspace(0, size - BLOCK_BYTES, BLOCKS).astype(int):
+                stream.seek(int(start))
+                digest.update(stream.read(BLOCK_BYTES))
+    return f"{size:,} bytes, {digest.hexdigest()[:16]}"
