@@ -15,12 +15,8 @@ from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
 from foveate.models.checkpoint.formats import read_config
 from foveate.models.checkpoint.small_files import quiet_transformers, write_json
-from foveate.models.flash import FLASH_KEYS, FlashForConditionalGeneration, begin_as_mean, is_flash
+from foveate.models.flash import ABSOLUTE, FLASH_KEYS, RELATIVE, FlashForConditionalGeneration, begin_as_mean, is_flash
 from foveate.models.policy import load_policy
-
-RELATIVE, ABSOLUTE = 0.1, 0.5
-"""The thresholds that a new router begins with: a tile is compressed where it may be, as the router says, with at least
-the second, and is not among the tenth of the tiles that it says the least of."""
 
 
 def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
