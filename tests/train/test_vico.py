@@ -184,6 +184,15 @@ def test_a_model_that_cannot_compress_is_refused_with_the_command_that_makes_one
         run_vico(settings_of(tmp_path / "a", tiny_folder, [data]))
 
 
+def test_rows_without_images_are_refused(folder, tmp_path):
+    rows = [json.dumps({"question": f"What is {n}?", "response": f"It is {n}."}) for n in range(4)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    settings = settings_of(tmp_path / "a", folder, [tmp_path / "text.jsonl"])
+    with pytest.raises(ConfigError, match=r"data\.train: no row of .*text\.jsonl has an image, so nothing can be comp"):
+        run_vico(settings)
+    assert not list((tmp_path / "a").glob("final"))
+
+
 def test_a_dry_run_and_a_plan_know_the_stage(folder, tiny_folder, data, tmp_path):
     settings = settings_of(tmp_path / "a", folder, [data])
     assert "vico: 6 steps of 4 demonstrations, by sample" in Recipe(settings).dry_run()

@@ -35,7 +35,7 @@ from foveate.train.held_out import HeldOutLoss
 from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
 from foveate.train.session import retry_on_lost_rank
 from foveate.train.teacher import require_same_input
-from foveate.train.vico import consistency_row, require_flash
+from foveate.train.vico import consistency_row, require_flash, require_images
 
 LEAST = 1e-4
 """Nats per token below which a divergence is rounding: ratios do not grow by it."""
@@ -81,6 +81,7 @@ def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
     kind = partial(RouterWorker, start=reference)
     of_rows = kind, check_response, (RESPONSE,), train.samples_per_step
     with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
+        require_images(its.table)
         quantile = SlidingQuantile(train.quantile, train.window)
         rows_of = partial(_rows, encoder, model.family, its.workers, costs)
 
