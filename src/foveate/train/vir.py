@@ -111,9 +111,8 @@ def _rows(
     tiles compressed as with none."""
     rows: list[ConsistencyRow] = []
     for task, prompt in asked:
-        for compressed in (True, False):
-            routes = [[compressed] * slot.tiles for slot in prompt.slots]
-            rows.append(consistency_row(encoder, family, task, prompt, routes))
+        compressed = consistency_row(encoder, family, task, prompt, [[True] * slot.tiles for slot in prompt.slots])
+        rows += [compressed, ConsistencyRow(compressed.reference, compressed.reference)]
     found = scatter_gather(workers, RouterWorker.divergences, rows, [costs(row.policy) for row in rows])
     means = [max(kl_M.double().mean().item(), LEAST) for kl_M in found]
     return [prompt for _, prompt in asked], [

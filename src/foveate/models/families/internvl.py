@@ -214,11 +214,13 @@ class FlashInternVL(InternVL):
         return tuple(name for side, name in projectors.items() if side not in sides and 0 not in sides)
 
     def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
-        """Tiles go through one of two projectors. Both are in the graph, so that all ranks have the same gradients."""
         if not grids:
             return InternVL.features(self, model, pixels, grids)
-        assert len(grids) == len(pixels), f"{len(grids)} grids for {len(pixels)} tiles: some prompts have no route"
-        patches = patches_of(model, pixels.to(next(model.parameters()).dtype))
+        return self.of_patches(model, patches_of(model, pixels.to(next(model.parameters()).dtype)), grids)
+
+    def of_patches(self, model: Any, patches: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        """Tiles go through one of two projectors. Both are in the graph, so that all ranks have the same gradients."""
+        assert len(grids) == len(patches), f"{len(grids)} grids for {len(patches)} tiles: some prompts have no route"
         tiles: list[Tensor] = [patches.new_empty(0)] * len(grids)
         nothing: list[Tensor] = []
         for compressed in (False, True):
