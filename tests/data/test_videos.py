@@ -112,6 +112,11 @@ def test_a_huge_video_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     assert "at most 1000 are read" in refusal(path, max_pixels=6145)
 
 
+def test_few_frames_that_are_said_to_last_for_years_are_refused(tmp_path):
+    said = refusal(write_video(tmp_path / "a.mkv", 2, times=[0, 10**12]))
+    assert "says that its 2 frames last 2e+09 seconds; at most 1048576 are read" in said
+
+
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 3)
     found = builtins.__import__
