@@ -27,8 +27,10 @@ def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
     if target.exists():
         raise DataError(f"{target}: exists; choose another folder, or remove it")
     policy = load_policy(source)
-    if policy.family.github_type is None or is_flash(policy.model.config):
-        raise DataError(f"{source}: {policy.family.name} is no InternVL without a second projector")
+    if is_flash(policy.model.config):
+        raise DataError(f"{source}: is a Flash model already; foveate vico trains it")
+    if policy.family.github_type is None:
+        raise DataError(f"{source}: {policy.family.name} is no InternVL, of which alone there are Flash models")
     config: Any = copy.deepcopy(policy.model.config)
     config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
     with torch.random.fork_rng(devices=[]):
