@@ -341,6 +341,7 @@ class Batch:
     target_M: int64, indices of the trained tokens; source_M: the token whose hidden state predicts it;
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     routed_experts: int16 (T, layers, experts per token), the experts to compute with, -1 where the router chooses.
+    patches: the output of the vision tower for the pixels, (N, side, side, D), where it is known (`Family.of_patches`).
     """
 
     token_ids_T: Tensor
@@ -356,13 +357,15 @@ class Batch:
     dummy_image: bool = False
     feature_index: Tensor | None = None
     routed_experts: Tensor | None = None
+    patches: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
-        optional = (self.pixels, self.feature_index, self.routed_experts)
-        pixels, features, experts = (None if one is None else one.to(device) for one in optional)
+        optional = (self.pixels, self.feature_index, self.routed_experts, self.patches)
+        pixels, features, experts, patches = (None if one is None else one.to(device) for one in optional)
         return replace(
             self, token_ids_T=self.token_ids_T.to(device), position_T=self.position_T.to(device), pixels=pixels,
             slot_index=self.slot_index.to(device), target_M=self.target_M.to(device), feature_index=features,
             source_M=self.source_M.to(device), sample_M=self.sample_M.to(device), routed_experts=experts,
+            patches=patches,
         )  # fmt: skip

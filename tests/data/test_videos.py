@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import base64
 import builtins
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from video_cases import all_frames, write_video
 
@@ -110,6 +112,11 @@ def test_a_huge_video_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     assert "at most 1000 are read" in refusal(path, max_pixels=6145)
 
 
+def test_few_frames_that_are_said_to_last_for_years_are_refused(tmp_path):
+    said = refusal(write_video(tmp_path / "a.mkv", 2, times=[0, 10**12]))
+    assert "says that its 2 frames last 2e+09 seconds; at most 1048576 are read" in said
+
+
 def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", 3)
     found = builtins.__import__
@@ -150,6 +157,26 @@ def test_video_files_of_rows_keep_their_marks_or_stand_in_front(tmp_path):
     assert (one.images, two.images) == ((), ())
 
 
+def test_a_video_is_also_known_by_its_first_bytes_and_as_base64(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 5)
+    (tmp_path / "plain").write_bytes(path.read_bytes())
+    encoded = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    rows = [{"question": "?", "video": one, "answer": "x"} for one in ("plain", encoded, {"url": encoded})]
+    assert [task.videos[0].frames for task in tasks_of(tmp_path, *rows)] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_an_animation_among_images_is_its_first_image_and_a_warning(suffix, tmp_path):
+    stills = [PIL.Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    stills[0].save(tmp_path / f"moves.{suffix}", save_all=True, append_images=stills[1:])
+    stills[0].save(tmp_path / f"still.{suffix}")
+    for name, warned in ((f"moves.{suffix}", True), (f"still.{suffix}", False)):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "?", "image": name, "answer": "x"}))
+        table, report = ReadOptions()([str(tmp_path / "rows.jsonl")])
+        assert len(table) == 1
+        assert any("of which the first counts" in line for line in report.warning_lines()) == warned
+
+
 def test_the_numbers_of_rows_tell_videos_apart_and_sound_is_told_once(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, 4, sound=True)
@@ -168,11 +195,22 @@ def test_the_numbers_of_rows_tell_videos_apart_and_sound_is_told_once(tmp_path):
         ({"question": "?", "video": "https://a.b/c.mp4"}, "https"),
         ({"question": "?", "video": {"path": "a.mp4", "fps": 3}}, "a video has fps, which is not read"),
         ({"question": "?", "video": "text.mp4"}, "is no video of a known container"),
+        ({"question": "?", "video": "text"}, "text is no video of a known container"),
+        ({"question": "?", "videos": ["a.mp4", None]}, "a video must be a path, bytes, .* not None"),
+        ({"question": "?", "videos": ["a.mp4", "still.png"]}, "still.png is no video of a known container"),
+        ({"question": "?", "video": 5}, "a video must be a path, bytes, .* not 5"),
+        ({"question": "?", "video": "data:video/mp4;base64,!!"}, r"row 0 \(line 1\), field videos.* no valid base64"),
+        ({"question": "?", "video": "moves.gif"}, "field videos.*: a frame is an animation, .* write it as a video"),
+        ({"question": "?", "videos": [["still.png", "moves.gif"]]}, "a frame is an animation"),
     ],
 )
 def test_a_video_that_cannot_be_used_is_an_error_of_its_row(row, said, tmp_path):
     write_video(tmp_path / "a.mp4", 3)
-    (tmp_path / "text.mp4").write_text("text" * 200)
+    for name in ("text.mp4", "text"):
+        (tmp_path / name).write_text("text" * 200)
+    stills = [PIL.Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    stills[0].save(tmp_path / "still.png")
+    stills[0].save(tmp_path / "moves.gif", save_all=True, append_images=stills[1:])
     with pytest.raises(DataError, match=said):
         tasks_of(tmp_path, row | {"answer": "x"})
 

@@ -89,3 +89,10 @@ def test_settings_say_which_number_comes_first_and_what_does_not_act():
         AugmentSettings.model_validate({"jpeg": [0, 100]})
     with pytest.raises(ValidationError, match="images stay as they are"):
         SFTTrainSettings.model_validate({"steps": 1, "trained_turns": "all", "augment": {"jpeg": [75, 100]}})
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70_000, 10), (10, 70_000), (12_000, 7_600)])
+def test_images_of_every_size_that_is_read_can_be_made_worse(size):
+    image = PIL.Image.new("RGB", size, "red")
+    worse = Augment(0, jpeg=(1, 1), resize=(0.001, 0.5)).drawn(3, 4)(image)
+    assert (worse.size, worse.mode) == (size, "RGB")

@@ -153,6 +153,30 @@ def test_best_of_n_goes_by_the_process_reward_of_a_folder(tmp_path, tiny_folder,
             assert [one.rank for one in row.sampled] == pytest.approx([one.parts["min"] for one in scores], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("critic", "settings", "said"),
+    [
+        ("prm:", {}, "--critic prm: names no model; give prm:FOLDER"),
+        ("prm:one", {"model": "other"}, "--critic prm:one names its model; leave --critic-setting model out"),
+    ],
+)
+def test_a_process_critic_has_one_model(critic, settings, said, tmp_path):
+    request = EvalRequest(("m",), ("d",), tmp_path / "out", samples=4, critic=critic, critic_settings=settings)
+    with pytest.raises(ConfigError, match=said):
+        run_eval(request)
+
+
+def test_labels_that_are_all_alike_are_told_and_a_limit_that_no_share_is_above_is_refused(
+    tmp_path, tiny_folder, make_task
+):
+    data = answered(tmp_path, [replace(make_task("What?"), id="0", answer="a")], ("xyz",))
+    given = {"model": str(tiny_folder), "rollouts": [tmp_path / "answers.jsonl"], "reward": "vowel"}
+    made = prepare_steps([data], tmp_path / "steps", options=StepOptions(continuations=1), **given)
+    assert "every step is wrong: a model that is trained on these rows alone judges all steps -" in made.notes
+    with pytest.raises(DataError, match="setting above: must be at least 0 and less than 1, not 1"):
+        prepare_steps([data], tmp_path / "none", options=StepOptions(above=1.0), **given)
+
+
 def test_a_sum_with_a_process_reward_scores_all_answers_together(tiny_folder, make_task, monkeypatch):
     calls = []
     plain = ProcessModel.step_scores

@@ -162,7 +162,7 @@ def test_the_types_of_a_comparison_are_those_of_the_released_code():
 
 
 def test_only_an_internvl_becomes_a_flash_model_and_only_once(folder, tmp_path):
-    with pytest.raises(DataError, match="is no InternVL without a second projector"):
+    with pytest.raises(DataError, match="is a Flash model already"):
         write_flash(str(folder), tmp_path / "again")
     with pytest.raises(DataError, match="exists; choose another folder"):
         write_flash("demo", folder)

@@ -36,6 +36,33 @@ def task(answer, *videos):
         ("at 10", None),
         ("never", None),
         ("v1.10-20x", None),
+        ("10 - 20, no: 20 - 10", None),
+        ("10 - 20. Correction: 5 - 5.", None),
+        ("10 - 20 in part 3, 2", 1.0),
+        ("-5 - 20", None),
+        ("\u22125 - 20", None),
+        ("- 10 - 20", 1.0),
+        ("10-20-30", None),
+        ("nan - 20", None),
+        ("1e1 - 2e1", None),
+        ("1e9 - 2e9", None),
+        ("10 - 20 frames", None),
+        ("frames 10 - 20", None),
+        ("10 - 20%", None),
+        ("10 - 20 ms", None),
+        ("10 - 20 minutes", 0.0),
+        ("0 min 10 s to 0 minutes and 20 seconds", 1.0),
+        ("10 s - 1 min", 0.2),
+        ("It starts at 10 seconds, and ends at 20 seconds.", 1.0),
+        ("It starts at 10.0s and lasts until 20.0s.", 1.0),
+        ("from t=10s to t=20s", 1.0),
+        ("from second 10 up to second 20", 1.0),
+        ("**10** - **20**", 1.0),
+        ("$10$ to $20$", 1.0),
+        ("\uff11\uff10\uff0d\uff12\uff10", 1.0),
+        ("00:10 --> 00:20", 1.0),
+        ("start: 10\nend: 20", 1.0),
+        ("10 - 20 in the video", 1.0),
     ],
 )
 def test_spans_are_read_as_answers_write_them(text, iou):
@@ -55,6 +82,8 @@ def test_several_spans_are_compared_by_their_unions():
     assert temporal_iou("0 - 10 and 20 - 30", truth).value == pytest.approx(1.0)
     assert temporal_iou("20 - 30", truth).value == pytest.approx(0.5)
     assert temporal_iou("0 - 10, 20 - 30, 40 - 60", truth).value == pytest.approx(0.5)
+    assert temporal_iou("0 - 10, 30 - 20", truth).value == pytest.approx(0.5)
+    assert temporal_iou("10 - 20", truth).value == 0  # they touch
     rng = np.random.default_rng(0)
     for _ in range(100):  # by counting small steps of time
         spans = [[tuple(sorted(rng.choice(60, 2, replace=False).tolist())) for _ in range(n)] for n in (3, 2)]
@@ -93,6 +122,14 @@ def test_a_ground_truth_that_is_no_span_is_told_before_the_run(truth, said):
 
 def test_a_long_answer_takes_little_time():
     begin = time.process_time()
-    for text in ("1 - 2, " * 20_000, "1" * 200_000, "1:" * 50_000, "1 " * 100_000, "1 - " * 50_000):
+    for text in (
+        "1 - 2, " * 20_000,
+        "1" * 200_000,
+        "1:" * 50_000,
+        "1 " * 100_000,
+        "1 - " * 50_000,
+        "1 min " * 40_000,
+        "and ends at " * 20_000,
+    ):
         temporal_iou(text, task([[1, 2], [3, 4]]))
     assert time.process_time() - begin < 2

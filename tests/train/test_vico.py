@@ -80,6 +80,42 @@ def test_the_divergence_is_that_of_whole_distributions_behind_different_prompts(
     assert wanted[1].abs().max() < 1e-5  # and nothing where there is no image
 
 
+@pytest.mark.parametrize("trainable", [("projector", "language"), ("vision", "projector", "language")])
+def test_a_vision_tower_that_both_have_sees_the_tiles_once(folder, rows, trainable, monkeypatch):
+    settings = ModelSettings(path=str(folder), trainable=trainable)
+    worker = ConsistencyWorker(settings, OptimSettings(lr=1e-3), 4096)
+    passes: list[int] = []
+    for model in (worker.policy.model, worker._start.model):
+        model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    shared = worker.divergences(rows)
+    assert len(passes) == (1 if "vision" not in trainable else 2)
+    monkeypatch.setattr(worker, "_one_tower", False)
+    for own, apart in zip(shared, worker.divergences(rows), strict=True):
+        assert torch.equal(own, apart)
+
+
+def test_a_reference_of_another_kind_has_a_tower_of_its_own(folder, tiny_folder, rows):
+    settings = ModelSettings(path=str(folder), trainable=("projector",))
+    one, other = (
+        ConsistencyWorker(settings, OptimSettings(lr=1e-3), budget, start=str(tiny_folder)) for budget in (4096, 30)
+    )
+    assert not one._one_tower
+    for own, alone in zip(one.divergences(rows), other.divergences(rows), strict=True):
+        torch.testing.assert_close(own, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_one_reference_ask_it_once(folder, rows):
+    worker = worker_of(folder)
+    pairs = [pair for row in rows for pair in (row, ConsistencyRow(row.reference, row.reference))]
+    asked: list[int] = []
+    worker._start.register_forward_hook(lambda _, given, __: asked.append(len(given[0].token_ids_T)))
+    found = worker.divergences(pairs)
+    assert asked == [sum(row.reference.tokens for row in rows)]
+    for one, own in zip(worker.divergences(rows), found[::2], strict=True):
+        torch.testing.assert_close(one, own, rtol=1e-5, atol=1e-6)
+    assert max(kl_M.abs().max().item() for kl_M in found[1::2]) < 1e-5
+
+
 @pytest.mark.parametrize("weighting", ["sample", "token"])
 def test_the_gradient_is_that_of_the_plain_loss_over_any_packing(folder, rows, weighting):
     policy, reference = load_policy(str(folder)), load_policy(str(folder))
@@ -182,6 +218,15 @@ def test_a_model_that_cannot_compress_is_refused_with_the_command_that_makes_one
         ConfigError, match="internvl cannot compress tiles; foveate flash FOLDER OUT makes a Flash model"
     ):
         run_vico(settings_of(tmp_path / "a", tiny_folder, [data]))
+
+
+def test_rows_without_images_are_refused(folder, tmp_path):
+    rows = [json.dumps({"question": f"What is {n}?", "response": f"It is {n}."}) for n in range(4)]
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
+    settings = settings_of(tmp_path / "a", folder, [tmp_path / "text.jsonl"])
+    with pytest.raises(ConfigError, match=r"data\.train: no row of .*text\.jsonl has an image, so nothing can be comp"):
+        run_vico(settings)
+    assert not list((tmp_path / "a").glob("final"))
 
 
 def test_a_dry_run_and_a_plan_know_the_stage(folder, tiny_folder, data, tmp_path):

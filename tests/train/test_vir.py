@@ -129,6 +129,12 @@ def test_parts_that_would_not_be_trained_are_refused():
         VirSettings.model_validate(values | {"model": {"path": "m", "trainable": ["vision"]}})
 
 
+def test_rows_without_images_are_refused(folder, tiny_folder, tmp_path):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"question": "What?", "response": "It."}))
+    with pytest.raises(ConfigError, match=r"data\.train: no row of .*text\.jsonl has an image"):
+        run_vir(settings_of(tmp_path / "a", folder, tmp_path / "text.jsonl", tiny_folder))
+
+
 def test_a_model_without_a_router_is_refused(tiny_folder, data, tmp_path):
     with pytest.raises(ConfigError, match="internvl cannot compress tiles; foveate flash"):
         run_vir(settings_of(tmp_path / "a", tiny_folder, data, tiny_folder))

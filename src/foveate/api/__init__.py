@@ -158,16 +158,18 @@ def plan(
     prompt_tokens: int | None = None,
     answer_tokens: int | None = None,
     tiles: int | None = None,
+    compressed: float | None = None,
 ) -> Plan:
     """Memory, time and GPU hours of a run on `machines` ("2x8xH100-80"), from the shapes of its model. The means of a
-    prompt (image tokens included), an answer and the tiles of a prompt are guessed where they are None."""
+    prompt (image tokens included), an answer, the tiles of a prompt and, for RL of a Flash model, the share of them
+    that is compressed are guessed where they are None."""
     if isinstance(settings, CascadeSettings):
         raise ConfigError(f"{settings.run}: has several stages; plan the recipe of one stage at a time")
     from foveate.plan.advice import plan as make_plan
     from foveate.plan.hardware import parse_machines
     from foveate.plan.workload import workload_of
 
-    return make_plan(workload_of(settings, prompt_tokens, answer_tokens, tiles), parse_machines(machines))
+    return make_plan(workload_of(settings, prompt_tokens, answer_tokens, tiles, compressed), parse_machines(machines))
 
 
 def plan_report(plan: Plan) -> str:

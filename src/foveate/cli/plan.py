@@ -20,6 +20,9 @@ def plan_command(
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean prompt, image tokens included.")] = None,
     answer_tokens: Annotated[int | None, typer.Option(min=1, help="Mean answer.")] = None,
     tiles: Annotated[int | None, typer.Option(min=0, help="Mean image tiles of a prompt.")] = None,
+    compressed: Annotated[
+        float | None, typer.Option(min=0, max=1, help="RL of a Flash model: mean share of compressed tiles.")
+    ] = None,
     table: Annotated[
         bool, typer.Option("--table", help="The smallest GPU for every published model, whole, LoRA and QLoRA.")
     ] = False,
@@ -36,7 +39,7 @@ def plan_command(
         raise ConfigError("a recipe and --gpus are needed, as in foveate plan internvl3_5_8b_gspo --gpus 2x8xH100-80")
     settings = api.from_recipe(recipe, *(overrides or ())).settings
     means = {"prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens, "tiles": tiles}
-    print_result(api.plan_report(api.plan(settings, gpus, **means)))
+    print_result(api.plan_report(api.plan(settings, gpus, **means, compressed=compressed)))
 
 
 def import_verl_command(

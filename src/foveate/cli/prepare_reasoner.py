@@ -84,7 +84,7 @@ def prepare_steps_command(
     max_steps: Annotated[int, typer.Option(min=1, help="Most steps of an answer; neighbours are merged.")] = 12,
     all_steps: Annotated[bool, typer.Option("--all-steps", help="Rows also hold what follows a wrong step.")] = False,
     above: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="A step is right above this share of right ones.")
+        float, typer.Option(min=0, max=0.99, callback=finite, help="A step is right above this share of right ones.")
     ] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=2, max=MOST_TOKENS, help="Longest answer, in tokens.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="Of the continuations.")] = 1.0,

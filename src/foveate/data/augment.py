@@ -12,7 +12,11 @@ from io import BytesIO
 import numpy as np
 import PIL.Image
 
+from foveate.config.data import MOST_PIXELS
 from foveate.data.images import open_picture
+
+JPEG_SIDE = 65_500
+"""Pixels of the longest side that libjpeg writes; longer images are not compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,11 @@ class Degrade:
             if small != size:
                 image = image.resize(small, PIL.Image.Resampling.BICUBIC)
                 image = image.resize(size, PIL.Image.Resampling.BICUBIC)
-        if jpeg is not None:
-            packed = BytesIO()
-            image.save(packed, "JPEG", quality=int(self._draw.integers(jpeg[0], jpeg[1] + 1)))
-            with open_picture(packed.getvalue()) as (opened, _):
-                image = opened.convert("RGB")
-        return image
+        if jpeg is None:
+            return image
+        quality, packed = int(self._draw.integers(jpeg[0], jpeg[1] + 1)), BytesIO()
+        if max(image.size) > JPEG_SIDE:
+            return image
+        image.save(packed, "JPEG", quality=quality)
+        with open_picture(packed.getvalue(), MOST_PIXELS) as (opened, _):
+            return opened.convert("RGB")

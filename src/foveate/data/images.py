@@ -53,6 +53,7 @@ MAX_BYTES = 2**28
 """Bytes of the largest encoded image that is read."""
 
 _SMALLER = "make the image smaller, or raise data.max_image_pixels"
+SEVERAL = "holds several images (an animation, or pages), of which the first counts"
 _SIXTEEN_BITS = "is a grey image of 16 bits: values above 255 become white, as in the official code"
 
 
@@ -137,6 +138,7 @@ def _header(source: Path | bytes, max_pixels: int) -> _Header:
             width, height = picture.size
             turned = _orientation(picture) in _TURNED
             remarks = (_SIXTEEN_BITS,) if has_16_bits(picture) else ()
+            remarks += (SEVERAL,) if _has_several(picture) else ()
     except DataError as error:
         raise DataError(f"{name} {error}") from error
     except _BROKEN as error:
@@ -144,6 +146,15 @@ def _header(source: Path | bytes, max_pixels: int) -> _Header:
     if fault:
         raise DataError(f"{name} is truncated: {fault}")
     return _Header(height, width, remarks) if turned else _Header(width, height, remarks)
+
+
+def _has_several(picture: ImageFile) -> bool:
+    """Whether a file holds a second image that can be reached."""
+    try:
+        picture.seek(1)
+    except _BROKEN:  # also where the first one is the last
+        return False
+    return True
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from foveate.data.conversations import (
     valid_unicode,
 )
 from foveate.data.image_values import is_no_image
-from foveate.data.images import inspect_image
-from foveate.data.video_values import inspect_video_entry, is_video_entry
+from foveate.data.images import SEVERAL, inspect_image
+from foveate.data.video_values import inspect_video_entry, is_frame, is_video_entry
 from foveate.errors import DataError, join_where
 from foveate.records import Image, Message, Task, Video
 
@@ -181,12 +181,21 @@ def _videos(faults: Faults, value: Any) -> list[Video | list[Image | None]]:
     if is_no_image(value):
         return []
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(video, list) or is_video_entry(video) for video in values):
-        return [faults.images("videos", values)]
-    found = [
-        faults.images("videos", video) if isinstance(video, list) else faults.video("videos", video) for video in values
-    ]
+    has_files = any(map(is_video_entry, values)) if values is value else not is_frame(value)
+    if not has_files and not all(isinstance(video, list) for video in values):
+        return [_frames(faults, values)]
+    found = [_frames(faults, video) if isinstance(video, list) else faults.video("videos", video) for video in values]
     return [video for video in found if video is not None]  # else the row is faulty
+
+
+def _frames(faults: Faults, values: list[Any]) -> list[Image | None]:
+    """The frames of a video, one image each: animations, whose first image alone would be seen, are a problem."""
+    known = len(faults.remarks)
+    found = faults.images("videos", values)
+    if any(SEVERAL in remark.what for remark in faults.remarks[known:]):
+        what = "a frame is an animation, of which nothing but the first image would be seen"
+        faults.add("videos", f"{what}; write it as a video, as by ffmpeg -i IN OUT.mp4, or as a list of images")
+    return found
 
 
 def _imitated(faults: Faults, meta: dict[str, Any], conversation: Conversation) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.config.data import MAX_PIXELS
-from foveate.data.image_values import decoded_base64, image_source
+from foveate.data.image_values import decoded_base64, image_source, looks_like_image
 from foveate.data.images import find_file
 from foveate.data.videos import container_of, inspect_video
 from foveate.errors import DataError
@@ -24,7 +24,12 @@ def is_video_entry(value: Any) -> bool:
     value = _inner(value)
     if isinstance(value, bytes):
         return container_of(value[:400]) is not None
-    return isinstance(value, str) and _SUFFIX.search(value[-6:]) is not None
+    return isinstance(value, str) and (_is_data_url(value) or _SUFFIX.search(value[-6:]) is not None)
+
+
+def is_frame(value: Any) -> bool:
+    """Whether a value of a videos column is an image by its suffix or by its first bytes: a frame."""
+    return looks_like_image(_inner(value))
 
 
 def inspect_video_entry(
@@ -34,6 +39,11 @@ def inspect_video_entry(
     order. Raises DataError, without a place, as `inspect_video`, for a file that is missing and for addresses on the
     network, which are never fetched."""
     inner = _inner(value)
+    if isinstance(inner, str) and _is_data_url(inner):
+        inner = decoded_base64(inner)
+    if not isinstance(inner, str | bytes | Path) or not inner:
+        found = f"a mapping with {', '.join(map(str, value)) or 'nothing'}" if isinstance(value, Mapping) else inner
+        raise DataError(f"a video must be a path, bytes, or a mapping with one of them, not {found!r:.80}")
     source = inner if isinstance(inner, bytes) else image_source(inner)[0]
     unread = [str(name) for name in value if name not in _DESCRIBING] if isinstance(value, Mapping) else []
     if unread:
@@ -42,9 +52,11 @@ def inspect_video_entry(
 
 
 def _inner(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    found = next((value[key] for key in _KEYS if value.get(key)), None)
+    found = next((value[key] for key in _KEYS if value.get(key)), None) if isinstance(value, Mapping) else value
     if isinstance(found, Mapping):  # OpenAI's {video_url: {url}}
         found = found.get("url")
-    return decoded_base64(found) if isinstance(found, str) and found[:11].lower() == "data:video/" else found
+    return found
+
+
+def _is_data_url(value: str) -> bool:
+    return value[:11].lower() == "data:video/"

@@ -28,6 +28,8 @@ MAX_VIDEO_BYTES = 2**32
 """Bytes of the largest video that is read."""
 MAX_FRAMES = 2**20
 """Frames of the longest video that is read, about ten hours at 30 a second."""
+MAX_SECONDS = 2**20
+"""Seconds of the longest video that is read, twelve days: few frames may be said to last for years."""
 VIDEO_CONTAINERS = {"mp4": "MP4", "matroska": "WebM or Matroska", "avi": "AVI", "flv": "FLV", "mpegts": "MPEG-TS"}
 """The containers that are read: FFmpeg's names and those of people."""
 
@@ -130,6 +132,11 @@ def _read_track(source: Path | bytes, max_pixels: int) -> _Track:
         packets = _packets(name, container, stream)
         times = sorted({time for time, _ in packets})
         rate = _constant_rate(name, times, stream)
+        if len(times) / rate > MAX_SECONDS:
+            raise DataError(
+                f"{name} says that its {len(times)} frames last {len(times) / rate:.3g} seconds; at most {MAX_SECONDS} "
+                "are read"
+            )
         first = _first_frame(container, stream, times[0])
         if first is None:
             raise DataError(f"{name} is damaged: its first frame cannot be decoded")

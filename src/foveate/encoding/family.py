@@ -316,6 +316,10 @@ class Family:
         """Features of all images in the order of their placeholder tokens. `grids` as in `Batch`."""
         raise self._text_only()
 
+    def of_patches(self, model: nn.Module, patches: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        """`features` of pixels of which the output of the vision tower is known, as `Batch.patches`."""
+        raise NotImplementedError(f"{self.name} does not say what its vision tower passes on")
+
     def vllm_fields(self, pixels: Tensor, slot: ImageSlot) -> dict[str, tuple[Tensor, str]]:  # noqa: ARG002
         """One image, the entries (N, 3, H, W) of its slot, as the multimodal fields that vLLM passes to the model: each
         with how the values of several images are joined (`flat`, `batched` or `shared`)."""

@@ -130,14 +130,20 @@ def run_eval(request: EvalRequest) -> None:
 
 def _critic(request: EvalRequest) -> Graders | None:
     """The reward that best-of-N goes by, `prm:MODEL` being `process` with that model. Raises ConfigError where there
-    would be one answer to a question."""
+    would be one answer to a question, and where no model is named, or two."""
     if request.critic is None:
         return None
     if request.models and request.samples < 2:
         raise ConfigError(f"--critic {request.critic} chooses among several answers; give --samples 8")
-    name, _, model = request.critic.partition(PROCESS_CRITIC)
-    if name or not model:
+    if not request.critic.startswith(PROCESS_CRITIC):
         return Graders(request.critic, request.critic_settings)
+    model = request.critic.removeprefix(PROCESS_CRITIC)
+    if not model:
+        raise ConfigError(
+            f"--critic {request.critic} names no model; give {PROCESS_CRITIC}FOLDER, a process reward model"
+        )
+    if "model" in request.critic_settings:
+        raise ConfigError(f"--critic {request.critic} names its model; leave --critic-setting model out")
     return Graders("process", {"model": model, **request.critic_settings})
 
 

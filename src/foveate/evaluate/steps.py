@@ -87,6 +87,7 @@ def prepare_steps(
     DataError for bad rows, ids that are not unique, and if no answer is left.
     """
     require(options.continuations >= 1, f"setting continuations: must be at least 1, not {options.continuations}")
+    require(0 <= options.above < 1, f"setting above: must be at least 0 and less than 1, not {options.above:g}")
     data = DataSettings(
         train=tuple(map(str, sources)), max_prompt_tokens=options.max_prompt_tokens, system=options.system or "none"
     )
@@ -122,13 +123,22 @@ def prepare_steps(
         },
         problems=found.problems,
         counts=_counts(engine, answers, sum(map(len, rows.values())), options),
-        notes=found.lines(),
+        notes=[*found.lines(), *_one_sided(answers, options)],
     )
 
 
 def _chosen(answers: Sequence[ScoredAnswer], options: StepOptions) -> list[ScoredAnswer]:
     """The answers that are labelled, one of each text."""
     return [*{answer.text: answer for answer in answers if answer.text.strip()}.values()][: options.answers]
+
+
+def _one_sided(answers: Sequence[LabelledAnswer], options: StepOptions) -> list[str]:
+    """A line about labels that are all alike, or none."""
+    labels = {value > options.above for one in answers for value in one.values}
+    if len(labels) > 1:
+        return []
+    alike, judged = ("right", RIGHT_STEP) if True in labels else ("wrong", WRONG_STEP)
+    return [f"every step is {alike}: a model that is trained on these rows alone judges all steps {judged}"]
 
 
 def _counts(

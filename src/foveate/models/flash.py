@@ -19,6 +19,9 @@ from foveate.errors import DataError
 FLASH_KEYS = ("flash_mode", "flash_relative_threshold", "flash_absolute_threshold")
 """The settings of a Flash model in config.json, of every layout."""
 HEADS = 16
+RELATIVE, ABSOLUTE = 0.1, 0.5
+"""The thresholds that a new router begins with: a tile is compressed where it may be, as the router says, with at least
+the second, and is not among the tenth of the tiles that it says the least of."""
 
 
 class FlashForConditionalGeneration(InternVLForConditionalGeneration):
@@ -148,6 +151,12 @@ def route_of(model: Any, pixels: Tensor, thresholds: tuple[float, float]) -> lis
     tiles. So the route of a tile depends on those beside it, and belongs to the whole prompt."""
     pixels = pixels.to(next(model.parameters()))
     return route_by(compressible(model, patches_of(model, pixels)), thresholds)
+
+
+def most_compressed(tiles: int, relative: float) -> int:
+    """How many tiles of a prompt can be compressed at most: those above the quantile `relative`, which at least one is
+    not."""
+    return tiles - 1 - int((tiles - 1) * relative) if tiles else 0
 
 
 def route_by(found: Tensor, thresholds: tuple[float, float]) -> list[bool]:

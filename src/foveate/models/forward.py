@@ -29,7 +29,12 @@ def embed(
     embeddings = language.get_input_embeddings()(batch.token_ids_T)
     if batch.pixels is None:
         return embeddings, {}
-    seen = policy.family.features(policy.model, batch.pixels, batch.grids) if split is None else split.see(policy)
+    if split is not None:
+        seen = split.see(policy)
+    elif batch.patches is not None:
+        seen = policy.family.of_patches(policy.model, batch.patches, batch.grids)
+    else:
+        seen = policy.family.features(policy.model, batch.pixels, batch.grids)
     if batch.feature_index is not None and split is None:
         kept = [features.index_select(0, batch.feature_index) for features in (seen.embeddings, *seen.deeper)]
         seen = Features(kept[0], tuple(kept[1:]))

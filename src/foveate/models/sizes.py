@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from foveate.models.flash import internvl_class
+from foveate.models.flash import ABSOLUTE, FLASH_KEYS, RELATIVE, internvl_class
 
 _VISION_300M = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
@@ -113,12 +113,16 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
 Qwen3-VL (arXiv 2511.21631)."""
 
 
-def published_config(size: str) -> InternVLConfig:
-    """The configuration of a published size, a key of `PUBLISHED_SIZES`."""
+def published_config(size: str, *, flash: bool = False) -> InternVLConfig:
+    """The configuration of a published size, a key of `PUBLISHED_SIZES`; `flash`: of the Flash model that is made of
+    it, with the thresholds of a new router."""
     vision, text = PUBLISHED_SIZES[size]
-    return InternVLConfig(
+    config = InternVLConfig(
         vision_config=dict(vision), text_config=dict(text), image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
     )
+    if flash:
+        config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
+    return config
 
 
 def meta_model(config: InternVLConfig) -> InternVLForConditionalGeneration:

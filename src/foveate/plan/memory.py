@@ -119,7 +119,7 @@ def _sizes(held: ByText, train: tuple[str, ...], lora: LoraSettings | None) -> S
     if adapters is not None:
         own = policy.model.named_parameters()
         changing = sum(parameter.numel() for name, parameter in own if plain_name(name) in adapters.changing)
-    return Sizes(total, trained, block, root + counts.get("projector", 0), changing)
+    return Sizes(total, trained, block, root + counts.get("projector", 0) + counts.get("router", 0), changing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ def plan_text(plan: Plan) -> str:
     lines = [
         f"{machines.count} x {machines.name}{_apart(plan)}; {sizes.total:,} parameters, {sizes.trained:,} trained; "
         f"a rank holds {plan.rank_share:.2f} times its even share of the weights",
-        f"a prompt: {work.prompt} tokens, {work.tiles} tiles; an answer: {work.answer} (at most {work.longest}); "
-        f"{work.groups} x {work.answers} answers a step in {work.updates} updates",
+        f"a prompt: {work.prompt} tokens, {work.tiles} tiles{_compressed(plan)}; an answer: {work.answer} "
+        f"(at most {work.longest}); {work.groups} x {work.answers} answers a step in {work.updates} updates",
         "",
         f"memory per GPU, of {machines.usable / GIB:.1f} GiB that can be filled",
         *_table(plan),
@@ -32,6 +32,11 @@ def plan_text(plan: Plan) -> str:
     if work.generates:
         lines.append(f"an engine holds {in_flight(work, plan.trainers, memory)} answers of that length at a time")
     return "\n".join(lines)
+
+
+def _compressed(plan: Plan) -> str:
+    share = plan.work.compressed
+    return "" if share is None else f" ({share:.0%} compressed)"
 
 
 def _apart(plan: Plan) -> str:

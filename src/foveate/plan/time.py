@@ -95,12 +95,15 @@ def seconds_of(work: Workload, machines: Machines, memory: Memory) -> Seconds:
     )
     gather = _gather(work, machines)
     moved = batches * 2 * moved_activations(work) / (machines.gpu.host * BANDWIDTH_SHARE)
+    frozen = language  # of a pass beside the update
+    if work.whole_prompt is not None:
+        frozen = language_flops(work.config, work.whole_prompt, work.answer, work.answers)
     taught = [language_flops(one, work.prompt, work.answer, work.answers) for one in work.teachers]
     taught += [vision_flops(one, work.tiles) for one in work.teachers]
     teachers = sum(taught) / max(1, len(work.teachers)) * work.epochs / rate  # each row has one of them
     return Seconds(
         generate=_generate(work, machines, memory) if work.generates else 0.0,
-        forward=work.forwards * max((language + vision) / rate, batches * gather) + teachers,
+        forward=work.forwards * max((frozen + vision) / rate, batches * gather) + teachers,
         update=work.epochs * (max(trained / rate, batches * 3 * gather) + moved) + _optimizer(work, machines),
         publish=_publish(work, machines),
         overlaps=work.overlaps,
@@ -154,7 +157,8 @@ def _generate(work: Workload, machines: Machines, memory: Memory) -> float:
     read = min(weights, active * live) * ENGINE_BYTES
     token = max((read + live * context) / speed, 2 * active * live / flops)
     alone = (active * ENGINE_BYTES + (work.prompt + work.longest) * key_value_bytes(work.config, ENGINE_BYTES)) / speed
-    prefill = language_flops(work.config, work.prompt, 0, 0) + vision_flops(work.config, work.tiles)
+    looks = 1 if work.compressed is None else 2  # a router sees all tiles before the prompt is known
+    prefill = language_flops(work.config, work.prompt, 0, 0) + looks * vision_flops(work.config, work.tiles)
     return (
         queue / live * work.answer * token
         + (work.longest - work.answer) * alone

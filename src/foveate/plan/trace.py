@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -97,11 +98,13 @@ def _on_meta(arguments: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class RowShape:
-    """A packed row: prompt tokens with the image tokens among them, answer tokens, and image tiles."""
+    """A packed row: prompt tokens with the image tokens among them, answer tokens, and image tiles, so many of them
+    compressed."""
 
     prompt: int
     answer: int
     tiles: int
+    compressed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def step_memory(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
     piece = piece_of(config)
-    batch = _meta_batch(row, piece)
+    batch = _meta_batch(row, piece, policy.family.sides)
     marked = {len(batch.token_ids_T): len(batch.slot_index)}
     with StorageCounter([*model.parameters(), *model.buffers(), *_tensors(batch).values()], marked) as step:
         with HostActivations() if offloads else nullcontext():
@@ -158,7 +161,7 @@ def step_memory(
     traced = _chunk_memory(head, batch.target_M, CHUNK_ELEMENTS)
     own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS if on_gpu else cpu_chunk(head))
     pixels = batch.pixels
-    features = 0 if pixels is None else pixels.nbytes + row.tiles * piece.tokens * head.shape[1] * dtype.itemsize
+    features = 0 if pixels is None else pixels.nbytes + len(batch.slot_index) * head.shape[1] * dtype.itemsize
     return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - traced, features, own)
 
 
@@ -212,14 +215,21 @@ def traced_policy(config: Any, dtype: torch.dtype, kernel: str) -> Policy:
     return Policy(replace_layers(model.eval()), tokenizer, family, Path(), "hf")
 
 
-def _meta_batch(row: RowShape, piece: ImagePiece) -> Batch:
+def _meta_batch(row: RowShape, piece: ImagePiece, sides: tuple[int, int] | None = None) -> Batch:
     """A batch on the meta device. Memory hangs on the totals alone, so the prompt is one of at least 128 tokens and its
-    answers are equal and at most a quarter as long: no run of tokens is filled up, which would need values."""
-    prompt = max(row.prompt, row.tiles * piece.tokens, 128)
+    answers are equal and at most a quarter as long: no run of tokens is filled up, which would need values. `sides`: of
+    a family that compresses tiles (`Family.sides`)."""
+    shapes = [(piece.tokens, ())] * row.tiles
+    if sides is not None:
+        chosen = (sides[place < row.compressed] for place in range(row.tiles))
+        shapes = [(side**2, (side,)) for side in chosen]
+    starts = [0, *accumulate(tokens for tokens, _ in shapes)]
+    prompt = max(row.prompt, starts[-1], 128)
     count = max(1, -(-4 * row.answer // prompt))
     entries, *size = piece.pixels
     slots = tuple(
-        ImageSlot(i * piece.tokens, piece.tokens, entries, piece.grid, layout=piece.layout) for i in range(row.tiles)
+        ImageSlot(start, tokens, entries, piece.grid, layout=piece.layout, sides=own)
+        for start, (tokens, own) in zip(starts, shapes, strict=False)
     )
     pixels = torch.empty(row.tiles * entries, *size, device="meta") if row.tiles else None
     answers = ((0,) * max(1, row.answer // count),) * count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,19 +24,32 @@ _HIT = 0.5
 _MOST = 64
 """Spans of an answer that count, the last ones."""
 _TIME = r"(?:(?:\d{1,3}:)?\d{1,3}:\d{2}(?:\.\d{1,6})?|\d{1,9}(?:\.\d{1,6})?)"
-_UNIT = r"(?:\s?(?:s|secs?|seconds?)\b)?"
-_END = r"(?:[\"']?(?:end|stop)(?:[_ ]?time)?[\"']?\s?[:=]?\s?)?"
+_UNIT = r"s|secs?|seconds?|mins?|minutes?|h|hrs?|hours?"
+_FOREIGN = r"%|(?:ms|milliseconds?|m|frames?)\b"
+"""Units behind two numbers that are no time of a video in seconds, minutes or hours."""
+_JOIN = (
+    r"(?:-{1,2}>|[-−–—~→;]|,(?:\s(?:and|to|until)\b)?|(?:up\s)?to\b|until\b|till\b|through\b|and(?:\slasts\suntil)?\b"
+    r"|(?=\nend))"
+)
+_END = r"(?:[\"']?(?:ends?|stops?)(?:[_ ]?time)?[\"']?\s?(?:[:=]|at\b)?\s?)?[\"']?(?:t\s?=\s?|second\s)?"
 _SPANS = re.compile(
-    rf"(?<![\w.:])({_TIME}){_UNIT}\s?[\"']?\s?(?:-|–|—|~|→|,|;|to|until|till|and)\s?[\"']?{_END}[\"']?({_TIME})(?![\d:]|\.\d)",
+    rf"(?<![\w.:−-])(?<!frame\s)(?<!frames\s)({_TIME})(?:\s?({_UNIT})\b)?\s?[\"']?\s?({_JOIN})\s?[\"']?{_END}({_TIME})"
+    rf"(?![\d:]|\.\d|\s?(?:{_FOREIGN})|[-−–]\d)(?:\s?({_UNIT})\b)?",
     re.IGNORECASE,
 )
+_MIXED = re.compile(
+    r"(?<![\w.:])(\d{1,3})\s?(?:m|mins?|minutes?)\s?(?:and\s)?(\d{1,2}(?:\.\d{1,6})?)\s?(?:s|secs?|seconds?)\b",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"\*\*|[$`]")
 
 
 def temporal_iou(text: str, task: Task, *, alpha: Share = 0.0, threshold: Share = _HIT) -> Score:
     """Score the span of time that an answer gives: alpha [iou >= threshold] + (1 - alpha) iou.
 
-    A span is two times with a dash, a comma, `to`, `until` or `and` between them, in seconds (`12.5`, `12.5 s`) or as a
-    clock (`1:02.5`, `0:01:02`), also as `"start": 1, "end": 2`. If anything stands behind `</think>`, only that counts,
+    A span is two times with a dash, a comma, `to`, `until` or `and` between them, in seconds (`12.5`, `12.5 s`), with
+    another unit (`1 min 2 s`, `2 minutes`) or as a clock (`1:02.5`, `0:01:02`), also as `"start": 1, "end": 2`. Frames,
+    percent and negative numbers are no times. If anything stands behind `</think>`, only that counts,
     and a span inside `<answer>...</answer>` goes before all outside. The last span counts; where the ground truth has
     several, all do, and the IoU is that of their unions: a span too many costs as much as one that is missing.
 
@@ -46,9 +60,11 @@ def temporal_iou(text: str, task: Task, *, alpha: Share = 0.0, threshold: Share 
         raise DataError(f"{task.where}, field {GROUND_TRUTH}: {_not_a_span(task.answer)}")
     said = answer_part(text)
     given = _spans_in(tagged_answer(said) or "") or _spans_in(said)
+    counted = given[-_MOST:] if len(truth) > 1 else given[-1:]
+    given = [(begin, end) for begin, end in counted if end > begin]
     if not given:
         return Score(0.0, {"time_iou": 0.0, "hit": 0.0, "parsed": 0.0}, note="no span of time in the answer")
-    overlap = span_iou(given[-_MOST:] if len(truth) > 1 else given[-1:], truth)
+    overlap = span_iou(given, truth)
     value = alpha * (overlap >= threshold) + (1 - alpha) * overlap
     return Score(value, {"time_iou": overlap, "hit": float(overlap >= _HIT), "parsed": 1.0})
 
@@ -78,11 +94,22 @@ def span_iou(one: Sequence[TimeSpan], other: Sequence[TimeSpan]) -> float:
 
 
 def _spans_in(text: str) -> list[TimeSpan]:
-    found = ((_seconds(match[1]), _seconds(match[2])) for match in _SPANS.finditer(text))
-    return [(begin, end) for begin, end in found if end > begin]
+    """The spans in a text. Two times that do not rise are an empty one if a dash or a word stands between them, and
+    none if a comma or `and` does."""
+    plain = _MARKUP.sub("", unicodedata.normalize("NFKC", text))
+    plain = _MIXED.sub(lambda match: str(60 * int(match[1]) + float(match[2])), plain)
+    found: list[TimeSpan] = []
+    for begin, unit, join, end, last in _SPANS.findall(plain):
+        span = _seconds(begin, unit or last), _seconds(end, last or unit)
+        if span[1] > span[0] or not join.startswith((",", ";", "and")):
+            found.append(span)
+    return found
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, unit: str) -> float:
+    """The seconds of a number of some unit, or of a clock."""
+    if ":" not in text:
+        return float(text) * {"m": 60, "h": 3600}.get(unit[:1].lower(), 1)
     seconds = 0.0
     for part in text.split(":"):
         seconds = seconds * 60 + float(part)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from foveate.config.train import OptimSettings
 from foveate.models.flash import compressible, patches_of
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY, Divergence, Term
+from foveate.models.policy import Policy, parameters_by_part
 from foveate.models.routing import Routing
 from foveate.parallel.fsdp import LogProbs, TeacherOutput
 from foveate.records import Batch, PackedGroup
@@ -49,6 +51,7 @@ class ConsistencyWorker(Worker):
         super().__init__(model, optim, token_budget, **more)
         frozen = self._read(start or model.path)
         frozen.model.requires_grad_(False)
+        self._one_tower = self.ranks is None and _have_one_tower(self.policy, frozen)
         self._start = self._ready(TeacherOutput, frozen)
 
     def update_consistency(
@@ -77,14 +80,43 @@ class ConsistencyWorker(Worker):
 
     def _divergences(self, rows: Sequence[ConsistencyRow]) -> Iterator[tuple[Batch, list[int], Tensor]]:
         """Packed rows of the policy with the indices of their rows, and KL(reference || policy) over the whole
-        vocabulary at each trained token (M,). A pass is a model and a packed row: the reference has one of its own."""
+        vocabulary at each trained token (M,). A pass is a model and a packed row: the reference has one of its own, in
+        which rows that have one reference have it once. A vision tower that both have sees the tiles once."""
         head: Any = self.policy.part("head")
         for batch, members in self._batches([row.policy for row in rows]):
+            references = {id(rows[i].reference): rows[i].reference for i in members}
+            groups = [*references.values()]
             with torch.no_grad():
-                whole = self._packed([rows[i].reference for i in members])
+                whole = self._packed(groups)
+                if self._one_tower and whole.pixels is not None and _are_equal(batch.pixels, whole.pixels):
+                    patches = self._patches(whole.pixels)
+                    batch, whole = replace(batch, patches=patches), replace(whole, patches=patches)
                 said = self._start(whole, 1.0, None, len(head.weight))
+            if len(groups) < len(members):
+                parts = torch.arange(len(whole.target_M)).split([group.trained_tokens for group in groups])
+                own = dict(zip(references, parts, strict=True))
+                said = said.rows(torch.cat([own[id(rows[i].reference)] for i in members]).to(self.device))
             (kl_M,) = self._logprobs(batch, 1.0, (Divergence("forward_kl", said),))
             yield batch, members, kl_M
+
+    def _patches(self, pixels: Tensor) -> Tensor:
+        """The output of the vision tower for tiles, in the numbers that passes compute in."""
+        model: Any = self._start.model
+        computing = nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
+        with computing:
+            return patches_of(model, pixels.to(next(model.parameters()).dtype))
+
+
+def _have_one_tower(policy: Policy, frozen: Policy) -> bool:
+    """Whether the vision towers of both are frozen and the same, and pass on the same."""
+    own, other = (parameters_by_part(one)["vision"] for one in (policy, frozen))
+    if frozen.family.sides != policy.family.sides or own.keys() != other.keys():
+        return False
+    return all(not weight.requires_grad and _are_equal(weight, other[name]) for name, weight in own.items())
+
+
+def _are_equal(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one, other)
 
 
 class _RouterRoot(LogProbs):

@@ -47,6 +47,7 @@ def _run(settings: VicoSettings, accept_changes: bool, again: bool) -> RunFolder
     encoder = build_encoder(model.tokenizer, model.family, settings.model, settings.data)
     of_rows = ConsistencyWorker, check_response, (RESPONSE,), train.samples_per_step
     with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
+        require_images(its.table)
 
         def learn(step: int, rate: float, reader: Reader, clock: Clock) -> Learned:
             with clock.phase("encode"):
@@ -72,6 +73,13 @@ def require_flash(path: str, family: Family) -> None:
             f"model.path {path}: {family.name} cannot compress tiles; foveate flash FOLDER OUT makes a Flash model of "
             "an InternVL"
         )
+
+
+def require_images(table: TaskTable) -> None:
+    """Raise ConfigError for rows of which nothing can be compressed: the divergence of the model from itself is
+    rounding, which an optimizer would follow at its full rate."""
+    if not any(table[index].images or table[index].videos for index in range(len(table))):
+        raise ConfigError(f"data.train: no row of {table.names} has an image, so nothing can be compressed; add some")
 
 
 def _held_out(

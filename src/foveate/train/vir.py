@@ -35,7 +35,7 @@ from foveate.train.held_out import HeldOutLoss
 from foveate.train.offline import Learned, augmentation, begin_offline, offline_run
 from foveate.train.session import retry_on_lost_rank
 from foveate.train.teacher import require_same_input
-from foveate.train.vico import consistency_row, require_flash
+from foveate.train.vico import consistency_row, require_flash, require_images
 
 LEAST = 1e-4
 """Nats per token below which a divergence is rounding: ratios do not grow by it."""
@@ -81,6 +81,7 @@ def _run(settings: VirSettings, accept_changes: bool, again: bool) -> RunFolder:
     kind = partial(RouterWorker, start=reference)
     of_rows = kind, check_response, (RESPONSE,), train.samples_per_step
     with offline_run(settings, encoder, *of_rows, accept_changes=accept_changes, again=again) as its:
+        require_images(its.table)
         quantile = SlidingQuantile(train.quantile, train.window)
         rows_of = partial(_rows, encoder, model.family, its.workers, costs)
 
@@ -110,9 +111,8 @@ def _rows(
     tiles compressed as with none."""
     rows: list[ConsistencyRow] = []
     for task, prompt in asked:
-        for compressed in (True, False):
-            routes = [[compressed] * slot.tiles for slot in prompt.slots]
-            rows.append(consistency_row(encoder, family, task, prompt, routes))
+        compressed = consistency_row(encoder, family, task, prompt, [[True] * slot.tiles for slot in prompt.slots])
+        rows += [compressed, ConsistencyRow(compressed.reference, compressed.reference)]
     found = scatter_gather(workers, RouterWorker.divergences, rows, [costs(row.policy) for row in rows])
     means = [max(kl_M.double().mean().item(), LEAST) for kl_M in found]
     return [prompt for _, prompt in asked], [

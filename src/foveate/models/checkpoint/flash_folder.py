@@ -15,12 +15,8 @@ from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
 from foveate.models.checkpoint.formats import read_config
 from foveate.models.checkpoint.small_files import quiet_transformers, write_json
-from foveate.models.flash import FLASH_KEYS, FlashForConditionalGeneration, begin_as_mean, is_flash
+from foveate.models.flash import ABSOLUTE, FLASH_KEYS, RELATIVE, FlashForConditionalGeneration, begin_as_mean, is_flash
 from foveate.models.policy import load_policy
-
-RELATIVE, ABSOLUTE = 0.1, 0.5
-"""The thresholds that a new router begins with: a tile is compressed where it may be, as the router says, with at least
-the second, and is not among the tenth of the tiles that it says the least of."""
 
 
 def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
@@ -31,8 +27,10 @@ def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
     if target.exists():
         raise DataError(f"{target}: exists; choose another folder, or remove it")
     policy = load_policy(source)
-    if policy.family.github_type is None or is_flash(policy.model.config):
-        raise DataError(f"{source}: {policy.family.name} is no InternVL without a second projector")
+    if is_flash(policy.model.config):
+        raise DataError(f"{source}: is a Flash model already; foveate vico trains it")
+    if policy.family.github_type is None:
+        raise DataError(f"{source}: {policy.family.name} is no InternVL, of which alone there are Flash models")
     config: Any = copy.deepcopy(policy.model.config)
     config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
     with torch.random.fork_rng(devices=[]):

@@ -124,7 +124,11 @@ class InternVL(Family):
     def planned(cls, config: Any) -> Self:
         """The family of a model that has a configuration alone, for the planner: without tokens and pixels."""
         tile, tokens = config.vision_config.image_size[0], config.image_seq_length
-        return cls(stop_ids=(), tile=tile, tokens_per_tile=tokens, mean=(), std=())
+        kind: Any = cls
+        if is_flash(config):
+            thresholds = config.flash_relative_threshold, config.flash_absolute_threshold
+            kind = partial(FlashInternVL, thresholds=thresholds)
+        return kind(stop_ids=(), tile=tile, tokens_per_tile=tokens, mean=(), std=())
 
     def piece(self, config: Any) -> ImagePiece:
         vision, text = config.vision_config, config.text_config
@@ -210,19 +214,21 @@ class FlashInternVL(InternVL):
         return tuple(name for side, name in projectors.items() if side not in sides and 0 not in sides)
 
     def features(self, model: Any, pixels: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
-        """Tiles go through one of two projectors. Both are in the graph, so that all ranks have the same gradients."""
         if not grids:
             return InternVL.features(self, model, pixels, grids)
-        assert len(grids) == len(pixels), f"{len(grids)} grids for {len(pixels)} tiles: some prompts have no route"
-        patches = patches_of(model, pixels.to(next(model.parameters()).dtype))
-        index = torch.tensor([grid[0] == self.sides[1] for grid in grids], device=pixels.device)
+        return self.of_patches(model, patches_of(model, pixels.to(next(model.parameters()).dtype)), grids)
+
+    def of_patches(self, model: Any, patches: Tensor, grids: Sequence[tuple[int, ...]]) -> Features:
+        """Tiles go through one of two projectors. Both are in the graph, so that all ranks have the same gradients."""
+        assert len(grids) == len(patches), f"{len(grids)} grids for {len(patches)} tiles: some prompts have no route"
         tiles: list[Tensor] = [patches.new_empty(0)] * len(grids)
         nothing: list[Tensor] = []
         for compressed in (False, True):
-            chosen = (index == compressed).nonzero()[:, 0]
-            seen = projected(model, patches[chosen], compressed=compressed)
+            chosen = [place for place, grid in enumerate(grids) if (grid[0] == self.sides[1]) == compressed]
+            index = torch.tensor(chosen, dtype=torch.int64, device=patches.device)
+            seen = projected(model, patches[index], compressed=compressed)
             nothing += [] if len(chosen) else [seen.flatten(0, 1)]
-            for place, tile in zip(chosen.tolist(), seen, strict=True):
+            for place, tile in zip(chosen, seen, strict=True):
                 tiles[place] = tile
         return Features(torch.cat([*tiles, *nothing]))
 
