@@ -194,7 +194,12 @@ def test_a_server_that_is_gone_gives_no_grade_and_a_note():
 @pytest.mark.usefixtures("server")
 def test_a_server_that_never_replies_is_said_to():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        settings = {"retries": 0, "patience": 0.0, "timeout": 0.05, "url": f"http://127.0.0.1:{silent.getsockname()[1]}"}
+        settings = {
+            "retries": 0,
+            "patience": 0.0,
+            "timeout": 0.05,
+            "url": f"http://127.0.0.1:{silent.getsockname()[1]}",
+        }
         assert build_reward("endpoint", settings)("7", asked()).note.endswith("does not answer: Request timed out.")
 
 
