@@ -8,7 +8,7 @@ GROUPS, ANSWERS, ANSWER_TOKENS = sized((16, 8, 20), toy=(2, 4, 6))
 LEARNING_RATE = 5e-6
 TILES = 1
 """Of pictures, of which there are none."""
-TRAINABLE = ["language", "head"]
+TRAINABLE = ["language"]
 
 
 def question(seed: int) -> str:
