@@ -22,6 +22,7 @@ from scaling import measure, worker_of
 
 from foveate.models.checkpoint.formats import hf_form, model_config
 from foveate.models.checkpoint.small_files import read_tokenizer
+from foveate.models.policy import load_policy
 from foveate.models.sizes import published_config
 from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS
@@ -148,7 +149,7 @@ def decode_limit(bandwidth: float) -> dict[str, float]:
 def share_of_step(folder: Path, records: list[dict[str, Any]], groups: int, answers: int) -> dict[str, float]:
     """Arithmetic of sampling and learning in a whole step of text, and what share of the machine's matrix speed the
     medians of its records are."""
-    config: Any = model_config(folder, hf_form(folder, read_tokenizer(folder)))
+    config: Any = load_policy(str(folder)).model.config
     prompt, answer = records[0]["prompt_tokens"] // groups, records[0]["answer_tokens"] // (groups * answers)
     once = groups * (language_flops(config, prompt, answer, answers))
     generate, update, whole = (statistics.median(r[key] for r in records) for key in ("generate", "update", "cpu"))
