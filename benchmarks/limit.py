@@ -150,7 +150,10 @@ def share_of_step(folder: Path, records: list[dict[str, Any]], groups: int, answ
     """Arithmetic of sampling and learning in a whole step of text, and what share of the machine's matrix speed the
     medians of its records are."""
     config: Any = load_policy(str(folder)).model.config
-    prompt, answer = records[0]["prompt_tokens"] // groups, records[0]["answer_tokens"] // (groups * answers)
+    prompt, answer = (
+        statistics.median(r[key] for r in records) / many
+        for key, many in (("prompt_tokens", groups), ("answer_tokens", groups * answers))
+    )
     once = groups * (language_flops(config, prompt, answer, answers))
     generate, update, whole = (statistics.median(r[key] for r in records) for key in ("generate", "update", "cpu"))
     speed = matrix_speed(3)

@@ -229,8 +229,8 @@ def _real_step(found: dict[str, Result]) -> Iterator[str]:
     ours = steps["foveate"][0]
     yield (
         f"\nSmolLM2-135M-Instruct in float32, {ours['prompt_tokens']:,} tokens of prompts and "
-        f"{ours['answer_tokens']:,} of answers, 8 to a prompt, one thread, processor seconds. Counted as below, "
-        f"sampling runs at "
+        f"{ours['answer_tokens']:,} of answers, 8 to a prompt and at most 20 each, one thread, processor seconds. "
+        f"Counted as below, sampling runs at "
         f"{result['sampling_share']:.2f}, the update at {result['update_share']:.2f} and the whole step at "
         f"{result['share']:.2f} of the matrix speed."
     )

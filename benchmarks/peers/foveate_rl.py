@@ -51,8 +51,9 @@ def run(folder: str, threads: int, task: Any) -> None:
     workers, policy = LocalWorkers(worker), worker.policy
     costs = Costs.of(policy.model.config)
     encoder = Encoder(policy.tokenizer, policy.family, task.TILES, 4096)
-    # no stop token, so that every answer has the full length, as in TRL's run
-    engine = NativeEngine(replace(policy, family=replace(policy.family, stop_ids=(-1,))), encoder.decode)
+    if task is picture_task:  # no stop token, so that every answer has the full length, as in TRL's run
+        policy = replace(policy, family=replace(policy.family, stop_ids=(-1,)))
+    engine = NativeEngine(policy, encoder.decode)
     loss = {"clip_low": CLIP, "clip_high": CLIP}
     method = build_algorithm(AlgorithmSettings(name="grpo", loss=loss), task.ANSWER_TOKENS)
     sampling = SamplingParams(samples=task.ANSWERS, max_tokens=task.ANSWER_TOKENS)

@@ -97,7 +97,8 @@ def run(folder: str, threads: int, task: Any) -> None:
     if task is picture_task:
         processor = processor_of(folder)
         model = InternVLForConditionalGeneration.from_pretrained(folder, **loading)
-        never = [processor.image_token_id]
+        # random weights stop by chance
+        full_length = {"min_new_tokens": task.ANSWER_TOKENS, "suppress_tokens": [processor.image_token_id]}
         content, images = (
             task.QUESTION,
             [Image.open(BytesIO(task.picture(i))).convert("RGB") for i in range(task.GROUPS)],
@@ -106,7 +107,7 @@ def run(folder: str, threads: int, task: Any) -> None:
     else:
         processor = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, **loading)
-        never = [model.generation_config.eos_token_id]
+        full_length = {}
         rows = [{"prompt": [{"role": "user", "content": task.question(i)}]} for i in range(task.GROUPS)]
     # where there are no pictures, several groups fit into one forward pass
     together = 1 if task is picture_task else min(4, task.GROUPS)
@@ -117,8 +118,7 @@ def run(folder: str, threads: int, task: Any) -> None:
         beta=0.0, temperature=1.0, top_k=0, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
         max_completion_length=task.ANSWER_TOKENS, learning_rate=task.LEARNING_RATE, lr_scheduler_type="constant",
         max_steps=STEPS, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        # random weights stop by chance
-        generation_kwargs={"min_new_tokens": task.ANSWER_TOKENS, "suppress_tokens": never},
+        generation_kwargs=full_length,
     )  # fmt: skip
     turns = Turns(task.ANSWERS)
     turns.trainer = Timed(

@@ -39,7 +39,8 @@ def settings_of(page, run, folder, start, data, **cluster):
         "run": str(run),
         "model": {"path": str(folder), "max_tiles": 4},
         "data": {"train": [str(data)], "test": [str(data)], "max_prompt_tokens": 60},
-        "optim": {"lr": 1e-4, "weight_decay": 0.1},
+        # a larger eps: AdamW moves a weight by the whole rate, where its gradient is rounding alone
+        "optim": {"lr": 1e-4, "weight_decay": 0.1, "settings": {"eps": 1e-6}},
         "train": {"steps": 4, "samples_per_step": 2, "threads": 1, "save_every": 2, "tokens_per_micro_batch": 60},
         "eval": {"every": 2},
         "cluster": {"device": "cpu", **cluster},
@@ -97,4 +98,4 @@ def test_runs_of_flash_models_on_two_ranks_are_those_of_one(tmp_path, tiny_folde
             moved, apart = (
                 torch.cat([(trained[key] - other[key]).flatten() for key in trained]) for other in (start, found)
             )
-            assert apart.norm() <= 0.2 * moved.norm(), (page, name)
+            assert apart.norm() <= 0.1 * moved.norm(), (page, name)

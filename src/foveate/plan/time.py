@@ -60,7 +60,7 @@ def _active(held: ByText) -> int:
     )
 
 
-def language_flops(config: Any, prompt: int, answer: int, answers: int) -> float:
+def language_flops(config: Any, prompt: float, answer: float, answers: int) -> float:
     """A forward pass of one group: the prompt once, each answer after it, logits of the answers alone."""
     text, tokens = config.get_text_config(), prompt + answers * answer
     pairs = prompt**2 / 2 + answers * (answer * prompt + answer**2 / 2)
