@@ -68,7 +68,7 @@ def settings_of(values: Mapping[str, Any], cls: type[SettingsT], base: str | Pat
     """
     given = [_python_layer(key, value, cls) for key, value in values.items()]
     layers = [*(_layers(base, ())[0] if base is not None else ()), *given]
-    return _combined([*layers, *(more := _shorter_warmups(layers, len(given)))], len(given) + len(more), cls, PYTHON)
+    return _combined(*_with_shorter_warmups(layers, len(given)), cls, PYTHON)
 
 
 def _python_layer(key: str, value: Any, cls: type[Settings]) -> Entry:
@@ -181,8 +181,7 @@ _Dumper.add_representer(str, _represent_text)
 def _layers(path: str | Path, overrides: Sequence[str]) -> tuple[list[Entry], int]:
     """The layers of a recipe with overrides, and how many of them, the last, come from these."""
     layers = [*_read_with_base(find_recipe(path), ()), *map(_read_override, overrides)]
-    shorter = _shorter_warmups(layers, len(overrides))
-    return [*layers, *shorter], len(overrides) + len(shorter)
+    return _with_shorter_warmups(layers, len(overrides))
 
 
 def _read_with_base(path: Path, chain: tuple[Path, ...]) -> list[Entry]:
@@ -314,6 +313,12 @@ def _combined(layers: Sequence[Entry], own: int, cls: type[SettingsT], where: st
         return cls.model_validate(_plain(merged))
     except ValidationError as error:
         raise ConfigError(first_problem(error, merged, cls)) from None
+
+
+def _with_shorter_warmups(layers: Sequence[Entry], own: int) -> tuple[list[Entry], int]:
+    """The layers with `_shorter_warmups` behind them, and how many of them, the last, were given over a recipe."""
+    shorter = _shorter_warmups(layers, own)
+    return [*layers, *shorter], own + len(shorter)
 
 
 def _shorter_warmups(layers: Sequence[Entry], own: int) -> list[Entry]:
