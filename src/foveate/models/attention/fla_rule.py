@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.errors import ConfigError, one_line
+from foveate.models.attention.runs import depths
 from foveate.records import Forest
 
 _WIDEST = 256
@@ -114,9 +115,7 @@ class _Level:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # those that were made for sampling must also do for training
 def _levels(forest: Forest, device: torch.device) -> tuple[_Level, ...]:
-    depth: list[int] = []
-    for parent in forest.parent:
-        depth.append(depth[parent] + 1 if parent >= 0 else 0)
+    depth = depths(forest)
     levels, above = list[_Level](), list[int]()
     for distance in range(max(depth) + 1):
         own = [k for k, at in enumerate(depth) if at == distance]

@@ -37,6 +37,14 @@ def _path_begins(forest: Forest) -> list[int]:
     return begin
 
 
+def depths(forest: Forest) -> list[int]:
+    """How many segments each segment has above it."""
+    depth: list[int] = []
+    for parent in forest.parent:
+        depth.append(0 if parent < 0 else depth[parent] + 1)
+    return depth
+
+
 def subtree_ends(forest: Forest) -> list[int]:
     """The place in the row behind the last descendant of each segment."""
     ends = [start + length for start, length in zip(forest.start, forest.length, strict=True)]
@@ -157,9 +165,7 @@ def _halves(run: _Run) -> tuple[_Run, _Run]:
 def _inner_runs(forest: Forest) -> list[list[_Run]]:
     """The descendants of each inner segment against it, by depth, because the queries of nested segments overlap and
     may not share a call."""
-    depth: list[int] = []
-    for parent in forest.parent:
-        depth.append(0 if parent < 0 else depth[parent] + 1)
+    depth = depths(forest)
     inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
     for k, below in enumerate(subtree_ends(forest)):
         start, length = forest.start[k], forest.length[k]
