@@ -24,6 +24,11 @@ RELATIVE, ABSOLUTE = 0.1, 0.5
 the second, and is not among the tenth of the tiles that it says the least of."""
 
 
+def mark_as_flash(config: Any) -> None:
+    """Make a configuration of InternVL that of a Flash model with the thresholds of a new router."""
+    config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
+
+
 class FlashForConditionalGeneration(InternVLForConditionalGeneration):
     """InternVL with the modules of Flash below `model`. Its own forward, as the released one, has 256 tokens a tile."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from foveate.models.flash import ABSOLUTE, FLASH_KEYS, RELATIVE, internvl_class
+from foveate.models.flash import internvl_class, mark_as_flash
 
 _VISION_300M = {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
@@ -121,7 +121,7 @@ def published_config(size: str, *, flash: bool = False) -> InternVLConfig:
         vision_config=dict(vision), text_config=dict(text), image_token_id=IMAGE_TOKEN_ID, tie_word_embeddings=False
     )
     if flash:
-        config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
+        mark_as_flash(config)
     return config
 
 

@@ -15,7 +15,7 @@ from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
 from foveate.models.checkpoint.formats import read_config
 from foveate.models.checkpoint.small_files import quiet_transformers, write_json
-from foveate.models.flash import ABSOLUTE, FLASH_KEYS, RELATIVE, FlashForConditionalGeneration, begin_as_mean, is_flash
+from foveate.models.flash import FLASH_KEYS, FlashForConditionalGeneration, begin_as_mean, is_flash, mark_as_flash
 from foveate.models.policy import load_policy
 
 
@@ -32,7 +32,7 @@ def write_flash(source: str, target: Path, *, seed: int = 0) -> None:
     if policy.family.github_type is None:
         raise DataError(f"{source}: {policy.family.name} is no InternVL, of which alone there are Flash models")
     config: Any = copy.deepcopy(policy.model.config)
-    config.update(dict(zip(FLASH_KEYS, (True, RELATIVE, ABSOLUTE), strict=True)))
+    mark_as_flash(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = FlashForConditionalGeneration(config)
