@@ -108,11 +108,15 @@ class Tool:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return {key: one for key, one in found.items() if one.kind in kinds}
 
+    @property
+    def _whole(self) -> Callable[..., Any]:
+        """The function without its settings, whose hints and docstring these are."""
+        return self.function.func if isinstance(self.function, partial) else self.function
+
     @cached_property
     def hints(self) -> dict[str, Any]:
-        function = self.function.func if isinstance(self.function, partial) else self.function
         try:
-            found = typing.get_type_hints(function)
+            found = typing.get_type_hints(self._whole)
         except (NameError, TypeError, AttributeError) as error:
             raise ConfigError(f"tool {self.name}: its type hints cannot be read ({one_line(error)})") from None
         return {key: _without_none(hint) for key, hint in found.items() if key in self.parameters}
@@ -125,8 +129,7 @@ class Tool:
     @property
     def returns_image(self) -> bool:
         """Whether it says that every result is an image."""
-        function = self.function.func if isinstance(self.function, partial) else self.function
-        return typing.get_type_hints(function).get("return") is Image.Image
+        return typing.get_type_hints(self._whole).get("return") is Image.Image
 
     def schema(self, frame: Frame = "model") -> dict[str, Any]:
         """The JSON schema that the prompt shows. Raises ConfigError where the docstring leaves out a parameter."""
@@ -136,8 +139,7 @@ class Tool:
 
         def described() -> None: ...
 
-        function = self.function.func if isinstance(self.function, partial) else self.function
-        described.__name__, described.__doc__ = self.name, inspect.getdoc(function)
+        described.__name__, described.__doc__ = self.name, inspect.getdoc(self._whole)
         described.__annotations__ = {key: plain.get(hint, hint) for key, hint in self.hints.items()}
         vars(described)["__signature__"] = inspect.Signature(
             [one.replace(annotation=described.__annotations__[key]) for key, one in self.parameters.items()]

@@ -85,12 +85,12 @@ def _called(method: Callable[..., Any], row: Mapping[str, Any]) -> Any:
     return finished(method(**{key: value for key, value in row.items() if takes_any or key in parameters}))
 
 
-def continued_prompt(task: Task, shown: Any, who: str = "reset") -> tuple[Observation, ...]:
+def continued_prompt(task: Task, shown: Any) -> tuple[Observation, ...]:
     """The messages of a task, the last one continued by what an environment shows: None, a text, images, or parts."""
     messages = task_messages(task)
     if shown is None:
         return messages
-    text, pictures = result_parts(shown, who)
+    text, pictures = result_parts(shown, "reset")
     more = observation("user", text, *pictures)
     last = messages[-1]
     if last.role != "user":
