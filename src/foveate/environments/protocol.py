@@ -89,6 +89,8 @@ class EnvironmentFault(DataError):
     """The code of an environment is at fault for every answer: it ends the run."""
 
 
+OF_ENVIRONMENT = "environment: "
+"""How the note of an answer begins that its environment leaves ungraded."""
 FailureKind = Literal["raised", "timed_out", "died", "limit", "invalid", "start_again", "fault"]
 
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from foveate.data.answers import GeneratedAnswer
 from foveate.data.conversations import IMAGE_TAG, IMAGE_WORD
 from foveate.encoding.chat import with_tools
-from foveate.environments.protocol import EnvironmentFailure, EnvironmentPool, Opened, Step, with_opening
+from foveate.environments.protocol import (
+    OF_ENVIRONMENT,
+    EnvironmentFailure,
+    EnvironmentPool,
+    Opened,
+    Step,
+    with_opening,
+)
 from foveate.environments.turns import Turn, is_over, observed_turns
 from foveate.errors import DataError
 from foveate.evaluate.turns import kept_turns
@@ -22,6 +29,7 @@ from foveate.records import Message, SamplingParams, Task
 
 Ask = Callable[[Task, int, int], Awaitable[GeneratedAnswer]]
 """(A conversation so far, the number of the answer, the tokens that are left for it) -> its next turn."""
+_Reply = TypeVar("_Reply", Opened, Step)
 _ENDS = ("stop", "tool_calls")
 """How servers say that a turn is complete."""
 
@@ -34,15 +42,19 @@ async def converse(
     keys = [object() for _ in range(sampling.samples)]  # a row that is asked again has others
     try:
         opened = [await one for one in [asyncio.wrap_future(pool.open(task, seed, key)) for key in keys]]
-        for one in opened:
-            if isinstance(one, EnvironmentFailure):
-                raise DataError(f"environment: {one.note}")
-        begun = with_opening(task, [one for one in opened if isinstance(one, Opened)])
+        begun = with_opening(task, [_of(one) for one in opened])
         found = [_converse(pool, begun, key, number, sampling, ask) for number, key in enumerate(keys)]
         return begun, tuple(await asyncio.gather(*found))
     finally:
         for key in keys:
             pool.close(key)
+
+
+def _of(reply: _Reply | EnvironmentFailure) -> _Reply:
+    """The reply of an environment. Raises DataError for a failure."""
+    if isinstance(reply, EnvironmentFailure):
+        raise DataError(f"{OF_ENVIRONMENT}{reply.note}")
+    return reply
 
 
 async def _converse(
@@ -56,9 +68,7 @@ async def _converse(
         turns.append(Turn("assistant", answer.text, tokens=answer.tokens))
         if answer.finish not in _ENDS:
             break
-        step = await asyncio.wrap_future(pool.step(key, answer.text))
-        if isinstance(step, EnvironmentFailure):
-            raise DataError(f"environment: {step.note}")
+        step = _of(await asyncio.wrap_future(pool.step(key, answer.text)))
         taken.append(step)
         turns[-1] = turns[-1].stepped(step, step.reward)
         if step.done or left <= 0:
@@ -69,10 +79,7 @@ async def _converse(
         images = tuple(image for one in step.messages for image in one.images)
         talk = replace(talk, messages=(*talk.messages, said, *read), images=talk.images + images)
     if pool.has_last_reward and not is_over(taken):
-        last = await asyncio.wrap_future(pool.last_reward(key))
-        if isinstance(last, EnvironmentFailure):
-            raise DataError(f"environment: {last.note}")
-        turns[-1] = turns[-1].rewarded(last.reward)
+        turns[-1] = turns[-1].rewarded(_of(await asyncio.wrap_future(pool.last_reward(key))).reward)
     return replace(answer, tokens=sampling.max_tokens - left, turns=kept_turns(turns, None))
 
 

@@ -24,6 +24,7 @@ from foveate.encoding.turns import TurnReply, Turns
 from foveate.environments.build import build_environment, made_once
 from foveate.environments.pool import Environments
 from foveate.environments.protocol import (
+    OF_ENVIRONMENT,
     EnvironmentFailure,
     Observation,
     Opened,
@@ -33,7 +34,7 @@ from foveate.environments.protocol import (
 from foveate.environments.turns import Turn, is_over, observed_turns, with_last_reward
 from foveate.errors import DataError
 from foveate.records import Answer, Message, Prompt, SamplingParams, Segment, Task
-from foveate.rollout.credit import OF_ENVIRONMENT, AnswerCredit, Outcome
+from foveate.rollout.credit import AnswerCredit, Outcome
 from foveate.rollout.engine import Engine, Request
 
 _ENCODERS = 2

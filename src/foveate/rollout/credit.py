@@ -7,14 +7,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from foveate.environments.protocol import Step
+from foveate.environments.protocol import OF_ENVIRONMENT, Step
 from foveate.environments.turns import Turn
 from foveate.errors import DataError
 from foveate.records import Answer, Score, Task
 from foveate.rewards.pool import Graders
-
-OF_ENVIRONMENT = "environment: "
-"""How the note of an answer begins that its environment leaves ungraded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from foveate.environments.protocol import OF_ENVIRONMENT
 from foveate.errors import DataError
 from foveate.records import Answer, Group
-from foveate.rollout.credit import OF_ENVIRONMENT
 
 
 @dataclass(frozen=True, slots=True)
