@@ -21,8 +21,8 @@ from peers.toy_sizes import sized
 from scaling import measure, worker_of
 
 from foveate.models.checkpoint.formats import hf_form, model_config
+from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.small_files import read_tokenizer
-from foveate.models.policy import load_policy
 from foveate.models.sizes import published_config
 from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS
@@ -149,12 +149,12 @@ def decode_limit(bandwidth: float) -> dict[str, float]:
 def share_of_step(folder: Path, records: list[dict[str, Any]], groups: int, answers: int) -> dict[str, float]:
     """Arithmetic of sampling and learning in a whole step of text, and what share of the machine's matrix speed the
     medians of its records are."""
-    config: Any = load_policy(str(folder)).model.config
+    config: Any = inspect_model_folder(str(folder)).config
     prompt, answer = (
         statistics.median(r[key] for r in records) / many
         for key, many in (("prompt_tokens", groups), ("answer_tokens", groups * answers))
     )
-    once = groups * (language_flops(config, prompt, answer, answers))
+    once = groups * language_flops(config, prompt, answer, answers)
     generate, update, whole = (statistics.median(r[key] for r in records) for key in ("generate", "update", "cpu"))
     speed = matrix_speed(3)
     return {

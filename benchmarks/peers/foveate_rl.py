@@ -44,10 +44,7 @@ def tasks(task: Any) -> list[Task]:
 
 def run(folder: str, threads: int, task: Any) -> None:
     torch.set_num_threads(threads)
-    settings = (
-        ModelSettings(path=folder) if task is picture_task else ModelSettings(path=folder, trainable=task.TRAINABLE)
-    )
-    worker = Worker(settings, OptimSettings(lr=task.LEARNING_RATE), BUDGET)
+    worker = Worker(ModelSettings(path=folder, trainable=task.TRAINABLE), OptimSettings(lr=task.LEARNING_RATE), BUDGET)
     workers, policy = LocalWorkers(worker), worker.policy
     costs = Costs.of(policy.model.config)
     encoder = Encoder(policy.tokenizer, policy.family, task.TILES, 4096)

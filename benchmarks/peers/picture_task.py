@@ -15,6 +15,7 @@ TILES = COLUMNS * ROWS
 """The picture is cut into these and a thumbnail."""
 GROUPS, ANSWERS, ANSWER_TOKENS = sized((2, 16, 64), toy=(2, 4, 6))
 LEARNING_RATE = 1e-6
+TRAINABLE = ["vision", "projector", "language"]
 
 
 def picture(seed: int) -> bytes:

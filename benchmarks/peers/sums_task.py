@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from picture_task import reward as reward
 from toy_sizes import sized
 
 GROUPS, ANSWERS, ANSWER_TOKENS = sized((16, 8, 20), toy=(2, 4, 6))
@@ -13,8 +14,3 @@ TRAINABLE = ["language"]
 
 def question(seed: int) -> str:
     return f"What is {10 + 37 * seed % 90} plus {10 + 53 * seed % 90}? Answer with the number only."
-
-
-def reward(token_ids: list[int]) -> float:
-    """A number that differs between answers, so that every group teaches something."""
-    return sum(token_ids) % 7 / 7
