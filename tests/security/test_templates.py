@@ -186,6 +186,14 @@ def test_a_tokenizer_that_panics_on_a_row_is_told_by_the_row(encode, make_task, 
         encode.length(make_task("good"))
 
 
+def test_memory_that_a_process_keeps_for_its_next_step_is_none_beyond_the_limit_of_templates(tiny_policy):
+    assert tiny_policy.device.type == "cpu"  # loaded, so that memory is kept from here on
+    buffers = [bytearray(2**24) for _ in range(30)]
+    del buffers
+    with bounded(2**28), pytest.raises(MemoryError):
+        bytearray(2**29)
+
+
 @pytest.mark.parametrize("soft", [4 * 2**30, resource.RLIM_INFINITY])
 def test_templates_have_their_limit_of_memory_whatever_that_of_the_process(soft):
     former = resource.getrlimit(resource.RLIMIT_DATA)

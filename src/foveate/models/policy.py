@@ -44,8 +44,8 @@ _UNREADABLE = (
 """What transformers raises for folders that are damaged or contradict themselves."""
 _UNTRAINED = "model-untrained.safetensors"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT_BYTES = 1 << 29
-"""Freed memory that a process keeps for its next buffers."""
+_KEPT_BYTES = 1 << 26
+"""Freed memory that a process keeps for its next buffers: much less than what untrusted templates are given."""
 _FILES = {"use_safetensors": True, "local_files_only": True}
 
 
@@ -131,7 +131,7 @@ def keep_freed_memory(device: str) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
         return
-    mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES // 4)
+    mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES // 2)
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
