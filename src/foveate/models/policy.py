@@ -32,6 +32,7 @@ from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
 from foveate.models.flash import internvl_class
+from foveate.models.matmul import use_fast_linear
 from foveate.models.quantize import Quantization, quantize_layers
 from foveate.models.sizes import meta_model
 
@@ -110,7 +111,7 @@ def load_policy(
         model = _read_mapped(found, options) if found.family.github_type else _read(found, options)
     if quantization is None:
         model = model.to(device)
-    model = replace_layers(model.eval())
+    model = use_fast_linear(replace_layers(model.eval()), device)
     if quantization is not None:
         quantize_layers(model, found.family, quantization, device)
     return Policy(model.to(device), found.tokenizer, found.family, found.folder, found.format)

@@ -1,0 +1,110 @@
+"""Products of float32 matrices on processors with AVX-512, by oneDNN.
+
+PyTorch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors alone; on AMD's it stays at half
+of their speed (measured in docs/performance.md). oneDNN, which PyTorch also carries, takes it on both. Sums are in
+float32 in either, in another order.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+_LEAST_PRODUCTS = 1 << 21
+"""Multiplications below which the call takes longer than it saves."""
+_FEW_ROWS, _MOST_PADDED = 64, 512
+_CACHED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "64"}
+"""How many shapes keep the code that oneDNN makes for each, a megabyte or two: 1,024 by default. Read at its first
+call."""
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def use_fast_linear(model: _Model, device: str) -> _Model:
+    """Give the plain linear layers of a model for a processor the class `Linear`; parameters and names stay."""
+    if torch.device(device).type != "cpu" or not has_fast_matmul():
+        return model
+    for name, value in _CACHED.items():
+        os.environ.setdefault(name, value)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    return model
+
+
+@cache
+def has_fast_matmul() -> bool:
+    """Whether this processor and this PyTorch have what `matmul` gains by."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) @ weight.T (N, K) + bias (N,): `functional.linear`, differentiable once."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not _gains(x, weight, rows, len(weight)) or torch.is_autocast_enabled("cpu"):
+        return functional.linear(x, weight, bias)
+    flat = x.reshape(rows, x.shape[-1])
+    out = _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else _multiply(flat, weight, bias)
+    return out.view(*x.shape[:-1], len(weight))
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, K) @ right (K, N), of tensors that need no gradient."""
+    if not _gains(left, right, len(left), right.shape[1]):
+        return left @ right
+    return _multiply(left, right.t(), None)
+
+
+def _gains(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
+    return (
+        rows >= 4
+        and rows * columns * left.shape[-1] >= _LEAST_PRODUCTS
+        and left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and has_fast_matmul()
+        and type(right) in (Tensor, nn.Parameter)  # no stand-in, as tracing and sharding have
+        and type(left) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) @ weight.T (N, K) + bias. A few rows are made a multiple of 8 or 32, so that batches which grow and
+    shrink have few shapes."""
+    rows = len(x)
+    if rows < _MOST_PADDED:
+        missing = -rows % (8 if rows < _FEW_ROWS else 32)
+        x = functional.pad(x, (0, 0, 0, missing)) if missing else x
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        return (
+            None if weight is None else matmul(grad, weight),
+            None if x is None else matmul(grad.t(), x),
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+        )
