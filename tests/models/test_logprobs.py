@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError
+from foveate.models.logprob_blocks import COLUMNS, ROWS
 from foveate.models.logprobs import (
-    CPU_CHUNK_ROWS,
     Divergence,
     TeacherStates,
     TeacherTopK,
@@ -298,14 +298,24 @@ def test_a_divergence_stays_finite_for_logits_of_hundreds():
                 assert torch.isfinite(values).all()
 
 
-def test_a_small_vocabulary_takes_few_rows_at_a_time_and_gives_the_same_values():
-    hidden, weight, token_ids = inputs(m=2 * CPU_CHUNK_ROWS + 3)
-    largest = Largest()
-    with largest:
-        logp, entropy = chunked_logprobs(hidden, weight, token_ids)
-    assert largest.elements == CPU_CHUNK_ROWS * V
-    for got, wanted in zip((logp, entropy), plain_logprobs(hidden, weight, token_ids, 1.0), strict=True):
-        torch.testing.assert_close(got, wanted)
+@pytest.mark.parametrize("uses", ["logp", "entropy", "logp and entropy"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (7, 1024), (600, 2300), (512, 3072)])
+def test_blocks_of_the_vocabulary_give_the_values_and_gradients_of_all_logits(uses, temperature, rows, vocabulary):
+    hidden, weight, token_ids = inputs(m=rows, v=vocabulary, scale=5.0)
+    found, wanted = (of(hidden, weight, token_ids, temperature) for of in (chunked_logprobs, plain_logprobs))
+    for got, true in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, true)
+    of_found, of_wanted = (torch.autograd.grad(loss_of(*them, uses), (hidden, weight)) for them in (found, wanted))
+    for got, true in zip(of_found, of_wanted, strict=True):
+        torch.testing.assert_close(got, true)
+
+
+def test_a_large_vocabulary_takes_a_block_of_logits_at_a_time_on_processors():
+    hidden, weight, token_ids = inputs(torch.float32, m=2 * ROWS, d=4, v=8 * COLUMNS)
+    with Largest() as largest:
+        loss_of(*chunked_logprobs(hidden, weight, token_ids), "logp and entropy").backward()
+    assert largest.elements == ROWS * COLUMNS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

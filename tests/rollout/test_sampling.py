@@ -165,3 +165,15 @@ def test_draws_at_the_end_of_a_block_and_of_all_find_tokens_with_probability(few
     for uniform, found in ((1 - 2.0**-50, 511), (0.75 - 2.0**-50, 256), (0.5, 256), (0.5 - 2.0**-50, 255), (0.0, 3)):
         token, _ = draw(logits, torch.full((3,), uniform, dtype=torch.float64), SamplingParams(), NOTHING)
         assert token.tolist() == [found] * 3
+
+
+@pytest.mark.parametrize(("held", "cached"), [(1 << 24, 1 << 20), (7000, 3000), (1, 1)])
+def test_rows_that_are_drawn_in_pieces_have_the_logits_of_all(monkeypatch, held, cached):
+    monkeypatch.setattr(module, "_HELD", held)
+    monkeypatch.setattr(module, "_CACHED", cached)
+    kept = module.Logits()
+    for rows in (5, 2, 9):
+        hidden, weight = torch.randn(rows, 8), torch.randn(2500, 8)
+        with torch.no_grad():
+            found = torch.cat([piece.clone() for piece in kept.of(hidden, weight)])
+        torch.testing.assert_close(found, hidden @ weight.T)

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.errors import ConfigError
+from foveate.models.logprob_blocks import BlockLogprobs, grad_of_logits
+from foveate.models.matmul import matmul
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
-CPU_CHUNK_ROWS = 512
-"""Rows held at a time at most on processors: the passes over more leave their caches where the vocabulary is small."""
 _CPU_COLUMNS = 1024
 """Tokens of the vocabulary whose logits a processor computes at a time: products of few rows with many are slow."""
 GPU_CHUNK_ELEMENTS = 1 << 26
@@ -159,8 +159,9 @@ def chunked_terms(
     "logp", the log-prob of `token_ids`; "entropy"; divergences to teachers. A term that is not asked for costs nothing.
 
     hidden (M, D), weight (V, D), token_ids int64 (M,); returns a tensor (M,) for each term, differentiable, in float32
-    (in float64 for float64 input). Rows are taken `chunk_elements // V` at a time, and once more in backward, where
-    with p = softmax and H the entropy: d logp / d logits = onehot - p and d H / d logits = -p (log p + H).
+    (in float64 for float64 input). Rows are taken `chunk_elements // V` at a time, and once more in backward; on
+    processors, unless `chunk_elements` is given or there are divergences, blocks of rows and columns
+    (`foveate.models.logprob_blocks`).
     """
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device)  # the meta device knows none
@@ -170,35 +171,36 @@ def chunked_terms(
         hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     rows = _rows(hidden, weight, chunk_elements)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        if device == "cpu" and chunk_elements is None and all(isinstance(term, str) for term in terms):
+            found = BlockLogprobs.apply(hidden, weight, token_ids, temperature, "entropy" in terms)
+            return tuple(found[LOGP_ENTROPY.index(term)] for term in terms)
         return _ChunkedTerms.apply(hidden, weight, token_ids, temperature, rows, tuple(terms))
 
 
 def _rows(hidden: Tensor, weight: Tensor, chunk_elements: int | None) -> int:
     """Rows of a chunk."""
     if chunk_elements is None:
-        chunk_elements = {"cuda": GPU_CHUNK_ELEMENTS, "cpu": cpu_chunk(weight)}.get(hidden.device.type, CHUNK_ELEMENTS)
+        chunk_elements = GPU_CHUNK_ELEMENTS if hidden.device.type == "cuda" else CHUNK_ELEMENTS
     return max(1, chunk_elements // len(weight))
-
-
-def cpu_chunk(weight: Tensor) -> int:
-    """Logits held at a time on a processor."""
-    return min(CHUNK_ELEMENTS, CPU_CHUNK_ROWS * len(weight))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """hidden (M, D) @ weight.T (V, D): (M, V) in float32, or float64. A GPU adds in float32 whatever it multiplies, and
-    its sums are taken as they are; elsewhere, those of bfloat16 come rounded to 8 bits."""
+    its sums are taken as they are; elsewhere, those of bfloat16 come rounded to 8 bits. A processor may write them to
+    `out`, where it takes the vocabulary in parts."""
     if hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    if hidden.device.type != "cpu" or len(weight) < 2 * _CPU_COLUMNS or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return (hidden @ weight.T).to(_compute_dtype(hidden))
-    logits = hidden.new_empty(len(hidden), len(weight), dtype=_compute_dtype(hidden))
+    if hidden.device.type != "cpu" or len(weight) < 2 * _CPU_COLUMNS:
+        return matmul(hidden, weight.T).to(_compute_dtype(hidden))
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=_compute_dtype(hidden)) if out is None else out
     for first in range(0, len(weight), _CPU_COLUMNS):
-        logits[:, first : first + _CPU_COLUMNS] = hidden @ weight[first : first + _CPU_COLUMNS].T
+        logits[:, first : first + _CPU_COLUMNS] = matmul(hidden, weight[first : first + _CPU_COLUMNS].T)
     return logits
 
 
@@ -260,12 +262,9 @@ class _ChunkedTerms(torch.autograd.Function):
                 for term, grad in asked
                 if isinstance(term, Divergence)
             ]
-            grad_logits = _grad_logits(
-                all_logp,
-                token_ids[part],
-                None if entropy is None else entropy[part],
-                plain.get("logp"),
-                plain.get("entropy"),
+            own = torch.arange(len(all_logp), device=hidden.device), token_ids[part]
+            grad_logits = grad_of_logits(
+                all_logp, own, None if entropy is None else entropy[part], plain.get("logp"), plain.get("entropy")
             )
             for more in diverging:
                 grad_logits += more
@@ -285,19 +284,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
-
-
-def _grad_logits(
-    all_logp: Tensor, token_ids: Tensor, entropy: Tensor | None, grad_logp: Tensor | None, grad_entropy: Tensor | None
-) -> Tensor:
-    """The gradient of one chunk with respect to its scaled logits; overwrites `all_logp` when entropy needs none."""
-    if grad_entropy is None or entropy is None:
-        grad = all_logp.zero_() if grad_logp is None else all_logp.exp_().mul_(-grad_logp[:, None])
-    else:
-        p = all_logp.exp()
-        grad = all_logp.add_(entropy[:, None]).mul_(p).mul_(-grad_entropy[:, None])
-        if grad_logp is not None:
-            grad.addcmul_(p, -grad_logp[:, None])
-    if grad_logp is not None:
-        grad[torch.arange(len(grad), device=grad.device), token_ids] += grad_logp
-    return grad

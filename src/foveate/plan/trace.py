@@ -26,7 +26,8 @@ from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.families import family_class
 from foveate.models.forward import token_logprobs
-from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs, cpu_chunk
+from foveate.models.logprob_blocks import COLUMNS, ROWS
+from foveate.models.logprobs import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, chunked_logprobs
 from foveate.models.lora import train_parts
 from foveate.models.offload import HostActivations
 from foveate.models.policy import Policy
@@ -159,7 +160,7 @@ def step_memory(
         loss.backward()
     head: Any = policy.part("head").weight
     traced = _chunk_memory(head, batch.target_M, CHUNK_ELEMENTS)
-    own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS if on_gpu else cpu_chunk(head))
+    own = _chunk_memory(head, batch.target_M, GPU_CHUNK_ELEMENTS if on_gpu else ROWS * COLUMNS)
     pixels = batch.pixels
     features = 0 if pixels is None else pixels.nbytes + len(batch.slot_index) * head.shape[1] * dtype.itemsize
     return StepMemory(step.peak + (0 if pixels is None else pixels.nbytes) - features - traced, features, own)

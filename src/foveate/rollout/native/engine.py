@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from foveate.errors import DataError
 from foveate.models.forward import embed, evaluating, hidden_states
-from foveate.models.logprobs import logits_of
 from foveate.models.policy import DTYPES, Policy
 from foveate.models.routing import Routing, follow_routers
 from foveate.models.sizes import state_numbers
@@ -26,13 +25,11 @@ from foveate.rollout.native.cache import cached_numbers
 from foveate.rollout.native.graphs import recorder
 from foveate.rollout.native.prefixes import Beginnings, shared_beginnings
 from foveate.rollout.native.room import Use, row_of
-from foveate.rollout.native.sampling import draw
+from foveate.rollout.native.sampling import Logits, draw
 from foveate.rollout.native.shelves import FIRST_ROOM
 from foveate.rollout.native.tables import with_experts
 
 _TOKENS = 32_768
-_LOGITS = 1 << 24
-"""Logits held at a time, rows x vocabulary: 2**24 float32 values are 64 MB."""
 _SLACK, _WORTH = 0.25, 16
 """Where steps are recorded: which share of the rows may be done before the rest is recorded anew, and how many steps
 must be ahead to record one."""
@@ -99,6 +96,7 @@ class NativeEngine:
         banned = sorted(token for token in policy.family.placeholder_ids if token < self._known)
         self._banned = torch.tensor(banned, dtype=torch.int64, device=policy.device)
         self._stop = torch.tensor(policy.family.stop_ids, device=policy.device)
+        self._logits = Logits()
         self._record = recorder(policy)
         self._records_experts = record_experts
         if record_experts:
@@ -352,14 +350,14 @@ class NativeEngine:
         return Routing(replay, records=True) if self._records_experts else None
 
     def _draw(self, hidden: Tensor, uniform_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Token ids and log-probs (B,) drawn from hidden states (B, D), as many rows at a time as bounds the logits."""
+        """Token ids and log-probs (B,) drawn from hidden states (B, D)."""
         weight = self.policy.part("head").weight
         assert isinstance(weight, Tensor)
-        rows = max(1, _LOGITS // len(weight))
-        drawn = [
-            draw(logits_of(some, weight), uniform, sampling, self._banned, self._known)
-            for some, uniform in zip(hidden.split(rows), uniform_B.split(rows), strict=True)
-        ]
+        drawn, first = [], 0
+        for logits in self._logits.of(hidden, weight):
+            uniform = uniform_B[first : first + len(logits)]
+            drawn.append(draw(logits, uniform, sampling, self._banned, self._known))
+            first += len(logits)
         return torch.cat([token for token, _ in drawn]), torch.cat([logprob for _, logprob in drawn])
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.models.logprobs import logits_of
 from foveate.records import SamplingParams
 
 _BELOW_ONE = 1 - 2.0**-50
@@ -18,6 +21,34 @@ _LEFT = 1e-4
 """The share of the probability below which allowed tokens are too small beside banned ones."""
 _NUCLEUS = 256
 """Tokens that are sorted at first for top-p; the whole vocabulary only where these hold too little probability."""
+_HELD, _CACHED = 1 << 24, 1 << 20
+"""Logits held at a time, rows x vocabulary (2**24 float32 values are 64 MB), and those that a processor draws from at a
+time: so many stay in its caches."""
+
+
+class Logits:
+    """The logits of a batch, some rows at a time. On a processor they lie in memory that is kept from step to step: the
+    system would clear new pages for each."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def of(self, hidden: Tensor, weight: Tensor) -> Iterator[Tensor]:
+        """Those of hidden states (B, D) by the head (V, D): (B', V) of the next B' rows, until the next are asked
+        for."""
+        rows = max(1, _HELD // len(weight))
+        if hidden.device.type != "cpu":
+            yield from (logits_of(some, weight) for some in hidden.split(rows))
+            return
+        for some in hidden.split(rows):
+            logits = logits_of(some, weight, self._room(len(some), weight))
+            yield from logits.split(max(1, _CACHED // len(weight)))
+
+    def _room(self, rows: int, weight: Tensor) -> Tensor:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if self._memory.numel() < rows * len(weight) or self._memory.dtype != dtype:
+            self._memory = torch.empty(rows * len(weight), dtype=dtype)
+        return self._memory[: rows * len(weight)].view(rows, len(weight))
 
 
 def uniforms(seed: int, answer: int, count: int) -> Tensor:
