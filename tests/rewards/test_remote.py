@@ -4,11 +4,12 @@ import base64
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from quiet_server import QuietServer
 
 from foveate.records import Image, Message, Task
 from foveate.registry import ConfigError
@@ -37,7 +38,7 @@ def server(monkeypatch):
         def log_message(self, *_):
             pass
 
-    class Server(ThreadingHTTPServer):
+    class Server(QuietServer):
         received: list = []  # noqa: RUF012
         replies: list = []  # noqa: RUF012
 
