@@ -172,6 +172,42 @@ def test_an_endpoint_gets_the_row_and_gives_a_number_or_a_mapping(server):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": 500},
+        {"Status": 503, "accuracy": 1.0},
+        {"detail": 1},
+        {"error": "no such row", "score": 0.0},
+        {"error": {"code": 3}, "overall": 1},
+        {"error": 2},
+        {"error": True, "score": 1.0},
+        {"status_code": 422, "score": None},
+        {"message": "busy"},
+    ],
+)
+def test_an_error_that_a_server_sends_as_a_reply_is_no_score(server, error):
+    server.replies = [(200, error), (200, 0.5)]
+    reward = build_reward("endpoint", {"url": server.url})
+    refused = reward("7", asked())
+    assert refused.value is None
+    assert f"{server.url} replied with an error: {json.dumps(error)}" in refused.note
+    assert reward("7", asked()).value == 0.5  # the error was not kept
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ({"score": 0.5, "code": 200, "message": "ok", "error": None}, 0.5),
+        ({"overall": 0.5, "status": 1, "error": 0.25}, 0.5),
+        ({"accuracy": 1.0, "format": 0.5}, 1.5),
+    ],
+)
+def test_a_score_beside_fields_of_errors_counts(server, reply, value):
+    server.replies = [(200, reply)]
+    assert build_reward("endpoint", {"url": server.url})("7", asked()).value == value
+
+
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):
     server.replies = [(503, "busy"), (429, "busy"), (200, 1.0), (400, "bad row")]
     reward = build_reward("endpoint", {"url": server.url, "retries": 2, "patience": 0.0})
