@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import time
+from contextlib import chdir
 from zlib import crc32
 
 import numpy as np
@@ -55,6 +57,21 @@ def pytest_runtest_setup():
     limit = float(os.environ.get("FOVEATE_TEST_SECONDS", "inf"))
     if time.monotonic() - BEGIN > limit:
         pytest.skip(f"no time left (FOVEATE_TEST_SECONDS={limit:g})")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def working_folder(tmp_path_factory):
+    """The folder that tests run in. It is empty: no test sees what commands have left in the clone."""
+    folder = tmp_path_factory.mktemp("working")
+    with chdir(folder):
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _empty_the_working_folder(working_folder):
+    yield
+    for path in working_folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 TINY = TinySize(tile=56, vision_width=32, vision_layers=2, vision_ffn=64, width=64, layers=3, head_dim=16, ffn=96)

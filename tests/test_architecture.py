@@ -311,6 +311,11 @@ def test_a_question_which_family_it_is_is_found(code, tmp_path):
     assert [*asks_which_family(file)]
 
 
+def test_tests_run_in_an_empty_folder(working_folder):
+    assert Path.cwd() == working_folder
+    assert not [*working_folder.iterdir()]
+
+
 def test_no_path_of_somebodys_machine():
     found = {
         name_of(path): re.findall(r"/(?:home|Users|root|mnt|data|work|tmp)/\w+", path.read_text(encoding="utf-8"))

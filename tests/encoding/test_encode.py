@@ -10,6 +10,8 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from foveate.encoding.chat import CORRECTED_TEMPLATE, render
 from foveate.encoding.encode import Encoder
+from foveate.environments.calculator import calculator
+from foveate.environments.tools import Tool
 from foveate.errors import DataError
 from foveate.models.policy import load_policy
 from foveate.records import Image, Message
@@ -118,6 +120,18 @@ def test_a_prompt_over_the_limit_is_refused_with_its_image_tokens_counted(encode
     with pytest.raises(DataError, match=f"^rows.parquet, row 3, field prompt: {message}"):
         short(task)
     assert short.validation_errors(task)[0][1].startswith(message)
+
+
+def test_a_prompt_over_the_limit_names_the_tools_that_count_to_it(encode, make_task):
+    tools = tuple(Tool(name, calculator).schema() for name in ("plus", "minus"))
+    task, shown = make_task("What is two and three?"), replace(encode, tools=tools)
+    short = replace(shown, max_prompt_tokens=encode.length(task))
+    message = (
+        rf"tokens with its images and the tools that it shows \(plus, minus\), the limit is {encode.length(task)}; "
+    )
+    with pytest.raises(DataError, match=rf"{message}.* or show fewer tools$"):
+        short(task)
+    assert shown.length(task) > 2 * encode.length(task)
 
 
 def test_a_picture_that_cannot_be_decoded_is_refused_by_row(encode, make_task):

@@ -213,6 +213,12 @@ def test_an_answer_becomes_an_action_as_the_settings_say(walk, action, answer, c
         assert step.done
 
 
+@pytest.mark.parametrize("answer", [r'"\ud83d"', r'{"a": ["\udc00"]}', "[" * 100_000, "so"])
+def test_an_action_is_json_of_whole_characters(walk, answer):
+    pool, _ = begun("gymnasium", {"make": f"{walk}:Walk", "action": "json"})
+    assert "its last line is no JSON" in step_of(pool, "a", answer).messages[0].content
+
+
 GYMS = """
 import numpy as np
 

@@ -209,6 +209,34 @@ def test_a_plain_function_is_a_tool():
     assert json.loads(result.text)["found"] == ["5", "exact", 3]
 
 
+def keep(values: dict) -> str:
+    """Keeps values.
+
+    Args:
+        values: Any.
+    """
+    return "\n".join(values.values())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        '<tool_call>{"name": "keep", "arguments": {"values": %s}}</tool_call>',
+        "<tool_call><function=keep><parameter=values>%s</parameter></function></tool_call>",
+    ],
+)
+def test_no_form_of_a_call_gives_a_tool_halves_of_characters(form):
+    tool = Tool("keep", keep)
+    (call,) = parse_calls(form % r'{"a": "\ud83d\ude00"}')
+    assert tool(call, (), "model").text == "😀"
+    (call,) = parse_calls(form % r'{"a": "\ud83d"}')
+    if isinstance(call, MalformedCall):
+        assert "is not valid Unicode" in call.reason
+    else:
+        with pytest.raises(CallError, match="keep: values must be"):
+            tool(call, (), "model")
+
+
 def test_text_of_a_tool_stays_text(tmp_path):
     file = tmp_path / "lookup.py"
     docstring = '"""Looks.\n\n    Args:\n        words: What.\n    """'

@@ -9,6 +9,7 @@ import torch
 from foveate.models.attention import kernels
 from foveate.models.attention.kernels import AttentionOptions, forest_attention, forest_mask, reference_attention
 from foveate.models.attention.runs import parts, path_positions
+from foveate.plan.trace import StorageCounter
 from foveate.records import Forest
 
 
@@ -279,6 +280,16 @@ def test_gradients_over_many_keys_come_some_keys_at_a_time(monkeypatch):
     monkeypatch.setattr(kernels, "_flash_backward", counted)
     value_and_gradients(forest_attention, inputs(forest, torch.float32), forest)
     assert max(calls) <= 384
+
+
+def test_memory_of_a_step_grows_with_the_row_and_not_with_its_square():
+    def peak(length):
+        rows = [torch.empty(2, 2 * length, 16, device="meta", requires_grad=True) for _ in range(3)]
+        with StorageCounter(rows) as step:
+            forest_attention(*rows, forest_of([(length, [(length, [])])]), 1.0).sum().backward()
+        return step.peak / length
+
+    assert peak(16_384) < 1.1 * peak(2_048)
 
 
 @pytest.mark.parametrize("length", [60, 1024])

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from foveate.encoding.chat import render
 from foveate.errors import DataError
+from foveate.models.checkpoint.formats import is_finite
 from foveate.models.families.internvl import InternVL
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import freeze_except, load_policy, save_policy
@@ -157,6 +158,39 @@ def test_sharded_weights_load(folder, tiny_policy):
     loaded = load_policy(str(folder)).model.state_dict()
     for name, weight in tiny_policy.model.state_dict().items():
         assert torch.equal(loaded[name], weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_the_name_of_a_tensor(value, folder):
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    change_weights(folder, lambda weights: weights[name][3].__setitem__(5, value))
+    with pytest.raises(
+        DataError, match=r"/model: \S*layers\.1\.mlp\.down_proj\.weight holds numbers that are not finite"
+    ):
+        load_policy(str(folder))
+
+
+def test_weights_that_are_too_large_for_a_dtype_are_refused(folder):
+    name = "language_model.model.layers.1.mlp.down_proj.weight"
+    change_weights(folder, lambda weights: weights[name][3].__setitem__(5, 1e6))
+    load_policy(str(folder))
+    with pytest.raises(DataError, match=r"down_proj\.weight holds numbers that are not finite in float16; "):
+        load_policy(str(folder), dtype="float16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(dtype):
+    numbers = torch.randn(3, 1001, dtype=torch.float32).to(dtype)
+    assert is_finite(numbers)
+    for place in (0, 1500, 3002):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            damaged = numbers.clone()
+            damaged.view(-1)[place] = value
+            assert not is_finite(damaged)
+            assert is_finite(damaged) == damaged.isfinite().all()
+    assert is_finite(torch.zeros(0, 4))
+    assert is_finite(torch.tensor([1, 2]))
+    assert is_finite(torch.zeros(2).to(torch.float8_e4m3fn))
 
 
 def test_nothing_is_printed_and_transformers_settings_stay(folder, tmp_path, capfd):

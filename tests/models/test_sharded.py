@@ -114,7 +114,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(folders, name, tmp_path):
         key = next(key for key in state if key.endswith("layers.1.mlp.down_proj.weight"))
         state[key] = state[key].T.contiguous()
 
+    def not_finite(state):
+        state[next(key for key in state if key.endswith("layers.1.mlp.down_proj.weight"))][1, 2] = float("nan")
+
     for change, message in (
+        (not_finite, r"layers\.1\.mlp\.down_proj\.weight holds numbers that are not finite in float32"),
         (without, r"the weights lack .*layers\.1\.mlp\.down_proj\.weight"),
         (with_more, r"the weights also hold strange\.weight"),
         (turned, r"shape \(\d+, \d+\),? .*asks for"),

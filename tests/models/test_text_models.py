@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from foveate.encoding.encode import Encoder
 from foveate.errors import DataError
 from foveate.models.attention import kernels
+from foveate.models.checkpoint.inspect import hub_task
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
 from foveate.models.families.proof import MOST_NATS, forest_difference
 from foveate.models.forward import token_logprobs
@@ -48,6 +49,14 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def policy(folder):
     return load_policy(str(folder))
+
+
+def test_the_hub_is_told_of_a_text_model_and_of_an_adapter_for_one(folder, tiny_folder, tmp_path):
+    assert hub_task(folder) == "text-generation"
+    assert hub_task(tiny_folder) == "image-text-to-text"
+    for base, task in ((folder, "text-generation"), (tiny_folder, "image-text-to-text")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+        assert hub_task(tmp_path) == task
 
 
 @pytest.fixture

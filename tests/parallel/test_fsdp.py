@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +12,10 @@ from rank_cases import start_ranks
 from torch.distributed.tensor import DTensor
 
 from foveate.config.cluster import ClusterSettings
-from foveate.models.forward import token_logprobs
+from foveate.models.forward import token_logprobs, token_terms, token_values
 from foveate.models.policy import freeze_except, load_policy
-from foveate.parallel.fsdp import LogProbs, blocks, mesh_of, shard
+from foveate.parallel import fsdp
+from foveate.parallel.fsdp import LogProbs, Values, blocks, mesh_of, shard
 from foveate.parallel.packing import pack
 from foveate.records import ImageSlot, PackedGroup, Prompt
 
@@ -109,3 +113,18 @@ def test_each_weight_is_on_one_rank_and_each_rank_holds_about_half(results, tiny
 
 def test_blocks_are_those_of_the_vision_tower_and_of_the_language_model(tiny_policy):
     assert len(blocks(tiny_policy.model)) == 2 + 3
+
+
+@pytest.mark.parametrize("sequence", [None, "a group"])
+def test_what_a_sharded_module_returns_has_memory_of_its_own(tiny_policy, monkeypatch, sequence):
+    """FSDP hooks into its outputs, and an operation in place on a view would lose the hook."""
+    batch, width = batch_of(0, tiny_policy.family.image_token_id), tiny_policy.part("head").weight.shape[1]
+    critic = replace(tiny_policy, model=copy.deepcopy(tiny_policy.model))
+    critic.model.lm_head = torch.nn.Linear(width, 1, bias=False)
+    monkeypatch.setattr(fsdp, "token_terms_split", lambda *a: torch.stack(token_terms(*a[:4]), -1).unbind(-1))
+    monkeypatch.setattr(fsdp, "token_values_split", lambda *a: token_values(*a[:2]))
+    for root in (LogProbs(tiny_policy, sequence), Values(critic, sequence)):
+        outputs = root(batch)
+        for output in outputs if isinstance(outputs, tuple) else [outputs]:
+            assert output.requires_grad
+            assert not output._is_view()

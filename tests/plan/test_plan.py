@@ -184,6 +184,15 @@ def test_offloading_leaves_the_inputs_of_all_blocks_but_the_one_in_work_to_the_h
     assert kept.activations - moved.activations == pytest.approx(inputs, rel=0.5)
 
 
+@pytest.mark.parametrize("saving", [{"checkpointing": False}, {"checkpointing": True, "offloads": True}])
+def test_a_token_of_a_long_row_takes_about_as_much_as_one_of_a_short_row(config, saving):
+    def of_a_token(tokens):
+        row = RowShape(tokens // 2, tokens // 2, 2)
+        return step_memory(config, row, dtype=torch.float32, train=ALL, **saving).activations / tokens
+
+    assert of_a_token(2**16) < 1.5 * of_a_token(2**12)
+
+
 def test_published_sizes_have_the_papers_parameters():
     billions = {size: sizes_of(published_config(size), ALL).total / 1e9 for size in PUBLISHED_SIZES}
     paper = {"1B": 1.1, "2B": 2.3, "4B": 4.7, "8B": 8.5, "14B": 15.1, "38B": 38.4, "20B-A4B": 21.2, "30B-A3B": 30.8}

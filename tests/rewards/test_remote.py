@@ -4,11 +4,12 @@ import base64
 import json
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from quiet_server import QuietServer
 
 from foveate.records import Image, Message, Task
 from foveate.registry import ConfigError
@@ -37,7 +38,7 @@ def server(monkeypatch):
         def log_message(self, *_):
             pass
 
-    class Server(ThreadingHTTPServer):
+    class Server(QuietServer):
         received: list = []  # noqa: RUF012
         replies: list = []  # noqa: RUF012
 
@@ -169,6 +170,40 @@ def test_an_endpoint_gets_the_row_and_gives_a_number_or_a_mapping(server):
         "data_source": "vqa", "question": "How many?", "solution_str": "7", "ground_truth": [1, 2],
         "extra_info": {"index": 3},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": 500},
+        {"Status": 503, "accuracy": 1.0},
+        {"detail": 1},
+        {"error": 2},
+        {"status_code": 422, "score": None},
+        {"message": "busy"},
+    ],
+)
+def test_an_error_that_a_server_sends_as_a_reply_is_no_score(server, error):
+    server.replies = [(200, error), (200, 0.5)]
+    reward = build_reward("endpoint", {"url": server.url})
+    refused = reward("7", asked())
+    assert refused.value is None
+    assert f"{server.url} replied with an error: {json.dumps(error)}" in refused.note
+    assert reward("7", asked()).value == 0.5  # the error was not kept
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ({"score": 0.5, "code": 200, "message": "ok", "error": None}, 0.5),
+        ({"overall": 0.5, "status": 1, "error": 0.25}, 0.5),
+        ({"error": "no such row", "score": 0.0}, 0.0),
+        ({"accuracy": 1.0, "format": 0.5}, 1.5),
+    ],
+)
+def test_a_score_beside_fields_of_errors_counts(server, reply, value):
+    server.replies = [(200, reply)]
+    assert build_reward("endpoint", {"url": server.url})("7", asked()).value == value
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_not(server):

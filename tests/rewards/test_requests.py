@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from quiet_server import QuietServer
 
 from foveate.records import Message, Task
 from foveate.rewards.pool import Graders
 
 
-class Scorer(ThreadingHTTPServer):
+class Scorer(QuietServer):
     """Scores an answer by its length, in `meet` requests at a time: none is answered before so many are there."""
 
     request_queue_size = 256

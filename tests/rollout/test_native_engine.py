@@ -11,7 +11,7 @@ from PIL import Image as Picture
 from transformers import InternVLForConditionalGeneration
 
 from foveate.encoding.encode import Encoder
-from foveate.errors import DataError
+from foveate.errors import DataError, EngineError
 from foveate.models.attention.kernels import AttentionOptions
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy
@@ -378,6 +378,14 @@ def test_one_token_is_drawn_without_a_decode_step(policy):
     answers = engine.generate(requests_of(policy), SamplingParams(samples=3, max_tokens=1))
     assert all(len(answer.token_ids) == 1 for group in answers for answer in group)
     assert engine.stats.decode_steps == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_numbers_overflow_is_an_error_of_its_first_answer(policy, temperature):
+    with torch.no_grad():
+        policy.part("head").weight.mul_(1e38)
+    with pytest.raises(EngineError, match="the model computes probabilities that are not finite"):
+        engine_of(policy).generate(requests_of(policy)[:1], SamplingParams(1, 4, temperature))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

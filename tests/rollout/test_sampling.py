@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from foveate.errors import EngineError
 from foveate.records import SamplingParams
 from foveate.rollout.native import sampling as module
 from foveate.rollout.native.sampling import draw, uniforms
@@ -128,6 +129,18 @@ def test_a_token_without_probability_is_not_drawn_at_the_edges():
     uniform = torch.tensor([0.0, 0.5, 1 - 2.0**-50], dtype=torch.float64)
     token, _ = draw(logits, uniform, SamplingParams(), NOTHING)
     assert token.tolist() == [1, 3, 3]
+
+
+@pytest.mark.parametrize("banned", [NOTHING, torch.tensor([1, 2])])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("few", [4, 4096])
+def test_logits_that_are_not_finite_are_an_error_of_the_model(few, value, banned, monkeypatch):
+    monkeypatch.setattr(module, "_FEW", few)
+    logits = torch.randn(3, 9)
+    logits[1, 4] = value
+    for sampling in (SamplingParams(1, 1), SamplingParams(1, 1, top_k=3), SamplingParams(1, 1, top_p=0.5)):
+        with pytest.raises(EngineError, match=r"probabilities that are not finite \(NaN\)"):
+            draw(logits, torch.full((3,), 0.5, dtype=torch.float64), sampling, banned)
 
 
 def test_filters_leave_the_log_prob_that_of_the_whole_distribution():

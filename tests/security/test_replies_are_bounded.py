@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from quiet_server import QuietServer
 
 from foveate.records import Message, Task
 from foveate.rewards import requests
@@ -38,14 +39,10 @@ def server(monkeypatch):
                 self.end_headers()
                 self.wfile.write(body)
 
-            def handle_error(self, *_):
-                pass
-
             def log_message(self, *_):
                 pass
 
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        http.handle_error = lambda *_: None
+        http = QuietServer(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         running.append((http, thread))

@@ -7,10 +7,12 @@ import base64
 import hashlib
 import json
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
+
+from quiet_server import QuietServer
 
 COMMIT = "a" * 40
 
@@ -182,9 +184,9 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def serve(root: Path) -> ThreadingHTTPServer:
+def serve(root: Path) -> QuietServer:
     Hub.root = root
-    return ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    return QuietServer(("127.0.0.1", 0), Hub)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from quiet_server import QuietServer
 
 Fault = Callable[[int], str | None]
 """From the number of a request (0, 1, ...) to what is wrong with it: see `Handler.do_POST`."""
@@ -21,7 +23,7 @@ def answer_to(messages: object) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:12]
 
 
-class Server(ThreadingHTTPServer):
+class Server(QuietServer):
     daemon_threads = True
     request_queue_size = 512
 
@@ -34,9 +36,6 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, *_: object) -> None:
-        pass
 
 
 class Handler(BaseHTTPRequestHandler):

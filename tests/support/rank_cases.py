@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -56,7 +58,14 @@ def rows(family, *, ranks):
 def start_ranks(function, ranks, *arguments):
     """Run `function(rank, *arguments)` in processes of their own. They are forked from one that has the imports
     of conftest.py, so that only the first of a session waits for these."""
-    mp.start_processes(function, arguments, ranks, start_method="forkserver")
+    mp.start_processes(_without_views, (function, *arguments), ranks, start_method="forkserver")
+
+
+def _without_views(rank, function, *arguments):
+    """A rank in which a view as the output of a sharded module is an error: an operation in place on it would lose
+    FSDP's hook, and with it weights and gradients."""
+    warnings.filterwarnings("error", message="FSDP2-wrapped module .* returned a view tensor")
+    function(rank, *arguments)
 
 
 def spawn(function, ranks, folder, *arguments):

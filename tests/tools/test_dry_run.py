@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from toy import cascade_settings, make_data, make_pairs, mpo_settings, rl_settings, sft_settings
 
@@ -78,3 +80,18 @@ def test_a_dry_run_refuses_the_folder_that_the_run_would_refuse(tmp_path, tiny_f
     (tmp_path / "other/thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match=r"other is not the folder of a run: it holds thesis\.tex"):
         describe_run(begun.model_copy(update={"run": str(tmp_path / "other")}))
+
+
+LONG = """
+class Long:
+    def reset(self, seed=None):
+        return "red " * 2000, {}
+"""
+
+
+def test_an_environment_that_begins_with_too_long_a_prompt_is_told(tmp_path, tiny_folder, data, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    (tmp_path / "long.py").write_text(LONG)
+    own = {"name": "gymnasium", "settings": {"make": f"{tmp_path / 'long.py'}:Long"}}
+    said = said_of(rl_settings(tmp_path / "run", tiny_folder, data, environment=own), tmp_path)
+    assert re.search(r"not graded \(environment: .*field prompt: \d+ tokens with its images, the limit is \d+; ", said)

@@ -8,12 +8,13 @@ import json
 import threading
 from base64 import b64decode
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import numpy as np
 import pytest
 import torch
 from msgspec import msgpack
+from quiet_server import QuietServer
 from test_distillation import algorithm_of, data, groups, refusal, settings_of, teachers, worker_of  # noqa: F401
 
 from foveate.cluster.local import LocalWorkers
@@ -80,7 +81,7 @@ def serve():
     servers = []
 
     def start(folder):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = QuietServer(("127.0.0.1", 0), Handler)
         server.policy, server.asked, server.fails, server.garble = load_policy(str(folder)), [], False, None
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -307,10 +307,11 @@ def _stage(settings: AnySettings, accept_changes: bool) -> RunFolder:
 
 def finished(folder: RunFolder) -> Run:
     """A run that has ended, with its report and the card of its model written."""
+    from foveate.models.checkpoint.inspect import hub_task
     from foveate.report.card import write_card
     from foveate.report.page import write_report
 
     run = Run(folder.path)
     write_report(run.path)
-    write_card(run.path, run.model)
+    write_card(run.path, run.model, hub_task(run.model))
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,6 +114,14 @@ def valid_unicode(text: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"is not valid Unicode: {shown(text[error.start])} at character {error.start}") from None
     return text
+
+
+def read_json_text(text: str) -> Any:
+    """The value of JSON text. Raises DataError for halves of characters, which escapes can write, another ValueError
+    for what is no JSON, and RecursionError for what is nested too deep."""
+    value = json.loads(text)
+    valid_unicode(json.dumps(value, ensure_ascii=False))
+    return value
 
 
 def with_words(text: str) -> str:

@@ -159,9 +159,12 @@ class Encoder:
 
     def _require_short(self, length: int, where: str) -> None:
         if length > self.max_prompt_tokens:
+            found, limit = f"{length} tokens with its images", self.max_prompt_tokens
+            names = ", ".join(str(tool["function"]["name"]) for tool in self.tools)
+            tools, fewer = (f" and the tools that it shows ({names})", ", or show fewer tools") if names else ("", "")
             raise DataError(
-                f"{where}, field prompt: {length} tokens with its images, the limit is {self.max_prompt_tokens}; raise "
-                "data.max_prompt_tokens or lower model.max_tiles or model.max_pixels"
+                f"{where}, field prompt: {found}{tools}, the limit is {limit}; raise data.max_prompt_tokens or lower "
+                f"model.max_tiles or model.max_pixels{fewer}"
             )
 
     def _prompt_ids(self, rendered: Rendered, where: str) -> list[int]:

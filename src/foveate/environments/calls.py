@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.data.conversations import valid_unicode
+from foveate.data.conversations import read_json_text
 from foveate.errors import DataError
 
 _OPEN, _CLOSE, _THOUGHT = "<tool_call>", "</tool_call>", "</think>"
@@ -58,11 +58,10 @@ def _parse(body: str, closed: str) -> ToolCall | MalformedCall:
 
 def _of_json(body: str) -> ToolCall | MalformedCall:
     try:
-        value = json.loads(body)
+        value = read_json_text(body)
         arguments = value.get("arguments", value.get("parameters", {}))
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        arguments = read_json_text(arguments) if isinstance(arguments, str) else arguments
         name = value.get("name")
-        valid_unicode(json.dumps([name, arguments], ensure_ascii=False))
     except DataError as error:
         return MalformedCall(f"{body.strip()[:_SHOWN]!r} {error}")
     except (ValueError, AttributeError, RecursionError):

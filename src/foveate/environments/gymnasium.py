@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from foveate.data.conversations import valid_unicode
+from foveate.data.conversations import read_json_text
 from foveate.environments.observe import observation
 from foveate.environments.protocol import Environment, EnvironmentFault, Observation, Step
 from foveate.environments.results import json_text, result_parts
@@ -69,9 +68,7 @@ def _integer(text: str) -> int:
 def _json(text: str) -> Any:
     lines = text.strip().splitlines()
     try:
-        action = json.loads(lines[-1] if lines else "")
-        valid_unicode(json.dumps(action, ensure_ascii=False))
-        return action
+        return read_json_text(lines[-1] if lines else "")
     except (ValueError, RecursionError):
         raise UnreadableAction("its last line is no JSON") from None
 

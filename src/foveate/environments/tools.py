@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import typing
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from foveate.data.conversations import shown
+from foveate.data.conversations import read_json_text, shown
 from foveate.environments import TOOLS
 from foveate.environments.calls import ToolCall
 from foveate.environments.results import result_parts
@@ -212,7 +211,7 @@ class Tool:
         hint = _VALUES.get(self.hints[key], self.hints[key])
         if as_text and hint is not str:
             try:
-                value = json.loads(value)
+                value = read_json_text(value)
             except (ValueError, RecursionError):
                 value = value.strip()
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.config.model import LoraSettings
 from foveate.data.hub import is_hub_name, model_folder
 from foveate.errors import DataError, one_line
+from foveate.models.checkpoint.formats import is_finite
 from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor
 from foveate.models.checkpoint.small_files import content_of, write_json
 from foveate.models.policy import Policy
@@ -107,7 +108,7 @@ def load_adapter(policy: Policy, settings: LoraSettings, path: str) -> None:
         if tuple(stored[name].shape) != tuple(tensor.shape):
             shapes = f"shape {tuple(stored[name].shape)} and not {tuple(tensor.shape)}"
             raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} has {shapes}; was it another model?")
-        if not (value := read_tensor(stored[name])).isfinite().all():
+        if not is_finite(value := read_tensor(stored[name])):
             raise DataError(f"{weights}: {name.removeprefix(_PREFIX)} holds numbers that are not finite; it is damaged")
         put(tensor, value)
     _warn_of_base(policy, weights)

@@ -88,6 +88,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if rows < _MOST_PADDED:
         missing = -rows % (8 if rows < _FEW_ROWS else 32)
         x = functional.pad(x, (0, 0, 0, missing)) if missing else x
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):  # oneDNN's way for these is a thousand times slower
+        weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
 
 

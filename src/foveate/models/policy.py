@@ -26,7 +26,7 @@ from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
 from foveate.models.checkpoint.configs import with_dtype
 from foveate.models.checkpoint.convert import write_hf_weights_as, write_other_files
-from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_fit
+from foveate.models.checkpoint.formats import hf_state_dict, hf_tensors, read_config, require_finite, require_fit
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
 from foveate.models.checkpoint.names import CheckpointFormat
 from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, weight_files
@@ -100,8 +100,9 @@ def load_policy(
     """Load a model folder of any family and layout, in evaluation mode; with a `quantization`, its linear layers frozen
     in few bits (`foveate.models.quantize`), which are made layer by layer from weights in host memory.
 
-    Raises DataError for anything that is not one, or incomplete; errors in the small files and in the headers of the
-    weights are found before the weights are read. No code that comes with a checkpoint is run.
+    Raises DataError for anything that is not one, or incomplete, and for weights that are not finite; errors in the
+    small files and in the headers of the weights are found before the weights are read. No code that comes with a
+    checkpoint is run.
     """
     found = inspect_model_folder(path)
     keep_float32(device)
@@ -109,6 +110,8 @@ def load_policy(
     options = {**model_options(found, attention, dtype), **_FILES}
     with load_errors(found.folder), quiet_transformers():
         model = _read_mapped(found, options) if found.family.github_type else _read(found, options)
+    for name, parameter in model.named_parameters():
+        require_finite(found.folder, name, parameter.detach())
     if quantization is None:
         model = model.to(device)
     model = use_fast_linear(replace_layers(model.eval()), device)

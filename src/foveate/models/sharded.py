@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from foveate.errors import DataError
 from foveate.models.attention.gated_delta_net import replace_layers
-from foveate.models.checkpoint.formats import hf_tensors, require_fit
+from foveate.models.checkpoint.formats import hf_tensors, require_finite, require_fit
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, read_tensor, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers
@@ -65,7 +65,7 @@ def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None
 @torch.no_grad()
 def load_sharded(policy: Policy, without: Sequence[str] = ()) -> None:
     """Read the weights of a policy that has memory from the folder that it came from, all but `without`. Raises
-    DataError where folder and model do not fit."""
+    DataError where folder and model do not fit, and on a rank whose share of the weights is not finite."""
     lacking = _targets(policy.model)
     for name in without:
         del lacking[name]
@@ -74,6 +74,7 @@ def load_sharded(policy: Policy, without: Sequence[str] = ()) -> None:
         for name, value in _values(policy, lacking, without):
             target = lacking.pop(name)
             put(target, value)
+            require_finite(policy.folder, name, target.to_local() if isinstance(target, DTensor) else target)
             filled.add(id(target))
     require_fit(policy.folder, "lack", [name for name, target in lacking.items() if id(target) not in filled])
 

@@ -58,7 +58,8 @@ class LogProbs(_OfPolicy):
         """Log-probs and entropies, or other terms, each (M,), of the trained tokens of this rank's batch. `routing`, of
         a rank with rows of its own: what routers do, by default with the experts of the batch."""
         if self.sequence is not None:
-            return token_terms_split(self.policy, batch, terms, temperature, self.sequence)
+            found = token_terms_split(self.policy, batch, terms, temperature, self.sequence)
+            return tuple(map(own_memory, found))
         with _computing_in(self.autocast, self.policy):
             return token_terms(self.policy, batch, terms, temperature, routing)
 
@@ -69,9 +70,9 @@ class Values(_OfPolicy):
     def forward(self, batch: Batch) -> Tensor:
         """Values (M,) before the trained tokens of this rank's batch."""
         if self.sequence is not None:
-            return token_values_split(self.policy, batch, self.sequence)
+            return own_memory(token_values_split(self.policy, batch, self.sequence))
         with _computing_in(self.autocast, self.policy):
-            return token_values(self.policy, batch)
+            return own_memory(token_values(self.policy, batch))
 
 
 class TeacherOutput(_OfPolicy):
@@ -92,6 +93,12 @@ class TeacherOutput(_OfPolicy):
         assert isinstance(weight, Tensor)
         weight = weight.detach()[:vocabulary]
         return TeacherStates(hidden, weight) if top_k is None else chunked_top_k(hidden, weight, temperature, top_k)
+
+
+def own_memory(output: Tensor) -> Tensor:
+    """The output of a module that is sharded, or a copy of it where it is a view: an operation in place on a view would
+    lose the hook by which FSDP gathers weights for the backward pass."""
+    return output.clone() if output._is_view() else output
 
 
 def _computing_in(dtype: torch.dtype | None, policy: Policy) -> AbstractContextManager[object]:

@@ -41,18 +41,19 @@ NOTABLE = (
 _CHOICES, _LIMITS = ("algorithm", "loss", "reward"), ("workers", "time_limit", "memory_limit")
 
 
-def write_card(run_folder: Path, model_folder: Path) -> Path:
+def write_card(run_folder: Path, model_folder: Path, task: str) -> Path:
     """Write the card of a run's model into its folder, in place of that of the model it was made from, whose licence it
-    keeps. Raises DataError for a folder that is no run."""
+    keeps. task: that of the model, as the Hub calls it. Raises DataError for a folder that is no run."""
     path = model_folder / "README.md"
     former = read_inside(path, model_folder).decode("utf-8", "replace") if path.is_file() else ""
     settings = read_values(inside(run_folder / "config.yaml", run_folder))
-    atomic_write_text(path, card(read_run(run_folder), settings, _front_matter(former)))
+    atomic_write_text(path, card(read_run(run_folder), settings, _front_matter(former), task))
     return path
 
 
-def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> str:
-    """The text of the card. settings: those of the run; former: licence and base of the model that it began from."""
+def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str], task: str) -> str:
+    """The text of the card. settings: those of the run; former: licence and base of the model that it began from;
+    task: that of the model, as the Hub calls it."""
     model, data = settings["model"]["path"], settings["data"]
     stage = stage_of(settings) or "sft"
     base = str(model).partition("@")[0] if _on_hub(model) else former.get("base_model", "")
@@ -62,7 +63,7 @@ def card(run: Run, settings: Mapping[str, Any], former: Mapping[str, str]) -> st
         **({"base_model": base} if base else {}),
         **({"license": former["license"]} if "license" in former else {}),
         "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
+        "pipeline_tag": task,
         "tags": ["foveate", stage, *([method["name"]] if "name" in method else [])],
         **({"datasets": names} if (names := sorted({_repo(one) for one in sources if _on_hub(one)})) else {}),
     }

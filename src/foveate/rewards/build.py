@@ -135,10 +135,10 @@ def as_score(result: Any, name: str) -> Score:
         if result.value is None:
             return Score(None, parts, result.note or f"{FAILED}: gave no value", result.trace)
         return Score(float(result.value), parts, result.note)
-    if _is_number(result):
+    if is_number(result):
         return Score(float(result))
     if isinstance(result, Mapping):
-        parts = {printable(str(part)[:100]): float(value) for part, value in result.items() if _is_number(value)}
+        parts = {printable(str(part)[:100]): float(value) for part, value in result.items() if is_number(value)}
         if whole := next((name for name in WHOLE if name in parts), ""):
             return Score(parts.pop(whole), parts)
         if parts and len(parts) == len(result):
@@ -149,7 +149,8 @@ def as_score(result: Any, name: str) -> Score:
     )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value counts as a number in the result of a reward; a truth value does."""
     return isinstance(value, int | float | np.number | np.bool_)
 
 

@@ -19,13 +19,14 @@ from foveate.data.images import open_picture
 from foveate.data.videos import refuse_videos
 from foveate.errors import ConfigError
 from foveate.records import Image, Score, Task
-from foveate.rewards.build import Reward, WrongResult, as_score
+from foveate.rewards.build import WHOLE, Reward, WrongResult, as_score, is_number
 from foveate.rewards.requests import RemoteServer, ServerReply, Session
 from foveate.rewards.text import jsonable, question
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+_ERROR_FIELDS = {"error", "errors", "code", "status", "status_code", "detail", "message"}
 RUBRIC = """You grade an answer to a question.
 
 Question:
@@ -142,7 +143,8 @@ def endpoint(
     """The score that a server of yours gives.
 
     For each answer it gets `data_source`, `question`, `solution_str`, `ground_truth` and `extra_info`, by POST as JSON.
-    It sends back a number, or a mapping as `build.as_score` takes it.
+    It sends back a number, or a mapping as `build.as_score` takes it; one with the form of an error (`_is_error`) is an
+    error of the server, as a refusal is, and no score.
 
     Args:
         url: where to post.
@@ -161,7 +163,10 @@ def endpoint(
         }
 
         async def request(client: AsyncOpenAI, headers: dict[str, Any]) -> ServerReply:
-            return ServerReply(await client.post(url, body=body, cast_to=str, options={"headers": headers}))
+            reply = await client.post(url, body=body, cast_to=str, options={"headers": headers})
+            if _is_error(reply):
+                raise ConnectionError(f"{url} replied with an error: {reply[:200]}")
+            return ServerReply(reply)
 
         return (await session.ask(server, json.dumps(body), request)).text
 
@@ -172,6 +177,18 @@ def endpoint(
             raise ValueError(str(error)) from None
 
     return Reward("endpoint", reward, fetch=fetch)
+
+
+def _is_error(reply: str) -> bool:
+    """Whether a reply is a mapping with a field of errors such as `code` and no score."""
+    try:
+        value = json.loads(reply)
+    except (ValueError, RecursionError):
+        return False  # which is said where the score is read
+    if not isinstance(value, Mapping):
+        return False
+    has_score = any(is_number(value.get(name)) for name in WHOLE)
+    return not has_score and any(name.lower() in _ERROR_FIELDS for name in value)
 
 
 def data_url(image: Image) -> str:

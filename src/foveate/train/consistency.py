@@ -20,7 +20,7 @@ from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY, Divergence, Term
 from foveate.models.policy import Policy, parameters_by_part
 from foveate.models.routing import Routing
-from foveate.parallel.fsdp import LogProbs, TeacherOutput
+from foveate.parallel.fsdp import LogProbs, TeacherOutput, own_memory
 from foveate.records import Batch, PackedGroup
 from foveate.train.worker import Worker
 
@@ -133,7 +133,7 @@ class _RouterRoot(LogProbs):
             return LogProbs.forward(self, batch, temperature, terms, routing)
         with torch.no_grad():
             patches = patches_of(self.model, batch.to(next(self.model.parameters()).dtype))
-        return (compressible(self.model, patches).float(),)
+        return (own_memory(compressible(self.model, patches).float()),)
 
 
 class RouterWorker(ConsistencyWorker):

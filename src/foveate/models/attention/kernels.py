@@ -224,19 +224,21 @@ def _part_backward(
     keys, values, bias = part.key.take(key), part.key.take(value), _bias(part, query)
     pieces = max(1, round(part.key.length / _BACKWARD_KEYS)) if not part.causal else 1
     size = -(-part.key.length // pieces)
-    shares = [
-        _flash_backward(
+    grad_queries, grad_keys, grad_values = None, list[Tensor](), list[Tensor]()
+    for first in range(0, part.key.length, size):  # of the queries' gradients, one is kept beside that of a piece
+        share, *rest = _flash_backward(
             grad, queries, keys[:, :, first : first + size], values[:, :, first : first + size],
             outs, sums, 0.0, part.causal,
             attn_mask=None if bias is None else bias[..., first : first + size], scale=scale,
-        )
-        for first in range(0, part.key.length, size)
-    ]  # fmt: skip
-    if len(shares) == 1:
-        return shares[0]
-    for share in shares[1:]:
-        shares[0][0].add_(share[0])
-    return shares[0][0], torch.cat([share[1] for share in shares], 2), torch.cat([share[2] for share in shares], 2)
+        )  # fmt: skip
+        grad_queries = share if grad_queries is None else grad_queries.add_(share)
+        grad_keys.append(rest[0])
+        grad_values.append(rest[1])
+        del share
+    assert grad_queries is not None
+    if len(grad_keys) == 1:
+        return grad_queries, grad_keys[0], grad_values[0]
+    return grad_queries, torch.cat(grad_keys, 2), torch.cat(grad_values, 2)
 
 
 def _bias(part: Part, query: Tensor) -> Tensor | None:

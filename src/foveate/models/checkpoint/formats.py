@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
@@ -219,6 +220,22 @@ def require_fit(folder: Path, problem: str, names: Collection[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise DataError(f"{folder}: the weights {problem} {min(names)}{more}; they do not fit config.json")
+
+
+def require_finite(folder: Path, name: str, tensor: Tensor) -> None:
+    """Raise DataError if a tensor that was read from a folder holds NaN or infinite numbers."""
+    if not is_finite(tensor):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        why = "the weights are damaged, or too large for it"
+        raise DataError(f"{folder}: {name} holds numbers that are not finite in {dtype}; {why}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite, in one pass: its least and largest are. Other dtypes than floats of
+    two or more bytes are not looked at."""
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def _check_shape(folder: Path, name: str, stored: Stored, parts: list[tuple[int, ...]]) -> None:

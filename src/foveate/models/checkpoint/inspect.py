@@ -16,7 +16,14 @@ from foveate.encoding.family import Family, budget_of
 from foveate.errors import DataError, one_line
 from foveate.models.checkpoint.formats import detect_format, read_config
 from foveate.models.checkpoint.names import CheckpointFormat
-from foveate.models.checkpoint.small_files import TEMPLATE_BYTES, WEIGHTS, bounded, read_tokenizer, refuse_links
+from foveate.models.checkpoint.small_files import (
+    TEMPLATE_BYTES,
+    WEIGHTS,
+    bounded,
+    read_json,
+    read_tokenizer,
+    refuse_links,
+)
 from foveate.models.families import family_class
 from foveate.records import Message
 
@@ -64,6 +71,16 @@ def inspect_model_folder(path: str) -> ModelFolder:
         reason = one_line(error)[:300]
         raise DataError(f"{folder}: the chat template cannot be used ({reason}); fix it") from error
     return ModelFolder(folder, layout, config, tokenizer, family)
+
+
+def hub_task(folder: Path) -> str:
+    """The task of a model, as the Hub calls it, by the family of its folder; of an adapter, that of the model that it
+    is for. Raises DataError for what is neither."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        folder = resolve_folder(str(read_json(adapter).get("base_model_name_or_path")))
+    parts = family_class(read_config(folder)["model_type"]).parts
+    return "image-text-to-text" if "vision" in parts else "text-generation"
 
 
 def load_encoder(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from foveate.errors import EngineError
 from foveate.models.logprobs import logits_of
 from foveate.records import SamplingParams
 
@@ -88,13 +90,24 @@ def draw(
 
 
 def _allowed(probs: Tensor, scaled: Tensor, banned: Tensor, known: int | None) -> Tensor:
-    """The probabilities (B, known), those of banned tokens 0; computed anew where others are too small beside these."""
+    """The probabilities (B, known), those of banned tokens 0; computed anew where others are too small beside these.
+    Raises EngineError where a row is NaN."""
     outside = 0.0 if known is None else probs[:, known:].sum(-1)
     probs, scaled = probs[:, :known], scaled[:, :known]
-    lost = probs[:, banned].sum(-1) + outside
-    if bool((lost > 1 - _LEFT).any()):
+    lost = probs[:, banned].sum(-1) + outside + 0 * probs[:, 0]  # which is NaN in all of a row or nowhere
+    if not bool((lost <= 1 - _LEFT).all()):
+        require_numbers(lost.tolist())
         return scaled.index_fill(1, banned, float("-inf")).softmax(-1)
     return probs.index_fill_(1, banned, 0.0)
+
+
+def require_numbers(values: Iterable[float]) -> None:
+    """Raise EngineError if any of some probabilities or log-probs is NaN."""
+    if any(map(math.isnan, values)):
+        raise EngineError(
+            "the model computes probabilities that are not finite (NaN): its numbers are too large for its dtype, or "
+            "its weights are damaged; try float32 or bfloat16"
+        )
 
 
 def _invert(probs: Tensor, uniform: Tensor, top_k: int, top_p: float) -> Tensor:

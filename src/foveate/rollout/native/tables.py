@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foveate.records import Answer, PackedGroup
+from foveate.rollout.native.sampling import require_numbers
 
 
 class AnswerTables:
@@ -67,9 +68,12 @@ class AnswerTables:
         self._experts[seat_B, at_B] = experts
 
     def read(self, seat: int, tokens: slice) -> tuple[list[int], list[float], np.ndarray | None]:
-        """Tokens, log-probs and experts of an answer, from one number to another."""
+        """Tokens, log-probs and experts of an answer, from one number to another. Raises EngineError for a log-prob
+        that is NaN, as greedy tokens of a model without numbers have."""
         experts = None if self._experts is None else _as_array(self._experts[seat, tokens])
-        return self._token_ids[seat, tokens].tolist(), self._logprobs[seat, tokens].tolist(), experts
+        logprobs = self._logprobs[seat, tokens].tolist()
+        require_numbers(logprobs)
+        return self._token_ids[seat, tokens].tolist(), logprobs, experts
 
 
 def _as_array(experts: Tensor) -> np.ndarray:
