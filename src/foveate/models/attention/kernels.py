@@ -15,6 +15,7 @@ above.
 Each call gives a partial softmax with its log-sum-exp; partial results are merged by the log-sum-exp identity used for
 attention over split keys (Flash-Decoding, Ring Attention: arXiv 2310.01889). In backward, the flash kernel is
 given the merged output and the merged log-sum-exp, with which its gradient for each part is already the exact one.
+`foveate.models.attention.blocks` computes the calls of long runs where it is faster than the flash kernel.
 A sink, the learned logit without a value that GPT-OSS has in each head, is one more part: it only adds to the
 log-sum-exp.
 
@@ -38,6 +39,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from foveate.errors import ConfigError
+from foveate.models.attention import blocks
 from foveate.models.attention.flex import flex_forest_attention
 from foveate.models.attention.runs import Part, parts, path_positions
 from foveate.records import Forest
@@ -157,7 +159,7 @@ _BACKWARD_KEYS = 256
 
 
 class _ForestAttention(torch.autograd.Function):
-    """Query (T, H, d); key, value (T, H, d), heads already repeated; sinks (H,) or None; returns (T, H, d)."""
+    """Query (T, H, d); key, value (T, H, d), each head `repeat` times; sinks (H,) or None; returns (T, H, d)."""
 
     @staticmethod
     def forward(
@@ -168,10 +170,12 @@ class _ForestAttention(torch.autograd.Function):
         sinks: Tensor | None,
         calls: tuple[Part, ...],
         scale: float,
+        repeat: int,
     ) -> Tensor:
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-        for part in calls:
+        by_blocks, by_flash = blocks.split_parts(calls, query, repeat, forward=True)
+        for part in by_flash:
             partial, partial_lse = _flash(
                 part.query.take(query), part.key.take(key), part.key.take(value),
                 0.0, part.causal, attn_mask=_bias(part, query), scale=scale,
@@ -183,11 +187,12 @@ class _ForestAttention(torch.autograd.Function):
                 partial_lse = torch.logaddexp(before_lse, partial_lse)
             part.query.write(out, partial)
             part.query.write(lse, partial_lse)
+        blocks.merge_parts(by_blocks, (query, key, value), repeat, out, lse, scale)
         if sinks is not None:
             merged = torch.logaddexp(lse, sinks.to(lse.dtype))
             out, lse = (out * (lse - merged).exp()[..., None]).to(out.dtype), merged
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.calls, ctx.scale = calls, scale
+        ctx.calls, ctx.scale, ctx.repeat = calls, scale, repeat
         return out
 
     @staticmethod
@@ -195,21 +200,22 @@ class _ForestAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, lse = ctx.saved_tensors
         grad_out = grads[0].contiguous()
-        grad_query, grad_key, grad_value = (torch.empty_like(t) for t in (query, key, value))
-        for part in ctx.calls:
+        by_blocks, by_flash = blocks.split_parts(ctx.calls, query, ctx.repeat)
+        new = torch.zeros_like if by_blocks else torch.empty_like
+        totals = grad_query, grad_key, grad_value = new(query), new(key), new(value)
+        for part in by_flash:
             grads = _part_backward(part, grad_out, query, key, value, out, lse, scale=ctx.scale)
-            for total, runs, share in zip(
-                (grad_query, grad_key, grad_value), (part.query, part.key, part.key), grads, strict=True
-            ):
-                if part.first:
+            for total, runs, share in zip(totals, (part.query, part.key, part.key), grads, strict=True):
+                if part.first and not by_blocks:
                     runs.write(total, share)
                 else:
                     runs.add(total, share)
+        blocks.add_gradients(by_blocks, (query, key, value), ctx.repeat, out, lse, grad_out, totals, ctx.scale)
         grad_sinks = None
         if sinks is not None:  # the sink's share of a row's probability, whose value is 0
             share = (sinks.to(lse.dtype) - lse).exp()
             grad_sinks = -(share * (grad_out * out).sum(-1)).sum(0).to(sinks.dtype)
-        return grad_query, grad_key, grad_value, grad_sinks, None, None
+        return grad_query, grad_key, grad_value, grad_sinks, None, None, None
 
 
 def _part_backward(
@@ -266,7 +272,7 @@ def flex_attention(
 def parts_attention(
     query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, options: AttentionOptions = PLAIN
 ) -> Tensor:
-    """`forest_attention` on a CPU, by PyTorch's flash kernel for CPUs."""
+    """`forest_attention` on a CPU."""
     if query.device.type == "cuda":
         raise ConfigError("model.attention: sdpa is a kernel for CPUs; auto and flex compute on GPUs")
     repeat = query.shape[0] // key.shape[0]
@@ -274,7 +280,7 @@ def parts_attention(
     calls = parts(forest, query.device, options.window)
     # contiguous, as are the two above: the kernel takes the last dimension to have stride 1
     query = query.transpose(0, 1).contiguous()
-    return _ForestAttention.apply(query, key, value, options.sinks, calls, scale).transpose(0, 1)
+    return _ForestAttention.apply(query, key, value, options.sinks, calls, scale, repeat).transpose(0, 1)
 
 
 # ------------------------------------------------------------------------------------ the door into transformers

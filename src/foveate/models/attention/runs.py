@@ -106,22 +106,7 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One call of the flash kernel: B runs of queries, each against one of B runs of keys. The `first` calls, of runs
-    against themselves, cover every token of the row exactly once.
-
-    `bias` (B, 1, 1 or L_q, L_k) is -inf at the copies that fill up shorter runs of keys, and outside of the window;
-    None where nothing is masked."""
-
-    query: Runs
-    key: Runs
-    first: bool
-    causal: bool
-    bias: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
+class RunPair:
     """Tokens `q` .. `q + q_length` attending to tokens `k` .. `k + k_length`. The first query stands `distance` tokens
     behind the first key on its path (0: not needed, there is no window)."""
 
@@ -132,10 +117,26 @@ class _Run:
     distance: int = 0
 
 
-def _own_runs(forest: Forest, window: int | None, *, bidirectional: bool) -> list[_Run]:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One call of the flash kernel: B runs of queries, each against one of B runs of keys. The `first` calls, of runs
+    against themselves, cover every token of the row exactly once.
+
+    `bias` (B, 1, 1 or L_q, L_k) is -inf at the copies that fill up shorter runs of keys, and outside of the window;
+    None where nothing is masked. The same as `runs` of the true tokens, () where a window hides some of their keys."""
+
+    query: Runs
+    key: Runs
+    first: bool
+    causal: bool
+    bias: Tensor | None
+    runs: tuple[RunPair, ...]
+
+
+def _own_runs(forest: Forest, window: int | None, *, bidirectional: bool) -> list[RunPair]:
     """Each segment of one kind against itself; causal ones in chunks of a window's length."""
     return [
-        _Run(start + first, min(step, length - first), start + first, min(step, length - first))
+        RunPair(start + first, min(step, length - first), start + first, min(step, length - first))
         for start, length, kind in zip(forest.start, forest.length, forest.bidirectional, strict=True)
         if kind == bidirectional
         for step in [length if window is None or bidirectional else window]
@@ -143,41 +144,41 @@ def _own_runs(forest: Forest, window: int | None, *, bidirectional: bool) -> lis
     ]
 
 
-def _halved(runs: list[_Run]) -> tuple[list[_Run], list[list[_Run]]]:
+def _halved(runs: list[RunPair]) -> tuple[list[RunPair], list[list[RunPair]]]:
     """Causal runs against themselves as short ones, and the second half of each against its first, by depth: the
     halves of halves have tokens of their own."""
-    short: list[_Run] = []
-    levels: list[list[_Run]] = []
+    short: list[RunPair] = []
+    levels: list[list[RunPair]] = []
     while runs:
         short += [run for run in runs if run.q_length <= _LONGEST_CAUSAL]
         pairs = [_halves(run) for run in runs if run.q_length > _LONGEST_CAUSAL]
-        levels.append([_Run(second.q, second.q_length, first.k, first.k_length) for first, second in pairs])
+        levels.append([RunPair(second.q, second.q_length, first.k, first.k_length) for first, second in pairs])
         runs = [half for pair in pairs for half in pair]
     return short, levels
 
 
-def _halves(run: _Run) -> tuple[_Run, _Run]:
+def _halves(run: RunPair) -> tuple[RunPair, RunPair]:
     first = -(-run.q_length // (2 * _ROUND)) * _ROUND
     rest = run.q_length - first
-    return _Run(run.q, first, run.k, first), _Run(run.q + first, rest, run.k + first, rest)
+    return RunPair(run.q, first, run.k, first), RunPair(run.q + first, rest, run.k + first, rest)
 
 
-def _inner_runs(forest: Forest) -> list[list[_Run]]:
+def _inner_runs(forest: Forest) -> list[list[RunPair]]:
     """The descendants of each inner segment against it, by depth, because the queries of nested segments overlap and
     may not share a call."""
     depth = depths(forest)
-    inner: list[list[_Run]] = [[] for _ in range(max(depth, default=0))]
+    inner: list[list[RunPair]] = [[] for _ in range(max(depth, default=0))]
     for k, below in enumerate(subtree_ends(forest)):
         start, length = forest.start[k], forest.length[k]
         if below > start + length:
-            inner[depth[k]].append(_Run(start + length, below - start - length, start, length))
+            inner[depth[k]].append(RunPair(start + length, below - start - length, start, length))
     return inner
 
 
-def _window_runs(forest: Forest, window: int) -> list[list[_Run]]:
+def _window_runs(forest: Forest, window: int) -> list[list[RunPair]]:
     """Chunks of each segment against the nearest piece before them, the one before that, ...: pieces are chunks of the
     same path, cut where segments end, as far as the window reaches."""
-    levels: list[list[_Run]] = []
+    levels: list[list[RunPair]] = []
     begin = _path_begins(forest)
     for k, length in enumerate(forest.length):
         for first in range(0, length, window):
@@ -186,7 +187,7 @@ def _window_runs(forest: Forest, window: int) -> list[list[_Run]]:
                 if level == len(levels):
                     levels.append([])
                 seeing = min(size, keys - 1 + window - distance)  # queries further on see nothing of this piece
-                levels[level].append(_Run(query, seeing, key, keys, distance))
+                levels[level].append(RunPair(query, seeing, key, keys, distance))
     return levels
 
 
@@ -204,9 +205,9 @@ def _before(forest: Forest, begin: list[int], k: int, first: int, window: int) -
         end = forest.length[segment]
 
 
-def _buckets(runs: list[_Run]) -> Iterator[list[_Run]]:
+def _buckets(runs: list[RunPair]) -> Iterator[list[RunPair]]:
     """Runs of like size together, so that padding wastes at most about a third of the work of a run and of a call."""
-    bucket: list[_Run] = []
+    bucket: list[RunPair] = []
     work = 0
     for run in sorted(runs, key=lambda r: (r.q_length, r.k_length), reverse=True):
         queries = max([run.q_length, *(r.q_length for r in bucket[:1])])
@@ -238,23 +239,24 @@ def _as_batch(starts: list[int], lengths: list[int], device: torch.device) -> Ru
     return Runs(batch, longest, filled[kept].to(device), filled.to(device), real.to(device), kept.to(device))
 
 
-def _part(bucket: list[_Run], device: torch.device, window: int | None, *, first: bool, causal: bool) -> Part:
+def _part(bucket: list[RunPair], device: torch.device, window: int | None, *, first: bool, causal: bool) -> Part:
     bucket = sorted(bucket, key=lambda run: run.q)
     query = _as_batch([run.q for run in bucket], [run.q_length for run in bucket], device)
     key = _as_batch([run.k for run in bucket], [run.k_length for run in bucket], device)
     bias = None
     if causal:  # the copies stand after every true query
-        return Part(query, key, first, causal, None)
+        return Part(query, key, first, causal, None, tuple(bucket))
     if key.real is not None:
         bias = torch.zeros(key.real.shape, device=device).masked_fill(~key.real, float("-inf"))
         bias = bias.view(key.batch, 1, 1, key.length)
-    if window is not None and not first:
+    banded = window is not None and not first
+    if banded:
         band = _band(bucket, query.length, key.length, window).to(device)
         bias = band if bias is None else band + bias
-    return Part(query, key, first, causal, bias)
+    return Part(query, key, first, causal, bias, () if banded else tuple(bucket))
 
 
-def _band(bucket: list[_Run], queries: int, keys: int, window: int) -> Tensor:
+def _band(bucket: list[RunPair], queries: int, keys: int, window: int) -> Tensor:
     """Bias (B, 1, L_q, L_k): -inf where a key is `window` tokens or more behind on the path. Copies that fill up a run
     of queries see what its last query sees, so that no row is without keys."""
     last = torch.tensor([run.q_length - 1 for run in bucket])[:, None]
