@@ -34,10 +34,12 @@ def test_products_of_any_layout_are_those_of_pytorch(rows, inner, columns):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_linear_layer_and_its_gradients_are_those_of_pytorch(bias, frozen):
+@pytest.mark.parametrize("tokens", [50, 64, 150])
+def test_a_linear_layer_and_its_gradients_are_those_of_pytorch(monkeypatch, bias, frozen, tokens):
+    monkeypatch.setattr(products, "_TURNED", 64)
     layer = nn.Linear(256, 512, bias=bias).requires_grad_(not frozen)
-    x = torch.randn(2, 50, 256, requires_grad=True)
-    grad = torch.randn(2, 50, 512)
+    x = torch.randn(2, tokens, 256, requires_grad=True)
+    grad = torch.randn(2, tokens, 512)
     expected = functional.linear(x, layer.weight, layer.bias)
     wanted = [x, *(parameter for parameter in layer.parameters() if not frozen)]
     true = torch.autograd.grad(expected, wanted, grad)
