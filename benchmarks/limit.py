@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +21,12 @@ from typing import Any
 import torch
 from peers.toy_sizes import sized
 from scaling import measure, worker_of
+from torch import Tensor
 
 from foveate.models.checkpoint.formats import hf_form, model_config
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.small_files import read_tokenizer
+from foveate.models.matmul import matmul
 from foveate.models.sizes import published_config
 from foveate.models.tiny import build_tiny
 from foveate.plan.hardware import BANDWIDTH_SHARE, FLOPS_SHARE, GPUS
@@ -38,10 +42,12 @@ PUBLISHED, PUBLISHED_TILES, PUBLISHED_PROMPT = ("1B", "8B"), 4, 1088
 GROUPS, ANSWERS, ANSWER = 32, 16, 64
 
 
-def matrix_speed(repeats: int) -> float:
-    """float32 operations per second of a product of square matrices, the best of some."""
+def matrix_speed(repeats: int, *, of: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
+    """float32 operations per second of a product of square matrices, the best of some. `of`: by this function (None: by
+    oneDNN where that is faster than PyTorch's own)."""
     left, right = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-    return 2 * SIDE**3 / min(_seconds(lambda: left @ right) for _ in range(3 * repeats))
+    functions = (torch.mm, matmul) if of is None else (of,)
+    return 2 * SIDE**3 / min(_seconds(partial(one, left, right)) for _ in range(3 * repeats) for one in functions)
 
 
 def memory_speed(repeats: int) -> float:
@@ -158,7 +164,8 @@ def share_of_step(folder: Path, records: list[dict[str, Any]], groups: int, answ
     generate, update, whole = (statistics.median(r[key] for r in records) for key in ("generate", "update", "cpu"))
     speed = matrix_speed(3)
     return {
-        "matrix_flops": speed, "sampling_flops": once, "update_flops": 3 * once,
+        "matrix_flops": speed, "torch_matrix_flops": matrix_speed(3, of=torch.mm),
+        "sampling_flops": once, "update_flops": 3 * once,
         "sampling_share": once / generate / speed, "update_share": 3 * once / update / speed,
         "share": 4 * once / whole / speed,
     }  # fmt: skip
@@ -168,7 +175,8 @@ def run(repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     bandwidth = memory_speed(repeats)
     return {
-        "matrix_flops": matrix_speed(repeats), "memory_bytes": bandwidth,
+        "matrix_flops": matrix_speed(repeats), "torch_matrix_flops": matrix_speed(repeats, of=torch.mm),
+        "memory_bytes": bandwidth,
         "wide": WIDE, "wide_update": wide_update(repeats),
         "works": works(), "sampling": decode_limit(bandwidth), "h100": {size: on_paper(size) for size in PUBLISHED},
         "h100_shape": {

@@ -116,7 +116,7 @@ def _goals(found: dict[str, Result]) -> Iterator[str]:
     if ratio is not None:
         goal("whole GRPO step of SmolLM2-135M: at least 12 times TRL", ratio, ratio >= 12)
         share = found["real_step"]["share"]
-        goal("whole GRPO step of SmolLM2-135M: share of the matrix speed at least 0.65", share, share >= 0.65)
+        goal("whole GRPO step of SmolLM2-135M: share of the fastest matrix speed at least 0.65", share, share >= 0.65)
     for one in page_engine.goals(found):
         goal(*one)
     steps = found.get("memory", {}).get("steps", {})
@@ -125,7 +125,7 @@ def _goals(found: dict[str, Result]) -> Iterator[str]:
         goal("memory of the update, vocabulary 151,936: at most a third of TRL's", share, share <= 1 / 3)
     if "limit" in found:
         share = found["limit"]["wide_update"]["share"]
-        goal("update at width 1,024: at least half of the measured matrix speed", share, share >= 0.5)
+        goal("update at width 1,024: at least half of the fastest matrix speed", share, share >= 0.5)
     yield "\n".join(["## The goals", *table(["goal", "measured", "met"], rows)])
 
 
@@ -232,7 +232,8 @@ def _real_step(found: dict[str, Result]) -> Iterator[str]:
         f"{ours['answer_tokens']:,} of answers, 8 to a prompt and at most 20 each, one thread, processor seconds. "
         f"Counted as below, sampling runs at "
         f"{result['sampling_share']:.2f}, the update at {result['update_share']:.2f} and the whole step at "
-        f"{result['share']:.2f} of the matrix speed."
+        f"{result['share']:.2f} of the fastest matrix speed, which is "
+        f"{result['matrix_flops'] / result['torch_matrix_flops']:.2f} times that of PyTorch's own products."
     )
     rows = [
         [

@@ -47,8 +47,10 @@ def limit(found: dict[str, Result]) -> Iterator[str]:
         return
     result = found["limit"]
     wide, shape = result["wide_update"], result["wide"]
+    fastest, own = result["matrix_flops"], result["torch_matrix_flops"]
     yield (
-        f"\nMeasured, one thread: {result['matrix_flops'] / 1e9:.0f} GFLOP/s in a float32 product of matrices, "
+        f"\nMeasured, one thread: {fastest / 1e9:.0f} GFLOP/s in a float32 product of matrices by oneDNN, as "
+        f"foveate's, {own / 1e9:.0f} in PyTorch's own, "
         f"{result['memory_bytes'] / 1e9:.1f} GB/s read from memory. Counted as `foveate plan` counts: "
         f"products of matrices "
         "and attention, forward once and backward twice that; what is computed again does not count."
@@ -56,20 +58,23 @@ def limit(found: dict[str, Result]) -> Iterator[str]:
     rows = [[
         f"width {shape['width']:,}, n = {shape['n']}, P = {shape['P']:,}, R = {shape['R']}",
         f"{wide['flops'] / 1e9:,.0f}",
-        f"{wide['seconds']:.2f}", f"{wide['share']:.2f} ({wide['lowest']:.2f} to {wide['highest']:.2f})", "",
+        f"{wide['seconds']:.2f}", f"{wide['share']:.2f} ({wide['lowest']:.2f} to {wide['highest']:.2f})",
+        f"{wide['share'] * fastest / own:.2f}", "",
     ]]  # fmt: skip
     for one in updates(found, "update"):
         counts, seconds = result["works"][one["work"]], median(one["steps"]["foveate"], "cpu")
         rows.append([
             one["work"], f"{counts['shared'] / 1e9:,.0f}", f"{seconds:.2f}",
-            f"{counts['shared'] / seconds / result['matrix_flops']:.2f}", f"{counts['copies'] / counts['shared']:.1f}",
+            *(f"{counts['shared'] / seconds / speed:.2f}" for speed in (fastest, own)),
+            f"{counts['copies'] / counts['shared']:.1f}",
         ])  # fmt: skip
-    head = ["update", "GFLOP", "processor s", "share of the matrix speed", "GFLOP of copies, as a multiple"]
+    shares = "share of the fastest matrix speed", "of PyTorch's"
+    head = ["update", "GFLOP", "processor s", *shares, "GFLOP of copies, as a multiple"]
     yield from table(head, rows)
     if "step" in found:
         sampling, seconds = result["sampling"], median(found["step"]["steps"]["foveate"], "generate")
-        least = sampling["prefill_flops"] / result["matrix_flops"] + max(
-            sampling["decode_seconds"], sampling["decode_flops"] / result["matrix_flops"]
+        least = sampling["prefill_flops"] / fastest + max(
+            sampling["decode_seconds"], sampling["decode_flops"] / fastest
         )
         yield (
             f"\nSampling in the whole step: {sampling['prefill_flops'] / 1e9:.0f} GFLOP for prompts and images, "
