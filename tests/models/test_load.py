@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import shutil
+import statistics
 
 import pytest
 import torch
@@ -320,8 +321,9 @@ def test_a_process_that_computes_on_a_processor_keeps_the_memory_of_its_last_ste
 
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(1 << 22).fill_(1.0)  # 16 MB, 4,096 pages
+        buffers = [torch.empty(6 << 20).fill_(1.0) for _ in range(2)]  # 24 MB each, 6,144 pages
+        del buffers
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults()
-    assert faults() < 1000
+    assert statistics.median(faults() for _ in range(9)) < 6000  # of what lies between buffers, some pages are new

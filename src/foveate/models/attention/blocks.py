@@ -114,6 +114,8 @@ def _sums(rows: Tensor, keys: list[tuple[Tensor, Tensor, int]], base: Tensor) ->
             sums = _added(sums, values, weights.t())
             share = weights[:count].sum(0)
             total = share if total is None else total.add_(share)
+        assert sums is not None
+        assert total is not None
         found.append(sums)
         totals.append(total)
     return _joined(found, 1).mul_(2.0**_ABOVE), _joined(totals, 0).mul_(2.0**_ABOVE)
@@ -178,9 +180,11 @@ def _run_gradients(
             weights = _product.binary(values, weights, grads, delta, "mul")
             to_key = _added(to_key, weights, queries.t())
             to_queries[place] = _added(to_queries[place], turned, weights.t())
+        assert to_key is not None
+        assert to_value is not None
         to_keys.append(to_key)
         to_values.append(to_value)
-    return _joined(to_queries, 1), _joined(to_keys, 0), _joined(to_values, 0)
+    return _joined([one for one in to_queries if one is not None], 1), _joined(to_keys, 0), _joined(to_values, 0)
 
 
 @lru_cache(maxsize=16)

@@ -249,11 +249,10 @@ def _part(bucket: list[RunPair], device: torch.device, window: int | None, *, fi
     if key.real is not None:
         bias = torch.zeros(key.real.shape, device=device).masked_fill(~key.real, float("-inf"))
         bias = bias.view(key.batch, 1, 1, key.length)
-    banded = window is not None and not first
-    if banded:
-        band = _band(bucket, query.length, key.length, window).to(device)
-        bias = band if bias is None else band + bias
-    return Part(query, key, first, causal, bias, () if banded else tuple(bucket))
+    if window is None or first:
+        return Part(query, key, first, causal, bias, tuple(bucket))
+    band = _band(bucket, query.length, key.length, window).to(device)
+    return Part(query, key, first, causal, band if bias is None else band + bias, ())
 
 
 def _band(bucket: list[RunPair], queries: int, keys: int, window: int) -> Tensor:
