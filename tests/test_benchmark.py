@@ -155,8 +155,8 @@ def written(tmp_path):
 
 def test_the_page_says_what_was_measured_and_what_was_not(written):
     text, chart = written({"update-text": measured(foveate=2.0, trl=3.0, verl=1.0)})
-    assert "| update, text, one thread: at least 1 times TRL | 1.50 | yes |" in text
-    assert "| update, text, one thread: at least 1 times verl | 0.50 | **no** |" in text
+    assert "| update, text, one thread: at least 1.5 times TRL | 1.50 | yes |" in text
+    assert "| update, text, one thread: at least 1.35 times verl | 0.50 | **no** |" in text
     assert "4,096" in text.split("trained tokens")[1]
     assert "Not measured: grounding-short, grounding-reasoning, reasoning, several-images." in text
     assert text.count("\nNot measured.") == 13
