@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foveate.errors import ConfigError
+from foveate.models import logprobs
 from foveate.models.logprob_blocks import COLUMNS, ROWS
 from foveate.models.logprobs import (
     Divergence,
@@ -320,7 +321,9 @@ def test_a_large_vocabulary_takes_a_block_of_logits_at_a_time_on_processors():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [2047, 2048, 5000])
-def test_logits_by_columns_are_those_of_one_product(vocabulary, dtype):
+@pytest.mark.parametrize("whole", [0, 1 << 22])
+def test_logits_by_columns_are_those_of_one_product(monkeypatch, vocabulary, whole, dtype):
+    monkeypatch.setattr(logprobs, "_CPU_WHOLE", whole)
     hidden, weight, _ = inputs(dtype, m=5, d=8, v=vocabulary)
     with torch.no_grad():
         found = logits_of(hidden, weight)

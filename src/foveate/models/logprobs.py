@@ -18,12 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from foveate.errors import ConfigError
 from foveate.models.logprob_blocks import BlockLogprobs, grad_of_logits
-from foveate.models.matmul import matmul
+from foveate.models.matmul import has_fast_matmul, matmul
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
-_CPU_COLUMNS = 1024
-"""Tokens of the vocabulary whose logits a processor computes at a time: products of few rows with many are slow."""
+_CPU_COLUMNS, _CPU_WHOLE = 1024, 1 << 22
+"""Tokens of the vocabulary whose logits a processor computes at a time, since MKL's products of few rows with many are
+slow (oneDNN takes four times as many); and the logits that oneDNN computes at once: more would lie in new pages."""
 GPU_CHUNK_ELEMENTS = 1 << 26
 """The same on GPUs, where each chunk reads the whole head anew: 256 MB."""
 
@@ -196,11 +197,17 @@ def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tens
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     if torch.is_grad_enabled():
         return (hidden @ weight.T).to(_compute_dtype(hidden))
-    if hidden.device.type != "cpu" or len(weight) < 2 * _CPU_COLUMNS:
+    fast = has_fast_matmul()
+    if (
+        hidden.device.type != "cpu"
+        or len(weight) < 2 * _CPU_COLUMNS
+        or (fast and len(hidden) * len(weight) <= _CPU_WHOLE)
+    ):
         return matmul(hidden, weight.T).to(_compute_dtype(hidden))
     logits = hidden.new_empty(len(hidden), len(weight), dtype=_compute_dtype(hidden)) if out is None else out
-    for first in range(0, len(weight), _CPU_COLUMNS):
-        logits[:, first : first + _CPU_COLUMNS] = matmul(hidden, weight[first : first + _CPU_COLUMNS].T)
+    size = 4 * _CPU_COLUMNS if fast else _CPU_COLUMNS
+    for first in range(0, len(weight), size):
+        logits[:, first : first + size] = matmul(hidden, weight[first : first + size].T)
     return logits
 
 
