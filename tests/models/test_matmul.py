@@ -51,6 +51,12 @@ def test_a_linear_layer_and_its_gradients_are_those_of_pytorch(monkeypatch, bias
         assert _within_rounding(linear(x, layer.weight, layer.bias), expected)
 
 
+def test_a_bias_may_have_any_layout():
+    x, weight = torch.randn(64, 256), torch.randn(256, 256)
+    for bias in (torch.randn(512)[::2], torch.randn(256, 3)[:, 1], torch.tensor(1.5).expand(256)):
+        assert _within_rounding(linear(x, weight, bias), functional.linear(x, weight, bias))
+
+
 def test_other_types_and_small_products_stay_with_pytorch(monkeypatch):
     monkeypatch.setattr(products, "_multiply", lambda *_: pytest.fail("oneDNN was asked"))
     large = torch.randn(256, 256)

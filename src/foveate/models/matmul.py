@@ -92,6 +92,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = functional.pad(x, (0, 0, 0, missing)) if missing else x
     if not (weight.is_contiguous() or weight.t().is_contiguous()):  # oneDNN's way for these is a thousand times slower
         weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()  # oneDNN takes its stride to be 1
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")[:rows]
 
 
