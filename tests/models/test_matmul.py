@@ -57,6 +57,21 @@ def test_a_bias_may_have_any_layout():
         assert _within_rounding(linear(x, weight, bias), functional.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("shape", [(64,), (37,), (2, 37)])
+def test_what_a_linear_layer_gives_may_be_changed_in_place(shape):
+    layer, x, more = Linear(256, 512), torch.randn(*shape, 256), torch.randn(512, requires_grad=True)
+    with torch.no_grad():
+        frozen = layer(x)
+    frozen += more
+    found = layer(x).mul_(more).add_(frozen)
+    wanted = functional.linear(x, layer.weight, layer.bias) * more + frozen
+    assert _within_rounding(found, wanted)
+    tensors = (more, layer.weight, layer.bias)
+    grads = (torch.autograd.grad(one.square().mean(), tensors, retain_graph=True) for one in (found, wanted))
+    for one, other in zip(*grads, strict=True):
+        assert _within_rounding(one, other)
+
+
 def test_other_types_and_small_products_stay_with_pytorch(monkeypatch):
     monkeypatch.setattr(products, "_multiply", lambda *_: pytest.fail("oneDNN was asked"))
     large = torch.randn(256, 256)

@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return functional.linear(x, weight, bias)
     flat = x.reshape(rows, x.shape[-1])
     out = _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else _multiply(flat, weight, bias)
-    return out.view(*x.shape[:-1], len(weight))
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # a view may not change in place
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
