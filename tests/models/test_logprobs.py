@@ -312,6 +312,14 @@ def test_blocks_of_the_vocabulary_give_the_values_and_gradients_of_all_logits(us
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("token", [-100, -1, V, 5000])
+def test_a_token_outside_of_the_vocabulary_is_an_error(token):
+    hidden, weight, token_ids = inputs()
+    token_ids[3] = token
+    with pytest.raises(IndexError, match=f"token {token} is none of the {V} of the vocabulary"):
+        chunked_logprobs(hidden, weight, token_ids)
+
+
 def test_a_large_vocabulary_takes_a_block_of_logits_at_a_time_on_processors():
     hidden, weight, token_ids = inputs(torch.float32, m=2 * ROWS, d=4, v=8 * COLUMNS)
     with Largest() as largest:

@@ -32,6 +32,9 @@ class BlockLogprobs(torch.autograd.Function):
         top, total, above, logit = torch.zeros(
             4, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)
         ).unbind()
+        unknown = token_ids[(token_ids < 0) | (token_ids >= len(weight))]
+        if len(unknown):
+            raise IndexError(f"token {int(unknown[0])} is none of the {len(weight)} of the vocabulary")
         for rows, columns in _blocks(hidden, weight):
             logits = _logits(hidden[rows], weight[columns], temperature)
             row, place = _own(token_ids[rows], columns)
