@@ -312,6 +312,19 @@ def test_blocks_of_the_vocabulary_give_the_values_and_gradients_of_all_logits(us
         torch.testing.assert_close(got, true)
 
 
+@pytest.mark.parametrize("lowest", [-math.inf, -1e37])
+def test_a_first_block_that_is_far_below_the_others_counts_for_nothing(lowest):
+    hidden, weight, token_ids = (one.detach() for one in inputs(torch.float32, v=COLUMNS + 100))
+    hidden[:, 0] = 1
+    weight[:COLUMNS, 0] = lowest
+    token_ids = token_ids % 100
+    found = chunked_logprobs(hidden.requires_grad_(), weight, token_ids + COLUMNS)
+    wanted = chunked_logprobs(hidden, weight[COLUMNS:], token_ids)
+    torch.testing.assert_close(found[0], wanted[0])
+    if math.isfinite(lowest):  # an infinite logit has no entropy
+        torch.testing.assert_close(found[1], wanted[1])
+
+
 @pytest.mark.parametrize("token", [-100, -1, V, 5000])
 def test_a_token_outside_of_the_vocabulary_is_an_error(token):
     hidden, weight, token_ids = inputs()

@@ -39,13 +39,13 @@ class BlockLogprobs(torch.autograd.Function):
             logits = _logits(hidden[rows], weight[columns], temperature)
             row, place = _own(token_ids[rows], columns)
             logit[rows][row] = logits[row, place]
-            before, so_far = top[rows], logits.amax(-1)
+            before, so_far = top[rows], logits.amax(-1).clamp_min_(torch.finfo(logits.dtype).min)
             if columns.start:
                 so_far = torch.maximum(before, so_far)
                 lower = before - so_far
                 shrunk = lower.exp()
-                above[rows] = (above[rows] + total[rows] * lower) * shrunk
                 total[rows] *= shrunk
+                above[rows] = above[rows] * shrunk + total[rows] * lower
             top[rows] = so_far
             logits -= so_far[:, None]
             weights = logits.exp() if with_entropy else logits.exp_()
