@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -190,3 +192,13 @@ def test_rows_that_are_drawn_in_pieces_have_the_logits_of_all(monkeypatch, held,
         with torch.no_grad():
             found = torch.cat([piece.clone() for piece in kept.of(hidden, weight)])
         torch.testing.assert_close(found, hidden @ weight.T)
+
+
+@torch.no_grad()
+def test_logits_of_one_thread_stay_while_another_thread_computes_its_own():
+    kept, (hidden, other) = module.Logits(), torch.randn(2, 3, 8)
+    weight = torch.randn(2500, 8)
+    own = next(kept.of(hidden, weight))
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(lambda: next(torch.no_grad()(kept.of)(other, weight))).result()
+    torch.testing.assert_close(own, hidden @ weight.T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -28,9 +29,9 @@ _HELD, _CACHED = 1 << 24, 1 << 20
 time: so many stay in its caches."""
 
 
-class Logits:
-    """The logits of a batch, some rows at a time. On a processor they lie in memory that is kept from step to step: the
-    system would clear new pages for each."""
+class Logits(threading.local):
+    """The logits of a batch, some rows at a time. On a processor they lie in memory that each thread keeps from step to
+    step: the system would clear new pages for each."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0)
