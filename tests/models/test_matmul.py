@@ -110,3 +110,11 @@ def test_rows_that_come_and_go_have_few_shapes(monkeypatch):
     for rows in range(1, 513):
         assert products._multiply(torch.randn(rows, 32), weight, None).shape == (rows, 64)
     assert len(shapes) == 7 + 15
+
+
+@needs_it
+def test_compiled_layers_are_one_graph():
+    layers = use_fast_linear(nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)), "cpu")
+    compiled = torch.compile(layers, backend="eager", fullgraph=True)
+    x = torch.randn(64, 256, requires_grad=True)
+    assert _within_rounding(compiled(x), layers(x))

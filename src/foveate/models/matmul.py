@@ -72,14 +72,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def _gains(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
     return (
-        rows >= 4
+        not torch.compiler.is_compiling()  # first: the others would break the graph
+        and rows >= 4
         and rows * columns * left.shape[-1] >= _LEAST_PRODUCTS
         and left.dtype == right.dtype == torch.float32
         and left.device.type == "cpu"
         and has_fast_matmul()
         and type(right) in (Tensor, nn.Parameter)  # no stand-in, as tracing and sharding have
         and type(left) is Tensor
-        and not torch.compiler.is_compiling()
     )
 
 
