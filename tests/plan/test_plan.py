@@ -21,7 +21,7 @@ from foveate.models.forward import token_logprobs
 from foveate.models.lora import add_adapters
 from foveate.models.policy import freeze_except, load_policy
 from foveate.models.sizes import PUBLISHED_SIZES, published_config
-from foveate.plan import advice, memory
+from foveate.plan import advice, memory, trace
 from foveate.plan.advice import built_share, plan
 from foveate.plan.hardware import GPUS, parse_machines
 from foveate.plan.memory import activation_memory, key_value_bytes, memory_of, shallow, sizes_of
@@ -96,6 +96,23 @@ def test_a_gpu_takes_larger_chunks_of_logits_and_nothing_else():
     )
     assert (cpu.activations, cpu.features) == (gpu.activations, gpu.features)
     assert 1.5 * (256 - 32) < (gpu.chunk - cpu.chunk) / 2**20 < 4 * (256 - 32)  # buffers of 256 MB in the place of 32
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("tokens", [3, 21, 500])
+def test_the_memory_of_many_log_probs_follows_from_that_of_four_chunks(monkeypatch, tokens, trains):
+    def plan():
+        head = torch.empty(700, 16, device="meta", requires_grad=trains)
+        if trains:
+            head.register_post_accumulate_grad_hook(trace._drop)
+        return trace._chunk_memory(head, torch.empty(tokens, dtype=torch.int64, device="meta"), 5 * 700)
+
+    all_of_them, traced = trace._traced_chunks, []
+    monkeypatch.setattr(trace, "_traced_chunks", lambda *them: traced.append(len(them[1])) or all_of_them(*them))
+    found = plan()
+    assert max(traced) <= 4 * 5
+    monkeypatch.setattr(trace, "_chunk_memory", all_of_them)
+    assert found == plan()
 
 
 def test_no_scores_of_pictures_are_counted_which_no_kernel_keeps():

@@ -167,7 +167,16 @@ def step_memory(
 
 
 def _chunk_memory(head: Any, target_M: Tensor, elements: int) -> int:
-    """Memory of log-probs and their backward, without hidden states and head."""
+    """Memory of log-probs and their backward, without hidden states and head. From two chunks on, each token adds as
+    much as any other, so that no more than four are traced."""
+    few, tokens = 2 * max(1, elements // len(head)), len(target_M)
+    if tokens <= 2 * few:
+        return _traced_chunks(head, target_M, elements)
+    one, two = (_traced_chunks(head, target_M[:count], elements) for count in (few, 2 * few))
+    return two + (two - one) * (tokens - 2 * few) // few
+
+
+def _traced_chunks(head: Any, target_M: Tensor, elements: int) -> int:
     with StorageCounter([head, target_M]) as counter:
         hidden = torch.empty(len(target_M), head.shape[1], dtype=head.dtype, device="meta", requires_grad=True)
         before = counter.live
