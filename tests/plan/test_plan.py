@@ -95,7 +95,7 @@ def test_a_gpu_takes_larger_chunks_of_logits_and_nothing_else():
         for cluster in (ON_CPU, ClusterSettings(gpus_per_node=8))
     )
     assert (cpu.activations, cpu.features) == (gpu.activations, gpu.features)
-    assert 1.5 * (256 - 32) < (gpu.chunk - cpu.chunk) / 2**20 < 4 * (256 - 32)  # buffers of 256 MB in the place of 32
+    assert 1.5 * (256 - 2) < (gpu.chunk - cpu.chunk) / 2**20 < 4 * (256 - 2)  # buffers of 256 MB in the place of 2
 
 
 @pytest.mark.parametrize("trains", [True, False])

@@ -198,6 +198,7 @@ def test_an_error_that_a_server_sends_as_a_reply_is_no_score(server, error):
         ({"score": 0.5, "code": 200, "message": "ok", "error": None}, 0.5),
         ({"overall": 0.5, "status": 1, "error": 0.25}, 0.5),
         ({"error": "no such row", "score": 0.0}, 0.0),
+        ({"code": 1.0, "format": 0.0}, 1.0),
         ({"accuracy": 1.0, "format": 0.5}, 1.5),
     ],
 )

@@ -21,7 +21,7 @@ _LEAST_PRODUCTS = 1 << 21
 _FEW_ROWS, _MOST_PADDED = 64, 512
 _TURNED = 1024
 """Rows whose share of a weight's gradient is computed at a time."""
-_CACHED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "8"}
+_CACHED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96", "LRU_CACHE_CAPACITY": "8"}
 """How many shapes keep the code that oneDNN makes for each, a megabyte or two, and how many PyTorch keeps of each kind
 beside that: 1,024 by default. The blocks of attention of one row of unequal segments have up to ninety shapes. Read
 at the first call."""

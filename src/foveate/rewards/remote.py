@@ -180,15 +180,18 @@ def endpoint(
 
 
 def _is_error(reply: str) -> bool:
-    """Whether a reply is a mapping with a field of errors such as `code` and no score."""
+    """Whether a reply is a mapping with a field of errors such as `code` and no score; numbers alone, with other names
+    among theirs, are the parts of one."""
     try:
         value = json.loads(reply)
     except (ValueError, RecursionError):
         return False  # which is said where the score is read
     if not isinstance(value, Mapping):
         return False
-    has_score = any(is_number(value.get(name)) for name in WHOLE)
-    return not has_score and any(name.lower() in _ERROR_FIELDS for name in value)
+    errors = [name for name in value if name.lower() in _ERROR_FIELDS]
+    is_parts = len(errors) < len(value) and all(map(is_number, value.values()))
+    is_parts = is_parts and not any(100 <= value[name] < 600 for name in errors)  # a status of HTTP
+    return bool(errors) and not is_parts and not any(is_number(value.get(name)) for name in WHOLE)
 
 
 def data_url(image: Image) -> str:
