@@ -37,8 +37,9 @@ def goals(found: dict[str, Result]) -> Iterator[tuple[str, float, bool]]:
     if "ratio" in servers:
         ratio = servers["ratio"]["tokens a second"][0]
         yield f"serve, many clients: at least {SERVED_SHARE:g} of vLLM's tokens", ratio, ratio >= SERVED_SHARE
-    for command, records in found.get("start", {}).get("commands", {}).items():
-        seconds, most = median(records, "wall"), FIRST_SECONDS[command]
+    started = found.get("start", {}).get("commands", {})
+    for command in (one for one in started if one in FIRST_SECONDS):
+        seconds, most = median(started[command], "wall"), FIRST_SECONDS[command]
         what = "begins its first step" if command.startswith("rl") else "ends"
         yield f"`foveate {command}` {what} within {most:g} s", seconds, seconds <= most
 
