@@ -69,6 +69,6 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     records, wanted = learned(plain, packed_groups[2:])
     found, said = learned(compiled, packed_groups[2:])
     torch.testing.assert_close(found, records, rtol=20 * close, atol=1e-5)  # AdamW magnifies it
-    torch.testing.assert_close(said, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(said, wanted, rtol=100 * close, atol=1e-4)
     if DEVICE == "cpu":  # rows of other lengths and forests take no new ones; on GPUs, FlexAttention's count, too
         assert counters["stats"]["unique_graphs"] == graphs
