@@ -71,4 +71,4 @@ def test_compiled_blocks_learn_and_answer_as_others(name, folder_of, make_task, 
     torch.testing.assert_close(found, records, rtol=20 * close, atol=1e-5)  # AdamW magnifies it
     torch.testing.assert_close(said, wanted, rtol=100 * close, atol=1e-4)
     if DEVICE == "cpu":  # rows of other lengths and forests take no new ones; on GPUs, FlexAttention's count, too
-        assert counters["stats"]["unique_graphs"] == graphs
+        assert counters["stats"]["unique_graphs"] <= graphs + (name == "qwen3_5")  # one more for the recurrence

@@ -56,6 +56,8 @@ def has_fast_matmul() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) @ weight.T (N, K) + bias (N,): `functional.linear`, differentiable once."""
+    if torch.compiler.is_compiling():  # first: what else is asked would be guarded, or break the graph
+        return functional.linear(x, weight, bias)
     rows = x.numel() // max(x.shape[-1], 1)
     if not _gains(x, weight, rows, len(weight)) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
@@ -73,8 +75,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def _gains(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
     return (
-        not torch.compiler.is_compiling()  # first: the others would break the graph
-        and rows >= 4
+        rows >= 4
         and rows * columns * left.shape[-1] >= _LEAST_PRODUCTS
         and left.dtype == right.dtype == torch.float32
         and left.device.type == "cpu"
