@@ -21,6 +21,9 @@ from foveate.plan.trace import traced_policy
 from foveate.plan.workload import Workload
 from foveate.train.optim import check_optimizer
 
+_TRACED = 1 << 15
+"""Tokens of the longest row that is traced for more than a micro-batch; the line goes on from there."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -81,8 +84,9 @@ def _largest(work: Workload, machines: Machines, memory: Memory) -> int:
     found = _on_the_line(work.budget, memory.training, half, memory_of(replace(work, budget=half)).training, machines)
     if found <= work.budget:
         return found
-    further = memory_of(replace(work, budget=found)).training
-    return _on_the_line(found, further, work.budget, memory.training, machines)
+    at = min(found, max(_TRACED, 2 * work.budget))
+    further = memory_of(replace(work, budget=at)).training
+    return _on_the_line(at, further, work.budget, memory.training, machines)
 
 
 def _on_the_line(tokens: int, bytes_: float, fewer: int, less: float, machines: Machines) -> int:
