@@ -29,9 +29,7 @@ class BlockLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        top, total, above, logit = torch.zeros(
-            4, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32)
-        ).unbind()
+        top, total, above, logit = torch.zeros(4, len(hidden), dtype=compute_dtype(hidden)).unbind()
         unknown = token_ids[(token_ids < 0) | (token_ids >= len(weight))]
         if len(unknown):
             raise IndexError(f"token {int(unknown[0])} is none of the {len(weight)} of the vocabulary")
@@ -83,6 +81,11 @@ class BlockLogprobs(torch.autograd.Function):
         )
 
 
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """That of logits and of what is made of them."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def grad_of_logits(
     logp: Tensor, own: tuple[Tensor, Tensor], entropy: Tensor | None, of_logp: Tensor | None, of_entropy: Tensor | None
 ) -> Tensor:
@@ -116,7 +119,7 @@ def _own(token_ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = matmul(hidden, weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = matmul(hidden, weight.T).to(compute_dtype(hidden))
     if temperature != 1.0:
         logits /= temperature
     return logits

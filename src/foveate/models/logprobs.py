@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from foveate.errors import ConfigError
-from foveate.models.logprob_blocks import BlockLogprobs, grad_of_logits
+from foveate.models.logprob_blocks import BlockLogprobs, compute_dtype, grad_of_logits
 from foveate.models.matmul import has_fast_matmul, matmul
 
 CHUNK_ELEMENTS = 1 << 23
@@ -73,7 +73,7 @@ def chunked_top_k(
     whole vocabulary, in chunks as in `chunked_terms`."""
     rows, k = _rows(hidden, weight, chunk_elements), min(k, len(weight))
     token_ids = hidden.new_empty(len(hidden), k, dtype=torch.long)
-    logprobs = hidden.new_empty(len(hidden), k, dtype=_compute_dtype(hidden))
+    logprobs = hidden.new_empty(len(hidden), k, dtype=compute_dtype(hidden))
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
         logits = _logits(hidden[part].to(weight.dtype), weight, temperature)
@@ -135,7 +135,7 @@ LOGP_ENTROPY: tuple[Term, ...] = ("logp", "entropy")
 
 def plain_logprobs(hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The reference for `chunked_logprobs`: the same values, with all logits in memory."""
-    logits = (hidden @ weight.T).to(_compute_dtype(hidden)) / temperature
+    logits = (hidden @ weight.T).to(compute_dtype(hidden)) / temperature
     logp = F.log_softmax(logits, -1)
     return logp.gather(1, token_ids[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -185,10 +185,6 @@ def _rows(hidden: Tensor, weight: Tensor, chunk_elements: int | None) -> int:
     return max(1, chunk_elements // len(weight))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
 def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """hidden (M, D) @ weight.T (V, D): (M, V) in float32, or float64. A GPU adds in float32 whatever it multiplies, and
     its sums are taken as they are; elsewhere, those of bfloat16 come rounded to 8 bits. A processor may write them to
@@ -196,15 +192,15 @@ def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tens
     if hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     if torch.is_grad_enabled():
-        return (hidden @ weight.T).to(_compute_dtype(hidden))
+        return (hidden @ weight.T).to(compute_dtype(hidden))
     fast = has_fast_matmul()
     if (
         hidden.device.type != "cpu"
         or len(weight) < 2 * _CPU_COLUMNS
         or (fast and len(hidden) * len(weight) <= _CPU_WHOLE)
     ):
-        return matmul(hidden, weight.T).to(_compute_dtype(hidden))
-    logits = hidden.new_empty(len(hidden), len(weight), dtype=_compute_dtype(hidden)) if out is None else out
+        return matmul(hidden, weight.T).to(compute_dtype(hidden))
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=compute_dtype(hidden)) if out is None else out
     size = 4 * _CPU_COLUMNS if fast else _CPU_COLUMNS
     for first in range(0, len(weight), size):
         logits[:, first : first + size] = matmul(hidden, weight[first : first + size].T)
@@ -230,7 +226,7 @@ class _ChunkedTerms(torch.autograd.Function):
         rows: int,
         terms: tuple[Term, ...],
     ) -> tuple[Tensor, ...]:
-        lse, *values = (hidden.new_empty(len(hidden), dtype=_compute_dtype(hidden)) for _ in range(1 + len(terms)))
+        lse, *values = (hidden.new_empty(len(hidden), dtype=compute_dtype(hidden)) for _ in range(1 + len(terms)))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, temperature)
@@ -259,7 +255,7 @@ class _ChunkedTerms(torch.autograd.Function):
         asked = [(term, grad) for term, grad in zip(ctx.terms, grads, strict=True) if grad is not None]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # in float32 also for bfloat16 weights: a sum over many chunks loses its small terms in 8 bits
-        grad_weight = torch.zeros_like(weight, dtype=_compute_dtype(hidden)) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=compute_dtype(hidden)) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             all_logp = _logits(hidden[part], weight, ctx.temperature).sub_(lse[part, None])

@@ -73,6 +73,14 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return _multiply(left, right.t(), None)
 
 
+def added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total (M, N), or nothing, + left (M, K) @ right.T (N, K), by oneDNN whatever the size; `right` is contiguous or
+    the transpose of what is."""
+    if total is None:
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(left, total, right, None, "add")
+
+
 def _gains(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
     return (
         rows >= 4
@@ -124,7 +132,7 @@ def _gradient_of_weight(grad: Tensor, x: Tensor) -> Tensor:
     for first in range(_TURNED, len(x), _TURNED):
         some, theirs = grad[first : first + _TURNED], x[first : first + _TURNED]
         if len(theirs) == _TURNED:
-            total = torch.ops.mkldnn._linear_pointwise.binary(some.t(), total, theirs.t(), None, "add")
+            total = added(total, some.t(), theirs.t())
         else:
             total += matmul(some.t(), theirs)
     return total

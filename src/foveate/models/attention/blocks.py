@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.models.attention.runs import Part, RunPair
-from foveate.models.matmul import has_fast_matmul
+from foveate.models.matmul import added, has_fast_matmul
 
 _QUERIES, _KEYS = 512, 512
 """The longest sides of a block of scores."""
@@ -111,7 +111,7 @@ def _sums(rows: Tensor, keys: list[tuple[Tensor, Tensor, int]], base: Tensor) ->
         sums = total = None
         for some, values, count in keys:
             weights = _product(some, queries, some_bias, "sigmoid", [], "")
-            sums = _added(sums, values, weights.t())
+            sums = added(sums, values, weights.t())
             share = weights[:count].sum(0)
             total = share if total is None else total.add_(share)
         assert sums is not None
@@ -176,10 +176,10 @@ def _run_gradients(
             weights = _product(keys, queries, shift, "sigmoid", [], "")
             if causal:
                 weights *= _seen(len(keys), len(queries), repeat, ahead)
-            to_value = _added(to_value, weights, grads.t())
+            to_value = added(to_value, weights, grads.t())
             weights = _product.binary(values, weights, grads, delta, "mul")
-            to_key = _added(to_key, weights, queries.t())
-            to_queries[place] = _added(to_queries[place], turned, weights.t())
+            to_key = added(to_key, weights, queries.t())
+            to_queries[place] = added(to_queries[place], turned, weights.t())
         assert to_key is not None
         assert to_value is not None
         to_keys.append(to_key)
@@ -196,13 +196,6 @@ def _seen(keys: int, queries: int, repeat: int, ahead: int) -> Tensor:
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
     return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
-
-
-def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """The total + left (M, K) @ right.T (N, K)."""
-    if total is None:
-        return _product(left, right, None, "none", [], "")
-    return _product.binary(left, total, right, None, "add")
 
 
 def _cut(start: int, length: int, size: int) -> list[slice]:
