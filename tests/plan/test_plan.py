@@ -265,7 +265,7 @@ def test_keys_and_values_are_those_of_the_engines_cache(config):
     from foveate.records import Forest
 
     cache = BatchCache(torch.device("cpu"))
-    cache.announce(Forest((0,), (10,), (-1,)), (10,), [[4]])
+    cache.announce(Forest((0,), (10,), (-1,)), (10,), [[4, 4]])
     for layer in range(text.num_hidden_layers):
         row = torch.zeros(text.num_key_value_heads, 10, text.head_dim)
         cache.attend(layer, torch.zeros(text.num_attention_heads, 10, text.head_dim), row, row, 1.0)

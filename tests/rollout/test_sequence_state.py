@@ -123,10 +123,10 @@ class Batch:
         self.cache = BatchCache(torch.device("cpu"))
         self.rows, self.seen = [], [[] for _ in layers]
 
-    def join(self, groups, limit):
+    def join(self, groups, limit, samples=3):
         """The packed row of `groups` goes through the layers."""
-        forest, lengths, paths = packed(groups, 3)
-        limits = [[limit + tokens for tokens in begun] or [limit] * 3 for _, begun in groups]
+        forest, lengths, paths = packed(groups, samples)
+        limits = [[limit + tokens for tokens in begun] or [limit] * samples for _, begun in groups]
         self.cache.announce(forest, lengths, limits)
         first = len(self.seen[0])
         for number, layer in enumerate(self.layers):
@@ -209,6 +209,26 @@ def test_sequences_that_join_a_running_batch_get_what_they_get_alone(layers, is_
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("is_fixed", [False, True], ids=["filled places", "fixed places"])
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_short_prompt_lies_in_the_slot_of_its_only_answer(layers, samples, is_fixed, monkeypatch):
+    """Beside prompts that are longer or have more answers, or without any."""
+    monkeypatch.setattr(shelves, "_SHORT", 8)
+    batch = Batch(layers, torch.Generator().manual_seed(0))
+    batch.join(BATCHES["new"], 12, samples=1)  # of 5, 9, 3 and 7 tokens
+    batch.step(is_fixed)
+    batch.join([([8], []), ([1, 6], [4])], 20, samples)
+    for _ in range(10):
+        batch.step(is_fixed)
+    held = [one.length for shelf in batch.cache.rows.prompts.values() for one in shelf.members]
+    assert sorted(held) == ([9] if samples == 1 else [8, 9])
+    batch.drop([row for row, one in enumerate(batch.cache.rows.kept) if one.before])
+    assert not batch.cache.rows.prompts
+    batch.step(is_fixed)
+
+
+@pytest.mark.usefixtures("small")
 def test_newcomers_whose_prompts_fail_leave_the_others_as_they_were():
     layers = LAYERS["hybrid"]
     batch = Batch(layers, torch.Generator().manual_seed(0))
@@ -241,7 +261,7 @@ def test_slots_are_as_many_as_their_sequences_and_a_quarter_more_and_short_ones_
     for shelf, shape in slots.items():
         assert len(shelf.members) <= shape[0] <= 1.25 * len(shelf.members)
         assert shape[2] <= shelf.size
-    assert {size: len(shelf.members) for size, shelf in rows.answers.items()} == {4: 12, 32: 1}
+    assert {size: len(shelf.members) for size, shelf in rows.answers.items()} == {4: 12, 128: 1}
 
 
 @pytest.mark.parametrize("hidden", [None, float("-inf"), -1e30], ids=["no bias", "hidden", "all hidden"])

@@ -8,7 +8,7 @@ rows leave or move. `BatchCache` drives the states of all layers and does not kn
 them share: which row belongs to which prompt, how far each has come, and where it lies.
 
 Sequences lie in slots on shelves (`foveate.rollout.native.rows`). A prompt has a slot for itself, which all of its
-answers read. An answer has another one, for its own tokens. The slots of a shelf have one size, a power of two, and lie
+answers read. An answer has another one, for its own tokens; a short prompt with one answer lies there, too. The slots of a shelf have one size, a power of two, and lie
 side by side in one tensor, so that a step meets each shelf in one product; an answer that has filled its slot moves to
 the next larger one. So a row has a length of its own, short answers do not pay for long ones, a batch of equal lengths
 is one shelf without padding, and a token is copied once per doubling. Slots in use are always the first of their shelf:
@@ -148,14 +148,14 @@ class KeysAndValues:
         """Query (H, B, d), key and value (H_kv, B, d); returns (H, B, d)."""
         heads, rows, width = query.shape
         rows_query = query.to(value.dtype).transpose(0, 1).reshape(rows, key.shape[0], -1, width)
-        prompt, prompt_lse = self._attend_prompts(rows_query, scale, options.window)
         new = key.transpose(0, 1), value.transpose(0, 1)
-        own, own_lse = _joined([self._attend_own(o, rows_query, new, scale, options.window) for o in self._rows.own])
-        share = torch.sigmoid(prompt_lse - own_lse)[..., None]
-        out = torch.lerp(own.float(), prompt.float(), share)
+        out, lse = _joined([self._attend_own(o, rows_query, new, scale, options.window) for o in self._rows.own])
+        if self._rows.shared:
+            prompt, prompt_lse = self._attend_prompts(rows_query, scale, options.window)
+            out = torch.lerp(out.float(), prompt.float(), torch.sigmoid(prompt_lse - lse)[..., None])
+            lse = lse if options.sinks is None else torch.logaddexp(prompt_lse, lse)
         if options.sinks is not None:
-            lse = torch.logaddexp(prompt_lse, own_lse)
-            out *= torch.sigmoid(lse - options.sinks.float().view(lse.shape[1:]))[..., None]
+            out = out.float() * torch.sigmoid(lse - options.sinks.float().view(lse.shape[1:]))[..., None]
         return out.to(value.dtype).reshape(rows, heads, width).transpose(0, 1)
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scale: float, options: AttentionOptions) -> Tensor:
@@ -163,22 +163,25 @@ class KeysAndValues:
         out = torch.empty_like(query, dtype=value.dtype)
         for back in self._rows.returns:
             new = slice(back.start, back.start + back.tokens)
-            own, prompt = ([memory[slot] for memory in self.shelves[shelf]] for shelf, slot in (back.own, back.prompt))
-            assert back.one.prompt is not None
-            before = back.one.prompt.length, back.one.length
-            path = [
-                torch.cat([first[:, : before[0]], then[:, : before[1]], last[:, new]], 1)
-                for first, then, last in zip(prompt, own, (key, value), strict=True)
-            ]
-            out[:, new] = _attend_path(query[:, new].to(value.dtype), path[0], path[1], scale, options)
+            path = [self._slot(*back.own, back.one.length), [key[:, new], value[:, new]]]
+            if back.one.prompt is not None and back.prompt is not None:
+                path.insert(0, self._slot(*back.prompt, back.one.prompt.length))
+            keys, values = (torch.cat(parts, 1) for parts in zip(*path, strict=True))
+            out[:, new] = _attend_path(query[:, new].to(value.dtype), keys, values, scale, options)
         self._new = key, value
         return out
 
+    def _slot(self, shelf: Shelf, slot: int, length: int) -> list[Tensor]:
+        return [memory[slot, :, :length] for memory in self.shelves[shelf]]
+
     def _attend_prompts(self, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        """Query (B, H_kv, H / H_kv, d) against the prompts."""
-        shelves = self._rows.shared
-        out, lse = _joined([self._attend_prompt(shared, query, scale, window) for shared in shelves])
-        return (out, lse) if shelves[0].is_ordered else (out[self._rows.place_B], lse[self._rows.place_B])
+        """Query (B, H_kv, H / H_kv, d) against the prompts. Rows whose prompts stand in their own slots meet any, with
+        a log-sum-exp that counts for nothing."""
+        rows = self._rows
+        out, lse = _joined([self._attend_prompt(shared, query, scale, window) for shared in rows.shared])
+        if not rows.shared[0].is_ordered:
+            out, lse = out[rows.place_B], lse[rows.place_B]
+        return out, lse if rows.alone_B is None else lse + rows.alone_B[:, None, None]
 
     def _attend_prompt(self, shared: Shared, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         """The queries of a group meet its keys in one product. Output (places of the grid, H_kv, H / H_kv, d)."""
@@ -203,7 +206,7 @@ class KeysAndValues:
             for memory, tokens in zip(kept, new, strict=True):
                 memory[: own.end - own.begin, :, rows.step - own.born] = tokens[span]
         else:  # rows that are done may stand behind the last place while steps are recorded
-            at = rows.length_B[span].clamp(max=seen.stop - 1)
+            at = rows.filled(own).clamp(max=seen.stop - 1)
             for memory, tokens in zip(kept, new, strict=True):
                 memory[own.slot, :, at] = tokens[span]
         key, value = (memory[: own.end - own.begin, :, seen] for memory in kept)

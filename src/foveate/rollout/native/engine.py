@@ -255,7 +255,7 @@ class NativeEngine:
             answer = job.answers[number]
             assert answer is not None
             job.asked.discard(number)
-            tails.append((job.request.prompt, answer, job.kept[number].length))
+            tails.append((job.request.prompt, answer, job.kept[number].answer_length))
         packed, routing = pack_tails(tails).to(self.policy.device), self._routing()
         kept = [job.kept[number] for job, number in returning]
         batch.cache.announce_return(kept, packed.forest.length)

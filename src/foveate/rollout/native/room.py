@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from foveate.rollout.native.rows import Rows
-from foveate.rollout.native.shelves import first_room, slot_size
+from foveate.rollout.native.shelves import first_room, has_own_prompt, slot_size
 
 _ROW = 2048
 """Tokens of a packed row on a processor, whose caches hold what lies between two products of matrices for so many."""
@@ -35,7 +35,10 @@ class Use:
 
     def with_more(self, prompt: int, begun: Sequence[int], limit: int) -> int:
         """All places, if a prompt of so many tokens came too, and its answers with those that were begun."""
-        _put(self._prompts, slot_size(prompt), prompt)
+        if has_own_prompt(prompt, len(begun)):
+            begun, limit = [prompt + begun[0]], prompt + limit
+        else:
+            _put(self._prompts, slot_size(prompt), prompt)
         for tokens in begun:
             size = slot_size(first_room(tokens, limit))
             _put(self._answers, size, min(size, max(limit, 1)))

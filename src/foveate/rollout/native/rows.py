@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from foveate.records import Forest
-from foveate.rollout.native.shelves import Arrival, Copy, Kept, Moves, Return, Shelf, first_room, slot_size
+from foveate.rollout.native.shelves import (
+    Arrival,
+    Copy,
+    Kept,
+    Moves,
+    Return,
+    Shelf,
+    first_room,
+    has_own_prompt,
+    slot_size,
+)
 
 _HIDDEN = -1e30
 """The bias of a key that is out of sight."""
@@ -20,7 +30,8 @@ _PLACES = 256
 
 @dataclass(slots=True, eq=False)
 class Own:
-    """The rows `begin : end` in one shelf; the first of them was `born` at one step, the `latest` at another."""
+    """The rows `begin : end` in one shelf; the first of them was `born` at one step, the `latest` at another. `before`:
+    the tokens of their prompts that stand before theirs, if any do."""
 
     shelf: Shelf
     begin: int
@@ -28,6 +39,7 @@ class Own:
     born: int
     latest: int
     slot: Tensor
+    before: Tensor | None
     biases: dict[int | None, Tensor] = field(default_factory=dict)
 
 
@@ -50,8 +62,9 @@ class Rows:
 
     Row r is the answer `kept[r]`; `length_B` counts its tokens in memory. Rows stand in the order of their shelves, so
     that those of a shelf are neighbours (`own`); `shared` are the shelves of prompts. `place_B` finds each row among
-    the places of all grids. `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row
-    of the token that each continues. `waiting` are the shelves of answers without rows, which wait for an observation;
+    the places of all grids, and `alone_B` is -inf for those whose prompts stand in their own slots (None: there are
+    not both kinds). `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row of the
+    token that each continues. `waiting` are the shelves of answers without rows, which wait for an observation;
     `returns` those of them that are coming back.
 
     After `fix` a step does the same on tensors of the same shapes as the one before, so that it can be recorded: it
@@ -71,6 +84,7 @@ class Rows:
         self.places: dict[int, int] | None = None
         self.length_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.last_B = self.place_B = self.length_B
+        self.alone_B: Tensor | None = None
         self._newcomers: list[Kept] = []
 
     # ------------------------------------------------------------------------------------------------- who is there
@@ -119,6 +133,12 @@ class Rows:
                 firsts[group_at[end]].append(start)
         self._newcomers, last = [], []
         for g, (begin, length, own, stop, most) in enumerate(zip(starts, lengths, firsts, stops, limits, strict=True)):
+            if has_own_prompt(length, len(most)):  # what was begun follows it in the row
+                tokens = stop - begin
+                born = self.step - tokens
+                self._newcomers.append(Kept(begin, tokens, length + most[0], born=born, before=length))
+                last.append(stop - 1)
+                continue
             prompt = Kept(begin, length, length)
             begun = [(first, after - first) for first, after in pairwise([*own, stop])]
             if held:
@@ -178,8 +198,8 @@ class Rows:
         """Which answers come back from waiting, each with so many tokens of the packed row, in order."""
         self.returns, start = [], 0
         for one, more in zip(ones, tokens, strict=True):
-            assert one.prompt is not None
-            self.returns.append(Return(one, start, more, _find(self.waiting, one), _find(self.prompts, one.prompt)))
+            prompt = None if one.prompt is None else _find(self.prompts, one.prompt)
+            self.returns.append(Return(one, start, more, _find(self.waiting, one), prompt))
             start += more
         last = [back.start + back.tokens - 1 for back in self.returns]
         self.last_B = torch.tensor(last, device=self.device)
@@ -230,7 +250,7 @@ class Rows:
         source = torch.tensor([one.row for one in ordered], dtype=torch.int64, device=self.device)
         for row, one in enumerate(ordered):
             one.row = row
-        lengths = [self.step - one.born for one in ordered]
+        lengths = [self.step - one.born - one.before for one in ordered]
         self.length_B = torch.tensor(lengths, dtype=torch.int64, device=self.device)
         self._arrange_answers()
         self._arrange_prompts(ordered)
@@ -242,7 +262,9 @@ class Rows:
             shelf = self.answers[size]
             born = [one.born for one in shelf.members]
             end, slot = begin + len(born), torch.arange(len(born), device=self.device)
-            self.own.append(Own(shelf, begin, end, min(born), max(born), slot))
+            before = torch.tensor([one.before for one in shelf.members])
+            own = before.to(self.device) if bool(before.any()) else None
+            self.own.append(Own(shelf, begin, end, min(born), max(born), slot, own))
             begin = end
 
     def _arrange_prompts(self, ordered: Sequence[Kept]) -> None:
@@ -271,6 +293,10 @@ class Rows:
             self.shared.append(Shared(shelf, longest, grid, is_ordered, lengths.to(self.device), bias))
             first += grid.numel()
         self.place_B = torch.tensor(places, dtype=torch.int64, device=self.device)
+        alone = torch.tensor([one.prompt is None for one in ordered])
+        self.alone_B = None
+        if self.shared and bool(alone.any()):
+            self.alone_B = torch.zeros(len(ordered)).masked_fill(alone, float("-inf")).to(self.device)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -305,6 +331,11 @@ class Rows:
         self.step += 1
         self.length_B += 1
 
+    def filled(self, own: Own) -> Tensor:
+        """The places that are filled of each row of a shelf (B,)."""
+        length_B = self.length_B[own.begin : own.end]
+        return length_B if own.before is None else length_B + own.before
+
     def seen(self, own: Own, window: int | None) -> slice:
         """The places of a shelf that a step meets, those of the new tokens included."""
         if self.places is not None:
@@ -313,14 +344,14 @@ class Rows:
         return slice(0 if window is None else max(0, shortest - window), self.step - own.born + 1)
 
     def own_bias(self, own: Own, window: int | None) -> Tensor | None:
-        """Hides from the answers' new tokens, which stand behind the `length_B` others, what is no token of them and
+        """Hides from the answers' new tokens, which stand behind those that are there, what is no token of them and
         what the window has left behind: (b, 1, 1, places seen)."""
         if self.places is None and own.born == own.latest:
             return None
         if window not in own.biases:
             seen = self.seen(own, window)
             places = torch.arange(seen.start, seen.stop, device=self.device)
-            length = self.length_B[own.begin : own.end, None]
+            length = self.filled(own)[:, None]
             hidden = places > length
             if window is not None:
                 hidden |= places <= length - window

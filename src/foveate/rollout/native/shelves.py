@@ -9,6 +9,8 @@ from torch import Tensor
 
 SMALLEST, FIRST_ROOM = 32, 256
 """Places of the smallest slots, and of those in which an answer begins that may become longer."""
+_SHORT = 512
+"""Tokens of a prompt that costs less in the slot of its only answer than as a second product of each step."""
 
 
 def slot_size(tokens: int) -> int:
@@ -21,11 +23,17 @@ def first_room(begun: int, limit: int) -> int:
     return min(slot_size(max(begun + 1, min(limit, FIRST_ROOM))), max(limit, 1))
 
 
+def has_own_prompt(prompt: int, answers: int) -> bool:
+    """Whether a prompt of so many tokens stands in the slot of its answer."""
+    return answers == 1 and prompt <= _SHORT
+
+
 @dataclass(slots=True, eq=False)
 class Kept:
     """A prompt or an answer in memory. `length`: its tokens when it came; `limit`: at most. `start`: its first token in
     the packed row that it came with. Of an answer, `prompt` is its prompt, `born` the step at which it would have begun
-    here, and `row` its row; while it waits for an observation, `length` counts its tokens in memory."""
+    here, and `row` its row; while it waits for an observation, `length` counts its tokens in memory. Without a
+    `prompt`, its first `before` tokens are its prompt."""
 
     start: int
     length: int
@@ -33,6 +41,12 @@ class Kept:
     prompt: Kept | None = None
     born: int = 0
     row: int = -1
+    before: int = 0
+
+    @property
+    def answer_length(self) -> int:
+        """`length` without its prompt."""
+        return self.length - self.before
 
 
 @dataclass(slots=True, eq=False)
@@ -85,13 +99,13 @@ class Arrival:
 @dataclass(frozen=True, slots=True, eq=False)
 class Return:
     """An answer that comes back from waiting with `tokens` new ones, which stand in the packed row from `start` on; the
-    slots that it and its prompt have."""
+    slots that it and its prompt have, which may be one."""
 
     one: Kept
     start: int
     tokens: int
     own: tuple[Shelf, int]
-    prompt: tuple[Shelf, int]
+    prompt: tuple[Shelf, int] | None
 
 
 @dataclass(frozen=True, slots=True)
