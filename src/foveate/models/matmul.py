@@ -1,8 +1,8 @@
-"""Products of float32 matrices on processors with AVX-512, by oneDNN.
+"""Products of float32 matrices on processors with AVX-512 that are not Intel's, by oneDNN.
 
 PyTorch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors alone; on AMD's it stays at half
-of their speed (measured in docs/performance.md). oneDNN, which PyTorch also carries, takes it on both. Sums are in
-float32 in either, in another order.
+of their speed (measured in docs/performance.md). oneDNN, which PyTorch also carries, takes it on both, but on Intel's
+gains nothing and calls cost more. Sums are in float32 in either, in another order.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def use_fast_linear(model: _Model, device: str) -> _Model:
 
 @cache
 def has_fast_matmul() -> bool:
-    """Whether this processor and this PyTorch have what `matmul` gains by."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether oneDNN multiplies faster than MKL here: with AVX-512 on processors that are not Intel's."""
+    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return able and not torch.cpu.get_capabilities()["cpu_name"].startswith("Intel")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
