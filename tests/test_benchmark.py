@@ -164,6 +164,17 @@ def test_the_page_says_what_was_measured_and_what_was_not(written):
     assert "TRL 1.5" in chart
 
 
+def test_the_page_has_the_goals_of_another_processor(written, tmp_path):
+    other = measured(foveate=2.0, trl=5.0) | {"machine": "another processor"}
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "update-text.json").write_text(json.dumps(other))
+    text, _ = written({"update-text": measured(foveate=2.0, trl=3.0)})
+    here, there = text.split("## The goals on another processor")
+    assert "| update, text, one thread: at least 1.5 times TRL | 1.50 | yes |" in here
+    assert "another processor" in there
+    assert "| update, text, one thread: at least 1.5 times TRL | 2.50 | yes |" in there
+
+
 def test_the_page_compares_the_best_of_ours_on_a_gpu(written, tmp_path):
     about = {"size": "1B", "gpu": "a GPU", "torch": "2.13.0", "work": "text", "machine": 1, "peak_gib": 3.2}
     rows = [
