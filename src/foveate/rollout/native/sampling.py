@@ -82,23 +82,31 @@ def draw(
     greedy = sampling.temperature == 0
     scaled = logits if greedy or sampling.temperature == 1 else logits / sampling.temperature
     if greedy:
-        token, lse = scaled[:, :known].index_fill(1, banned, float("-inf")).argmax(-1), scaled.logsumexp(-1)
-    else:
-        probs = scaled.softmax(-1)
-        lse = scaled.amax(-1) - probs.amax(-1).log()  # as in `foveate.rollout.native.cache.partial_attention`
-        token = _invert(_allowed(probs, scaled, banned, known), uniform, sampling.top_k, sampling.top_p)
-    return token, scaled.gather(1, token[:, None])[:, 0] - lse
+        token = scaled[:, :known].index_fill(1, banned, float("-inf")).argmax(-1)
+        return token, _logprob(scaled, token)
+    probs = scaled.softmax(-1)
+    allowed = _allowed(probs, banned, known)
+    if allowed is None:
+        allowed = scaled[:, :known].index_fill(1, banned, float("-inf")).softmax(-1)
+        token = _invert(allowed, uniform, sampling.top_k, sampling.top_p)
+        return token, _logprob(scaled, token)
+    token = _invert(allowed, uniform, sampling.top_k, sampling.top_p)
+    return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
-def _allowed(probs: Tensor, scaled: Tensor, banned: Tensor, known: int | None) -> Tensor:
-    """The probabilities (B, known), those of banned tokens 0; computed anew where others are too small beside these.
+def _logprob(scaled: Tensor, token: Tensor) -> Tensor:
+    return scaled.gather(1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+
+
+def _allowed(probs: Tensor, banned: Tensor, known: int | None) -> Tensor | None:
+    """The probabilities (B, known), those of banned tokens set to 0; None where the others are too small beside these.
     Raises EngineError where a row is NaN."""
     outside = 0.0 if known is None else probs[:, known:].sum(-1)
-    probs, scaled = probs[:, :known], scaled[:, :known]
+    probs = probs[:, :known]
     lost = probs[:, banned].sum(-1) + outside + 0 * probs[:, 0]  # which is NaN in all of a row or nowhere
     if not bool((lost <= 1 - _LEFT).all()):
         require_numbers(lost.tolist())
-        return scaled.index_fill(1, banned, float("-inf")).softmax(-1)
+        return None
     return probs.index_fill_(1, banned, 0.0)
 
 
