@@ -88,7 +88,6 @@ def test_fields_that_ask_for_nothing_change_nothing(server):
         ("logit_bias", {"5": 1}),
         ("min_p", 0.1),
         ("repetition_penalty", 1.2),
-        ("ignore_eos", True),
         ("guided_choice", ["a"]),
     ],
 )

@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import replace
 
 import openai
 import pytest
@@ -26,15 +28,21 @@ from foveate.serve.native import ServeRequest, serve_native
 KEY = {"Authorization": "Bearer secret"}
 
 
-@pytest.fixture
-def client(tiny_policy, encode):
-    """A client of the routes over the tiny model, with key, model name "tiny" and 16 tokens at most."""
-    batcher = Batcher(NativeEngine(tiny_policy, encode.decode))
+@contextmanager
+def routes(policy, encode):
+    """A client of the routes over a model, with key, model name "tiny" and 16 tokens at most."""
+    batcher = Batcher(NativeEngine(policy, encode.decode))
     chat = Chat("tiny", encode, batcher, 16, "secret")
     with TestClient(chat.app(), base_url="http://localhost") as http:
         yield http
     chat.close()
     batcher.close()
+
+
+@pytest.fixture
+def client(tiny_policy, encode):
+    with routes(tiny_policy, encode) as http:
+        yield http
 
 
 def body(*content, **fields):
@@ -47,6 +55,10 @@ def text(words):
 
 def picture(image):
     return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def said_in(chunks):
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
 
 
 def test_a_reply_is_what_the_engine_says_in_this_process(client, tiny_policy, encode, make_task, make_image):
@@ -84,11 +96,28 @@ def test_a_streamed_reply_holds_the_same_answer(client):
     lines = client.post("/v1/chat/completions", json=asked, headers=KEY).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
-    assert said == whole["message"]["content"]
+    assert said_in(chunks) == whole["message"]["content"]
     assert chunks[-1]["usage"]["completion_tokens"] == 6
     finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]]
     assert (set(finishes[:-1]), finishes[-1]) == ({None}, whole["finish_reason"])
+
+
+@pytest.mark.parametrize("more", [{}, {"skip_special_tokens": True}, {"stop": ["nowhere"]}])
+def test_an_answer_goes_on_behind_stop_tokens_where_asked(tiny_policy, encode, make_task, more):
+    prompt = encode(make_task("what?"))
+    [[known]] = NativeEngine(tiny_policy, encode.decode).generate([Request(prompt, 3)], SamplingParams(1, 9))
+    early, last = known.token_ids[4], known.token_ids[8]
+    family = replace(tiny_policy.family, stop_ids=(early, last))
+    asked = body(text("what?"), max_tokens=9, seed=3)
+    with routes(replace(tiny_policy, family=family), replace(encode, family=family)) as client:
+        plain = client.post("/v1/chat/completions", json=asked, headers=KEY).json()
+        asked |= more | {"ignore_eos": True}
+        whole = client.post("/v1/chat/completions", json=asked, headers=KEY).json()
+        streamed = client.post("/v1/chat/completions", json=asked | {"stream": True}, headers=KEY).text
+    assert (plain["choices"][0]["finish_reason"], plain["usage"]["completion_tokens"]) == ("stop", 5)
+    assert (whole["choices"][0]["finish_reason"], whole["usage"]["completion_tokens"]) == ("length", 9)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in streamed.split("\n\n")[:-2]]
+    assert said_in(chunks) == whole["choices"][0]["message"]["content"]
 
 
 REFUSED = {

@@ -39,8 +39,10 @@ class Answering:
     def job(self, prompt: Prompt, sampling: SamplingParams) -> Job:
         """The request for the batcher."""
         seed = secrets.randbits(63) if self._asked.seed is None else self._asked.seed % 2**64
-        is_heard = self._asked.stream or self._asked.stop
-        return Job(prompt, seed, sampling, self._hear) if is_heard else Job(prompt, seed, sampling)
+        job = Job(prompt, seed, sampling, ignores_stop=self._asked.ignore_eos)
+        if self._asked.stream or self._asked.stop:
+            job.heard = self._hear
+        return job
 
     def texts(self, answers: Sequence[Answer]) -> list[str]:
         """The texts of whole answers."""
@@ -66,7 +68,8 @@ class Answering:
 
     def _hear(self, answer: int, token: int, logprob: float) -> bool:
         growing = self._growing[answer]
-        text = "" if token in self._encoder.family.stop_ids else growing.add(token)
+        is_end = token in self._encoder.family.stop_ids and not self._asked.ignore_eos
+        text = "" if is_end else growing.add(token)
         if self._asked.logprobs:
             self._unsaid[answer].append((self._encoder.pieces((token,))[0], logprob))
         if text and self._asked.stream:

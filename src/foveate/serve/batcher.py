@@ -32,12 +32,13 @@ class SteppingEngine(Protocol):
 @dataclass(slots=True, eq=False)
 class Job:
     """A request on its way. `heard` is called in the engine's thread with every token, as (number of the answer, token,
-    log-prob), and says whether the answer ends there."""
+    log-prob), and says whether the answer ends there. With `ignores_stop` the model's stop tokens end none."""
 
     prompt: Prompt
     seed: int
     sampling: SamplingParams
     heard: Callable[[int, int, float], bool] = field(default=lambda *_: False)
+    ignores_stop: bool = False
     cancelled: bool = False
     loop: asyncio.AbstractEventLoop = field(init=False)
     future: asyncio.Future[tuple[Answer, ...]] = field(init=False)
@@ -104,7 +105,9 @@ class Batcher:
             job = self._arrived.get()
             if job is not None and not job.cancelled:
                 request = Request(job.prompt, job.seed)
-                self._batch.waiting.append(DecodeJob(job, request, job.sampling, job.next_token))
+                self._batch.waiting.append(
+                    DecodeJob(job, request, job.sampling, job.next_token, ignores_stop=job.ignores_stop)
+                )
             if self._closing.is_set():
                 return False
         return not self._closing.is_set()

@@ -38,7 +38,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "best_of": (1,),
     "use_beam_search": (False,),
-    "ignore_eos": (False,),
     "min_tokens": (0,),
     "stop_token_ids": (),
     "include_stop_str_in_output": (False,),

@@ -69,9 +69,9 @@ def _as_list(stop: Any) -> Any:
 
 
 class ChatRequest(BaseModel):
-    """The body of `POST /v1/chat/completions`. `top_k` and `skip_special_tokens` are additions of the open engines.
-    `verbatim` is foveate's own: texts and images are joined as they stand; otherwise a line break follows each image,
-    as templates have it."""
+    """The body of `POST /v1/chat/completions`. `top_k`, `ignore_eos` and `skip_special_tokens` are additions of the
+    open engines. `verbatim` is foveate's own: texts and images are joined as they stand; otherwise a line break follows
+    each image, as templates have it."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -90,6 +90,7 @@ class ChatRequest(BaseModel):
     logprobs: bool = False
     stream: bool = False
     stream_options: _StreamOptions | None = None
+    ignore_eos: bool = False
     skip_special_tokens: bool = False
     verbatim: bool = False
 

@@ -35,13 +35,15 @@ Draw = Callable[[Tensor, Tensor, SamplingParams], tuple[Tensor, Tensor]]
 class DecodeJob:
     """A request on its way. `answers` are those that are there, with finish "abort" where they are to go on; None are
     not begun. `rows`: which of them have rows, the first since the step `joined`; `asked`: which wait for an
-    observation, and `kept` what the cache has of these. Tokens of one `kind` are drawn alike."""
+    observation, and `kept` what the cache has of these. Tokens of one `kind` are drawn alike. With `ignores_stop`
+    answers go on behind stop tokens."""
 
     key: Any
     request: Request
     sampling: SamplingParams
     watch: Watch | None = None
     observe: Observe | None = None
+    ignores_stop: bool = False
     answers: list[Answer | None] = field(default_factory=list)
     rows: set[int] = field(default_factory=set)
     asked: set[int] = field(default_factory=set)
@@ -263,7 +265,7 @@ class DecodeBatch:
             if one.job.watch is not None:
                 said = one.job.watch(one.number, token_ids[place], logprobs[place])
             end = "length" if step >= one.last else "abort" if paused else ""
-            if finish := "stop" if is_stop else said or end:
+            if finish := "stop" if is_stop and not one.job.ignores_stop else said or end:
                 ended.append((row, finish))
         return self._leave(ended, paused)
 
