@@ -4,10 +4,11 @@
 
 A random model of the size of benchmarks/generation.py in float32 on one thread. First the time of requests of 16 new
 tokens, one after the other, on an idle server; then the same beside eight streams of 2,000 new tokens each, which begin
-again when they end; last the tokens per second of 32 clients that each ask for 128. With `--vllm`, the interpreter of
-an environment that has vLLM, the same against vLLM's own server on the same weights: the servers take turns at the 32
-clients, and the ratio is that of each round (median, least, most). Seconds are of the clock, where nothing else should
-run; tokens are also counted by the processor's, of all processes of a server. Prints one JSON object.
+again when they end; last the tokens per second of 32 clients that each ask for 128. Stop tokens end no answer, in any
+server. With `--vllm`, the interpreter of an environment that has vLLM, the same against vLLM's own server on the same
+weights: the servers take turns at the 32 clients, and the ratio is that of each round (median, least, most). Seconds
+are of the clock, where nothing else should run; tokens are also counted by the processor's, of all processes of a
+server. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from foveate.rollout.server.process import free_port
 LONG, STREAMS, SHORT = sized((2000, 8, 16), toy=(40, 2, 4))
 CLIENTS, THROUGHPUT = sized((32, 128), toy=(3, 6))
 SECONDS, WARM_UP = sized((60.0, 3.0), toy=(2.0, 0.5))
-WITHOUT_STOP = {"ignore_eos": True}
 FOVEATE = ["-m", "foveate", "serve"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 VLLM = ["-m", "vllm.entrypoints.cli.main"]
@@ -52,14 +52,14 @@ VLLM_ENVIRONMENT = {**ONE_THREAD, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_T
 class Load:
     """Clients of one server."""
 
-    def __init__(self, port: int, more: dict[str, Any]) -> None:
-        self.port, self.more = port, more
+    def __init__(self, port: int) -> None:
+        self.port = port
         self.is_over = threading.Event()
         self.streamed = 0
 
     def _ask(self, text: str, tokens: int, **more: Any) -> http.client.HTTPConnection:
         one = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        content = json.dumps(body(text, tokens, **self.more, **more)).encode()
+        content = json.dumps(body(text, tokens, ignore_eos=True, **more)).encode()
         one.request("POST", PATH, content, {"Content-Type": "application/json"})
         return one
 
@@ -112,7 +112,7 @@ class Load:
             client.start()
         for client in clients:
             client.join()
-        assert len(counts) == 2 * CLIENTS
+        assert counts == [THROUGHPUT] * 2 * CLIENTS
         return sum(counts)
 
 
@@ -134,10 +134,10 @@ def started(command: Sequence[str], port: int, environment: Mapping[str, str]) -
                 server.wait(30)
 
 
-def latencies(port: int, seconds: float, more: dict[str, Any]) -> dict[str, float]:
-    Load(port, more).times(WARM_UP)
-    idle = Load(port, more).times(seconds)
-    beside = Load(port, more).times_beside_streams(seconds)
+def latencies(port: int, seconds: float) -> dict[str, float]:
+    Load(port).times(WARM_UP)
+    idle = Load(port).times(seconds)
+    beside = Load(port).times_beside_streams(seconds)
     time.sleep(2)
     found: dict[str, float] = {}
     for name, times in (("idle", idle), ("beside streams", beside)):
@@ -147,9 +147,9 @@ def latencies(port: int, seconds: float, more: dict[str, Any]) -> dict[str, floa
     return found
 
 
-def throughput(port: int, pid: int, more: dict[str, Any]) -> dict[str, float]:
+def throughput(port: int, pid: int) -> dict[str, float]:
     before, began = processor_seconds(pid), time.monotonic()
-    tokens = Load(port, more).many()
+    tokens = Load(port).many()
     wall, busy = time.monotonic() - began, processor_seconds(pid) - before
     return {"tokens a second": tokens / wall, "tokens a processor second": tokens / busy}
 
@@ -193,16 +193,16 @@ def main() -> None:
         lent = {"video_token": settings["eos_token"]}  # vLLM asks for one, whatever the model knows
         (model / "tokenizer_config.json").write_text(json.dumps(settings | lent))
         ours = [sys.executable, *FOVEATE, str(model), "--name", "demo", "--no-key", "--threads", "1"]
-        servers: dict[str, tuple[list[str], dict[str, Any], dict[str, str]]] = {"foveate": (ours, {}, ONE_THREAD)}
+        servers: dict[str, tuple[list[str], dict[str, str]]] = {"foveate": (ours, ONE_THREAD)}
         if program:
             theirs = [program, *VLLM, "serve", str(model), *VLLM_OPTIONS]
-            servers["vllm"] = (theirs, WITHOUT_STOP, VLLM_ENVIRONMENT)
-        places: dict[str, tuple[int, int, dict[str, Any]]] = {}
-        for name, (command, more, environment) in servers.items():
+            servers["vllm"] = (theirs, VLLM_ENVIRONMENT)
+        places: dict[str, tuple[int, int]] = {}
+        for name, (command, environment) in servers.items():
             port = free_port("127.0.0.1")
-            places[name] = port, stack.enter_context(started([*command, "--port", str(port)], port, environment)), more
-        for name, (port, _, more) in places.items():
-            found[name] = latencies(port, asked.seconds, more) if asked.seconds else {}
+            places[name] = port, stack.enter_context(started([*command, "--port", str(port)], port, environment))
+        for name, (port, _) in places.items():
+            found[name] = latencies(port, asked.seconds) if asked.seconds else {}
         rounds = [{name: throughput(*place) for name, place in places.items()} for _ in range(asked.pairs)]
         for measure in ("tokens a second", "tokens a processor second"):
             for name in places:
