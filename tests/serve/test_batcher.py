@@ -96,6 +96,28 @@ def test_a_request_joins_while_a_longer_one_runs(batcher, engine, prompt):
     assert order == ["short"]
 
 
+def test_requests_that_come_within_a_few_steps_join_together(batcher, engine, prompt):
+    others = []
+
+    async def ask_one():
+        others.append(asyncio.ensure_future(batcher.answer(Job(prompt, len(others), GREEDY))))
+        await asyncio.sleep(0)
+
+    async def all_of_them():
+        loop = asyncio.get_running_loop()
+
+        def ask_another(*_):  # with each of the first eight tokens, two of which are of one step
+            if len(others) < 8:
+                asyncio.run_coroutine_threadsafe(ask_one(), loop).result()
+            return False
+
+        await batcher.answer(Job(prompt, 1, endless(30), ask_another))
+        await asyncio.gather(*others)
+
+    asyncio.run(all_of_them())
+    assert engine.batches == [1, 5, 3]
+
+
 def test_an_abandoned_request_leaves_at_the_next_step(batcher, engine, prompt):
     heard = []
 

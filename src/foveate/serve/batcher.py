@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 TURN = 32
 """Steps for which a request keeps its place while others wait."""
+GATHER = 4
+"""Steps between two times that requests join: prompts that go through the model together cost little more than one."""
 
 
 class SteppingEngine(Protocol):
@@ -66,16 +68,18 @@ class Job:
 
 
 class Batcher:
-    """Runs an engine in a thread of its own. A request joins the batch at the next step, and leaves it when it is done:
-    a short answer does not wait for a long one. The batch has room for at most `token_budget` tokens. Where there is no
-    room for a request, one that had its turn is put back, and goes on later from the tokens that it has. Since an
-    answer depends on its own request alone, so does a reply."""
+    """Runs an engine in a thread of its own. A request joins the batch at the next step, or a few steps later together
+    with others, and leaves it when it is done: a short answer does not wait for a long one. The batch has room for at
+    most `token_budget` tokens. Where there is no room for a request, one that had its turn is put back, and goes on
+    later from the tokens that it has. Since an answer depends on its own request alone, so does a reply."""
 
     def __init__(self, engine: SteppingEngine, token_budget: int = 32_768) -> None:
         self.token_budget = token_budget
         self._engine = engine
         self._arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batch = engine.open(token_budget, TURN)
+        self._steps = 0
+        """Since requests joined."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -101,18 +105,21 @@ class Batcher:
     def _take(self) -> bool:
         """Take in what has arrived, blocking where there is nothing to do; False when the server ends."""
         self._batch.waiting[:] = [one for one in self._batch.waiting if not one.key.cancelled]
-        while not self._batch.busy or not self._arrived.empty():
+        is_time = not self._batch.busy or self._steps >= GATHER
+        while not self._batch.busy or (is_time and not self._arrived.empty()):
             job = self._arrived.get()
             if job is not None and not job.cancelled:
                 request = Request(job.prompt, job.seed)
                 self._batch.waiting.append(
                     DecodeJob(job, request, job.sampling, job.next_token, ignores_stop=job.ignores_stop)
                 )
+                self._steps = 0
             if self._closing.is_set():
                 return False
         return not self._closing.is_set()
 
     def _step(self) -> None:
+        self._steps += 1
         try:
             done = self._engine.step(self._batch)
         except Exception as error:
