@@ -33,6 +33,7 @@ from foveate.models.checkpoint.safetensors_io import add_weights, read_headers, 
 from foveate.models.checkpoint.small_files import quiet_transformers, unreadable, write_json
 from foveate.models.flash import internvl_class
 from foveate.models.matmul import use_fast_linear
+from foveate.models.norms import use_fast_norms
 from foveate.models.quantize import Quantization, quantize_layers
 from foveate.models.sizes import meta_model
 
@@ -114,7 +115,7 @@ def load_policy(
         require_finite(found.folder, name, parameter.detach())
     if quantization is None:
         model = model.to(device)
-    model = use_fast_linear(replace_layers(model.eval()), device)
+    model = use_fast_norms(use_fast_linear(replace_layers(model.eval()), device), device)
     if quantization is not None:
         quantize_layers(model, found.family, quantization, device)
     return Policy(model.to(device), found.tokenizer, found.family, found.folder, found.format)

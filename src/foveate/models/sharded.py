@@ -25,6 +25,7 @@ from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.checkpoint.safetensors_io import Stored, read_headers, read_tensor, weight_files
 from foveate.models.checkpoint.small_files import quiet_transformers
 from foveate.models.matmul import use_fast_linear
+from foveate.models.norms import use_fast_norms
 from foveate.models.policy import Policy, keep_float32, keep_freed_memory, load_errors, model_options
 
 
@@ -47,7 +48,7 @@ def allocate(policy: Policy, root: nn.Module, device: str, computing: str | None
     the `device` on which the weights rest."""
     keep_float32(computing or device)
     keep_freed_memory(computing or device)
-    use_fast_linear(root, computing or device)
+    use_fast_norms(use_fast_linear(root, computing or device), computing or device)
     root.to_empty(device=device)
     model: Any = policy.model
     model.tie_weights()
