@@ -14,8 +14,9 @@ from work import WORKS
 UPDATES = ("grounding-short", "grounding-reasoning", "reasoning", "text")
 ENGINES = dict(zip(ENGINE_WORKS, ("64 prompts at once", "16 answers to each of 8 image prompts"), strict=False))
 TEXT = """
-The same work on one processor thread, in seconds of the processor. [docs/performance.md](docs/performance.md) has the
-conditions, every spread, and what is slower than it should be; `make bench` measures all of it again.
+The same work on one thread of an {machine}, in seconds of the processor. [docs/performance.md](docs/performance.md) has
+the conditions, every spread, other processors, and what is slower than it should be; `make bench` measures all of it
+again.
 """
 HEAD = ("what", "foveate", "others", "times foveate's")
 
@@ -23,7 +24,8 @@ HEAD = ("what", "foveate", "others", "times foveate's")
 def section(found: dict[str, Result]) -> str:
     """The text below the heading."""
     rows = (HEAD, ["---"] * len(HEAD), *_rows(found))
-    return "\n".join([TEXT, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+    machines = sorted({result["machine"] for result in found.values()})
+    return "\n".join([TEXT.format(machine=" or ".join(machines)), *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def write_section(found: dict[str, Result], readme: Path) -> None:
