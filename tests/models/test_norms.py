@@ -88,7 +88,7 @@ def test_an_input_that_changes_after_a_norm_is_an_error():
         out.sum().backward()
 
 
-def test_other_types_and_few_numbers_stay_with_transformers(monkeypatch):
+def test_other_types_stay_with_transformers_and_few_numbers_are_the_same(monkeypatch):
     slow, fast = _norms()
     x = torch.randn(100, 64)
     monkeypatch.setattr(norms._RMSNorm, "apply", lambda *_: pytest.fail("the fast norm was asked"))
@@ -101,6 +101,9 @@ def test_other_types_and_few_numbers_stay_with_transformers(monkeypatch):
     assert torch.equal(torch.compile(fast, backend="eager", fullgraph=True)(x), slow(x))
     monkeypatch.setattr(norms, "_LEAST", 1 << 16)
     assert torch.equal(fast(x), slow(x))
+    x.requires_grad_()
+    fast_grad, slow_grad = (torch.autograd.grad(layer(x).square().sum(), [x, layer.weight]) for layer in (fast, slow))
+    assert all(map(_same, fast_grad, slow_grad))
 
 
 @pytest.mark.parametrize("kind", [Qwen2RMSNorm, Qwen3RMSNorm, Gemma3RMSNorm, Qwen3_5RMSNorm, Qwen3_5RMSNormGated])
