@@ -143,8 +143,10 @@ def test_windows_and_sinks_equal_the_reference_in_float64(forest, window):
     require_reference_with_sinks(forest_attention, forest, window)
 
 
+@pytest.mark.parametrize("halved", [True, False], ids=["halved", "forward whole"])
 @pytest.mark.parametrize("window", [None, 300])
-def test_halves_of_long_segments_equal_the_reference_in_float64(window):
+def test_long_segments_equal_the_reference_in_float64(window, halved, monkeypatch):
+    monkeypatch.setattr(kernels, "has_fast_matmul", lambda: halved)
     for forest in (
         forest_of([(600, [(257, []), (257, []), (390, [(30, [])])])]),
         forest_of([(512, [(512, []), (512, [])])]),

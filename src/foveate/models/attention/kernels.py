@@ -42,6 +42,7 @@ from foveate.errors import ConfigError
 from foveate.models.attention import blocks
 from foveate.models.attention.flex import flex_forest_attention
 from foveate.models.attention.runs import Part, parts, path_positions
+from foveate.models.matmul import has_fast_matmul
 from foveate.records import Forest
 
 KERNELS = {
@@ -168,13 +169,13 @@ class _ForestAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        calls: tuple[Part, ...],
+        calls: tuple[tuple[Part, ...], tuple[Part, ...]],
         scale: float,
         repeat: int,
     ) -> Tensor:
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
-        by_blocks, by_flash = blocks.split_parts(calls, query, repeat, forward=True)
+        by_blocks, by_flash = blocks.split_parts(calls[0], query, repeat, forward=True)
         for part in by_flash:
             partial, partial_lse = _flash(
                 part.query.take(query), part.key.take(key), part.key.take(value),
@@ -192,7 +193,7 @@ class _ForestAttention(torch.autograd.Function):
             merged = torch.logaddexp(lse, sinks.to(lse.dtype))
             out, lse = (out * (lse - merged).exp()[..., None]).to(out.dtype), merged
         ctx.save_for_backward(query, key, value, sinks, out, lse)
-        ctx.calls, ctx.scale, ctx.repeat = calls, scale, repeat
+        ctx.calls, ctx.scale, ctx.repeat = calls[1], scale, repeat
         return out
 
     @staticmethod
@@ -277,7 +278,8 @@ def parts_attention(
         raise ConfigError("model.attention: sdpa is a kernel for CPUs; auto and flex compute on GPUs")
     repeat = query.shape[0] // key.shape[0]
     key, value = (rows.transpose(0, 1).repeat_interleave(repeat, 1) for rows in (key, value))
-    calls = parts(forest, query.device, options.window)
+    # forward, where MKL takes AVX-512 the flash kernel is as fast on a whole causal run as on its halves
+    calls = tuple(parts(forest, query.device, options.window, whole=whole) for whole in (not has_fast_matmul(), False))
     # contiguous, as are the two above: the kernel takes the last dimension to have stride 1
     query = query.transpose(0, 1).contiguous()
     return _ForestAttention.apply(query, key, value, options.sinks, calls, scale, repeat).transpose(0, 1)

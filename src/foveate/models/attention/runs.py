@@ -265,17 +265,20 @@ def _band(bucket: list[RunPair], queries: int, keys: int, window: int) -> Tensor
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
 
 
-def parts(forest: Forest, device: torch.device, window: int | None = None) -> tuple[Part, ...]:
-    """The kernel calls for a forest, the `first` ones in front."""
+def parts(
+    forest: Forest, device: torch.device, window: int | None = None, *, whole: bool = False
+) -> tuple[Part, ...]:
+    """The kernel calls for a forest, the `first` ones in front; `whole`: causal runs are not halved."""
     if window is not None:
         longest = max(begin + length for begin, length in zip(_path_begins(forest), forest.length, strict=True))
         window = window if window < longest else None
-    return _parts(forest, device, window)
+    return _parts(forest, device, window, whole)
 
 
 @lru_cache(maxsize=64)
-def _parts(forest: Forest, device: torch.device, window: int | None) -> tuple[Part, ...]:
-    causal, halves = _halved(_own_runs(forest, window, bidirectional=False))
+def _parts(forest: Forest, device: torch.device, window: int | None, whole: bool) -> tuple[Part, ...]:
+    own = _own_runs(forest, window, bidirectional=False)
+    causal, halves = (own, []) if whole else _halved(own)
     calls = [
         _part(bucket, device, None, first=True, causal=is_causal)
         for is_causal, runs in ((True, causal), (False, _own_runs(forest, window, bidirectional=True)))
