@@ -343,13 +343,19 @@ def test_a_large_vocabulary_takes_a_block_of_logits_at_a_time_on_processors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [2047, 2048, 5000])
 @pytest.mark.parametrize("whole", [0, 1 << 22])
-def test_logits_by_columns_are_those_of_one_product(monkeypatch, vocabulary, whole, dtype):
+@pytest.mark.parametrize("rows", [5, 16])
+@pytest.mark.parametrize("of_intel", [True, False])
+def test_logits_by_columns_are_those_of_one_product(monkeypatch, vocabulary, whole, rows, of_intel, dtype):
     monkeypatch.setattr(logprobs, "_CPU_WHOLE", whole)
-    hidden, weight, _ = inputs(dtype, m=5, d=8, v=vocabulary)
+    monkeypatch.setattr(logprobs, "has_fast_mkl", lambda: of_intel)
+    monkeypatch.setattr(logprobs, "has_fast_matmul", lambda: not of_intel)
+    hidden, weight, _ = inputs(dtype, m=rows, d=8, v=vocabulary)
     with torch.no_grad():
-        found = logits_of(hidden, weight)
-        torch.testing.assert_close(found, (hidden @ weight.T).float())
-    assert found.dtype == torch.float32
+        wanted = (hidden @ weight.T).float()
+        for out in (None, torch.empty(rows, vocabulary)):
+            found = logits_of(hidden, weight, out)
+            torch.testing.assert_close(found, wanted)
+            assert found.dtype == torch.float32
 
 
 def test_a_divergence_that_cannot_be_is_refused_by_name():

@@ -18,13 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from foveate.errors import ConfigError
 from foveate.models.logprob_blocks import BlockLogprobs, compute_dtype, grad_of_logits
-from foveate.models.matmul import has_fast_matmul, matmul
+from foveate.models.matmul import has_fast_matmul, has_fast_mkl, matmul
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits held at a time: rows x vocabulary. 2**23 float32 values are 32 MB; a few such buffers live at once."""
-_CPU_COLUMNS, _CPU_WHOLE = 1024, 1 << 22
+_CPU_COLUMNS, _CPU_WHOLE, _MKL_ROWS = 1024, 1 << 22, 16
 """Tokens of the vocabulary whose logits a processor computes at a time, since MKL's products of few rows with many are
-slow (oneDNN takes four times as many); and the logits that oneDNN computes at once: more would lie in new pages."""
+slow (oneDNN takes four times as many); the logits that oneDNN computes at once: more would lie in new pages; and the
+rows from which on MKL with AVX-512 is not slow."""
 GPU_CHUNK_ELEMENTS = 1 << 26
 """The same on GPUs, where each chunk reads the whole head anew: 256 MB."""
 
@@ -201,6 +202,8 @@ def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tens
     ):
         return matmul(hidden, weight.T).to(compute_dtype(hidden))
     logits = hidden.new_empty(len(hidden), len(weight), dtype=compute_dtype(hidden)) if out is None else out
+    if has_fast_mkl() and len(hidden) >= _MKL_ROWS and logits.dtype == hidden.dtype == weight.dtype:
+        return torch.mm(hidden, weight.T, out=logits)
     size = 4 * _CPU_COLUMNS if fast else _CPU_COLUMNS
     for first in range(0, len(weight), size):
         logits[:, first : first + size] = matmul(hidden, weight[first : first + size].T)

@@ -51,8 +51,17 @@ def use_fast_linear(model: _Model, device: str) -> _Model:
 @cache
 def has_fast_matmul() -> bool:
     """Whether oneDNN multiplies faster than MKL here: with AVX-512 on processors that are not Intel's."""
-    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return able and not torch.cpu.get_capabilities()["cpu_name"].startswith("Intel")
+    return torch.backends.mkldnn.is_available() and _has_avx512() and not has_fast_mkl()
+
+
+@cache
+def has_fast_mkl() -> bool:
+    """Whether MKL takes AVX-512 here: on Intel's processors."""
+    return _has_avx512() and torch.cpu.get_capabilities()["cpu_name"].startswith("Intel")
+
+
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
