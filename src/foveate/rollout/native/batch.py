@@ -117,8 +117,8 @@ class DecodeBatch:
     """Jobs that wait, in order, and those whose answers have rows. All tables are tensors on the device: `last_B` and
     `position_B` hold what the next step is given of each row, `uniform_B` the numbers that draw its tokens.
 
-    Of all rows, as many as the share `slack` may be of answers that are complete: they go on through the model until
-    more are, and what they are given is not looked at."""
+    Of the rows of recorded steps, as many as the share `slack` may be of answers that are complete: they go on through
+    the model until more are, and what they are given is not looked at. Other steps have no place for it."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class DecodeBatch:
         turn: int | None = None,
     ) -> None:
         self.token_budget, self.turn = token_budget, turn
-        self.cache = BatchCache(device)
+        self.cache = BatchCache(device, recorded=slack > 0)
         self.replay: Step | None = None
         self.waiting: list[DecodeJob] = []
         self.running: list[DecodeJob] = []
@@ -290,7 +290,7 @@ class DecodeBatch:
         if ended:
             self._next_end = min((one.last for one in self.live if one is not None), default=0)
             missing = sum(one is None for one in self.live)
-            if park or missing == len(self.live) or missing > self._slack * len(self.live):
+            if park or self.replay is None or missing == len(self.live) or missing > self._slack * len(self.live):
                 self.tidy(park)
         return done
 

@@ -8,12 +8,12 @@ rows leave or move. `BatchCache` drives the states of all layers and does not kn
 them share: which row belongs to which prompt, how far each has come, and where it lies.
 
 Sequences lie in slots on shelves (`foveate.rollout.native.rows`). A prompt has a slot for itself, which all of its
-answers read. An answer has another one, for its own tokens; a short prompt with one answer lies there, too. The slots of a shelf have one size, a power of two, and lie
-side by side in one tensor, so that a step meets each shelf in one product; an answer that has filled its slot moves to
-the next larger one. So a row has a length of its own, short answers do not pay for long ones, a batch of equal lengths
-is one shelf without padding, and a token is copied once per doubling. Slots in use are always the first of their shelf:
-the last ones fill the gaps of those that leave. Rows stand in the order of their slots, and nothing is gathered to
-meet them.
+answers read. An answer has another one, for its own tokens; a short prompt with a single answer is kept in front of it,
+in the same slot. The slots of a shelf have one size, a power of two, and lie side by side in one tensor, so that a step
+meets each shelf in one product; an answer that has filled its slot moves to the next larger one. So a row has a length
+of its own, short answers do not pay for long ones, a batch of equal lengths is one shelf without padding, and a token
+is copied once per doubling. Slots in use are always the first of their shelf: the last ones fill the gaps of those that
+leave. Rows stand in the order of their slots, and nothing is gathered to meet them.
 
 An answer's output is computed in two parts, prompt and own tokens, and merged by the log-sum-exp. Prompts are met by
 the queries of all their answers at once.
@@ -181,7 +181,7 @@ class KeysAndValues:
         out, lse = _joined([self._attend_prompt(shared, query, scale, window) for shared in rows.shared])
         if not rows.shared[0].is_ordered:
             out, lse = out[rows.place_B], lse[rows.place_B]
-        return out, lse if rows.alone_B is None else lse + rows.alone_B[:, None, None]
+        return out, lse if rows.without_prompt_B is None else lse + rows.without_prompt_B[:, None, None]
 
     def _attend_prompt(self, shared: Shared, query: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         """The queries of a group meet its keys in one product. Output (places of the grid, H_kv, H / H_kv, d)."""
@@ -249,8 +249,8 @@ class BatchCache:
     `Moves.source`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.rows = Rows(device)
+    def __init__(self, device: torch.device, recorded: bool = False) -> None:
+        self.rows = Rows(device, recorded)
         self.states: dict[int, SequenceState] = {}
         self._joining: Literal["", "new", "back"] = ""
 

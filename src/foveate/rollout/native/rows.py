@@ -18,7 +18,7 @@ from foveate.rollout.native.shelves import (
     Return,
     Shelf,
     first_room,
-    has_own_prompt,
+    shares_slot,
     slot_size,
 )
 
@@ -62,17 +62,18 @@ class Rows:
 
     Row r is the answer `kept[r]`; `length_B` counts its tokens in memory. Rows stand in the order of their shelves, so
     that those of a shelf are neighbours (`own`); `shared` are the shelves of prompts. `place_B` finds each row among
-    the places of all grids, and `alone_B` is -inf for those whose prompts stand in their own slots (None: there are
-    not both kinds). `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row of the
-    token that each continues. `waiting` are the shelves of answers without rows, which wait for an observation;
+    the places of all grids, and `without_prompt_B` is -inf for those whose prompts lie in their own slots (None: there
+    are not both kinds). `step` counts the steps of the batch. `last_B`: of newcomers, the place in the packed row of
+    the token that each continues. `waiting` are the shelves of answers without rows, which wait for an observation;
     `returns` those of them that are coming back.
 
-    After `fix` a step does the same on tensors of the same shapes as the one before, so that it can be recorded: it
-    meets places of the answers that are still to be filled, too, behind a bias.
+    Where steps are `recorded`, prompts have slots of their own: answers then fill theirs together, and few steps
+    differ. After `fix` a step does the same on tensors of the same shapes as the one before, so that it can be
+    recorded: it meets places of the answers that are still to be filled, too, behind a bias.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, recorded: bool = False) -> None:
+        self.device, self.recorded = device, recorded
         self.step = 0
         self.answers: dict[int, Shelf] = {}
         self.prompts: dict[int, Shelf] = {}
@@ -84,7 +85,7 @@ class Rows:
         self.places: dict[int, int] | None = None
         self.length_B = torch.zeros(0, dtype=torch.int64, device=device)
         self.last_B = self.place_B = self.length_B
-        self.alone_B: Tensor | None = None
+        self.without_prompt_B: Tensor | None = None
         self._newcomers: list[Kept] = []
 
     # ------------------------------------------------------------------------------------------------- who is there
@@ -133,7 +134,7 @@ class Rows:
                 firsts[group_at[end]].append(start)
         self._newcomers, last = [], []
         for g, (begin, length, own, stop, most) in enumerate(zip(starts, lengths, firsts, stops, limits, strict=True)):
-            if has_own_prompt(length, len(most)):  # what was begun follows it in the row
+            if not self.recorded and shares_slot(length, len(most)):  # what was begun follows it in the row
                 tokens = stop - begin
                 born = self.step - tokens
                 self._newcomers.append(Kept(begin, tokens, length + most[0], born=born, before=length))
@@ -284,7 +285,8 @@ class Rows:
                     places[row] = first + group * width + place
             padded = [rows + [0] * (width - len(rows)) for rows in filled]
             grid = torch.tensor(padded, device=self.device)
-            is_ordered = [row for rows in padded for row in rows] == [*range(len(ordered))]
+            is_full = all(len(rows) == width for rows in filled)
+            is_ordered = is_full and [row for rows in filled for row in rows] == [*range(len(ordered))]
             lengths, longest = torch.tensor([one.length for one in shelf.members]), max(o.length for o in shelf.members)
             outside, bias = torch.arange(longest) >= lengths[:, None], None
             if bool(outside.any()):
@@ -294,9 +296,9 @@ class Rows:
             first += grid.numel()
         self.place_B = torch.tensor(places, dtype=torch.int64, device=self.device)
         alone = torch.tensor([one.prompt is None for one in ordered])
-        self.alone_B = None
+        self.without_prompt_B = None
         if self.shared and bool(alone.any()):
-            self.alone_B = torch.zeros(len(ordered)).masked_fill(alone, float("-inf")).to(self.device)
+            self.without_prompt_B = torch.zeros(len(ordered)).masked_fill(alone, float("-inf")).to(self.device)
 
     # --------------------------------------------------------------------------------------------------------- steps
 

@@ -10,7 +10,7 @@ from torch import Tensor
 SMALLEST, FIRST_ROOM = 32, 256
 """Places of the smallest slots, and of those in which an answer begins that may become longer."""
 _SHORT = 512
-"""Tokens of a prompt that costs less in the slot of its only answer than as a second product of each step."""
+"""The longest prompt (tokens) that is cheaper in the slot of its only answer than as a second product of each step."""
 
 
 def slot_size(tokens: int) -> int:
@@ -23,8 +23,8 @@ def first_room(begun: int, limit: int) -> int:
     return min(slot_size(max(begun + 1, min(limit, FIRST_ROOM))), max(limit, 1))
 
 
-def has_own_prompt(prompt: int, answers: int) -> bool:
-    """Whether a prompt of so many tokens stands in the slot of its answer."""
+def shares_slot(prompt: int, answers: int) -> bool:
+    """Whether a prompt of so many tokens lies in the slot of its answer, before it."""
     return answers == 1 and prompt <= _SHORT
 
 
