@@ -30,11 +30,12 @@ class RMSNorm(LlamaRMSNorm):
 
 
 def use_fast_norms(model: _Model, device: str) -> _Model:
-    """Give the class `RMSNorm` to the layers of a model for a processor whose forward pass is that of Llama's norm,
-    instruction by instruction; parameters and names stay."""
-    if torch.device(device).type == "cpu":
+    """On a CPU, give the class `RMSNorm` to each layer whose forward has the bytecode of Llama's norm; parameters and
+    names stay."""
+    wanted = _instructions(LlamaRMSNorm.forward)
+    if torch.device(device).type == "cpu" and wanted:
         for module in model.modules():
-            if _instructions(type(module).forward) == _instructions(LlamaRMSNorm.forward):
+            if _instructions(type(module).forward) == wanted:
                 module.__class__ = RMSNorm
     return model
 

@@ -88,6 +88,7 @@ def draw(
     allowed = _allowed(probs, banned, known)
     if allowed is None:
         allowed = scaled[:, :known].index_fill(1, banned, float("-inf")).softmax(-1)
+        require_numbers(allowed[:, 0].tolist())  # NaN where no token is allowed that has a probability
         token = _invert(allowed, uniform, sampling.top_k, sampling.top_p)
         return token, _logprob(scaled, token)
     token = _invert(allowed, uniform, sampling.top_k, sampling.top_p)
