@@ -26,13 +26,14 @@ def read_results(results: Path) -> dict[str, Result]:
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write `performance.md` and `performance.svg` into `docs`. Of each folder in `results`, which are of another
-    machine, it has the goals."""
+    """Write `performance.md` and `performance.svg` into `docs`. Each folder in `results` is another machine's; the page
+    shows its goals."""
     found = read_results(results)
     sections = [INTRODUCTION.format(conditions=conditions(found)), "## The goals", *_goals(found)]
-    for other in sorted(path for path in results.iterdir() if path.is_dir()):
-        there = read_results(other)
-        sections += ["## The goals on another processor", conditions(there), *_goals(there)]
+    for there in (read_results(path) for path in sorted(results.iterdir()) if path.is_dir()):
+        if there:
+            machine = next(iter(there.values()))["machine"]
+            sections += [f"## The goals on another processor: {machine}", conditions(there), *_goals(there)]
     answers = (page_engine.generation, page_engine.engine, page_engine.turns, page_engine.gated_delta_net)
     others = (page_engine.serve, page_engine.start, page_limit.scaling, page_limit.limit, page_limit.h100)
     for section in (_update, _threads, _memory, _step, _real_step, *answers, *others):
@@ -73,7 +74,7 @@ def conditions(found: dict[str, Result]) -> str:
     loads = sorted(result["load"] for result in found.values())
     return (
         f"Measured {' and '.join(dates)} on {one['cores']} cores ({one['machine']}), PyTorch "
-        f"{one['torch']}, no GPU except in its own section. Other "
+        f"{one['torch']}, no GPU unless said otherwise. Other "
         f"programs ran on the machine: the load at the end of a measurement was {loads[0]:g} to {loads[-1]:g}."
     )
 

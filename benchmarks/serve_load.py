@@ -4,11 +4,11 @@
 
 A random model of the size of benchmarks/generation.py in float32 on one thread. First the time of requests of 16 new
 tokens, one after the other, on an idle server; then the same beside eight streams of 2,000 new tokens each, which begin
-again when they end; last the tokens per second of 32 clients that each ask for 128. Stop tokens end no answer, in any
-server. With `--vllm`, the interpreter of an environment that has vLLM, the same against vLLM's own server on the same
-weights: the servers take turns at the 32 clients, and the ratio is that of each round (median, least, most). Seconds
-are of the clock, where nothing else should run; tokens are also counted by the processor's, of all processes of a
-server. Prints one JSON object.
+again when they end; last the tokens per second of 32 clients that each ask for 128. Both servers ignore stop tokens.
+With `--vllm`, the interpreter of an environment that has vLLM, the same against vLLM's own server on the same weights:
+the servers take turns at the 32 clients, and the ratio is that of each round (median, least, most). Seconds are of the
+clock, where nothing else should run; tokens are also counted by the processor's, of all processes of a server. Prints
+one JSON object.
 """
 
 from __future__ import annotations

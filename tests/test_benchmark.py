@@ -169,7 +169,7 @@ def test_the_page_has_the_goals_of_another_processor(written, tmp_path):
     (tmp_path / "another").mkdir()
     (tmp_path / "another" / "update-text.json").write_text(json.dumps(other))
     text, _ = written({"update-text": measured(foveate=2.0, trl=3.0)})
-    here, there = text.split("## The goals on another processor")
+    here, there = text.split("## The goals on another processor: another processor")
     assert "| update, text, one thread: at least 1.5 times TRL | 1.50 | yes |" in here
     assert "another processor" in there
     assert "| update, text, one thread: at least 1.5 times TRL | 2.50 | yes |" in there

@@ -2,7 +2,7 @@
 
 PyTorch multiplies float32 matrices with MKL, which takes AVX-512 on Intel's processors alone; on AMD's it stays at half
 of their speed (measured in docs/performance.md). oneDNN, which PyTorch also carries, takes it on both, but on Intel's
-gains nothing and calls cost more. Sums are in float32 in either, in another order.
+it gains nothing, and each call costs more. Sums are in float32 in either, in another order.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 TURN = 32
 """Steps for which a request keeps its place while others wait."""
 GATHER = 4
-"""Steps between two times that requests join: prompts that go through the model together cost little more than one."""
+"""Steps between admissions: prompts that are prefilled together cost little more than one."""
 
 
 class SteppingEngine(Protocol):
@@ -79,7 +79,7 @@ class Batcher:
         self._arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._batch = engine.open(token_budget, TURN)
         self._steps = 0
-        """Since requests joined."""
+        """Since requests were last taken in."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()

@@ -1,4 +1,4 @@
-"""Attention of long runs on processors with AVX-512, as products of matrices by oneDNN.
+"""Attention of long runs on processors with AVX-512 that are not Intel's, as products of matrices by oneDNN.
 
 PyTorch's flash kernel for CPUs takes its products from MKL, see `foveate.models.matmul`. Here scores are blocks (keys,
 queries): the log-sum-exp of a query is then the bias of a product, and the softmax comes with the product. For that,

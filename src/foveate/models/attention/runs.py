@@ -265,9 +265,7 @@ def _band(bucket: list[RunPair], queries: int, keys: int, window: int) -> Tensor
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None]
 
 
-def parts(
-    forest: Forest, device: torch.device, window: int | None = None, *, whole: bool = False
-) -> tuple[Part, ...]:
+def parts(forest: Forest, device: torch.device, window: int | None = None, *, whole: bool = False) -> tuple[Part, ...]:
     """The kernel calls for a forest, the `first` ones in front; `whole`: causal runs are not halved."""
     if window is not None:
         longest = max(begin + length for begin, length in zip(_path_begins(forest), forest.length, strict=True))
