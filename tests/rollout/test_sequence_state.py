@@ -214,7 +214,7 @@ def test_sequences_that_join_a_running_batch_get_what_they_get_alone(layers, is_
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_short_prompt_lies_in_the_slot_of_its_only_answer(layers, samples, is_fixed, monkeypatch):
     """Beside prompts that are longer or have more answers, or without any."""
-    monkeypatch.setattr(shelves, "_SHORT", 8)
+    monkeypatch.setattr(shelves, "SHORT", 8)
     batch = Batch(layers, torch.Generator().manual_seed(0))
     batch.join(BATCHES["new"], 12, samples=1)  # of 5, 9, 3 and 7 tokens
     batch.step(is_fixed)

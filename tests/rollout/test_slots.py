@@ -33,7 +33,7 @@ def test_an_answer_of_one_token_joins_others_where_steps_are_recorded(
     tiny_policy, encode, make_task, monkeypatch, short
 ):
     """It is done at once, and has no place for another token."""
-    monkeypatch.setattr(shelves, "_SHORT", short)
+    monkeypatch.setattr(shelves, "SHORT", short)
     tiny_policy.model.eval()
     engine, _ = recording(tiny_policy, encode)
     batch = engine.open()
@@ -50,7 +50,7 @@ def test_an_answer_of_one_token_joins_others_where_steps_are_recorded(
 @pytest.mark.parametrize("short", [0, 512])
 def test_steps_of_different_prompts_of_one_answer_each_are_recorded(tiny_policy, encode, make_task, monkeypatch, short):
     """Answers that are begun together fill their slots together, however long their prompts are."""
-    monkeypatch.setattr(shelves, "_SHORT", short)
+    monkeypatch.setattr(shelves, "SHORT", short)
     tiny_policy.model.eval()
     engine, replayed = recording(tiny_policy, encode)
     requests = [Request(prompt, i) for i, prompt in enumerate(prompts(encode, make_task, 32))]

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from foveate.rollout.native.rows import Rows
-from foveate.rollout.native.shelves import first_room, shares_slot, slot_size
+from foveate.rollout.native.shelves import first_room, slot_size
 
 _ROW = 2048
 """Tokens of a packed row on a processor, whose caches hold what lies between two products of matrices for so many."""
@@ -22,7 +22,7 @@ class Use:
             {size: (len(shelf.members), shelf.places) for size, shelf in kind.items()}
             for kind in (rows.answers, rows.prompts)
         )
-        self._recorded = rows.recorded
+        self._shares_slot = rows.shares_slot
         self._waiting = sum(len(shelf.members) * shelf.places for shelf in rows.waiting.values())
         for own in rows.own:
             for one in rows.full(own):
@@ -36,7 +36,7 @@ class Use:
 
     def with_more(self, prompt: int, begun: Sequence[int], limit: int) -> int:
         """All places, if a prompt of so many tokens came too, and its answers with those that were begun."""
-        if not self._recorded and shares_slot(prompt, len(begun)):
+        if self._shares_slot(prompt, len(begun)):
             begun, limit = [prompt + begun[0]], prompt + limit
         else:
             _put(self._prompts, slot_size(prompt), prompt)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.records import Forest
+from foveate.rollout.native import shelves
 from foveate.rollout.native.shelves import (
     Arrival,
     Copy,
@@ -18,7 +19,6 @@ from foveate.rollout.native.shelves import (
     Return,
     Shelf,
     first_room,
-    shares_slot,
     slot_size,
 )
 
@@ -103,6 +103,10 @@ class Rows:
         for kind in (self.answers, self.prompts, self.waiting):
             yield from kind.values()
 
+    def shares_slot(self, prompt: int, answers: int) -> bool:
+        """Whether a prompt of so many tokens lies in the slot of its answer, before it."""
+        return not self.recorded and answers == 1 and prompt <= shelves.SHORT
+
     def full(self, own: Own) -> list[Kept]:
         """The answers of a shelf that have filled their slots and may become longer."""
         if self.step - own.born < own.shelf.size:
@@ -134,7 +138,7 @@ class Rows:
                 firsts[group_at[end]].append(start)
         self._newcomers, last = [], []
         for g, (begin, length, own, stop, most) in enumerate(zip(starts, lengths, firsts, stops, limits, strict=True)):
-            if not self.recorded and shares_slot(length, len(most)):  # what was begun follows it in the row
+            if self.shares_slot(length, len(most)):  # what was begun follows it in the row
                 tokens = stop - begin
                 born = self.step - tokens
                 self._newcomers.append(Kept(begin, tokens, length + most[0], born=born, before=length))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 SMALLEST, FIRST_ROOM = 32, 256
 """Places of the smallest slots, and of those in which an answer begins that may become longer."""
-_SHORT = 512
+SHORT = 512
 """The longest prompt (tokens) that is cheaper in the slot of its only answer than as a second product of each step."""
 
 
@@ -21,11 +21,6 @@ def slot_size(tokens: int) -> int:
 def first_room(begun: int, limit: int) -> int:
     """The places of the slot in which an answer begins, of which `begun` of at most `limit` tokens are there."""
     return min(slot_size(max(begun + 1, min(limit, FIRST_ROOM))), max(limit, 1))
-
-
-def shares_slot(prompt: int, answers: int) -> bool:
-    """Whether a prompt of so many tokens lies in the slot of its answer, before it."""
-    return answers == 1 and prompt <= _SHORT
 
 
 @dataclass(slots=True, eq=False)
