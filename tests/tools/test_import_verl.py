@@ -387,6 +387,16 @@ def test_the_command_writes_the_recipe_and_prints_the_account(script, tmp_path):
     assert load_recipe(out, [], RLSettings).cluster.sequence_parallel == 2
 
 
+def test_the_log_probs_of_the_engine_are_the_old_ones_where_verl_takes_them(script, tmp_path):
+    given = "algorithm.rollout_correction."
+    script.write_text(GROUNDING.replace("algorithm.adv_estimator", f"{given}bypass_mode=True algorithm.adv_estimator"))
+    assert recipe_of(import_script(script, {"WORLD_SIZE": "2"}, 1000), tmp_path).algorithm.old_logprobs == "engine"
+    text = script.read_text().replace(f"{given}bypass", f"{given}rollout_is=token {given}bypass")
+    script.write_text(text)
+    imported = import_script(script, {"WORLD_SIZE": "2"}, 1000)
+    assert any(f"{given}rollout_is" in line and "the ratio of the loss has these" in line for line in imported.refused)
+
+
 def test_the_docs_hold_the_tables_of_the_code():
     docs = (Path(__file__).parent.parent.parent / "docs" / "recipes.md").read_text()
     assert mapping_table() in docs

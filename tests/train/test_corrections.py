@@ -42,6 +42,37 @@ def test_a_masked_token_of_an_answer_has_no_gradient(name):
     assert all(found[:2] + found[3:])
 
 
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [("token-mask", [1, 1, 0, 1, 0]), ("sequence-mask", [0, 0, 0, 1, 1]), ("sequence-reject", [1] * 5)],
+)
+def test_a_ratio_to_the_engine_weighs_what_lies_within_the_bounds_by_one(mode, weights):
+    bounds = {"mode": mode, "low": 0.1 if mode == "sequence-mask" else 0.3, "high": 3.0}
+    chosen = {"name": "cispo", "loss": {"clip_low": 1.0, "clip_high": 9.0}, "correction": bounds}
+    settings = AlgorithmSettings.model_validate({**chosen, "old_logprobs": "engine"})
+    logp_M = double([-1.0, -0.5, -2.0, -0.1, -3.0]).requires_grad_()
+    engine_M = logp_M.detach() - WEIGHT_M.log()
+    targets = PolicyTargets(engine_M, engine_M, ADVANTAGE_M)
+    loss = build_algorithm(settings, 16).loss
+    out = loss(logp_M, -logp_M.detach(), TWO_ANSWERS, targets, Totals(tokens=5, samples=2, groups=1))
+    found = torch.autograd.grad(out.loss, logp_M)[0]
+    expected = -double(weights) * WEIGHT_M * ADVANTAGE_M / 5  # the ratio of the loss is the weight
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    assert out.metrics["engine/correction_truncated"][0] == 5 - sum(weights)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "grpo", "correction": {"mode": "token-truncate"}}, "the ratio of the loss has already"),
+        ({"name": "rloo"}, "algorithm rloo: old_logprobs is engine, but its loss compares with no old log-probs"),
+    ],
+)
+def test_log_probs_of_the_engine_are_refused_as_old_ones_where_they_would_count_twice_or_never(settings, says):
+    with pytest.raises((ConfigError, ValueError), match=says):
+        build_algorithm(AlgorithmSettings.model_validate({**settings, "old_logprobs": "engine"}), 16)
+
+
 @pytest.mark.parametrize("mode", ["token-truncate", "token-mask"])
 def test_a_geometric_mean_takes_no_weights_of_single_tokens(mode):
     settings = AlgorithmSettings.model_validate({"name": "gmpo", "correction": {"mode": mode}})

@@ -16,6 +16,7 @@ from foveate.config.runs import RLSettings
 from foveate.records import Score, Task
 from foveate.run_folder import RunFolder
 from foveate.train.rl import run_rl
+from foveate.train.worker import Worker
 
 SELDOM = f"{__file__}:seldom"
 
@@ -133,6 +134,40 @@ def test_a_correction_says_what_it_did_and_changes_nothing_for_an_exact_sampler(
     assert record["engine/correction_kl"] == pytest.approx(0.0, abs=1e-6)
     assert record["optim/grad_norm"] == pytest.approx(plain["optim/grad_norm"], rel=1e-3)
     assert record["engine/logprob_difference_max"] < 1e-4
+
+
+PASSES = {
+    "a correction, one update": ({"correction": {"mode": "token-truncate"}}, {}, {}, False),
+    "a correction, two updates": ({"correction": {"mode": "token-truncate"}}, {"updates_per_step": 2}, {}, True),
+    "a correction, two epochs": ({"correction": {"mode": "token-truncate"}}, {"epochs_per_step": 2}, {}, True),
+    "a correction, dropout": (
+        {"correction": {"mode": "token-truncate"}}, {}, {"lora": {"rank": 2, "dropout": 0.1}}, True
+    ),
+    "the engine's": ({"old_logprobs": "engine"}, {"updates_per_step": 2, "epochs_per_step": 2}, {}, False),
+    "the engine's, a mask": (
+        {"old_logprobs": "engine", "correction": {"mode": "token-mask", "high": 1e9}},
+        {"updates_per_step": 2}, {}, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_old_log_probs_take_a_pass_only_where_no_other_has_them(tmp_path, tiny_folder, data, monkeypatch, what):
+    algorithm, train, model, takes = PASSES[what]
+    passes = []
+    computed = Worker.logprobs
+    monkeypatch.setattr(Worker, "logprobs", lambda *given: passes.append(given) or computed(*given))
+    changes = {"train": {"steps": 1, **train}, "eval": {"every": 0}}
+    if model:
+        changes["model"] = {"path": str(tiny_folder), **model}
+    plain = rl_settings(tmp_path / "plain", tiny_folder, data, algorithm="grpo", **changes)
+    expected = metrics_of(run_rl(plain))[0]
+    passes.clear()
+    algorithm = {"name": "grpo", **algorithm}
+    record = metrics_of(run_rl(rl_settings(tmp_path / "run", tiny_folder, data, algorithm=algorithm, **changes)))[0]
+    assert bool(passes) == takes
+    assert record["optim/grad_norm"] == pytest.approx(expected["optim/grad_norm"], rel=1e-3)  # the engine is exact
+    assert 0 < record["engine/logprob_difference_max"] < 0.05 + 9 * (what == "a correction, dropout")
 
 
 def test_advantages_are_cut_to_the_clip(tmp_path, tiny_folder, data):

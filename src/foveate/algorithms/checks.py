@@ -41,11 +41,22 @@ def dry_run(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, refere
     `reference` says whether reference log-probs will be there. Raises what the loss raises, and DataError when the
     loss is not one finite number.
     """
+    _require_finite("policy loss", loss, _tried(loss, settings, reference=reference))
+
+
+def reads_old(loss: Callable[..., LossOut], *, reference: bool) -> bool:
+    """Whether a policy loss looks at the old log-probs: it is not a finite number where these are none."""
+    return not bool(torch.isfinite(_tried(loss, {}, reference=reference, old=float("nan")).loss))
+
+
+def _tried(
+    loss: Callable[..., LossOut], settings: Mapping[str, Any], *, reference: bool, old: float | None = None
+) -> LossOut:
     logp_M = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
-    old_M, marked_M = logp_M.detach(), torch.tensor([True, False, False])
-    targets = PolicyTargets(old_M, old_M, torch.tensor([1.0, 1.0, -1.0]), old_M if reference else None, marked_M)
-    out = loss(logp_M, -logp_M, _two_answers(), targets, Totals(tokens=3, samples=2, groups=1), **settings)
-    _require_finite("policy loss", loss, out)
+    known_M, marked_M = logp_M.detach(), torch.tensor([True, False, False])
+    old_M = known_M if old is None else torch.full_like(known_M, old)
+    targets = PolicyTargets(old_M, known_M, torch.tensor([1.0, 1.0, -1.0]), known_M if reference else None, marked_M)
+    return loss(logp_M, -logp_M, _two_answers(), targets, Totals(tokens=3, samples=2, groups=1), **settings)
 
 
 def dry_run_pairs(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, reference: bool) -> None:

@@ -144,6 +144,11 @@ class AlgorithmSettings(Named):
     correction: CorrectionSettings | None = Field(
         default=None, description="Correction for engines whose log-probs differ from the trainer's; null: none."
     )
+    old_logprobs: Literal["trainer", "engine"] = Field(
+        default="trainer",
+        description="Whose log-probs the ratio of the loss compares with: those of the weights before the step, for "
+        "which several updates take a pass of their own, or those that the engine reported (verl's bypass_mode).",
+    )
     resample_rounds: int | None = Field(
         default=None,
         ge=0,
@@ -173,6 +178,20 @@ class AlgorithmSettings(Named):
         description="A frozen model whose probabilities are learned from, alone (distill) or beside the rewards of "
         "another algorithm; null: none.",
     )
+
+    @model_validator(mode="after")
+    def _weigh_once(self) -> Self:
+        truncates = self.correction is not None and self.correction.mode.endswith("truncate")
+        refuse_any(
+            (
+                self.old_logprobs == "engine" and truncates,
+                "algorithm.correction.mode",
+                "truncates weights of trainer over engine, which the ratio of the loss has already with "
+                "algorithm.old_logprobs=engine; use token-mask, sequence-mask or sequence-reject, or "
+                "old_logprobs=trainer",
+            ),
+        )
+        return self
 
 
 class RewardSettings(Named):

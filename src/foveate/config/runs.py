@@ -64,18 +64,10 @@ class RLSettings(RunSettings):
         )
 
     @model_validator(mode="after")
-    def _rollouts_fit_together(self) -> Self:
-        rollout, train, name = self.rollout, self.train, self.algorithm.name
+    def _rewards_of_steps_count(self) -> Self:
         environment = self.environment
         has_steps = environment is not None and environment.reward != "function"
-        divisors = [n for n in range(1, train.prompts_per_step + 1) if train.prompts_per_step % n == 0]
         refuse_any(
-            (
-                train.updates_per_step not in divisors,
-                "train.updates_per_step",
-                f"is {train.updates_per_step} but must divide train.prompts_per_step={train.prompts_per_step}; "
-                f"use one of {', '.join(map(str, divisors))}",
-            ),
             (
                 self.algorithm.turn_discount < 1 and not has_steps,
                 "algorithm.turn_discount",
@@ -88,6 +80,21 @@ class RLSettings(RunSettings):
                 "is final, but the rewards of the environment do not count; set environment.reward=environment (or "
                 "both), or leave it out",
             ),
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit_together(self) -> Self:
+        rollout, train, name = self.rollout, self.train, self.algorithm.name
+        by_trainer = self.algorithm.old_logprobs == "trainer"
+        divisors = [n for n in range(1, train.prompts_per_step + 1) if train.prompts_per_step % n == 0]
+        refuse_any(
+            (
+                train.updates_per_step not in divisors,
+                "train.updates_per_step",
+                f"is {train.updates_per_step} but must divide train.prompts_per_step={train.prompts_per_step}; "
+                f"use one of {', '.join(map(str, divisors))}",
+            ),
             (
                 rollout.samples == 1 and name not in _WITHOUT_GROUPS and ":" not in name,
                 "rollout.samples",
@@ -99,11 +106,11 @@ class RLSettings(RunSettings):
                 "is 0, which gives equal answers and nothing to train on; use a value above 0 (1.0 is usual)",
             ),
             (
-                rollout.staleness > 0 and self.algorithm.correction is None,
+                rollout.staleness > 0 and self.algorithm.correction is None and by_trainer,
                 "rollout.staleness",
                 f"is {rollout.staleness}, so that answers are sampled by older weights than those that are trained on "
                 "them, but algorithm.correction is null; set 'algorithm.correction={mode: token-truncate}' "
-                "(or another mode), or rollout.staleness=0",
+                "(or another mode), algorithm.old_logprobs=engine, or rollout.staleness=0",
             ),
             (
                 rollout.partial and not rollout.staleness,

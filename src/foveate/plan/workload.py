@@ -144,8 +144,9 @@ def workload_of(
             whole_prompt=prompt + hidden if frozen else None,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
-    algorithm = build_algorithm(settings.algorithm, longest)
+    algorithm = build_algorithm(settings.algorithm, longest, dropout=model.lora is not None and model.lora.dropout > 0)
     needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
+    needs_old = algorithm.old_logprobs == "trainer" and (updates > 1 or algorithm.needs_old)
     if teacher is not None:
         common["teachers"] = tuple(map(_config_of, teacher.folders))
         common["teacher_dtype"] = DTYPES[teacher.dtype or model.dtype]
@@ -155,7 +156,7 @@ def workload_of(
         answer=answer or longest // 8 or 1, longest=longest, generates=True,
         served=settings.rollout.engine in ("vllm", "sglang"),
         applies_adapters=_applies_adapters(settings, family),
-        forwards=(updates > 1 or algorithm.needs_old) + needs_reference,
+        forwards=needs_old + needs_reference,
         reference=needs_reference and model.lora is None,  # else the model with its adapters off
     )  # fmt: skip
 

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from foveate.algorithms.checks import advantage_inputs, dry_run
+from foveate.algorithms.checks import advantage_inputs, dry_run, reads_old
 from foveate.algorithms.corrections import corrected_loss
 from foveate.algorithms.distillation import distilled_loss
 from foveate.algorithms.kl import KLPenalty
@@ -39,6 +39,7 @@ class ResolvedAlgorithm:
     loss: PolicyLoss
     needs_reference: bool
     needs_old: bool
+    old_logprobs: Literal["trainer", "engine"]
     keeps_equal_groups: bool
     token_mask: Callable[..., Tensor] | None = None
     reward_kl: KLPenalty | None = None
@@ -78,9 +79,11 @@ class ResolvedAlgorithm:
         return self.teacher.of(source) if self.teacher is not None and self.teacher.term == "loss" else None
 
 
-def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlgorithm:
+def build_algorithm(settings: AlgorithmSettings, max_tokens: int, *, dropout: bool = False) -> ResolvedAlgorithm:
     """An algorithm with its settings filled in. max_tokens: the budget of an answer, by which a loss divides that asks
-    for a constant and names none. Raises ConfigError or DataError for whatever it refuses, before a run starts."""
+    for a constant and names none. dropout: whether updates compute with it, so that their log-probs are not those of
+    the weights; a correction then takes a pass for these. Raises ConfigError or DataError for whatever it refuses,
+    before a run starts."""
     row = resolve(ALGORITHMS, settings.name, "algorithm")
     if not isinstance(row, Algorithm):
         raise ConfigError(
@@ -102,8 +105,10 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
             f"{where}: loss.kl_estimator is set, but loss.kl_coefficient is 0; set both, or use reward_kl"
         )
     dry_run(bound_loss, {}, reference=kl_in_loss)
+    compares = reads_old(bound_loss, reference=kl_in_loss)
     if settings.correction is not None:
-        bound_loss = partial(corrected_loss, loss=bound_loss, **settings.correction.model_dump())
+        bounds = {**settings.correction.model_dump(), "old_logprobs": settings.old_logprobs}
+        bound_loss = partial(corrected_loss, loss=bound_loss, **bounds)
         dry_run(bound_loss, {}, reference=kl_in_loss)
     bound_loss = _with_teacher(bound_loss, settings.teacher, in_force)
     token_mask = _bound_token_mask(row.token_mask, in_force, where) if row.token_mask else None
@@ -112,16 +117,18 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int) -> ResolvedAlg
     if row.needs_teacher and settings.teacher is None:
         raise ConfigError(f"{where} learns from a teacher, and there is none: set algorithm.teacher.path")
     taught = settings.teacher.term if settings.teacher is not None else None
+    measured = settings.correction is not None and dropout
+    needs_old = measured or token_mask is not None or settings.reward_kl is not None or taught == "advantage"
+    if settings.old_logprobs == "engine" and not (compares or needs_old):
+        raise ConfigError(f"{where}: old_logprobs is engine, but its loss compares with no old log-probs; leave it out")
     return ResolvedAlgorithm(
         name=settings.name,
         advantage=bound_advantage,
         inputs=inputs,
         loss=bound_loss,
         needs_reference=kl_in_loss or settings.reward_kl is not None,
-        needs_old=settings.correction is not None
-        or token_mask is not None
-        or settings.reward_kl is not None
-        or taught == "advantage",
+        needs_old=needs_old,
+        old_logprobs=settings.old_logprobs,
         keeps_equal_groups=row.trains_without_advantage(in_force) or settings.critic is not None or taught == "loss",
         token_mask=token_mask,
         reward_kl=None if settings.reward_kl is None else KLPenalty(**settings.reward_kl.model_dump()),

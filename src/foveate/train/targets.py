@@ -25,7 +25,8 @@ class PolicyRow:
 
     engine: log-probs as sampled; old: under the weights before the step (None: the current ones are those); ref: under
     the frozen reference (None: there is none); masked: bool, the tokens that the loss treats apart (None: there are
-    none). teacher: the path of the one that the loss compares with, or None.
+    none). teacher: the path of the one that the loss compares with, or None. engine_is_old: `old` are those as
+    sampled.
     """
 
     group: PackedGroup
@@ -35,12 +36,13 @@ class PolicyRow:
     ref: Tensor | None
     masked: Tensor | None
     teacher: str | None = None
+    engine_is_old: bool = False
 
     def part(self, answers: slice, tokens: slice) -> PolicyRow:
         """The row of some of the answers, whose trained tokens are `tokens`."""
         vectors = (self.engine, self.advantage, self.old, self.ref, self.masked)
         own: Any = [None if one is None else one[tokens] for one in vectors]
-        return PolicyRow(_part(self.group, answers), *own, teacher=self.teacher)
+        return PolicyRow(_part(self.group, answers), *own, teacher=self.teacher, engine_is_old=self.engine_is_old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,12 @@ class ValueRow:
         """The row of some of the answers, whose trained tokens are `tokens`."""
         return ValueRow(_part(self.group, answers), self.value[tokens], self.returns[tokens])
 
+
+MISMATCH = (
+    "engine/kl_k1", "engine/kl_k3", "engine/logprob_difference", "engine/logprob_difference_max",
+    "engine/ratio_beyond_2",
+)  # fmt: skip
+"""What `mismatch` measures."""
 
 Row = TypeVar("Row", PolicyRow, ValueRow)
 
@@ -94,16 +102,17 @@ def _joined(vectors: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     return torch.cat(found).to(like) if found else None
 
 
-def mismatch(targets: PolicyTargets) -> dict[str, tuple[Tensor, float]]:
-    """How far the sampler's log-probs are from the trainer's, for the same weights: absolute differences, and
+def mismatch(targets: PolicyTargets, trainer_M: Tensor) -> dict[str, tuple[Tensor, float]]:
+    """How far the sampler's log-probs are from the trainer's (M,), for the same weights: absolute differences, and
     KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose
     ratio is beyond 2 or 1/2, which `algorithm.correction` would truncate by its default."""
-    difference = (targets.old_M - targets.engine_M).abs()
+    difference = (trainer_M - targets.engine_M).abs()
     tokens = float(len(difference))
-    return {
-        "engine/kl_k1": (kl(targets.engine_M, targets.old_M, "k1").sum(), tokens),
-        "engine/kl_k3": (kl(targets.engine_M, targets.old_M, "k3").sum(), tokens),
-        "engine/logprob_difference": (difference.sum(), tokens),
-        "engine/logprob_difference_max": (difference.max(), tokens),
-        "engine/ratio_beyond_2": ((difference > math.log(2)).sum(), tokens),
-    }
+    found = (
+        kl(targets.engine_M, trainer_M, "k1").sum(),
+        kl(targets.engine_M, trainer_M, "k3").sum(),
+        difference.sum(),
+        difference.max(),
+        (difference > math.log(2)).sum(),
+    )
+    return {name: (value, tokens) for name, value in zip(MISMATCH, found, strict=True)}

@@ -23,7 +23,7 @@ from foveate.parallel.packing import engine_logprobs
 from foveate.records import Answer, Group, PackedGroup, Score
 from foveate.train.algorithm import ResolvedAlgorithm
 from foveate.train.graded import ComparedGroup, compared_groups, is_truncated
-from foveate.train.targets import PolicyRow, Row, ValueRow
+from foveate.train.targets import MISMATCH, PolicyRow, Row, ValueRow
 from foveate.train.worker import Worker
 
 
@@ -64,15 +64,17 @@ def compute_advantages(
     """The groups of a step with their advantages and the log-probs that `updates` updates on them need, and metrics.
 
     With one update on fresh weights the old policy is the current one, and its pass is left out unless something else
-    asks for it. Groups whose advantages are all 0 add nothing to the gradient and are not computed, unless the loss has
-    terms beside the advantage. cost_of: what balances the ranks.
+    asks for it; where the log-probs of the engine are the old ones (`old_logprobs`), there is none. Groups whose
+    advantages are all 0 add nothing to the gradient and are not computed, unless the loss has terms beside the
+    advantage. cost_of: what balances the ranks.
 
     Answers that are not graded are left out of everything, and so are groups with too few graded ones. With
     `mask_truncated` truncated answers are compared, and left out of the loss and its denominators.
     """
     compared = compared_groups(groups, least=algorithm.least_answers)
     whole = [PackedGroup(one.group.prompt, one.group.answers) for one in compared]
-    old, passes = updates > 1 or algorithm.needs_old, _NO_PASSES
+    by_engine = algorithm.old_logprobs == "engine"
+    old, passes = by_engine or updates > 1 or algorithm.needs_old, _NO_PASSES
     if algorithm.needs_token_values:
         passes = _run_passes(workers, whole, algorithm, cost_of, [one.group.task.source for one in compared], old=old)
     advantages, returns, metrics = _advantages([one.group for one in compared], whole, algorithm, passes)
@@ -98,7 +100,7 @@ def compute_advantages(
         old_M, ref_M = (None if own is None else own[number] for own in (passes.old, passes.ref))
         teacher = algorithm.teacher_in_loss(compared[trained[i]].group.task.source)
         engine_M = engine_logprobs(packed[i])
-        policy_rows[i] = PolicyRow(packed[i], engine_M, own_advantages[i], old_M, ref_M, None, teacher)
+        policy_rows[i] = PolicyRow(packed[i], engine_M, own_advantages[i], old_M, ref_M, None, teacher, by_engine)
         if passes.value is not None and own_returns is not None:
             value_rows[i] = ValueRow(packed[i], passes.value[number], own_returns[i])
     told = _answer_advantages(groups, compared, whole, kept, advantages)
@@ -140,7 +142,10 @@ def update(
         if rates["optim/lr"]:
             rows = [batch.policy_rows[i] for i in chosen]
             rows = _masked(workers, rows, algorithm, generator, costs, is_fresh=not records)
-            records.append(_step(workers, Worker.update_policy, rows, costs, algorithm.loss, totals, rates["optim/lr"]))
+            record = _step(workers, Worker.update_policy, rows, costs, algorithm.loss, totals, rates["optim/lr"])
+            if records and algorithm.old_logprobs == "engine":  # the weights are not those that were sampled from
+                record = {name: value for name, value in record.items() if name not in MISMATCH}
+            records.append(record)
     every = [{name: (value, 1.0) for name, value in record.items()} for record in records + critic_records]
     return {
         **reduce_metrics(every),
@@ -169,11 +174,19 @@ def _run_passes(
         asked = [(group, algorithm.teacher.of(source)) for group, source in zip(groups, sources, strict=True)]
         teacher_M = scatter_gather(workers, Worker.teacher_logprobs, asked, costs)
     return Passes(
-        scatter_gather(workers, Worker.logprobs, groups, costs) if old else None,
+        _old_logprobs(workers, groups, algorithm, costs) if old else None,
         scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
         scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
         teacher_M,
     )
+
+
+def _old_logprobs(
+    workers: WorkerGroup[Worker], groups: Sequence[PackedGroup], algorithm: ResolvedAlgorithm, costs: Sequence[float]
+) -> Sequence[Tensor]:
+    if algorithm.old_logprobs == "engine":
+        return [*map(engine_logprobs, groups)]
+    return scatter_gather(workers, Worker.logprobs, groups, costs)
 
 
 # ------------------------------------------------------------------------------------------------ answers left out

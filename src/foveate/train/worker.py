@@ -188,9 +188,10 @@ class Worker:
             computed = self._computed([part.group for part in own], self.temperature, teacher)
             for batch, members, (logp_M, entropy_M, *divergence), routing in computed:
                 targets = policy_targets([own[i] for i in members], logp_M, *divergence)
+                trainer_M = logp_M.detach() if own[members[0]].engine_is_old else targets.old_M
                 out = loss(logp_M, entropy_M, batch, targets, totals)
                 balanced = self._backward(out.loss, routing, len(logp_M) / totals.tokens)
-                losses.append(to_metrics({**out.metrics, **mismatch(targets), **balanced}))
+                losses.append(to_metrics({**out.metrics, **mismatch(targets, trainer_M), **balanced}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:

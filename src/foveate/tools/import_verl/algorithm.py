@@ -28,6 +28,7 @@ _OWN_MEAN = ("gspo", "gspo_token", "sapo", "gmpo")
 _ESTIMATORS = {"low_var_kl": "k3", "k3": "k3", "kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2"}
 _AGGREGATES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _WIDEST_SEQUENCE_CLIP = 0.05
+_BYPASS = "algorithm.rollout_correction.bypass_mode"
 _MODE, _ADVANTAGE = A + "policy_loss.loss_mode", "algorithm.adv_estimator"
 
 
@@ -68,6 +69,7 @@ def algorithm_settings(given: Given, several_updates: bool) -> Choice:
         "algorithm.reward_kl": lambda: _reward_kl(given),
         "algorithm.resample_rounds": lambda: _rounds(given),
         "algorithm.correction": lambda: _correction(given),
+        "algorithm.old_logprobs": lambda: "engine" if given.flag(_BYPASS) else None,
         "algorithm.critic": lambda: _critic(given) if name == "ppo" else None,
     }
     if name in _NO_RATIO:
@@ -241,6 +243,9 @@ def _rounds(given: Given) -> int | None:
 def _correction(given: Given) -> dict[str, Any] | None:
     key = "algorithm.rollout_correction.rollout_is"
     level = given.get(key)
+    if level is not None and given.flag(_BYPASS):
+        given.refuse(key, f"with {_BYPASS} the ratio of the loss has these weights already")
+        return None
     if level is None:
         return None
     if level not in ("token", "sequence"):

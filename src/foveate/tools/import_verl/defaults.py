@@ -88,6 +88,7 @@ _NEWEST: dict[str, Any] = {
     "algorithm.kl_ctrl.kl_coef": 0.001,
     "algorithm.filter_groups.enable": False,
     "algorithm.filter_groups.max_num_gen_batches": 0,
+    "algorithm.rollout_correction.bypass_mode": False,
     "algorithm.rollout_correction.rollout_is": None,
     "algorithm.rollout_correction.rollout_is_threshold": 2.0,
     "critic.optim.lr": 1e-5,

@@ -89,6 +89,7 @@ MAPPED = {
     "algorithm.kl_ctrl.kl_coef": "algorithm.reward_kl.coefficient, where algorithm.use_kl_in_reward",
     "algorithm.filter_groups.enable": "algorithm.resample_rounds",
     "algorithm.filter_groups.max_num_gen_batches": "algorithm.resample_rounds (one less)",
+    "algorithm.rollout_correction.bypass_mode": "algorithm.old_logprobs",
     "algorithm.rollout_correction.rollout_is": "algorithm.correction.mode",
     "algorithm.rollout_correction.rollout_is_threshold": "algorithm.correction.high",
     "critic.optim.lr": "algorithm.critic.lr (ppo)",
@@ -193,7 +194,6 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "reward.reward_manager.name": (("naive", "dapo"), "how rewards are called"),
     "actor_rollout_ref.hybrid_engine": ((True, False), "cluster.engines says where answers are generated"),
     "algorithm.rollout_correction.rollout_rs": ((None,), "no rejection"),
-    "algorithm.rollout_correction.bypass_mode": ((False,), "the old policy is recomputed"),
 }
 """Keys that need no setting at these values, and cannot be honoured at others."""
 
