@@ -24,7 +24,7 @@ LAYERS = (
 )  # fmt: skip
 """Modules and rooms of the package, each importing only from those before it and from itself."""
 ROOT_FILES, ROOMS = 9, 20
-LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 64_500
+LONGEST_FILE, LONGEST_FUNCTION, WHOLE_PACKAGE = 400, 60, 65_000
 LONG_FUNCTIONS = {"train/rl.py: rl_steps"}  # the page of the algorithm
 """Functions that may be longer, because a cut would go through one thought. It only shrinks."""
 TWICE, WHATS = 5, 0

@@ -98,6 +98,15 @@ class ImageSlot:
     sides: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageSource:
+    """The images of one prompt or observation: their pixels, the tensor that is the prompt's, and their grids as in
+    `Batch.grids`."""
+
+    pixels: Tensor
+    grids: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A task as token ids. `token_ids` holds every image expanded to its placeholder tokens, `engine_ids` one
@@ -342,6 +351,7 @@ class Batch:
     sample_M: the sample (0 .. samples - 1) that each trained token belongs to. M is ordered by sample, then position.
     routed_experts: int16 (T, layers, experts per token), the experts to compute with, -1 where the router chooses.
     patches: the output of the vision tower for the pixels, (N, side, side, D), where it is known (`Family.of_patches`).
+    images: what the pixels were put together from, in order, wherever the batch goes.
     """
 
     token_ids_T: Tensor
@@ -358,6 +368,7 @@ class Batch:
     feature_index: Tensor | None = None
     routed_experts: Tensor | None = None
     patches: Tensor | None = None
+    images: tuple[ImageSource, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""

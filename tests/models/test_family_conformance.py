@@ -16,10 +16,11 @@ from foveate.errors import ConfigError, DataError
 from foveate.models.checkpoint.safetensors_io import read_headers, weight_files
 from foveate.models.families import FAMILIES, family_class, served_as
 from foveate.models.families.text import TextOnly
+from foveate.models.features import FeatureStore
 from foveate.models.forward import token_logprobs
 from foveate.models.policy import load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
-from foveate.records import Message, PackedGroup
+from foveate.records import Answer, Message, PackedGroup
 
 SERVERS = {"vllm", "sglang"}
 
@@ -104,6 +105,31 @@ def test_images_have_the_tokens_and_entries_that_their_sizes_say(policy, make_im
     assert len(dummy.embeddings) > 0, "dummy_image"
     assert all(deeper.shape == seen.embeddings.shape for deeper in seen.deeper)
     assert min(family.box_frame(130, 70, family.budget)) > 1, "box_frame"
+
+
+def test_features_of_each_prompt_by_itself_are_those_of_a_whole_row(policy, make_image, make_task, tmp_path):
+    if not policy.family.sees_images:
+        with pytest.raises(ConfigError, match="sees no images"):
+            FeatureStore(policy, tmp_path, 1e9)
+        return
+    encode = Encoder(policy.tokenizer, policy.family, policy.family.budget, 4096)
+    tasks = (
+        make_task("<image> and <image>", make_image(130, 70, 1), make_image(90, 200, 2)), make_task("nothing"),
+        make_task("<image>", make_image(60, 200, 3)),
+    )  # fmt: skip
+    answers = [Answer.sampled([30, 31, 32], [0.0] * 3, "", "length", 0)] * 2
+    row = pack([PackedGroup(encode(task), (*answers,)) for task in tasks])
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    policy.model.requires_grad_(False)
+    kept = replace(policy, features=FeatureStore(policy, tmp_path, 1e9))
+    with torch.no_grad():
+        expected = token_logprobs(policy, row)
+        for found in (token_logprobs(kept, row), token_logprobs(kept, row)):
+            for one, wanted in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, wanted, rtol=1e-4, atol=2e-5)
+    assert len([*kept.features.folder.iterdir()]) == 2
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def test_a_server_is_handed_what_the_family_declares(policy, make_image, make_task):

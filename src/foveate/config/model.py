@@ -34,6 +34,16 @@ class LoraSettings(Settings):
     )
 
 
+class FeatureCacheSettings(Settings):
+    gigabytes: float = Field(gt=0, description="GB of disk at most; images beyond them are computed in each pass.")
+    folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where they are kept, for all runs that use the same weights; null: foveate/features in the user's "
+        "cache folder.",
+    )
+
+
 class ModelSettings(Settings):
     path: str = Field(
         min_length=1,
@@ -58,6 +68,11 @@ class ModelSettings(Settings):
         default=None,
         description="Frozen linear layers of the language model and of the vision tower in 4 bits (nf4, by "
         "bitsandbytes) or 8 (int8), under model.lora (QLoRA); null: none.",
+    )
+    feature_cache: FeatureCacheSettings | None = Field(
+        default=None,
+        description="Image features are kept on disk, so that a frozen vision tower and projector compute each image "
+        "once for all passes and epochs, on one rank; null: they are computed in each.",
     )
     max_tiles: int | None = Field(
         default=None,
@@ -96,9 +111,23 @@ class ModelSettings(Settings):
 def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
     """Refuse settings of a model that do not fit together, or not this cluster."""
     frozen = [part for part in model.trainable if part != "projector"]
+    changing = [part for part in ("vision", "projector") if part in model.trainable]
+    kept = model.feature_cache is not None
     path, start = "model.quantization", f"is {model.quantization}, "
     quantized, balance = model.quantization is not None, model.router_aux_loss_coef
     refuse_any(
+        (
+            kept and bool(changing),
+            "model.feature_cache",
+            f"keeps what frozen parts make of images, but model.trainable has {' and '.join(changing)}; set "
+            "model.trainable=[language], or leave it out",
+        ),
+        (
+            kept and cluster.ranks > 1,
+            "model.feature_cache",
+            f"is set, but the {cluster.ranks} ranks share the vision tower and call it together; leave it out, or use "
+            "one rank",
+        ),
         (
             model.offload_activations and not model.gradient_checkpointing,
             "model.offload_activations",

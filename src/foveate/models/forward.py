@@ -31,6 +31,8 @@ def embed(
         return embeddings, {}
     if split is not None:
         seen = split.see(policy)
+    elif policy.features is not None and batch.images:
+        seen = policy.features.of(policy, batch.images)
     elif batch.patches is not None:
         seen = policy.family.of_patches(policy.model, batch.patches, batch.grids)
     else:

@@ -5,8 +5,10 @@ LoRA (arXiv 2106.09685): a linear layer W becomes W + alpha / rank * B A, with B
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -164,3 +166,12 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
         for name, _ in model.named_modules()
         if name.endswith(".lora_A")
     }
+
+
+def frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings | None) -> Policy:
+    """The model before training, without adapters: the policy itself, to be asked with its adapters off, where nothing
+    but these learns; else a copy, read `again` where they are not new."""
+    if trains_adapters_only(policy.model):
+        return policy
+    is_start = lora is None or lora.adapter is None
+    return replace(policy, model=(copy.deepcopy(policy.model) if is_start else again().model).requires_grad_(False))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from foveate.config.base import has_gpu
-from foveate.encoding.family import Family
+from foveate.encoding.family import Family, Features
 from foveate.errors import DataError
 from foveate.models.attention.gated_delta_net import replace_layers
 from foveate.models.attention.kernels import KERNELS
@@ -36,6 +36,7 @@ from foveate.models.matmul import use_fast_linear
 from foveate.models.norms import use_fast_norms
 from foveate.models.quantize import Quantization, quantize_layers
 from foveate.models.sizes import meta_model
+from foveate.records import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,25 @@ _KEPT_BYTES = 1 << 26
 _FILES = {"use_safetensors": True, "local_files_only": True}
 
 
+class KnownFeatures(Protocol):
+    """Features of images that need not be computed again (`foveate.models.features`)."""
+
+    def of(self, policy: Policy, images: Sequence[ImageSource]) -> Features:
+        """Those of some images, one after the other, as `Family.features` gives them."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A model on one device, its tokenizer, its family, the folder that it came from, and the layout of that folder."""
+    """A model on one device, its tokenizer, its family, the folder that it came from, and the layout of that folder.
+    `features`: where those of images are kept that a frozen tower sees."""
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     family: Family
     folder: Path
     format: CheckpointFormat
+    features: KnownFeatures | None = None
 
     def part(self, name: str) -> nn.Module:
         """The submodule `vision`, `projector`, `language` or `head`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.encoding.family import DummyImage
-from foveate.records import Answer, Batch, Forest, ImageSlot, PackedGroup, Prompt
+from foveate.records import Answer, Batch, Forest, ImageSlot, ImageSource, PackedGroup, Prompt
 
 
 def positions(length: int, slots: Sequence[ImageSlot], begin: int = 0) -> Tensor:
@@ -66,8 +66,7 @@ class _Images:
     other tiles of them are compressed."""
 
     def __init__(self) -> None:
-        self._pixels: list[Tensor] = []
-        self._slots: list[ImageSlot] = []
+        self._sources: list[ImageSource] = []
         self._first: dict[tuple[Any, ...], int] = {}
         self._index: list[Tensor] = []
         self._features = 0
@@ -79,8 +78,8 @@ class _Images:
         first = self._features if pixels is None else self._first.setdefault(key, self._features)
         if first == self._features:
             self._features += count
-            self._slots += slots
-            self._pixels += [] if pixels is None else [pixels]
+            if pixels is not None:
+                self._sources.append(ImageSource(pixels, tuple(grid for slot in slots for grid in grids_of(slot))))
         self._index.append(torch.arange(first, first + count))
 
     @property
@@ -88,8 +87,9 @@ class _Images:
         """The fields of a `Batch` about them."""
         index = _cat(self._index)
         return {
-            "pixels": torch.cat(self._pixels) if self._pixels else None,
-            "grids": tuple(grid for slot in self._slots for grid in grids_of(slot)),
+            "pixels": torch.cat([one.pixels for one in self._sources]) if self._sources else None,
+            "grids": tuple(grid for one in self._sources for grid in one.grids),
+            "images": tuple(self._sources),
             "feature_index": None if len(index) == self._features else index,
         }
 

@@ -15,6 +15,7 @@ from foveate.algorithms.metrics import to_metrics
 from foveate.algorithms.supervised import sft_weights
 from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
+from foveate.errors import ConfigError
 from foveate.models.flash import compressible, patches_of
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY, Divergence, Term
@@ -48,6 +49,8 @@ class ConsistencyWorker(Worker):
         self, model: ModelSettings, optim: OptimSettings, token_budget: int, *, start: str | None = None, **more: Any
     ) -> None:
         """`start`: folder of the reference; None: the model itself, before it is trained."""
+        if model.feature_cache is not None:
+            raise ConfigError("model.feature_cache is set, but this stage trains what images become; leave it out")
         super().__init__(model, optim, token_budget, **more)
         frozen = self._read(start or model.path)
         frozen.model.requires_grad_(False)

@@ -102,10 +102,12 @@ def _joined(vectors: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
     return torch.cat(found).to(like) if found else None
 
 
-def mismatch(targets: PolicyTargets, trainer_M: Tensor) -> dict[str, tuple[Tensor, float]]:
-    """How far the sampler's log-probs are from the trainer's (M,), for the same weights: absolute differences, and
-    KL(engine || trainer) by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose
-    ratio is beyond 2 or 1/2, which `algorithm.correction` would truncate by its default."""
+def mismatch(targets: PolicyTargets, logp_M: Tensor, row: PolicyRow) -> dict[str, tuple[Tensor, float]]:
+    """How far the sampler's log-probs are from the trainer's, for the same weights: from the old ones or, where these
+    are the sampler's in rows such as `row`, from the current ones (M,). Absolute differences, and KL(engine || trainer)
+    by the estimators k1 and k3 of Schulman (2020), nats per token; and the share of tokens whose ratio is beyond 2 or
+    1/2, which `algorithm.correction` would truncate by its default."""
+    trainer_M = logp_M.detach() if row.engine_is_old else targets.old_M
     difference = (trainer_M - targets.engine_M).abs()
     tokens = float(len(difference))
     found = (

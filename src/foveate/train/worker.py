@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,9 +23,16 @@ from foveate.config.model import LoraSettings, ModelSettings
 from foveate.config.train import OptimSettings
 from foveate.files import atomic_path, gone, set_disk_wait, with_room
 from foveate.models.adapters import trained_tensors, write_adapter
+from foveate.models.features import with_kept_features
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
-from foveate.models.lora import adapters_off, begin_adapters, merged_state, train_parts, trains_adapters_only
+from foveate.models.lora import (
+    adapters_off,
+    begin_adapters,
+    frozen_copy,
+    merged_state,
+    train_parts,
+)
 from foveate.models.offload import kept_activations
 from foveate.models.policy import DTYPES, Policy, load_policy, save_policy
 from foveate.models.routing import Routing, follow_routers
@@ -88,12 +94,13 @@ class Worker:
             if value:
                 follow_routers(self.policy.model, name)
         train_parts(self.policy, model.trainable, model.lora)
+        self.policy = with_kept_features(self.policy, model.feature_cache)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
         self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
-        self.reference = _frozen_copy(self.policy, again, model.lora) if reference else None
+        self.reference = frozen_copy(self.policy, again, model.lora) if reference else None
         self.critic = Critic(self.policy, critic, optim, partial(self._ready, Values)) if critic is not None else None
         self._logprobs = self._ready(self._root, self.policy)
         self._reference_logprobs = self._logprobs if self.reference is self.policy else None
@@ -188,10 +195,9 @@ class Worker:
             computed = self._computed([part.group for part in own], self.temperature, teacher)
             for batch, members, (logp_M, entropy_M, *divergence), routing in computed:
                 targets = policy_targets([own[i] for i in members], logp_M, *divergence)
-                trainer_M = logp_M.detach() if own[members[0]].engine_is_old else targets.old_M
                 out = loss(logp_M, entropy_M, batch, targets, totals)
                 balanced = self._backward(out.loss, routing, len(logp_M) / totals.tokens)
-                losses.append(to_metrics({**out.metrics, **mismatch(targets, trainer_M), **balanced}))
+                losses.append(to_metrics({**out.metrics, **mismatch(targets, logp_M, own[members[0]]), **balanced}))
         return losses
 
     def update_critic(self, rows: Sequence[ValueRow], totals: Totals, lr: float) -> dict[str, float]:
@@ -390,12 +396,3 @@ def _export(
             save_policy(policy, temporary, state)
         if lora is not None and adapter:
             write_adapter(policy, lora, temporary / "adapter" if state else temporary, adapter)
-
-
-def _frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings | None) -> Policy:
-    """The model before training, without adapters: the policy itself, to be asked with its adapters off, where nothing
-    but these learns; else a copy, read `again` where they are not new."""
-    if trains_adapters_only(policy.model):
-        return policy
-    is_start = lora is None or lora.adapter is None
-    return replace(policy, model=(copy.deepcopy(policy.model) if is_start else again().model).requires_grad_(False))

@@ -119,7 +119,7 @@ class NativeEngine:
         if dtype is not None:  # of no buffer: rotations stay as exact as they are
             parameters = policy.model.parameters()
             copies = {id(p): nn.Parameter(p.detach().to(DTYPES[dtype], copy=True)) for p in parameters}
-        own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False))
+        own = replace(policy, model=copy.deepcopy(policy.model, copies).requires_grad_(False), features=None)
         return cls(
             own, decode, version=version, token_budget=token_budget, own_weights=True, record_experts=record_experts
         )

@@ -1,0 +1,134 @@
+"""Features of images under a frozen vision tower, kept on disk: each image goes through it once, whatever passes,
+epochs and runs follow.
+
+A prompt's images are encoded by themselves, so that their features do not depend on what else is in a row, and are the
+same bits whether they were computed or read. A file is named by what went in: a digest of the weights of tower and
+projector and of the configuration, and one of the pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch.utils.weak import WeakIdKeyDictionary
+
+from foveate.config.model import FeatureCacheSettings
+from foveate.encoding.family import Features
+from foveate.errors import ConfigError, DataError
+from foveate.models.policy import Policy
+from foveate.records import ImageSource
+
+logger = logging.getLogger(__name__)
+
+_FROZEN = ("vision", "projector")
+_OWN_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""What a configuration says that changes no feature."""
+
+
+def with_kept_features(policy: Policy, settings: FeatureCacheSettings | None) -> Policy:
+    """The policy with what `model.feature_cache` asks for."""
+    if settings is None:
+        return policy
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "foveate" / "features" if settings.folder is None else Path(settings.folder)
+    return replace(policy, features=FeatureStore(policy, folder, settings.gigabytes * 1e9))
+
+
+class FeatureStore:
+    """Keeps features in a folder, up to so many bytes: images beyond them are computed in each pass."""
+
+    def __init__(self, policy: Policy, folder: Path, limit: float) -> None:
+        """limit: bytes of the folder, of all models in it. Raises ConfigError for a model without images, or one whose
+        tower or projector is trained."""
+        if not policy.family.sees_images:
+            raise ConfigError(f"model.feature_cache is set, but {policy.folder} sees no images; leave it out")
+        trained = sorted({part for name, part in _parts_of(policy) if policy.model.get_parameter(name).requires_grad})
+        if trained:
+            raise ConfigError(
+                f"model.feature_cache keeps features of frozen parts, but {', '.join(trained)} is trained"
+            )
+        self.folder = folder / _digest_of(policy)
+        self._limit = limit
+        self._bytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+        self._digests: Any = WeakIdKeyDictionary()
+
+    def of(self, policy: Policy, images: Sequence[ImageSource]) -> Features:
+        """The features of some images, one after the other, as `Family.features` gives them."""
+        found = [self._of_one(policy, one) for one in images]
+        deeper = zip(*(one.deeper for one in found), strict=True)
+        return Features(torch.cat([one.embeddings for one in found]), tuple(map(torch.cat, deeper)))
+
+    def _of_one(self, policy: Policy, image: ImageSource) -> Features:
+        path = self._path(policy, image)
+        if path.exists():
+            return _read(path, policy.device)
+        with torch.no_grad():
+            seen = policy.family.features(policy.model, image.pixels.to(policy.device), image.grids)
+        self._write(path, seen)
+        return seen
+
+    def _path(self, policy: Policy, image: ImageSource) -> Path:
+        digest = self._digests.get(image.pixels)
+        if digest is None:
+            numbers = image.pixels.contiguous().view(torch.uint8).numpy()
+            digest = self._digests[image.pixels] = hashlib.sha256(numbers.data).hexdigest()
+        kind = policy.device.type
+        computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        how = f"{tuple(image.pixels.shape)} {image.grids} {kind} {computed}"
+        return self.folder / f"{digest[:32]}-{hashlib.sha256(how.encode()).hexdigest()[:8]}.safetensors"
+
+    def _write(self, path: Path, seen: Features) -> None:
+        tensors = {str(number): one.contiguous() for number, one in enumerate((seen.embeddings, *seen.deeper))}
+        if self._bytes + sum(one.nbytes for one in tensors.values()) > self._limit:
+            return
+        content = save(tensors)
+        if self._bytes + len(content) > self._limit:
+            return
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content)
+            beside.replace(path)
+            self._bytes += len(content)
+        except OSError as error:  # a full disk
+            self._limit = 0
+            logger.warning("%s: no more image features are kept (%s); they are computed in each pass", path, error)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def _read(path: Path, device: torch.device) -> Features:
+    try:
+        tensors = load_file(path, str(device))
+        first, *deeper = (tensors[str(number)] for number in range(len(tensors)))
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: holds no features ({error}); delete it, and they are computed again") from error
+    return Features(first, tuple(deeper))
+
+
+def _parts_of(policy: Policy) -> list[tuple[str, str]]:
+    """The parameters that features come from, each with its part."""
+    named = [(name, policy.family.part_of(name)) for name, _ in policy.model.named_parameters()]
+    return [(name, part) for name, part in named if part in _FROZEN]
+
+
+def _digest_of(policy: Policy) -> str:
+    config: Any = policy.model.config
+    said = {name: value for name, value in config.to_dict().items() if name not in _OWN_KEYS}
+    key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
+    for name, _ in _parts_of(policy):
+        weight = policy.model.get_parameter(name).detach().cpu().contiguous()
+        key.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        key.update(weight.view(-1).view(torch.uint8).numpy().data)
+    return key.hexdigest()[:32]
