@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from family_cases import VISION_MODELS, build_family
@@ -11,7 +13,7 @@ from foveate.config.train import OptimSettings
 from foveate.encoding.encode import Encoder
 from foveate.errors import ConfigError
 from foveate.models.forward import token_logprobs
-from foveate.models.lora import adapters_off, add_adapters, merged_state, trains_adapters_only
+from foveate.models.lora import adapters_weighed, add_adapters, merged_state, trains_adapters_only
 from foveate.models.policy import freeze_except, load_policy, parameters_by_part, save_policy
 from foveate.parallel.packing import pack
 from foveate.records import PackedGroup
@@ -82,7 +84,7 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
             if ".lora_B." in key:
                 parameter.normal_(std=0.2, generator=generator)
         learned = token_logprobs(policy, batch)[0]
-        with adapters_off(policy.model):
+        with adapters_weighed(policy.model, 0):
             assert torch.equal(token_logprobs(policy, batch)[0], start)
         assert torch.equal(token_logprobs(policy, batch)[0], learned)
     assert (learned - start).abs().max() > 1e-2
@@ -102,9 +104,9 @@ def test_the_saved_model_has_the_adapters_merged(name, folder_of, tree_of, tmp_p
             assert torch.equal(tensor, before[key]), key
 
 
-def worker_of(folder, seed=0, **lora):
-    model = ModelSettings(path=str(folder), trainable=LANGUAGE, lora=LoraSettings(rank=2, **lora))
-    return Worker(model, OptimSettings(lr=0.01), 1024, reference=True, seed=seed)
+def worker_of(folder, seed=0, budget=1024, parts=LANGUAGE, **lora):
+    model = ModelSettings(path=str(folder), trainable=parts, lora=LoraSettings(rank=2, **lora))
+    return Worker(model, OptimSettings(lr=0.01), budget, reference=True, seed=seed)
 
 
 def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, tree_of):
@@ -119,6 +121,53 @@ def test_the_frozen_reference_is_the_policy_with_its_adapters_off(tiny_folder, t
     learning = [key for key, parameter in worker.policy.model.named_parameters() if parameter.requires_grad]
     assert learning
     assert all(".lora_" in key for key in learning)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "qwen3_5", "llava_onevision", "gemma3"])
+def test_one_pass_has_the_logprobs_of_policy_and_reference(name, folder_of, tree_of):
+    worker = worker_of(folder_of(name), budget=400, dropout=0.5)
+    packed = tree_of(worker.policy)
+    worker.update_sft([packed], "token", 5.0, 0.1)
+    groups = [packed] * 5  # in rows of several groups and of the last one
+    both = worker.both_logprobs(groups)
+    for old_M, ref_M, (one_M, other_M) in zip(
+        worker.logprobs(groups), worker.logprobs(groups, True), both, strict=True
+    ):
+        assert (old_M - ref_M).abs().max() > 1e-3
+        torch.testing.assert_close(one_M, old_M, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(other_M, ref_M, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("parts", "times"), [(LANGUAGE, 1), (("vision", "language"), 2)])
+def test_one_pass_sees_an_image_once_unless_adapters_see_it_too(parts, times, tiny_folder, tree_of):
+    worker = worker_of(tiny_folder, parts=parts)
+    seen, packed = [], tree_of(worker.policy)
+    worker.policy.part("vision").register_forward_hook(lambda *_: seen.append(1))
+    worker.update_sft([packed], "token", 5.0, 0.1)
+    seen.clear()
+    (both,) = worker.both_logprobs([packed])
+    assert len(seen) == times
+    torch.testing.assert_close(both[0], worker.logprobs([packed])[0], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(both[1], worker.logprobs([packed], True)[0], rtol=1e-5, atol=2e-5)
+
+
+def test_routers_follow_the_sampler_for_the_policy_alone_in_one_pass(folder_of, tree_of):
+    model = ModelSettings(path=str(folder_of("qwen3_moe")), trainable=LANGUAGE, lora=LoraSettings(rank=2))
+    worker = Worker(model, OptimSettings(lr=0.01), 1024, reference=True, router_replay=True)
+    packed = tree_of(worker.policy)
+    layers, chosen = worker.policy.model.config.num_hidden_layers, worker.policy.model.config.num_experts_per_tok
+    told = [
+        replace(segment, routed_experts=np.tile(np.arange(chosen, dtype=np.int16), (len(segment), layers, 1)))
+        for answer in packed.answers for segment in answer.segments
+    ]  # fmt: skip
+    replayed = replace(
+        packed, answers=tuple(replace(a, segments=(one,)) for a, one in zip(packed.answers, told, strict=True))
+    )
+    worker.update_sft([packed], "token", 5.0, 0.1)
+    ((old_M, ref_M),) = worker.both_logprobs([replayed])
+    assert (old_M - worker.logprobs([packed])[0]).abs().max() > 1e-4
+    torch.testing.assert_close(old_M, worker.logprobs([replayed])[0], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(ref_M, worker.logprobs([packed], True)[0], rtol=1e-5, atol=2e-5)
 
 
 def test_dropout_acts_in_updates_and_nowhere_else(tiny_folder, tree_of):

@@ -113,8 +113,8 @@ def learn_by_rl(workers, groups):
         costs = [COSTS(group.group) for group in some]
         said.append(next(scatter(workers, Worker.update_policy, some, costs, LOSS, totals_of(some), 1e-1))[1])
     packed_groups = [group.group for group in groups]
-    ref = scatter_gather(workers, Worker.logprobs, packed_groups, [*map(COSTS, packed_groups)], True)
-    return [*said, {str(i): own.sum().item() for i, own in enumerate(ref)}]
+    both = scatter_gather(workers, Worker.both_logprobs, packed_groups, [*map(COSTS, packed_groups)])
+    return [*said, {f"{i} {of}": own[of].sum().item() for i, own in enumerate(both) for of in (0, 1)}]
 
 
 def learn_by_critic(workers, groups):

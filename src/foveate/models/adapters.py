@@ -17,10 +17,11 @@ from torch import Tensor
 from foveate.config.model import LoraSettings
 from foveate.data.hub import is_hub_name, model_folder
 from foveate.errors import DataError, one_line
+from foveate.files import atomic_path, gone
 from foveate.models.checkpoint.formats import is_finite
 from foveate.models.checkpoint.safetensors_io import read_headers, read_tensor
 from foveate.models.checkpoint.small_files import content_of, write_json
-from foveate.models.policy import Policy
+from foveate.models.policy import Policy, save_policy
 from foveate.models.sharded import put
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,6 +65,24 @@ def write_adapter(policy: Policy, settings: LoraSettings, folder: Path, tensors:
     stored = {f"{_PREFIX}{name.replace(_ADAPTER, '.')}": tensor.contiguous() for name, tensor in tensors.items()}
     base = _base_of(policy.folder)
     save_file(stored, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", **({_BASE: base} if base else {})})
+
+
+def write_trained(
+    policy: Policy,
+    folder: Path,
+    state: dict[str, Tensor],
+    settings: LoraSettings | None,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write a model folder with the weights `state`, that of adapters, or the former with the latter in `adapter`;
+    whole or not at all. Raises `foveate.files.gone` where there is no folder to write into any more."""
+    if not folder.parent.is_dir():
+        raise gone(folder.parent)
+    with atomic_path(folder) as temporary:
+        if state:
+            save_policy(policy, temporary, state)
+        if settings is not None and tensors:
+            write_adapter(policy, settings, temporary / "adapter" if state else temporary, tensors)
 
 
 def check_adapter(path: str, settings: LoraSettings) -> dict[str, Any]:

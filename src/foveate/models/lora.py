@@ -115,12 +115,13 @@ def trains_adapters_only(model: nn.Module) -> bool:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before its adapters trained: they count 0 times. (peft's own switch also says of their
-    weights that they need no gradient, which FSDP takes over for good.)"""
+def adapters_weighed(model: nn.Module, weight: float | Tensor) -> Iterator[None]:
+    """The adapters count so many times: with 0 the model is what it was before they trained; (T, 1) says it for each
+    token of a row. (peft's own switch also says of their weights that they need no gradient, which FSDP takes over for
+    good.)"""
     layers = adapted_layers(model)
     for layer in layers.values():
-        layer.set_scale(ADAPTER, 0.0)
+        layer.set_scale(ADAPTER, weight)
     try:
         yield
     finally:
@@ -166,6 +167,12 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
         for name, _ in model.named_modules()
         if name.endswith(".lora_A")
     }
+
+
+def weighs_tokens(policy: Policy) -> bool:
+    """Whether the adapters see the tokens of a row and nothing else, so that they can be weighed for each."""
+    parts = {policy.family.part_of(f"{name}.weight") for name in adapted_layers(policy.model)}
+    return parts == {"language"}
 
 
 def frozen_copy(policy: Policy, again: Callable[[], Policy], lora: LoraSettings | None) -> Policy:

@@ -36,6 +36,12 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def use_threads(threads: int | None) -> None:
+    """Bound the CPU threads of torch; None leaves its own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def use_fast_linear(model: _Model, device: str) -> _Model:
     """Give the plain linear layers of a model for a processor the class `Linear`; parameters and names stay."""
     if torch.device(device).type != "cpu" or not has_fast_matmul():

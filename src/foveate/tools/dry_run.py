@@ -19,6 +19,7 @@ from foveate.errors import ConfigError, counted
 from foveate.evaluate.predict import answer_all
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.flash_routes import with_router
+from foveate.models.matmul import use_threads
 from foveate.models.policy import load_policy
 from foveate.plan.hardware import GIB
 from foveate.plan.memory import memory_of, sizes_of
@@ -39,7 +40,6 @@ from foveate.train.optim import check_optimizer
 from foveate.train.rl import build_graders, check_of_truth, new_engine
 from foveate.train.session import answer_limits, check_cluster, check_offline
 from foveate.train.vico import require_flash
-from foveate.train.worker import use_threads
 
 MOST_TOKENS, MOST_CHARACTERS = 120, 4000
 """Token ids and characters that are shown of a text; the middle of longer ones is left out."""

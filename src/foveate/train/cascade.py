@@ -33,6 +33,7 @@ from foveate.files import atomic_write_text
 from foveate.log import MetricsWriter, progress, read_metrics
 from foveate.models.checkpoint.flash_folder import write_flash
 from foveate.models.checkpoint.inspect import inspect_model_folder
+from foveate.models.matmul import use_threads
 from foveate.records import SamplingParams
 from foveate.report.stages import Stage, write_stages
 from foveate.rewards.build import build_reward, truth_check
@@ -50,7 +51,6 @@ from foveate.train.session import check_cluster, retry_on_lost_rank
 from foveate.train.sft import run_sft
 from foveate.train.vico import run_vico
 from foveate.train.vir import run_vir
-from foveate.train.worker import use_threads
 
 CHUNK = 64
 """Prompts whose sampled answers become one file: what an interruption can lose."""

@@ -20,6 +20,7 @@ from foveate.encoding.reader import Reader
 from foveate.evaluate.predictions import write_skipped
 from foveate.log import MetricsWriter, progress
 from foveate.models.checkpoint.inspect import ModelFolder, inspect_model_folder
+from foveate.models.matmul import use_threads
 from foveate.run_folder import RunFolder, open_run
 from foveate.train.clock import Clock
 from foveate.train.held_out import HeldOutLoss
@@ -35,7 +36,7 @@ from foveate.train.session import (
     save_is_due,
 )
 from foveate.train.trackers import Trackers
-from foveate.train.worker import Worker, use_threads
+from foveate.train.worker import Worker
 
 _Settings = SFTSettings | MPOSettings
 _W = TypeVar("_W", bound=Worker)

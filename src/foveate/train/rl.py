@@ -30,6 +30,7 @@ from foveate.evaluate.predictions import write_skipped
 from foveate.log import Metric, MetricsWriter, progress
 from foveate.models.checkpoint.inspect import inspect_model_folder
 from foveate.models.lora import with_adapters
+from foveate.models.matmul import use_threads
 from foveate.models.policy import DTYPES, load_policy
 from foveate.parallel.balance import Costs
 from foveate.records import Group, SamplingParams
@@ -59,7 +60,7 @@ from foveate.train.teacher import check_sources
 from foveate.train.trackers import Trackers
 from foveate.train.update import compute_advantages, update
 from foveate.train.waste import WasteWatch
-from foveate.train.worker import Worker, use_threads
+from foveate.train.worker import Worker
 
 
 def run_rl(settings: RLSettings, *, accept_changes: bool = False) -> RunFolder:

@@ -173,20 +173,29 @@ def _run_passes(
     if algorithm.teacher is not None and algorithm.has_teacher_advantage:
         asked = [(group, algorithm.teacher.of(source)) for group, source in zip(groups, sources, strict=True)]
         teacher_M = scatter_gather(workers, Worker.teacher_logprobs, asked, costs)
-    return Passes(
-        _old_logprobs(workers, groups, algorithm, costs) if old else None,
-        scatter_gather(workers, Worker.logprobs, groups, costs, True) if algorithm.needs_reference else None,
-        scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None,
-        teacher_M,
-    )
+    old_M, ref_M = _policy_passes(workers, groups, algorithm, costs, old=old)
+    value_M = scatter_gather(workers, Worker.values, groups, costs) if algorithm.critic is not None else None
+    return Passes(old_M, ref_M, value_M, teacher_M)
 
 
-def _old_logprobs(
-    workers: WorkerGroup[Worker], groups: Sequence[PackedGroup], algorithm: ResolvedAlgorithm, costs: Sequence[float]
-) -> Sequence[Tensor]:
-    if algorithm.old_logprobs == "engine":
-        return [*map(engine_logprobs, groups)]
-    return scatter_gather(workers, Worker.logprobs, groups, costs)
+def _policy_passes(
+    workers: WorkerGroup[Worker],
+    groups: Sequence[PackedGroup],
+    algorithm: ResolvedAlgorithm,
+    costs: Sequence[float],
+    *,
+    old: bool,
+) -> tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]:
+    """Log-probs under the old policy and under the reference, where they are needed."""
+    by_trainer, reference = old and algorithm.old_logprobs == "trainer", algorithm.needs_reference
+    if by_trainer and reference:
+        both = scatter_gather(workers, Worker.both_logprobs, groups, costs)
+        return [old_M for old_M, _ in both], [ref_M for _, ref_M in both]
+    if by_trainer:
+        old_M = scatter_gather(workers, Worker.logprobs, groups, costs)
+    else:
+        old_M = [*map(engine_logprobs, groups)] if old else None
+    return old_M, scatter_gather(workers, Worker.logprobs, groups, costs, True) if reference else None
 
 
 # ------------------------------------------------------------------------------------------------ answers left out

@@ -19,22 +19,17 @@ from foveate.algorithms.targets import Totals
 from foveate.cluster.rank_engine import RankEngine
 from foveate.config.algorithm import CriticSettings, TeacherSettings
 from foveate.config.cluster import ClusterSettings
-from foveate.config.model import LoraSettings, ModelSettings
+from foveate.config.model import ModelSettings
 from foveate.config.train import OptimSettings
-from foveate.files import atomic_path, gone, set_disk_wait, with_room
-from foveate.models.adapters import trained_tensors, write_adapter
+from foveate.files import set_disk_wait, with_room
+from foveate.models.adapters import trained_tensors, write_trained
 from foveate.models.features import with_kept_features
 from foveate.models.forward import evaluating
 from foveate.models.logprobs import LOGP_ENTROPY
-from foveate.models.lora import (
-    adapters_off,
-    begin_adapters,
-    frozen_copy,
-    merged_state,
-    train_parts,
-)
+from foveate.models.lora import adapters_weighed, begin_adapters, frozen_copy, merged_state, train_parts, weighs_tokens
+from foveate.models.matmul import use_threads
 from foveate.models.offload import kept_activations
-from foveate.models.policy import DTYPES, Policy, load_policy, save_policy
+from foveate.models.policy import DTYPES, Policy, load_policy
 from foveate.models.routing import Routing, follow_routers
 from foveate.models.sharded import allocate, load_sharded, meta_policy
 from foveate.parallel.fsdp import LogProbs, Root, Values, compile_blocks, full_tensor, shard
@@ -144,12 +139,31 @@ class Worker:
         compute = self._reference_logprobs if reference else self._logprobs
         assert policy is not None
         assert compute is not None
-        as_it_was = adapters_off(policy.model) if reference and policy is self.policy else nullcontext()
+        as_it_was = adapters_weighed(policy.model, 0) if reference and policy is self.policy else nullcontext()
         found: list[Tensor] = []
         with evaluating(policy.model), as_it_was:
             for batch, members in self._batches(groups, replays=not reference):
                 (logp_M,) = compute(batch, self.temperature, ("logp",))
                 found.extend(logp_M.cpu().split([groups[i].trained_tokens for i in members]))
+        return found
+
+    @torch.no_grad()
+    def both_logprobs(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
+        """Log-probs (2, M) of all trained tokens of each group, under the policy and under the frozen reference: in one
+        pass, with each image seen once, where they are one model whose adapters can be weighed token by token."""
+        policy = self.policy
+        split = self.ranks is not None and self.ranks.cluster.sequence_parallel > 1
+        if policy is not self.reference or split or self._compiles or not weighs_tokens(policy):
+            return [torch.stack(pair) for pair in zip(self.logprobs(groups), self.logprobs(groups, True), strict=True)]
+        found: list[Tensor] = []
+        with evaluating(policy.model):
+            for batch, members in self._batches(groups, twice=True):
+                weight = torch.ones(len(batch.token_ids_T), 1, device=self.device)
+                weight[len(weight) // 2 :] = 0
+                with adapters_weighed(policy.model, weight):
+                    (logp_M,) = self._logprobs(batch, self.temperature, ("logp",))
+                both = logp_M.cpu().view(2, len(logp_M) // 2)
+                found.extend(both.split([groups[i].trained_tokens for i in members], 1))
         return found
 
     @torch.no_grad()
@@ -318,15 +332,20 @@ class Worker:
             taken = optimizer.param_groups[0]["updates"]
             torch.manual_seed(seed_of("dropout", self._seed, taken, 0 if self.ranks is None else self.ranks.rank))
 
-    def _batches(self, groups: Sequence[PackedGroup], *, replays: bool = False) -> Iterator[tuple[Batch, list[int]]]:
+    def _batches(
+        self, groups: Sequence[PackedGroup], *, replays: bool = False, twice: bool = False
+    ) -> Iterator[tuple[Batch, list[int]]]:
         """Packed rows with the indices of their groups; with the experts that the sampler chose where the model
-        `replays` them. Every rank has as many as the one with most: the last rows of others are empty."""
-        rows = micro_batches(groups, self.token_budget)
+        `replays` them. Every rank has as many as the one with most: the last rows of others are empty. `twice`: a row
+        holds its groups again behind them, with the experts that routers choose."""
+        rows = micro_batches(groups, self.token_budget // (2 if twice else 1))
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
         for members in rows:
-            batch = self._packed([groups[i] for i in members])
-            yield batch if replays else replace(batch, routed_experts=None), members
+            batch = self._packed([groups[i] for i in members] * (2 if twice else 1))
+            if batch.routed_experts is not None and twice:
+                batch.routed_experts[len(batch.token_ids_T) // 2 :] = -1
+            yield batch if replays or twice else replace(batch, routed_experts=None), members
 
     def _packed(self, groups: Sequence[PackedGroup]) -> Batch:
         """The row of some groups, or of none, as this rank computes it."""
@@ -368,7 +387,7 @@ class Worker:
         adapter = self._gathered({} if lora is None or lora.save == "merged" else trained_tensors(self.policy))
         if self.ranks is None or self.ranks.is_first:
             size = sum(tensor.nbytes for tensor in (*state.values(), *adapter.values()))
-            with_room(partial(_export, self.policy, folder, state, lora, adapter), size)
+            with_room(partial(write_trained, self.policy, folder, state, lora, adapter), size)
         if self.ranks is not None:
             self.ranks.gather(None)
 
@@ -378,21 +397,3 @@ class Worker:
         keeps = self.ranks is None or self.ranks.is_first
         found = ((name, full_tensor(tensor)) for name, tensor in tensors.items())
         return {name: tensor.detach().cpu() for name, tensor in found if keeps}
-
-
-def use_threads(threads: int | None) -> None:
-    """Bound the CPU threads of torch; None leaves its own choice."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _export(
-    policy: Policy, folder: Path, state: dict[str, Tensor], lora: LoraSettings | None, adapter: dict[str, Tensor]
-) -> None:
-    if not folder.parent.is_dir():
-        raise gone(folder.parent)
-    with atomic_path(folder) as temporary:
-        if state:
-            save_policy(policy, temporary, state)
-        if lora is not None and adapter:
-            write_adapter(policy, lora, temporary / "adapter" if state else temporary, adapter)
