@@ -57,9 +57,13 @@ def store(options: argparse.Namespace, name: str, values: dict[str, Any]) -> Non
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """The name of the processor; with family and model, because "AMD EPYC" are several kinds."""
+    lines = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    said = {name.strip(): value.strip() for name, value in reversed(lines)}
+    if "model name" not in said:
+        return platform.machine()
+    kind = [f"{name} {said[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in said]
+    return said["model name"] + (f" ({', '.join(kind)})" if kind else "")
 
 
 def update(options: argparse.Namespace) -> None:
