@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from foveate.config.model import FeatureCacheSettings, LoraSettings
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError
 from foveate.models.features import FeatureStore, with_kept_features
 from foveate.models.forward import token_logprobs
 from foveate.models.lora import train_parts
@@ -157,14 +158,44 @@ def test_adapters_of_the_language_model_leave_features_as_they_are(policy, tmp_p
     assert FeatureStore(policy, tmp_path, 1e9).folder.parent == tmp_path
 
 
-def test_a_damaged_file_is_named(policy, packed_groups, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone", "other"])
+def test_damaged_files_are_computed_and_written_again(policy, packed_groups, tmp_path, caplog, damage):
     images = pack(packed_groups).images[:1]
     store = kept(policy, tmp_path / "kept").features
-    store.of(policy, images)
+    expected = store.of(policy, images).embeddings
     [file] = store.folder.iterdir()
-    file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(DataError, match=rf"{file.name}: holds no features .*; delete it"):
-        store.of(policy, images)
+    whole = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "other":
+        save_file({"weight": torch.zeros(2)}, file)
+    else:
+        file.write_bytes(
+            whole[:40] if damage == "cut" else whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
+        )
+    assert torch.equal(store.of(policy, images).embeddings, expected)
+    assert (f"{file}: damaged features" in caplog.text) == (damage != "gone")
+    assert file.read_bytes() == whole
+
+
+def test_scales_of_quantised_towers_are_weights_too(tiny_folder, tmp_path):
+    folders = set()
+    for factor in (1, 3):
+        loaded = load_policy(str(tiny_folder), quantization="int8")
+        train_parts(loaded, ["language"], LoraSettings(rank=2))
+        for name, buffer in loaded.model.named_buffers():
+            if loaded.family.part_of(name) == "vision" and name.endswith("scale"):
+                buffer.mul_(factor)
+        folders.add(FeatureStore(loaded, tmp_path, 1e9).folder)
+    assert len(folders) == 2
+
+
+def test_a_folder_may_be_of_the_home_and_hold_links_to_nothing(policy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "kept" / "model").mkdir(parents=True)
+    (tmp_path / "kept" / "model" / "one.safetensors").symlink_to("nothing")
+    store = with_kept_features(policy, FeatureCacheSettings(gigabytes=1, folder="~/kept")).features
+    assert store.folder.parent == tmp_path / "kept"
 
 
 def test_a_disk_without_room_ends_the_keeping_and_not_the_run(policy, packed_groups, tmp_path, caplog):

@@ -138,6 +138,21 @@ def test_one_pass_has_the_logprobs_of_policy_and_reference(name, folder_of, tree
         torch.testing.assert_close(other_M, ref_M, rtol=1e-5, atol=2e-5)
 
 
+def test_a_group_that_fits_no_row_twice_has_two_passes(tiny_folder, tree_of, monkeypatch):
+    packed = tree_of(worker_of(tiny_folder).policy)
+    short = replace(packed, answers=packed.answers[:1])
+    worker = worker_of(tiny_folder, budget=2 * short.tokens)
+    worker.update_sft([short], "token", 5.0, 0.1)
+    rows = []
+    monkeypatch.setattr("foveate.train.worker.pack", lambda groups: rows.append(groups) or pack(groups))
+    both = worker.both_logprobs([short, packed, short])
+    assert max(sum(group.tokens for group in row) for row in rows) <= worker.token_budget
+    assert len(rows) == 4
+    for found, group in zip(both, [short, packed, short], strict=True):
+        torch.testing.assert_close(found[0], worker.logprobs([group])[0], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found[1], worker.logprobs([group], True)[0], rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("parts", "times"), [(LANGUAGE, 1), (("vision", "language"), 2)])
 def test_one_pass_sees_an_image_once_unless_adapters_see_it_too(parts, times, tiny_folder, tree_of):
     worker = worker_of(tiny_folder, parts=parts)

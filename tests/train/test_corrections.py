@@ -6,7 +6,8 @@ import pytest
 import torch
 from loss_cases import double, make_batch
 
-from foveate.algorithms.targets import PolicyTargets, Totals
+from foveate.algorithms.table import Algorithm
+from foveate.algorithms.targets import LossOut, PolicyTargets, Totals
 from foveate.config.algorithm import AlgorithmSettings
 from foveate.errors import ConfigError
 from foveate.train.algorithm import build_algorithm
@@ -59,6 +60,24 @@ def test_a_ratio_to_the_engine_weighs_what_lies_within_the_bounds_by_one(mode, w
     expected = -double(weights) * WEIGHT_M * ADVANTAGE_M / 5  # the ratio of the loss is the weight
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
     assert out.metrics["engine/correction_truncated"][0] == 5 - sum(weights)
+
+
+def careful(logp_M, _entropy_M, _batch, targets, totals):
+    """A loss that takes only some ratios, and reads nothing but a comparison."""
+    apart_M = logp_M.detach() - targets.old_M
+    if not (apart_M.abs() < 1).all():
+        raise ValueError("too far off")
+    return LossOut(-((apart_M.abs() < 0.2) * logp_M * targets.advantage_M).sum() / totals.tokens, {})
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", f"{__name__}:CAREFUL"])
+@pytest.mark.parametrize("old", ["trainer", "engine"])
+def test_losses_that_compare_with_old_log_probs_take_the_engines(name, old):
+    settings = AlgorithmSettings.model_validate({"name": name, "old_logprobs": old})
+    assert build_algorithm(settings, 16).old_logprobs == old
+
+
+CAREFUL = Algorithm(advantage="grpo", loss=f"{__name__}:careful", source="tests")
 
 
 @pytest.mark.parametrize(

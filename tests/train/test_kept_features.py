@@ -10,6 +10,7 @@ from test_resume import assert_equal, interrupt, stop_at
 from test_rl import metrics_of
 from toy import make_data, rl_settings
 
+from foveate.config.runs import CascadeSettings
 from foveate.train.rl import run_rl
 
 
@@ -54,3 +55,22 @@ def test_kept_features_are_refused_where_they_would_change_or_ranks_wait(
     model = {"path": str(tiny_folder), "feature_cache": {"gigabytes": 1}, **model}
     with pytest.raises(ValidationError, match=f"model.feature_cache.*{says}"):
         rl_settings(tmp_path / "run", tiny_folder, data, model=model, cluster=cluster)
+
+
+def test_a_cascade_keeps_features_in_the_stages_whose_tower_is_frozen():
+    rows, optim, train = {"train": ["x.parquet"]}, {"lr": 1e-4}, {"steps": 2}
+    settings = CascadeSettings.model_validate(
+        {
+            "run": "r",
+            "model": {"path": "m", "trainable": ["language"], "feature_cache": {"gigabytes": 1}},
+            "data": {**rows, "hold_out": 0.1, "max_prompt_tokens": 100},
+            "reward": {"name": "grounding"},
+            "rollout": {"max_tokens": 50, "samples": 2},
+            "mpo": {"optim": optim, "train": {**train, "tokens_per_micro_batch": 4096}},
+            "rl": {"optim": optim, "train": train},
+            "vico": {"data": rows, "optim": optim, "train": train},
+            "vir": {"optim": optim, "train": train},
+        }
+    )
+    kept = {name: settings.stage(name, "m", ("p",), "r").model.feature_cache is not None for name in settings.stages}
+    assert kept == {"mpo": True, "rl": True, "vico": False, "vir": False}

@@ -148,6 +148,9 @@ PASSES = {
         {"old_logprobs": "engine", "correction": {"mode": "token-mask", "high": 1e9}},
         {"updates_per_step": 2}, {}, False,
     ),
+    "the engine's, marks by the weights": (
+        {"name": "clip_cov", "old_logprobs": "engine", "loss": {"share": 0.1, "cov_low": 0.0}}, {}, {}, True
+    ),
 }  # fmt: skip
 
 
@@ -160,7 +163,8 @@ def test_old_log_probs_take_a_pass_only_where_no_other_has_them(tmp_path, tiny_f
     changes = {"train": {"steps": 1, **train}, "eval": {"every": 0}}
     if model:
         changes["model"] = {"path": str(tiny_folder), **model}
-    plain = rl_settings(tmp_path / "plain", tiny_folder, data, algorithm="grpo", **changes)
+    same = {"name": "grpo", **{name: value for name, value in algorithm.items() if name in ("name", "loss")}}
+    plain = rl_settings(tmp_path / "plain", tiny_folder, data, algorithm=same, **changes)
     expected = metrics_of(run_rl(plain))[0]
     passes.clear()
     algorithm = {"name": "grpo", **algorithm}

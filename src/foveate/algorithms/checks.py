@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,22 +42,29 @@ def dry_run(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, refere
     `reference` says whether reference log-probs will be there. Raises what the loss raises, and DataError when the
     loss is not one finite number.
     """
-    _require_finite("policy loss", loss, _tried(loss, settings, reference=reference))
+    _require_finite("policy loss", loss, _tried(loss, settings, reference=reference)[0])
 
 
 def reads_old(loss: Callable[..., LossOut], *, reference: bool) -> bool:
-    """Whether a policy loss looks at the old log-probs: it is not a finite number where these are none."""
-    return not bool(torch.isfinite(_tried(loss, {}, reference=reference, old=float("nan")).loss))
+    """Whether a policy loss looks at the old log-probs: others give another loss or gradient, or are refused."""
+    with suppress(Exception):  # whatever a loss of one's own makes of them
+        tried = [_tried(loss, {}, reference=reference, apart=apart) for apart in (0.0, 0.05, -0.5, 0.5, -3.0, 3.0)]
+        found = [(out.loss.detach(), torch.autograd.grad(out.loss, logp_M)[0]) for out, logp_M in tried]
+        return any(not torch.equal(one, first) for own in found for one, first in zip(own, found[0], strict=True))
+    return True
 
 
 def _tried(
-    loss: Callable[..., LossOut], settings: Mapping[str, Any], *, reference: bool, old: float | None = None
-) -> LossOut:
+    loss: Callable[..., LossOut], settings: Mapping[str, Any], *, reference: bool, apart: float = 0.0
+) -> tuple[LossOut, Tensor]:
+    """A policy loss on log-probs, and these; the old ones are so far `apart` from them."""
     logp_M = torch.tensor([-0.5, -1.0, -2.0], requires_grad=True)
     known_M, marked_M = logp_M.detach(), torch.tensor([True, False, False])
-    old_M = known_M if old is None else torch.full_like(known_M, old)
-    targets = PolicyTargets(old_M, known_M, torch.tensor([1.0, 1.0, -1.0]), known_M if reference else None, marked_M)
-    return loss(logp_M, -logp_M, _two_answers(), targets, Totals(tokens=3, samples=2, groups=1), **settings)
+    targets = PolicyTargets(
+        known_M + apart, known_M, torch.tensor([1.0, 1.0, -1.0]), known_M if reference else None, marked_M
+    )
+    totals = Totals(tokens=3, samples=2, groups=1)
+    return loss(logp_M, -logp_M, _two_answers(), targets, totals, **settings), logp_M
 
 
 def dry_run_pairs(loss: Callable[..., LossOut], settings: Mapping[str, Any], *, reference: bool) -> None:

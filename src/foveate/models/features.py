@@ -12,26 +12,30 @@ import hashlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from foveate.config.model import FeatureCacheSettings
 from foveate.encoding.family import Features
-from foveate.errors import ConfigError, DataError
+from foveate.errors import ConfigError, one_line
 from foveate.models.policy import Policy
 from foveate.records import ImageSource
 
 logger = logging.getLogger(__name__)
 
 _FROZEN = ("vision", "projector")
+_CHECKSUM = "checksum"
 _OWN_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """What a configuration says that changes no feature."""
 
@@ -41,7 +45,7 @@ def with_kept_features(policy: Policy, settings: FeatureCacheSettings | None) ->
     if settings is None:
         return policy
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "foveate" / "features" if settings.folder is None else Path(settings.folder)
+    folder = cache / "foveate" / "features" if settings.folder is None else Path(settings.folder).expanduser()
     return replace(policy, features=FeatureStore(policy, folder, settings.gigabytes * 1e9))
 
 
@@ -49,8 +53,8 @@ class FeatureStore:
     """Keeps features in a folder, up to so many bytes: images beyond them are computed in each pass."""
 
     def __init__(self, policy: Policy, folder: Path, limit: float) -> None:
-        """limit: bytes of the folder, of all models in it. Raises ConfigError for a model without images, or one whose
-        tower or projector is trained."""
+        """limit: bytes of the folder, of all models in it, as they are found now and written here. Raises ConfigError
+        for a model without images, or one whose tower or projector is trained."""
         if not policy.family.sees_images:
             raise ConfigError(f"model.feature_cache is set, but {policy.folder} sees no images; leave it out")
         trained = sorted({part for name, part in _parts_of(policy) if policy.model.get_parameter(name).requires_grad})
@@ -60,7 +64,7 @@ class FeatureStore:
             )
         self.folder = folder / _digest_of(policy)
         self._limit = limit
-        self._bytes = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+        self._bytes = sum(map(_size_of, folder.glob("*/*")))
         self._digests: Any = WeakIdKeyDictionary()
 
     def of(self, policy: Policy, images: Sequence[ImageSource]) -> Features:
@@ -71,8 +75,8 @@ class FeatureStore:
 
     def _of_one(self, policy: Policy, image: ImageSource) -> Features:
         path = self._path(policy, image)
-        if path.exists():
-            return _read(path, policy.device)
+        if (known := self._read(path, policy.device)) is not None:
+            return known
         with torch.no_grad():
             seen = policy.family.features(policy.model, image.pixels.to(policy.device), image.grids)
         self._write(path, seen)
@@ -88,14 +92,34 @@ class FeatureStore:
         how = f"{tuple(image.pixels.shape)} {image.grids} {kind} {computed}"
         return self.folder / f"{digest[:32]}-{hashlib.sha256(how.encode()).hexdigest()[:8]}.safetensors"
 
+    def _read(self, path: Path, device: torch.device) -> Features | None:
+        """The features of a file; None without one, and for one that is damaged, which is written anew."""
+        try:
+            tensors = load_file(path)
+            checksum = tensors.pop(_CHECKSUM).item()
+            seen = [tensors[str(number)] for number in range(len(tensors))]
+            if seen and checksum == _checksum(seen):
+                return Features(seen[0].to(device), tuple(one.to(device) for one in seen[1:]))
+            damage = "its checksum is another"
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            damage = one_line(error)
+        logger.warning("%s: damaged features (%s); they are computed again", path, damage)
+        self._bytes -= _size_of(path)
+        with suppress(OSError):
+            path.unlink()
+        return None
+
     def _write(self, path: Path, seen: Features) -> None:
-        tensors = {str(number): one.contiguous() for number, one in enumerate((seen.embeddings, *seen.deeper))}
-        if self._bytes + sum(one.nbytes for one in tensors.values()) > self._limit:
+        tensors = [one.cpu().contiguous() for one in (seen.embeddings, *seen.deeper)]
+        if not self._has_room(path.parent, sum(one.nbytes for one in tensors)):
             return
-        content = save(tensors)
-        if self._bytes + len(content) > self._limit:
+        checksum = torch.tensor(_checksum(tensors))
+        content = save({_CHECKSUM: checksum, **{str(number): one for number, one in enumerate(tensors)}})
+        if not self._has_room(path.parent, len(content)):
             return
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        beside = path.with_suffix(f".{uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(content)
@@ -107,14 +131,26 @@ class FeatureStore:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
 
+    def _has_room(self, folder: Path, size: int) -> bool:
+        has = self._bytes + size <= self._limit
+        if self._limit and not has:
+            self._limit = 0
+            logger.warning("%s is full; features of further images are computed in each pass", folder.parent)
+        return has
 
-def _read(path: Path, device: torch.device) -> Features:
-    try:
-        tensors = load_file(path, str(device))
-        first, *deeper = (tensors[str(number)] for number in range(len(tensors)))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: holds no features ({error}); delete it, and they are computed again") from error
-    return Features(first, tuple(deeper))
+
+def _size_of(file: Path) -> int:
+    """0 for one that is gone by now."""
+    with suppress(OSError):
+        return file.stat().st_size
+    return 0
+
+
+def _checksum(tensors: Sequence[Tensor]) -> int:
+    found = 0
+    for one in tensors:
+        found = zlib.crc32(one.view(-1).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def _parts_of(policy: Policy) -> list[tuple[str, str]]:
@@ -127,8 +163,10 @@ def _digest_of(policy: Policy) -> str:
     config: Any = policy.model.config
     said = {name: value for name, value in config.to_dict().items() if name not in _OWN_KEYS}
     key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, _ in _parts_of(policy):
-        weight = policy.model.get_parameter(name).detach().cpu().contiguous()
+    for name, tensor in policy.model.state_dict().items():  # scales of quantised layers are no parameters
+        if policy.family.part_of(name) not in _FROZEN or not isinstance(tensor, Tensor):
+            continue
+        weight = tensor.detach().cpu().contiguous()
         key.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         key.update(weight.view(-1).view(torch.uint8).numpy().data)
     return key.hexdigest()[:32]

@@ -105,7 +105,7 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int, *, dropout: bo
             f"{where}: loss.kl_estimator is set, but loss.kl_coefficient is 0; set both, or use reward_kl"
         )
     dry_run(bound_loss, {}, reference=kl_in_loss)
-    compares = reads_old(bound_loss, reference=kl_in_loss)
+    compares = settings.old_logprobs == "trainer" or reads_old(bound_loss, reference=kl_in_loss)
     if settings.correction is not None:
         bounds = {**settings.correction.model_dump(), "old_logprobs": settings.old_logprobs}
         bound_loss = partial(corrected_loss, loss=bound_loss, **bounds)
@@ -119,7 +119,7 @@ def build_algorithm(settings: AlgorithmSettings, max_tokens: int, *, dropout: bo
     taught = settings.teacher.term if settings.teacher is not None else None
     measured = settings.correction is not None and dropout
     needs_old = measured or token_mask is not None or settings.reward_kl is not None or taught == "advantage"
-    if settings.old_logprobs == "engine" and not (compares or needs_old):
+    if not (compares or needs_old):
         raise ConfigError(f"{where}: old_logprobs is engine, but its loss compares with no old log-probs; leave it out")
     return ResolvedAlgorithm(
         name=settings.name,

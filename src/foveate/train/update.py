@@ -338,11 +338,12 @@ def _masked(
     is_fresh: bool,
 ) -> list[PolicyRow]:
     """The rows of one update with the tokens that its loss treats apart, under the weights of this moment: those of the
-    old policy in the first update, later on those of another pass."""
+    old policy in the first update, unless the engine measured them, else those of another pass."""
     old = [row.old for row in rows if row.old is not None]
     if algorithm.token_mask is None or not old:
         return rows
-    now = old if is_fresh else scatter_gather(workers, Worker.logprobs, [row.group for row in rows], costs)
+    is_known = is_fresh and algorithm.old_logprobs == "trainer"
+    now = old if is_known else scatter_gather(workers, Worker.logprobs, [row.group for row in rows], costs)
     advantage_M = torch.cat([row.advantage for row in rows])
     masked_M = algorithm.token_mask(torch.cat(now), torch.cat(old), advantage_M, generator)
     masks = masked_M.split([row.group.trained_tokens for row in rows])

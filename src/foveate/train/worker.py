@@ -149,22 +149,24 @@ class Worker:
 
     @torch.no_grad()
     def both_logprobs(self, groups: Sequence[PackedGroup]) -> list[Tensor]:
-        """Log-probs (2, M) of all trained tokens of each group, under the policy and under the frozen reference: in one
-        pass, with each image seen once, where they are one model whose adapters can be weighed token by token."""
-        policy = self.policy
-        split = self.ranks is not None and self.ranks.cluster.sequence_parallel > 1
-        if policy is not self.reference or split or self._compiles or not weighs_tokens(policy):
-            return [torch.stack(pair) for pair in zip(self.logprobs(groups), self.logprobs(groups, True), strict=True)]
-        found: list[Tensor] = []
+        """Log-probs (2, M) of all trained tokens of each group, under the policy and the frozen reference: in one pass
+        that sees each image once, where adapters can be weighed token by token and the group fits a row twice."""
+        policy, places = self.policy, range(len(groups))
+        is_split = self.ranks is not None and self.ranks.cluster.sequence_parallel > 1
+        two = policy is not self.reference or is_split or self._compiles or not weighs_tokens(policy)
+        alone = [i for i in places if two or 2 * groups[i].tokens > self.token_budget]
+        joint = sorted({*places} - {*alone})
+        passes = (self.logprobs([groups[i] for i in alone], reference) for reference in (False, True))
+        found = dict(zip(alone, map(torch.stack, zip(*passes, strict=True)), strict=True))
         with evaluating(policy.model):
-            for batch, members in self._batches(groups, twice=True):
-                weight = torch.ones(len(batch.token_ids_T), 1, device=self.device)
-                weight[len(weight) // 2 :] = 0
-                with adapters_weighed(policy.model, weight):
+            for batch, members in self._batches([groups[i] for i in joint], twice=True):
+                is_first = torch.arange(n := len(batch.token_ids_T), device=self.device)[:, None] < n // 2
+                with adapters_weighed(policy.model, is_first.float()):
                     (logp_M,) = self._logprobs(batch, self.temperature, ("logp",))
-                both = logp_M.cpu().view(2, len(logp_M) // 2)
-                found.extend(both.split([groups[i].trained_tokens for i in members], 1))
-        return found
+                own = [joint[i] for i in members]
+                both = logp_M.cpu().view(2, -1 if members else 0).split([groups[i].trained_tokens for i in own], 1)
+                found |= zip(own, both, strict=True)
+        return [found[i] for i in places]
 
     @torch.no_grad()
     def teacher_logprobs(self, asked: Sequence[tuple[PackedGroup, str]]) -> list[Tensor]:
@@ -335,9 +337,8 @@ class Worker:
     def _batches(
         self, groups: Sequence[PackedGroup], *, replays: bool = False, twice: bool = False
     ) -> Iterator[tuple[Batch, list[int]]]:
-        """Packed rows with the indices of their groups; with the experts that the sampler chose where the model
-        `replays` them. Every rank has as many as the one with most: the last rows of others are empty. `twice`: a row
-        holds its groups again behind them, with the experts that routers choose."""
+        """Packed rows with the indices of their groups: as many as the rank with most has, the last ones empty.
+        `replays`: with the sampler's experts; `twice`: groups stand again behind those of a row, with the routers'."""
         rows = micro_batches(groups, self.token_budget // (2 if twice else 1))
         if self.ranks is not None:
             rows += [[] for _ in range(self.ranks.most(len(rows)) - len(rows))]
