@@ -107,6 +107,11 @@ class ModelSettings(Settings):
         "backward pass; GPUs only.",
     )
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether updates compute with dropout: that of the adapters, as the models have none."""
+        return self.lora is not None and self.lora.dropout > 0
+
 
 def check_model(model: ModelSettings, cluster: ClusterSettings) -> None:
     """Refuse settings of a model that do not fit together, or not this cluster."""

@@ -347,6 +347,7 @@ class CascadeSettings(Settings):
             return SFTSettings(**common, **dict(self.sft), cluster=offline)
         if name in ("vico", "vir"):
             assert self.vico is not None
+            # all weights learn, or the router's
             whole = {"lora": None, "quantization": None, "router_aux_loss_coef": 0.0, "feature_cache": None}
             common["model"] = model_settings.model_copy(update=whole)
             if name == "vico":

@@ -57,7 +57,8 @@ class FeatureStore:
         for a model without images, or one whose tower or projector is trained."""
         if not policy.family.sees_images:
             raise ConfigError(f"model.feature_cache is set, but {policy.folder} sees no images; leave it out")
-        trained = sorted({part for name, part in _parts_of(policy) if policy.model.get_parameter(name).requires_grad})
+        learning = {policy.family.part_of(name) for name, one in policy.model.named_parameters() if one.requires_grad}
+        trained = sorted(learning & {*_FROZEN})
         if trained:
             raise ConfigError(
                 f"model.feature_cache keeps features of frozen parts, but {', '.join(trained)} is trained"
@@ -151,12 +152,6 @@ def _checksum(tensors: Sequence[Tensor]) -> int:
     for one in tensors:
         found = zlib.crc32(one.view(-1).view(torch.uint8).numpy().data, found)
     return found
-
-
-def _parts_of(policy: Policy) -> list[tuple[str, str]]:
-    """The parameters that features come from, each with its part."""
-    named = [(name, policy.family.part_of(name)) for name, _ in policy.model.named_parameters()]
-    return [(name, part) for name, part in named if part in _FROZEN]
 
 
 def _digest_of(policy: Policy) -> str:

@@ -144,7 +144,7 @@ def workload_of(
             whole_prompt=prompt + hidden if frozen else None,
         )  # fmt: skip
     longest, updates = settings.rollout.max_tokens, settings.train.updates_per_step * settings.train.epochs_per_step
-    algorithm = build_algorithm(settings.algorithm, longest, dropout=model.lora is not None and model.lora.dropout > 0)
+    algorithm = build_algorithm(settings.algorithm, longest, dropout=model.has_dropout)
     needs_reference, teacher = algorithm.needs_reference, algorithm.teacher
     needs_old = algorithm.old_logprobs == "trainer" and (updates > 1 or algorithm.needs_old)
     if teacher is not None:

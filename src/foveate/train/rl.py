@@ -95,9 +95,7 @@ def rl_steps(settings: RLSettings, *, accept_changes: bool = False, again: bool 
     check_optimizer(settings.optim, settings.cluster)
     check_cluster(settings)
     use_threads(settings.train.threads)
-    lora = settings.model.lora
-    dropout = lora is not None and lora.dropout > 0
-    method = build_algorithm(settings.algorithm, settings.rollout.max_tokens, dropout=dropout)
+    method = build_algorithm(settings.algorithm, settings.rollout.max_tokens, dropout=settings.model.has_dropout)
     check_run(method, settings)
     make_engine = new_engine(settings)
     updates, epochs = settings.train.updates_per_step, settings.train.epochs_per_step

@@ -92,7 +92,7 @@ class Worker:
         self.policy = with_kept_features(self.policy, model.feature_cache)
         if model.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        if model.gradient_checkpointing or (model.lora is not None and model.lora.dropout):
+        if model.gradient_checkpointing or model.has_dropout:
             self.policy.model.train()  # for checkpointing and the adapters' dropout; the models have no dropout
         self._dummy_image = self.policy.family.dummy_image if self.ranks is not None else None
         self.reference = frozen_copy(self.policy, again, model.lora) if reference else None
@@ -112,7 +112,7 @@ class Worker:
         self.temperature = temperature
         self.scale = LossScale() if cluster is not None and cluster.dtype == "float16" else None
         self._saving = Saving()
-        self._seed = seed if model.lora is not None and model.lora.dropout else None
+        self._seed = seed if model.has_dropout else None
         self.engine = RankEngine(self.policy, model, self.ranks)
 
     def _ready(self, kind: type[Root], policy: Policy) -> Root:
